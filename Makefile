@@ -1,0 +1,31 @@
+# Every target sets up .venv first; a stamp makes that a no-op until the project files change.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test test-full lint bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/entropy-probe demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/pytest -n 2
+
+test-full: lint
+	$(BIN)/pytest -n 2 -m 'not gpu'
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/two_batch.py
+
+clean:
+	rm -rf .venv runs examples/tiny

@@ -1,0 +1,62 @@
+"""Calling the model libraries: their errors as one line, their notices off, the random state as it was."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import CRITICAL
+
+import numpy as np
+import torch
+
+from entropy_probe.checkpoints.errors import CheckpointError
+
+__all__ = ["one_line_errors", "quiet", "random_state_kept"]
+
+
+@contextmanager
+def one_line_errors(where: str) -> Iterator[None]:
+    """Turn what the libraries raise about bad files into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{where}: could not be loaded: {first[:300]}; check the path and the files") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar, load report or notice: what matters in them becomes an error of ours."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 reads an attribute that transformers 5.23 renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random states of Python, numpy and torch (CPU and CUDA) as they were."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002

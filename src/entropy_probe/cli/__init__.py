@@ -1,0 +1,34 @@
+"""The ``entropy-probe`` command. Commands import what they need when they run, so that ``--help`` is quick.
+
+Exit codes: 0 on success, 2 on bad input (one line on stderr), 1 on any other failure.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+import typer.main
+
+from entropy_probe.cli.demo import demo
+from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
+from entropy_probe.cli.inspect import inspect
+from entropy_probe.cli.report import report
+from entropy_probe.cli.run import run
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="entropy-probe",
+    help="Predict, measure and explain the entropy change of the next RL optimizer step of a language model.",
+    cls=ErrorsAsLines,
+    add_completion=False,
+)
+for command in (run, inspect, report, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    sys.excepthook = one_line_excepthook
+    typer.main.get_command(app)()

@@ -1,0 +1,189 @@
+"""What ``entropy-probe run`` reads: one YAML file, validated, with every key known by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from entropy_probe.cli.errors import describe
+from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
+from entropy_probe.config import ProbeConfig
+from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
+
+__all__ = ["RunConfig", "SavedRollouts", "load_config"]
+
+
+class SavedRollouts(BaseModel):
+    """Parquet files of rollouts, read instead of sampling.
+
+    Attributes:
+        update: the update batch, advantages included; takes the place of the ``update`` settings.
+        evaluation: the evaluation batch; takes the place of the ``evaluation`` settings.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    update: Path | None = None
+    evaluation: Path | None = None
+
+
+class RunConfig(BaseModel):
+    """One probe of one checkpoint. Relative paths are relative to the current directory.
+
+    Attributes:
+        checkpoint: a checkpoint directory holding weights or an adapter, and the optimizer's state.
+        base_model: the base model of an adapter, where the adapter's own config does not lead to it.
+        output_dir: where the results go; new or empty, unless ``overwrite``.
+        overwrite: whether to replace an earlier run in ``output_dir``.
+        device: where the model runs; ``auto`` is CUDA where there is one.
+        prompts: where prompts come from; not needed when both batches are read from files.
+        reward: the reward of update responses, by name.
+        generation: how responses are sampled. Temperature and largest length are those of ``probe``.
+        update: the batch that the optimizer step is taken on.
+        evaluation: the batch that the entropy is measured on.
+        rollouts: saved batches to read instead of sampling.
+        save_rollouts: whether to save both batches beside the results.
+        probe: how to probe.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    checkpoint: Path
+    base_model: str | None = None
+    output_dir: Path
+    overwrite: bool = False
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    prompts: PromptSource | None = None
+    reward: str | None = None
+    generation: GenerationSettings = GenerationSettings()
+    update: UpdateSettings | None = None
+    evaluation: EvaluationSettings | None = None
+    rollouts: SavedRollouts = SavedRollouts()
+    save_rollouts: bool = True
+    probe: ProbeConfig = ProbeConfig()
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> RunConfig:
+        if self.update is not None and self.update.num_prompts < 2:
+            raise ValueError("update.num_prompts: expected at least 2, since one prompt has no standard error, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> RunConfig:
+        for batch in ("update", "evaluation"):
+            if getattr(self.rollouts, batch) is not None:
+                continue
+            needed = {
+                batch: getattr(self, batch),
+                "prompts": self.prompts,
+                "probe.max_completion_length": self.probe.max_completion_length,
+                **({"reward": self.reward} if batch == "update" else {}),
+            }
+            for key, value in needed.items():
+                if value is None:
+                    raise ValueError(
+                        f"{key}: required to sample the {batch} batch, but missing; set it, or set rollouts.{batch} "
+                        "to a saved batch"
+                    )
+        return self
+
+    def resolved(self) -> RunConfig:
+        """The config with nothing left to circumstances: absolute paths, the device, the evaluation unit.
+
+        Evaluation sequences that are sampled here are drawn with replacement, so each is a unit of its own.
+        Sampling settings that saved rollouts take the place of are left out.
+
+        Raises:
+            ValueError: if a CUDA device is asked for and there is none.
+        """
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: expected a CUDA device, torch finds none; set device to cpu")
+        changes: dict[str, Any] = {
+            "checkpoint": self.checkpoint.absolute(),
+            "output_dir": self.output_dir.absolute(),
+            "device": "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu",
+        }
+        if self.base_model is not None and Path(self.base_model).is_dir():
+            changes["base_model"] = str(Path(self.base_model).absolute())
+        if self.prompts is not None and self.prompts.jsonl is not None:
+            changes["prompts"] = self.prompts.model_copy(update={"jsonl": self.prompts.jsonl.absolute()})
+        saved = {batch: path.absolute() for batch, path in self.rollouts if path is not None}
+        changes["rollouts"] = SavedRollouts(**saved)
+        changes |= dict.fromkeys(saved)
+        if "evaluation" not in saved and self.probe.evaluation_unit == "auto":
+            changes["probe"] = self.probe.model_copy(update={"evaluation_unit": "sequence"})
+        return self.model_copy(update=changes)
+
+    def to_yaml(self) -> str:
+        """The settings as a YAML file that gives the same run; ``overwrite`` has to be asked for each time."""
+        return dump_yaml(self.model_dump(mode="json", exclude={"overwrite"}))
+
+
+def load_config(path: Path, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read and validate a config file.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted ``key=value`` replacements, in order.
+        options: values of command-line options by dotted key, applied last; None leaves a key alone.
+
+    Raises:
+        ValueError: one line with the full key of the first problem, and the nearest known key for an unknown one.
+    """
+    # JSON values are YAML values, whatever characters they hold.
+    given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
+    settings = apply_overrides(load_yaml(path), [*overrides, *given])
+    unknown = next(_unknown_keys(settings, RunConfig), None)
+    if unknown is not None:
+        raise ValueError(f"{path}: {unknown}: unknown key; {_suggestion(unknown)}")
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {describe(error)}") from error
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """The keys of a section, with the model of those that are sections themselves."""
+    keys: dict[str, type[BaseModel] | None] = {}
+    for name, field in model.model_fields.items():
+        candidates = (field.annotation, *get_args(field.annotation))
+        models = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        keys[name] = models[0] if models else None
+    return keys
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, section in _sections(model).items():
+        yield prefix + name
+        if section is not None:
+            yield from _known_keys(section, f"{prefix}{name}.")
+
+
+def _unknown_keys(settings: Mapping[Any, Any], model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    known = _sections(model)
+    for name, value in settings.items():
+        section = known.get(name)
+        if name not in known:
+            yield f"{prefix}{name}"
+        elif section is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(value, section, f"{prefix}{name}.")
+
+
+def _suggestion(unknown: str) -> str:
+    """The nearest known key by its last part, in the same section first, then in any."""
+    section, _, name = unknown.rpartition(".")
+    known = [(key.rpartition("."), key) for key in _known_keys(RunConfig)]
+    beside = {parts[2]: key for parts, key in known if parts[0] == section}
+    anywhere = {parts[2]: key for parts, key in known}
+    for keys in (beside, anywhere):
+        nearest = difflib.get_close_matches(name, keys, n=1)
+        if nearest:
+            return f"did you mean {keys[nearest[0]]}?"
+    return f"known here are {', '.join(beside)}"

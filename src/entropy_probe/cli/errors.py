@@ -1,0 +1,75 @@
+"""How failures look: one line on stderr and an exit code, the traceback on request."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+from typing import Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from typer.core import TyperGroup
+
+__all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "one_line_excepthook"]
+
+DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
+BAD_INPUT = 2
+FAILURE = 1
+
+# Typer carries its own click in some versions and imports it in others; this is click's UsageError in both.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class ErrorsAsLines(TyperGroup):
+    """A command group whose bad input ends in one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Parse and run; with ``standalone_mode`` off, errors propagate as they are."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except _UsageError as error:
+            command = error.ctx.command_path if error.ctx else self.name
+            _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", error)
+        except ValueError as error:
+            _fail(describe(error), error)
+        sys.exit(code or 0)
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line; of several validation errors the first, and how many more there are."""
+    if isinstance(error, ValidationError):
+        return describe_validation(error)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def describe_validation(error: ValidationError) -> str:
+    """The first of pydantic's errors as ``key: problem, got value (and N more)``."""
+    problems = error.errors()
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if first["type"] == "missing":
+        message = "required, but missing"
+    elif first["type"] not in ("value_error", "extra_forbidden"):
+        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return " ".join(f"{key}: {message}{more}".removeprefix(": ").split())
+
+
+def one_line_excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """A ``sys.excepthook`` for failures that are not bad input: a short line, or the traceback on request."""
+    if os.environ.get(DEBUG_VARIABLE):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    remedy = f"set {DEBUG_VARIABLE}=1 to see the traceback"
+    sys.stderr.write(f"error: {kind.__name__}: {describe(error)}; {remedy}\n")
+
+
+def _fail(message: str, error: BaseException) -> NoReturn:
+    if os.environ.get(DEBUG_VARIABLE):
+        sys.__excepthook__(type(error), error, error.__traceback__)
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(BAD_INPUT)

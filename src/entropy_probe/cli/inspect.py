@@ -1,0 +1,34 @@
+"""``entropy-probe inspect``: what a checkpoint holds, without a forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["inspect"]
+
+EXIT_CODES = {"healthy": 0, "suspicious": 1, "unusable": 2}
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
+    base_model: Annotated[str | None, typer.Option(help="The base model of an adapter.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show a checkpoint's optimizer state and whether it can be probed.
+
+    Exit code 0 when it is healthy, 1 when it is suspicious, 2 when it is unusable.
+    """
+    from rich.console import Console
+
+    from entropy_probe.checkpoints import inspect_checkpoint
+    from entropy_probe.report import print_checkpoint
+
+    report = inspect_checkpoint(checkpoint, base_model)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        print_checkpoint(report, Console())
+    raise typer.Exit(EXIT_CODES[report.verdict])

@@ -1,0 +1,190 @@
+"""``entropy-probe run``: checkpoint and config in, a run directory out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from entropy_probe.report.numbers import format_percent
+
+if TYPE_CHECKING:
+    from entropy_probe.checkpoints import CheckpointState
+    from entropy_probe.cli.config import RunConfig
+    from entropy_probe.provenance import Phase
+    from entropy_probe.results import ProbeResult
+    from entropy_probe.sampling import Prompt, Reward, SamplingReport
+    from entropy_probe.types import Rollouts
+
+__all__ = ["probe_checkpoint", "run"]
+
+T = TypeVar("T")
+
+
+def run(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml", help="Settings; relative paths in it are relative to the current directory."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Instead of the checkpoint's learning rate.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
+    ] = False,
+) -> None:
+    """Probe a checkpoint: predict the next step's entropy change, and measure it."""
+    from rich.console import Console
+
+    from entropy_probe.cli.config import load_config
+    from entropy_probe.report import print_result
+
+    options = {
+        "output_dir": None if output_dir is None else str(output_dir),
+        "probe.learning_rate": learning_rate,
+        "overwrite": overwrite or None,
+    }
+    settings = load_config(config, overrides or (), options)
+    print_result(probe_checkpoint(settings), Console(), settings.output_dir)
+
+
+def probe_checkpoint(config: RunConfig) -> ProbeResult:
+    """Probe as configured and write the run directory.
+
+    The directory gets the resolved ``config.yaml``, ``results.json`` and, with ``save_rollouts``, both batches;
+    all of them or, after an error, none.
+
+    Raises:
+        ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
+    """
+    from entropy_probe.checkpoints import load_checkpoint
+    from entropy_probe.cli.progress import show_progress
+    from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE, check_output_dir, stage
+    from entropy_probe.probe import EntropyProbe
+    from entropy_probe.provenance import Clock
+
+    config = config.resolved()
+    check_output_dir(config.output_dir, config.overwrite)
+    _quiet_transformers()
+    inputs = _read_inputs(config)
+    files = frozenset(path.resolve() for _, path in config.rollouts if path is not None)
+    with stage(config.output_dir, keep=files) as staging, show_progress() as progress:
+        clock = Clock(progress)
+        with clock.phase("load checkpoint") as step:
+            state = load_checkpoint(
+                config.checkpoint, config.base_model, dtype=config.probe.dtype, device=config.device
+            )
+            step(1, 1)
+        # Made before sampling, since it checks the optimizer.
+        assert state.report.optimizer_state is not None
+        mapping = state.report.optimizer_state.mapping
+        probe = EntropyProbe(state.model, state.optimizer, config.probe, mapping=mapping, progress=progress)
+        with clock.phase("sample"):
+            update, evaluation, notes = _sample_missing(config, state, inputs, progress)
+        if config.save_rollouts:
+            update.to_parquet(staging / UPDATE_FILE)
+            evaluation.to_parquet(staging / EVALUATION_FILE)
+        result = probe.run(update=update, evaluation=evaluation)
+        result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
+        (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        result.save(staging)
+    return result
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is read before the checkpoint, so that a wrong path does not cost the loading of a model."""
+
+    update: Rollouts | None
+    evaluation: Rollouts | None
+    prompts: list[Prompt]
+    reward: Reward | None
+
+
+def _read_inputs(config: RunConfig) -> _Inputs:
+    from entropy_probe.sampling import load_prompts, load_reward
+    from entropy_probe.types import Rollouts
+
+    update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
+    return _Inputs(
+        update=update,
+        evaluation=evaluation,
+        prompts=load_prompts(_required(config.prompts)) if update is None or evaluation is None else [],
+        reward=load_reward(_required(config.reward)) if update is None else None,
+    )
+
+
+def _sample_missing(
+    config: RunConfig, state: CheckpointState, inputs: _Inputs, progress: Phase
+) -> tuple[Rollouts, Rollouts, tuple[str, ...]]:
+    """The update batch, the evaluation batch, and notes on how they were sampled where they were."""
+    from entropy_probe.sampling import sample_evaluation, sample_update
+
+    update, evaluation = inputs.update, inputs.evaluation
+    if state.tokenizer is None and (update is None or evaluation is None):
+        raise ValueError(
+            f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
+            "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
+        )
+    common: dict[str, Any] = {
+        "generation": config.generation,
+        "temperature": config.probe.temperature,
+        "max_completion_length": config.probe.max_completion_length,
+    }
+    subject = (state.model, state.tokenizer, inputs.prompts)
+    notes: list[str] = []
+    if update is None:
+        reward, settings = _required(inputs.reward), _required(config.update)
+        update, report = sample_update(
+            *subject, reward, settings, progress=partial(progress, "sample update"), **common
+        )
+        notes += _describe("update", report)
+    if evaluation is None:
+        settings = _required(config.evaluation)
+        evaluation, report = sample_evaluation(
+            *subject, settings, progress=partial(progress, "sample evaluation"), **common
+        )
+        notes += _describe("evaluation", report)
+    return update, evaluation, tuple(notes)
+
+
+def _required(value: T | None) -> T:
+    """A setting that the config's validation has made sure of."""
+    assert value is not None
+    return value
+
+
+def _describe(batch: str, report: SamplingReport) -> list[str]:
+    """What a reader should know about a sampled batch, one line each."""
+    notes = [f"{batch}: {message}" for message in report.messages]
+    if report.prompts_dropped:
+        notes.append(
+            f"{batch}: {report.prompts_dropped} of {report.prompts_tried} prompts had equal rewards and were dropped "
+            f"in {report.rounds} rounds"
+        )
+    if report.truncated_fraction:
+        notes.append(f"{batch}: {format_percent(report.truncated_fraction)} of the responses hit the largest length")
+    return notes
+
+
+def _annotate(result: ProbeResult, notes: tuple[str, ...], seconds: dict[str, float]) -> ProbeResult:
+    """The result with what happened before the probe."""
+    messages = (*result.diagnostics.messages, *notes)
+    diagnostics = result.diagnostics.model_copy(update={"messages": messages})
+    return result.model_copy(update={"diagnostics": diagnostics, "timing": seconds | result.timing})
+
+
+def _quiet_transformers() -> None:
+    """No bars and notices from transformers: progress is shown here, and errors are errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,82 @@
+"""The directory a run writes: everything or nothing, and never over what it did not write."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from entropy_probe.results import RESULTS_FILE, ProbeResult
+
+__all__ = ["CONFIG_FILE", "EVALUATION_FILE", "UPDATE_FILE", "check_output_dir", "stage"]
+
+CONFIG_FILE = "config.yaml"
+UPDATE_FILE = "update.parquet"
+EVALUATION_FILE = "evaluation.parquet"
+# results.json goes last: where it is, the rest is.
+RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, RESULTS_FILE)
+
+
+def check_output_dir(directory: Path, overwrite: bool) -> None:
+    """Refuse a directory that a run must not write into.
+
+    Raises:
+        ValueError: if it is a file, or holds something and ``overwrite`` is off, or holds files named like a
+            run's without being one.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_dir: expected a directory, {directory} is a file; choose another one")
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"output_dir: expected a new or empty directory, {directory} holds files; choose another one or pass "
+            "--overwrite"
+        )
+    in_the_way = [name for name in RUN_FILES if (directory / name).exists()]
+    if in_the_way and not _is_run(directory):
+        raise ValueError(
+            f"output_dir: {directory} holds {in_the_way[0]} but no result of an earlier run, so it is not "
+            "overwritten; choose another one"
+        )
+
+
+@contextmanager
+def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """A temporary directory whose files move into ``directory`` when the block ends without an error.
+
+    Files of an earlier run that this one did not write are removed, except the resolved paths in ``keep``;
+    other files stay. After an error everything is as it was.
+
+    Raises:
+        ValueError: if the directory cannot be made or written into.
+    """
+    existed = directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=directory))
+    except OSError as error:
+        raise ValueError(f"output_dir: cannot write into {directory}: {error.strerror}; choose another one") from error
+    try:
+        yield staging
+        written = [name for name in RUN_FILES if (staging / name).exists()]
+        for name in set(RUN_FILES) - set(written):
+            if (directory / name).resolve() not in keep:
+                (directory / name).unlink(missing_ok=True)
+        for name in written:
+            (staging / name).replace(directory / name)
+        existed = True
+    finally:
+        shutil.rmtree(staging)
+        if not existed:
+            directory.rmdir()
+
+
+def _is_run(directory: Path) -> bool:
+    try:
+        ProbeResult.load(directory)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,239 @@
+"""The demo's training run: a supervised warm start in plain torch, then TRL's GRPO on a LoRA adapter.
+
+The task is running totals: ``4+7+9=`` is answered by ``4,11,20``, and the reward is 1 for an exact match. The
+warm start stops while the policy still makes mistakes, and its examples put a space after some commas. What
+reinforcement learning does first is to drop the spaces, so each step lowers entropy by far more than the noise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from entropy_probe.demo.policy import EOS, build_model, build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["CPU_ARGUMENTS", "LORA_TARGETS", "quiet_single_thread", "train_demo"]
+
+logger = logging.getLogger(__name__)
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MAX_COMPLETION_LENGTH = 32
+STRAY_SPACES = 0.2
+"""Share of commas that the warm start's examples follow with a space, which the reward does not accept."""
+CPU_ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "lr_scheduler_type": "constant",
+    "temperature": 1.0,
+    "beta": 0.0,
+    "max_grad_norm": 1.0,
+    "loss_type": "dapo",
+    "logging_steps": 1,
+}
+"""Arguments of ``GRPOConfig`` that make it fast and quiet on a CPU, and the update a plain DAPO step."""
+
+
+def train_demo(
+    directory: Path,
+    *,
+    warm_start_steps: int = 900,
+    steps: int = 20,
+    save_steps: int = 5,
+    prompts_per_step: int = 16,
+    generations_per_prompt: int = 8,
+    learning_rate: float = 3e-4,
+    num_prompts: int = 256,
+    seed: int = 0,
+    on_progress: Callable[[str], None] = logger.info,
+) -> Path:
+    """Train a tiny policy into ``directory`` and return the checkpoint to probe; at once if it exists.
+
+    The directory then holds ``base/`` (the warm-started model and its tokenizer), ``prompts.jsonl`` (fields
+    ``prompt`` and ``answer``) and TRL's ``checkpoint-N/`` (adapter, optimizer, trainer state). It is built
+    under a temporary name beside its place and appears whole or not at all. Training runs on one torch thread
+    and seeds the global random state; the adapter names its base model by absolute path.
+
+    Args:
+        directory: where to put it; absent, empty, or complete.
+        warm_start_steps: supervised steps of 32 sequences.
+        steps: GRPO steps.
+        save_steps: steps between checkpoints; divides ``steps``.
+        prompts_per_step: distinct prompts of one step.
+        generations_per_prompt: responses sampled for each.
+        learning_rate: of GRPO, constant.
+        num_prompts: distinct prompts in ``prompts.jsonl``, on which GRPO trains.
+        seed: seed of the data, the initial weights and the sampling.
+        on_progress: called with one line of text per phase and per checkpoint.
+
+    Raises:
+        ValueError: if ``save_steps`` does not divide ``steps``, or if the directory holds something else.
+    """
+    if steps % save_steps:
+        raise ValueError(f"save_steps: expected a divisor of steps = {steps}, got {save_steps}; change one of them")
+    directory = Path(directory).resolve()
+    checkpoint = directory / f"checkpoint-{steps}"
+    if (checkpoint / "trainer_state.json").is_file():
+        return checkpoint
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(
+            f"{directory}: expected a demo with checkpoint-{steps}, or nothing, got something else; "
+            "delete it or choose another directory"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary,
+        quiet_single_thread(),
+    ):
+        building = Path(temporary) / directory.name
+        problems = _problems(random.Random(f"prompts {seed}"), num_prompts)
+        on_progress(f"demo: supervised warm start, {warm_start_steps} steps")
+        model, tokenizer = _base_model(building / "base", warm_start_steps, seed)
+        model.name_or_path = str(directory / "base")  # where the adapter will look for it
+        lines = (json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in problems)
+        (building / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        on_progress(f"demo: GRPO, {steps} steps of {prompts_per_step} x {generations_per_prompt} responses")
+        arguments = {
+            "max_steps": steps,
+            "save_steps": save_steps,
+            "per_device_train_batch_size": prompts_per_step * generations_per_prompt,
+            "num_generations": generations_per_prompt,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        _reinforce(building, model, tokenizer, problems, arguments, on_progress)
+        building.rename(directory)
+    return checkpoint
+
+
+@contextmanager
+def quiet_single_thread() -> Iterator[None]:
+    """One torch thread and no progress bars of transformers, both restored on leaving.
+
+    Two threads can be a hundred times slower than one on models this small.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    threads, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # TRL and peft still use the name that transformers 5.23 deprecates
+            warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _problems(source: random.Random, count: int, stray_spaces: float = 0.0) -> list[tuple[str, str]]:
+    """``count`` distinct prompts of 2 to 6 digits, with their answers.
+
+    With probability ``stray_spaces`` a comma of an answer is followed by a space.
+    """
+    problems: dict[str, str] = {}
+    while len(problems) < count:
+        digits = [source.randint(0, 9) for _ in range(source.randint(2, 6))]
+        first, *rest = accumulate(digits)
+        separated = (f"{', ' if source.random() < stray_spaces else ','}{total}" for total in rest)
+        problems["+".join(map(str, digits)) + "="] = str(first) + "".join(separated)
+    return list(problems.items())
+
+
+def _base_model(directory: Path, warm_start_steps: int, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A warm-started model and its tokenizer, saved in ``directory``."""
+    model, tokenizer = build_model(num_heads=2, initializer_range=0.05, seed=seed), build_tokenizer()
+    _warm_start(model, tokenizer, warm_start_steps, random.Random(f"warm start {seed}"))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return model, tokenizer
+
+
+def _warm_start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    source: random.Random,
+    peak: float = 3e-3,
+) -> None:
+    """Maximum likelihood on fresh problems, 32 per step, with a warm-up and a linear decay to a tenth."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 50) * (1 - 0.9 * i / steps))
+    for _ in range(steps):
+        problems = _problems(source, 32, STRAY_SPACES)
+        encoded = tokenizer(
+            [prompt + answer + EOS for prompt, answer in problems],
+            padding=True,
+            return_tensors="pt",
+        )
+        labels = encoded["input_ids"].clone()
+        for row, (_, answer) in zip(labels, problems, strict=True):
+            row[: -len(answer) - 1] = -100  # one token per character, and padding is on the left
+        optimizer.zero_grad()
+        model(**encoded, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.zero_grad()
+    model.eval()
+
+
+def _reinforce(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[tuple[str, str]],
+    arguments: dict[str, Any],
+    on_progress: Callable[[str], None],
+) -> None:
+    """Train a LoRA adapter on every linear layer with GRPO, writing checkpoints into ``directory``."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PrinterCallback, TrainerCallback
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    class Progress(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            last = state.log_history[-1]
+            on_progress(
+                f"demo: step {state.global_step} of {state.max_steps}, reward {last['reward']:.2f}, "
+                f"entropy {last['entropy']:.4f} nats/token"
+            )
+
+    def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+        return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
+
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=exact_match,
+        args=GRPOConfig(str(directory), max_completion_length=MAX_COMPLETION_LENGTH, **CPU_ARGUMENTS, **arguments),
+        train_dataset=Dataset.from_list([{"prompt": prompt, "answer": answer} for prompt, answer in problems]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"),
+        callbacks=[Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with warnings.catch_warnings():
+        # peft looks for the base model's vocabulary where the base model will be once all is complete
+        warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+        trainer.train()

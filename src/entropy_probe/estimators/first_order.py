@@ -1,0 +1,122 @@
+"""Entropy, its gradient as token coefficients, and the first-order change along a step.
+
+Formulas: ``docs/theory.md``, "Entropy", "The entropy gradient" and "The first-order change".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entropy_probe.estimators.baselines import leave_one_out_mean, position_baseline, strictly_after
+from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
+from entropy_probe.types import TokenScores
+
+__all__ = [
+    "EntropyKind",
+    "Normalization",
+    "TokenCoefficients",
+    "entropy",
+    "entropy_coefficients",
+    "first_order",
+    "sequence_weights",
+    "update_standard_error",
+]
+
+Normalization = Literal["token", "sequence"]
+EntropyKind = Literal["rao_blackwell", "surprisal"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCoefficients:
+    """A scalar surrogate ``sum_it logprobs_it * s_it + entropies_it * h_it`` whose autograd gradient is an estimate.
+
+    Attributes:
+        logprobs: constant coefficient of each log-probability, ``[N, L]``.
+        entropies: constant coefficient of each entropy, ``[N, L]``; ``None`` when all are 0.
+    """
+
+    logprobs: Float[Tensor, "N L"]
+    entropies: Float[Tensor, "N L"] | None
+
+
+def sequence_weights(scores: TokenScores, normalization: Normalization) -> Float[Tensor, " N"]:
+    """What each sequence adds to the denominator: its response tokens, or 1 per sequence."""
+    lengths = scores.response_lengths.double()
+    return lengths if normalization == "token" else torch.ones_like(lengths)
+
+
+def _sequence_entropies(scores: TokenScores, kind: EntropyKind) -> Tensor:
+    """``sum_t h_t`` or ``-S`` per sequence: two unbiased estimates of the same expectation."""
+    return scores.entropies.double().sum(1) if kind == "rao_blackwell" else -scores.sequence_logprobs
+
+
+def entropy(
+    scores: TokenScores,
+    units: Units,
+    normalization: Normalization = "token",
+    kind: EntropyKind = "rao_blackwell",
+) -> Sampled:
+    """H in nats per token, ``E[sum_t h_t] / E[T]`` (a ratio of means), or per sequence, ``E[sum_t h_t]``."""
+    numerator = units.total(_sequence_entropies(scores, kind))
+    return ratio(numerator, units.total(sequence_weights(scores, normalization)))
+
+
+def entropy_coefficients(
+    scores: TokenScores,
+    prompt_ids: Int[Tensor, " N"],
+    units: Units,
+    normalization: Normalization = "token",
+    kind: EntropyKind = "rao_blackwell",
+) -> TokenCoefficients:
+    """Coefficients of the entropy-gradient surrogate, before division by the tokens or sequences of the batch.
+
+    Rao-Blackwell: ``h_it + (R_it - b_it) s_it`` with ``R_it`` the entropy still to come after token t (minus the
+    batch's entropy per token for each of those tokens, under per-token normalisation) and ``b_it`` its mean at
+    position t over the other units. Surprisal: ``-(S_i - mean of the others) s_it``, with the same correction for
+    length under per-token normalisation. Coefficients are constants: differentiating them too would count the
+    visited-prefix term twice.
+
+    Returns:
+        Float64 coefficients, 0 off the response.
+    """
+    mask = scores.response_mask
+    per_token = entropy(scores, Units.sequences(len(mask)), "token", kind).value if normalization == "token" else 0.0
+    if kind == "surprisal":
+        surprisal = -scores.sequence_logprobs - per_token * scores.response_lengths
+        centred = surprisal - leave_one_out_mean(surprisal, prompt_ids)
+        return TokenCoefficients(centred[:, None] * mask, None)
+    to_go = strictly_after(scores.entropies.double() - per_token, mask)
+    return TokenCoefficients(to_go - position_baseline(to_go, mask, units), mask.double())
+
+
+def first_order(contributions: Float[Tensor, " U"], weights: Float[Tensor, " U"]) -> Sampled:
+    """The first-order change ``sum_u d_u / sum_u b_u`` along a fixed step.
+
+    Args:
+        contributions: ``d_u``, the inner product of each unit's surrogate gradient with the step.
+        weights: ``b_u``, each unit's tokens or sequences (:func:`sequence_weights` summed over the unit).
+    """
+    return ratio(contributions, weights)
+
+
+def update_standard_error(contributions: Float[Tensor, " B"]) -> float:
+    """The error of the gradient part from the choice of update prompts, everything else held fixed.
+
+    ``sd_m(q_m) / sqrt(B)`` with ``q_m = B`` times the contribution of prompt m, so that their mean is the gradient
+    part of the first-order change.
+
+    Args:
+        contributions: what each update prompt adds to the first-order change; they sum to the gradient part.
+
+    Raises:
+        ValueError: with fewer than two prompts.
+    """
+    prompts = contributions.numel()
+    if prompts < 2:
+        raise ValueError(f"update batch: expected at least 2 prompts for a standard error, got {prompts}")
+    return (prompts * contributions.double().std() / prompts**0.5).item()

@@ -1,0 +1,112 @@
+"""The realized entropy change after a step, from scores of the same responses before and after it.
+
+Formulas: ``docs/theory.md``, "The realized change". Sources: Precup, Sutton and Singh, 2000 (per-decision importance
+sampling); Owen, 2013, chapter 9 (self-normalised importance sampling).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entropy_probe.estimators.baselines import position_baseline, strictly_after
+from entropy_probe.estimators.first_order import EntropyKind, Normalization, entropy, sequence_weights
+from entropy_probe.estimators.importance import sequence_importance_weights
+from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
+from entropy_probe.types import TokenScores
+
+__all__ = ["Change", "per_decision", "snis"]
+
+
+@dataclass(frozen=True, eq=False)
+class Change(Sampled):
+    """A realized change, ``new - old``.
+
+    Attributes:
+        size_change: relative change of the mean denominator (the mean response length under per-token
+            normalisation), by the same estimator.
+    """
+
+    size_change: float
+
+    def minus(self, predicted: Sampled, entropy: Sampled) -> Sampled:
+        """Realized minus predicted, with the influence of the paired difference.
+
+        The influence of a prediction per token holds the batch's entropy per token fixed, that of the realized change
+        does not: they differ by ``size_change`` times the influence of H, which is put back here. What remains is of
+        second order in the step, sequence by sequence.
+
+        Args:
+            predicted: the first-order change on the same units.
+            entropy: H on the same units, before the step.
+        """
+        shared = self.influence + self.size_change * entropy.influence
+        return Sampled(self.value - predicted.value, shared - predicted.influence)
+
+
+def _change(numerator: Tensor, size: Tensor, before: Sampled, old_size: Tensor) -> Change:
+    new = ratio(numerator, size)
+    paired = new - before
+    return Change(paired.value, paired.influence, (size.sum() / old_size.sum() - 1).item())
+
+
+def snis(
+    before: TokenScores,
+    after: TokenScores,
+    units: Units,
+    normalization: Normalization = "token",
+    kind: EntropyKind = "rao_blackwell",
+) -> Change:
+    """Self-normalised importance sampling: ``sum w (sum_t h+) / sum w b - H`` with ``b`` the tokens or 1.
+
+    Consistent, with a bias of order ``1 / N``. Influences are paired: before and after on the same sequences.
+    """
+    weights = sequence_importance_weights(before, after).normalized
+    size = sequence_weights(before, normalization)
+    per_sequence = after.entropies.double().sum(1) if kind == "rao_blackwell" else -after.sequence_logprobs
+    old = entropy(before, units, normalization, kind)
+    return _change(units.total(weights * per_sequence), units.total(weights * size), old, units.total(size))
+
+
+def per_decision(
+    before: TokenScores, after: TokenScores, units: Units, normalization: Normalization = "token"
+) -> Change:
+    """Per-decision importance sampling with position baselines; as the step shrinks it becomes the first order.
+
+    Each entropy ``h+_it`` is weighted by the ratios of the tokens before it only. Per sequence::
+
+        sum_t [ w_<t h+_t - w_<t (rho_t - 1) b_t ] - sum_t h_t
+
+    with ``rho_t = exp(s+_t - s_t)``, ``w_<t`` the product of earlier ratios and ``b_t`` the baseline of the entropy
+    gradient at the old parameters. Per token, numerator and denominator (``h+ = 1``) are both estimated this way.
+    Unbiased per sequence; a ratio, with a bias of order ``1 / N``, per token.
+
+    Raises:
+        ValueError: if a product of ratios overflows.
+    """
+    mask = before.response_mask
+    log_ratio = torch.where(mask, after.logprobs.double() - before.logprobs.double(), 0.0)
+    earlier = torch.where(mask, (log_ratio.cumsum(1) - log_ratio).exp(), 0.0)
+    innovation = earlier * torch.expm1(log_ratio)
+    if not bool(torch.isfinite(innovation).all() & torch.isfinite(earlier).all()):
+        raise ValueError(
+            "importance ratios: expected finite products over each response, got an overflow; the step is far beyond "
+            "the reach of importance sampling, use a smaller learning rate"
+        )
+
+    def reweighted(old: Tensor, new: Tensor) -> Float[Tensor, " N"]:
+        baseline = position_baseline(strictly_after(old, mask), mask, units)
+        return (earlier * new - innovation * baseline).sum(1)
+
+    numerator = reweighted(before.entropies, after.entropies.double())
+    if normalization == "sequence":
+        size = torch.ones_like(numerator)
+    else:
+        ones = mask.double()
+        size = reweighted(ones, ones)
+    old = entropy(before, units, normalization)
+    old_size = units.total(sequence_weights(before, normalization))
+    return _change(units.total(numerator), units.total(size), old, old_size)

@@ -1,0 +1,57 @@
+"""Leaving the run as it was found: modes, random state and parameters are restored, whatever happens in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+__all__ = ["evaluating", "parameters_at"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, full matrix precision, no autocast; flags and all random states restored on exit."""
+    training = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    precision = torch.get_float32_matmul_precision()
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        try:
+            model.eval()
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            for module, flag in training:
+                module.training = flag
+
+
+@contextmanager
+def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the parameters other values for a while; the original storage comes back on exit.
+
+    Raises:
+        ValueError: if names or shapes differ.
+    """
+    if parameters.keys() != values.keys():
+        raise ValueError(f"parameters: expected values for {len(parameters)} names, got {len(values)} that differ")
+    originals = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            if values[name].shape != parameter.shape:
+                raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(values[name].shape)}")
+            parameter.data = values[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = originals[name]

@@ -1,0 +1,61 @@
+"""What Adam's second moments cover, from a live optimizer or from a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.results import OptimizerStateReport
+
+__all__ = ["summarize_moments", "usable_second_moment"]
+
+
+def usable_second_moment(state: Mapping[str, Any], amsgrad: bool = False) -> Tensor | None:
+    """The second moment that scales one parameter's step, if it can: present, finite, and not all zero.
+
+    With AMSGrad that is its running maximum.
+    """
+    v = state.get("max_exp_avg_sq" if amsgrad else "exp_avg_sq")
+    if not isinstance(v, Tensor) or not bool(torch.isfinite(v).all()) or not bool(v.any()):
+        return None
+    return v
+
+
+def summarize_moments(
+    entries: Iterable[tuple[int, Mapping[str, Any], Mapping[str, Any]]],
+    mapping: str,
+    learning_rates: tuple[float, ...],
+) -> OptimizerStateReport:
+    """Coverage, step counts and the range of the Adam scale ``1 / (sqrt(v / (1 - beta2^k)) + eps)``.
+
+    Args:
+        entries: for each parameter its number of elements, its optimizer state (empty if none), and its group.
+        mapping: how state was matched to parameters.
+        learning_rates: the rate of each group.
+    """
+    steps, scales = [], []
+    elements = covered = 0
+    for numel, state, group in entries:
+        elements += numel
+        steps.append(int(state.get("step", 0)))
+        v = usable_second_moment(state, bool(group["amsgrad"]))
+        if v is None:
+            continue
+        covered += numel
+        correction = 1 - float(group["betas"][1]) ** steps[-1]
+        denominators = [math.sqrt(x.item() / correction) + float(group["eps"]) for x in v.aminmax()]
+        scales += [1 / d for d in denominators if d > 0]
+    return OptimizerStateReport(
+        num_parameters=len(steps),
+        num_elements=elements,
+        coverage=covered / elements if elements else 0.0,
+        mapping=mapping,
+        steps=(min(steps, default=0), max(steps, default=0)),
+        scale_min=min(scales, default=None),
+        scale_max=max(scales, default=None),
+        learning_rates=learning_rates,
+    )

@@ -1,0 +1,106 @@
+"""A result as a table for the terminal, readable at 80 columns and in plain pipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
+from entropy_probe.report.verdict import VerdictKind, verdict
+from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
+
+__all__ = ["print_result"]
+
+STYLES: dict[VerdictKind, str] = {
+    "agrees within error": "bold green",
+    "distinguishable from 0": "bold green",
+    "indistinguishable from 0": "bold yellow",
+    "beyond the linear range": "bold yellow",
+    "low effective sample size": "bold red",
+}
+
+
+def print_result(result: ProbeResult, console: Console, directory: Path | None = None) -> None:
+    """Print the table, the verdict, the diagnostics and where the files are.
+
+    Args:
+        result: what to show.
+        console: where to print.
+        directory: the run directory, whose files are listed; None when nothing was saved.
+
+    Raises:
+        ValueError: if the result holds neither a prediction nor a measurement.
+    """
+    judged = verdict(result)
+    console.print(_table(result))
+    for message in result.diagnostics.messages:
+        console.print(Padding(Text(f"note: {message}", style="yellow"), (0, 1)))
+    console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
+    if directory is not None:
+        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+        # Not wrapped, so that a long path can be copied.
+        console.print(Text(f" Saved in {directory}: {', '.join(names)}"), soft_wrap=True)
+
+
+def _table(result: ProbeResult) -> Table:
+    table = Table(title=_title(result), title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table.add_column("")
+    table.add_column(f" {result.entropy.unit}", no_wrap=True)
+    table.add_column("", style="dim")
+    entropy = result.entropy
+    units = f"{entropy.num_units} {result.diagnostics.evaluation_unit}s"
+    table.add_row("entropy H(θ)", _pair(entropy), f"{units} on the evaluation side")
+    exponent = _column_exponent(result)
+    if result.predicted is not None:
+        _add_prediction(table, result, result.predicted, exponent)
+    if result.realized is not None:
+        _add_realized(table, result, result.realized, exponent)
+    return table
+
+
+def _title(result: ProbeResult) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in sorted(set(result.optimizer_state.learning_rates)))
+    return f" Entropy change of the next step at learning rate {rates}"
+
+
+def _column_exponent(result: ProbeResult) -> int | None:
+    changes = [change for change in (result.predicted, result.realized) if change is not None]
+    return common_exponent(*(number for change in changes for number in (change.value, change.standard_error)))
+
+
+def _add_prediction(table: Table, result: ProbeResult, predicted: Prediction, exponent: int | None) -> None:
+    parts = (format_number(predicted.se_evaluation, 2), format_number(predicted.se_update, 2))
+    table.add_row(
+        "predicted δH₁", Text(_pair(predicted, exponent), "bold"), f"SE: evaluation {parts[0]}, update {parts[1]}"
+    )
+    for name, component in result.components.items():
+        table.add_row(f"  {name.replace('_', ' ')}", _pair(component, exponent), "")
+
+
+def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponent: int | None) -> None:
+    how = realized.estimator.replace("_", "-")
+    table.add_row("realized ΔH", Text(_pair(realized, exponent), "bold"), f"{how} importance weights")
+    if result.predicted is not None and result.difference is not None:
+        value = result.predicted.value
+        ratio = _signed(format_number(realized.value / value)) if value else " undefined"
+        table.add_row("ΔH / δH₁", ratio, "ratio")
+        table.add_row("ΔH − δH₁", _pair(result.difference, exponent), "paired difference")
+    weight = f"{realized.ess:.1f} sequences; largest weight {format_number(realized.max_weight)}"
+    table.add_row("ESS", f" {format_percent(realized.ess_fraction)}", weight)
+
+
+def _pair(estimate: Estimate, exponent: int | None = None) -> str:
+    return _signed(format_estimate(estimate.value, estimate.standard_error, exponent))
+
+
+def _signed(number: str) -> str:
+    """Leave room for a minus sign, so that digits line up."""
+    return number if number.startswith("-") else f" {number}"
+
+
+def _sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,60 @@
+"""Numbers for people: a value and its error with the same digits."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+__all__ = ["common_exponent", "format_estimate", "format_number", "format_percent"]
+
+PLAIN_EXPONENTS = range(-2, 5)
+MAX_DIGITS = 7
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """One number to a few significant digits; scientific notation below 0.01 and from 100000."""
+    if value == 0:
+        return "0"
+    rounded = Decimal(f"{value:.{digits - 1}e}")
+    return _write(rounded, rounded.adjusted())
+
+
+def format_estimate(value: float, standard_error: float, exponent: int | None = None) -> str:
+    """``value ± standard error``: the error to two significant digits, the value to the same decimal place.
+
+    Both share one power of ten, so that ``-1.43e-3 ± 0.12e-3`` can be read at a glance. Where the error is below
+    1e-6 of the value, each gets its own digits: more decimals of the value would be rounding, not information.
+
+    Args:
+        value: the estimate.
+        standard_error: its error, same unit.
+        exponent: the power of ten of a column, used unless the number is less than a hundredth of it.
+    """
+    if standard_error == 0:
+        return f"{format_number(value, 4)} ± 0"
+    if abs(value) > standard_error * 10 ** (MAX_DIGITS - 1):
+        return f"{format_number(value, MAX_DIGITS)} ± {format_number(standard_error, 2)}"
+    error = Decimal(f"{standard_error:.1e}")
+    rounded = Decimal(value).quantize(error)
+    rounded = rounded if rounded else abs(rounded)
+    own = max(rounded.adjusted(), error.adjusted()) if rounded else error.adjusted()
+    if exponent is None or not exponent - 2 <= own <= exponent:
+        exponent = own
+    return f"{_write(rounded, exponent)} ± {_write(error, exponent)}"
+
+
+def common_exponent(*numbers: float) -> int | None:
+    """The power of ten that the largest of the numbers is written with; None when all are 0."""
+    largest = max((abs(number) for number in numbers), default=0.0)
+    return Decimal(f"{largest:.2e}").adjusted() if largest else None
+
+
+def format_percent(fraction: float) -> str:
+    """A share as a percentage; 100% only where it is exactly that."""
+    percent = 100 * fraction
+    return f"{percent:.0f}%" if percent in (0, 100) else f"{min(percent, 99.9):.1f}%"
+
+
+def _write(number: Decimal, exponent: int) -> str:
+    if exponent in PLAIN_EXPONENTS or not number.is_finite():
+        return f"{number:f}"
+    return f"{number.scaleb(-exponent):f}e{exponent}"

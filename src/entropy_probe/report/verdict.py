@@ -1,0 +1,157 @@
+"""What a result says, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from entropy_probe.report.numbers import format_number, format_percent
+from entropy_probe.results import Estimate, ProbeResult, Realized
+
+__all__ = ["Verdict", "VerdictKind", "verdict"]
+
+VerdictKind = Literal[
+    "agrees within error",
+    "beyond the linear range",
+    "indistinguishable from 0",
+    "distinguishable from 0",
+    "low effective sample size",
+]
+
+NUM_SE = 2.0
+LINEAR_RANGE = 0.1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A result in words.
+
+    Attributes:
+        kind: the finding, one of a fixed set.
+        sentence: the finding with its numbers and, where something is wrong, what to do.
+    """
+
+    kind: VerdictKind
+    sentence: str
+
+
+def verdict(result: ProbeResult) -> Verdict:
+    """Judge a result by its own standard errors; two of them are the bar throughout.
+
+    ======================== ==========================================================================
+    kind                     when
+    ======================== ==========================================================================
+    low effective sample size the step moved the policy too far for the evaluation rollouts to measure it
+    indistinguishable from 0 neither the predicted nor the realized change exceeds two standard errors
+    beyond the linear range  they differ by more than two paired standard errors, and by more than 10% of
+                             the prediction (or of its standard error, where that is larger)
+    agrees within error      otherwise
+    distinguishable from 0   only one of the two was computed, and it exceeds two standard errors
+    ======================== ==========================================================================
+
+    Raises:
+        ValueError: if the result holds neither a prediction nor a measurement, or both without their difference.
+    """
+    predicted, realized = result.predicted, result.realized
+    if realized is not None and realized.status == "low_ess":
+        return _low_ess(realized, predicted)
+    changes = [change for change in (predicted, realized) if change is not None]
+    if not changes:
+        raise ValueError("result: expected a predicted or a realized change, got neither; probe the checkpoint again")
+    if not any(_is_significant(change) for change in changes):
+        return _indistinguishable(result)
+    if predicted is None or realized is None:
+        return _one_sided(changes[0], "predicted" if realized is None else "measured")
+    return _compare(predicted, realized, _difference(result))
+
+
+def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> Verdict:
+    if _is_beyond_linear_range(predicted, difference):
+        return Verdict(
+            "beyond the linear range",
+            f"The entropy {_went(realized)} by {_size(realized)}, not by the {_size(predicted)} predicted"
+            f"{_direction(predicted, realized)}: the difference is {_in_errors(difference)} paired standard errors. "
+            "The step is too large for a first-order forecast; trust the realized change, or probe a smaller "
+            "learning rate.",
+        )
+    if _is_significant(difference):
+        qualifier = f"up to a small curvature of {_size(difference)}"
+    else:
+        qualifier = f"to within {_in_errors(difference)} paired standard errors"
+    return Verdict(
+        "agrees within error", f"The entropy {_went(realized)} by {_size(realized)}, as predicted, {qualifier}."
+    )
+
+
+def _indistinguishable(result: ProbeResult) -> Verdict:
+    predicted, realized = result.predicted, result.realized
+    if predicted is not None and realized is not None:
+        subject = "Neither the predicted nor the realized change exceeds"
+        if _is_beyond_linear_range(predicted, _difference(result)):
+            ending = (
+                "The two do differ, by their much smaller paired error, so the step is also beyond the linear range: "
+                "probe a smaller learning rate, and use more rollouts to resolve the change."
+            )
+        else:
+            ending = "Use more rollouts to resolve it."
+    else:
+        subject = f"The {'predicted' if realized is None else 'measured'} change does not exceed"
+        ending = "Use more rollouts to resolve it."
+    return Verdict("indistinguishable from 0", f"{subject} two standard errors. {ending}")
+
+
+def _one_sided(change: Estimate, how: str) -> Verdict:
+    return Verdict(
+        "distinguishable from 0",
+        f"The {how} change is {_in_errors(change)} standard errors from 0: the entropy {_goes(change)} by "
+        f"{_size(change)}.",
+    )
+
+
+def _low_ess(realized: Realized, predicted: Estimate | None) -> Verdict:
+    kept = "" if predicted is None else " The prediction does not depend on it."
+    return Verdict(
+        "low effective sample size",
+        f"Do not trust the realized change: after the step the evaluation rollouts are worth only "
+        f"{realized.ess:.1f} samples ({format_percent(realized.ess_fraction)}).{kept} Probe a smaller learning rate, "
+        "or resample the evaluation rollouts after the step.",
+    )
+
+
+def _difference(result: ProbeResult) -> Estimate:
+    if result.difference is None:
+        raise ValueError("result: expected the difference of realized and predicted, got null; probe again")
+    return result.difference
+
+
+def _is_significant(estimate: Estimate) -> bool:
+    return abs(estimate.value) > NUM_SE * estimate.standard_error
+
+
+def _is_beyond_linear_range(predicted: Estimate, difference: Estimate) -> bool:
+    tolerance = LINEAR_RANGE * max(abs(predicted.value), predicted.standard_error)
+    return _is_significant(difference) and abs(difference.value) > tolerance
+
+
+def _size(change: Estimate) -> str:
+    return f"{format_number(abs(change.value))} {change.unit}"
+
+
+def _went(change: Estimate) -> str:
+    return "fell" if change.value < 0 else "rose"
+
+
+def _goes(change: Estimate) -> str:
+    return "falls" if change.value < 0 else "rises"
+
+
+def _direction(predicted: Estimate, realized: Estimate) -> str:
+    if predicted.value * realized.value < 0:
+        return f" (and in the other direction: predicted to {'fall' if predicted.value < 0 else 'rise'})"
+    return ""
+
+
+def _in_errors(estimate: Estimate) -> str:
+    if estimate.standard_error == 0:
+        return "0" if estimate.value == 0 else "infinitely many"
+    return f"{abs(estimate.value) / estimate.standard_error:.1f}"

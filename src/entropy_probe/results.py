@@ -1,0 +1,274 @@
+"""What a probe returns and what ``results.json`` holds: plain, validated, versioned data.
+
+Reading a result needs no model and no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+__all__ = [
+    "CheckpointReport",
+    "Diagnostics",
+    "Estimate",
+    "GroupReport",
+    "OptimizerStateReport",
+    "PreconditionerReport",
+    "Prediction",
+    "ProbeResult",
+    "Realized",
+]
+
+SCHEMA_VERSION = 1
+RESULTS_FILE = "results.json"
+
+Unit = Literal["nats/token", "nats/sequence"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Estimate(_Record):
+    """A number with its sampling error.
+
+    Attributes:
+        value: the estimate, in ``unit``.
+        standard_error: one standard error, in ``unit``.
+        num_units: independent sampling units behind the standard error (sequences, or prompts).
+        unit: nats per token or nats per sequence.
+        status: ``ok``, or why the number should not be trusted as it stands.
+    """
+
+    value: float
+    standard_error: float = Field(ge=0)
+    num_units: int
+    unit: Unit
+    status: Literal["ok", "low_ess"] = "ok"
+
+
+class Prediction(Estimate):
+    """The first-order change; ``standard_error`` combines the two parts in quadrature.
+
+    Attributes:
+        se_evaluation: the error from the evaluation rollouts, with the update held fixed.
+        se_update: the error from the update rollouts.
+    """
+
+    se_evaluation: float = Field(ge=0)
+    se_update: float = Field(ge=0)
+
+
+class Realized(Estimate):
+    """The change measured after the step.
+
+    Attributes:
+        estimator: ``per_decision`` or ``snis``.
+        ess: effective sample size of the sequence weights, between 1 and the number of sequences.
+        ess_fraction: ``ess`` divided by the number of sequences.
+        max_weight: the largest weight divided by the mean weight; 1 when the step changes nothing.
+    """
+
+    estimator: Literal["per_decision", "snis"]
+    ess: float
+    ess_fraction: float
+    max_weight: float
+
+
+class OptimizerStateReport(_Record):
+    """What the loaded optimizer state covers.
+
+    Attributes:
+        num_parameters: parameter tensors the optimizer steps.
+        num_elements: their elements in all.
+        coverage: share of elements with a usable second moment (present, finite, and not all zero).
+        mapping: how state was matched to parameters.
+        steps: smallest and largest step count over parameters.
+        scale_min: smallest ``1 / (sqrt(v_hat) + eps)``; null when no second moment is usable.
+        scale_max: largest.
+        learning_rates: the learning rate of each parameter group, as used.
+    """
+
+    num_parameters: int
+    num_elements: int
+    coverage: float
+    mapping: str
+    steps: tuple[int, int]
+    scale_min: float | None
+    scale_max: float | None
+    learning_rates: tuple[float, ...]
+
+
+class GroupReport(_Record):
+    """One parameter group of the optimizer file, as stored.
+
+    Attributes:
+        num_parameters: parameter tensors in the group.
+        learning_rate: the rate of the next step.
+        betas: decay rates of the first and second moment.
+        eps: the constant added to the root of the second moment.
+        weight_decay: the group's weight decay.
+        flags: the switches stored with the group (``amsgrad``, ``fused``, ``foreach`` …).
+    """
+
+    num_parameters: int
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    flags: dict[str, bool | None]
+
+
+class CheckpointReport(_Record):
+    """What a checkpoint holds and whether the next optimizer step can be computed from it.
+
+    A field is null, or a tuple empty, when an earlier problem kept it from being read; ``reasons`` says which.
+
+    Attributes:
+        path: the checkpoint directory.
+        kind: a LoRA adapter or full weights.
+        base_model: the base model's directory or hub name; null for full weights.
+        global_step: optimizer steps taken, from ``trainer_state.json``.
+        optimizer: ``AdamW`` or ``Adam``.
+        groups: the parameter groups.
+        num_with_exp_avg_sq: parameter tensors whose entry has a second moment.
+        num_with_step: parameter tensors whose entry has a step count.
+        num_zero_elements: elements whose second moment is exactly 0; their Adam scale is ``1 / eps``.
+        optimizer_state: coverage, mapping, steps and Adam scale over all parameters.
+        verdict: ``healthy``; ``suspicious``: loads, but read the reasons first; ``unusable``: loading raises.
+        reasons: one line for everything that speaks against the checkpoint.
+    """
+
+    path: str
+    kind: Literal["lora", "full"]
+    base_model: str | None = None
+    global_step: int | None = None
+    optimizer: Literal["AdamW", "Adam"] | None = None
+    groups: tuple[GroupReport, ...] = ()
+    num_with_exp_avg_sq: int | None = None
+    num_with_step: int | None = None
+    num_zero_elements: int | None = None
+    optimizer_state: OptimizerStateReport | None = None
+    verdict: Literal["healthy", "suspicious", "unusable"]
+    reasons: tuple[str, ...] = ()
+
+
+class PreconditionerReport(_Record):
+    """How the frozen preconditioner P was built (``geometry: frozen`` only).
+
+    Attributes:
+        coverage: share of elements whose P comes from a second moment.
+        num_identity: elements that got the identity instead.
+        identity_parameters: names of the parameters with such elements.
+        num_clamped: elements whose scale was clamped.
+        max_scale: the largest scale in use.
+        min_denominator: the smallest ``sqrt(v_hat) + eps`` before clamping; null when P is the identity.
+    """
+
+    coverage: float
+    num_identity: int
+    identity_parameters: tuple[str, ...]
+    num_clamped: int
+    max_scale: float
+    min_denominator: float | None
+
+
+class Diagnostics(_Record):
+    """How the numbers came about.
+
+    Attributes:
+        evaluation_unit: what was treated as independent on the evaluation side.
+        num_evaluation_sequences: sequences in the evaluation batch.
+        num_update_sequences: sequences in the update batch.
+        num_update_prompts: prompts in the update batch.
+        gradient_norm: norm of the update gradient before clipping.
+        clip_factor: what clipping multiplied it by, 1 when it did not act.
+        step_norm: Euclidean norm of the parameter change.
+        head: how log-probabilities were computed (``chunked``, or ``logits`` and why).
+        per_unit_gradients: how per-unit gradients were computed.
+        messages: one line each for everything a careful reader should know.
+    """
+
+    evaluation_unit: Literal["sequence", "prompt"]
+    num_evaluation_sequences: int
+    num_update_sequences: int
+    num_update_prompts: int
+    gradient_norm: float
+    clip_factor: float
+    step_norm: float
+    head: str
+    per_unit_gradients: str
+    messages: tuple[str, ...] = ()
+
+
+class ProbeResult(_Record):
+    """The outcome of a probe, as returned by :class:`entropy_probe.EntropyProbe` and saved in ``results.json``.
+
+    Attributes:
+        entropy: H at the checkpoint.
+        predicted: the first-order change of the next step; null after ``measure``.
+        components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it.
+        realized: the change measured after the step; null after ``predict``.
+        difference: realized minus predicted, with the standard error of the paired difference over
+            evaluation units. Much smaller than either error, since both share their sampling noise.
+        contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
+            memory only.
+        optimizer_state: what the optimizer's state covers.
+        preconditioner: the frozen preconditioner, when that geometry was asked for.
+        diagnostics: how the numbers came about.
+        timing: seconds by phase.
+        memory: peak memory in bytes by kind.
+        config: the resolved settings.
+        versions: versions of the libraries involved.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    entropy: Estimate
+    predicted: Prediction | None = None
+    components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)
+    realized: Realized | None = None
+    difference: Estimate | None = None
+    contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
+    optimizer_state: OptimizerStateReport
+    preconditioner: PreconditionerReport | None = None
+    diagnostics: Diagnostics
+    timing: dict[str, float] = Field(default_factory=dict)
+    memory: dict[str, int] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``results.json`` into ``directory`` (made if missing) and return its path.
+
+        The file appears whole or not at all.
+        """
+        path = Path(directory) / RESULTS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ProbeResult:
+        """Read a saved result from its directory or from the file itself.
+
+        Raises:
+            ValueError: if the file is missing or is not a result of this schema.
+        """
+        path = Path(directory)
+        path = path / RESULTS_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a saved result, found no such file; run `entropy-probe run` first")
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(
+                f"{path}: not a result of schema {SCHEMA_VERSION}: {where}: {first['msg']}; probe the checkpoint again"
+            ) from error

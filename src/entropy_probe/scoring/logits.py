@@ -1,0 +1,165 @@
+"""Log-probabilities and exact next-token entropies from logits, or from hidden states in chunks of tokens.
+
+The chunked functions never hold more than one chunk of ``[tokens, V]``. Logits are divided by the temperature, which
+is part of the policy. A masked vocabulary entry (logit ``-inf``) has probability 0 and adds nothing to the entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["OutputHead", "head_scores", "head_surrogate", "logit_scores"]
+
+# Below the largest logit by this much the probability is exactly 0 in float64, and 0 * floor is 0 where 0 * inf is not.
+_FLOOR = -1e4
+_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """The final linear layer and the temperature of the policy ``softmax((hidden W^T + bias) / temperature)``.
+
+    Attributes:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or ``None``.
+        temperature: the sampling temperature.
+    """
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None
+    temperature: float
+
+    def chunk_tokens(self) -> int:
+        """Tokens per chunk, so that one chunk of logits stays around 16 MiB in float32 (at least 64 tokens)."""
+        return max(64, _CHUNK_ELEMENTS // self.weight.shape[0])
+
+    def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+        """Tempered logits in at least float32, as a new tensor."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return z if self.temperature == 1.0 else z.div_(self.temperature)
+
+
+def logit_scores(
+    logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], temperature: float
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
+    """Log-probabilities of the targets and entropies, in nats, differentiable, from whole logits."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    log_p = torch.log_softmax(z, -1)
+    logprobs = log_p.gather(-1, targets[:, None])[:, 0]
+    log_p = log_p.clamp(min=_FLOOR)
+    return logprobs, -(log_p.exp() * log_p).sum(-1)
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """Softmax quantities of one chunk: ``z`` shifted logits, ``e = exp(z)``, their sum, and the scores."""
+
+    rows: slice
+    z: Tensor
+    e: Tensor
+    total: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+
+
+def _chunks(head: OutputHead, hidden: Tensor, targets: Tensor) -> Iterator[_Chunk]:
+    size = head.chunk_tokens()
+    for start in range(0, hidden.shape[0], size):
+        rows = slice(start, min(start + size, hidden.shape[0]))
+        z = head.logits(hidden[rows])
+        z.sub_(z.max(-1, keepdim=True).values)
+        target_logits = z.gather(-1, targets[rows, None])[:, 0]
+        e = z.clamp_(min=_FLOOR).exp()
+        total = e.sum(-1)
+        log_total = total.log()
+        logprobs = target_logits - log_total
+        entropies = log_total - torch.linalg.vecdot(e, z) / total
+        yield _Chunk(rows, z, e, total, logprobs, entropies)
+
+
+@torch.no_grad()
+def head_scores(
+    head: OutputHead, hidden: Float[Tensor, "T D"], targets: Int[Tensor, " T"]
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
+    """Log-probabilities of the targets and entropies, in nats, without a graph."""
+    chunks = [(c.logprobs, c.entropies) for c in _chunks(head, hidden, targets)]
+    logprobs, entropies = zip(*chunks, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+class _HeadSurrogate(torch.autograd.Function):
+    """``sum_t a_t s_t + c_t h_t`` with its gradient taken in the same sweep over the vocabulary.
+
+    ``d s / d z = onehot - p`` and ``d h / d z = -p (log p + h)``, so one chunk of logits serves value and gradient
+    and the backward pass is free. Constant coefficients ``a`` and ``c`` get no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, a: Tensor, c: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        head = OutputHead(weight, bias, temperature)
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if needs_weight else None
+        d_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+        value = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for chunk in _chunks(head, hidden, targets):
+            rows, d_z = chunk.rows, chunk.z
+            a_rows = a[rows].to(d_z.dtype)
+            value += torch.dot(a[rows].double(), chunk.logprobs.double())
+            if c is None:
+                d_z = chunk.e.mul_((-a_rows / chunk.total)[:, None])
+            else:
+                c_rows = c[rows].to(d_z.dtype)
+                value += torch.dot(c[rows].double(), chunk.entropies.double())
+                # d_z = p * (-a - c (log p + h)), with log p = z - log total
+                d_z.mul_(-c_rows[:, None]).add_((c_rows * (chunk.total.log() - chunk.entropies) - a_rows)[:, None])
+                d_z.mul_(chunk.e).div_(chunk.total[:, None])
+            d_z.scatter_add_(-1, targets[rows, None], a_rows[:, None])
+            d_z = d_z.div_(temperature).to(hidden.dtype)
+            d_hidden[rows] = d_z @ weight
+            if d_weight is not None:
+                d_weight.addmm_(d_z.T, hidden[rows])
+            if d_bias is not None:
+                d_bias += d_z.sum(0)
+        ctx.gradients = d_hidden, d_weight, d_bias
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grad_outputs[0]
+        scaled = [None if g is None else g * factor.to(g.dtype) for g in ctx.gradients]
+        return (*scaled, None, None, None, None)
+
+
+def head_surrogate(
+    head: OutputHead,
+    hidden: Float[Tensor, "T D"],
+    targets: Int[Tensor, " T"],
+    logprob_coefficients: Float[Tensor, " T"],
+    entropy_coefficients: Float[Tensor, " T"] | None,
+) -> Float[Tensor, ""]:
+    """The scalar ``sum_t a_t s_t + c_t h_t``, differentiable once in ``hidden`` and the head's parameters.
+
+    Args:
+        head: the output layer.
+        hidden: final hidden states at the positions that predict the targets.
+        targets: token ids.
+        logprob_coefficients: ``a``, constants.
+        entropy_coefficients: ``c``, constants; ``None`` for none, which skips the entropies' share of the work.
+
+    Returns:
+        A float64 scalar.
+    """
+    return _HeadSurrogate.apply(
+        hidden, head.weight, head.bias, targets, logprob_coefficients, entropy_coefficients, head.temperature
+    )  # pyright: ignore[reportReturnType]

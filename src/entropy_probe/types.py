@@ -1,0 +1,198 @@
+"""The data that flows through the package, and the legend of shapes and units.
+
+Legend of shapes (also used as suffixes of local names):
+
+* ``N`` sequences, ``L`` padded tokens per sequence (prompt and response), ``V`` vocabulary,
+* ``T`` response tokens of a whole batch laid out flat, ``U`` independent sampling units,
+* ``B`` prompts of the update batch, ``G`` responses per prompt.
+
+Units: log-probabilities and entropies are in nats. Entropies and entropy changes of a batch are in nats per
+token or nats per sequence, and every :class:`Estimate` says which. A negative change means that entropy falls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["Rollouts", "TokenScores"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """A batch of prompts and sampled responses, padded to a common length on either side.
+
+    Attributes:
+        input_ids: token ids, prompt followed by response, ``[N, L]``.
+        attention_mask: true for real tokens, one contiguous run per sequence, ``[N, L]``.
+        response_mask: true for the tokens the policy sampled, the end-of-sequence token included and nothing
+            after it, ``[N, L]``. Gaps are allowed (tool output inside a response); an empty response is not.
+        prompt_ids: which prompt a sequence answers, ``[N]``; equal ids share a prompt.
+        advantages: per sequence ``[N]`` or per token ``[N, L]``, used as given. Needed for the update batch only.
+        rewards: the scalar reward of each sequence, ``[N]``.
+        sampled_logprobs: the sampler's own log-probabilities in nats, ``[N, L]``.
+
+    Masks of any integer or boolean type are accepted and stored as booleans.
+
+    Raises:
+        ValueError: if shapes disagree, a mask is inconsistent, a response is empty or has no token before it, or
+            a number is not finite.
+    """
+
+    # Plain tensors, checked by hand below: masks of any type are accepted, and a user's mistake gets one clear line.
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    prompt_ids: Tensor
+    advantages: Tensor | None = None
+    rewards: Tensor | None = None
+    sampled_logprobs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("attention_mask", "response_mask"):
+            object.__setattr__(self, name, getattr(self, name).bool())
+        self._check_shapes()
+        self._check_masks()
+        self._check_finite()
+
+    def _check_shapes(self) -> None:
+        if self.input_ids.dim() != 2 or self.input_ids.shape[0] == 0:
+            raise ValueError(
+                f"input_ids: expected shape [N, L] with N >= 1, got {tuple(self.input_ids.shape)}; stack the "
+                "sequences and pad them to one length"
+            )
+        n, length = self.input_ids.shape
+        allowed = {
+            "attention_mask": [(n, length)],
+            "response_mask": [(n, length)],
+            "prompt_ids": [(n,)],
+            "advantages": [(n,), (n, length)],
+            "rewards": [(n,)],
+            "sampled_logprobs": [(n, length)],
+        }
+        for name, shapes in allowed.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) not in shapes:
+                expected = " or ".join(str(list(shape)) for shape in shapes)
+                raise ValueError(f"{name}: expected shape {expected} to match input_ids, got {list(value.shape)}")
+        for name in ("input_ids", "prompt_ids"):
+            if getattr(self, name).is_floating_point():
+                raise ValueError(f"{name}: expected integers, got {getattr(self, name).dtype}")
+
+    def _check_masks(self) -> None:
+        attention, response = self.attention_mask, self.response_mask
+        _refuse_rows(~response.any(1), "response is empty", "drop the sequence; a response has at least its end token")
+        _refuse_rows((response & ~attention).any(1), "response_mask covers padding", "mask only real tokens")
+        starts = attention & ~torch.nn.functional.pad(attention, (1, 0))[:, :-1]
+        _refuse_rows(starts.sum(1) != 1, "attention_mask is not one contiguous run", "pad on one side only")
+        _refuse_rows(
+            (response & starts).any(1),
+            "response starts at the first token",
+            "keep at least one prompt token before it, since nothing predicts the first token",
+        )
+
+    def _check_finite(self) -> None:
+        for name in ("advantages", "rewards", "sampled_logprobs"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            bad = ~torch.isfinite(value)
+            if value.dim() == 2:
+                bad = (bad & self.response_mask).any(1)
+            _refuse_rows(bad, f"{name} are not finite", "recompute them; NaN or infinite values are never dropped")
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of distinct prompts."""
+        return int(self.prompt_ids.unique().numel())
+
+    @property
+    def response_lengths(self) -> Int[Tensor, " N"]:
+        """Response tokens per sequence."""
+        return self.response_mask.sum(1)
+
+    @cached_property
+    def token_advantages(self) -> Float[Tensor, "N L"]:
+        """The advantages spread over response tokens, 0 elsewhere.
+
+        Raises:
+            ValueError: if the batch has no advantages.
+        """
+        if self.advantages is None:
+            raise ValueError("advantages: expected [N] or [N, L] on an update batch, got None; set Rollouts.advantages")
+        per_token = self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
+        return torch.where(self.response_mask, per_token, torch.zeros((), dtype=per_token.dtype))
+
+    def select(self, rows: Tensor) -> Rollouts:
+        """The sequences at the given indices or boolean mask, in that order."""
+
+        def take(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[rows]
+
+        return Rollouts(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            self.response_mask[rows],
+            self.prompt_ids[rows],
+            advantages=take(self.advantages),
+            rewards=take(self.rewards),
+            sampled_logprobs=take(self.sampled_logprobs),
+        )
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the batch with its token ids, one sequence per row; see :mod:`entropy_probe.sampling.files`."""
+        from entropy_probe.sampling.files import write_rollouts
+
+        write_rollouts(self, Path(path))
+
+    @classmethod
+    def from_parquet(cls, path: str | Path) -> Rollouts:
+        """Read a batch written by :meth:`to_parquet`.
+
+        Raises:
+            ValueError: if the file is missing, is not Parquet, or lacks a column.
+        """
+        from entropy_probe.sampling.files import read_rollouts
+
+        return read_rollouts(Path(path))
+
+
+def _refuse_rows(bad: Tensor, what: str, remedy: str) -> None:
+    if bool(bad.any()):
+        rows = bad.nonzero()[:, 0].tolist()
+        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+        raise ValueError(f"rollouts: {what} in {len(rows)} of {len(bad)} sequences (index {shown}); {remedy}")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """Log-probabilities and next-token entropies of sampled tokens under one set of parameters, in nats.
+
+    Attributes:
+        logprobs: ``s_t = log pi(y_t | prompt, y_<t)`` at response tokens, 0 elsewhere, ``[N, L]``.
+        entropies: ``h_t``, the entropy of the next-token distribution that ``y_t`` was drawn from, at response
+            tokens, 0 elsewhere, ``[N, L]``.
+        response_mask: which entries count, ``[N, L]``.
+    """
+
+    logprobs: Float[Tensor, "N L"]
+    entropies: Float[Tensor, "N L"]
+    response_mask: Bool[Tensor, "N L"]
+
+    @property
+    def sequence_logprobs(self) -> Float[Tensor, " N"]:
+        """``S``, the log-probability of each response in nats, summed in float64."""
+        return self.logprobs.double().sum(1)
+
+    @property
+    def response_lengths(self) -> Int[Tensor, " N"]:
+        """``T``, the number of response tokens of each sequence."""
+        return self.response_mask.sum(1)

@@ -1,0 +1,1 @@
+"""From rollouts to a parameter change: streaming gradients, the optimizer step and its parts."""

@@ -1,0 +1,309 @@
+"""Gradients of a token surrogate: their sum over a batch, and their share per unit, in one streaming pass.
+
+Two paths give the same numbers. ``taps``: when everything trainable is the weight or bias of plain ``nn.Linear``
+layers (LoRA), one backward pass over a microbatch of many sequences is enough, since the input and the output
+gradient of a linear layer determine each sequence's weight gradient. ``per unit``: for any module, one backward pass
+per unit. Only one microbatch's graph is alive at a time, and ``.grad`` is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from entropy_probe.named import NamedVector
+from entropy_probe.scoring.forward import Microbatch, Progress, Scorer
+from entropy_probe.types import Rollouts
+
+__all__ = ["UnitGradients", "tappable", "unit_gradients"]
+
+_BLOCK_ELEMENTS = 2**23
+"""Per-sequence gradients of one layer are formed for at most this many elements at a time."""
+_CACHED_ELEMENTS = 2**26
+"""Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGradients:
+    """The outcome of one pass over a batch.
+
+    Attributes:
+        total: the gradient of the whole surrogate by parameter name; ``None`` where it does not reach.
+        dots: inner products of each unit's gradient with the given directions, ``[K, U]``, float64.
+        stored: each unit's gradient, parameters laid out in order, ``[U, P]`` on the CPU; ``None`` unless asked for.
+    """
+
+    total: dict[str, Tensor | None]
+    dots: Float[Tensor, "K U"]
+    stored: Float[Tensor, "U P"] | None
+
+    def dot_stored(self, direction: NamedVector) -> Float[Tensor, " U"]:
+        """Inner products of the stored gradients with one more direction, in float64."""
+        assert self.stored is not None
+        flat = torch.cat([direction[name].reshape(-1) for name in self.total]).double().cpu()
+        return torch.stack([row.double() @ flat for row in self.stored])
+
+
+class _Sums:
+    """Where a pass accumulates, one contribution at a time."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        directions: Sequence[NamedVector],
+        num_units: int,
+        store: bool,
+    ) -> None:
+        self.total: dict[str, Tensor | None] = dict.fromkeys(parameters)
+        self.dots = torch.zeros(len(directions), num_units, dtype=torch.float64)
+        sizes = [p.numel() for p in parameters.values()]
+        starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        self._slices = {name: slice(a, b) for name, a, b in zip(parameters, starts[:-1], starts[1:], strict=True)}
+        self.stored = torch.zeros(num_units, starts[-1]) if store else None
+        if store and any(p.dtype == torch.float64 for p in parameters.values()):
+            self.stored = torch.zeros(num_units, starts[-1], dtype=torch.float64)
+        self._directions = directions
+        small = len(directions) * starts[-1] <= _CACHED_ELEMENTS
+        self._cache = {name: self._stack(name) for name in parameters} if directions and small else {}
+
+    def _stack(self, name: str) -> Tensor:
+        """The directions of one parameter in float64, ``[K, p]``."""
+        return torch.stack([d[name].reshape(-1).double() for d in self._directions])
+
+    def add_total(self, name: str, gradient: Tensor) -> None:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        seen = self.total[name]
+        self.total[name] = gradient.clone() if seen is None else seen.add_(gradient)
+
+    def add_units(self, name: str, units: Tensor, gradients: Tensor) -> None:
+        """Gradients of one parameter, ``[n, ...]``, each belonging to ``units[n]``; their sum joins the total."""
+        self.add_total(name, gradients.sum(0))
+        flat = gradients.reshape(len(units), -1)
+        if self._directions:
+            along = self._cache[name] if self._cache else self._stack(name)
+            self.dots.index_add_(1, units, (along @ flat.double().T).cpu())
+        if self.stored is not None:
+            block = flat.to("cpu", self.stored.dtype)
+            for unit, row in zip(units.tolist(), block, strict=True):
+                self.stored[unit, self._slices[name]] += row
+
+
+def unit_gradients(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    logprobs: Float[Tensor, "N L"],
+    entropies: Float[Tensor, "N L"] | None,
+    units: Tensor,
+    *,
+    directions: Sequence[NamedVector] = (),
+    store: bool = False,
+    taps: bool = False,
+    progress: Progress | None = None,
+) -> UnitGradients:
+    """Differentiate ``sum_it logprobs_it s_it + entropies_it h_it`` over a batch.
+
+    Args:
+        scorer: the policy.
+        parameters: what to differentiate with respect to, by name.
+        rollouts: the batch.
+        logprobs: constant coefficients of the log-probabilities.
+        entropies: constant coefficients of the entropies, or ``None``.
+        units: the unit of each sequence, ``[N]``, numbered from 0.
+        directions: vectors to take each unit's inner product with.
+        store: keep each unit's gradient.
+        taps: read per-sequence gradients off the linear layers; only if :func:`tappable` says so.
+        progress: called with sequences done and in all.
+    """
+    sums = _Sums(parameters, directions, int(units.max()) + 1, store)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, len(rollouts))
+
+    with torch.enable_grad():
+        if taps:
+            for batch in scorer.microbatches(rollouts):
+                _tapped_backward(scorer, parameters, batch, logprobs, entropies, units, sums)
+                report(len(batch.rows))
+        elif directions or store:
+            members = torch.split(units.argsort(stable=True), units.bincount().tolist())
+            for unit, rows in enumerate(members):
+                _plain_backward(scorer, parameters, rollouts, rows, logprobs, entropies, sums, unit)
+                report(len(rows))
+        else:
+            rows = torch.arange(len(rollouts))
+            _plain_backward(scorer, parameters, rollouts, rows, logprobs, entropies, sums, None, report)
+    return UnitGradients(sums.total, sums.dots, sums.stored)
+
+
+def _plain_backward(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    rows: Tensor,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    sums: _Sums,
+    unit: int | None,
+    report: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Ordinary backward passes over some rows, which all belong to ``unit`` unless that is ``None``."""
+    for batch in scorer.microbatches(rollouts, rows):
+        value = scorer.surrogate(batch, logprobs, entropies)
+        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if unit is None:
+                sums.add_total(name, gradient)
+            else:
+                sums.add_units(name, torch.tensor([unit]), gradient[None])
+        report(len(batch.rows))
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; its backward hands the layer's input and output gradient to a consumer.
+
+    ``anchor`` is a scalar that every tap takes as an input: asking for its gradient makes the engine visit all taps
+    and nothing that they do not need, weight gradients in particular.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, layer_input: Tensor, consume: Any) -> Tensor:
+        ctx.save_for_backward(layer_input)
+        ctx.consume = consume
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = grad_outputs
+        ctx.consume(ctx.saved_tensors[0], gradient)
+        return gradient, gradient.new_zeros(()), None, None
+
+
+def _linear_layers(model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[nn.Linear, dict[str, str]] | str:
+    """The plain linear layers that hold the parameters: layer -> {"weight" or "bias": name}. Or why not."""
+    names = {id(p): name for name, p in parameters.items()}
+    layers: dict[nn.Linear, dict[str, str]] = {}
+    seen: set[str] = set()
+    for module in model.modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            name = names.get(id(parameter))
+            if name is None:
+                continue
+            if type(module) is not nn.Linear:
+                return f"{name} belongs to a {type(module).__name__}"
+            if name in seen:
+                return f"{name} is shared between layers"
+            seen.add(name)
+            layers.setdefault(module, {})[kind] = name
+    missing = parameters.keys() - seen
+    return f"{min(missing)} was not found in a layer" if missing else layers
+
+
+class _UntappableError(Exception):
+    """A linear layer was called on something other than ``[sequences, tokens, features]``."""
+
+
+@contextmanager
+def _tapped(
+    model: nn.Module,
+    parameters: Mapping[str, Parameter],
+    anchor: Tensor,
+    consume: Callable[[str, slice, Tensor], None],
+    n: int,
+) -> Iterator[None]:
+    """Tap the linear layers during a forward pass over ``n`` sequences.
+
+    ``consume`` gets a parameter's name, a range of sequences, and their gradients, during the backward pass.
+    """
+    layers = _linear_layers(model, parameters)
+    assert not isinstance(layers, str)
+
+    def tap(kinds: dict[str, str], args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if args[0].dim() != 3 or args[0].shape[0] != n:
+            raise _UntappableError(f"{min(kinds.values())} was called on shape {tuple(args[0].shape)}")
+
+        def receive(layer_input: Tensor, gradient: Tensor) -> None:
+            if "bias" in kinds:
+                consume(kinds["bias"], slice(0, n), gradient.sum(1))
+            if "weight" in kinds:
+                size = max(1, _BLOCK_ELEMENTS // (gradient.shape[-1] * layer_input.shape[-1]))
+                for start in range(0, n, size):
+                    block = slice(start, min(start + size, n))
+                    # [n, l, out] and [n, l, in] -> the weight gradient of each sequence, [n, out, in]
+                    inputs = layer_input[block].to(gradient.dtype)
+                    consume(kinds["weight"], block, torch.bmm(gradient[block].transpose(1, 2), inputs))
+
+        return _Tap.apply(output, anchor, args[0].detach(), receive)  # pyright: ignore[reportReturnType]
+
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, kinds=kinds: tap(kinds, args, cast(Tensor, output)))
+        for layer, kinds in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tapped_backward(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    batch: Microbatch,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    units: Tensor,
+    sums: _Sums,
+) -> None:
+    anchor = torch.zeros((), device=scorer.device, requires_grad=True)
+    row_units = units[batch.rows]
+
+    def consume(name: str, block: slice, gradients: Tensor) -> None:
+        sums.add_units(name, row_units[block], gradients)
+
+    with _tapped(scorer.model, parameters, anchor, consume, len(batch.rows)):
+        value = scorer.surrogate(batch, logprobs, entropies)
+        torch.autograd.grad(value, anchor, allow_unused=True)
+
+
+def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> str | None:
+    """Why per-sequence gradients cannot be read off the linear layers, or ``None`` if they can.
+
+    Beyond the layers' types this compares, on the two shortest sequences, the sum of per-sequence gradients with
+    autograd's own: a weight that also acts outside its layer's forward pass would show there.
+    """
+    layers = _linear_layers(scorer.model, parameters)
+    if isinstance(layers, str):
+        return layers
+    shortest = rollouts.attention_mask.sum(1).argsort(stable=True)[:2]
+    few = rollouts.select(shortest)
+    ones, units = few.response_mask.double(), torch.arange(len(few))
+    arguments = (scorer, parameters, few, ones, ones, units)
+    try:
+        tapped = unit_gradients(*arguments, taps=True).total
+    except _UntappableError as error:
+        return str(error)
+    plain = unit_gradients(*arguments).total
+    for name, expected in plain.items():
+        actual = tapped[name]
+        if expected is None or actual is None:
+            if expected is not actual:
+                return f"{name} is reached by only one of taps and autograd"
+            continue
+        tolerance = 1e-3 if expected.dtype == torch.float32 else 1e-6
+        if bool((actual - expected).norm() > tolerance * expected.norm().clamp(min=1e-12)):
+            return f"{name} also acts outside its layer"
+    return None

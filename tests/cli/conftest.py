@@ -1,0 +1,96 @@
+"""A LoRA checkpoint trained once, a config that probes it, and the command line in process and out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from entropy_probe.cli import app
+from tests.tiny import train_grpo
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's directory (``base/``, ``checkpoint-2/``) and a JSONL file of prompts."""
+
+    directory: Path
+    checkpoint: Path
+    prompts: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    directory = tmp_path_factory.mktemp("trained")
+    checkpoint = train_grpo(directory, lora=True, steps=2, save_steps=2)
+    prompts = directory / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a in range(10) for b in range(5)]
+    prompts.write_text("\n".join(lines))
+    return Trained(directory, checkpoint, prompts)
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path) -> Path:
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(trained.checkpoint, tmp_path / "checkpoint-2"))
+
+
+@pytest.fixture
+def config(trained, tmp_path) -> Path:
+    """A config file that writes into ``tmp_path / 'out'``."""
+    settings: dict[str, Any] = {
+        "checkpoint": str(trained.checkpoint),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "prompts": {"jsonl": str(trained.prompts)},
+        "reward": "tests.cli.rewards:odd_characters",
+        "update": {"num_prompts": 4, "group_size": 4},
+        "evaluation": {"total_sequences": 24},
+        "probe": {"max_completion_length": 8, "max_grad_norm": 0.5, "learning_rate": 1e-4},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def invoke(*args: Any) -> Result:
+    """The command line in this process."""
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def execute(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str):
+    """The command line in a process of its own, with this repository importable."""
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, *command, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | environment,
+        check=False,
+    )
+
+
+@pytest.fixture
+def refused() -> Callable[..., str]:
+    """Run a command that must end with exit code 2 and one line on stderr; return that line."""
+
+    def refused(*args: Any) -> str:
+        result = invoke(*args)
+        assert result.exit_code == 2, (result.output, result.exception)
+        assert result.stdout == ""
+        errors = [line for line in result.stderr.splitlines() if not line[:2].isdigit()]
+        assert len(errors) == 1, result.stderr
+        assert errors[0].startswith("error: ")
+        return errors[0].removeprefix("error: ")
+
+    return refused

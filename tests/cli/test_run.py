@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from entropy_probe import ProbeResult, Rollouts
+from tests.cli.conftest import execute, invoke
+
+
+def run(*args) -> str:
+    result = invoke("run", *args)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def numbers(directory) -> dict:
+    """Everything in a result but how long it took and how much memory."""
+    saved = json.loads((directory / "results.json").read_text())
+    return {key: value for key, value in saved.items() if key not in ("timing", "memory")}
+
+
+@pytest.fixture(scope="module")
+def once(trained, tmp_path_factory):
+    """One run through the real command, shared by the tests that only look at it."""
+    directory = tmp_path_factory.mktemp("once")
+    settings = {
+        "checkpoint": str(trained.checkpoint),
+        "prompts": {"jsonl": str(trained.prompts)},
+        "reward": "tests.cli.rewards:odd_characters",
+        "update": {"num_prompts": 4, "group_size": 4},
+        "evaluation": {"total_sequences": 24},
+        "probe": {"max_completion_length": 8},
+    }
+    (directory / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = execute("run", directory / "run.yaml", "--output-dir", directory / "out", "--learning-rate", "8e-7")
+    assert done.returncode == 0, done.stderr
+    return directory / "out", done
+
+
+def test_a_run_directory_holds_the_run(once):
+    out, done = once
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml", "evaluation.parquet", "results.json", "update.parquet"
+    ]  # fmt: skip
+    assert f"Saved in {out}: config.yaml, evaluation.parquet, results.json, update.parquet" in done.stdout
+    assert "\x1b[" not in done.stdout + done.stderr
+    assert all(line[2] == ":" for line in done.stderr.splitlines()), done.stderr
+    assert "sample evaluation: 24 of 24" in done.stderr
+
+    result = ProbeResult.load(out)
+    assert result.predicted is not None
+    assert result.realized is not None
+    assert result.difference is not None
+    assert result.predicted.value != 0
+    assert sum(part.value for part in result.components.values()) == pytest.approx(result.predicted.value, rel=1e-6)
+    assert result.difference.value == pytest.approx(result.realized.value - result.predicted.value, abs=1e-15)
+    assert result.diagnostics.evaluation_unit == "sequence"
+    assert result.optimizer_state.learning_rates[0] == 8e-7
+    assert "load checkpoint" in result.timing
+    assert len(Rollouts.from_parquet(out / "update.parquet")) == 16
+    assert len(Rollouts.from_parquet(out / "evaluation.parquet")) == 24
+
+
+def test_a_run_repeats_from_its_own_config(once, tmp_path):
+    out, _ = once
+    again = execute("run", out / "config.yaml", "--output-dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert numbers(tmp_path / "again") == numbers(out)
+    for name in ("update.parquet", "evaluation.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_run_repeats_from_its_saved_rollouts_without_prompts_or_reward(once, tmp_path):
+    out, _ = once
+    rollouts = [f"rollouts.{name}={out / name}.parquet" for name in ("update", "evaluation")]
+    run(out / "config.yaml", *rollouts, "prompts=null", "reward=null", "--output-dir", tmp_path / "again")
+    first, again = numbers(out), numbers(tmp_path / "again")
+    for part in ("entropy", "predicted", "realized", "difference"):
+        assert again[part]["value"] == pytest.approx(first[part]["value"], rel=1e-4, abs=1e-12), part
+        assert again[part]["standard_error"] == pytest.approx(first[part]["standard_error"], rel=1e-4), part
+    config = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    assert config["update"] is None
+    assert config["rollouts"]["update"] == str(out / "update.parquet")
+
+
+def test_report_shows_the_saved_result_as_the_run_did(once):
+    out, done = once
+    for target in (out, out / "results.json"):
+        shown = invoke("report", target)
+        assert shown.exit_code == 0
+        assert shown.stdout == done.stdout
+
+
+def test_overwrite_replaces_a_run(config, tmp_path, refused):
+    out = tmp_path / "out"
+    run(config)
+    first = numbers(out)
+    (out / "notes.txt").write_text("mine")
+    assert "holds files; choose another one or pass --overwrite" in refused("run", config)
+    assert numbers(out) == first
+    run(config, "--overwrite", "save_rollouts=false", "update.seed=7")
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "notes.txt", "results.json"]
+    assert numbers(out)["predicted"] != first["predicted"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["update"]["seed"] == 7
+
+
+def test_rollouts_inside_the_overwritten_directory_survive(config, tmp_path):
+    out = tmp_path / "out"
+    run(config)
+    before = (out / "update.parquet").read_bytes()
+    run(config, f"rollouts.update={out}/update.parquet", "save_rollouts=false", "--overwrite")
+    assert (out / "update.parquet").read_bytes() == before
+    assert not (out / "evaluation.parquet").exists()
+
+
+def test_dropped_prompts_and_other_notes_reach_the_reader(config, tmp_path):
+    # no random response is the right answer, so that every advantage is 0
+    shown = run(config, "reward=exact_match")
+    assert "4 of 4 prompts have equal rewards" in " ".join(shown.split())
+    messages = ProbeResult.load(tmp_path / "out").diagnostics.messages
+    assert any(message.startswith("update: 4 of 4 prompts") for message in messages)
+
+
+def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):
+    done = execute("run", config, "reward=tests.cli.rewards:broken")
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert lines == ["error: KeyError: 'no such\\nreference'; set ENTROPY_PROBE_DEBUG=1 to see the traceback"]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    debug = execute("run", config, "reward=tests.cli.rewards:broken", ENTROPY_PROBE_DEBUG="1")
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_loads_nothing_heavy():
+    done = execute(
+        command=("-c", "import sys; import entropy_probe.cli; print([m for m in sys.modules if m in "
+        "('transformers', 'peft', 'pyarrow', 'entropy_probe.cli.config', 'rich.progress')])")
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+    done = execute("--help")
+    assert done.returncode == 0
+    for name in ("run", "inspect", "report", "demo"):
+        assert name in done.stdout
+
+
+@pytest.mark.slow
+def test_demo_trains_probes_and_reuses_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = execute("demo")
+    assert first.returncode == 0, first.stderr
+    assert "runs/demo: config.yaml, evaluation.parquet, results.json, update.parquet" in first.stdout
+    before = numbers(tmp_path / "runs" / "demo")
+    again = execute("demo")
+    assert again.returncode == 0, again.stderr
+    assert "warm start" in first.stderr
+    assert "warm start" not in again.stderr
+    assert numbers(tmp_path / "runs" / "demo") == before

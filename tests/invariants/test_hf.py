@@ -1,0 +1,203 @@
+"""The same properties on small Hugging Face models, in float32, with and without LoRA."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.scoring.forward import Scorer, microbatch_rows
+from tests.invariants.test_probe import numbers
+from tests.tiny import tiny_policy
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def rollouts(n: int = 24, seed: int = 0, group: int = 4) -> Rollouts:
+    """Random prompts and responses of varied length, left-padded prompts and right-padded responses, as trainers do."""
+    g = torch.Generator().manual_seed(seed)
+    prompt, response = 6, 9
+    ids = torch.randint(3, 12, (n, prompt + response), generator=g)
+    column = torch.arange(prompt + response)
+    prompts = torch.randint(2, prompt + 1, (n // group, 1), generator=g).repeat_interleave(group, 0)
+    responses = torch.randint(1, response + 1, (n, 1), generator=g)
+    attention = (column >= prompt - prompts) & (column < prompt + responses)
+    answers = attention & (column >= prompt)
+    return Rollouts(ids, attention, answers, torch.arange(n // group).repeat_interleave(group),
+                    advantages=torch.randn(n, generator=g))  # fmt: skip
+
+
+def policy(kind: str, architecture: str = "qwen2", **config):
+    model, _ = tiny_policy(architecture, **config)
+    if kind == "lora":
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.05)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.01)
+    g = torch.Generator().manual_seed(1)
+    saved = [p.detach().clone() for p in trainable]
+    for _ in range(2):
+        for p in trainable:
+            p.grad = 1e-2 * torch.randn(p.shape, generator=g)
+        optimizer.step()
+    for p, value in zip(trainable, saved, strict=True):
+        p.data.copy_(value)
+        p.grad = None
+    return model, optimizer
+
+
+KINDS = [("lora", {}), ("full", {}), ("full", {"tie_word_embeddings": True})]
+IDS = ["lora", "full", "full-tied"]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
+def test_chunked_head_equals_the_models_own_logits(architecture, kind, config):
+    model, _ = policy(kind, architecture, **config)
+    batch = rollouts()
+    scorer = Scorer(model, 0.7, 64)
+    scorer.prepare(batch)
+    assert scorer.head_path == "chunked"
+    with torch.no_grad():
+        got = scorer.score(batch)
+        scorer._split = None
+        expected = scorer.score(batch)
+    torch.testing.assert_close(got.logprobs, expected.logprobs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(got.entropies, expected.entropies, atol=2e-5, rtol=1e-5)
+    assert (got.logprobs[~batch.response_mask] == 0).all()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_scores_equal_one_sequence_at_a_time(padding):
+    """No padding, no batch: what each sequence means on its own."""
+    model, _ = policy("lora")
+    batch = rollouts()
+    scorer = Scorer(model, 1.0, 64)
+    scorer.prepare(batch)
+    got = scorer.score(batch)
+    for i in range(len(batch)):
+        real = batch.attention_mask[i]
+        ids = batch.input_ids[i, real][None]
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+        s = log_p.gather(-1, ids[0, 1:, None])[:, 0]
+        inside = batch.response_mask[i, real][1:]
+        torch.testing.assert_close(got.logprobs[i, batch.response_mask[i]].double(), s[inside], atol=1e-5, rtol=1e-5)
+        h = -(log_p.exp() * log_p).sum(-1)
+        torch.testing.assert_close(got.entropies[i, batch.response_mask[i]].double(), h[inside], atol=1e-5, rtol=1e-5)
+
+
+def test_models_that_change_logits_use_their_own(monkeypatch):
+    """A soft cap after the head leaves tiny logits nearly unchanged; it must be noticed all the same."""
+    model, _ = policy("full", initializer_range=0.001)
+    inner = type(model)
+    original = inner.forward
+
+    def capped(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        out.logits = 30 * torch.tanh(out.logits / 30)
+        return out
+
+    monkeypatch.setattr(inner, "forward", capped)
+    scorer = Scorer(model, 1.0, 64)
+    scorer.prepare(rollouts())
+    assert scorer.head_path.startswith("logits (the model changes logits")
+
+
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
+def test_prediction_agrees_with_measurement_as_the_step_shrinks(kind, config):
+    model, optimizer = policy(kind, **config)
+    update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
+    gaps = []
+    for lr in (1e-3, 1e-4):
+        result = EntropyProbe(model, optimizer, ProbeConfig(learning_rate=lr)).run(update=update, evaluation=evaluation)
+        gaps.append(abs(result.difference.value) / abs(result.predicted.value))
+        assert result.realized.status == "ok"
+    assert gaps[0] < 0.7
+    assert gaps[1] < 0.4 * gaps[0]
+
+
+def test_taps_equal_one_backward_per_unit(monkeypatch):
+    model, optimizer = policy("lora")
+    update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
+    fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
+    assert fast.diagnostics.per_unit_gradients == "linear-layer taps"
+    monkeypatch.setattr("entropy_probe.probe.tappable", lambda *a: "switched off by a test")
+    generic = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
+    for key, value in numbers(fast).items():
+        # float32 scores before and after a small step leave about 1e-7 of noise in measured changes
+        noise = 1e-7 if "realized" in key or "difference" in key else 1e-9
+        assert numbers(generic)[key] == pytest.approx(value, rel=1e-4, abs=noise), key
+
+
+def test_a_weight_that_acts_outside_its_layer_is_noticed():
+    model, optimizer = policy("lora")
+    layer = next(m for n, m in model.named_modules() if n.endswith("q_proj.lora_A.default"))
+    model.get_base_model().model.norm.register_forward_hook(lambda module, args, out: out + layer.weight[0])
+    result = EntropyProbe(model, optimizer).predict(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
+    assert "q_proj.lora_A.default.weight also acts outside its layer" in result.diagnostics.per_unit_gradients
+
+
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
+def test_invariant_to_microbatches_padding_and_order(kind, config):
+    model, optimizer = policy(kind, **config)
+    update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
+    tight = Rollouts(*(getattr(evaluation, n)[:, evaluation.attention_mask.any(0)] for n in
+                       ("input_ids", "attention_mask", "response_mask")), evaluation.prompt_ids)  # fmt: skip
+    g = torch.Generator().manual_seed(3)
+    expected = numbers(EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation))
+    others = [
+        EntropyProbe(model, optimizer, ProbeConfig(max_tokens_per_microbatch=20)).run(update=update, evaluation=tight),
+        EntropyProbe(model, optimizer).run(
+            update=update.select(torch.randperm(len(update), generator=g)),
+            evaluation=evaluation.select(torch.randperm(len(evaluation), generator=g)),
+        ),
+    ]
+    for other in others:
+        for key, value in numbers(other).items():
+            # the paired difference is second order in a small step, where float32 leaves fewer digits
+            rel = 5e-2 if "difference" in key else 1e-3
+            assert value == pytest.approx(expected[key], rel=rel, abs=2e-7), key
+
+
+def test_twice_in_a_row_is_identical_and_leaves_the_model_alone():
+    model, optimizer = policy("lora")
+    model.train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
+    probe = EntropyProbe(model, optimizer)
+    assert numbers(probe.run(update=update, evaluation=evaluation)) == numbers(
+        probe.run(update=update, evaluation=evaluation)
+    )
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(m.training for m in model.modules())
+
+
+def test_too_long_and_unknown_tokens_are_refused():
+    model, optimizer = policy("full", max_position_embeddings=12)
+    with pytest.raises(ValueError, match=r"expected at most 12 tokens per sequence \(the model's context\), got 1\d"):
+        EntropyProbe(model, optimizer).run(update=rollouts(), evaluation=rollouts())
+    model, optimizer = policy("full")
+    batch = rollouts()
+    batch.input_ids[0, 6] = 9999
+    with pytest.raises(ValueError, match=r"expected token ids below \d+ \(the model's vocabulary\), got 9999"):
+        EntropyProbe(model, optimizer).run(update=batch, evaluation=rollouts())
+
+
+def test_low_precision_is_refused_unless_asked_for():
+    model, optimizer = policy("full")
+    model.bfloat16()
+    with pytest.raises(ValueError, match=r"expected parameters of at least float32, got torch.bfloat16"):
+        EntropyProbe(model, optimizer)
+
+
+def test_microbatches_cover_every_row_once_within_the_bound():
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 50, (200,), generator=g)
+    groups = microbatch_rows(lengths, 120)
+    assert torch.cat(groups).sort().values.tolist() == list(range(200))
+    assert all(len(rows) * int(lengths[rows].max()) <= 120 for rows in groups)
+    assert len(microbatch_rows(lengths, 1)) == 200

@@ -1,0 +1,322 @@
+"""The probe as a whole, on the enumerable policy in float64: exactness, sums, signs, invariances."""
+
+import copy
+
+import pytest
+import torch
+from torch.func import functional_call, jvp
+
+from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores
+from entropy_probe.estimators.first_order import entropy_coefficients
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.updates.adamw import adamw_step, clip_gradient
+from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
+
+TABLE = Table.build()
+
+
+def batches(seed: int = 0, groups: int = 9, size: int = 4, n: int = 60) -> tuple[Rollouts, Rollouts]:
+    generator = torch.Generator().manual_seed(seed)
+    model = TinyPolicy()
+    update = TABLE.update_batch(TABLE.sample_groups(model, groups, size, generator), size)
+    return update, TABLE.rollouts.select(TABLE.sample(model, n, generator))
+
+
+def probe(model: torch.nn.Module, optimizer: torch.optim.Optimizer, **settings: object) -> EntropyProbe:
+    return EntropyProbe(model, optimizer, ProbeConfig(**({"temperature": TEMPERATURE} | settings)))
+
+
+def numbers(result: ProbeResult) -> dict[str, float]:
+    assert result.predicted
+    assert result.realized
+    assert result.difference
+    out = {f"component {k}": v.value for k, v in result.components.items()}
+    out |= {f"component error {k}": v.standard_error for k, v in result.components.items()}
+    for name in ("entropy", "predicted", "realized", "difference"):
+        out[name] = getattr(result, name).value
+        out[f"{name} error"] = getattr(result, name).standard_error
+    return out | {
+        "se_update": result.predicted.se_update,
+        "ess": result.realized.ess,
+        "gradient norm": result.diagnostics.gradient_norm,
+    }
+
+
+def same(a: dict[str, float], b: dict[str, float], rel: float = 1e-10) -> None:
+    for key, value in a.items():
+        assert b[key] == pytest.approx(value, rel=rel, abs=rel * 1e-3), key
+
+
+def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rollouts, evaluation: Rollouts,
+                normalization: str) -> dict[str, float]:  # fmt: skip
+    """The prediction from per-sequence autograd on a route of its own, dapo loss, no clipping."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def scores(r: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = torch.log_softmax(model(r.input_ids, r.attention_mask.long()).logits / TEMPERATURE, -1)
+        s = log_p[:, :-1].gather(-1, r.input_ids[:, 1:, None])[..., 0] * r.response_mask[:, 1:]
+        return s, -(log_p.exp() * log_p).sum(-1)[:, :-1] * r.response_mask[:, 1:]
+
+    s, _ = scores(update)
+    prompt_losses = [
+        -(s * update.token_advantages[:, 1:])[update.prompt_ids == p].sum() / update.response_mask.sum()
+        for p in range(update.num_prompts)
+    ]
+    per_prompt = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in prompt_losses]
+    g = {n: sum(column) for n, column in zip(named, zip(*per_prompt, strict=True), strict=True)}
+    step = adamw_step(named, optimizer, g)
+    s, h = scores(evaluation)
+    n, d, weights = len(evaluation), [], evaluation.response_mask.sum(1).double()
+    h_token = h.detach().sum() / weights.sum() if normalization == "token" else 0.0
+    to_go = torch.zeros_like(h)
+    for i in range(n):
+        for t in range(LONGEST):
+            to_go[i, t] = sum(h[i, u].detach() - h_token for u in range(t + 1, int(weights[i])))
+    gradient = {k: torch.zeros_like(p) for k, p in named.items()}
+    for i in range(n):
+        value = torch.zeros((), dtype=torch.float64)
+        for t in range(int(weights[i])):
+            reach = [j for j in range(n) if j != i and weights[j] > t]
+            baseline = sum(to_go[j, t] for j in reach) / len(reach) if reach else 0.0
+            value = value + h[i, t] + (to_go[i, t] - baseline) * s[i, t]
+        x = torch.autograd.grad(value, list(named.values()), retain_graph=True)
+        d.append(sum((a * step.delta[k]).sum() for k, a in zip(named, x, strict=True)))
+        for k, a in zip(named, x, strict=True):
+            gradient[k] += a
+    d = torch.stack(d)
+    b = weights if normalization == "token" else torch.ones(n, dtype=torch.float64)
+    value = d.sum() / b.sum()
+    se_e = ((d - value * b) / b.mean()).std() / n**0.5
+    q = torch.stack([
+        -len(per_prompt) * sum((gradient[k] / b.sum() * step.gradient_scale[k] * a).sum()
+                               for k, a in zip(named, y, strict=True))
+        for y in per_prompt
+    ])  # fmt: skip
+    se_u = q.std() / len(q) ** 0.5
+    return {"value": value.item(), "se_evaluation": se_e.item(), "se_update": se_u.item()}
+
+
+@pytest.mark.parametrize("train_embedding", [True, False], ids=["per-unit path", "taps path"])
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_prediction_equals_brute_force(train_embedding, normalization):
+    model = TinyPolicy(train_embedding=train_embedding)
+    optimizer = trained_optimizer(model, weight_decay=0.1)
+    update, evaluation = batches()
+    result = probe(model, optimizer, normalization=normalization, max_grad_norm=None).predict(
+        update=update, evaluation=evaluation
+    )
+    expected = brute_force(model, optimizer, update, evaluation, normalization)
+    got = {k: getattr(result.predicted, k) for k in expected}
+    assert got == pytest.approx(expected, rel=1e-9)
+    assert result.diagnostics.per_unit_gradients.startswith("per unit" if train_embedding else "linear-layer")
+
+
+def test_two_passes_equal_stored_gradients():
+    for train_embedding in (True, False):
+        model = TinyPolicy(train_embedding=train_embedding)
+        optimizer = trained_optimizer(model)
+        update, evaluation = batches()
+        stored = probe(model, optimizer).run(update=update, evaluation=evaluation)
+        second = probe(model, optimizer, max_stored_gradient_gib=0).run(update=update, evaluation=evaluation)
+        same(numbers(stored), numbers(second))
+        assert any("passed over twice" in m for m in second.diagnostics.messages)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e-3], ids=["unclipped", "clipped"])
+def test_components_sum_and_clipping_is_reported(max_norm):
+    model = TinyPolicy()
+    update, evaluation = batches()
+    result = probe(model, trained_optimizer(model), max_grad_norm=max_norm).run(update=update, evaluation=evaluation)
+    assert sum(c.value for c in result.components.values()) == pytest.approx(result.predicted.value, rel=1e-12)
+    assert set(result.components) == {"gradient", "momentum", "weight_decay"}
+    assert (result.diagnostics.clip_factor < 1) == (max_norm is not None)
+    assert sum(result.contributions) / len(evaluation) == pytest.approx(result.predicted.value, rel=1e-12)
+
+
+def test_prediction_and_measurement_converge_to_the_exact_change():
+    """Large batches: both within error of the enumerated value, and their difference vanishes with the step."""
+    model = TinyPolicy(train_embedding=False)
+    optimizer = trained_optimizer(model, lr=1e-3)
+    update, evaluation = batches(seed=4, n=10_000)
+    gaps = []
+    for lr in (4e-3, 1e-3):
+        result = probe(model, optimizer, learning_rate=lr).run(update=update, evaluation=evaluation)
+        after = copy.deepcopy(model)
+        shadow = trained_optimizer(after, lr=lr)
+        weights = update.token_advantages / update.response_mask.sum()
+        log_p = torch.log_softmax(after(update.input_ids, update.attention_mask.long()).logits / TEMPERATURE, -1)
+        s = log_p[:, :-1].gather(-1, update.input_ids[:, 1:, None])[..., 0]
+        (-(weights[:, 1:] * s).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(after.parameters(), 1.0)
+        shadow.step()
+        exact = (TABLE.entropy(after, "token") - TABLE.entropy(model, "token")).item()
+        assert abs(result.realized.value - exact) < 4 * result.realized.standard_error
+        theta = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+        delta = {k: p.detach() - theta[k] for k, p in after.named_parameters() if k in theta}
+
+        class Bound:
+            def __init__(self, q):
+                self.q = q
+
+            def __call__(self, *args):
+                return functional_call(model, self.q, args)
+
+        _, slope = jvp(lambda q: TABLE.entropy(Bound(q), "token"), (theta,), (delta,))
+        assert abs(result.predicted.value - slope.item()) < 4 * result.predicted.se_evaluation
+        gaps.append(abs(result.realized.value - result.predicted.value) / abs(result.predicted.value))
+    assert gaps[1] < 0.4 * gaps[0]
+
+
+def test_total_error_covers_over_both_batches():
+    """Frozen geometry is linear in the gradient, so the exact expectation over U and E is known."""
+    model = TinyPolicy(train_embedding=False)
+    optimizer = trained_optimizer(model)
+    group = 4
+    theta = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    gradient_h = torch.autograd.grad(TABLE.entropy(model, "sequence"), list(theta.values()))
+    mean_reward = (TABLE.probabilities(model) * TABLE.rollouts.rewards).sum()
+    gradient_r = torch.autograd.grad(mean_reward, list(theta.values()))
+    exact = 0.0
+    for p, h, r in zip(theta.values(), gradient_h, gradient_r, strict=True):
+        state = optimizer.state[p]
+        scale = 1 / ((state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8)
+        # centring within a group of G keeps 1 - 1/G of the gradient
+        exact += 1e-3 * (1 - 1 / group) / LONGEST * (h * scale * r).sum().item()
+    covered, values = 0, []
+    settings = {"geometry": "frozen", "normalization": "sequence", "loss_type": "dr_grpo",
+                "max_completion_length": LONGEST, "frozen_max_scale": 1e12}  # fmt: skip
+    for seed in range(200):
+        update, evaluation = batches(seed=seed, groups=40, n=60)
+        predicted = probe(model, optimizer, **settings).predict(update=update, evaluation=evaluation).predicted
+        values.append(predicted.value)
+        covered += abs(predicted.value - exact) <= 1.96 * predicted.standard_error
+    values = torch.tensor(values)
+    assert abs(values.mean() - exact) < 4 * values.std() / len(values) ** 0.5
+    assert 0.91 <= covered / 200 <= 0.985
+
+
+def test_negated_advantages_flip_the_gradient_component_exactly():
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    flipped = Rollouts(update.input_ids, update.attention_mask, update.response_mask, update.prompt_ids,
+                       advantages=-update.advantages)  # fmt: skip
+    a, b = (probe(model, optimizer).predict(update=u, evaluation=evaluation) for u in (update, flipped))
+    assert a.components["gradient"].value == -b.components["gradient"].value
+    assert a.components["momentum"].value == b.components["momentum"].value
+
+
+def test_zero_advantages_without_history_change_nothing():
+    model = TinyPolicy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    update, evaluation = batches()
+    still = Rollouts(update.input_ids, update.attention_mask, update.response_mask, update.prompt_ids,
+                     advantages=torch.zeros(len(update)))  # fmt: skip
+    result = probe(model, optimizer).run(update=still, evaluation=evaluation)
+    assert result.components["gradient"].value == 0
+    assert result.predicted.value == result.realized.value == 0
+    assert result.realized.ess == len(evaluation)
+    assert result.realized.max_weight == 1
+    assert any("first step" in m for m in result.diagnostics.messages)
+
+
+def pad(rollouts: Rollouts, left: int, right: int) -> Rollouts:
+    """The same sequences, padded on the left as generation engines do, with junk ids under the padding."""
+    n, length = rollouts.input_ids.shape
+    sizes = rollouts.attention_mask.sum(1)
+    out = [torch.full((n, left + length + right), 3), *(torch.zeros(n, left + length + right).bool() for _ in range(2))]
+    for i in range(n):
+        start = left + length - int(sizes[i])
+        for target, source in zip(
+            out, (rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask), strict=True
+        ):
+            target[i, start : start + int(sizes[i])] = source[i, : int(sizes[i])]
+    return Rollouts(*out, rollouts.prompt_ids, advantages=rollouts.advantages)
+
+
+@pytest.mark.parametrize("train_embedding", [True, False])
+@pytest.mark.parametrize("realized", ["per_decision", "snis"])
+def test_invariant_to_layout(train_embedding, realized):
+    model = TinyPolicy(train_embedding=train_embedding)
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+
+    def run(u: Rollouts, e: Rollouts, tokens: int = 8192) -> dict[str, float]:
+        return numbers(
+            probe(model, optimizer, max_tokens_per_microbatch=tokens, realized=realized).run(update=u, evaluation=e)
+        )
+
+    expected = run(update, evaluation)
+    generator = torch.Generator().manual_seed(9)
+    shuffle = [torch.randperm(len(r), generator=generator) for r in (update, evaluation)]
+    same(expected, run(update, evaluation, tokens=7))
+    same(expected, run(pad(update, 2, 1), pad(evaluation, 0, 3)))
+    same(expected, run(update.select(shuffle[0]), evaluation.select(shuffle[1])))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "cispo", "dr_grpo", "per_prompt_max"])
+def test_every_loss_runs_and_matches_autograd(loss_type):
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    result = probe(model, optimizer, loss_type=loss_type, max_completion_length=5, max_grad_norm=None).predict(
+        update=update, evaluation=evaluation
+    )
+    mask, lengths, n = update.response_mask[:, 1:], update.response_mask.sum(1).double(), len(update)
+    longest = torch.stack([lengths[update.prompt_ids == p].max() for p in update.prompt_ids])
+    denominator = {"grpo": n * lengths, "dr_grpo": torch.full((n,), n * 5.0), "per_prompt_max": n * longest}.get(
+        loss_type, torch.full((n,), lengths.sum().item(), dtype=torch.float64)
+    )
+    log_p = torch.log_softmax(model(update.input_ids, update.attention_mask.long()).logits / TEMPERATURE, -1)
+    s = log_p[:, :-1].gather(-1, update.input_ids[:, 1:, None])[..., 0] * mask
+    loss = -(s.sum(1) * update.advantages / denominator).sum()
+    gradient = dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )
+    assert result.diagnostics.gradient_norm == pytest.approx(clip_gradient(gradient, None).norm, rel=1e-10)
+
+
+def test_evaluation_unit_is_recognised():
+    update, evaluation = batches()
+    model = TinyPolicy()
+    p = probe(model, trained_optimizer(model))
+    assert p.predict(update=update, evaluation=evaluation).diagnostics.evaluation_unit == "sequence"
+    grouped = p.predict(update=update, evaluation=update)
+    assert grouped.diagnostics.evaluation_unit == "prompt"
+    assert grouped.predicted.num_units == update.num_prompts
+
+
+def test_surprisal_coefficients_equal_the_textbook_form():
+    model = TinyPolicy()
+    scores = TABLE.token_scores(model)
+    rows = torch.arange(0, 120, 4)
+    picked = TokenScores(scores.logprobs.detach()[rows], scores.entropies.detach()[rows], scores.response_mask[rows])
+    ids = torch.arange(len(rows))
+    c = entropy_coefficients(picked, ids, Units.sequences(len(rows)), "sequence", "surprisal")
+    s = picked.sequence_logprobs
+    expected = -(s - (s.sum() - s) / (len(s) - 1))
+    torch.testing.assert_close(c.logprobs, expected[:, None] * picked.response_mask)
+    assert c.entropies is None
+
+
+def test_large_step_is_marked():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    result = probe(model, trained_optimizer(model), learning_rate=0.5).run(update=update, evaluation=evaluation)
+    assert result.realized.status == "low_ess"
+    assert any("effective sample size" in m for m in result.diagnostics.messages)
+
+
+def test_save_and_load_round_trip(tmp_path):
+    model = TinyPolicy()
+    update, evaluation = batches()
+    result = probe(model, trained_optimizer(model)).run(update=update, evaluation=evaluation)
+    assert result.save(tmp_path / "out") == tmp_path / "out" / "results.json"
+    loaded = ProbeResult.load(tmp_path / "out")
+    assert loaded == result.model_copy(update={"contributions": None})
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
+    (tmp_path / "out" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a result of schema"):
+        ProbeResult.load(tmp_path / "out")
+    with pytest.raises(ValueError, match="no such file"):
+        ProbeResult.load(tmp_path / "nowhere")

@@ -1,0 +1,160 @@
+"""After a probe everything is bitwise what it was, also when it failed half-way."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from entropy_probe import EntropyProbe, ProbeConfig
+from entropy_probe.scoring.forward import Scorer
+from tests.invariants.test_probe import batches
+from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
+
+
+class WithState(TinyPolicy):
+    """A policy with dropout, a buffer, and a mixture of train and eval flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("count", torch.tensor(3.0))
+
+    def forward(self, input_ids, attention_mask):  # type: ignore[no-untyped-def]
+        self.dropout(torch.ones(3))
+        return super().forward(input_ids, attention_mask)
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    tensors = {f"p.{n}": p for n, p in model.named_parameters()} | {f"b.{n}": b for n, b in model.named_buffers()}
+    out: dict[str, object] = {n: (t.detach().clone(), t.data_ptr()) for n, t in tensors.items()}
+    out |= {f"grad.{n}": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    out |= {f"flag.{n}": p.requires_grad for n, p in model.named_parameters()}
+    out |= {f"mode.{n}": m.training for n, m in model.named_modules()}
+    out |= {f"hooks.{n}": len(m._forward_hooks) for n, m in model.named_modules()}
+    for i, (p, s) in enumerate(optimizer.state.items()):
+        out |= {f"o.{i}.{k}": (v.clone() if isinstance(v, torch.Tensor) else v, id(p)) for k, v in s.items()}
+    out["groups"] = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    out["rng"] = (torch.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002
+    out["precision"] = torch.get_float32_matmul_precision()
+    return out
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor), where
+        assert torch.equal(a, b), where
+    elif isinstance(a, np.ndarray):
+        assert np.array_equal(a, b), where
+    elif isinstance(a, dict):
+        assert isinstance(b, dict), where
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, tuple):
+        for x, y in zip(a, b, strict=True):  # type: ignore[arg-type]
+            assert_same(x, y, where)
+    else:
+        assert a == b, where
+
+
+@pytest.fixture
+def run():
+    torch.manual_seed(4)
+    model = WithState()
+    model.train()
+    model.inner.eval()
+    model.embed.weight.grad = torch.ones_like(model.embed.weight)
+    optimizer = trained_optimizer(model)
+    model.embed.weight.grad = torch.ones_like(model.embed.weight)
+    torch.set_float32_matmul_precision("high")
+    yield model, optimizer
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_after_success(run):
+    model, optimizer = run
+    update, evaluation = batches()
+    before = state(model, optimizer)
+    for geometry in ("adamw", "frozen"):
+        EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE, geometry=geometry)).run(
+            update=update, evaluation=evaluation
+        )
+    assert_same(before, state(model, optimizer))
+
+
+class BoomError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", range(7))
+def test_after_a_failure_in_any_phase(run, call, monkeypatch):
+    """The n-th forward pass raises: calls 0-1 score, then come the update, the evaluation and the stepped pass."""
+    model, optimizer = run
+    update, evaluation = batches(n=20)
+    before = state(model, optimizer)
+    original, seen = Scorer._model_logits, []
+
+    def explode(self, batch):  # type: ignore[no-untyped-def]
+        seen.append(self)
+        if len(seen) == 1 + call * 6:
+            torch.rand(3)
+            raise BoomError
+        return original(self, batch)
+
+    monkeypatch.setattr(Scorer, "_model_logits", explode)
+    probe = EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE, max_tokens_per_microbatch=20))
+    with pytest.raises(BoomError):
+        probe.run(update=update, evaluation=evaluation)
+    assert_same(before, state(model, optimizer))
+
+
+def test_failure_while_stepped(run, monkeypatch):
+    model, optimizer = run
+    update, evaluation = batches(n=20)
+    before = state(model, optimizer)
+    scored = []
+    original = Scorer.score
+
+    def explode(self, *args):  # type: ignore[no-untyped-def]
+        scored.append(1)
+        if len(scored) == 2:
+            assert not torch.equal(model.inner.weight, before["p.inner.weight"][0])
+            raise BoomError
+        return original(self, *args)
+
+    monkeypatch.setattr(Scorer, "score", explode)
+    with pytest.raises(BoomError):
+        EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE)).run(update=update, evaluation=evaluation)
+    assert_same(before, state(model, optimizer))
+
+
+def test_works_under_no_grad_and_scheduler(run):
+    """A scheduler patches optimizer.step; the shadow step must not reach the live parameters through it."""
+    model, optimizer = run
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    called = []
+    optimizer.register_step_post_hook(lambda *a: called.append(1))
+    update, evaluation = batches(n=20)
+    before = state(model, optimizer)
+    with torch.no_grad():
+        EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE)).run(update=update, evaluation=evaluation)
+    assert_same(before, state(model, optimizer))
+    assert not called
+
+
+def test_python_random_state_in_a_clean_process():
+    """In this process the run-time type checker draws from `random` itself."""
+    code = """
+import random
+from entropy_probe import EntropyProbe, ProbeConfig
+from tests.invariants.test_probe import batches
+from tests.reference.enumeration import TinyPolicy, trained_optimizer
+model = TinyPolicy(); optimizer = trained_optimizer(model); update, evaluation = batches(n=20)
+before = random.getstate()
+EntropyProbe(model, optimizer, ProbeConfig(temperature=0.8)).run(update=update, evaluation=evaluation)
+assert random.getstate() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

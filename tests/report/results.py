@@ -1,0 +1,67 @@
+"""Results to show, built from a few numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, Prediction, ProbeResult, Realized
+
+COMMON: dict[str, Any] = {"num_units": 256, "unit": "nats/token"}
+
+
+def make_result(
+    predicted: tuple[float, float] | None = (-1.432e-3, 0.081e-3),
+    realized: tuple[float, float] | None = (-1.38e-3, 0.08e-3),
+    difference: tuple[float, float] | None = (0.052e-3, 0.03e-3),
+    *,
+    low_ess: bool = False,
+    messages: tuple[str, ...] = (),
+) -> ProbeResult:
+    """A result from ``(value, standard error)`` pairs; a pair of None leaves that part out."""
+
+    def estimate(pair: tuple[float, float]) -> dict[str, Any]:
+        return {"value": pair[0], "standard_error": pair[1], **COMMON}
+
+    return ProbeResult(
+        entropy=Estimate(value=0.8421, standard_error=0.0123, **COMMON),
+        predicted=predicted and Prediction(**estimate(predicted), se_evaluation=6e-5, se_update=5.4e-5),
+        components={
+            "gradient": Estimate(**estimate((-0.52e-3, 0.03e-3))),
+            "momentum": Estimate(**estimate((-0.912e-3, 0.06e-3))),
+            "weight_decay": Estimate(**estimate((0.0, 0.0))),
+        }
+        if predicted
+        else {},
+        realized=realized
+        and Realized(
+            **estimate(realized),
+            estimator="per_decision",
+            status="low_ess" if low_ess else "ok",
+            ess=5.1 if low_ess else 251.7,
+            ess_fraction=5.1 / 256 if low_ess else 251.7 / 256,
+            max_weight=1.41,
+        ),
+        difference=Estimate(**estimate(difference)) if difference and predicted and realized else None,
+        optimizer_state=OptimizerStateReport(
+            num_parameters=16,
+            num_elements=1234,
+            coverage=1.0,
+            mapping="rule",
+            steps=(20, 20),
+            scale_min=1.0,
+            scale_max=10.0,
+            learning_rates=(8e-7, 8e-7),
+        ),
+        diagnostics=Diagnostics(
+            evaluation_unit="sequence",
+            num_evaluation_sequences=256,
+            num_update_sequences=32,
+            num_update_prompts=8,
+            gradient_norm=1.0,
+            clip_factor=1.0,
+            step_norm=0.1,
+            head="chunked",
+            per_unit_gradients="taps",
+            messages=messages,
+        ),
+    )

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from entropy_probe.report import print_checkpoint, print_result
+from entropy_probe.results import CheckpointReport, GroupReport
+from tests.report.results import make_result
+
+
+def show(print_it, *args, width: int = 80, terminal: bool = False) -> str:
+    stream = io.StringIO()
+    print_it(*args[:1], Console(file=stream, width=width, force_terminal=terminal), *args[1:])
+    return stream.getvalue()
+
+
+def test_every_number_is_in_the_table_with_its_error():
+    text = show(print_result, make_result())
+    rows = {line[1:16].strip(): line[16:].strip() for line in text.splitlines() if len(line) > 16}
+    assert "nats/token" in text
+    assert "8e-07" in text
+    assert rows["entropy H(θ)"].startswith("0.842 ± 0.012")
+    assert rows["predicted δH₁"] == "-1.432e-3 ± 0.081e-3  SE: evaluation 6.0e-5, update 5.4e-5"
+    assert rows["gradient"] == "-0.520e-3 ± 0.030e-3"
+    assert rows["momentum"] == "-0.912e-3 ± 0.060e-3"
+    assert rows["weight decay"] == "0 ± 0"
+    assert rows["realized ΔH"].startswith("-1.380e-3 ± 0.080e-3")
+    assert rows["ΔH / δH₁"].startswith("0.964")
+    assert rows["ΔH − δH₁"].startswith("0.052e-3 ± 0.030e-3")
+    assert rows["ESS"].startswith("98.3%")
+    assert "Agrees within error." in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_row_is_broken_at_80_columns(terminal):
+    text = show(print_result, make_result(predicted=(-1.234e-300, 1e-302)), terminal=terminal)
+    assert text.count("predicted δH₁") == 1
+    assert ("\x1b[" in text) == terminal
+    assert all(len(line) <= 80 for line in show(print_result, make_result()).splitlines())
+
+
+def test_what_was_not_computed_is_not_shown():
+    predicted_only = show(print_result, make_result(realized=None))
+    assert "δH₁" in predicted_only
+    assert "ΔH" not in predicted_only
+    assert "ESS" not in predicted_only
+    realized_only = show(print_result, make_result(predicted=None))
+    assert "δH₁" not in realized_only
+    assert "momentum" not in realized_only
+    assert "ESS" in realized_only
+
+
+def test_ratio_to_a_prediction_of_0_is_undefined():
+    assert "undefined" in show(print_result, make_result(predicted=(0.0, 0.0)))
+
+
+def test_notes_and_paths_are_printed_as_they_are(tmp_path):
+    directory = tmp_path / "[red]a[/red]" / ("long" * 30)
+    directory.mkdir(parents=True)
+    (directory / "results.json").write_text("{}")
+    (directory / ".hidden").write_text("")
+    text = show(print_result, make_result(messages=("layer [bold]0[/bold] :smile:",)), directory)
+    assert "note: layer [bold]0[/bold] :smile:" in text
+    assert f"Saved in {directory}: results.json\n" in text
+
+
+def make_report(**changes) -> CheckpointReport:
+    group = GroupReport(
+        num_parameters=16, learning_rate=8e-7, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, flags={"amsgrad": False}
+    )
+    fields = {
+        "path": "runs/[b]checkpoint-3",
+        "kind": "full",
+        "global_step": 3,
+        "optimizer": "AdamW",
+        "groups": (group,),
+        "num_with_exp_avg_sq": 16,
+        "num_with_step": 16,
+        "num_zero_elements": 1200,
+        "optimizer_state": make_result().optimizer_state,
+        "verdict": "suspicious",
+        "reasons": ("trainer_state.json is [missing]",),
+    }
+    return CheckpointReport(**(fields | changes))
+
+
+def test_checkpoint_table():
+    text = show(print_checkpoint, make_report())
+    for shown in (
+        "runs/[b]checkpoint-3",
+        "full weights",
+        "AdamW",
+        "8e-07",
+        "0.9, 0.95",
+        "1e-08",
+        "0.01",
+        "1.00 to 10.0",
+    ):
+        assert shown in text
+    assert "16 of 16 tensors, 100% of elements" in text
+    assert "1,200 elements" in text
+    assert "all at 20" in text
+    assert "Verdict: suspicious" in text
+    assert "- trainer_state.json is [missing]" in text
+
+
+def test_checkpoint_that_could_not_be_read_shows_the_reason():
+    report = CheckpointReport(path="x", kind="lora", verdict="unusable", reasons=("optimizer.pt: truncated",))
+    text = show(print_checkpoint, report)
+    assert "LoRA adapter" in text
+    assert "Verdict: unusable" in text
+    assert "- optimizer.pt: truncated" in text
+
+
+def test_showing_a_result_imports_no_heavy_library():
+    code = (
+        "import sys, json\n"
+        "from entropy_probe.report import console\n"
+        "print(json.dumps([m for m in ('transformers', 'peft', 'pyarrow') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

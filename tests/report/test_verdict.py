@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from entropy_probe.report import verdict
+from tests.report.results import make_result
+
+
+@pytest.mark.parametrize(
+    ("predicted", "realized", "difference", "kind"),
+    [
+        ((-1e-3, 1e-4), (-1e-3, 1e-4), (0.0, 1e-5), "agrees within error"),
+        # different by 30%, but not by two paired errors
+        ((-1e-3, 1e-4), (-0.7e-3, 1e-4), (0.3e-3, 1.6e-4), "agrees within error"),
+        # different by many paired errors, but by less than 10%
+        ((-1e-3, 1e-4), (-0.95e-3, 1e-4), (0.5e-4, 1e-6), "agrees within error"),
+        # more than 10% of the prediction, less than 10% of its error
+        ((1e-6, 1e-3), (51e-6, 1e-5), (50e-6, 1e-6), "agrees within error"),
+        ((-1e-3, 1e-4), (-0.85e-3, 1e-4), (1.5e-4, 1e-5), "beyond the linear range"),
+        ((-1e-3, 1e-4), (1e-3, 1e-4), (2e-3, 1e-5), "beyond the linear range"),
+        # one of the two is distinguishable
+        ((-1e-4, 1e-4), (-2.1e-4, 1e-4), (-1.1e-4, 1e-5), "beyond the linear range"),
+        ((-1e-4, 1e-4), (-1.1e-4, 1e-4), (-1e-5, 1e-5), "indistinguishable from 0"),
+        ((2e-4, 1e-4), (-2e-4, 1e-4), (-4e-4, 3e-4), "indistinguishable from 0"),
+        ((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), "indistinguishable from 0"),
+        # nothing sampled, nothing uncertain: any change is one
+        ((1e-9, 0.0), (1e-9, 0.0), (0.0, 0.0), "agrees within error"),
+        ((-1e-3, 1e-4), None, None, "distinguishable from 0"),
+        ((-1e-4, 1e-4), None, None, "indistinguishable from 0"),
+        (None, (1e-3, 1e-4), None, "distinguishable from 0"),
+        (None, (1e-4, 1e-4), None, "indistinguishable from 0"),
+    ],
+)
+def test_kinds(predicted, realized, difference, kind):
+    assert verdict(make_result(predicted, realized, difference)).kind == kind
+
+
+@pytest.mark.parametrize("predicted", [(-1e-3, 1e-4), (0.0, 1e-4), None])
+def test_low_ess_comes_before_anything_else_and_says_what_to_do(predicted):
+    judged = verdict(make_result(predicted, (-1e-3, 1e-4), (0.0, 1e-5), low_ess=True))
+    assert judged.kind == "low effective sample size"
+    assert "Do not trust the realized change" in judged.sentence
+    assert "5.1 samples (2.0%)" in judged.sentence
+    assert "smaller learning rate" in judged.sentence
+    assert "resample" in judged.sentence
+    assert ("prediction" in judged.sentence) == (predicted is not None)
+
+
+def test_sentences_name_the_direction_and_the_size():
+    fell = verdict(make_result((-1e-3, 1e-4), (-1.04e-3, 1e-4), (-4e-5, 1e-4)))
+    assert "The entropy fell by 1.04e-3 nats/token" in fell.sentence
+    opposite = verdict(make_result((-1e-3, 1e-4), (1e-3, 1e-4), (2e-3, 1e-5)))
+    assert "rose by 1.00e-3" in opposite.sentence
+    assert "predicted to fall" in opposite.sentence
+    rises = verdict(make_result((1e-3, 1e-4), None))
+    assert rises.sentence == (
+        "The predicted change is 10.0 standard errors from 0: the entropy rises by 1.00e-3 nats/token."
+    )
+
+
+def test_a_resolved_curvature_is_mentioned_even_where_the_changes_are_not_resolved():
+    judged = verdict(make_result((1e-4, 1e-4), (-1e-4, 1e-4), (-2e-4, 1e-6)))
+    assert judged.kind == "indistinguishable from 0"
+    assert "beyond the linear range" in judged.sentence
+
+
+def test_incomplete_results_are_refused():
+    with pytest.raises(ValueError, match="expected a predicted or a realized change, got neither"):
+        verdict(make_result(None, None))
+    with pytest.raises(ValueError, match="expected the difference"):
+        verdict(make_result(difference=None))

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from entropy_probe.sampling import (
+    EvaluationSettings,
+    GenerationSettings,
+    Prompt,
+    UpdateSettings,
+    encode_prompts,
+    group_advantages,
+    sample_evaluation,
+    sample_update,
+)
+
+PROMPTS = [Prompt(10 * i, text, answer=text) for i, text in enumerate(["0", "012", "11", "2101", "20", "1"])]
+GENERATION = GenerationSettings(batch_size=7)
+
+
+def _length(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def _update(model, tokenizer, reward=_length, prompts=PROMPTS, generation=GENERATION, **settings):
+    settings = UpdateSettings(**({"num_prompts": 4, "group_size": 3} | settings))
+    return sample_update(
+        model, tokenizer, prompts, reward, settings, generation, temperature=1.0, max_completion_length=4
+    )
+
+
+def _evaluate(model, tokenizer, prompts=PROMPTS, generation=GENERATION, max_completion_length=4, **settings):
+    return sample_evaluation(
+        model,
+        tokenizer,
+        prompts,
+        EvaluationSettings(**settings),
+        generation,
+        temperature=1.0,
+        max_completion_length=max_completion_length,
+    )
+
+
+def _assert_well_formed(rollouts, tokenizer, max_length=4):
+    """Right-padded; each row starts with its own prompt and ends with its own response."""
+    encoded = dict(zip([p.id for p in PROMPTS], encode_prompts(tokenizer, PROMPTS), strict=True))
+    for i in range(len(rollouts)):
+        prompt = encoded[int(rollouts.prompt_ids[i])]
+        length = int(rollouts.attention_mask[i].sum())
+        assert rollouts.attention_mask[i, :length].all()
+        assert rollouts.input_ids[i, : len(prompt)].tolist() == prompt
+        position = torch.arange(rollouts.input_ids.shape[1])
+        assert torch.equal(rollouts.response_mask[i], (position >= len(prompt)) & (position < length))
+        response = rollouts.input_ids[i, len(prompt) : length].tolist()
+        assert tokenizer.eos_token_id not in response[:-1]
+        assert response[-1] == tokenizer.eos_token_id or len(response) == max_length
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_update_batch(model, tokenizer, pad_is_eos):
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    seen = {}
+
+    def reward(prompts, responses):
+        seen["prompts"], seen["responses"] = list(prompts), list(responses)
+        return _length(prompts, responses)
+
+    rollouts, report = _update(model, tokenizer, reward)
+    _assert_well_formed(rollouts, tokenizer)
+    groups = rollouts.prompt_ids.view(4, 3)
+    assert (groups == groups[:, :1]).all()
+    assert rollouts.num_prompts == 4
+    assert [p.id for p in seen["prompts"]] == rollouts.prompt_ids.tolist()
+    assert not any("<" in response for response in seen["responses"])  # special tokens are left out
+    for row, text in enumerate(seen["responses"]):
+        kept = rollouts.input_ids[row][rollouts.response_mask[row]]
+        assert tokenizer.decode(kept, skip_special_tokens=True) == text
+    assert rollouts.rewards.tolist() == [len(text) for text in seen["responses"]]
+    assert torch.equal(rollouts.advantages, group_advantages(rollouts.rewards, rollouts.prompt_ids, "group"))
+    assert rollouts.advantages.abs().max() > 0.1
+    assert (report.num_sequences, report.num_prompts, report.prompts_tried, report.rounds) == (12, 4, 4, 1)
+    assert report.prompts_dropped == 0
+    assert report.reward_mean == pytest.approx(float(rollouts.rewards.mean()))
+    assert report.mean_response_length == pytest.approx(float(rollouts.response_lengths.double().mean()))
+    last = rollouts.input_ids[torch.arange(12), rollouts.attention_mask.sum(1) - 1]
+    assert report.truncated_fraction == pytest.approx(float((last != tokenizer.eos_token_id).double().mean()))
+
+
+def _same(a, b):
+    return torch.equal(a.prompt_ids, b.prompt_ids) and torch.equal(a.input_ids, b.input_ids)
+
+
+def test_seeds(model, tokenizer):
+    first, _ = _update(model, tokenizer, seed=5)
+    torch.manual_seed(99)
+    assert _same(first, _update(model, tokenizer, seed=5)[0])
+    assert not _same(first, _update(model, tokenizer, seed=6)[0])
+    first, _ = _evaluate(model, tokenizer, total_sequences=12, seed=5)
+    assert _same(first, _evaluate(model, tokenizer, total_sequences=12, seed=5)[0])
+    assert not _same(first, _evaluate(model, tokenizer, total_sequences=12, seed=6)[0])
+
+
+def test_the_draw_does_not_depend_on_the_batching(model, tokenizer):
+    small, large = GenerationSettings(batch_size=2), GenerationSettings(batch_size=100)
+    for sample, arguments in ((_update, {}), (_evaluate, {"total_sequences": 15})):
+        a, _ = sample(model, tokenizer, generation=small, **arguments)
+        b, _ = sample(model, tokenizer, generation=large, **arguments)
+        assert torch.equal(a.prompt_ids, b.prompt_ids)
+        _assert_well_formed(a, tokenizer)
+        _assert_well_formed(b, tokenizer)
+
+
+def test_the_seed_reaches_the_responses(model, tokenizer):
+    """With a single prompt the draw is always the same, so only the responses can differ."""
+    one = {"prompts": PROMPTS[:1]}
+    a, b = (_update(model, tokenizer, num_prompts=1, group_size=20, seed=seed, **one)[0] for seed in (5, 6))
+    assert not torch.equal(a.input_ids, b.input_ids)
+    a, b = (_evaluate(model, tokenizer, total_sequences=20, seed=seed, **one)[0] for seed in (5, 6))
+    assert not torch.equal(a.input_ids, b.input_ids)
+
+
+def test_update_and_evaluation_do_not_share_random_numbers(model, tokenizer):
+    update, _ = _update(model, tokenizer, prompts=PROMPTS[:1], num_prompts=1, group_size=20, seed=3)
+    evaluation, _ = _evaluate(model, tokenizer, prompts=PROMPTS[:1], total_sequences=20, seed=3)
+    assert not torch.equal(update.input_ids, evaluation.input_ids)
+
+
+def test_evaluation_draws_with_replacement(model, tokenizer):
+    n, k = 3000, len(PROMPTS)
+    generation = GenerationSettings(batch_size=1000)
+    rollouts, report = _evaluate(model, tokenizer, generation=generation, max_completion_length=1, total_sequences=n)
+    ids, counts = rollouts.prompt_ids.unique(return_counts=True)
+    assert ids.tolist() == [p.id for p in PROMPTS]
+    z = (counts - n / k) / (n / k * (1 - 1 / k)) ** 0.5
+    assert z.abs().max() < 4.5
+    adjacent = float((rollouts.prompt_ids[1:] == rollouts.prompt_ids[:-1]).double().mean())
+    assert abs(adjacent - 1 / k) < 4.5 * (1 / k * (1 - 1 / k) / n) ** 0.5  # draws are independent
+    assert rollouts.advantages is rollouts.rewards is None
+    assert (report.num_sequences, report.num_prompts, report.reward_mean) == (n, k, None)
+
+
+def test_evaluation_batch(model, tokenizer):
+    rollouts, report = _evaluate(model, tokenizer, total_sequences=20)
+    _assert_well_formed(rollouts, tokenizer)
+    assert report.num_prompts == rollouts.num_prompts < 20
+    assert report.mean_response_length == pytest.approx(float(rollouts.response_lengths.double().mean()))
+
+
+def test_update_draws_uniformly_without_replacement(model, tokenizer):
+    counts = dict.fromkeys([p.id for p in PROMPTS], 0)
+    for seed in range(120):
+        rollouts, _ = sample_update(
+            model,
+            tokenizer,
+            PROMPTS,
+            _length,
+            UpdateSettings(num_prompts=2, group_size=2, seed=seed),
+            GENERATION,
+            temperature=1.0,
+            max_completion_length=1,
+        )
+        drawn = set(rollouts.prompt_ids.tolist())
+        assert len(drawn) == 2
+        for prompt_id in drawn:
+            counts[prompt_id] += 1
+    p = 2 / 6
+    assert all(abs(n - 120 * p) < 4.5 * (120 * p * (1 - p)) ** 0.5 for n in counts.values())
+
+
+def _only_odd_vary(prompts, responses):
+    """Prompts 10, 30 and 50 get varied rewards, prompts 0, 20 and 40 equal ones."""
+    return [float(i % 2) if prompt.id % 20 else 0.25 for i, prompt in enumerate(prompts)]
+
+
+def test_filter_resamples_other_prompts(model, tokenizer):
+    rollouts, report = _update(
+        model, tokenizer, _only_odd_vary, num_prompts=3, filter_zero_advantage=True, max_resampling_rounds=9
+    )
+    assert sorted(set(rollouts.prompt_ids.tolist())) == [10, 30, 50]
+    assert len(rollouts) == 9
+    _assert_well_formed(rollouts, tokenizer)
+    assert (rollouts.advantages.view(3, 3).abs().max(1).values > 0.1).all()
+    assert report.num_prompts == 3
+    assert report.rounds > 1
+    assert report.prompts_dropped == report.prompts_tried - 3 > 0
+    assert report.messages == ()
+
+
+def test_filter_falls_short_and_says_so(model, tokenizer):
+    rollouts, report = _update(
+        model, tokenizer, _only_odd_vary, num_prompts=5, filter_zero_advantage=True, max_resampling_rounds=9
+    )
+    assert rollouts.num_prompts == report.num_prompts == 3
+    assert (report.prompts_tried, report.prompts_dropped) == (6, 3)
+    assert report.messages == ("filter_zero_advantage: asked for 5 prompts, got 3 after trying 6 in 2 rounds",)
+
+
+def test_filter_stops_at_the_bound(model, tokenizer):
+    _, report = _update(
+        model, tokenizer, _only_odd_vary, num_prompts=4, filter_zero_advantage=True, max_resampling_rounds=0
+    )
+    assert report.rounds == 1
+    assert report.prompts_tried == 4
+    assert report.num_prompts < 4
+    assert "got" in report.messages[0]
+
+
+def test_without_filter_equal_rewards_are_kept_and_reported(model, tokenizer):
+    rollouts, report = _update(model, tokenizer, _only_odd_vary, num_prompts=6)
+    assert rollouts.num_prompts == 6
+    assert report.messages == ("3 of 6 prompts have equal rewards, so their advantages are 0",)
+    assert (rollouts.advantages[rollouts.prompt_ids % 20 == 0] == 0).all()
+
+
+def test_scale_rewards_is_passed_on(model, tokenizer):
+    for scale in ("group", "batch", "none"):
+        rollouts, _ = _update(model, tokenizer, scale_rewards=scale)
+        expected = group_advantages(rollouts.rewards, rollouts.prompt_ids, scale)
+        assert torch.equal(rollouts.advantages, expected)
+
+
+def test_errors(model, tokenizer):
+    with pytest.raises(ValueError, match="num_prompts: expected at most the 6 prompts of the source, got 7"):
+        _update(model, tokenizer, num_prompts=7)
+    with pytest.raises(ValueError, match="all 6 prompts tried in 2 rounds have equal rewards over their 3 responses"):
+        _update(model, tokenizer, lambda p, r: [1.0] * len(r), filter_zero_advantage=True)
+    with pytest.raises(ValueError, match="reward: expected 12 numbers, one per response, got shape \\[11\\]"):
+        _update(model, tokenizer, lambda p, r: [1.0] * (len(r) - 1))
+    with pytest.raises(ValueError, match="reward: expected finite numbers, got nan"):
+        _update(model, tokenizer, lambda p, r: [float("nan")] * len(r))
+    twice = [PROMPTS[0], PROMPTS[0]]
+    with pytest.raises(ValueError, match="prompts: expected distinct ids, got 1 for 2 prompts"):
+        _evaluate(model, tokenizer, prompts=twice, total_sequences=2)
+    with pytest.raises(ValueError, match="prompts: expected at least one, got none"):
+        _evaluate(model, tokenizer, prompts=[], total_sequences=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "match"),
+    [
+        (GenerationSettings, {"top_p": 0.95}, "expected 1.0, got 0.95; the full softmax is the policy"),
+        (GenerationSettings, {"top_k": 50}, "expected 0, got 50; the full softmax is the policy"),
+        (GenerationSettings, {"batch_size": 0}, "batch_size"),
+        (GenerationSettings, {"temperature": 1.0}, "Extra inputs"),
+        (UpdateSettings, {"num_prompts": 2, "group_size": 1}, "greater than or equal to 2"),
+        (UpdateSettings, {"num_prompts": 0, "group_size": 2}, "num_prompts"),
+        (UpdateSettings, {"num_prompts": 2, "group_size": 2, "scale_rewards": "std"}, "scale_rewards"),
+        (EvaluationSettings, {"total_sequences": 0}, "total_sequences"),
+    ],
+)
+def test_bad_settings(settings, fields, match):
+    with pytest.raises(ValidationError, match=match):
+        settings(**fields)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+from pydantic import ValidationError
+
+from entropy_probe.sampling import Prompt, PromptSource, load_prompts
+
+
+def _jsonl(tmp_path, *lines):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines), encoding="utf-8")
+    return path
+
+
+def test_jsonl(tmp_path):
+    path = _jsonl(tmp_path, {"prompt": "1+1=", "answer": "2"}, "", {"prompt": "é", "answer": 3}, {"prompt": "x"})
+    assert load_prompts(PromptSource(jsonl=path)) == [Prompt(0, "1+1=", "2"), Prompt(1, "é", "3"), Prompt(2, "x")]
+
+
+def test_fields_limit_and_messages(tmp_path):
+    chat = [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1"}]
+    path = _jsonl(tmp_path, {"q": chat, "a": "2"}, {"q": "later"}, "not read")
+    prompts = load_prompts(PromptSource(jsonl=path, prompt_field="q", limit=2))
+    assert prompts == [Prompt(0, tuple(chat)), Prompt(1, "later")]
+    prompts = load_prompts(PromptSource(jsonl=path, prompt_field="q", answer_field="a", limit=1))
+    assert prompts[0].answer == "2"
+
+
+@pytest.mark.parametrize(
+    ("lines", "fields", "match"),
+    [
+        ([{"prompt": "a"}, "{oops"], {}, r"prompts\.jsonl:2: expected one JSON object per line, got invalid JSON"),
+        (["[1, 2]"], {}, r"prompts\.jsonl:1: expected an object with field 'prompt', got list"),
+        ([{"prompt": "a"}, "", {"x": "b"}], {}, r"jsonl:3: expected field 'prompt', got fields x"),
+        ([{"prompt": "a"}], {"answer_field": "gold"}, r"jsonl:1: expected field 'gold', got fields prompt"),
+        ([{"prompt": ""}], {}, r"jsonl:1: expected a prompt, got empty text"),
+        ([{"prompt": 7}], {}, r"jsonl:1: expected text or a list of messages, got int 7"),
+        ([{"prompt": []}], {}, r"jsonl:1: expected text or a list of messages, got list"),
+        ([{"prompt": [{"role": "user"}]}], {}, r"jsonl:1: expected messages with text fields 'role' and 'content'"),
+        ([{"prompt": "a", "answer": ["b"]}], {}, r"jsonl:1: expected the answer as text or a number, got list"),
+        ([], {}, r"prompts\.jsonl: expected at least one prompt, got none"),
+    ],
+)
+def test_bad_jsonl(tmp_path, lines, fields, match):
+    with pytest.raises(ValueError, match=match) as raised:
+        load_prompts(PromptSource(jsonl=_jsonl(tmp_path, *lines), **fields))
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_jsonl(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: expected a JSONL file of prompts, found no such file"):
+        load_prompts(PromptSource(jsonl=tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({}, "exactly one of jsonl, dataset, callable, got none"),
+        ({"jsonl": "a", "callable": "b:c"}, "got jsonl and callable"),
+        ({"jsonl": "a", "split": "train"}, "expected only with dataset, got them with jsonl"),
+        ({"dataset": "some/other"}, "expected prompt_field and split, which are known only for gsm8k, math, MATH"),
+        ({"jsonl": "a", "limit": 0}, "greater than 0"),
+        ({"jsonl": "a", "fields": "b"}, "Extra inputs"),
+    ],
+)
+def test_bad_sources(fields, match):
+    with pytest.raises(ValidationError, match=match):
+        PromptSource(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "called_with", "record"),
+    [
+        ("gsm8k", ("openai/gsm8k", "main", "train"), {"question": "q", "answer": "a"}),
+        ("MATH", ("DigitalLearningGmbH/MATH-lighteval", "default", "train"), {"problem": "q", "solution": "a"}),
+        ("math", ("DigitalLearningGmbH/MATH-lighteval", "default", "train"), {"problem": "q", "solution": "a"}),
+    ],
+)
+def test_known_datasets(monkeypatch, name, called_with, record):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(path, config, *, split, trust_remote_code):
+        assert (path, config, split, trust_remote_code) == (*called_with, False)
+        return [record]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_prompts(PromptSource(dataset=name)) == [Prompt(0, "q", "a")]
+
+
+@pytest.fixture
+def local_dataset(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = tmp_path / "sums"
+    directory.mkdir()
+    rows = [json.dumps({"q": f"{i}+1", "a": str(i + 1)}) for i in range(4)]
+    (directory / "train.jsonl").write_text("\n".join(rows))
+    return str(directory)
+
+
+def test_local_dataset(local_dataset):
+    source = PromptSource(dataset=local_dataset, split="train", prompt_field="q", answer_field="a", limit=2)
+    assert load_prompts(source) == [Prompt(0, "0+1", "1"), Prompt(1, "1+1", "2")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"split": "test"}, "cannot load .*split test"),
+        ({"config": "other"}, "cannot load .*config other"),
+        ({"prompt_field": "question"}, "record 0: expected field 'question', got fields q, a"),
+    ],
+)
+def test_bad_datasets(local_dataset, fields, match):
+    source = PromptSource(**({"dataset": local_dataset, "split": "train", "prompt_field": "q"} | fields))
+    with pytest.raises(ValueError, match=match) as raised:
+        load_prompts(source)
+    assert "\n" not in str(raised.value)
+
+
+def test_unreadable_dataset(local_dataset, tmp_path):
+    (tmp_path / "sums" / "train.jsonl").write_text('{"q": "1"}\n{"q": [')
+    with pytest.raises(ValueError, match="cannot load") as raised:
+        load_prompts(PromptSource(dataset=local_dataset, split="train", prompt_field="q"))
+    assert "\n" not in str(raised.value)
+
+
+def test_datasets_library_is_named_when_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'entropy-probe\[datasets\]'"):
+        load_prompts(PromptSource(dataset="gsm8k"))
+
+
+def test_callable(monkeypatch):
+    module = types.ModuleType("my_prompts")
+    module.records = lambda: ({"prompt": str(i), "answer": str(i)} for i in range(3))
+    module.text = lambda: "one prompt"
+    module.numbers = lambda: [1]
+    monkeypatch.setitem(sys.modules, "my_prompts", module)
+    prompts = load_prompts(PromptSource(callable="my_prompts:records", limit=2))
+    assert prompts == [Prompt(0, "0", "0"), Prompt(1, "1", "1")]
+    with pytest.raises(ValueError, match="callable my_prompts:text: expected an iterable of mappings, got str"):
+        load_prompts(PromptSource(callable="my_prompts:text"))
+    with pytest.raises(ValueError, match="callable my_prompts:numbers, record 0: expected an object"):
+        load_prompts(PromptSource(callable="my_prompts:numbers"))
+    with pytest.raises(ValueError, match=r"prompts\.callable: expected a function 'nothing'"):
+        load_prompts(PromptSource(callable="my_prompts:nothing"))

@@ -1,0 +1,80 @@
+"""Imports point one way, and importing the package loads nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "entropy_probe"
+
+# What each part may import from this package, besides itself.
+ALLOWED = {
+    "types": {"sampling"},  # Rollouts.to_parquet, inside the method
+    "results": set(),
+    "named": set(),
+    "moments": {"results"},
+    "losses": set(),
+    "scoring": {"types", "named"},
+    "estimators": {"types"},
+    "updates": {"types", "results", "named", "moments", "scoring", "losses"},
+    "isolation": set(),
+    "provenance": set(),
+    "config": {"estimators", "losses"},
+    "sampling": {"types", "named"},
+    "checkpoints": {"types", "results", "named", "moments"},
+    "report": {"types", "results"},
+    "demo": set(),
+    "probe": {"types", "results", "named", "moments", "losses", "scoring", "estimators", "updates", "isolation",
+              "provenance", "config"},
+    "cli": None,
+    "__init__": None,
+    "__main__": {"cli"},
+}  # fmt: skip
+
+HEAVY = ("transformers", "peft", "trl", "vllm", "datasets", "matplotlib", "pyarrow", "accelerate", "rich", "typer")
+
+
+def part(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("entropy_probe"):
+            names = [node.module] if node.module != "entropy_probe" else [f"entropy_probe.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.startswith("entropy_probe.")]
+        else:
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+            continue
+        found |= {name.split(".")[1] for name in names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path):
+    me = part(path)
+    assert me in ALLOWED, f"say in this test what {me} may import"
+    allowed = ALLOWED[me]
+    if allowed is not None:
+        assert imported(path) - allowed - {me} == set()
+
+
+def test_nothing_imports_the_command_line():
+    for path in SOURCE.rglob("*.py"):
+        if part(path) not in ("cli", "__main__"):
+            assert "cli" not in imported(path), path
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = f"import sys, entropy_probe; sys.exit(' '.join(m for m in {HEAVY!r} if m in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_modules_stay_small():
+    lines = {str(p.relative_to(SOURCE)): len(p.read_text().splitlines()) for p in SOURCE.rglob("*.py")}
+    assert {name: n for name, n in lines.items() if n > 400} == {}
