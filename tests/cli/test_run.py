@@ -136,6 +136,19 @@ def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, 
     assert not (tmp_path / "out").exists()
 
 
+def test_rollouts_sampled_before_a_failure_are_kept(config, tmp_path):
+    """A learning rate that overflows the policy fails after sampling."""
+    done = execute("run", config, "probe.learning_rate=1e30")
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "out").exists()
+    (kept,) = tmp_path.glob("out.rollouts-*")
+    assert f"rollouts.update={kept}/update.parquet rollouts.evaluation={kept}/evaluation.parquet" in done.stderr
+    again = execute(
+        "run", config, f"rollouts.update={kept}/update.parquet", f"rollouts.evaluation={kept}/evaluation.parquet"
+    )
+    assert again.returncode == 0, again.stderr
+
+
 def test_help_loads_nothing_heavy():
     done = execute(
         command=("-c", "import sys; import entropy_probe.cli; print([m for m in sys.modules if m in "

@@ -42,7 +42,8 @@ def describe(error: BaseException) -> str:
     """An error as one line; of several validation errors the first, and how many more there are."""
     if isinstance(error, ValidationError):
         return describe_validation(error)
-    return " ".join(str(error).split()) or type(error).__name__
+    notes = getattr(error, "__notes__", ())
+    return " ".join("; ".join([str(error) or type(error).__name__, *notes]).split())
 
 
 def describe_validation(error: ValidationError) -> str:

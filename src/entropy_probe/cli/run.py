@@ -60,7 +60,7 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
     """Probe as configured and write the run directory.
 
     The directory gets the resolved ``config.yaml``, ``results.json`` and, with ``save_rollouts``, both batches;
-    all of them or, after an error, none.
+    all of them or, after an error, none. Rollouts sampled before an error are kept beside the directory.
 
     Raises:
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.

@@ -48,7 +48,8 @@ def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path
     """A temporary directory whose files move into ``directory`` when the block ends without an error.
 
     Files of an earlier run that this one did not write are removed, except the resolved paths in ``keep``;
-    other files stay. After an error everything is as it was.
+    other files stay. After an error everything is as it was, but rollouts sampled by then are kept in a directory
+    beside it, which a note on the error names.
 
     Raises:
         ValueError: if the directory cannot be made or written into.
@@ -68,10 +69,25 @@ def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path
         for name in written:
             (staging / name).replace(directory / name)
         existed = True
+    except BaseException as error:
+        _rescue_rollouts(staging, directory, error)
+        raise
     finally:
         shutil.rmtree(staging)
         if not existed:
             directory.rmdir()
+
+
+def _rescue_rollouts(staging: Path, directory: Path, error: BaseException) -> None:
+    """Sampling can take hours; keep what it gave when a later step fails."""
+    sampled = [staging / name for name in (UPDATE_FILE, EVALUATION_FILE) if (staging / name).exists()]
+    if not sampled:
+        return
+    kept = Path(tempfile.mkdtemp(prefix=f"{directory.name}.rollouts-", dir=directory.parent))
+    for file in sampled:
+        file.replace(kept / file.name)
+    settings = " ".join(f"rollouts.{file.stem}={kept / file.name}" for file in sampled)
+    error.add_note(f"the rollouts are kept, add {settings}")
 
 
 def _is_run(directory: Path) -> bool:
