@@ -16,7 +16,7 @@ __all__ = ["evaluating", "parameters_at"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, full matrix precision, no autocast; flags and all random states restored on exit."""
+    """Evaluation mode, gradients on, full matrix precision, no autocast; flags and all random states restored on exit."""
     training = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     precision = torch.get_float32_matmul_precision()
@@ -24,6 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.enable_grad())
         try:
             model.eval()
             torch.set_float32_matmul_precision("highest")

@@ -29,8 +29,8 @@ from entropy_probe.results import (
     ProbeResult,
     Realized,
 )
-from entropy_probe.scoring.forward import Scorer
-from entropy_probe.types import Rollouts, TokenScores
+from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 from entropy_probe.updates.adamw import (
     ClippedGradient,
     adamw_step,
@@ -40,7 +40,7 @@ from entropy_probe.updates.adamw import (
     optimizer_parameters,
     shadow_step,
 )
-from entropy_probe.updates.per_unit import UnitGradients, tappable, unit_gradients
+from entropy_probe.updates.per_unit import Side, UnitGradients, tappable, unit_gradients
 from entropy_probe.updates.preconditioner import frozen_preconditioner
 
 __all__ = ["EntropyProbe"]
@@ -191,14 +191,22 @@ class _Run:
                 "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
             )
         with self.clock.phase("update gradient") as progress:
-            return self._differentiate_loss(store=store and fits, taps=taps and store and fits, progress=progress)
+            side = Side(self._loss_coefficients(), store=store and fits)
+            return self._differentiate(self.update, self.prompts, side, taps=taps and side.store, progress=progress)
 
-    def _differentiate_loss(self, **options: Any) -> UnitGradients:
-        """Differentiate the loss at the sampling point, ``sum_it -omega_it A_it s_it``, prompt by prompt."""
+    def _loss_coefficients(self) -> TokenCoefficients:
+        """The loss at the sampling point is ``sum_it -omega_it A_it s_it``."""
         update, config = self.update, self.config
         omega = token_weights(update.response_mask, update.prompt_ids, config.loss_type, config.max_completion_length)
-        coefficients = -omega * update.token_advantages
-        return unit_gradients(self.scorer, self.parameters, update, coefficients, None, self.prompts.index, **options)
+        return TokenCoefficients(-omega * update.token_advantages, None)
+
+    def _differentiate(
+        self, batch: Rollouts, units: Units, side: Side, *, taps: bool, progress: Progress
+    ) -> UnitGradients:
+        (found,) = unit_gradients(
+            self.scorer, self.parameters, batch, units.index, [side], taps=taps, progress=progress
+        )
+        return found
 
     def _plan_step(self, gradient: dict[str, Tensor | None]) -> _PlannedStep:
         """The step that the optimizer would take with this loss gradient, in the configured geometry."""
@@ -230,17 +238,8 @@ class _Run:
             before, evaluation.prompt_ids, self.units, config.normalization, config.entropy
         )
         with self.clock.phase("evaluation gradient") as progress:
-            entropy_side = unit_gradients(
-                self.scorer,
-                self.parameters,
-                evaluation,
-                surrogate.logprobs,
-                surrogate.entropies,
-                self.units.index,
-                directions=list(step.components.values()),
-                taps=taps,
-                progress=progress,
-            )
+            side = Side(surrogate, directions=list(step.components.values()))
+            entropy_side = self._differentiate(evaluation, self.units, side, taps=taps, progress=progress)
         weights = self.units.total(fo.sequence_weights(before, config.normalization))
         predicted = fo.first_order(entropy_side.dots.sum(0), weights)
         parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
@@ -271,7 +270,8 @@ class _Run:
         with self.clock.phase("update error") as progress:
             if gradients.stored is not None:
                 return gradients.dot_stored(direction)
-            return self._differentiate_loss(directions=[direction], taps=taps, progress=progress).dots[0]
+            side = Side(self._loss_coefficients(), directions=[direction])
+            return self._differentiate(self.update, self.prompts, side, taps=taps, progress=progress).dots[0]
 
     def _realized(
         self, before: TokenScores, step: _PlannedStep, entropy: Sampled, predicted: Sampled | None

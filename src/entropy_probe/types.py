@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Rollouts", "TokenScores"]
+__all__ = ["Rollouts", "TokenCoefficients", "TokenScores"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,3 +196,16 @@ class TokenScores:
     def response_lengths(self) -> Int[Tensor, " N"]:
         """``T``, the number of response tokens of each sequence."""
         return self.response_mask.sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCoefficients:
+    """A scalar surrogate ``sum_it logprobs_it * s_it + entropies_it * h_it`` whose autograd gradient is an estimate.
+
+    Attributes:
+        logprobs: constant coefficient of each log-probability, ``[N, L]``.
+        entropies: constant coefficient of each entropy, ``[N, L]``; ``None`` when all are 0.
+    """
+
+    logprobs: Float[Tensor, "N L"]
+    entropies: Float[Tensor, "N L"] | None

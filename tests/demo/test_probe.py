@@ -1,5 +1,7 @@
 """The demo's checkpoint, trained for real: prediction and measurement agree, and meet as the step shrinks."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def assert_agree_and_meet(found, run_rate):
     # the gap is of second order, so relative to the prediction it falls with the rate
     gaps = {rate: abs(r.difference.value / r.predicted.value) for rate, r in found.items()}
     rates = sorted(found, reverse=True)
-    for large, small in zip(rates, rates[1:], strict=False):
+    for large, small in pairwise(rates):
         assert gaps[small] < 0.5 * gaps[large], gaps
     slopes = torch.tensor([r.predicted.value / rate for rate, r in found.items()])
     torch.testing.assert_close(slopes, slopes[:1].expand_as(slopes), rtol=1e-4, atol=0)

@@ -5,7 +5,6 @@ Formulas: ``docs/theory.md``, "Entropy", "The entropy gradient" and "The first-o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from entropy_probe.estimators.baselines import leave_one_out_mean, position_baseline, strictly_after
 from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenCoefficients, TokenScores
 
 __all__ = [
     "EntropyKind",
     "Normalization",
-    "TokenCoefficients",
     "entropy",
     "entropy_coefficients",
     "first_order",
@@ -29,19 +27,6 @@ __all__ = [
 
 Normalization = Literal["token", "sequence"]
 EntropyKind = Literal["rao_blackwell", "surprisal"]
-
-
-@dataclass(frozen=True, eq=False)
-class TokenCoefficients:
-    """A scalar surrogate ``sum_it logprobs_it * s_it + entropies_it * h_it`` whose autograd gradient is an estimate.
-
-    Attributes:
-        logprobs: constant coefficient of each log-probability, ``[N, L]``.
-        entropies: constant coefficient of each entropy, ``[N, L]``; ``None`` when all are 0.
-    """
-
-    logprobs: Float[Tensor, "N L"]
-    entropies: Float[Tensor, "N L"] | None
 
 
 def sequence_weights(scores: TokenScores, normalization: Normalization) -> Float[Tensor, " N"]:

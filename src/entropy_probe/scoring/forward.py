@@ -7,7 +7,7 @@ always passed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.scoring.logits import OutputHead, head_scores, head_surrogate, logit_scores
-from entropy_probe.types import Rollouts, TokenScores
+from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 
 __all__ = ["Microbatch", "Progress", "Scorer", "microbatch_rows"]
 
@@ -237,18 +237,16 @@ class Scorer:
                 )
         return TokenScores(logprobs, entropies, rollouts.response_mask)
 
-    def surrogate(self, batch: Microbatch, logprobs: Tensor, entropies: Tensor | None) -> Tensor:
-        """The scalar ``sum a s + c h`` over a microbatch, with a graph back to the parameters.
+    def surrogates(self, batch: Microbatch, sides: Sequence[TokenCoefficients]) -> list[Tensor]:
+        """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
         Args:
             batch: the microbatch.
-            logprobs: coefficients ``a`` of the log-probabilities, ``[N, L]`` of the whole batch.
-            entropies: coefficients ``c`` of the entropies, likewise, or ``None``.
+            sides: coefficients for every token of the whole batch, ``[N, L]``.
         """
-        a = batch.gather(logprobs)
-        c = None if entropies is None else batch.gather(entropies)
+        terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
         if self._split is not None:
-            return head_surrogate(self._head(), self._hidden(batch), batch.targets, a, c)
+            hidden = self._hidden(batch)
+            return [head_surrogate(self._head(), hidden, batch.targets, a, c) for a, c in terms]
         s, h = logit_scores(self._model_logits(batch), batch.targets, self.temperature)
-        value = torch.dot(a.to(s.dtype), s)
-        return value if c is None else value + torch.dot(c.to(h.dtype), h)
+        return [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]

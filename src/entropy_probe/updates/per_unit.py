@@ -1,4 +1,4 @@
-"""Gradients of a token surrogate: their sum over a batch, and their share per unit, in one streaming pass.
+"""Gradients of token surrogates: their sum over a batch, and their share per unit, in one streaming pass.
 
 Two paths give the same numbers. ``taps``: when everything trainable is the weight or bias of plain ``nn.Linear``
 layers (LoRA), one backward pass over a microbatch of many sequences is enough, since the input and the output
@@ -20,9 +20,9 @@ from torch.nn import Parameter
 
 from entropy_probe.named import NamedVector
 from entropy_probe.scoring.forward import Microbatch, Progress, Scorer
-from entropy_probe.types import Rollouts
+from entropy_probe.types import Rollouts, TokenCoefficients
 
-__all__ = ["UnitGradients", "tappable", "unit_gradients"]
+__all__ = ["Side", "UnitGradients", "tappable", "unit_backward", "unit_gradients"]
 
 _BLOCK_ELEMENTS = 2**23
 """Per-sequence gradients of one layer are formed for at most this many elements at a time."""
@@ -95,81 +95,105 @@ class _Sums:
                 self.stored[unit, self._slices[name]] += row
 
 
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One surrogate to differentiate, and what is wanted of its gradient besides the total.
+
+    Attributes:
+        coefficients: of the surrogate ``sum_it a_it s_it + c_it h_it``.
+        directions: vectors to take each unit's inner product with.
+        store: keep each unit's gradient.
+    """
+
+    coefficients: TokenCoefficients
+    directions: Sequence[NamedVector] = ()
+    store: bool = False
+
+
 def unit_gradients(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
-    logprobs: Float[Tensor, "N L"],
-    entropies: Float[Tensor, "N L"] | None,
     units: Tensor,
+    sides: Sequence[Side],
     *,
-    directions: Sequence[NamedVector] = (),
-    store: bool = False,
     taps: bool = False,
     progress: Progress | None = None,
-) -> UnitGradients:
-    """Differentiate ``sum_it logprobs_it s_it + entropies_it h_it`` over a batch.
+) -> list[UnitGradients]:
+    """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to, by name.
         rollouts: the batch.
-        logprobs: constant coefficients of the log-probabilities.
-        entropies: constant coefficients of the entropies, or ``None``.
         units: the unit of each sequence, ``[N]``, numbered from 0.
-        directions: vectors to take each unit's inner product with.
-        store: keep each unit's gradient.
+        sides: the surrogates.
         taps: read per-sequence gradients off the linear layers; only if :func:`tappable` says so.
         progress: called with sequences done and in all.
+
+    Returns:
+        One outcome per side.
     """
-    sums = _Sums(parameters, directions, int(units.max()) + 1, store)
+    counts = units.bincount().tolist()
+    sums = [_Sums(parameters, side.directions, len(counts), side.store) for side in sides]
+    coefficients = [side.coefficients for side in sides]
+    by_unit = any(side.directions or side.store for side in sides)
     done = 0
 
-    def report(count: int) -> None:
+    def report(rows: Tensor) -> None:
         nonlocal done
-        done += count
+        done += len(rows)
         if progress:
             progress(done, len(rollouts))
 
-    with torch.enable_grad():
-        if taps:
-            for batch in scorer.microbatches(rollouts):
-                _tapped_backward(scorer, parameters, batch, logprobs, entropies, units, sums)
-                report(len(batch.rows))
-        elif directions or store:
-            members = torch.split(units.argsort(stable=True), units.bincount().tolist())
-            for unit, rows in enumerate(members):
-                _plain_backward(scorer, parameters, rollouts, rows, logprobs, entropies, sums, unit)
-                report(len(rows))
-        else:
-            rows = torch.arange(len(rollouts))
-            _plain_backward(scorer, parameters, rollouts, rows, logprobs, entropies, sums, None, report)
-    return UnitGradients(sums.total, sums.dots, sums.stored)
+    if taps:
+        for batch in scorer.microbatches(rollouts):
+            _tapped_backward(scorer, parameters, batch, coefficients, units, sums)
+            report(batch.rows)
+    elif by_unit:
+        for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
+            index = torch.tensor([unit])
+            for side, gradients in zip(
+                sums, unit_backward(scorer, parameters, rollouts, rows, coefficients), strict=True
+            ):
+                for name, gradient in gradients.items():
+                    side.add_units(name, index, gradient[None])
+            report(rows)
+    else:
+        for batch in scorer.microbatches(rollouts):
+            for side, gradients in zip(sums, _backward(scorer, parameters, batch, coefficients), strict=True):
+                for name, gradient in gradients.items():
+                    side.add_total(name, gradient)
+            report(batch.rows)
+    return [UnitGradients(side.total, side.dots, side.stored) for side in sums]
 
 
-def _plain_backward(
+def unit_backward(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
     rows: Tensor,
-    logprobs: Tensor,
-    entropies: Tensor | None,
-    sums: _Sums,
-    unit: int | None,
-    report: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Ordinary backward passes over some rows, which all belong to ``unit`` unless that is ``None``."""
+    coefficients: Sequence[TokenCoefficients],
+) -> list[dict[str, Tensor]]:
+    """Gradients of each surrogate over the given rows; parameters a surrogate does not reach are left out."""
+    totals: list[dict[str, Tensor]] = [{} for _ in coefficients]
     for batch in scorer.microbatches(rollouts, rows):
-        value = scorer.surrogate(batch, logprobs, entropies)
-        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if unit is None:
-                sums.add_total(name, gradient)
-            else:
-                sums.add_units(name, torch.tensor([unit]), gradient[None])
-        report(len(batch.rows))
+        for total, gradients in zip(totals, _backward(scorer, parameters, batch, coefficients), strict=True):
+            for name, gradient in gradients.items():
+                total[name] = total[name] + gradient if name in total else gradient
+    return totals
+
+
+def _backward(
+    scorer: Scorer, parameters: Mapping[str, Parameter], batch: Microbatch, coefficients: Sequence[TokenCoefficients]
+) -> Iterator[dict[str, Tensor]]:
+    """One forward pass over a microbatch, then one backward pass per surrogate."""
+    values = scorer.surrogates(batch, coefficients)
+    for k, value in enumerate(values):
+        gradients = torch.autograd.grad(
+            value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
+        )
+        yield {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 class _Tap(torch.autograd.Function):
@@ -263,20 +287,22 @@ def _tapped_backward(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     batch: Microbatch,
-    logprobs: Tensor,
-    entropies: Tensor | None,
+    coefficients: Sequence[TokenCoefficients],
     units: Tensor,
-    sums: _Sums,
+    sums: Sequence[_Sums],
 ) -> None:
+    """One forward pass with taps, then one backward pass per surrogate."""
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
     row_units = units[batch.rows]
+    current = 0
 
     def consume(name: str, block: slice, gradients: Tensor) -> None:
-        sums.add_units(name, row_units[block], gradients)
+        sums[current].add_units(name, row_units[block], gradients)
 
     with _tapped(scorer.model, parameters, anchor, consume, len(batch.rows)):
-        value = scorer.surrogate(batch, logprobs, entropies)
-        torch.autograd.grad(value, anchor, allow_unused=True)
+        values = scorer.surrogates(batch, coefficients)
+        for current, value in enumerate(values):
+            torch.autograd.grad(value, anchor, allow_unused=True, retain_graph=current + 1 < len(values))
 
 
 def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> str | None:
@@ -290,13 +316,13 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
         return layers
     shortest = rollouts.attention_mask.sum(1).argsort(stable=True)[:2]
     few = rollouts.select(shortest)
-    ones, units = few.response_mask.double(), torch.arange(len(few))
-    arguments = (scorer, parameters, few, ones, ones, units)
+    ones = few.response_mask.double()
+    both = [Side(TokenCoefficients(ones, ones))]
     try:
-        tapped = unit_gradients(*arguments, taps=True).total
+        tapped = unit_gradients(scorer, parameters, few, torch.arange(len(few)), both, taps=True)[0].total
     except _UntappableError as error:
         return str(error)
-    plain = unit_gradients(*arguments).total
+    plain = unit_gradients(scorer, parameters, few, torch.arange(len(few)), both)[0].total
     for name, expected in plain.items():
         actual = tapped[name]
         if expected is None or actual is None:

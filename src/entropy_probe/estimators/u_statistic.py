@@ -1,0 +1,76 @@
+"""The cross-prompt U-statistic: a first-order change from one batch that both predicts and updates.
+
+Formulas: ``docs/theory.md``, "One batch". Source: Hoeffding, 1948 (U-statistics); Efron and Stein, 1981 (jackknife).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["CrossStatistic", "cross_statistic"]
+
+
+@dataclass(frozen=True, eq=False)
+class CrossStatistic:
+    """The U-statistic of ``<X_u, P Y_w>`` over distinct units, with two estimates of its error.
+
+    Attributes:
+        value: ``1 / (U (U - 1)) sum_{u != w} <X_u, P Y_w>``.
+        bars_dot: ``<mean X, P mean Y>``, the V-statistic, biased by the diagonal.
+        diagonal: ``sum_u <X_u, P Y_u>``.
+        row_means: ``r_u``, half the mean of ``<X_u, P Y_w> + <X_w, P Y_u>`` over ``w != u``; their mean is ``value``.
+        zeta_plugin: plug-in estimate of the variance of the projection, ``sum (r_u - mean)^2 / (U - 1)``.
+        zeta_jackknife: the same from leave-one-out values.
+        se_plugin: ``sqrt(4 zeta_plugin / U)``.
+        se_jackknife: square root of the jackknife variance.
+    """
+
+    value: float
+    bars_dot: float
+    diagonal: float
+    row_means: Float[Tensor, " U"]
+    zeta_plugin: float
+    zeta_jackknife: float
+    se_plugin: float
+    se_jackknife: float
+
+
+def cross_statistic(
+    entropy_side: Float[Tensor, " U"], update_side: Float[Tensor, " U"], diagonal: Float[Tensor, " U"]
+) -> CrossStatistic:
+    """The U-statistic from three inner products per unit; no pair is ever formed.
+
+    Args:
+        entropy_side: ``<X_u, P sum_w Y_w>``.
+        update_side: ``<sum_w X_w, P Y_u>``; sums to the same total.
+        diagonal: ``<X_u, P Y_u>``.
+
+    Raises:
+        ValueError: with fewer than three units, which leaves the jackknife nothing to leave out.
+    """
+    units = diagonal.numel()
+    if units < 3:
+        raise ValueError(
+            f"one batch: expected at least 3 units for the U-statistic and its jackknife error, got {units}; give more "
+            "prompts or smaller blocks"
+        )
+    a, b, k = entropy_side.double(), update_side.double(), diagonal.double()
+    total = a.sum()
+    value = (total - k.sum()) / (units * (units - 1))
+    rows = ((a - k) + (b - k)) / (2 * (units - 1))
+    zeta = (rows - rows.mean()).square().sum() / (units - 1)
+    left_out = (units * value - 2 * rows) / (units - 2)
+    variance = (units - 1) / units * (left_out - left_out.mean()).square().sum()
+    return CrossStatistic(
+        value=value.item(),
+        bars_dot=(total / units**2).item(),
+        diagonal=k.sum().item(),
+        row_means=rows,
+        zeta_plugin=zeta.item(),
+        zeta_jackknife=(units * variance / 4).item(),
+        se_plugin=(4 * zeta / units).sqrt().item(),
+        se_jackknife=variance.sqrt().item(),
+    )
