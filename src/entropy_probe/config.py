@@ -31,7 +31,13 @@ class ProbeConfig(BaseModel):
             ``prompt`` if the batch consists of groups of one size, at least 2, in consecutive rows; else ``sequence``.
         min_ess_fraction: below this share of effective samples the realized change is marked ``low_ess``.
         frozen_max_scale: upper clamp on the frozen preconditioner.
-        frozen_min_coverage: least share of elements with a second moment for the frozen preconditioner.
+        checkpoint_step: Adam's step count for parameters whose state lacks one, in the frozen preconditioner.
+        identity_if_coverage_below: take the identity for the frozen preconditioner if less than this share of the
+            elements has a second moment; ``None`` makes less than 0.9 an error.
+        one_batch_units: what the cross-prompt statistic treats as a unit: every prompt (``exact``), blocks of prompts
+            (``block``), or ``auto``: blocks once there are more than 128 prompts.
+        block_size: prompts per block; must divide their number. ``None`` gives the smallest size with at most 128
+            blocks.
         max_tokens_per_microbatch: bound on padded tokens per forward pass.
         max_stored_gradient_gib: per-prompt gradients of the update batch are kept in host memory up to this size;
             beyond it a second pass over the update batch takes their place.
@@ -52,7 +58,10 @@ class ProbeConfig(BaseModel):
     evaluation_unit: Literal["auto", "sequence", "prompt"] = "auto"
     min_ess_fraction: float = Field(default=0.5, ge=0, le=1)
     frozen_max_scale: float = Field(default=1e3, gt=0)
-    frozen_min_coverage: float = Field(default=0.9, ge=0, le=1)
+    checkpoint_step: int | None = Field(default=None, gt=0)
+    identity_if_coverage_below: float | None = Field(default=None, ge=0, le=1)
+    one_batch_units: Literal["auto", "exact", "block"] = "auto"
+    block_size: int | None = Field(default=None, gt=0)
     max_tokens_per_microbatch: int = Field(default=8192, gt=0)
     max_stored_gradient_gib: float = Field(default=2.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -16,7 +16,7 @@ __all__ = ["evaluating", "parameters_at"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients on, full matrix precision, no autocast; flags and all random states restored on exit."""
+    """Evaluation mode, gradients on, full matrix precision, no autocast; flags and random states restored on exit."""
     training = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     precision = torch.get_float32_matmul_precision()

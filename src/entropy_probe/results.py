@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 __all__ = [
     "CheckpointReport",
+    "CrossPrompt",
     "Diagnostics",
     "Estimate",
     "GroupReport",
@@ -161,7 +162,8 @@ class PreconditionerReport(_Record):
     """How the frozen preconditioner P was built (``geometry: frozen`` only).
 
     Attributes:
-        coverage: share of elements whose P comes from a second moment.
+        coverage: share of elements with a usable second moment.
+        bias_correction: where the step count of the bias correction came from.
         num_identity: elements that got the identity instead.
         identity_parameters: names of the parameters with such elements.
         num_clamped: elements whose scale was clamped.
@@ -170,11 +172,54 @@ class PreconditionerReport(_Record):
     """
 
     coverage: float
+    bias_correction: str
     num_identity: int
     identity_parameters: tuple[str, ...]
     num_clamped: int
     max_scale: float
     min_denominator: float | None
+
+
+class CrossPrompt(_Record):
+    """The first-order change from one batch that both predicts and updates, in the frozen geometry.
+
+    Attributes:
+        delta_h1: ``-learning_rate * u_cross``, in ``unit``.
+        se_plugin: standard error of ``delta_h1`` from the variance of the row means.
+        se_jackknife: standard error of ``delta_h1`` from leaving out one unit at a time.
+        unit: nats per token or nats per sequence.
+        u_cross: the U-statistic of ``<X_u, P Y_w>`` over distinct units.
+        zeta_plugin: estimated variance of the statistic's projection, plug-in.
+        zeta_jackknife: the same, jackknife.
+        bars_dot: ``<mean X, P mean Y>``, which keeps the biased diagonal.
+        bars_dot_ratio: ``bars_dot`` over its value without P; null if that is 0.
+        diagonal: ``sum_u <X_u, P Y_u>``.
+        row_means: what each unit contributes to ``u_cross``, which is their mean.
+        num_units: units in the statistic.
+        mode: ``exact`` (a unit is a prompt) or ``block`` (a block of prompts).
+        block_size: prompts per unit.
+        learning_rate: the largest rate of the parameter groups; rates of other groups are folded into P.
+        gradients: how per-unit gradients were held.
+        preconditioner: how P was built.
+    """
+
+    delta_h1: float
+    se_plugin: float = Field(ge=0)
+    se_jackknife: float = Field(ge=0)
+    unit: Unit
+    u_cross: float
+    zeta_plugin: float
+    zeta_jackknife: float
+    bars_dot: float
+    bars_dot_ratio: float | None
+    diagonal: float
+    row_means: tuple[float, ...]
+    num_units: int
+    mode: Literal["exact", "block"]
+    block_size: int
+    learning_rate: float
+    gradients: str
+    preconditioner: PreconditionerReport
 
 
 class Diagnostics(_Record):
@@ -215,6 +260,7 @@ class ProbeResult(_Record):
         realized: the change measured after the step; null after ``predict``.
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation units. Much smaller than either error, since both share their sampling noise.
+        cross_prompt: the first-order change from the update batch alone; null unless asked for.
         contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
             memory only.
         optimizer_state: what the optimizer's state covers.
@@ -232,6 +278,7 @@ class ProbeResult(_Record):
     components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
     difference: Estimate | None = None
+    cross_prompt: CrossPrompt | None = None
     contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
     optimizer_state: OptimizerStateReport
     preconditioner: PreconditionerReport | None = None

@@ -124,7 +124,7 @@ def test_taps_equal_one_backward_per_unit(monkeypatch):
     update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
     fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     assert fast.diagnostics.per_unit_gradients == "linear-layer taps"
-    monkeypatch.setattr("entropy_probe.probe.tappable", lambda *a: "switched off by a test")
+    monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off by a test")
     generic = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     for key, value in numbers(fast).items():
         # float32 scores before and after a small step leave about 1e-7 of noise in measured changes

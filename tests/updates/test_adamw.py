@@ -159,7 +159,7 @@ def test_frozen_preconditioner():
     optimizer.state[model.c]["exp_avg_sq"][0] = 0.0
     with pytest.raises(ValueError, match="at least 90%"):
         frozen_preconditioner(parameters, optimizer)
-    p = frozen_preconditioner(parameters, optimizer, min_coverage=0.5)
+    p = frozen_preconditioner(parameters, optimizer, identity_if_coverage_below=0.5)
     v = optimizer.state[model.a]["exp_avg_sq"]
     torch.testing.assert_close(p.scale["a"], 1 / ((v / (1 - 0.95**3)).sqrt() + 1e-6))
     assert torch.equal(p.scale["b"], torch.ones_like(model.b))
@@ -168,3 +168,14 @@ def test_frozen_preconditioner():
     assert p.report.identity_parameters == ("b",)
     assert p.report.num_clamped == 1
     assert p.report.coverage == pytest.approx(38 / 43)
+    assert p.report.bias_correction == "own step"
+    all_identity = frozen_preconditioner(parameters, optimizer, identity_if_coverage_below=0.95)
+    assert all(torch.equal(s, torch.ones_like(s)) for s in all_identity.scale.values())
+    assert all_identity.report.num_identity == 43
+    optimizer.state[model.a].pop("step")
+    given = frozen_preconditioner(parameters, optimizer, checkpoint_step=3, identity_if_coverage_below=0.5)
+    torch.testing.assert_close(given.scale["a"], p.scale["a"])
+    assert given.report.bias_correction == "checkpoint_step and own step"
+    without = frozen_preconditioner(parameters, optimizer, identity_if_coverage_below=0.5)
+    torch.testing.assert_close(without.scale["a"], 1 / (v.sqrt() + 1e-6))
+    assert without.report.bias_correction == "none and own step"

@@ -42,6 +42,8 @@ class RunConfig(BaseModel):
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
         prompts: where prompts come from; not needed when both batches are read from files.
+        mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` predicts from the update batch
+            alone, by the cross-prompt U-statistic; ``both`` does both.
         reward: the reward of update responses, by name.
         generation: how responses are sampled. Temperature and largest length are those of ``probe``.
         update: the batch that the optimizer step is taken on.
@@ -59,6 +61,7 @@ class RunConfig(BaseModel):
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"
     prompts: PromptSource | None = None
+    mode: Literal["two_batch", "one_batch", "both"] = "two_batch"
     reward: str | None = None
     generation: GenerationSettings = GenerationSettings()
     update: UpdateSettings | None = None
@@ -75,7 +78,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_sources(self) -> RunConfig:
-        for batch in ("update", "evaluation"):
+        for batch in ("update",) if self.mode == "one_batch" else ("update", "evaluation"):
             if getattr(self.rollouts, batch) is not None:
                 continue
             needed = {

@@ -14,6 +14,7 @@ from entropy_probe.report.numbers import format_percent
 if TYPE_CHECKING:
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
+    from entropy_probe.probe import EntropyProbe
     from entropy_probe.provenance import Phase
     from entropy_probe.results import ProbeResult
     from entropy_probe.sampling import Prompt, Reward, SamplingReport
@@ -91,12 +92,27 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
             update, evaluation, notes = _sample_missing(config, state, inputs, progress)
         if config.save_rollouts:
             update.to_parquet(staging / UPDATE_FILE)
-            evaluation.to_parquet(staging / EVALUATION_FILE)
-        result = probe.run(update=update, evaluation=evaluation)
-        result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
+            if evaluation is not None:
+                evaluation.to_parquet(staging / EVALUATION_FILE)
+        result = _annotate(
+            _run_mode(probe, config.mode, update, evaluation), (*state.report.reasons, *notes), clock.seconds
+        )
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
     return result
+
+
+def _run_mode(probe: EntropyProbe, mode: str, update: Rollouts, evaluation: Rollouts | None) -> ProbeResult:
+    """The probe's result in the configured mode; in ``both``, the one-batch prediction joins the two-batch result."""
+    if mode == "one_batch":
+        return probe.one_batch(update)
+    result = probe.run(update=update, evaluation=_required(evaluation))
+    if mode == "two_batch":
+        return result
+    one = probe.one_batch(update)
+    result = result.model_copy(update={"cross_prompt": one.cross_prompt})
+    new = [message for message in one.diagnostics.messages if message not in result.diagnostics.messages]
+    return _annotate(result, tuple(f"one batch: {message}" for message in new), one.timing)
 
 
 @dataclass(frozen=True)
@@ -114,22 +130,24 @@ def _read_inputs(config: RunConfig) -> _Inputs:
     from entropy_probe.types import Rollouts
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
+    complete = update is not None and (evaluation is not None or config.mode == "one_batch")
     return _Inputs(
         update=update,
         evaluation=evaluation,
-        prompts=load_prompts(_required(config.prompts)) if update is None or evaluation is None else [],
+        prompts=[] if complete else load_prompts(_required(config.prompts)),
         reward=load_reward(_required(config.reward)) if update is None else None,
     )
 
 
 def _sample_missing(
     config: RunConfig, state: CheckpointState, inputs: _Inputs, progress: Phase
-) -> tuple[Rollouts, Rollouts, tuple[str, ...]]:
-    """The update batch, the evaluation batch, and notes on how they were sampled where they were."""
+) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
+    """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
     from entropy_probe.sampling import sample_evaluation, sample_update
 
     update, evaluation = inputs.update, inputs.evaluation
-    if state.tokenizer is None and (update is None or evaluation is None):
+    sample_e = evaluation is None and config.mode != "one_batch"
+    if state.tokenizer is None and (update is None or sample_e):
         raise ValueError(
             f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
             "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
@@ -147,7 +165,7 @@ def _sample_missing(
             *subject, reward, settings, progress=partial(progress, "sample update"), **common
         )
         notes += _describe("update", report)
-    if evaluation is None:
+    if sample_e:
         settings = _required(config.evaluation)
         evaluation, report = sample_evaluation(
             *subject, settings, progress=partial(progress, "sample evaluation"), **common

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["LossType", "token_weights"]
+from entropy_probe.types import Rollouts, TokenCoefficients
+
+__all__ = ["LossType", "loss_coefficients", "token_weights"]
 
 LossType = Literal["grpo", "bnpo", "dapo", "cispo", "dr_grpo", "per_prompt_max"]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
@@ -83,3 +85,15 @@ def token_weights(
     if loss_type not in _WEIGHTS:
         raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
     return _WEIGHTS[loss_type](response_mask, prompt_ids, max_completion_length) * response_mask
+
+
+def loss_coefficients(
+    rollouts: Rollouts, loss_type: LossType, max_completion_length: int | None = None
+) -> TokenCoefficients:
+    """The loss at the sampling point, ``sum_it -omega_it A_it s_it``, as coefficients of the log-probabilities.
+
+    Raises:
+        ValueError: as :func:`token_weights`, or if the batch has no advantages.
+    """
+    omega = token_weights(rollouts.response_mask, rollouts.prompt_ids, loss_type, max_completion_length)
+    return TokenCoefficients(-omega * rollouts.token_advantages, None)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
 from entropy_probe.report.verdict import VerdictKind, verdict
-from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
+from entropy_probe.results import CrossPrompt, Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["print_result"]
 
@@ -33,7 +33,7 @@ def print_result(result: ProbeResult, console: Console, directory: Path | None =
         directory: the run directory, whose files are listed; None when nothing was saved.
 
     Raises:
-        ValueError: if the result holds neither a prediction nor a measurement.
+        ValueError: if the result holds no change at all.
     """
     judged = verdict(result)
     console.print(_table(result))
@@ -57,6 +57,8 @@ def _table(result: ProbeResult) -> Table:
     exponent = _column_exponent(result)
     if result.predicted is not None:
         _add_prediction(table, result, result.predicted, exponent)
+    if result.cross_prompt is not None:
+        _add_cross_prompt(table, result.cross_prompt, exponent)
     if result.realized is not None:
         _add_realized(table, result, result.realized, exponent)
     return table
@@ -69,7 +71,10 @@ def _title(result: ProbeResult) -> str:
 
 def _column_exponent(result: ProbeResult) -> int | None:
     changes = [change for change in (result.predicted, result.realized) if change is not None]
-    return common_exponent(*(number for change in changes for number in (change.value, change.standard_error)))
+    numbers = [number for change in changes for number in (change.value, change.standard_error)]
+    if result.cross_prompt is not None:
+        numbers += [result.cross_prompt.delta_h1, result.cross_prompt.se_jackknife]
+    return common_exponent(*numbers)
 
 
 def _add_prediction(table: Table, result: ProbeResult, predicted: Prediction, exponent: int | None) -> None:
@@ -79,6 +84,14 @@ def _add_prediction(table: Table, result: ProbeResult, predicted: Prediction, ex
     )
     for name, component in result.components.items():
         table.add_row(f"  {name.replace('_', ' ')}", _pair(component, exponent), "")
+
+
+def _add_cross_prompt(table: Table, cross: CrossPrompt, exponent: int | None) -> None:
+    errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"
+    value = _signed(format_estimate(cross.delta_h1, cross.se_jackknife, exponent))
+    table.add_row("one batch δH₁", Text(value, "bold"), errors)
+    units = f"{cross.num_units} prompts" if cross.mode == "exact" else f"{cross.num_units} blocks of {cross.block_size}"
+    table.add_row("", "", f"cross-prompt, {units}, frozen geometry")
 
 
 def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponent: int | None) -> None:

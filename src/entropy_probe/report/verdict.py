@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from entropy_probe.report.numbers import format_number, format_percent
-from entropy_probe.results import Estimate, ProbeResult, Realized
+from entropy_probe.results import CrossPrompt, Estimate, ProbeResult, Realized
 
 __all__ = ["Verdict", "VerdictKind", "verdict"]
 
@@ -46,16 +46,19 @@ def verdict(result: ProbeResult) -> Verdict:
     beyond the linear range  they differ by more than two paired standard errors, and by more than 10% of
                              the prediction (or of its standard error, where that is larger)
     agrees within error      otherwise
-    distinguishable from 0   only one of the two was computed, and it exceeds two standard errors
+    distinguishable from 0   only one of the two was computed, or only the one-batch prediction, and it exceeds
+                             two standard errors (the larger of the one-batch prediction's two)
     ======================== ==========================================================================
 
     Raises:
-        ValueError: if the result holds neither a prediction nor a measurement, or both without their difference.
+        ValueError: if the result holds no change at all, or a prediction and a measurement without their difference.
     """
     predicted, realized = result.predicted, result.realized
     if realized is not None and realized.status == "low_ess":
         return _low_ess(realized, predicted)
     changes = [change for change in (predicted, realized) if change is not None]
+    if not changes and result.cross_prompt is not None:
+        changes = [_one_batch(result.cross_prompt)]
     if not changes:
         raise ValueError("result: expected a predicted or a realized change, got neither; probe the checkpoint again")
     if not any(_is_significant(change) for change in changes):
@@ -116,6 +119,11 @@ def _low_ess(realized: Realized, predicted: Estimate | None) -> Verdict:
         f"{realized.ess:.1f} samples ({format_percent(realized.ess_fraction)}).{kept} Probe a smaller learning rate, "
         "or resample the evaluation rollouts after the step.",
     )
+
+
+def _one_batch(cross: CrossPrompt) -> Estimate:
+    error = max(cross.se_plugin, cross.se_jackknife)
+    return Estimate(value=cross.delta_h1, standard_error=error, num_units=cross.num_units, unit=cross.unit)
 
 
 def _difference(result: ProbeResult) -> Estimate:

@@ -26,51 +26,67 @@ class Preconditioner:
     report: PreconditionerReport
 
 
+LEAST_COVERAGE = 0.9
+"""Below this share of elements with a usable second moment the geometry is not Adam's."""
+
+
 def frozen_preconditioner(
     parameters: Mapping[str, Parameter],
     optimizer: torch.optim.Optimizer,
     max_scale: float = 1e3,
-    min_coverage: float = 0.9,
+    checkpoint_step: int | None = None,
+    identity_if_coverage_below: float | None = None,
 ) -> Preconditioner:
     """``P = 1 / (sqrt(v / (1 - beta2^k)) + eps)`` for every parameter, clamped to ``max_scale``.
 
     A parameter whose second moment is missing or all zero would get ``1 / eps``; it gets the identity instead and
-    is counted and named.
+    is counted and named. Parameters are found by identity in the optimizer, whether or not they have a gradient.
+
+    Args:
+        parameters: by name.
+        optimizer: holds the second moments; not changed.
+        max_scale: upper clamp on P.
+        checkpoint_step: ``k`` for parameters whose state has no step count; without it those are not bias-corrected.
+        identity_if_coverage_below: use ``P = 1`` for everything if less than this share of the elements has a second
+            moment; ``None`` makes less than 0.9 an error.
 
     Raises:
-        ValueError: if less than ``min_coverage`` of the elements have a usable second moment.
+        ValueError: if the coverage is below 0.9 and ``identity_if_coverage_below`` is ``None``.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    usable = {name: usable_second_moment(optimizer.state.get(p, {})) for name, p in parameters.items()}
+    identity = [name for name, v in usable.items() if v is None]
+    elements = sum(p.numel() for p in parameters.values())
+    coverage = 1 - sum(parameters[name].numel() for name in identity) / elements
+    if identity_if_coverage_below is None and coverage < LEAST_COVERAGE:
+        raise ValueError(
+            f"frozen geometry: expected a usable second moment for at least {LEAST_COVERAGE:.0%} of the elements, got "
+            f"{coverage:.1%} (first parameter without one: {identity[0]}); load the optimizer state, or set "
+            "identity_if_coverage_below to accept the identity"
+        )
+    if identity_if_coverage_below is not None and coverage < identity_if_coverage_below:
+        usable, identity = dict.fromkeys(usable), list(usable)
     scales: dict[str, Tensor] = {}
-    identity: list[str] = []
-    elements = covered = clamped = 0
-    smallest = float("inf")
+    corrections: set[str] = set()
+    clamped, smallest = 0, float("inf")
     for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        elements += parameter.numel()
-        v = usable_second_moment(state)
+        v, group = usable[name], groups[id(parameter)]
         if v is None:
-            identity.append(name)
             scales[name] = torch.ones_like(parameter, requires_grad=False)
             continue
-        group = groups[id(parameter)]
-        k, beta2, eps = float(state["step"]), float(group["betas"][1]), float(group["eps"])
-        denominator = (v / (1 - beta2**k)).sqrt_().add_(eps)
+        own = optimizer.state[parameter].get("step")
+        corrections.add("own step" if own is not None else "checkpoint_step" if checkpoint_step else "none")
+        step = own if own is not None else checkpoint_step
+        correction = 1.0 if step is None else 1 - float(group["betas"][1]) ** float(step)
+        denominator = (v / correction).sqrt_().add_(float(group["eps"]))
         smallest = min(smallest, denominator.min().item())
-        scale = denominator.reciprocal()
+        scale = denominator.reciprocal_()
         clamped += int((scale > max_scale).sum())
-        covered += parameter.numel()
         scales[name] = scale.clamp_(max=max_scale)
-    coverage = covered / elements
-    if coverage < min_coverage:
-        raise ValueError(
-            f"frozen geometry: expected a usable second moment for at least {min_coverage:.0%} of the elements, got "
-            f"{coverage:.1%} (first parameter without one: {identity[0]}); load the optimizer state, or use "
-            "geometry='adamw'"
-        )
     report = PreconditionerReport(
         coverage=coverage,
-        num_identity=elements - covered,
+        bias_correction=" and ".join(sorted(corrections)) or "none",
+        num_identity=sum(parameters[name].numel() for name in identity),
         identity_parameters=tuple(identity),
         num_clamped=clamped,
         max_scale=max(s.max().item() for s in scales.values()),

@@ -1,0 +1,140 @@
+"""One batch: predict the entropy change of a step from the very rollouts it is taken on, without their shared bias."""
+
+from __future__ import annotations
+
+import torch
+
+from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.u_statistic import cross_statistic
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.isolation import evaluating
+from entropy_probe.losses import loss_coefficients
+from entropy_probe.named import norm
+from entropy_probe.results import CrossPrompt, ProbeResult
+from entropy_probe.session import Session, Subject
+from entropy_probe.types import Rollouts, TokenCoefficients
+from entropy_probe.updates.cross import CrossProducts, cross_products
+
+__all__ = ["OneBatch"]
+
+MOST_UNITS = 128
+"""More prompts than this are put into blocks, unless asked otherwise."""
+LEAST_BLOCKS = 16
+"""Fewer blocks than this would give a poor standard error; a number of prompts that allows no more is left whole."""
+SUSPICIOUS_RATIO = 1e3
+"""P should change the scale of the statistic by no more than this."""
+
+
+class OneBatch(Session):
+    """One probe of a batch of prompts with a group of responses each."""
+
+    def __init__(self, subject: Subject, batch: Rollouts) -> None:
+        super().__init__(subject)
+        self.batch = batch
+        self.prompts = Units.prompts(batch.prompt_ids)
+        self.block_size = self._block_size()
+        self.units = Units(self.prompts.index // self.block_size, self.prompts.count // self.block_size)
+
+    def cross_prompt(self) -> CrossPrompt:
+        """The U-statistic alone."""
+        found = self.result().cross_prompt
+        assert found is not None
+        return found
+
+    def result(self) -> ProbeResult:
+        """The U-statistic with H and the diagnostics."""
+        config, batch = self.config, self.batch
+        if config.entropy == "surprisal" and bool((torch.bincount(self.prompts.index) < 2).any()):
+            raise ValueError(
+                "one batch: expected at least 2 responses per prompt for the surprisal baseline, got a prompt with 1; "
+                "sample more, or use entropy='rao_blackwell'"
+            )
+        with evaluating(self.subject.model):
+            self.scorer.prepare(batch)
+            taps = self.choose_taps(batch)
+            scale, report = self.frozen_scale()
+            rate = max(self.subject.learning_rates)
+            relative = {name: s / rate for name, s in scale.items()}
+            with self.clock.phase("score batch") as progress:
+                before = self.scorer.score(batch, progress)
+            entropy = fo.entropy(before, self.prompts, config.normalization, config.entropy)
+            towards = fo.entropy_coefficients(
+                before, batch.prompt_ids, self.units, config.normalization, config.entropy
+            )
+            weights = fo.sequence_weights(before, config.normalization).sum().item()
+            loss = loss_coefficients(batch, config.loss_type, config.max_completion_length)
+            with self.clock.phase("cross-prompt gradients") as progress:
+                products = cross_products(
+                    self.scorer,
+                    self.parameters,
+                    batch,
+                    self.units.index,
+                    # mean X = -grad H and mean Y = -grad loss, over units
+                    _times(towards, -self.units.count / weights),
+                    _times(loss, -float(self.units.count)),
+                    relative,
+                    taps=taps,
+                    max_bytes=config.max_stored_gradient_gib * 2**30,
+                    progress=progress,
+                )
+        statistic = cross_statistic(products.left, products.right, products.diagonal)
+        cross = CrossPrompt(
+            delta_h1=-rate * statistic.value,
+            se_plugin=rate * statistic.se_plugin,
+            se_jackknife=rate * statistic.se_jackknife,
+            unit=self.unit,
+            u_cross=statistic.value,
+            zeta_plugin=statistic.zeta_plugin,
+            zeta_jackknife=statistic.zeta_jackknife,
+            bars_dot=statistic.bars_dot,
+            bars_dot_ratio=self._ratio_to_unscaled(statistic.bars_dot, products),
+            diagonal=statistic.diagonal,
+            row_means=tuple(statistic.row_means.tolist()),
+            num_units=self.units.count,
+            mode="exact" if self.block_size == 1 else "block",
+            block_size=self.block_size,
+            learning_rate=rate,
+            gradients=products.how,
+            preconditioner=report,
+        )
+        ascent = {name: g / self.units.count for name, g in products.right_total.items()}
+        step = {name: scale[name] * g for name, g in ascent.items()}
+        diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
+        return self.assemble(entropy, self.prompts, batch, batch, diagnostics, cross_prompt=cross)
+
+    def _block_size(self) -> int:
+        """Prompts per unit."""
+        count, asked, config = self.prompts.count, self.config.block_size, self.config
+        if config.one_batch_units == "exact":
+            if asked not in (None, 1):
+                raise ValueError(f"block_size: expected 1 or nothing with one_batch_units 'exact', got {asked}")
+            return 1
+        divisors = [size for size in range(1, count + 1) if count % size == 0]
+        if asked is not None:
+            if asked > count or count % asked:
+                raise ValueError(
+                    f"block_size: expected a divisor of the {count} prompts of the batch, got {asked}; use one of "
+                    f"{', '.join(map(str, divisors[:-1]))}"
+                )
+            return asked
+        if config.one_batch_units == "auto" and count <= MOST_UNITS:
+            return 1
+        fitting = [size for size in divisors if LEAST_BLOCKS <= count // size <= MOST_UNITS]
+        return fitting[0] if fitting else 1
+
+    def _ratio_to_unscaled(self, bars_dot: float, products: CrossProducts) -> float | None:
+        unscaled = products.unscaled_total / self.units.count**2
+        if unscaled == 0:
+            return None
+        ratio = bars_dot / unscaled
+        if abs(ratio) > SUSPICIOUS_RATIO:
+            self.messages.append(
+                f"the preconditioner scales the product of the mean gradients by {ratio:.3g}: a few elements with tiny "
+                "second moments may dominate; lower frozen_max_scale and compare"
+            )
+        return ratio
+
+
+def _times(coefficients: TokenCoefficients, factor: float) -> TokenCoefficients:
+    entropies = None if coefficients.entropies is None else factor * coefficients.entropies
+    return TokenCoefficients(factor * coefficients.logprobs, entropies)

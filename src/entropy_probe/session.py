@@ -1,0 +1,151 @@
+"""What every probe run shares: the policy being probed, its settings, and how a result is put together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.moments import summarize_moments
+from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
+from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, PreconditionerReport, ProbeResult, Unit
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.types import Rollouts
+from entropy_probe.updates.per_unit import tappable
+from entropy_probe.updates.preconditioner import frozen_preconditioner
+
+__all__ = ["Session", "Subject"]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is probed, and how.
+
+    Attributes:
+        model: the policy.
+        optimizer: holds the moments.
+        parameters: what the optimizer steps, by name.
+        learning_rates: of each parameter group, as used.
+        mapping: how the optimizer's state was matched to parameters.
+        config: the settings.
+        progress: where progress is reported.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, Parameter]
+    learning_rates: tuple[float, ...]
+    mapping: str
+    config: ProbeConfig
+    progress: Phase | None
+
+
+class Session:
+    """One run over one or two batches: clock, messages, scorer, and the parts of a result that every run has."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.config, self.parameters = subject, subject.config, subject.parameters
+        self.optimizer = subject.optimizer
+        self.clock = Clock(subject.progress)
+        self.messages: list[str] = []
+        self.scorer = Scorer(subject.model, self.config.temperature, self.config.max_tokens_per_microbatch)
+        self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
+        self.per_unit_gradients = "not needed"
+
+    def choose_taps(self, rollouts: Rollouts) -> bool:
+        """Whether per-sequence gradients can be read off the linear layers; the result will say."""
+        untappable = tappable(self.scorer, self.parameters, rollouts)
+        self.per_unit_gradients = "linear-layer taps" if untappable is None else f"per unit ({untappable})"
+        return untappable is None
+
+    def frozen_scale(self) -> tuple[dict[str, Tensor], PreconditionerReport]:
+        """``lr P`` of the frozen geometry, each parameter with its own group's rate, and how P came about."""
+        config = self.config
+        frozen = frozen_preconditioner(
+            self.parameters,
+            self.optimizer,
+            config.frozen_max_scale,
+            config.checkpoint_step,
+            config.identity_if_coverage_below,
+        )
+        report, elements = frozen.report, sum(p.numel() for p in self.parameters.values())
+        if report.num_identity:
+            self.messages.append(
+                f"frozen geometry: {report.num_identity / elements:.1%} of the elements are not preconditioned "
+                f"(second moment covers {report.coverage:.1%})"
+            )
+        if report.num_clamped:
+            self.messages.append(
+                f"frozen geometry: the scale of {report.num_clamped / elements:.1%} of the elements is clamped to "
+                f"{config.frozen_max_scale:g}, so this is not quite Adam's geometry; raise frozen_max_scale to see"
+            )
+        groups = zip(self.optimizer.param_groups, self.subject.learning_rates, strict=True)
+        rates = {id(p): rate for group, rate in groups for p in group["params"]}
+        return {name: frozen.scale[name] * rates[id(p)] for name, p in self.parameters.items()}, report
+
+    def estimate_fields(self, sampled: Sampled, units: Units, se_update: float = 0.0) -> dict[str, Any]:
+        """What every estimate over evaluation units has, with the update batch's error added in quadrature."""
+        return {
+            "value": sampled.value,
+            "standard_error": math.hypot(sampled.standard_error, se_update),
+            "num_units": units.count,
+            "unit": self.unit,
+        }
+
+    def optimizer_report(self) -> OptimizerStateReport:
+        """What the moments cover, with a message where they leave something open."""
+        group = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
+        entries = ((p.numel(), self.optimizer.state.get(p, {}), group[id(p)]) for p in self.parameters.values())
+        report = summarize_moments(entries, self.subject.mapping, self.subject.learning_rates)
+        if report.coverage < 1:
+            self.messages.append(
+                f"{1 - report.coverage:.1%} of the trained elements have no usable second moment: for those this is "
+                "Adam's first step"
+            )
+        return report
+
+    def assemble(
+        self,
+        entropy: Sampled,
+        units: Units,
+        evaluation: Rollouts,
+        update: Rollouts,
+        step: dict[str, float],
+        **fields: Any,
+    ) -> ProbeResult:
+        """The result: what every run reports, and the fields of this one.
+
+        Args:
+            entropy: H.
+            units: the evaluation units.
+            evaluation: the evaluation batch.
+            update: the update batch.
+            step: the diagnostics ``gradient_norm``, ``clip_factor`` and ``step_norm``.
+            fields: everything else.
+        """
+        optimizer_state = self.optimizer_report()
+        return ProbeResult(
+            entropy=Estimate(**self.estimate_fields(entropy, units)),
+            optimizer_state=optimizer_state,
+            diagnostics=Diagnostics(
+                evaluation_unit="sequence" if units.count == len(evaluation) else "prompt",
+                num_evaluation_sequences=len(evaluation),
+                num_update_sequences=len(update),
+                num_update_prompts=update.num_prompts,
+                head=self.scorer.head_path,
+                per_unit_gradients=self.per_unit_gradients,
+                messages=tuple(self.messages),
+                **step,
+            ),
+            timing=self.clock.seconds,
+            memory=peak_memory(self.scorer.device),
+            config=self.config.model_dump(mode="json"),
+            versions=library_versions(),
+            **fields,
+        )

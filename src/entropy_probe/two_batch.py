@@ -1,0 +1,243 @@
+"""Two batches: predict and measure the entropy change of a step taken on one batch, on another.
+
+The story, top to bottom: score -> update gradient -> step -> first-order change -> realized change -> result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.importance import sequence_importance_weights
+from entropy_probe.estimators.realized import per_decision, snis
+from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.isolation import evaluating, parameters_at
+from entropy_probe.losses import loss_coefficients
+from entropy_probe.named import add, norm
+from entropy_probe.results import Estimate, PreconditionerReport, Prediction, ProbeResult, Realized
+from entropy_probe.scoring.forward import Progress
+from entropy_probe.session import Session, Subject
+from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
+from entropy_probe.updates.adamw import ClippedGradient, adamw_step, clip_gradient, shadow_step
+from entropy_probe.updates.per_unit import Side, UnitGradients, unit_gradients
+
+__all__ = ["TwoBatch"]
+
+
+@dataclass(frozen=True, eq=False)
+class _PlannedStep:
+    """The next step: its parts, and how it depends on the update gradient."""
+
+    gradient: ClippedGradient
+    components: dict[str, dict[str, Tensor]]
+    gradient_scale: dict[str, Tensor]
+    preconditioner: PreconditionerReport | None = None
+
+    @property
+    def delta(self) -> dict[str, Tensor]:
+        return add(*self.components.values())
+
+
+class TwoBatch(Session):
+    """One probe of an update and an evaluation batch; the methods are the chapters of the story, in order."""
+
+    def __init__(self, subject: Subject, update: Rollouts, evaluation: Rollouts) -> None:
+        super().__init__(subject)
+        self.update, self.evaluation = update, evaluation
+        self.units = self._evaluation_units()
+        self.prompts = Units.prompts(update.prompt_ids)
+
+    def result(self, *, predict: bool, measure: bool) -> ProbeResult:
+        """The whole story."""
+        fields: dict[str, Any] = {}
+        predicted: Sampled | None = None
+        with evaluating(self.subject.model):
+            for batch in (self.update, self.evaluation):
+                self.scorer.prepare(batch)
+            with self.clock.phase("score evaluation") as progress:
+                before = self.scorer.score(self.evaluation, progress)
+            entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
+            taps = predict and self.choose_taps(self.update)
+            gradients = self._update_gradient(store=predict, taps=taps)
+            step = self._plan_step(gradients.total)
+            if predict:
+                predicted, fields = self._first_order(before, gradients, step, taps=taps)
+            if measure:
+                fields |= self._realized(before, step, entropy, predicted)
+        return self.assemble(
+            entropy,
+            self.units,
+            self.evaluation,
+            self.update,
+            {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
+            preconditioner=step.preconditioner,
+            **fields,
+        )
+
+    def _evaluation_units(self) -> Units:
+        ids = self.evaluation.prompt_ids
+        unit = self.config.evaluation_unit
+        if unit == "auto":
+            unit = "prompt" if _is_grouped(ids) else "sequence"
+            if unit == "sequence" and self.evaluation.num_prompts < len(ids):
+                self.messages.append(
+                    "evaluation prompts repeat and are taken as drawn with replacement: every sequence counts as "
+                    "independent (set evaluation_unit to change this)"
+                )
+        return Units.sequences(len(ids)) if unit == "sequence" else Units.prompts(ids)
+
+    def _update_gradient(self, *, store: bool, taps: bool) -> UnitGradients:
+        """The loss gradient of the whole step, with each prompt's share if it is wanted and fits."""
+        elements = self.prompts.count * sum(p.numel() for p in self.parameters.values())
+        fits = elements * 4 <= self.config.max_stored_gradient_gib * 2**30
+        if store and not fits:
+            self.messages.append(
+                "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
+            )
+        with self.clock.phase("update gradient") as progress:
+            side = Side(self._loss_coefficients(), store=store and fits)
+            return self._differentiate(self.update, self.prompts, side, taps=taps and side.store, progress=progress)
+
+    def _loss_coefficients(self) -> TokenCoefficients:
+        return loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
+
+    def _differentiate(
+        self, batch: Rollouts, units: Units, side: Side, *, taps: bool, progress: Progress
+    ) -> UnitGradients:
+        (found,) = unit_gradients(
+            self.scorer, self.parameters, batch, units.index, [side], taps=taps, progress=progress
+        )
+        return found
+
+    def _plan_step(self, gradient: dict[str, Tensor | None]) -> _PlannedStep:
+        """The step that the optimizer would take with this loss gradient, in the configured geometry."""
+        config = self.config
+        if config.geometry == "adamw":
+            clipped = clip_gradient(gradient, config.max_grad_norm)
+            step = adamw_step(self.parameters, self.optimizer, clipped.values, config.learning_rate)
+            return _PlannedStep(clipped, step.components, step.gradient_scale)
+        unclipped = clip_gradient(gradient, None)
+        scale, report = self.frozen_scale()
+        return _PlannedStep(unclipped, {"gradient": _scaled(unclipped.values, scale, -1.0)}, scale, report)
+
+    def _first_order(
+        self, before: TokenScores, gradients: UnitGradients, step: _PlannedStep, *, taps: bool
+    ) -> tuple[Sampled, dict[str, Any]]:
+        """The prediction with its components, and the result fields that report it."""
+        config, evaluation = self.config, self.evaluation
+        surrogate = fo.entropy_coefficients(
+            before, evaluation.prompt_ids, self.units, config.normalization, config.entropy
+        )
+        with self.clock.phase("evaluation gradient") as progress:
+            side = Side(surrogate, directions=list(step.components.values()))
+            entropy_side = self._differentiate(evaluation, self.units, side, taps=taps, progress=progress)
+        weights = self.units.total(fo.sequence_weights(before, config.normalization))
+        predicted = fo.first_order(entropy_side.dots.sum(0), weights)
+        parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
+        by_prompt = self._by_update_prompt(gradients, entropy_side, weights.sum().item(), step, taps=taps)
+        _check_sums(by_prompt, parts["gradient"].value)
+        se_update = fo.update_standard_error(by_prompt)
+        prediction = Prediction(
+            **self.estimate_fields(predicted, self.units, se_update),
+            se_evaluation=predicted.standard_error,
+            se_update=se_update,
+        )
+        components = {name: Estimate(**self.estimate_fields(part, self.units)) for name, part in parts.items()}
+        components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, se_update))
+        contributions = tuple((predicted.value + predicted.influence).tolist())
+        return predicted, {"predicted": prediction, "components": components, "contributions": contributions}
+
+    def _by_update_prompt(
+        self,
+        gradients: UnitGradients,
+        entropy_side: UnitGradients,
+        total_weight: float,
+        step: _PlannedStep,
+        *,
+        taps: bool,
+    ) -> Tensor:
+        """What each update prompt adds to the gradient part of the prediction, ``[B]``."""
+        direction = _scaled(entropy_side.total, step.gradient_scale, -step.gradient.factor / total_weight)
+        with self.clock.phase("update error") as progress:
+            if gradients.stored is not None:
+                return gradients.dot_stored(direction)
+            side = Side(self._loss_coefficients(), directions=[direction])
+            return self._differentiate(self.update, self.prompts, side, taps=taps, progress=progress).dots[0]
+
+    def _realized(
+        self, before: TokenScores, step: _PlannedStep, entropy: Sampled, predicted: Sampled | None
+    ) -> dict[str, Any]:
+        """Score the evaluation batch after the step, and the result fields that report the change."""
+        config = self.config
+        with (
+            self.clock.phase("score after step") as progress,
+            parameters_at(self.parameters, self._stepped_parameters(step)),
+        ):
+            after = self.scorer.score(self.evaluation, progress)
+        if config.realized == "per_decision":
+            change = per_decision(before, after, self.units, config.normalization)
+        else:
+            change = snis(before, after, self.units, config.normalization, config.entropy)
+        weights = sequence_importance_weights(before, after)
+        low = weights.ess_fraction < config.min_ess_fraction
+        if low:
+            self.messages.append(
+                f"the step moves the policy too far for these rollouts: effective sample size {weights.ess:.0f} of "
+                f"{len(self.evaluation)}"
+            )
+        realized = Realized(
+            **self.estimate_fields(change, self.units),
+            status="low_ess" if low else "ok",
+            estimator=config.realized,
+            ess=weights.ess,
+            ess_fraction=weights.ess_fraction,
+            max_weight=weights.max_weight,
+        )
+        if predicted is None:
+            return {"realized": realized}
+        return {
+            "realized": realized,
+            "difference": Estimate(**self.estimate_fields(change.minus(predicted, entropy), self.units)),
+        }
+
+    def _stepped_parameters(self, step: _PlannedStep) -> dict[str, Tensor]:
+        """The parameters after the step: the optimizer's own kernel on copies, or the frozen move."""
+        delta = step.delta
+        if self.config.geometry == "frozen":
+            return {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
+        stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, self.config.learning_rate)
+        for name, p in self.parameters.items():
+            rounding = 4 * torch.finfo(p.dtype).eps
+            slack = rounding * p.detach().abs() + 1e-4 * delta[name].abs().max()
+            if bool(((stepped[name] - p.detach() - delta[name]).abs() > slack).any()):
+                raise RuntimeError(f"{name}: the optimizer's own step and its closed form disagree; please report this")
+        return stepped
+
+
+def _is_grouped(prompt_ids: Tensor) -> bool:
+    """Whether the batch is distinct prompts with a group of one size, at least 2, in consecutive rows each."""
+    size = int((prompt_ids == prompt_ids[0]).long().cumprod(0).sum())
+    if size < 2 or len(prompt_ids) % size:
+        return False
+    blocks = prompt_ids.view(-1, size)
+    return bool((blocks == blocks[:, :1]).all()) and len(blocks) == prompt_ids.unique().numel()
+
+
+def _scaled(vector: Mapping[str, Tensor | None], scale: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """``factor * scale * vector`` element by element; 0 for parameters the loss does not reach."""
+    return {name: torch.zeros_like(s) if (x := vector[name]) is None else factor * s * x for name, s in scale.items()}
+
+
+def _check_sums(by_prompt: Tensor, gradient_part: float) -> None:
+    """The gradient part, summed over evaluation units, must equal its sum over update prompts."""
+    error = abs(by_prompt.sum().item() - gradient_part)
+    if error > 1e-3 * by_prompt.abs().sum().item() + 1e-12:
+        raise RuntimeError(
+            f"gradient part: {gradient_part:.6g} summed over evaluation units but {by_prompt.sum().item():.6g} summed "
+            "over update prompts; please report this"
+        )
