@@ -233,6 +233,7 @@ class Diagnostics(_Record):
         gradient_norm: norm of the update gradient before clipping.
         clip_factor: what clipping multiplied it by, 1 when it did not act.
         step_norm: Euclidean norm of the parameter change.
+        prefix_sharing: whether responses to one prompt were computed with the prompt once, or why not.
         head: how log-probabilities were computed (``chunked``, or ``logits`` and why).
         per_unit_gradients: how per-unit gradients were computed.
         messages: one line each for everything a careful reader should know.
@@ -246,6 +247,7 @@ class Diagnostics(_Record):
     clip_factor: float
     step_norm: float
     head: str
+    prefix_sharing: str
     per_unit_gradients: str
     messages: tuple[str, ...] = ()
 

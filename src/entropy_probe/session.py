@@ -139,6 +139,7 @@ class Session:
                 num_update_sequences=len(update),
                 num_update_prompts=update.num_prompts,
                 head=self.scorer.head_path,
+                prefix_sharing=self.scorer.prefix_sharing,
                 per_unit_gradients=self.per_unit_gradients,
                 messages=tuple(self.messages),
                 **step,

@@ -57,8 +57,7 @@ class TwoBatch(Session):
         fields: dict[str, Any] = {}
         predicted: Sampled | None = None
         with evaluating(self.subject.model):
-            for batch in (self.update, self.evaluation):
-                self.scorer.prepare(batch)
+            self.scorer.prepare(self.update, self.evaluation)
             with self.clock.phase("score evaluation") as progress:
                 before = self.scorer.score(self.evaluation, progress)
             entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)

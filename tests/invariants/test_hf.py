@@ -1,11 +1,16 @@
 """The same properties on small Hugging Face models, in float32, with and without LoRA."""
 
+import inspect
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.scoring.forward import Scorer, microbatch_rows
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.packing import bounded_groups, pack, pack_shared, shared_prompts
+from entropy_probe.types import TokenCoefficients
+from entropy_probe.updates.per_unit import Side, unit_gradients
 from tests.invariants.test_probe import numbers
 from tests.tiny import tiny_policy
 
@@ -196,8 +201,107 @@ def test_low_precision_is_refused_unless_asked_for():
 
 def test_microbatches_cover_every_row_once_within_the_bound():
     g = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 50, (200,), generator=g)
-    groups = microbatch_rows(lengths, 120)
-    assert torch.cat(groups).sort().values.tolist() == list(range(200))
-    assert all(len(rows) * int(lengths[rows].max()) <= 120 for rows in groups)
-    assert len(microbatch_rows(lengths, 1)) == 200
+    lengths = torch.randint(1, 50, (200,), generator=g).tolist()
+    groups = bounded_groups(lengths, 120)
+    assert sorted(i for group in groups for i in group) == list(range(200))
+    assert all(len(group) * max(lengths[i] for i in group) <= 120 for group in groups)
+    assert len(bounded_groups(lengths, 1)) == 200
+
+
+def long_prompts(n: int = 24, group: int = 4, gaps: bool = False) -> Rollouts:
+    """Responses of 1 to 9 tokens to long prompts, shared by groups; left-padded, optionally with gaps."""
+    g = torch.Generator().manual_seed(5)
+    prompt, response = 40, 9
+    ids = torch.randint(3, 12, (n, prompt + response), generator=g)
+    ids[:, :prompt] = ids[:, :prompt].view(-1, group, prompt)[:, :1].expand(-1, group, prompt).reshape(n, prompt)
+    column = torch.arange(prompt + response)
+    left = torch.randint(0, 8, (n // group, 1), generator=g).repeat_interleave(group, 0)
+    responses = torch.randint(1, response + 1, (n, 1), generator=g)
+    attention = (column >= left) & (column < prompt + responses)
+    answers = attention & (column >= prompt)
+    if gaps:
+        answers[:, prompt + 2] = False
+    return Rollouts(ids, attention, answers, torch.arange(n // group).repeat_interleave(group),
+                    advantages=torch.randn(n, generator=g))  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shared_prompts_give_the_same_scores_and_gradients(architecture, gaps, dtype):
+    model, _ = policy("lora", architecture)
+    model.to(dtype)
+    batch = long_prompts(gaps=gaps)
+    scorer = Scorer(model, 0.9, 400)
+    scorer.prepare(batch)
+    assert scorer.prefix_sharing == "on"
+    shared = list(scorer.microbatches(batch))
+    assert any(b.position_ids is not None for b in shared)
+    assert sum(b.input_ids.numel() for b in shared) < 0.6 * int(batch.attention_mask.sum())
+    g = torch.Generator().manual_seed(6)
+    a, c = (torch.randn(batch.input_ids.shape, generator=g, dtype=torch.float64) for _ in range(2))
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = []
+    for width in (scorer._width, None):
+        scorer._width = width
+        scores = scorer.score(batch)
+        for taps in (True, False):
+            side = Side(TokenCoefficients(a, c), store=True)
+            gradients = unit_gradients(scorer, parameters, batch, batch.prompt_ids, [side], taps=taps)[0].stored
+            found.append((scores.logprobs, scores.entropies, gradients))
+    # rotary embeddings and norms compute in float32 in any model
+    tolerance = {"rtol": 1e-4, "atol": 2e-4} if dtype == torch.float32 else {"rtol": 1e-5, "atol": 1e-5}
+    for other in found[1:]:
+        for x, y in zip(found[0], other, strict=True):
+            torch.testing.assert_close(x, y, **tolerance)
+
+
+def test_shared_rows_keep_units_and_prompts_apart():
+    """Sequences that are units of their own, or whose prompts differ, never share a row."""
+    model, optimizer = policy("lora")
+    batch = long_prompts()
+    together = EntropyProbe(model, optimizer, ProbeConfig(evaluation_unit="sequence")).run(
+        update=batch, evaluation=batch
+    )
+    alone = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, torch.arange(len(batch)))
+    apart = EntropyProbe(model, optimizer).run(update=batch, evaluation=alone)
+    for key, value in numbers(together).items():
+        assert numbers(apart)[key] == pytest.approx(value, rel=1e-3, abs=2e-7), key
+    same_id = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, batch.prompt_ids * 0)
+    groups = shared_prompts(same_id, torch.arange(len(batch)), 64, 8192)
+    assert all(len({tuple(batch.input_ids[i, :40][batch.attention_mask[i, :40]].tolist()) for i in group}) == 1
+               for group in groups)  # fmt: skip
+
+
+def test_sharing_is_off_where_it_does_not_pay_or_does_not_hold(monkeypatch):
+    assert shared_prompts(rollouts(group=1), torch.arange(24), 64, 8192) is None
+    model, _ = policy("full")
+    scorer = Scorer(model, 1.0, 400)
+    scorer.prepare(rollouts(group=1))
+    assert scorer.prefix_sharing == "off (no prompt has two responses of 3 tokens)"
+    model.config.sliding_window = 16
+    scorer.prepare(long_prompts())
+    assert scorer.prefix_sharing == "off (the model does not attend to the whole context)"
+    model.config.sliding_window = None
+    trunk = type(model.model)
+    original = trunk.forward
+
+    def deaf(self, *args, attention_mask=None, **kwargs):
+        return original(self, *args, attention_mask=None if attention_mask.dim() == 4 else attention_mask, **kwargs)
+
+    deaf.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(trunk, "forward", deaf)
+    scorer.prepare(long_prompts())
+    assert scorer.prefix_sharing == "off (the model treats a shared prompt differently)"
+
+
+def test_packed_targets_are_the_response_tokens():
+    batch = long_prompts(gaps=True)
+    device, rows = torch.device("cpu"), torch.arange(len(batch))
+    groups = shared_prompts(batch, rows, 64, 8192)
+    for packed in (pack(batch, rows, device), pack_shared(batch, groups, device, torch.float32)):
+        assert torch.equal(packed.targets, packed.gather(batch.input_ids))
+        assert sorted(packed.rows.tolist()) == rows.tolist()
+        out = torch.zeros(batch.input_ids.shape, dtype=torch.long)
+        packed.scatter(packed.targets, out)
+        assert torch.equal(out, torch.where(batch.response_mask, batch.input_ids, 0))

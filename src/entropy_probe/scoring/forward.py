@@ -1,98 +1,26 @@
 """Teacher forcing: scores of given responses, and surrogates to differentiate, in microbatches bounded by tokens.
 
-Sequences are repacked without their padding, sorted by length, and padded on the right, so results do not depend on
-the caller's padding side or order, and the model's default position ids are the true ones. The attention mask is
-always passed.
+The attention mask is always passed. How sequences are laid out for the model is the business of
+:mod:`entropy_probe.scoring.packing`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.scoring.logits import OutputHead, head_scores, head_surrogate, logit_scores
+from entropy_probe.scoring.packing import Microbatch, bounded_groups, pack, pack_shared, shared_prompts, shared_rows
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 
-__all__ = ["Microbatch", "Progress", "Scorer", "microbatch_rows"]
+__all__ = ["Progress", "Scorer"]
 
 Progress = Callable[[int, int], None]
 """Called with sequences done and sequences in all."""
-
-
-def microbatch_rows(lengths: Tensor, max_tokens: int, rows: Tensor | None = None) -> list[Tensor]:
-    """Group sequences of similar length so that each group padded to its longest holds at most ``max_tokens``.
-
-    A sequence longer than the bound gets a group of its own.
-
-    Args:
-        lengths: tokens of every sequence, ``[N]``.
-        max_tokens: the bound.
-        rows: which sequences to group; all by default.
-    """
-    rows = torch.arange(len(lengths)) if rows is None else rows
-    order = rows[torch.argsort(lengths[rows], descending=True, stable=True)].tolist()
-    groups: list[list[int]] = []
-    for row in order:
-        if groups and (len(groups[-1]) + 1) * int(lengths[groups[-1][0]]) <= max_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [torch.tensor(group) for group in groups]
-
-
-@dataclass(frozen=True, eq=False)
-class Microbatch:
-    """Some sequences of a batch, repacked with padding on the right.
-
-    Attributes:
-        rows: their indices in the caller's batch, ``[n]``.
-        input_ids: ``[n, l]``.
-        attention_mask: ``[n, l]``.
-        predicts: true at positions whose next token is a response token, ``[n, l - 1]``.
-        targets: those next tokens, row by row, ``[T]``.
-        response_mask: the caller's response mask of these rows, ``[n, L]``, on the CPU.
-    """
-
-    rows: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    predicts: Tensor
-    targets: Tensor
-    response_mask: Tensor
-
-    @classmethod
-    def pack(cls, rollouts: Rollouts, rows: Tensor, device: torch.device) -> Microbatch:
-        """Repack the given rows and move them to ``device``."""
-        attention = rollouts.attention_mask[rows]
-        lengths = attention.sum(1)
-        column = torch.arange(int(lengths.max()))
-        source = (attention.int().argmax(1)[:, None] + column).clamp(max=attention.shape[1] - 1)
-        real = column < lengths[:, None]
-        ids = torch.where(real, rollouts.input_ids[rows].gather(1, source), 0)
-        response = rollouts.response_mask[rows].gather(1, source) & real
-        predicts = response[:, 1:]
-        return cls(
-            rows=rows,
-            input_ids=ids.to(device),
-            attention_mask=real.long().to(device),
-            predicts=predicts.to(device),
-            targets=ids[:, 1:][predicts].to(device),
-            response_mask=rollouts.response_mask[rows],
-        )
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Per-token values ``[N, L]`` of the caller's batch at these response tokens, flat ``[T]``."""
-        return values[self.rows][self.response_mask].to(self.targets.device)
-
-    def scatter(self, flat: Tensor, out: Tensor) -> None:
-        """Write flat values ``[T]`` back to their places in ``out`` ``[N, L]``."""
-        block = torch.zeros(self.response_mask.shape, dtype=out.dtype)
-        block[self.response_mask] = flat.to("cpu", out.dtype)
-        out[self.rows] = block
 
 
 def _plain_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | str:
@@ -112,6 +40,14 @@ def _plain_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | str:
     return trunk, head
 
 
+def _two_of_one_prompt(rollouts: Rollouts) -> Tensor | None:
+    """Two short sequences of one prompt whose responses are long enough, 3 tokens, to disturb each other."""
+    lengths = rollouts.attention_mask.sum(1)
+    candidates = (rollouts.response_lengths >= 3).nonzero()[:, 0]
+    pairs = [members[:2] for _, members in shared_rows(rollouts, candidates) if len(members) > 1]
+    return torch.tensor(min(pairs, key=lambda pair: int(lengths[pair].sum()))) if pairs else None
+
+
 class Scorer:
     """Scores and differentiates responses under the parameters that the model holds at the time of the call.
 
@@ -129,29 +65,64 @@ class Scorer:
         self.max_tokens = max_tokens_per_microbatch
         self.device = next(model.parameters()).device
         self._split: tuple[nn.Module, nn.Linear] | None = None
+        self._width: int | None = None
         self.head_path = "logits (not prepared)"
+        self.prefix_sharing = "off (not prepared)"
 
-    def prepare(self, rollouts: Rollouts) -> None:
-        """Check the batch against the model and choose how to compute logits.
+    def prepare(self, *batches: Rollouts) -> None:
+        """Check batches against the model and choose how to compute logits; to be called before anything else.
 
         The trunk-and-head path is used only if it reproduces the model's own logits on the shortest sequence, which
-        catches models that change logits after the output layer (soft caps, scales).
+        catches models that change logits after the output layer (soft caps, scales). Likewise responses to one prompt
+        share a row only if that reproduces two of them on their own.
 
         Raises:
             ValueError: if a sequence is longer than the model's context or a token is outside its vocabulary.
         """
-        self._check_fits(rollouts)
+        for batch in batches:
+            self._check_fits(batch)
+        self._split, self._width = None, None
         split = _plain_head(self.model)
         if isinstance(split, str):
-            self._split, self.head_path = None, f"logits ({split})"
-            return
-        row = rollouts.attention_mask.sum(1).argmin()[None]
-        batch = Microbatch.pack(rollouts, row, self.device)
-        self._split = split
-        if self._head_is_final(batch):
-            self.head_path = "chunked"
+            self.head_path = f"logits ({split})"
         else:
-            self._split, self.head_path = None, "logits (the model changes logits after its output layer)"
+            self._split = split
+            shortest = batches[0].attention_mask.sum(1).argmin()[None]
+            if self._head_is_final(pack(batches[0], shortest, self.device)):
+                self.head_path = "chunked"
+            else:
+                self._split = None
+                self.head_path = "logits (the model changes logits after its output layer)"
+        unshared = self._why_not_shared(batches)
+        self.prefix_sharing = "on" if unshared is None else f"off ({unshared})"
+
+    @torch.no_grad()
+    def _why_not_shared(self, batches: Sequence[Rollouts]) -> str | None:
+        """Why responses to one prompt cannot share a row; ``None`` if they can, tried on two of them."""
+        if self._split is None:
+            return "the model's logits are computed as a whole"
+        config = getattr(self.model, "config", None)
+        width = getattr(config, "hidden_size", None)
+        if not isinstance(width, int) or "position_ids" not in inspect.signature(self._split[0].forward).parameters:
+            return "the model takes no position ids"
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if getattr(config, "sliding_window", None) or layers != {"full_attention"}:
+            return "the model does not attend to the whole context"
+        for batch in batches:
+            pair = _two_of_one_prompt(batch)
+            if pair is None:
+                continue
+            together = self._hidden(pack_shared(batch, [pair], self.device, self._dtype()))
+            alone = self._hidden(pack(batch, pair, self.device))
+            tolerance = 2e-2 if alone.dtype in (torch.bfloat16, torch.float16) else 1e-3
+            if bool(((together - alone).abs() > tolerance * alone.abs().max()).any()):
+                return "the model treats a shared prompt differently"
+            self._width = width
+            return None
+        return "no prompt has two responses of 3 tokens"
+
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @torch.no_grad()
     def _head_is_final(self, batch: Microbatch) -> bool:
@@ -193,19 +164,38 @@ class Scorer:
     def _hidden(self, batch: Microbatch) -> Tensor:
         """Final hidden states at the positions that predict response tokens, ``[T, D]``."""
         assert self._split is not None
-        output = self._split[0](input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return output.last_hidden_state[:, :-1][batch.predicts]
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        output = self._split[0](
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions
+        )
+        return output.last_hidden_state.flatten(0, 1)[batch.source]
 
     def _model_logits(self, batch: Microbatch) -> Tensor:
         """The model's own logits at the positions that predict response tokens, ``[T, V]``."""
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return output.logits[:, :-1][batch.predicts]
+        return output.logits.flatten(0, 1)[batch.source]
 
-    def microbatches(self, rollouts: Rollouts, rows: Tensor | None = None) -> Iterator[Microbatch]:
-        """The batch, or some rows of it, cut into microbatches, one at a time."""
+    def microbatches(
+        self, rollouts: Rollouts, rows: Tensor | None = None, *, share: bool = True
+    ) -> Iterator[Microbatch]:
+        """The batch, or some rows of it, cut into microbatches, one at a time.
+
+        Args:
+            rollouts: the batch.
+            rows: which sequences; all by default.
+            share: whether responses to one prompt may share a row.
+        """
+        rows = torch.arange(len(rollouts)) if rows is None else rows
+        shared = shared_prompts(rollouts, rows, self._width, self.max_tokens) if share and self._width else None
         lengths = rollouts.attention_mask.sum(1)
-        for group in microbatch_rows(lengths, self.max_tokens, rows):
-            yield Microbatch.pack(rollouts, group, self.device)
+        if shared is None:
+            for group in bounded_groups(lengths[rows].tolist(), self.max_tokens):
+                yield pack(rollouts, rows[group], self.device)
+            return
+        prompt = (rollouts.response_mask.int().argmax(1) - rollouts.attention_mask.int().argmax(1)).tolist()
+        sizes = [int(lengths[row].sum()) - (len(row) - 1) * prompt[int(row[0])] - len(row) for row in shared]
+        for group in bounded_groups(sizes, self.max_tokens):
+            yield pack_shared(rollouts, [shared[i] for i in group], self.device, self._dtype())
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, progress: Progress | None = None) -> TokenScores:

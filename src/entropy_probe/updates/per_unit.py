@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.named import NamedVector
-from entropy_probe.scoring.forward import Microbatch, Progress, Scorer
+from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import Rollouts, TokenCoefficients
 
 __all__ = ["Side", "UnitGradients", "tappable", "unit_backward", "unit_gradients"]
@@ -147,7 +148,7 @@ def unit_gradients(
             progress(done, len(rollouts))
 
     if taps:
-        for batch in scorer.microbatches(rollouts):
+        for batch in scorer.microbatches(rollouts, share=_prompts_are_whole(rollouts.prompt_ids, units)):
             _tapped_backward(scorer, parameters, batch, coefficients, units, sums)
             report(batch.rows)
     elif by_unit:
@@ -166,6 +167,12 @@ def unit_gradients(
                     side.add_total(name, gradient)
             report(batch.rows)
     return [UnitGradients(side.total, side.dots, side.stored) for side in sums]
+
+
+def _prompts_are_whole(prompt_ids: Tensor, units: Tensor) -> bool:
+    """Whether no prompt's sequences are spread over several units, so that they may share a row."""
+    pairs = torch.stack([prompt_ids, units], 1).unique(dim=0)
+    return len(pairs) == prompt_ids.unique().numel()
 
 
 def unit_backward(
@@ -248,9 +255,9 @@ def _tapped(
     consume: Callable[[str, slice, Tensor], None],
     n: int,
 ) -> Iterator[None]:
-    """Tap the linear layers during a forward pass over ``n`` sequences.
+    """Tap the linear layers during a forward pass over ``n`` rows.
 
-    ``consume`` gets a parameter's name, a range of sequences, and their gradients, during the backward pass.
+    ``consume`` gets a parameter's name, a range of rows, and their gradients, during the backward pass.
     """
     layers = _linear_layers(model, parameters)
     assert not isinstance(layers, str)
@@ -293,13 +300,13 @@ def _tapped_backward(
 ) -> None:
     """One forward pass with taps, then one backward pass per surrogate."""
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
-    row_units = units[batch.rows]
+    row_units = units[batch.leaders]
     current = 0
 
     def consume(name: str, block: slice, gradients: Tensor) -> None:
         sums[current].add_units(name, row_units[block], gradients)
 
-    with _tapped(scorer.model, parameters, anchor, consume, len(batch.rows)):
+    with _tapped(scorer.model, parameters, anchor, consume, len(batch.leaders)):
         values = scorer.surrogates(batch, coefficients)
         for current, value in enumerate(values):
             torch.autograd.grad(value, anchor, allow_unused=True, retain_graph=current + 1 < len(values))
