@@ -36,8 +36,8 @@ class ProbeConfig(BaseModel):
             elements has a second moment; ``None`` makes less than 0.9 an error.
         one_batch_units: what the cross-prompt statistic treats as a unit: every prompt (``exact``), blocks of prompts
             (``block``), or ``auto``: blocks once there are more than 128 prompts.
-        block_size: prompts per block; must divide their number. ``None`` gives the smallest size with at most 128
-            blocks.
+        block_size: prompts per block; must divide their number. ``None`` gives the smallest size above 1 that makes
+            16 to 128 blocks; where there is none, ``auto`` takes every prompt.
         max_tokens_per_microbatch: bound on padded tokens per forward pass.
         max_stored_gradient_gib: per-prompt gradients of the update batch are kept in host memory up to this size;
             beyond it a second pass over the update batch takes their place.

@@ -100,7 +100,7 @@ class OneBatch(Session):
         ascent = {name: g / self.units.count for name, g in products.right_total.items()}
         step = {name: scale[name] * g for name, g in ascent.items()}
         diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
-        return self.assemble(entropy, self.prompts, batch, batch, diagnostics, cross_prompt=cross)
+        return self.assemble(entropy, self.prompts, batch, batch, diagnostics, unit="prompt", cross_prompt=cross)
 
     def _block_size(self) -> int:
         """Prompts per unit."""
@@ -119,7 +119,12 @@ class OneBatch(Session):
             return asked
         if config.one_batch_units == "auto" and count <= MOST_UNITS:
             return 1
-        fitting = [size for size in divisors if LEAST_BLOCKS <= count // size <= MOST_UNITS]
+        fitting = [size for size in divisors if size > 1 and LEAST_BLOCKS <= count // size <= MOST_UNITS]
+        if not fitting and config.one_batch_units == "block":
+            raise ValueError(
+                f"one_batch_units 'block': expected a number of prompts that makes {LEAST_BLOCKS} to "
+                f"{MOST_UNITS} equal blocks, got {count}; set block_size, or use 'exact'"
+            )
         return fitting[0] if fitting else 1
 
     def _ratio_to_unscaled(self, bars_dot: float, products: CrossProducts) -> float | None:

@@ -159,7 +159,7 @@ class CheckpointReport(_Record):
 
 
 class PreconditionerReport(_Record):
-    """How the frozen preconditioner P was built (``geometry: frozen`` only).
+    """How the frozen preconditioner P was built (frozen geometry and one-batch predictions).
 
     Attributes:
         coverage: share of elements with a usable second moment.
@@ -261,7 +261,8 @@ class ProbeResult(_Record):
         components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it.
         realized: the change measured after the step; null after ``predict``.
         difference: realized minus predicted, with the standard error of the paired difference over
-            evaluation units. Much smaller than either error, since both share their sampling noise.
+            evaluation units. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
+            share their sampling noise.
         cross_prompt: the first-order change from the update batch alone; null unless asked for.
         contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
             memory only.

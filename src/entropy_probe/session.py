@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,8 @@ class Session:
         report = summarize_moments(entries, self.subject.mapping, self.subject.learning_rates)
         if report.coverage < 1:
             self.messages.append(
-                f"{1 - report.coverage:.1%} of the trained elements have no usable second moment: for those this is "
-                "Adam's first step"
+                f"{1 - report.coverage:.1%} of the trained elements have no usable second moment (missing, not finite, "
+                "or all zero)"
             )
         return report
 
@@ -117,6 +117,8 @@ class Session:
         evaluation: Rollouts,
         update: Rollouts,
         step: dict[str, float],
+        *,
+        unit: Literal["sequence", "prompt"],
         **fields: Any,
     ) -> ProbeResult:
         """The result: what every run reports, and the fields of this one.
@@ -126,6 +128,7 @@ class Session:
             units: the evaluation units.
             evaluation: the evaluation batch.
             update: the update batch.
+            unit: what an evaluation unit is.
             step: the diagnostics ``gradient_norm``, ``clip_factor`` and ``step_norm``.
             fields: everything else.
         """
@@ -134,7 +137,7 @@ class Session:
             entropy=Estimate(**self.estimate_fields(entropy, units)),
             optimizer_state=optimizer_state,
             diagnostics=Diagnostics(
-                evaluation_unit="sequence" if units.count == len(evaluation) else "prompt",
+                evaluation_unit=unit,
                 num_evaluation_sequences=len(evaluation),
                 num_update_sequences=len(update),
                 num_update_prompts=update.num_prompts,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,13 @@ class TwoBatch(Session):
     def __init__(self, subject: Subject, update: Rollouts, evaluation: Rollouts) -> None:
         super().__init__(subject)
         self.update, self.evaluation = update, evaluation
-        self.units = self._evaluation_units()
+        self.unit_name: Literal["sequence", "prompt"]
+        self.unit_name, self.units = self._evaluation_units()
+        if torch.equal(update.input_ids, evaluation.input_ids):
+            self.messages.append(
+                "update and evaluation are the same sequences: predicted and realized changes are biased by what they "
+                "share; give other evaluation rollouts, or use cross_prompt"
+            )
         self.prompts = Units.prompts(update.prompt_ids)
 
     def result(self, *, predict: bool, measure: bool) -> ProbeResult:
@@ -74,11 +80,12 @@ class TwoBatch(Session):
             self.evaluation,
             self.update,
             {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
+            unit=self.unit_name,
             preconditioner=step.preconditioner,
             **fields,
         )
 
-    def _evaluation_units(self) -> Units:
+    def _evaluation_units(self) -> tuple[Literal["sequence", "prompt"], Units]:
         ids = self.evaluation.prompt_ids
         unit = self.config.evaluation_unit
         if unit == "auto":
@@ -88,12 +95,12 @@ class TwoBatch(Session):
                     "evaluation prompts repeat and are taken as drawn with replacement: every sequence counts as "
                     "independent (set evaluation_unit to change this)"
                 )
-        return Units.sequences(len(ids)) if unit == "sequence" else Units.prompts(ids)
+        return unit, Units.sequences(len(ids)) if unit == "sequence" else Units.prompts(ids)
 
     def _update_gradient(self, *, store: bool, taps: bool) -> UnitGradients:
         """The loss gradient of the whole step, with each prompt's share if it is wanted and fits."""
-        elements = self.prompts.count * sum(p.numel() for p in self.parameters.values())
-        fits = elements * 4 <= self.config.max_stored_gradient_gib * 2**30
+        size = self.prompts.count * sum(p.numel() * p.element_size() for p in self.parameters.values())
+        fits = size <= self.config.max_stored_gradient_gib * 2**30
         if store and not fits:
             self.messages.append(
                 "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
@@ -140,6 +147,7 @@ class TwoBatch(Session):
         parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
         by_prompt = self._by_update_prompt(gradients, entropy_side, weights.sum().item(), step, taps=taps)
         _check_sums(by_prompt, parts["gradient"].value)
+        self._note_what_the_update_error_holds_fixed(step)
         se_update = fo.update_standard_error(by_prompt)
         prediction = Prediction(
             **self.estimate_fields(predicted, self.units, se_update),
@@ -150,6 +158,18 @@ class TwoBatch(Session):
         components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, se_update))
         contributions = tuple((predicted.value + predicted.influence).tolist())
         return predicted, {"predicted": prediction, "components": components, "contributions": contributions}
+
+    def _note_what_the_update_error_holds_fixed(self, step: _PlannedStep) -> None:
+        if self.config.geometry == "adamw" and any(not self.optimizer.state.get(p) for p in self.parameters.values()):
+            self.messages.append(
+                "se_update holds Adam's denominators fixed, but for parameters without a history the update batch "
+                "itself sets them: the error from the update batch is overstated"
+            )
+        if step.gradient.factor < 1:
+            self.messages.append(
+                f"clipping scales the update gradient by {step.gradient.factor:.3g}; se_update holds that factor "
+                "fixed, which overstates the error from the update batch when the factor is small"
+            )
 
     def _by_update_prompt(
         self,

@@ -123,6 +123,34 @@ def test_dropped_prompts_and_other_notes_reach_the_reader(config, tmp_path):
     assert any(message.startswith("update: 4 of 4 prompts") for message in messages)
 
 
+def test_one_batch_needs_no_evaluation(config, tmp_path):
+    arguments = ("mode=one_batch", "probe.frozen_max_scale=1e12", "probe.identity_if_coverage_below=0.1")
+    done = execute("run", config, *arguments)
+    assert done.returncode == 0, done.stderr
+    result = ProbeResult.load(tmp_path / "out")
+    assert result.predicted is None
+    assert result.realized is None
+    assert result.cross_prompt is not None
+    assert result.cross_prompt.num_units == 4
+    assert result.cross_prompt.delta_h1 != 0
+    assert "one batch δH₁" in done.stdout
+    assert not (tmp_path / "out" / "evaluation.parquet").exists()
+    again = execute("run", tmp_path / "out" / "config.yaml", "--output-dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert ProbeResult.load(tmp_path / "again").cross_prompt == result.cross_prompt
+
+
+def test_both_modes_side_by_side(config, tmp_path):
+    done = execute("run", config, "mode=both", "probe.identity_if_coverage_below=0.1")
+    assert done.returncode == 0, done.stderr
+    result = ProbeResult.load(tmp_path / "out")
+    assert result.predicted is not None
+    assert result.cross_prompt is not None
+    assert "one batch δH₁" in done.stdout
+    assert "predicted δH₁" in done.stdout
+    assert "cross-prompt gradients" in result.timing
+
+
 def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):
     done = execute("run", config, "reward=tests.cli.rewards:broken")
     assert done.returncode == 1

@@ -227,6 +227,7 @@ def test_rates_of_groups_are_folded_into_the_scale():
         ({"prompts": 8}, {"block_size": 3}, "use one of 1, 2, 4"),
         ({"prompts": 8}, {"one_batch_units": "exact", "block_size": 2}, "expected 1 or nothing"),
         ({"prompts": 8}, {"one_batch_units": "block", "block_size": 4}, "expected at least 3 units"),
+        ({"prompts": 8}, {"one_batch_units": "block"}, "set block_size, or use 'exact'"),
     ],
 )
 def test_bad_requests(given, settings, message):

@@ -130,6 +130,7 @@ def test_components_sum_and_clipping_is_reported(max_norm):
     assert sum(c.value for c in result.components.values()) == pytest.approx(result.predicted.value, rel=1e-12)
     assert set(result.components) == {"gradient", "momentum", "weight_decay"}
     assert (result.diagnostics.clip_factor < 1) == (max_norm is not None)
+    assert any("clipping scales" in m for m in result.diagnostics.messages) == (max_norm is not None)
     assert sum(result.contributions) / len(evaluation) == pytest.approx(result.predicted.value, rel=1e-12)
 
 
@@ -217,7 +218,8 @@ def test_zero_advantages_without_history_change_nothing():
     assert result.predicted.value == result.realized.value == 0
     assert result.realized.ess == len(evaluation)
     assert result.realized.max_weight == 1
-    assert any("first step" in m for m in result.diagnostics.messages)
+    assert any("no usable second moment" in m for m in result.diagnostics.messages)
+    assert any("without a history" in m for m in result.diagnostics.messages)
 
 
 def pad(rollouts: Rollouts, left: int, right: int) -> Rollouts:
@@ -284,6 +286,7 @@ def test_evaluation_unit_is_recognised():
     grouped = p.predict(update=update, evaluation=update)
     assert grouped.diagnostics.evaluation_unit == "prompt"
     assert grouped.predicted.num_units == update.num_prompts
+    assert any("same sequences" in m for m in grouped.diagnostics.messages)
 
 
 def test_surprisal_coefficients_equal_the_textbook_form():

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, Prediction, ProbeResult, Realized
+from entropy_probe.results import (
+    CrossPrompt,
+    Diagnostics,
+    Estimate,
+    OptimizerStateReport,
+    PreconditionerReport,
+    Prediction,
+    ProbeResult,
+    Realized,
+)
 
 COMMON: dict[str, Any] = {"num_units": 256, "unit": "nats/token"}
 
@@ -16,6 +25,7 @@ def make_result(
     *,
     low_ess: bool = False,
     messages: tuple[str, ...] = (),
+    cross_prompt: CrossPrompt | None = None,
 ) -> ProbeResult:
     """A result from ``(value, standard error)`` pairs; a pair of None leaves that part out."""
 
@@ -42,6 +52,7 @@ def make_result(
             max_weight=1.41,
         ),
         difference=Estimate(**estimate(difference)) if difference and predicted and realized else None,
+        cross_prompt=cross_prompt,
         optimizer_state=OptimizerStateReport(
             num_parameters=16,
             num_elements=1234,
@@ -60,8 +71,42 @@ def make_result(
             gradient_norm=1.0,
             clip_factor=1.0,
             step_norm=0.1,
+            prefix_sharing="on",
             head="chunked",
             per_unit_gradients="taps",
             messages=messages,
+        ),
+    )
+
+
+def make_cross_prompt(
+    delta_h1: float = -1.9e-3, se_plugin: float = 0.4e-3, se_jackknife: float = 0.45e-3
+) -> CrossPrompt:
+    """A one-batch prediction in blocks of two prompts."""
+    return CrossPrompt(
+        delta_h1=delta_h1,
+        se_plugin=se_plugin,
+        se_jackknife=se_jackknife,
+        unit="nats/token",
+        u_cross=-delta_h1 / 3e-4,
+        zeta_plugin=1.0,
+        zeta_jackknife=1.1,
+        bars_dot=9.0,
+        bars_dot_ratio=120.0,
+        diagonal=3.0,
+        row_means=(1.0, 2.0, 3.0),
+        num_units=48,
+        mode="block",
+        block_size=2,
+        learning_rate=3e-4,
+        gradients="one pass, gradients of 48 units kept (1 MiB)",
+        preconditioner=PreconditionerReport(
+            coverage=1.0,
+            bias_correction="own step",
+            num_identity=0,
+            identity_parameters=(),
+            num_clamped=0,
+            max_scale=200.0,
+            min_denominator=0.005,
         ),
     )

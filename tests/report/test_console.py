@@ -10,7 +10,7 @@ from rich.console import Console
 
 from entropy_probe.report import print_checkpoint, print_result
 from entropy_probe.results import CheckpointReport, GroupReport
-from tests.report.results import make_result
+from tests.report.results import make_cross_prompt, make_result
 
 
 def show(print_it, *args, width: int = 80, terminal: bool = False) -> str:
@@ -53,6 +53,19 @@ def test_what_was_not_computed_is_not_shown():
     assert "δH₁" not in realized_only
     assert "momentum" not in realized_only
     assert "ESS" in realized_only
+
+
+def test_one_batch_and_two_batch_predictions_stand_side_by_side():
+    text = show(print_result, make_result(cross_prompt=make_cross_prompt()))
+    lines = [line.strip() for line in text.splitlines()]
+    assert "one batch δH₁   -1.90e-3 ± 0.45e-3    SE: jackknife 4.5e-4, plug-in 4.0e-4" in lines
+    assert "48 blocks of 2 prompts, frozen geometry" in lines
+    assert "predicted δH₁" in text
+    alone = show(print_result, make_result(None, None, cross_prompt=make_cross_prompt()))
+    assert "one batch δH₁" in alone
+    assert "predicted δH₁" not in alone
+    assert "Distinguishable from 0. The predicted change is 4.2 standard errors" in " ".join(alone.split())
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_ratio_to_a_prediction_of_0_is_undefined():

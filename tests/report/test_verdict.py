@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from entropy_probe.report import verdict
-from tests.report.results import make_result
+from tests.report.results import make_cross_prompt, make_result
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,17 @@ def test_incomplete_results_are_refused():
         verdict(make_result(None, None))
     with pytest.raises(ValueError, match="expected the difference"):
         verdict(make_result(difference=None))
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind"),
+    [
+        ((0.4e-3, 0.45e-3), "distinguishable from 0"),
+        # the larger of the two errors decides
+        ((0.4e-3, 1.0e-3), "indistinguishable from 0"),
+        ((1.0e-3, 0.4e-3), "indistinguishable from 0"),
+    ],
+)
+def test_one_batch_alone(errors, kind):
+    cross = make_cross_prompt(-1.9e-3, *errors)
+    assert verdict(make_result(None, None, cross_prompt=cross)).kind == kind

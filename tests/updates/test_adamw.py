@@ -179,3 +179,13 @@ def test_frozen_preconditioner():
     without = frozen_preconditioner(parameters, optimizer, identity_if_coverage_below=0.5)
     torch.testing.assert_close(without.scale["a"], 1 / (v.sqrt() + 1e-6))
     assert without.report.bias_correction == "none and own step"
+
+
+def test_frozen_preconditioner_uses_the_running_maximum_of_amsgrad():
+    model, optimizer, _ = setup(torch.optim.AdamW, torch.float64, {}, amsgrad=True)
+    parameters = optimizer_parameters(model, optimizer)
+    for p in model.parameters():
+        optimizer.state[p]["max_exp_avg_sq"] = 100 * optimizer.state[p]["exp_avg_sq"]
+    v = optimizer.state[model.a]["max_exp_avg_sq"]
+    got = frozen_preconditioner(parameters, optimizer)
+    torch.testing.assert_close(got.scale["a"], 1 / ((v / (1 - 0.95**3)).sqrt() + 1e-6))

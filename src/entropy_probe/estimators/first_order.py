@@ -63,8 +63,8 @@ def entropy_coefficients(
     Rao-Blackwell: ``h_it + (R_it - b_it) s_it`` with ``R_it`` the entropy still to come after token t (minus the
     batch's entropy per token for each of those tokens, under per-token normalisation) and ``b_it`` its mean at
     position t over the other units. Surprisal: ``-(S_i - mean of the others) s_it``, with the same correction for
-    length under per-token normalisation. Coefficients are constants: differentiating them too would count the
-    visited-prefix term twice.
+    length under per-token normalisation. Coefficients are constants: differentiating them too gives another,
+    wrong gradient (about twice the right one for surprisal).
 
     Returns:
         Float64 coefficients, 0 off the response.

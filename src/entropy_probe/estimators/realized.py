@@ -36,8 +36,8 @@ class Change(Sampled):
         """Realized minus predicted, with the influence of the paired difference.
 
         The influence of a prediction per token holds the batch's entropy per token fixed, that of the realized change
-        does not: they differ by ``size_change`` times the influence of H, which is put back here. What remains is of
-        second order in the step, sequence by sequence.
+        does not: they differ by ``size_change`` times the influence of H, which is put back here. What remains of
+        ``per_decision`` minus a Rao-Blackwell prediction is of second order in the step, sequence by sequence.
 
         Args:
             predicted: the first-order change on the same units.

@@ -68,7 +68,8 @@ def token_weights(
 ) -> Float[Tensor, "N L"]:
     """The weight ``omega_it`` of every response token in the loss of one whole optimizer step.
 
-    Normalised over all sequences of the step, whatever the trainer's microbatches and ranks. 0 off the response.
+    Normalised over all sequences of the step. A trainer that normalises each microbatch by itself (TRL's ``bnpo``)
+    agrees when a step is one microbatch. 0 off the response.
 
     Args:
         response_mask: which tokens count.

@@ -90,8 +90,12 @@ def _add_cross_prompt(table: Table, cross: CrossPrompt, exponent: int | None) ->
     errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"
     value = _signed(format_estimate(cross.delta_h1, cross.se_jackknife, exponent))
     table.add_row("one batch δH₁", Text(value, "bold"), errors)
-    units = f"{cross.num_units} prompts" if cross.mode == "exact" else f"{cross.num_units} blocks of {cross.block_size}"
-    table.add_row("", "", f"cross-prompt, {units}, frozen geometry")
+    units = (
+        f"{cross.num_units} prompts"
+        if cross.mode == "exact"
+        else f"{cross.num_units} blocks of {cross.block_size} prompts"
+    )
+    table.add_row("", "", f"{units}, frozen geometry")
 
 
 def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponent: int | None) -> None:

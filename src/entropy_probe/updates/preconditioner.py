@@ -39,6 +39,8 @@ def frozen_preconditioner(
 ) -> Preconditioner:
     """``P = 1 / (sqrt(v / (1 - beta2^k)) + eps)`` for every parameter, clamped to ``max_scale``.
 
+    With AMSGrad ``v`` is the running maximum of the second moment.
+
     A parameter whose second moment is missing or all zero would get ``1 / eps``; it gets the identity instead and
     is counted and named. Parameters are found by identity in the optimizer, whether or not they have a gradient.
 
@@ -54,7 +56,10 @@ def frozen_preconditioner(
         ValueError: if the coverage is below 0.9 and ``identity_if_coverage_below`` is ``None``.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    usable = {name: usable_second_moment(optimizer.state.get(p, {})) for name, p in parameters.items()}
+    usable = {
+        name: usable_second_moment(optimizer.state.get(p, {}), bool(groups[id(p)]["amsgrad"]))
+        for name, p in parameters.items()
+    }
     identity = [name for name, v in usable.items() if v is None]
     elements = sum(p.numel() for p in parameters.values())
     coverage = 1 - sum(parameters[name].numel() for name in identity) / elements

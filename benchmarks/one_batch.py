@@ -1,0 +1,149 @@
+"""What the cross-prompt U-statistic costs, against one training gradient and against the straightforward algorithm.
+
+The straightforward algorithm takes two passes over the whole batch for the two mean gradients, then two forward and
+two backward passes per prompt for the diagonal and the row means. All three run in the same process, in interleaved
+rounds; figures are ratios of medians of CPU time.
+
+Run ``python benchmarks/one_batch.py`` (many minutes), or with ``--quick`` at sizes that only show that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.estimators.first_order import entropy_coefficients
+from entropy_probe.estimators.u_statistic import cross_statistic
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.isolation import evaluating
+from entropy_probe.losses import loss_coefficients
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.types import TokenCoefficients
+from entropy_probe.updates.preconditioner import frozen_preconditioner
+from two_batch import FULL, QUICK, Setup, training_gradient
+
+
+def surrogates(scorer: Scorer, batch: Rollouts) -> list[TokenCoefficients]:
+    """Coefficients of the two sides; the scoring pass they need is not charged to the straightforward algorithm."""
+    units = Units.prompts(batch.prompt_ids)
+    towards = entropy_coefficients(scorer.score(batch), batch.prompt_ids, units)
+    factor = -units.count / batch.response_mask.sum().item()
+    assert towards.entropies is not None
+    x = TokenCoefficients(factor * towards.logprobs, factor * towards.entropies)
+    return [x, TokenCoefficients(-units.count * loss_coefficients(batch, "dapo").logprobs, None)]
+
+
+def straightforward(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Rollouts,
+    scorer: Scorer,
+    sides: list[TokenCoefficients],
+) -> float:
+    """The U-statistic the obvious way; returns it, so that the two can be compared."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    scale = frozen_preconditioner(parameters, optimizer).scale
+    flat_scale = torch.cat([scale[n].reshape(-1) for n in parameters]).double()
+    units = Units.prompts(batch.prompt_ids)
+
+    def gradient(side: TokenCoefficients, rows: Tensor | None) -> Tensor:
+        total = torch.zeros(len(flat_scale), dtype=torch.float64)
+        for microbatch in scorer.microbatches(batch, rows, share=False):
+            (value,) = scorer.surrogates(microbatch, [side])
+            found = torch.autograd.grad(value, list(parameters.values()))
+            total += torch.cat([g.reshape(-1) for g in found]).double()
+        return total
+
+    with evaluating(model):
+        x_sum, y_sum = (gradient(side, None) for side in sides)
+        rows = []
+        for unit in range(units.count):
+            members = (units.index == unit).nonzero()[:, 0]
+            a, b = (gradient(side, members) for side in sides)
+            rows.append((a @ (flat_scale * y_sum), b @ (flat_scale * x_sum), a @ (flat_scale * b)))
+    return cross_statistic(*(torch.stack(column) for column in zip(*rows, strict=True))).value
+
+
+def compare(setup: Setup, *, lora: bool, rounds: int) -> dict[str, float | int | bool | str]:
+    """Medians of interleaved rounds, and a check that both algorithms give the same number."""
+    model, optimizer = setup.policy(lora=lora)
+    batch, _ = setup.batches()
+    config = ProbeConfig(
+        max_tokens_per_microbatch=setup.max_tokens_per_microbatch,
+        max_stored_gradient_gib=setup.max_stored_gradient_gib,
+    )
+    probe = EntropyProbe(model, optimizer, config)
+    scorer = Scorer(model, 1.0, setup.max_tokens_per_microbatch)
+    with evaluating(model):
+        scorer.prepare(batch)
+        sides = surrogates(scorer, batch)
+    training_gradient(model, batch, setup)
+    seconds: dict[str, list[float]] = {"training": [], "exact": [], "straightforward": []}
+    cross = None
+    expected = 0.0
+    for _ in range(rounds):
+        start = time.process_time()
+        training_gradient(model, batch, setup)
+        seconds["training"].append(time.process_time() - start)
+        start = time.process_time()
+        cross = probe.cross_prompt(batch)
+        seconds["exact"].append(time.process_time() - start)
+        start = time.process_time()
+        expected = straightforward(model, optimizer, batch, scorer, sides)
+        seconds["straightforward"].append(time.process_time() - start)
+    assert cross is not None
+    if abs(cross.u_cross - expected) > 1e-3 * abs(cross.bars_dot) + 1e-3 * abs(expected):
+        raise RuntimeError(f"the two algorithms disagree: {cross.u_cross} and {expected}")
+    middle = {name: median(values) for name, values in seconds.items()}
+    return {
+        "weights": "LoRA" if lora else "full",
+        "prompts": setup.num_prompts,
+        "group_size": setup.group_size,
+        "rounds": rounds,
+        "exact_over_training": middle["exact"] / middle["training"],
+        "straightforward_over_training": middle["straightforward"] / middle["training"],
+        "straightforward_over_exact": middle["straightforward"] / middle["exact"],
+        "gradients": cross.gradients,
+    }
+
+
+def main() -> None:
+    """Run the comparisons asked for and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    base, sizes = (QUICK, [4]) if options.quick else (FULL, options.prompts)
+    figures = [
+        compare(replace(base, num_prompts=size), lora=weights == "lora", rounds=options.rounds)
+        for weights in options.weights
+        for size in sizes
+    ]
+    table = Table(title="One batch, exact, both errors: ratios of CPU time", title_justify="left")
+    for column in ("weights", "B x G", "/ training gradient", "straightforward / training", "speed-up", "gradients"):
+        table.add_column(column)
+    for f in figures:
+        ratios = (f"{f[k]:.2f}" for k in ("exact_over_training", "straightforward_over_training", "straightforward_over_exact"))  # fmt: skip  # noqa: E501
+        table.add_row(str(f["weights"]), f"{f['prompts']} x {f['group_size']}", *ratios, str(f["gradients"]))
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
