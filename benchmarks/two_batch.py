@@ -251,7 +251,7 @@ class VarianceSetup:
 
 FULL_VARIANCE = VarianceSetup()
 QUICK_VARIANCE = VarianceSetup(
-    sequences=64, repeats=4, training=(("warm_start_steps", 150), ("steps", 2), ("save_steps", 2))
+    sequences=64, repeats=12, training=(("warm_start_steps", 150), ("steps", 2), ("save_steps", 2))
 )
 ESTIMATORS = {"ours": {}, "reference": {"entropy": "surprisal", "realized": "snis"}}
 
@@ -299,6 +299,8 @@ def _compare(results: dict[str, list[ProbeResult]]) -> dict[str, Any]:
         rows = [{q: (value, error**2) for q, value, error in _quantities(run)} for run in runs]
         values[name] = {q: torch.tensor([row[q][0] for row in rows], dtype=torch.float64) for q in rows[0]}
         squared[name] = {q: torch.tensor([row[q][1] for row in rows], dtype=torch.float64) for q in rows[0]}
+    if any(bool((x == 0).any()) for of in squared.values() for x in of.values()):
+        raise RuntimeError("variance: a standard error is 0, so the step moves nothing; train the checkpoint longer")
     ratios = {
         "delta_h1": (("reference", "delta_h1"), ("ours", "delta_h1")),
         "delta_h": (("reference", "delta_h"), ("ours", "delta_h")),
@@ -365,6 +367,9 @@ def _show_cost(c: dict[str, Any], label: str, console: Console) -> None:
     table.add_row("whole probe", f"{c['probe_seconds']:.2f} s", f"{c['ratio']:.2f} {spread}")
     table.add_row("training gradient", f"{c['training_seconds']:.2f} s", "1")
     console.print(table)
+    console.print(
+        f"prefix sharing {c['prefix_sharing']}; per-unit gradients: {c['per_unit_gradients']}", soft_wrap=True
+    )
 
 
 def _show_memory(m: dict[str, Any], console: Console) -> None:

@@ -28,7 +28,8 @@ class ProbeConfig(BaseModel):
         realized: how the realized change is estimated. ``per_decision`` always uses exact entropies.
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
-            ``prompt`` if the batch consists of groups of one size, at least 2, in consecutive rows; else ``sequence``.
+            ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in
+            consecutive rows); else ``sequence``.
         min_ess_fraction: below this share of effective samples the realized change is marked ``low_ess``.
         frozen_max_scale: upper clamp on the frozen preconditioner.
         checkpoint_step: Adam's step count for parameters whose state lacks one, in the frozen preconditioner.

@@ -16,8 +16,12 @@ __all__ = ["evaluating", "parameters_at"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients on, full matrix precision, no autocast; flags and random states restored on exit."""
+    """Evaluation mode, gradients on, full matrix precision, no autocast.
+
+    Flags, buffers and random states are restored on exit.
+    """
     training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     device = next(model.parameters()).device
     precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -35,6 +39,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module, flag in training:
                 module.training = flag
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropy_probe.results import OptimizerStateReport
 
-__all__ = ["summarize_moments", "usable_second_moment"]
+__all__ = ["step_count", "summarize_moments", "usable_second_moment"]
 
 
 def usable_second_moment(state: Mapping[str, Any], amsgrad: bool = False) -> Tensor | None:
@@ -23,6 +23,25 @@ def usable_second_moment(state: Mapping[str, Any], amsgrad: bool = False) -> Ten
     if not isinstance(v, Tensor) or not bool(torch.isfinite(v).all()) or not bool(v.any()):
         return None
     return v
+
+
+def step_count(state: Mapping[str, Any]) -> float | None:
+    """How many steps one parameter's moments are worth: 0 without moments, ``None`` if the state does not say.
+
+    Raises:
+        ValueError: if there are moments but the count is not positive, so that bias correction would divide by 0.
+    """
+    if "exp_avg_sq" not in state:
+        return 0.0
+    if "step" not in state:
+        return None
+    step = float(state["step"])
+    if not step > 0 and bool(state["exp_avg_sq"].any()):
+        raise ValueError(
+            f"optimizer state: expected a positive step count where there are moments, got {step:g}; the state is not "
+            "of one training run"
+        )
+    return step
 
 
 def summarize_moments(
@@ -41,12 +60,13 @@ def summarize_moments(
     elements = covered = 0
     for numel, state, group in entries:
         elements += numel
-        steps.append(int(state.get("step", 0)))
+        step = step_count(state)
+        steps.append(int(step or 0))
         v = usable_second_moment(state, bool(group["amsgrad"]))
         if v is None:
             continue
         covered += numel
-        correction = 1 - float(group["betas"][1]) ** steps[-1]
+        correction = 1 - float(group["betas"][1]) ** step if step else 1.0
         denominators = [math.sqrt(x.item() / correction) + float(group["eps"]) for x in v.aminmax()]
         scales += [1 / d for d in denominators if d > 0]
     return OptimizerStateReport(

@@ -49,9 +49,15 @@ class EntropyProbe:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
+        self._arguments = (model, optimizer, mapping, config, progress)
+        self._subject()
+
+    def _subject(self) -> Subject:
+        """The policy and its optimizer as they are now: a scheduler may have changed the rates since the last call."""
+        model, optimizer, mapping, config, progress = self._arguments
         parameters = optimizer_parameters(model, optimizer)
         rates = learning_rates(optimizer, config.learning_rate)
-        self._subject = Subject(model, optimizer, parameters, rates, mapping, config, progress)
+        return Subject(model, optimizer, parameters, rates, mapping, config, progress)
 
     def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.
@@ -59,19 +65,19 @@ class EntropyProbe:
         Raises:
             ValueError: for unusable rollouts (too long, too few units, no advantages) or non-finite numbers.
         """
-        return TwoBatch(self._subject, update, evaluation).result(predict=True, measure=True)
+        return TwoBatch(self._subject(), update, evaluation).result(predict=True, measure=True)
 
     def predict(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """The first-order part of :meth:`run` only."""
-        return TwoBatch(self._subject, update, evaluation).result(predict=True, measure=False)
+        return TwoBatch(self._subject(), update, evaluation).result(predict=True, measure=False)
 
     def measure(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """The realized part of :meth:`run` only."""
-        return TwoBatch(self._subject, update, evaluation).result(predict=False, measure=True)
+        return TwoBatch(self._subject(), update, evaluation).result(predict=False, measure=True)
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:
         """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""
-        return OneBatch(self._subject, batch).result()
+        return OneBatch(self._subject(), batch).result()
 
     def cross_prompt(self, batch: Rollouts) -> CrossPrompt:
         """Predict from one batch that is both update and evaluation, by the cross-prompt U-statistic.
@@ -82,7 +88,7 @@ class EntropyProbe:
             ValueError: for unusable rollouts, fewer than three units, blocks that do not divide the prompts, a
                 surprisal baseline without a group, or second moments that cover too little.
         """
-        return OneBatch(self._subject, batch).cross_prompt()
+        return OneBatch(self._subject(), batch).cross_prompt()
 
 
 def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:

@@ -66,6 +66,7 @@ class TwoBatch(Session):
             self.scorer.prepare(self.update, self.evaluation)
             with self.clock.phase("score evaluation") as progress:
                 before = self.scorer.score(self.evaluation, progress)
+            self._note_mismatch(before)
             entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
             taps = predict and self.choose_taps(self.update)
             gradients = self._update_gradient(store=predict, taps=taps)
@@ -84,6 +85,19 @@ class TwoBatch(Session):
             preconditioner=step.preconditioner,
             **fields,
         )
+
+    def _note_mismatch(self, scores: TokenScores) -> None:
+        """Say so if the sampler's log-probabilities are not those of the policy: another temperature, say."""
+        sampled = self.evaluation.sampled_logprobs
+        if sampled is None:
+            return
+        gap = (sampled.double() - scores.logprobs.double())[scores.response_mask].abs().mean().item()
+        if gap > LARGEST_MISMATCH:
+            self.messages.append(
+                f"sampled_logprobs of the evaluation batch differ from the policy's by {gap:.3g} nats per token on "
+                "average: the batch was sampled from another policy (weights, temperature or top_p), so results "
+                "are biased"
+            )
 
     def _evaluation_units(self) -> tuple[Literal["sequence", "prompt"], Units]:
         ids = self.evaluation.prompt_ids
@@ -221,7 +235,9 @@ class TwoBatch(Session):
             return {"realized": realized}
         return {
             "realized": realized,
-            "difference": Estimate(**self.estimate_fields(change.minus(predicted, entropy), self.units)),
+            "difference": Estimate(
+                **self.estimate_fields(change.minus(predicted, entropy), self.units), status=realized.status
+            ),
         }
 
     def _stepped_parameters(self, step: _PlannedStep) -> dict[str, Tensor]:
@@ -231,20 +247,30 @@ class TwoBatch(Session):
             return {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
         stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, self.config.learning_rate)
         for name, p in self.parameters.items():
-            rounding = 4 * torch.finfo(p.dtype).eps
-            slack = rounding * p.detach().abs() + 1e-4 * delta[name].abs().max()
+            eps = torch.finfo(p.dtype).eps
+            slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * delta[name].abs().max()
             if bool(((stepped[name] - p.detach() - delta[name]).abs() > slack).any()):
                 raise RuntimeError(f"{name}: the optimizer's own step and its closed form disagree; please report this")
         return stepped
 
 
+LARGEST_MISMATCH = 0.05
+"""Nats per token; engines in bfloat16 differ by about a tenth of this."""
+LEAST_PROMPTS = 8
+"""Draws with replacement give this many prompts equally often once in thousands of batches."""
+
+
 def _is_grouped(prompt_ids: Tensor) -> bool:
-    """Whether the batch is distinct prompts with a group of one size, at least 2, in consecutive rows each."""
-    size = int((prompt_ids == prompt_ids[0]).long().cumprod(0).sum())
-    if size < 2 or len(prompt_ids) % size:
+    """Whether every prompt has the same number of responses, at least 2.
+
+    With few prompts that can happen by chance under sampling with replacement; then only consecutive rows count.
+    """
+    prompts, counts = prompt_ids.unique(return_counts=True)
+    size = int(counts[0])
+    if size < 2 or not bool((counts == size).all()):
         return False
     blocks = prompt_ids.view(-1, size)
-    return bool((blocks == blocks[:, :1]).all()) and len(blocks) == prompt_ids.unique().numel()
+    return len(prompts) >= LEAST_PROMPTS or bool((blocks == blocks[:, :1]).all())
 
 
 def _scaled(vector: Mapping[str, Tensor | None], scale: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:

@@ -10,17 +10,18 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "two_batch.py"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "figures.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "--json", str(path)]
-    finished = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+def run(directory, *parts):
+    path = directory / "figures.json"
+    command = [sys.executable, str(SCRIPT), "--quick", "--only", *parts, "--json", str(path)]
+    finished = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout, json.loads(path.read_text())
 
 
-def test_cost(run):
-    _, figures = run
+def test_cost(tmp_path):
+    printed, figures = run(tmp_path, "lora", "full")
+    assert "LoRA" in printed
+    assert "full weights" in printed
     for kind, per_unit in (("lora", "linear-layer taps"), ("full", "per unit")):
         cost = figures[kind]
         assert cost["per_unit_gradients"].startswith(per_unit)
@@ -41,8 +42,10 @@ def test_cost(run):
     assert figures["full"]["num_trained"] > figures["lora"]["num_trained"]
 
 
-def test_memory(run):
-    _, figures = run
+@pytest.mark.slow
+def test_memory(tmp_path):
+    printed, figures = run(tmp_path, "memory")
+    assert "Peak memory" in printed
     memory = figures["memory"]
     assert memory["fills_a_microbatch"]
     for kind in ("stored", "second_pass"):
@@ -53,8 +56,10 @@ def test_memory(run):
         assert memory[kind]["growth"] == pytest.approx(large["probe"] / small["probe"] - 1)
 
 
-def test_variance(run):
-    _, figures = run
+@pytest.mark.slow
+def test_variance(tmp_path):
+    printed, figures = run(tmp_path, "variance")
+    assert "Variance ratios" in printed
     variance = figures["variance"]
     for ratio in variance["variance_ratios"].values():
         assert ratio["reported_min"] <= ratio["reported"] <= ratio["reported_max"]
@@ -65,9 +70,3 @@ def test_variance(run):
     estimates = variance["estimates"]
     ours, reference = estimates["delta_h ours"], estimates["delta_h reference"]
     assert abs(ours["mean"] - reference["mean"]) < 4 * reference["first_standard_error"]
-
-
-def test_prints_every_part(run):
-    printed, _ = run
-    for part in ("LoRA", "full weights", "Peak memory", "Variance ratios"):
-        assert part in printed

@@ -199,6 +199,45 @@ def test_low_precision_is_refused_unless_asked_for():
         EntropyProbe(model, optimizer)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_bfloat16_runs_when_asked_for(kind):
+    model, _ = policy(kind)
+    model.bfloat16()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    for p in trained:
+        p.grad = 1e-2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    optimizer.step()
+    optimizer.zero_grad()
+    config = ProbeConfig(dtype="bfloat16")
+    result = EntropyProbe(model, optimizer, config).run(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
+    assert (result.diagnostics.per_unit_gradients == "linear-layer taps") == (kind == "lora")
+    assert any("quantised" in m for m in result.diagnostics.messages)
+    full, _ = policy(kind)
+    full.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    exact = torch.optim.AdamW([p for p in full.parameters() if p.requires_grad], lr=1e-3)
+    exact.load_state_dict(optimizer.state_dict())
+    reference = EntropyProbe(full, exact).predict(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
+    assert result.predicted.value == pytest.approx(reference.predicted.value, rel=0.35)
+
+
+def test_overflowing_gradients_are_refused():
+    model, optimizer = policy("full")
+    batch = rollouts()
+    huge = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, batch.prompt_ids,
+                    advantages=batch.advantages * 1e22)  # fmt: skip
+    with pytest.raises(ValueError, match="expected squares within range, got an overflow in"):
+        EntropyProbe(model, optimizer, ProbeConfig(max_grad_norm=None)).run(update=huge, evaluation=rollouts())
+
+
+def test_negative_tokens_are_refused():
+    model, optimizer = policy("full")
+    batch = rollouts()
+    batch.input_ids[0, 6] = -100
+    with pytest.raises(ValueError, match="expected token ids of at least 0, got -100"):
+        EntropyProbe(model, optimizer).run(update=batch, evaluation=rollouts())
+
+
 def test_microbatches_cover_every_row_once_within_the_bound():
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 50, (200,), generator=g).tolist()

@@ -289,6 +289,73 @@ def test_evaluation_unit_is_recognised():
     assert any("same sequences" in m for m in grouped.diagnostics.messages)
 
 
+def test_evaluation_unit_does_not_depend_on_row_order():
+    model = TinyPolicy()
+    generator = torch.Generator().manual_seed(8)
+    evaluation, _ = batches(groups=12)
+    shuffled = evaluation.select(torch.randperm(len(evaluation), generator=generator))
+    update, _ = batches(seed=1)
+    a, b = (probe(model, trained_optimizer(model)).run(update=update, evaluation=e) for e in (evaluation, shuffled))
+    assert a.diagnostics.evaluation_unit == b.diagnostics.evaluation_unit == "prompt"
+    same(numbers(a), numbers(b))
+
+
+def test_rates_are_read_when_the_probe_runs():
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    for geometry in ("adamw", "frozen"):
+        p = probe(model, optimizer, geometry=geometry)
+        before = p.predict(update=update, evaluation=evaluation)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+        after = p.predict(update=update, evaluation=evaluation)
+        assert after.predicted.value == pytest.approx(0.5 * before.predicted.value, rel=1e-12)
+        assert after.optimizer_state.learning_rates[0] == 0.5 * before.optimizer_state.learning_rates[0]
+
+
+@pytest.mark.parametrize("geometry", ["adamw", "frozen"])
+def test_moments_without_a_step_count_are_refused(geometry):
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    for state in optimizer.state.values():
+        state["step"] = torch.zeros(())
+    with pytest.raises(ValueError, match="expected a positive step count"):
+        probe(model, optimizer, geometry=geometry).predict(update=update, evaluation=evaluation)
+    for state in optimizer.state.values():
+        del state["step"]
+    if geometry == "adamw":
+        with pytest.raises(ValueError, match="expected a step count beside the moments"):
+            probe(model, optimizer, geometry=geometry).predict(update=update, evaluation=evaluation)
+
+
+def test_a_sampler_that_is_not_the_policy_is_noted():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    for shift, noted in ((0.0, False), (0.3, True)):
+        log_p = torch.log_softmax(
+            model(evaluation.input_ids, evaluation.attention_mask.long()).logits.detach() / TEMPERATURE, -1
+        )
+        sampled = torch.zeros(evaluation.input_ids.shape, dtype=torch.float64)
+        sampled[:, 1:] = log_p[:, :-1].gather(-1, evaluation.input_ids[:, 1:, None])[..., 0] + shift
+        given = Rollouts(evaluation.input_ids, evaluation.attention_mask, evaluation.response_mask,
+                         evaluation.prompt_ids, sampled_logprobs=sampled)  # fmt: skip
+        result = probe(model, trained_optimizer(model)).predict(update=update, evaluation=given)
+        assert any("sampled from another policy" in m for m in result.diagnostics.messages) == noted
+
+
+def test_impossible_update_tokens_are_refused():
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches(groups=12)
+    keep = ~((evaluation.input_ids == 3) & evaluation.response_mask).any(1)
+    with torch.no_grad():
+        model.out.bias[3] = -torch.inf
+    with pytest.raises(ValueError, match="expected finite log-probabilities"):
+        probe(model, optimizer).predict(update=update, evaluation=evaluation.select(keep))
+
+
 def test_surprisal_coefficients_equal_the_textbook_form():
     model = TinyPolicy()
     scores = TABLE.token_scores(model)
@@ -306,7 +373,7 @@ def test_large_step_is_marked():
     model = TinyPolicy()
     update, evaluation = batches()
     result = probe(model, trained_optimizer(model), learning_rate=0.5).run(update=update, evaluation=evaluation)
-    assert result.realized.status == "low_ess"
+    assert result.realized.status == result.difference.status == "low_ess"
     assert any("effective sample size" in m for m in result.diagnostics.messages)
 
 

@@ -24,6 +24,7 @@ class WithState(TinyPolicy):
 
     def forward(self, input_ids, attention_mask):  # type: ignore[no-untyped-def]
         self.dropout(torch.ones(3))
+        self.count += 1
         return super().forward(input_ids, attention_mask)
 
 

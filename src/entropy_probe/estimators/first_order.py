@@ -72,7 +72,7 @@ def entropy_coefficients(
     mask = scores.response_mask
     per_token = entropy(scores, Units.sequences(len(mask)), "token", kind).value if normalization == "token" else 0.0
     if kind == "surprisal":
-        surprisal = -scores.sequence_logprobs - per_token * scores.response_lengths
+        surprisal = -scores.sequence_logprobs - per_token * scores.response_lengths.double()
         centred = surprisal - leave_one_out_mean(surprisal, prompt_ids)
         return TokenCoefficients(centred[:, None] * mask, None)
     to_go = strictly_after(scores.entropies.double() - per_token, mask)

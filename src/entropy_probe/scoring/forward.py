@@ -149,7 +149,11 @@ class Scorer:
                 f"{int(lengths.max())} at index {int(lengths.argmax())}; drop or shorten long prompts"
             )
         vocabulary = getattr(config, "vocab_size", None)
-        largest = int(rollouts.input_ids[rollouts.attention_mask].max())
+        smallest, largest = (int(x) for x in rollouts.input_ids[rollouts.attention_mask].aminmax())
+        if smallest < 0:
+            raise ValueError(
+                f"rollouts: expected token ids of at least 0, got {smallest}; use the mask for what is ignored"
+            )
         if isinstance(vocabulary, int) and largest >= vocabulary:
             raise ValueError(
                 f"rollouts: expected token ids below {vocabulary} (the model's vocabulary), got {largest}; "
@@ -233,10 +237,20 @@ class Scorer:
         Args:
             batch: the microbatch.
             sides: coefficients for every token of the whole batch, ``[N, L]``.
+
+        Raises:
+            ValueError: if a value is not finite.
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
         if self._split is not None:
             hidden = self._hidden(batch)
-            return [head_surrogate(self._head(), hidden, batch.targets, a, c) for a, c in terms]
-        s, h = logit_scores(self._model_logits(batch), batch.targets, self.temperature)
-        return [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]
+            values = [head_surrogate(self._head(), hidden, batch.targets, a, c) for a, c in terms]
+        else:
+            s, h = logit_scores(self._model_logits(batch), batch.targets, self.temperature)
+            values = [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]
+        if not all(bool(torch.isfinite(value)) for value in values):
+            raise ValueError(
+                f"rollouts: expected finite log-probabilities, got others among sequences {batch.rows.tolist()[:5]}; "
+                "look for non-finite weights or advantages, or responses the policy cannot produce"
+            )
+        return values

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from entropy_probe.moments import step_count
 from entropy_probe.named import add, norm
 
 __all__ = [
@@ -214,16 +215,22 @@ def adamw_step(
         g = gradient[name]
         theta = parameter.detach()
         if g is None:
-            values = [torch.zeros_like(theta)] * 4
+            zero = torch.zeros_like(theta, dtype=torch.promote_types(theta.dtype, torch.float32))
+            values = [zero] * 4
         else:
-            values = _parameter_step(theta, g, optimizer.state.get(parameter, {}), settings[id(parameter)])
+            values = _parameter_step(name, theta, g, optimizer.state.get(parameter, {}), settings[id(parameter)])
         parts["gradient"][name], parts["momentum"][name], parts["weight_decay"][name], scales[name] = values
     return Step(components=parts, gradient_scale=scales)
 
 
-def _parameter_step(theta: Tensor, g: Tensor, state: Mapping[str, Any], s: _Settings) -> list[Tensor]:
-    """Gradient, momentum and weight-decay parts of one parameter's step, and the gradient's scale."""
-    k = float(state.get("step", 0)) + 1
+def _parameter_step(name: str, theta: Tensor, g: Tensor, state: Mapping[str, Any], s: _Settings) -> list[Tensor]:
+    """Gradient, momentum and weight-decay parts of a parameter's step and the gradient's scale, in at least float32."""
+    taken = step_count(state)
+    if taken is None:
+        raise ValueError(f"optimizer state: expected a step count beside the moments of {name}, got none")
+    k = taken + 1
+    wide = torch.promote_types(theta.dtype, torch.float32)
+    theta, g = theta.to(wide), g.to(wide)
     total = g if s.decoupled or s.weight_decay == 0 else g + s.weight_decay * theta
     v = (1 - s.beta2) * total.square()
     if "exp_avg_sq" in state:
@@ -231,6 +238,10 @@ def _parameter_step(theta: Tensor, g: Tensor, state: Mapping[str, Any], s: _Sett
     if s.amsgrad and "max_exp_avg_sq" in state:
         v = torch.maximum(v, state["max_exp_avg_sq"])
     denominator = (v / (1 - s.beta2**k)).sqrt_().add_(s.eps)
+    if not bool(torch.isfinite(denominator).all()):
+        raise ValueError(
+            f"update gradient: expected squares within range, got an overflow in {name}; check the advantages"
+        )
     scale = s.lr * (1 - s.beta1) / (1 - s.beta1**k) / denominator
     if "exp_avg" in state:
         momentum = state["exp_avg"] / denominator * (-s.lr * s.beta1 / (1 - s.beta1**k))

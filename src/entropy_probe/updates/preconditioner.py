@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.moments import usable_second_moment
+from entropy_probe.moments import step_count, usable_second_moment
 from entropy_probe.results import PreconditionerReport
 
 __all__ = ["Preconditioner", "frozen_preconditioner"]
@@ -79,10 +79,10 @@ def frozen_preconditioner(
         if v is None:
             scales[name] = torch.ones_like(parameter, requires_grad=False)
             continue
-        own = optimizer.state[parameter].get("step")
+        own = step_count(optimizer.state[parameter])
         corrections.add("own step" if own is not None else "checkpoint_step" if checkpoint_step else "none")
         step = own if own is not None else checkpoint_step
-        correction = 1.0 if step is None else 1 - float(group["betas"][1]) ** float(step)
+        correction = 1.0 if step is None else 1 - float(group["betas"][1]) ** step
         denominator = (v / correction).sqrt_().add_(float(group["eps"]))
         smallest = min(smallest, denominator.min().item())
         scale = denominator.reciprocal_()
