@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.scoring.forward import Scorer
@@ -92,6 +92,57 @@ def test_scores_equal_one_sequence_at_a_time(padding):
         torch.testing.assert_close(got.logprobs[i, batch.response_mask[i]].double(), s[inside], atol=1e-5, rtol=1e-5)
         h = -(log_p.exp() * log_p).sum(-1)
         torch.testing.assert_close(got.entropies[i, batch.response_mask[i]].double(), h[inside], atol=1e-5, rtol=1e-5)
+
+
+def test_head_with_a_bias():
+    model, _ = policy("full")
+    plain = model.lm_head
+    model.lm_head = torch.nn.Linear(plain.in_features, plain.out_features)
+    batch = rollouts()
+    scorer = Scorer(model, 0.7, 64)
+    scorer.prepare(batch)
+    assert scorer.head_path == "chunked"
+    got = scorer.score(batch).entropies
+    scorer._split = None
+    torch.testing.assert_close(got, scorer.score(batch).entropies, atol=2e-5, rtol=1e-5)
+
+
+def test_padding_is_masked_in_every_call(monkeypatch):
+    model, _ = policy("full")
+    seen = []
+    trunk = type(model.model)
+    original = trunk.forward
+
+    def watch(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        seen.append((input_ids, attention_mask))
+        return original(self, input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(trunk, "forward", watch)
+    batch = rollouts()
+    scorer = Scorer(model, 1.0, 8192)
+    scorer.prepare(batch)
+    scorer.score(batch)
+    ids, mask = seen[-1]
+    assert sorted(mask.sum(1).tolist()) == sorted(batch.attention_mask.sum(1).tolist())
+    assert not mask.bool().all()
+    assert (ids[~mask.bool()] == 0).all()
+
+
+def test_non_finite_scores_are_refused():
+    model, optimizer = policy("full")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="expected finite log-probabilities, got non-finite ones in 40 sequences"):
+        EntropyProbe(model, optimizer).run(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
+
+
+def test_virtual_tokens_are_refused():
+    """Prompt tuning puts tokens in front: logits would be read off by their number."""
+    model, _ = tiny_policy()
+    tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
+    with pytest.raises(ValueError, match="adapters that add virtual tokens are not supported"):
+        EntropyProbe(tuned, optimizer).run(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
 
 
 def test_models_that_change_logits_use_their_own(monkeypatch):

@@ -289,6 +289,54 @@ def test_evaluation_unit_is_recognised():
     assert any("same sequences" in m for m in grouped.diagnostics.messages)
 
 
+@pytest.mark.parametrize("unit", ["sequence", "prompt"])
+def test_evaluation_unit_can_be_set(unit):
+    update, _ = batches()
+    evaluation, _ = batches(seed=1)
+    model = TinyPolicy()
+    got = probe(model, trained_optimizer(model), evaluation_unit=unit).predict(update=update, evaluation=evaluation)
+    assert got.diagnostics.evaluation_unit == unit
+    assert got.entropy.num_units == (evaluation.num_prompts if unit == "prompt" else len(evaluation))
+
+
+def test_frozen_step_by_hand():
+    """Each parameter with its own group's rate, P once, no momentum, decay or clipping; measured like predicted."""
+    model = TinyPolicy(train_embedding=False)
+    history = trained_optimizer(model, weight_decay=0.5)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rates = {n: 1e-4 if n.endswith("bias") else 3e-4 for n in named}
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": rates[n], "weight_decay": 0.5} for n, p in named.items()])
+    optimizer.state.update(history.state)
+    update, evaluation = batches()
+    settings = {"geometry": "frozen", "frozen_max_scale": 1e12, "max_grad_norm": 1e-6}
+    result = probe(model, optimizer, **settings).run(update=update, evaluation=evaluation)
+    s = torch.log_softmax(model(update.input_ids, update.attention_mask.long()).logits / TEMPERATURE, -1)
+    s = s[:, :-1].gather(-1, update.input_ids[:, 1:, None])[..., 0]
+    loss = -(s * update.token_advantages[:, 1:]).sum() / update.response_mask.sum()
+    moved = 0.0
+    for (n, p), g in zip(named.items(), torch.autograd.grad(loss, list(named.values())), strict=True):
+        v = optimizer.state[p]["exp_avg_sq"] / (1 - 0.999**3)
+        moved += (rates[n] * g / (v.sqrt() + 1e-8)).square().sum().item()
+    assert result.diagnostics.step_norm == pytest.approx(moved**0.5, rel=1e-9)
+    assert set(result.components) == {"gradient"}
+    assert abs(result.difference.value) < 0.05 * abs(result.predicted.value)
+
+
+@pytest.mark.parametrize("setting", [("_CACHED_ELEMENTS", 0), ("_BLOCK_ELEMENTS", 60)])
+def test_memory_bounds_do_not_change_the_numbers(setting, monkeypatch):
+    update, evaluation = batches()
+    found = []
+    for train_embedding in (True, False):
+        model = TinyPolicy(train_embedding=train_embedding)
+        optimizer = trained_optimizer(model)
+        for bounded in (False, True):
+            with monkeypatch.context() as patch:
+                if bounded:
+                    patch.setattr(f"entropy_probe.updates.per_unit.{setting[0]}", setting[1])
+                found.append(numbers(probe(model, optimizer).run(update=update, evaluation=evaluation)))
+        same(found[-2], found[-1])
+
+
 def test_evaluation_unit_does_not_depend_on_row_order():
     model = TinyPolicy()
     generator = torch.Generator().manual_seed(8)

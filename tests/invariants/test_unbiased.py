@@ -181,11 +181,15 @@ def test_per_decision_becomes_the_first_order_sequence_by_sequence(setting):
 
     _, slope = jvp(scores, (theta,), (direction,))
     before = pick(setting.before, rows)
-    units = Units.sequences(64)
-    for norm in ("token", "sequence"):
+    for norm, units in (
+        ("token", Units.sequences(64)),
+        ("sequence", Units.sequences(64)),
+        ("token", Units.prompts(torch.arange(64) // 4)),
+        ("sequence", Units.prompts(torch.arange(64) // 4)),
+    ):
         c = entropy_coefficients(before, table.rollouts.prompt_ids[rows], units, norm)
         d = (c.logprobs * slope[0][rows] + c.entropies * slope[1][rows]).sum(1)
-        predicted = first_order(d, sequence_weights(before, norm))
+        predicted = first_order(units.total(d), units.total(sequence_weights(before, norm)))
         each = predicted.value + predicted.influence
         errors = []
         for eta in (1e-4, 1e-5, 1e-6):

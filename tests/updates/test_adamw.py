@@ -1,5 +1,7 @@
 """The closed form against torch's own kernels."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -45,11 +47,16 @@ def setup(cls, dtype, kernel, steps=3, **options):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["fused", "foreach", "plain"])
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=["", "amsgrad"])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"decoupled": True}], ids=["", "amsgrad", "decoupled"])
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("max_norm", [None, 0.5], ids=["unclipped", "clipped"])
 def test_closed_form_and_shadow_equal_the_real_step(cls, dtype, kernel, options, steps, max_norm):
+    if options.get("decoupled"):
+        # Adam can be told to decay like AdamW
+        if "decoupled_weight_decay" not in inspect.signature(torch.optim.Adam).parameters:
+            pytest.skip("this torch has no such flag")
+        cls, options = torch.optim.Adam, {"decoupled_weight_decay": True}
     model, optimizer, raw = setup(cls, dtype, kernel, steps, **options)
     parameters = optimizer_parameters(model, optimizer)
     gradient = clip_gradient(raw, max_norm).values

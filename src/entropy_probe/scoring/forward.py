@@ -177,6 +177,11 @@ class Scorer:
     def _model_logits(self, batch: Microbatch) -> Tensor:
         """The model's own logits at the positions that predict response tokens, ``[T, V]``."""
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        if output.logits.shape[:2] != batch.input_ids.shape:
+            raise ValueError(
+                f"model: expected logits for each of {list(batch.input_ids.shape)} tokens, got "
+                f"{list(output.logits.shape[:2])}; adapters that add virtual tokens are not supported"
+            )
         return output.logits.flatten(0, 1)[batch.source]
 
     def microbatches(

@@ -1,0 +1,110 @@
+"""The small pure functions, each against the sentence that defines it."""
+
+import pytest
+import torch
+
+from entropy_probe import TokenScores
+from entropy_probe.estimators.baselines import leave_one_out_mean, position_baseline, strictly_after
+from entropy_probe.estimators.importance import sequence_importance_weights
+from entropy_probe.estimators.realized import per_decision
+from entropy_probe.estimators.uncertainty import Units, ratio
+from entropy_probe.losses import LOSS_TYPES, token_weights
+from entropy_probe.moments import step_count, summarize_moments
+
+MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]]).bool()
+VALUES = torch.arange(16, dtype=torch.float64).view(4, 4) ** 2
+
+
+def positions(row: int) -> list[int]:
+    return MASK[row].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("unit", [[0, 1, 2, 3], [0, 0, 1, 1], [0, 1, 0, 1]])
+def test_position_baseline_leaves_the_whole_unit_out(unit):
+    got = position_baseline(VALUES, MASK, Units(torch.tensor(unit), max(unit) + 1))
+    for i in range(4):
+        for t, column in enumerate(positions(i)):
+            others = [VALUES[j, positions(j)[t]].item() for j in range(4)
+                      if unit[j] != unit[i] and len(positions(j)) > t]  # fmt: skip
+            assert got[i, column] == pytest.approx(sum(others) / len(others) if others else 0.0)
+    assert (got[~MASK] == 0).all()
+
+
+def test_strictly_after_skips_gaps_and_itself():
+    got = strictly_after(VALUES, MASK)
+    for i in range(4):
+        for t, column in enumerate(positions(i)):
+            assert got[i, column] == sum(VALUES[i, c] for c in positions(i)[t + 1 :])
+    assert (got[~MASK] == 0).all()
+
+
+def test_leave_one_out_mean_is_within_the_prompt_where_it_can_be():
+    values, prompts = torch.tensor([1.0, 4.0, 7.0, 100.0]), torch.tensor([5, 5, 5, 9])
+    assert leave_one_out_mean(values, prompts).tolist() == [5.5, 4.0, 2.5, 4.0]
+    with pytest.raises(ValueError, match="at least 2 sequences"):
+        leave_one_out_mean(torch.ones(1), torch.zeros(1, dtype=torch.long))
+
+
+def test_ratio_is_the_mean_when_the_denominator_is_one():
+    x = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+    got = ratio(x, torch.ones(3, dtype=torch.float64))
+    assert got.value == pytest.approx(3.0)
+    assert got.standard_error == pytest.approx((x.std() / 3**0.5).item())
+    with pytest.raises(ValueError, match="at least 2 independent units, got 1"):
+        ratio(x[:1], x[:1])
+
+
+def scores(total: list[float]) -> TokenScores:
+    logprobs = torch.zeros(len(total), 3, dtype=torch.float64)
+    logprobs[:, 1] = torch.tensor(total, dtype=torch.float64)
+    return TokenScores(logprobs, torch.ones_like(logprobs), torch.tensor([[0, 1, 1]] * len(total)).bool())
+
+
+def test_importance_weights_of_extreme_steps_stay_finite():
+    got = sequence_importance_weights(scores([0.0, 0.0]), scores([2000.0, 2000.0]))
+    assert got.normalized.tolist() == [1.0, 1.0]
+    assert got.ess == pytest.approx(2.0)
+    got = sequence_importance_weights(scores([0.0, 0.0, 0.0]), scores([-3000.0, -2000.0, -3000.0]))
+    assert got.ess == pytest.approx(1.0)
+    assert got.max_weight == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="finite log-probabilities"):
+        sequence_importance_weights(scores([0.0]), scores([float("inf")]))
+    with pytest.raises(ValueError, match="far beyond the reach of importance sampling"):
+        per_decision(scores([0.0, 0.0]), scores([2000.0, 0.0]), Units.sequences(2))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_token_weights(loss_type):
+    prompts = torch.tensor([3, 3, 8, 8])
+    lengths, longest, n = [3, 2, 2, 1], [3, 3, 2, 2], 4
+    expected = {
+        "grpo": [1 / (n * t) for t in lengths],
+        "dr_grpo": [1 / (n * 10)] * n,
+        "per_prompt_max": [1 / (n * t) for t in longest],
+    }.get(loss_type, [1 / 8] * n)
+    got = token_weights(MASK, prompts, loss_type, 10)
+    assert (got[~MASK] == 0).all()
+    for row, weight in enumerate(expected):
+        assert got[row][MASK[row]].tolist() == pytest.approx([weight] * lengths[row])
+
+
+def test_dr_grpo_needs_its_length_and_unknown_losses_are_refused():
+    prompts = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="dr_grpo: expected max_completion_length, got None"):
+        token_weights(MASK, prompts, "dr_grpo")
+
+
+def test_moments_are_counted_by_element_and_corrected():
+    group = {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False}
+    state = {"step": torch.tensor(2.0), "exp_avg_sq": torch.tensor([1.0, 4.0])}
+    entries = [(2, state, group), (6, {}, group), (2, {"step": 2, "exp_avg_sq": torch.zeros(2)}, group)]
+    report = summarize_moments(entries, "test", (0.1,))
+    assert report.coverage == pytest.approx(0.2)
+    assert (report.num_parameters, report.num_elements, report.steps) == (3, 10, (0, 2))
+    correction = 1 - 0.99**2
+    assert report.scale_min == pytest.approx((correction / 4) ** 0.5, rel=1e-6)
+    assert report.scale_max == pytest.approx(correction**0.5, rel=1e-6)
+    assert step_count({}) == 0
+    assert step_count({"exp_avg_sq": torch.ones(1)}) is None
+    with pytest.raises(ValueError, match="positive step count"):
+        step_count({"exp_avg_sq": torch.ones(1), "step": 0})
