@@ -61,8 +61,8 @@ class Session:
         narrow = ", ".join(sorted({str(p.dtype) for p in subject.model.parameters() if p.dtype in low}))
         if narrow:
             self.messages.append(
-                f"weights in {narrow}: log-probabilities are quantised; measured on small models, that costs the realized "
-                "change tens of percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
+                f"weights in {narrow}: log-probabilities are quantised; measured on small models, that costs the "
+                "realized change tens of percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
             )
         held = {id(p) for p in self.parameters.values()}
         strays = sum(p.requires_grad and id(p) not in held for p in subject.model.parameters())
