@@ -104,6 +104,9 @@ def test_moments_are_counted_by_element_and_corrected():
     correction = 1 - 0.99**2
     assert report.scale_min == pytest.approx((correction / 4) ** 0.5, rel=1e-6)
     assert report.scale_max == pytest.approx(correction**0.5, rel=1e-6)
+    maximum = state | {"max_exp_avg_sq": torch.tensor([4.0, 16.0])}
+    report = summarize_moments([(2, maximum, group | {"amsgrad": True})], "test", (0.1,))
+    assert report.scale_max == pytest.approx((correction / 4) ** 0.5, rel=1e-6)
     assert step_count({}) == 0
     assert step_count({"exp_avg_sq": torch.ones(1)}) is None
     with pytest.raises(ValueError, match="positive step count"):

@@ -129,6 +129,14 @@ def test_components_sum_and_clipping_is_reported(max_norm):
     result = probe(model, trained_optimizer(model), max_grad_norm=max_norm).run(update=update, evaluation=evaluation)
     assert sum(c.value for c in result.components.values()) == pytest.approx(result.predicted.value, rel=1e-12)
     assert set(result.components) == {"gradient", "momentum", "weight_decay"}
+    # only the fresh gradient depends on the update batch
+    assert result.components["gradient"].standard_error > result.predicted.se_update
+    only_e = probe(model, trained_optimizer(model), max_grad_norm=max_norm).predict(
+        update=update, evaluation=evaluation.select(torch.arange(len(evaluation)).repeat(4))
+    )
+    for name in ("momentum", "weight_decay"):
+        ratio = result.components[name].standard_error / only_e.components[name].standard_error
+        assert ratio == pytest.approx(2.0, rel=0.1)
     assert (result.diagnostics.clip_factor < 1) == (max_norm is not None)
     assert any("clipping scales" in m for m in result.diagnostics.messages) == (max_norm is not None)
     assert sum(result.contributions) / len(evaluation) == pytest.approx(result.predicted.value, rel=1e-12)
@@ -415,6 +423,33 @@ def test_surprisal_coefficients_equal_the_textbook_form():
     expected = -(s - (s.sum() - s) / (len(s) - 1))
     torch.testing.assert_close(c.logprobs, expected[:, None] * picked.response_mask)
     assert c.entropies is None
+
+
+def test_surprisal_prediction_by_hand():
+    """The textbook score-function estimator, per sequence, with the mean of the prompt's other draws as baseline."""
+    model = TinyPolicy(train_embedding=False)
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    settings = {"entropy": "surprisal", "normalization": "sequence", "max_grad_norm": None}
+    result = probe(model, optimizer, **settings).predict(update=update, evaluation=evaluation)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def log_probabilities(r: Rollouts) -> torch.Tensor:
+        log_p = torch.log_softmax(model(r.input_ids, r.attention_mask.long()).logits / TEMPERATURE, -1)
+        return log_p[:, :-1].gather(-1, r.input_ids[:, 1:, None])[..., 0] * r.response_mask[:, 1:]
+
+    loss = -(log_probabilities(update) * update.token_advantages[:, 1:]).sum() / update.response_mask.sum()
+    g = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    delta = adamw_step(named, optimizer, g).delta
+    s = log_probabilities(evaluation).sum(1)
+    ids, surrogate = evaluation.prompt_ids, 0.0
+    for i in range(len(s)):
+        others = [s[j].detach() for j in range(len(s)) if j != i and ids[j] == ids[i]]
+        surrogate = surrogate - (s[i].detach() - sum(others) / len(others)) * s[i] / len(s)
+    x = torch.autograd.grad(surrogate, list(named.values()))
+    expected = sum((a * delta[n]).sum().item() for n, a in zip(named, x, strict=True))
+    assert result.predicted.value == pytest.approx(expected, rel=1e-9)
+    assert result.entropy.value == pytest.approx(-s.mean().item(), rel=1e-12)
 
 
 def test_large_step_is_marked():
