@@ -58,4 +58,7 @@ def test_select_keeps_every_column():
     assert picked.prompt_ids.tolist() == [2, 0]
     assert picked.rewards.tolist() == [2.0, 0.0]
     assert picked.num_prompts == len(picked) == 2
+    moved = batch.cpu()
+    assert torch.equal(moved.rewards, batch.rewards)
+    assert moved.sampled_logprobs is not None
     assert picked.response_lengths.tolist() == [3, 3]

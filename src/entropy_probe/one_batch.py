@@ -30,6 +30,7 @@ class OneBatch(Session):
 
     def __init__(self, subject: Subject, batch: Rollouts) -> None:
         super().__init__(subject)
+        batch = batch.cpu()
         self.batch = batch
         self.prompts = Units.prompts(batch.prompt_ids)
         self.block_size = self._block_size()

@@ -48,6 +48,7 @@ class TwoBatch(Session):
 
     def __init__(self, subject: Subject, update: Rollouts, evaluation: Rollouts) -> None:
         super().__init__(subject)
+        update, evaluation = update.cpu(), evaluation.cpu()
         self.update, self.evaluation = update, evaluation
         self.unit_name: Literal["sequence", "prompt"]
         self.unit_name, self.units = self._evaluation_units()

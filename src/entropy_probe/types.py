@@ -12,6 +12,7 @@ token or nats per sequence, and every :class:`Estimate` says which. A negative c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,19 +134,19 @@ class Rollouts:
 
     def select(self, rows: Tensor) -> Rollouts:
         """The sequences at the given indices or boolean mask, in that order."""
+        return self._map(lambda column: column[rows])
 
-        def take(column: Tensor | None) -> Tensor | None:
-            return None if column is None else column[rows]
+    def cpu(self) -> Rollouts:
+        """The batch in host memory, from where it goes to the model microbatch by microbatch."""
+        return self._map(Tensor.cpu)
 
-        return Rollouts(
-            self.input_ids[rows],
-            self.attention_mask[rows],
-            self.response_mask[rows],
-            self.prompt_ids[rows],
-            advantages=take(self.advantages),
-            rewards=take(self.rewards),
-            sampled_logprobs=take(self.sampled_logprobs),
-        )
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Rollouts:
+        optional = {
+            name: None if (column := getattr(self, name)) is None else change(column)
+            for name in ("advantages", "rewards", "sampled_logprobs")
+        }
+        required = (self.input_ids, self.attention_mask, self.response_mask, self.prompt_ids)
+        return Rollouts(*map(change, required), **optional)
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the batch with its token ids, one sequence per row; see :mod:`entropy_probe.sampling.files`."""
