@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.func import functional_call, jvp
 
-from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores
+from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores, two_batch
 from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
+from entropy_probe.updates.per_unit import UnitGradients
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
 
 TABLE = Table.build()
@@ -473,3 +474,25 @@ def test_save_and_load_round_trip(tmp_path):
         ProbeResult.load(tmp_path / "out")
     with pytest.raises(ValueError, match="no such file"):
         ProbeResult.load(tmp_path / "nowhere")
+
+
+def test_a_step_that_is_not_the_optimizers_is_noticed(monkeypatch):
+    model = TinyPolicy()
+    update, evaluation = batches()
+    real = two_batch.shadow_step
+
+    def wrong(*args):
+        return {name: value + 1e-2 for name, value in real(*args).items()}
+
+    monkeypatch.setattr(two_batch, "shadow_step", wrong)
+    with pytest.raises(RuntimeError, match="the optimizer's own step and its closed form disagree"):
+        probe(model, trained_optimizer(model)).measure(update=update, evaluation=evaluation)
+
+
+def test_a_prediction_that_does_not_add_up_over_prompts_is_noticed(monkeypatch):
+    model = TinyPolicy()
+    update, evaluation = batches()
+    real = UnitGradients.dot_stored
+    monkeypatch.setattr(UnitGradients, "dot_stored", lambda self, direction: 1.1 * real(self, direction))
+    with pytest.raises(RuntimeError, match="summed over evaluation units but"):
+        probe(model, trained_optimizer(model)).predict(update=update, evaluation=evaluation)
