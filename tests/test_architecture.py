@@ -26,16 +26,29 @@ ALLOWED = {
     "checkpoints": {"types", "results", "named", "moments"},
     "report": {"types", "results"},
     "demo": set(),
-    "session": {"types", "results", "moments", "scoring", "estimators", "updates", "provenance", "config"},
-    "two_batch": {"types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "session"},
-    "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "isolation", "session"},
-    "probe": {"types", "results", "updates", "provenance", "config", "session", "two_batch", "one_batch"},
+    "fingerprint": {"types"},
+    "measurement": {"types", "results", "estimators", "config"},
+    "session": {
+        "types", "results", "moments", "scoring", "estimators", "updates", "isolation", "fingerprint", "provenance",
+        "config",
+    },
+    "two_batch": {
+        "types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "measurement",
+        "session",
+    },
+    "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "session"},
+    "probe": {
+        "types", "results", "updates", "fingerprint", "provenance", "config", "session", "two_batch", "one_batch",
+    },
     "cli": None,
     "__init__": None,
     "__main__": {"cli"},
 }  # fmt: skip
 
-HEAVY = ("transformers", "peft", "trl", "vllm", "datasets", "matplotlib", "pyarrow", "accelerate", "rich", "typer")
+HEAVY = (
+    "transformers", "peft", "trl", "vllm", "datasets", "matplotlib", "arviz_stats", "scipy", "pyarrow", "accelerate",
+    "rich", "typer",
+)  # fmt: skip
 
 
 def part(path: Path) -> str:

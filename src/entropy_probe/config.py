@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entropy_probe.estimators.first_order import EntropyKind, Normalization
+from entropy_probe.estimators.importance import ImportanceMode
 from entropy_probe.losses import LossType
 
 __all__ = ["ProbeConfig"]
@@ -30,7 +31,13 @@ class ProbeConfig(BaseModel):
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in
             consecutive rows); else ``sequence``.
-        min_ess_fraction: below this share of effective samples the realized change is marked ``low_ess``.
+        is_mode: the weights of ``snis``: as they are, capped (``clip``), or Pareto-smoothed (``psis``).
+        log_weight_clamp: clamp the log-weights of ``snis`` to plus and minus this, in nats.
+        weight_clip: the cap of ``clip`` in units of the mean weight; ``None`` is the root of the number of sequences.
+        min_ess_fraction: below this share of effective samples the weights are not trusted.
+        on_low_ess: what to do then, or when the weights' tail is too heavy (Pareto k above its threshold): ``refuse``
+            gives no realized change; ``psis`` gives that of Pareto-smoothed weights if their tail allows it;
+            ``resample`` samples fresh responses after the step, for which the probe needs a ``resample`` function.
         frozen_max_scale: upper clamp on the frozen preconditioner.
         checkpoint_step: Adam's step count for parameters whose state lacks one, in the frozen preconditioner.
         identity_if_coverage_below: take the identity for the frozen preconditioner if less than this share of the
@@ -43,6 +50,10 @@ class ProbeConfig(BaseModel):
         max_stored_gradient_gib: per-prompt gradients of the update batch are kept in host memory up to this size;
             beyond it a second pass over the update batch takes their place.
         dtype: the least precision of the model's parameters; a model in a lower one is refused.
+        autocast: run the model under autocast in ``bfloat16``, as some trainers do. Realized changes of small steps
+            drown in its rounding.
+        measure_noise_floor: score some evaluation sequences a second time in another layout, to learn what rounding
+            does to the realized change.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -57,7 +68,11 @@ class ProbeConfig(BaseModel):
     entropy: EntropyKind = "rao_blackwell"
     realized: Literal["per_decision", "snis"] = "per_decision"
     evaluation_unit: Literal["auto", "sequence", "prompt"] = "auto"
+    is_mode: ImportanceMode = "snis"
+    log_weight_clamp: float | None = Field(default=None, gt=0)
+    weight_clip: float | None = Field(default=None, ge=1)
     min_ess_fraction: float = Field(default=0.5, ge=0, le=1)
+    on_low_ess: Literal["refuse", "psis", "resample"] = "refuse"
     frozen_max_scale: float = Field(default=1e3, gt=0)
     checkpoint_step: int | None = Field(default=None, gt=0)
     identity_if_coverage_below: float | None = Field(default=None, ge=0, le=1)
@@ -66,3 +81,17 @@ class ProbeConfig(BaseModel):
     max_tokens_per_microbatch: int = Field(default=8192, gt=0)
     max_stored_gradient_gib: float = Field(default=2.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    autocast: Literal["off", "bfloat16"] = "off"
+    measure_noise_floor: bool = True
+
+    @model_validator(mode="after")
+    def _check_weight_options(self) -> ProbeConfig:
+        for name in ("is_mode", "log_weight_clamp"):
+            value = getattr(self, name)
+            if self.realized != "snis" and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: expected realized: snis beside it, got {self.realized}; it changes nothing else"
+                )
+        if self.weight_clip is not None and self.is_mode != "clip":
+            raise ValueError(f"weight_clip: expected is_mode: clip beside it, got {self.is_mode}")
+        return self

@@ -15,8 +15,8 @@ __all__ = ["evaluating", "parameters_at"]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients on, full matrix precision, no autocast.
+def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Evaluation mode, gradients on, full matrix precision, and no autocast unless asked for.
 
     Flags, buffers and random states are restored on exit.
     """
@@ -27,7 +27,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        # its cache of converted weights is keyed by parameter and would outlive a change of their values
+        stack.enter_context(
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+        )
         stack.enter_context(torch.enable_grad())
         try:
             model.eval()

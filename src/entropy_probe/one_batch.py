@@ -7,7 +7,6 @@ import torch
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.u_statistic import cross_statistic
 from entropy_probe.estimators.uncertainty import Units
-from entropy_probe.isolation import evaluating
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.named import norm
 from entropy_probe.results import CrossPrompt, ProbeResult
@@ -50,14 +49,13 @@ class OneBatch(Session):
                 "one batch: expected at least 2 responses per prompt for the surprisal baseline, got a prompt with 1; "
                 "sample more, or use entropy='rao_blackwell'"
             )
-        with evaluating(self.subject.model):
+        with self.isolated():
             self.scorer.prepare(batch)
             taps = self.choose_taps(batch)
             scale, report = self.frozen_scale()
             rate = max(self.subject.learning_rates)
             relative = {name: s / rate for name, s in scale.items()}
-            with self.clock.phase("score batch") as progress:
-                before = self.scorer.score(batch, progress)
+            before = self.reference_scores(batch, "score batch")
             entropy = fo.entropy(before, self.prompts, config.normalization, config.entropy)
             towards = fo.entropy_coefficients(
                 before, batch.prompt_ids, self.units, config.normalization, config.entropy

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.fingerprint import ScoreCache
 from entropy_probe.one_batch import OneBatch
 from entropy_probe.provenance import Phase
 from entropy_probe.results import CrossPrompt, ProbeResult
-from entropy_probe.session import Subject
+from entropy_probe.session import Resample, Subject
 from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
 from entropy_probe.updates.adamw import check_optimizer, learning_rates, optimizer_parameters
@@ -29,10 +30,12 @@ class EntropyProbe:
         config: the settings.
         mapping: how the optimizer's state was matched to parameters, for the report.
         progress: called as ``progress(phase, done, total)`` while the probe works.
+        resample: called with the evaluation rollouts while the model is at the parameters after the step, for fresh
+            responses to the same prompts in the same order; needed for ``on_low_ess="resample"`` only.
 
     Raises:
-        ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, or the model's
-            precision is below ``config.dtype``.
+        ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
+            precision is below ``config.dtype``, or a ``resample`` function is needed and missing.
     """
 
     def __init__(
@@ -43,13 +46,19 @@ class EntropyProbe:
         *,
         mapping: str = "live optimizer",
         progress: Phase | None = None,
+        resample: Resample | None = None,
     ) -> None:
         config = config or ProbeConfig()
         # accelerate wraps the optimizer it prepares
         optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
+        if config.on_low_ess == "resample" and resample is None:
+            raise ValueError(
+                "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
+            )
         self._arguments = (model, optimizer, mapping, config, progress)
+        self._resample, self._cache = resample, ScoreCache()
         self._subject()
 
     def _subject(self) -> Subject:
@@ -57,7 +66,7 @@ class EntropyProbe:
         model, optimizer, mapping, config, progress = self._arguments
         parameters = optimizer_parameters(model, optimizer)
         rates = learning_rates(optimizer, config.learning_rate)
-        return Subject(model, optimizer, parameters, rates, mapping, config, progress)
+        return Subject(model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache)
 
     def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.
@@ -71,8 +80,13 @@ class EntropyProbe:
         """The first-order part of :meth:`run` only."""
         return TwoBatch(self._subject(), update, evaluation).result(predict=True, measure=False)
 
-    def measure(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
-        """The realized part of :meth:`run` only."""
+    def measure(self, *, update: Rollouts, evaluation: Rollouts | None = None) -> ProbeResult:
+        """The realized part of :meth:`run` only.
+
+        Without ``evaluation`` the change is measured on the update batch itself. That is biased: the step was fitted
+        to the very responses that it is then judged on. The result is labelled (``realized.batch``).
+        """
+        evaluation = update if evaluation is None else evaluation
         return TwoBatch(self._subject(), update, evaluation).result(predict=False, measure=True)
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:

@@ -42,14 +42,14 @@ class Estimate(_Record):
         standard_error: one standard error, in ``unit``.
         num_units: independent sampling units behind the standard error (sequences, or prompts).
         unit: nats per token or nats per sequence.
-        status: ``ok``, or why the number should not be trusted as it stands.
+        status: ``ok``, or ``below_noise_floor`` if rounding alone could have made the number.
     """
 
     value: float
     standard_error: float = Field(ge=0)
     num_units: int
     unit: Unit
-    status: Literal["ok", "low_ess"] = "ok"
+    status: Literal["ok", "below_noise_floor"] = "ok"
 
 
 class Prediction(Estimate):
@@ -64,20 +64,54 @@ class Prediction(Estimate):
     se_update: float = Field(ge=0)
 
 
-class Realized(Estimate):
-    """The change measured after the step.
+class Realized(_Record):
+    """The change measured after the step, or why it could not be.
 
     Attributes:
-        estimator: ``per_decision`` or ``snis``.
+        value: the estimate, in ``unit``; null when it was refused.
+        standard_error: one standard error, in ``unit``; null with ``value``.
+        num_units: independent sampling units behind the standard error.
+        unit: nats per token or nats per sequence.
+        status: ``ok``; ``below_noise_floor``: rounding alone could have made the number; ``low_ess`` or
+            ``high_pareto_k``: refused, since the step moves the policy too far for these rollouts.
+        estimator: which path produced the number: ``per_decision``, ``snis`` with weights as they are, ``clip`` and
+            ``psis`` with weights capped or Pareto-smoothed, ``resampled`` from fresh responses after the step.
+        batch: the rollouts it was measured on; those of the step itself (``update``) share their noise with it.
         ess: effective sample size of the sequence weights, between 1 and the number of sequences.
         ess_fraction: ``ess`` divided by the number of sequences.
         max_weight: the largest weight divided by the mean weight; 1 when the step changes nothing.
+        pareto_k: shape of the tail of the weights; null when there are too few or they are equal.
+        pareto_k_threshold: what ``pareto_k`` may be at most for this number of sequences.
+        noise_floor: two standard deviations of what rounding does to ``value``; null when not measured.
     """
 
-    estimator: Literal["per_decision", "snis"]
+    value: float | None
+    standard_error: float | None = Field(ge=0)
+    num_units: int
+    unit: Unit
+    status: Literal["ok", "below_noise_floor", "low_ess", "high_pareto_k"]
+    estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
+    batch: Literal["evaluation", "update"] = "evaluation"
     ess: float
     ess_fraction: float
     max_weight: float
+    pareto_k: float | None
+    pareto_k_threshold: float
+    noise_floor: float | None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The number with its error; ``None`` when it was refused."""
+        if self.value is None or self.standard_error is None:
+            return None
+        status = "below_noise_floor" if self.status == "below_noise_floor" else "ok"
+        return Estimate(
+            value=self.value,
+            standard_error=self.standard_error,
+            num_units=self.num_units,
+            unit=self.unit,
+            status=status,
+        )
 
 
 class OptimizerStateReport(_Record):

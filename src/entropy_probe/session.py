@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,15 +14,20 @@ from torch.nn import Parameter
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.fingerprint import ScoreCache, fingerprint, rollouts_fingerprint
+from entropy_probe.isolation import evaluating
 from entropy_probe.moments import summarize_moments
 from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, PreconditionerReport, ProbeResult, Unit
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.types import Rollouts
+from entropy_probe.types import Rollouts, TokenScores
 from entropy_probe.updates.per_unit import tappable
 from entropy_probe.updates.preconditioner import frozen_preconditioner
 
-__all__ = ["Session", "Subject"]
+__all__ = ["Resample", "Session", "Subject"]
+
+Resample = Callable[[Rollouts], Rollouts]
+"""Fresh responses of the policy as it is now, to the prompts of the given rollouts, in the same order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +42,8 @@ class Subject:
         mapping: how the optimizer's state was matched to parameters.
         config: the settings.
         progress: where progress is reported.
+        resample: samples fresh responses after the step, where the config asks for it.
+        cache: scores at the policy as it is, of batches seen before.
     """
 
     model: nn.Module
@@ -44,6 +53,8 @@ class Subject:
     mapping: str
     config: ProbeConfig
     progress: Phase | None
+    resample: Resample | None
+    cache: ScoreCache
 
 
 class Session:
@@ -59,9 +70,11 @@ class Session:
         self.per_unit_gradients = "not needed"
         low = (torch.bfloat16, torch.float16)
         narrow = ", ".join(sorted({str(p.dtype) for p in subject.model.parameters() if p.dtype in low}))
+        if self.config.autocast != "off":
+            narrow = f"{narrow + ' and ' if narrow else ''}autocast in {self.config.autocast}"
         if narrow:
             self.messages.append(
-                f"weights in {narrow}: log-probabilities are quantised; measured on small models, that costs the "
+                f"computed in {narrow}: log-probabilities are quantised; measured on small models, that costs the "
                 "realized change tens of percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
             )
         held = {id(p) for p in self.parameters.values()}
@@ -71,6 +84,24 @@ class Session:
                 f"{strays} tensors require a gradient but are not in the optimizer: they do not move, and are left out "
                 "of the norm that clipping uses"
             )
+
+    def isolated(self) -> AbstractContextManager[None]:
+        """The model ready to be scored and differentiated, and left as it was."""
+        return evaluating(self.subject.model, torch.bfloat16 if self.config.autocast == "bfloat16" else None)
+
+    def reference_scores(self, batch: Rollouts, phase: str) -> TokenScores:
+        """Scores of a batch at the policy as it is; computed once for the same policy and batch.
+
+        Args:
+            batch: the batch; the scorer must have been prepared.
+            phase: what to report progress under.
+        """
+        scorer, model = self.scorer, self.subject.model
+        how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
+        with self.clock.phase(phase) as progress:
+            state = fingerprint([*model.named_parameters(), *model.named_buffers()])
+            key = f"{state} {rollouts_fingerprint(batch)} {how}"
+            return self.subject.cache.get(key, lambda: scorer.score(batch, progress))
 
     def choose_taps(self, rollouts: Rollouts) -> bool:
         """Whether per-sequence gradients can be read off the linear layers; the result will say."""

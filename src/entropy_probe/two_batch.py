@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from entropy_probe.estimators import first_order as fo
-from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import per_decision, snis
+from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
-from entropy_probe.isolation import evaluating, parameters_at
+from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
+from entropy_probe.measurement import measure_change
 from entropy_probe.named import add, norm
-from entropy_probe.results import Estimate, PreconditionerReport, Prediction, ProbeResult, Realized
+from entropy_probe.results import Estimate, PreconditionerReport, Prediction, ProbeResult
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
@@ -52,10 +52,12 @@ class TwoBatch(Session):
         self.update, self.evaluation = update, evaluation
         self.unit_name: Literal["sequence", "prompt"]
         self.unit_name, self.units = self._evaluation_units()
-        if torch.equal(update.input_ids, evaluation.input_ids):
+        self.same_batch = torch.equal(update.input_ids, evaluation.input_ids)
+        if self.same_batch:
             self.messages.append(
-                "update and evaluation are the same sequences: predicted and realized changes are biased by what they "
-                "share; give other evaluation rollouts, or use cross_prompt"
+                "update and evaluation are the same sequences: the step is fitted to the responses that it is judged "
+                "on, so predicted and realized changes are biased by what they share; cross_prompt predicts without "
+                "that bias, and other evaluation rollouts measure without it"
             )
         self.prompts = Units.prompts(update.prompt_ids)
 
@@ -63,10 +65,9 @@ class TwoBatch(Session):
         """The whole story."""
         fields: dict[str, Any] = {}
         predicted: Sampled | None = None
-        with evaluating(self.subject.model):
+        with self.isolated():
             self.scorer.prepare(self.update, self.evaluation)
-            with self.clock.phase("score evaluation") as progress:
-                before = self.scorer.score(self.evaluation, progress)
+            before = self.reference_scores(self.evaluation, "score evaluation")
             self._note_mismatch(before)
             entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
             taps = predict and self.choose_taps(self.update)
@@ -207,39 +208,71 @@ class TwoBatch(Session):
         self, before: TokenScores, step: _PlannedStep, entropy: Sampled, predicted: Sampled | None
     ) -> dict[str, Any]:
         """Score the evaluation batch after the step, and the result fields that report the change."""
-        config = self.config
-        with (
-            self.clock.phase("score after step") as progress,
-            parameters_at(self.parameters, self._stepped_parameters(step)),
-        ):
-            after = self.scorer.score(self.evaluation, progress)
-        if config.realized == "per_decision":
-            change = per_decision(before, after, self.units, config.normalization)
-        else:
-            change = snis(before, after, self.units, config.normalization, config.entropy)
-        weights = sequence_importance_weights(before, after)
-        low = weights.ess_fraction < config.min_ess_fraction
-        if low:
-            self.messages.append(
-                f"the step moves the policy too far for these rollouts: effective sample size {weights.ess:.0f} of "
-                f"{len(self.evaluation)}"
+        floor = self._noise_floor(before)
+        with parameters_at(self.parameters, self._stepped_parameters(step)):
+            with self.clock.phase("score after step") as progress:
+                after = self.scorer.score(self.evaluation, progress)
+            measured = measure_change(before, after, self.units, self.config, self._score_fresh)
+        if measured.note:
+            self.messages.append(measured.note)
+        realized = measured.report(self.units, self.unit, floor, "update" if self.same_batch else "evaluation")
+        fields: dict[str, Any] = {"realized": realized}
+        if predicted is not None and measured.change is not None:
+            gap = measured.change.minus(predicted, entropy)
+            fields["difference"] = Estimate(**self.estimate_fields(gap, self.units))
+        return fields
+
+    def _score_fresh(self) -> TokenScores:
+        """Scores of fresh responses to the evaluation prompts, sampled and scored at the policy as it is."""
+        resample = self.subject.resample
+        assert resample is not None
+        with self.clock.phase("resample"):
+            fresh = resample(self.evaluation).cpu()
+        if not torch.equal(fresh.prompt_ids, self.evaluation.prompt_ids):
+            raise ValueError(
+                f"resample: expected a response to each of the {len(self.evaluation)} evaluation prompts, in the same "
+                f"order, got {len(fresh)} for others"
             )
-        realized = Realized(
-            **self.estimate_fields(change, self.units),
-            status="low_ess" if low else "ok",
-            estimator=config.realized,
-            ess=weights.ess,
-            ess_fraction=weights.ess_fraction,
-            max_weight=weights.max_weight,
-        )
-        if predicted is None:
-            return {"realized": realized}
-        return {
-            "realized": realized,
-            "difference": Estimate(
-                **self.estimate_fields(change.minus(predicted, entropy), self.units), status=realized.status
-            ),
-        }
+        self.scorer.check_fits(fresh)
+        with self.clock.phase("score resampled") as progress:
+            return self.scorer.score(fresh, progress)
+
+    def _noise_floor(self, before: TokenScores) -> float | None:
+        """What rounding alone does to the realized change, seen on some of the sequences.
+
+        They are scored again in another layout, with every trained parameter rounded differently: moved by a unit in
+        its last place with probability 1/12, which has the variance of a rounding error.
+        """
+        config = self.config
+        if not config.measure_noise_floor:
+            return None
+        count = len(self.evaluation)
+        rows = torch.linspace(0, count - 1, min(count, NOISE_SEQUENCES)).long()
+        few, units = self.evaluation.select(rows), Units.sequences(len(rows))
+        plain = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse"})
+        spurious = []
+        with self.clock.phase("noise floor"):
+            for draw in range(NOISE_DRAWS):
+                with parameters_at(self.parameters, self._rounded_differently(draw)):
+                    again = self.scorer.score_again(few)
+                change = measure_change(before.select(rows), again, units, plain).change
+                if change is None:
+                    raise ValueError(
+                        "noise floor: expected log-probabilities that rounding leaves alone, got a change that "
+                        "importance sampling cannot bridge; compute in a higher precision"
+                    )
+                spurious.append(change)
+        return noise_floor(spurious, count)
+
+    def _rounded_differently(self, seed: int) -> dict[str, Tensor]:
+        nudged = {}
+        for name, p in self.parameters.items():
+            eps = torch.finfo(torch.bfloat16 if self.config.autocast == "bfloat16" else p.dtype).eps
+            source = torch.Generator(p.device).manual_seed(seed)
+            draw = torch.rand(p.shape, generator=source, device=p.device)
+            sign = (draw < 1 / 24).to(p.dtype) - (draw > 23 / 24).to(p.dtype)
+            nudged[name] = p.detach() * (1 + eps * sign)
+        return nudged
 
     def _stepped_parameters(self, step: _PlannedStep) -> dict[str, Tensor]:
         """The parameters after the step: the optimizer's own kernel on copies, or the frozen move."""
@@ -247,14 +280,26 @@ class TwoBatch(Session):
         if self.config.geometry == "frozen":
             return {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
         stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, self.config.learning_rate)
+        lost: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             eps = torch.finfo(p.dtype).eps
             slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * delta[name].abs().max()
-            if bool(((stepped[name] - p.detach() - delta[name]).abs() > slack).any()):
+            lost[name] = stepped[name] - p.detach() - delta[name]
+            if bool((lost[name].abs() > slack).any()):
                 raise RuntimeError(f"{name}: the optimizer's own step and its closed form disagree; please report this")
+        share = norm(lost) / (norm(delta) or 1.0)
+        if share > NOTABLE_ROUNDING:
+            self.messages.append(
+                f"rounding to the parameters' precision changes the step by {share:.1%} of its length: the realized "
+                "change is that of the rounded step, as it is in training; use dtype float64 or a larger learning rate "
+                "to compare it with the prediction"
+            )
         return stepped
 
 
+NOISE_SEQUENCES, NOISE_DRAWS = 8, 3
+"""Enough for the size of rounding errors; more would cost time."""
+NOTABLE_ROUNDING = 0.01
 LARGEST_MISMATCH = 0.05
 """Nats per token; engines in bfloat16 differ by about a tenth of this."""
 LEAST_PROMPTS = 8

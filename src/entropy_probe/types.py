@@ -188,6 +188,10 @@ class TokenScores:
     entropies: Float[Tensor, "N L"]
     response_mask: Bool[Tensor, "N L"]
 
+    def select(self, rows: Tensor) -> TokenScores:
+        """The scores of the sequences at the given indices, in that order."""
+        return TokenScores(self.logprobs[rows], self.entropies[rows], self.response_mask[rows])
+
     @property
     def sequence_logprobs(self) -> Float[Tensor, " N"]:
         """``S``, the log-probability of each response in nats, summed in float64."""

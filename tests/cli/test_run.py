@@ -201,3 +201,41 @@ def test_demo_trains_probes_and_reuses_its_checkpoint(tmp_path, monkeypatch):
     assert "warm start" in first.stderr
     assert "warm start" not in again.stderr
     assert numbers(tmp_path / "runs" / "demo") == before
+
+
+def test_fresh_responses_take_over_where_weights_fail(config, tmp_path):
+    options = ["probe.learning_rate=0.1", "probe.on_low_ess=resample"]
+    out = run(config, *options)
+    first = ProbeResult.load(tmp_path / "out")
+    assert first.realized.estimator == "resampled"
+    assert first.realized.ess_fraction < 0.5
+    assert "fresh responses after the step" in out
+    # from saved rollouts the prompts are read off the tokens, and the seed is the same
+    rollouts = [f"rollouts.{name}={tmp_path / 'out' / name}.parquet" for name in ("update", "evaluation")]
+    run(config, *options, *rollouts, "--output-dir", tmp_path / "again")
+    assert ProbeResult.load(tmp_path / "again").realized == first.realized
+
+
+def test_a_refused_change_is_shown_as_one(config, tmp_path):
+    out = run(config, "probe.learning_rate=0.1")
+    assert "refused" in out
+    assert "Not measured" in out
+    assert ProbeResult.load(tmp_path / "out").realized.value is None
+
+
+def test_same_batch_predicts_without_and_measures_with_shared_noise(config, tmp_path):
+    out = run(config, "mode=same_batch", "evaluation=null", "probe.frozen_max_scale=1e9", "probe.learning_rate=1e-5")
+    result = ProbeResult.load(tmp_path / "out")
+    assert result.cross_prompt is not None
+    assert result.predicted is result.difference is None
+    assert result.realized.batch == "update"
+    assert "on the update batch: biased" in out
+    assert not (tmp_path / "out" / "evaluation.parquet").exists()
+    assert result.diagnostics.evaluation_unit == "prompt"
+
+
+def test_resampling_needs_the_largest_length(config, refused, once):
+    out, _ = once
+    rollouts = [f"rollouts.{name}={out / name}.parquet" for name in ("update", "evaluation")]
+    line = refused("run", config, *rollouts, "probe.on_low_ess=resample", "probe.max_completion_length=null")
+    assert "probe.max_completion_length: required to sample responses anew" in line

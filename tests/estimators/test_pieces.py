@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from entropy_probe import TokenScores
 from entropy_probe.estimators.baselines import leave_one_out_mean, position_baseline, strictly_after
-from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import per_decision
 from entropy_probe.estimators.uncertainty import Units, ratio
 from entropy_probe.losses import LOSS_TYPES, token_weights
 from entropy_probe.moments import step_count, summarize_moments
@@ -52,25 +49,6 @@ def test_ratio_is_the_mean_when_the_denominator_is_one():
     assert got.standard_error == pytest.approx((x.std() / 3**0.5).item())
     with pytest.raises(ValueError, match="at least 2 independent units, got 1"):
         ratio(x[:1], x[:1])
-
-
-def scores(total: list[float]) -> TokenScores:
-    logprobs = torch.zeros(len(total), 3, dtype=torch.float64)
-    logprobs[:, 1] = torch.tensor(total, dtype=torch.float64)
-    return TokenScores(logprobs, torch.ones_like(logprobs), torch.tensor([[0, 1, 1]] * len(total)).bool())
-
-
-def test_importance_weights_of_extreme_steps_stay_finite():
-    got = sequence_importance_weights(scores([0.0, 0.0]), scores([2000.0, 2000.0]))
-    assert got.normalized.tolist() == [1.0, 1.0]
-    assert got.ess == pytest.approx(2.0)
-    got = sequence_importance_weights(scores([0.0, 0.0, 0.0]), scores([-3000.0, -2000.0, -3000.0]))
-    assert got.ess == pytest.approx(1.0)
-    assert got.max_weight == pytest.approx(3.0)
-    with pytest.raises(ValueError, match="finite log-probabilities"):
-        sequence_importance_weights(scores([0.0]), scores([float("inf")]))
-    with pytest.raises(ValueError, match="far beyond the reach of importance sampling"):
-        per_decision(scores([0.0, 0.0]), scores([2000.0, 0.0]), Units.sequences(2))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -453,14 +453,6 @@ def test_surprisal_prediction_by_hand():
     assert result.entropy.value == pytest.approx(-s.mean().item(), rel=1e-12)
 
 
-def test_large_step_is_marked():
-    model = TinyPolicy()
-    update, evaluation = batches()
-    result = probe(model, trained_optimizer(model), learning_rate=0.5).run(update=update, evaluation=evaluation)
-    assert result.realized.status == result.difference.status == "low_ess"
-    assert any("effective sample size" in m for m in result.diagnostics.messages)
-
-
 def test_save_and_load_round_trip(tmp_path):
     model = TinyPolicy()
     update, evaluation = batches()

@@ -9,6 +9,7 @@ from torch.func import functional_call, jvp
 
 from entropy_probe import TokenScores
 from entropy_probe.estimators.first_order import entropy, entropy_coefficients, first_order, sequence_weights
+from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.realized import per_decision, snis
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from tests.reference.enumeration import Table, TinyPolicy
@@ -65,12 +66,13 @@ class Setting:
 
     def estimate(self, what: str, rows: Tensor, norm: str, kind: str = "rao_blackwell") -> Sampled:
         """One estimate from one batch, by the package's own functions."""
-        before, after, slope = (pick(s, rows) for s in (self.before, self.after, self.slope))
+        before, after, slope = (s.select(rows) for s in (self.before, self.after, self.slope))
         units = Units.sequences(len(rows))
         if what == "H":
             return entropy(before, units, norm, kind)
-        if what == "snis":
-            return snis(before, after, units, norm, kind)
+        if what in ("snis", "clip", "psis"):
+            weights = sequence_importance_weights(before, after, what)
+            return snis(before, after, weights, units, norm, kind)
         if what == "per_decision":
             return per_decision(before, after, units, norm)
         c = entropy_coefficients(before, self.table.rollouts.prompt_ids[rows], units, norm, kind)
@@ -90,19 +92,15 @@ class Bound:
         return functional_call(self.model, self.parameters_, args)
 
 
-def pick(scores: TokenScores, rows: Tensor) -> TokenScores:
-    return TokenScores(scores.logprobs[rows], scores.entropies[rows], scores.response_mask[rows])
-
-
 @pytest.fixture(scope="module")
 def setting() -> Setting:
     return Setting.build()
 
 
-TARGET = {"H": "H", "first_order": "first", "snis": "realized", "per_decision": "realized"}
+TARGET = {"H": "H", "first_order": "first"} | dict.fromkeys(("snis", "clip", "psis", "per_decision"), "realized")
 CASES = [
     (what, norm, kind)
-    for what in ("H", "first_order", "snis", "per_decision")
+    for what in TARGET
     for norm in ("token", "sequence")
     for kind in ("rao_blackwell", "surprisal")
     if not (what == "per_decision" and kind == "surprisal")
@@ -160,7 +158,7 @@ def test_same_prompt_groups_need_prompt_units(setting):
     for _ in range(400):
         rows = setting.table.sample_groups(setting.model, 40, 8, generator)
         groups = torch.arange(40).repeat_interleave(8)
-        scores = pick(setting.before, rows)
+        scores = setting.before.select(rows)
         for name, units in (("prompt", Units.prompts(groups)), ("sequence", Units.sequences(320))):
             found = entropy(scores, units, "sequence")
             covered[name] += abs(found.value - exact) <= 1.96 * found.standard_error
@@ -180,7 +178,7 @@ def test_per_decision_becomes_the_first_order_sequence_by_sequence(setting):
         return found.logprobs, found.entropies
 
     _, slope = jvp(scores, (theta,), (direction,))
-    before = pick(setting.before, rows)
+    before = setting.before.select(rows)
     for norm, units in (
         ("token", Units.sequences(64)),
         ("sequence", Units.sequences(64)),
@@ -194,7 +192,7 @@ def test_per_decision_becomes_the_first_order_sequence_by_sequence(setting):
         errors = []
         for eta in (1e-4, 1e-5, 1e-6):
             s, h = scores({n: theta[n] + eta * direction[n] for n in theta})
-            after = pick(TokenScores(s.detach(), h.detach(), table.rollouts.response_mask), rows)
+            after = TokenScores(s.detach(), h.detach(), table.rollouts.response_mask).select(rows)
             change = per_decision(before, after, units, norm)
             scaled = Sampled(eta * predicted.value, eta * predicted.influence)
             gap = change.minus(scaled, entropy(before, units, norm))

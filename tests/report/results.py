@@ -23,13 +23,17 @@ def make_result(
     realized: tuple[float, float] | None = (-1.38e-3, 0.08e-3),
     difference: tuple[float, float] | None = (0.052e-3, 0.03e-3),
     *,
-    low_ess: bool = False,
+    status: str = "ok",
+    estimator: str = "per_decision",
+    noise_floor: float | None = 2e-8,
     messages: tuple[str, ...] = (),
     cross_prompt: CrossPrompt | None = None,
 ) -> ProbeResult:
     """A result from ``(value, standard error)`` pairs; a pair of None leaves that part out."""
 
-    def estimate(pair: tuple[float, float]) -> dict[str, Any]:
+    refused = status in ("low_ess", "high_pareto_k")
+
+    def estimate(pair: tuple[float | None, float | None]) -> dict[str, Any]:
         return {"value": pair[0], "standard_error": pair[1], **COMMON}
 
     return ProbeResult(
@@ -44,14 +48,17 @@ def make_result(
         else {},
         realized=realized
         and Realized(
-            **estimate(realized),
-            estimator="per_decision",
-            status="low_ess" if low_ess else "ok",
-            ess=5.1 if low_ess else 251.7,
-            ess_fraction=5.1 / 256 if low_ess else 251.7 / 256,
+            **(estimate((None, None) if refused else realized)),
+            estimator=estimator,
+            status=status,
+            ess=5.1 if status == "low_ess" else 251.7,
+            ess_fraction=(5.1 if status == "low_ess" else 251.7) / 256,
             max_weight=1.41,
+            pareto_k=0.81 if status == "high_pareto_k" else 0.31,
+            pareto_k_threshold=0.5848,
+            noise_floor=noise_floor,
         ),
-        difference=Estimate(**estimate(difference)) if difference and predicted and realized else None,
+        difference=Estimate(**estimate(difference)) if difference and predicted and realized and not refused else None,
         cross_prompt=cross_prompt,
         optimizer_state=OptimizerStateReport(
             num_parameters=16,

@@ -36,14 +36,26 @@ def test_kinds(predicted, realized, difference, kind):
 
 
 @pytest.mark.parametrize("predicted", [(-1e-3, 1e-4), (0.0, 1e-4), None])
-def test_low_ess_comes_before_anything_else_and_says_what_to_do(predicted):
-    judged = verdict(make_result(predicted, (-1e-3, 1e-4), (0.0, 1e-5), low_ess=True))
-    assert judged.kind == "low effective sample size"
-    assert "Do not trust the realized change" in judged.sentence
+def test_a_refused_change_comes_before_anything_else_and_says_what_to_do(predicted):
+    judged = verdict(make_result(predicted, (-1e-3, 1e-4), (0.0, 1e-5), status="low_ess"))
+    assert judged.kind == "not measured"
+    assert "refused" in judged.sentence
     assert "5.1 samples (2.0%)" in judged.sentence
     assert "smaller learning rate" in judged.sentence
     assert "resample" in judged.sentence
     assert ("prediction" in judged.sentence) == (predicted is not None)
+    tail = verdict(make_result(predicted, (-1e-3, 1e-4), (0.0, 1e-5), status="high_pareto_k"))
+    assert "Pareto k 0.81, at most 0.58" in tail.sentence
+
+
+@pytest.mark.parametrize("predicted", [(-1e-9, 1e-10), None])
+def test_a_change_that_rounding_could_have_made_is_not_compared(predicted):
+    result = make_result(predicted, (-1e-8, 1e-10), (1e-9, 1e-11), status="below_noise_floor")
+    judged = verdict(result)
+    assert judged.kind == "below the noise floor"
+    assert "1.00e-8" in judged.sentence
+    assert "2.0e-8" in judged.sentence
+    assert "float64" in judged.sentence
 
 
 def test_sentences_name_the_direction_and_the_size():

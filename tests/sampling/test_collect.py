@@ -11,6 +11,7 @@ from entropy_probe.sampling import (
     UpdateSettings,
     encode_prompts,
     group_advantages,
+    resample_responses,
     sample_evaluation,
     sample_update,
 )
@@ -253,3 +254,21 @@ def test_errors(model, tokenizer):
 def test_bad_settings(settings, fields, match):
     with pytest.raises(ValidationError, match=match):
         settings(**fields)
+
+
+def test_resampling_an_unchanged_model_gives_the_batch_again(model, tokenizer):
+    rollouts, _ = _evaluate(model, tokenizer, total_sequences=20, seed=3)
+    common = {"temperature": 1.0, "max_completion_length": 4}
+    again = resample_responses(model, tokenizer, rollouts, GENERATION, seed=3, **common)
+    for name in ("input_ids", "attention_mask", "response_mask", "prompt_ids"):
+        assert torch.equal(getattr(again, name), getattr(rollouts, name)), name
+    other = resample_responses(model, tokenizer, rollouts, GENERATION, seed=4, **common)
+    assert torch.equal(other.prompt_ids, rollouts.prompt_ids)
+    assert not torch.equal(other.input_ids, rollouts.input_ids)
+    # padding on the left makes no difference
+    names = ("input_ids", "attention_mask", "response_mask")
+    columns = [torch.nn.functional.pad(getattr(rollouts, name), (3, 0)) for name in names]
+    padded = resample_responses(
+        model, tokenizer, type(rollouts)(*columns, rollouts.prompt_ids), GENERATION, seed=3, **common
+    )
+    assert torch.equal(padded.input_ids, rollouts.input_ids)

@@ -43,7 +43,8 @@ class RunConfig(BaseModel):
         device: where the model runs; ``auto`` is CUDA where there is one.
         prompts: where prompts come from; not needed when both batches are read from files.
         mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` predicts from the update batch
-            alone, by the cross-prompt U-statistic; ``both`` does both.
+            alone, by the cross-prompt U-statistic; ``both`` does both; ``same_batch`` predicts from the update batch
+            and measures on it too, which is biased and labelled so.
         reward: the reward of update responses, by name.
         generation: how responses are sampled. Temperature and largest length are those of ``probe``.
         update: the batch that the optimizer step is taken on.
@@ -61,7 +62,7 @@ class RunConfig(BaseModel):
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"
     prompts: PromptSource | None = None
-    mode: Literal["two_batch", "one_batch", "both"] = "two_batch"
+    mode: Literal["two_batch", "one_batch", "both", "same_batch"] = "two_batch"
     reward: str | None = None
     generation: GenerationSettings = GenerationSettings()
     update: UpdateSettings | None = None
@@ -69,6 +70,11 @@ class RunConfig(BaseModel):
     rollouts: SavedRollouts = SavedRollouts()
     save_rollouts: bool = True
     probe: ProbeConfig = ProbeConfig()
+
+    @property
+    def needs_no_evaluation(self) -> bool:
+        """Whether the update batch is the only one."""
+        return self.mode in ("one_batch", "same_batch")
 
     @model_validator(mode="after")
     def _check_prompts(self) -> RunConfig:
@@ -78,7 +84,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_sources(self) -> RunConfig:
-        for batch in ("update",) if self.mode == "one_batch" else ("update", "evaluation"):
+        for batch in ("update",) if self.needs_no_evaluation else ("update", "evaluation"):
             if getattr(self.rollouts, batch) is not None:
                 continue
             needed = {
@@ -93,6 +99,15 @@ class RunConfig(BaseModel):
                         f"{key}: required to sample the {batch} batch, but missing; set it, or set rollouts.{batch} "
                         "to a saved batch"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_resampling(self) -> RunConfig:
+        if self.probe.on_low_ess == "resample" and self.probe.max_completion_length is None:
+            raise ValueError(
+                "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), but "
+                "missing"
+            )
         return self
 
     def resolved(self) -> RunConfig:
@@ -120,7 +135,7 @@ class RunConfig(BaseModel):
         saved = {batch: path.absolute() for batch, path in self.rollouts if path is not None}
         changes["rollouts"] = SavedRollouts(**saved)
         changes |= dict.fromkeys(saved)
-        if "evaluation" not in saved and self.probe.evaluation_unit == "auto":
+        if "evaluation" not in saved and not self.needs_no_evaluation and self.probe.evaluation_unit == "auto":
             changes["probe"] = self.probe.model_copy(update={"evaluation_unit": "sequence"})
         return self.model_copy(update=changes)
 

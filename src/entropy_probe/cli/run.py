@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from entropy_probe.provenance import Phase
     from entropy_probe.results import ProbeResult
     from entropy_probe.sampling import Prompt, Reward, SamplingReport
+    from entropy_probe.session import Resample
     from entropy_probe.types import Rollouts
 
 __all__ = ["probe_checkpoint", "run"]
@@ -87,7 +88,14 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
         # Made before sampling, since it checks the optimizer.
         assert state.report.optimizer_state is not None
         mapping = state.report.optimizer_state.mapping
-        probe = EntropyProbe(state.model, state.optimizer, config.probe, mapping=mapping, progress=progress)
+        probe = EntropyProbe(
+            state.model,
+            state.optimizer,
+            config.probe,
+            mapping=mapping,
+            progress=progress,
+            resample=_resampler(config, state),
+        )
         with clock.phase("sample"):
             update, evaluation, notes = _sample_missing(config, state, inputs, progress)
         if config.save_rollouts:
@@ -102,11 +110,37 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
     return result
 
 
+def _resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
+    """How to sample the evaluation prompts anew after the step, if that is what low ESS asks for."""
+    from entropy_probe.sampling import EvaluationSettings, resample_responses
+
+    if config.probe.on_low_ess != "resample":
+        return None
+    if state.tokenizer is None:
+        raise ValueError(
+            f"{config.checkpoint}: expected a tokenizer for on_low_ess 'resample', found none there or with the base "
+            "model; copy its files into the checkpoint, or set on_low_ess to psis or refuse"
+        )
+    settings = config.evaluation or EvaluationSettings(total_sequences=2)
+    return lambda rollouts: resample_responses(
+        state.model,
+        state.tokenizer,
+        rollouts,
+        config.generation,
+        temperature=config.probe.temperature,
+        max_completion_length=_required(config.probe.max_completion_length),
+        seed=settings.seed,
+    )
+
+
 def _run_mode(probe: EntropyProbe, mode: str, update: Rollouts, evaluation: Rollouts | None) -> ProbeResult:
-    """The probe's result in the configured mode; in ``both``, the one-batch prediction joins the two-batch result."""
+    """The probe's result in the configured mode; the one-batch prediction joins a two-batch result or measurement."""
     if mode == "one_batch":
         return probe.one_batch(update)
-    result = probe.run(update=update, evaluation=_required(evaluation))
+    if mode == "same_batch":
+        result = probe.measure(update=update)
+    else:
+        result = probe.run(update=update, evaluation=_required(evaluation))
     if mode == "two_batch":
         return result
     one = probe.one_batch(update)
@@ -130,7 +164,7 @@ def _read_inputs(config: RunConfig) -> _Inputs:
     from entropy_probe.types import Rollouts
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
-    complete = update is not None and (evaluation is not None or config.mode == "one_batch")
+    complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
     return _Inputs(
         update=update,
         evaluation=evaluation,
@@ -146,7 +180,7 @@ def _sample_missing(
     from entropy_probe.sampling import sample_evaluation, sample_update
 
     update, evaluation = inputs.update, inputs.evaluation
-    sample_e = evaluation is None and config.mode != "one_batch"
+    sample_e = evaluation is None and not config.needs_no_evaluation
     if state.tokenizer is None and (update is None or sample_e):
         raise ValueError(
             f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "

@@ -1,11 +1,14 @@
 """Importance weights between the policy before and after a step, and their health.
 
-Source: Owen, Monte Carlo theory, methods and examples, 2013, chapter 9.
+Formulas: ``docs/theory.md``, "Importance weights". Sources: Owen, 2013, chapter 9 (self-normalised importance
+sampling); Ionides, 2008 (truncation); Vehtari et al., 2024 (Pareto smoothing and its diagnostic).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,7 +16,15 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = ["SequenceWeights", "sequence_importance_weights"]
+__all__ = ["ImportanceMode", "SequenceWeights", "sequence_importance_weights"]
+
+ImportanceMode = Literal["snis", "clip", "psis"]
+"""Weights as they are, capped, or with their largest ones replaced by quantiles of a fitted Pareto tail."""
+
+_LEAST_FOR_TAIL = 25
+"""A Pareto tail is fitted to a fifth of the weights of a small sample, and needs 5."""
+_HARMLESS_ESS = 0.99
+"""Above this share of effective samples (a coefficient of variation below 0.1) no tail of the weights matters yet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +32,17 @@ class SequenceWeights:
     """Self-normalised importance weights of whole responses.
 
     Attributes:
-        normalized: non-negative weights with mean 1, ``[N]``, float64.
-        ess: effective sample size ``(sum w)^2 / sum w^2``, between 1 and N.
+        normalized: non-negative weights with mean 1, in the mode asked for, ``[N]``, float64.
+        ess: effective sample size ``(sum w)^2 / sum w^2`` of the weights before capping or smoothing, 1 to N.
+        max_weight: the largest of those in units of their mean.
+        pareto_k: shape of the Pareto tail fitted to those; ``None`` with fewer than 25 sequences, or where many
+            of the largest weights are equal.
     """
 
     normalized: Float[Tensor, " N"]
     ess: float
+    max_weight: float
+    pareto_k: float | None
 
     @property
     def ess_fraction(self) -> float:
@@ -34,16 +50,38 @@ class SequenceWeights:
         return self.ess / self.normalized.numel()
 
     @property
-    def max_weight(self) -> float:
-        """The largest weight in units of the mean weight."""
-        return self.normalized.max().item()
+    def pareto_k_threshold(self) -> float:
+        """``min(1 - 1 / log10 N, 0.7)``: above it, N is too small for the tail (Vehtari et al., 2024)."""
+        return min(1 - 1 / math.log10(max(2, self.normalized.numel())), 0.7)
+
+    @property
+    def heavy_tailed(self) -> bool:
+        """Whether the Pareto diagnostic fails; never while more than 99% of the samples are effective."""
+        k = self.pareto_k
+        return k is not None and k > self.pareto_k_threshold and self.ess_fraction < _HARMLESS_ESS
 
 
-def sequence_importance_weights(before: TokenScores, after: TokenScores) -> SequenceWeights:
+def sequence_importance_weights(
+    before: TokenScores,
+    after: TokenScores,
+    mode: ImportanceMode = "snis",
+    *,
+    log_weight_clamp: float | None = None,
+    weight_clip: float | None = None,
+) -> SequenceWeights:
     """``w_i = exp(S+_i - S_i)`` divided by their mean, computed with the largest log-weight subtracted.
 
+    Args:
+        before: scores at the old parameters, which the responses were sampled at.
+        after: scores of the same responses at the new parameters.
+        mode: ``snis`` leaves the weights as they are; ``clip`` caps them, which adds a bias and bounds the
+            variance; ``psis`` replaces the largest ``min(N / 5, 3 sqrt N)`` by quantiles of a fitted Pareto tail,
+            none above the largest weight.
+        log_weight_clamp: clamp ``S+_i - S_i`` to plus and minus this, in nats, before anything else.
+        weight_clip: for ``clip``, the cap in units of the mean weight; ``None`` is ``sqrt N`` (Ionides, 2008).
+
     Raises:
-        ValueError: if a log-weight is not finite.
+        ValueError: if a log-weight is not finite, or for ``psis`` with fewer than 25 sequences.
     """
     log_weights = after.sequence_logprobs - before.sequence_logprobs
     if not bool(torch.isfinite(log_weights).all()):
@@ -51,6 +89,45 @@ def sequence_importance_weights(before: TokenScores, after: TokenScores) -> Sequ
             "importance weights: expected finite log-probabilities before and after the step, got non-finite ones; "
             "the step is too large or the logits overflow"
         )
-    weights = (log_weights - log_weights.max()).exp()
-    ess = weights.sum().square() / weights.square().sum()
-    return SequenceWeights(weights / weights.mean(), ess.item())
+    if log_weight_clamp is not None:
+        log_weights = log_weights.clamp(-log_weight_clamp, log_weight_clamp)
+    count = log_weights.numel()
+    if mode == "psis" and count < _LEAST_FOR_TAIL:
+        raise ValueError(
+            f"is_mode psis: expected at least {_LEAST_FOR_TAIL} evaluation sequences to fit a tail to, got {count}; "
+            "give more, or use is_mode snis"
+        )
+    raw = (log_weights - log_weights.max()).exp()
+    normalized = raw / raw.mean()
+    smoothed, k = _pareto_smoothed(log_weights)
+    used = normalized
+    if mode == "clip":
+        used = normalized.clamp(max=count**0.5 if weight_clip is None else weight_clip)
+    elif mode == "psis":
+        used = smoothed
+    ess = raw.sum().square() / raw.square().sum()
+    return SequenceWeights(used / used.mean(), ess.item(), normalized.max().item(), k)
+
+
+def _pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, float | None]:
+    """Pareto-smoothed weights and the shape of their tail; the exponentials as they are where no tail can be fitted."""
+    from arviz_stats.base.array import array_stats
+
+    shifted = log_weights - log_weights.max()
+    if log_weights.numel() < _LEAST_FOR_TAIL or _tail_is_flat(shifted):
+        return shifted.exp(), None
+    # this function takes log-likelihoods, whose negatives are the log-weights of leave-one-out cross-validation
+    smoothed, k = array_stats.psislw(-shifted.numpy())
+    weights = torch.from_numpy(smoothed).exp()
+    if weights[shifted.argmax()] < weights[shifted.argmin()]:
+        raise RuntimeError("arviz-stats: expected smoothed weights in the order of the given ones; please report this")
+    return weights, float(k)
+
+
+def _tail_is_flat(log_weights: Tensor) -> bool:
+    """Whether too many of the largest weights equal the largest of the others, as repeated responses make them."""
+    count = log_weights.numel()
+    tail = count // 5 if count <= 225 else math.floor(3 * count**0.5)
+    largest = log_weights.topk(tail + 1).values.exp()
+    quartile = largest[tail - max(1, math.floor(tail / 4 + 0.5))]
+    return bool(torch.minimum(quartile - largest[-1], largest[0] - largest[-2]) < 64 * torch.finfo(torch.float64).eps)

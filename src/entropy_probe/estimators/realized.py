@@ -6,7 +6,9 @@ sampling); Owen, 2013, chapter 9 (self-normalised importance sampling).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from jaxtyping import Float
@@ -14,11 +16,11 @@ from torch import Tensor
 
 from entropy_probe.estimators.baselines import position_baseline, strictly_after
 from entropy_probe.estimators.first_order import EntropyKind, Normalization, entropy, sequence_weights
-from entropy_probe.estimators.importance import sequence_importance_weights
+from entropy_probe.estimators.importance import SequenceWeights
 from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
 from entropy_probe.types import TokenScores
 
-__all__ = ["Change", "per_decision", "snis"]
+__all__ = ["Change", "noise_floor", "per_decision", "resampled", "snis"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,19 +58,70 @@ def _change(numerator: Tensor, size: Tensor, before: Sampled, old_size: Tensor) 
 def snis(
     before: TokenScores,
     after: TokenScores,
+    weights: SequenceWeights,
     units: Units,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
 ) -> Change:
     """Self-normalised importance sampling: ``sum w (sum_t h+) / sum w b - H`` with ``b`` the tokens or 1.
 
-    Consistent, with a bias of order ``1 / N``. Influences are paired: before and after on the same sequences.
+    Consistent, with a bias of order ``1 / N``; capped or smoothed weights add the bias of what they cut off.
+    Influences are paired: before and after on the same sequences.
+
+    Args:
+        before: scores at the old parameters, which the responses were sampled at.
+        after: scores of the same responses at the new parameters.
+        weights: of each sequence.
+        units: the sampling units.
+        normalization: per token or per sequence.
+        kind: ``sum_t h+`` or ``-S+`` as the entropy of a sequence.
     """
-    weights = sequence_importance_weights(before, after).normalized
+    w = weights.normalized
     size = sequence_weights(before, normalization)
     per_sequence = after.entropies.double().sum(1) if kind == "rao_blackwell" else -after.sequence_logprobs
     old = entropy(before, units, normalization, kind)
-    return _change(units.total(weights * per_sequence), units.total(weights * size), old, units.total(size))
+    return _change(units.total(w * per_sequence), units.total(w * size), old, units.total(size))
+
+
+def resampled(
+    before: TokenScores,
+    fresh: TokenScores,
+    units: Units,
+    normalization: Normalization = "token",
+    kind: EntropyKind = "rao_blackwell",
+) -> Change:
+    """``H`` of fresh responses, sampled to the same prompts at the new parameters, minus ``H`` of the old ones.
+
+    No weights, so the step may be of any size, but also no shared responses: the noise of both batches stays. Only
+    what their units have in common, the prompts, cancels in the influences.
+
+    Args:
+        before: scores of the old responses at the old parameters.
+        fresh: scores of the new responses at the new parameters, in the same order of prompts.
+        units: the sampling units of both.
+        normalization: per token or per sequence.
+        kind: how the entropy of a sequence is estimated.
+    """
+    new = entropy(fresh, units, normalization, kind)
+    old = entropy(before, units, normalization, kind)
+    paired = new - old
+    sizes = (sequence_weights(scores, normalization).sum() for scores in (fresh, before))
+    return Change(paired.value, paired.influence, (next(sizes) / next(sizes) - 1).item())
+
+
+def noise_floor(spurious: Sequence[Sampled], num_sequences: int) -> float:
+    """What rounding alone can do to a realized change: two standard deviations of it, in the unit of the change.
+
+    The change estimated between two computations that differ by rounding only is really 0. Its mean over sequences
+    is systematic; its spread averages out over the sequences of the whole batch.
+
+    Args:
+        spurious: such changes for several draws of the rounding, with single sequences as units.
+        num_sequences: sequences in the batch that the floor is for.
+    """
+    variance = fmean(s.influence.var().item() for s in spurious)
+    systematic = fmean(s.value**2 - s.influence.var().item() / s.influence.numel() for s in spurious)
+    return 2 * (max(0.0, systematic) + variance / num_sequences) ** 0.5
 
 
 def per_decision(

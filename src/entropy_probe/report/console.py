@@ -20,7 +20,8 @@ STYLES: dict[VerdictKind, str] = {
     "distinguishable from 0": "bold green",
     "indistinguishable from 0": "bold yellow",
     "beyond the linear range": "bold yellow",
-    "low effective sample size": "bold red",
+    "below the noise floor": "bold yellow",
+    "not measured": "bold red",
 }
 
 
@@ -70,7 +71,7 @@ def _title(result: ProbeResult) -> str:
 
 
 def _column_exponent(result: ProbeResult) -> int | None:
-    changes = [change for change in (result.predicted, result.realized) if change is not None]
+    changes = [change for change in (result.predicted, result.realized and result.realized.estimate) if change]
     numbers = [number for change in changes for number in (change.value, change.standard_error)]
     if result.cross_prompt is not None:
         numbers += [result.cross_prompt.delta_h1, result.cross_prompt.se_jackknife]
@@ -99,15 +100,32 @@ def _add_cross_prompt(table: Table, cross: CrossPrompt, exponent: int | None) ->
 
 
 def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponent: int | None) -> None:
-    how = realized.estimator.replace("_", "-")
-    table.add_row("realized ΔH", Text(_pair(realized, exponent), "bold"), f"{how} importance weights")
-    if result.predicted is not None and result.difference is not None:
+    estimate = realized.estimate
+    how = _PATHS[realized.estimator]
+    if realized.batch == "update":
+        how = "on the update batch: biased"
+    table.add_row("realized ΔH", Text(_pair(estimate, exponent) if estimate else " refused", "bold"), how)
+    if result.predicted is not None and result.difference is not None and estimate is not None:
         value = result.predicted.value
-        ratio = _signed(format_number(realized.value / value)) if value else " undefined"
+        ratio = _signed(format_number(estimate.value / value)) if value else " undefined"
         table.add_row("ΔH / δH₁", ratio, "ratio")
         table.add_row("ΔH − δH₁", _pair(result.difference, exponent), "paired difference")
     weight = f"{realized.ess:.1f} sequences; largest weight {format_number(realized.max_weight)}"
     table.add_row("ESS", f" {format_percent(realized.ess_fraction)}", weight)
+    if realized.pareto_k is not None:
+        allowed = f"tail of the weights; at most {format_number(realized.pareto_k_threshold, 2)}"
+        table.add_row("Pareto k", _signed(format_number(realized.pareto_k, 2)), allowed)
+    if realized.noise_floor is not None:
+        table.add_row("noise floor", _signed(format_number(realized.noise_floor, 2)), "of ΔH, by rounding")
+
+
+_PATHS = {
+    "per_decision": "per-decision importance weights",
+    "snis": "self-normalised importance weights",
+    "clip": "self-normalised weights, capped",
+    "psis": "Pareto-smoothed weights",
+    "resampled": "fresh responses after the step",
+}
 
 
 def _pair(estimate: Estimate, exponent: int | None = None) -> str:

@@ -15,7 +15,8 @@ VerdictKind = Literal[
     "beyond the linear range",
     "indistinguishable from 0",
     "distinguishable from 0",
-    "low effective sample size",
+    "below the noise floor",
+    "not measured",
 ]
 
 NUM_SE = 2.0
@@ -41,7 +42,8 @@ def verdict(result: ProbeResult) -> Verdict:
     ======================== ==========================================================================
     kind                     when
     ======================== ==========================================================================
-    low effective sample size the step moved the policy too far for the evaluation rollouts to measure it
+    not measured             the step moved the policy too far for the evaluation rollouts to measure it
+    below the noise floor    rounding alone could have made the realized change
     indistinguishable from 0 neither the predicted nor the realized change exceeds two standard errors
     beyond the linear range  they differ by more than two paired standard errors, and by more than 10% of
                              the prediction (or of its standard error, where that is larger)
@@ -53,9 +55,13 @@ def verdict(result: ProbeResult) -> Verdict:
     Raises:
         ValueError: if the result holds no change at all, or a prediction and a measurement without their difference.
     """
-    predicted, realized = result.predicted, result.realized
-    if realized is not None and realized.status == "low_ess":
-        return _low_ess(realized, predicted)
+    predicted, realized = result.predicted, None
+    if result.realized is not None:
+        realized = result.realized.estimate
+        if realized is None:
+            return _not_measured(result.realized, predicted)
+        if realized.status == "below_noise_floor":
+            return _below_noise_floor(result.realized, predicted)
     changes = [change for change in (predicted, realized) if change is not None]
     if not changes and result.cross_prompt is not None:
         changes = [_one_batch(result.cross_prompt)]
@@ -87,7 +93,7 @@ def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> V
 
 
 def _indistinguishable(result: ProbeResult) -> Verdict:
-    predicted, realized = result.predicted, result.realized
+    predicted, realized = result.predicted, result.realized and result.realized.estimate
     if predicted is not None and realized is not None:
         subject = "Neither the predicted nor the realized change exceeds"
         if _is_beyond_linear_range(predicted, _difference(result)):
@@ -111,13 +117,29 @@ def _one_sided(change: Estimate, how: str) -> Verdict:
     )
 
 
-def _low_ess(realized: Realized, predicted: Estimate | None) -> Verdict:
+def _not_measured(realized: Realized, predicted: Estimate | None) -> Verdict:
+    kept = "" if predicted is None else " The prediction does not depend on it."
+    if realized.status == "low_ess":
+        reason = f"are worth only {realized.ess:.1f} samples ({format_percent(realized.ess_fraction)})"
+    else:
+        reason = (
+            f"have weights with too heavy a tail (Pareto k {format_number(realized.pareto_k or 0.0, 2)}, at most "
+            f"{format_number(realized.pareto_k_threshold, 2)} allowed)"
+        )
+    return Verdict(
+        "not measured",
+        f"The realized change was refused: after the step the evaluation rollouts {reason}.{kept} Probe a smaller "
+        "learning rate, or set on_low_ess to resample (fresh responses after the step) or psis (smoothed weights).",
+    )
+
+
+def _below_noise_floor(realized: Realized, predicted: Estimate | None) -> Verdict:
     kept = "" if predicted is None else " The prediction does not depend on it."
     return Verdict(
-        "low effective sample size",
-        f"Do not trust the realized change: after the step the evaluation rollouts are worth only "
-        f"{realized.ess:.1f} samples ({format_percent(realized.ess_fraction)}).{kept} Probe a smaller learning rate, "
-        "or resample the evaluation rollouts after the step.",
+        "below the noise floor",
+        f"The realized change ({format_number(realized.value or 0.0)} {realized.unit}) is not above what rounding "
+        f"alone does to it ({format_number(realized.noise_floor or 0.0, 2)}).{kept} Use dtype float64, switch autocast "
+        "off, or probe a larger learning rate.",
     )
 
 

@@ -6,11 +6,12 @@ from entropy_probe.sampling.collect import (
     GenerationSettings,
     SamplingReport,
     UpdateSettings,
+    resample_responses,
     sample_evaluation,
     sample_update,
 )
 from entropy_probe.sampling.files import read_rollouts, write_rollouts
-from entropy_probe.sampling.hf import Completion, Progress, encode_prompts, generate_completions
+from entropy_probe.sampling.hf import Completion, Progress, encode_prompts, generate_completions, generate_from_tokens
 from entropy_probe.sampling.prompts import Message, Prompt, PromptSource, load_prompts
 from entropy_probe.sampling.rewards import Reward, load_reward, score_responses
 
@@ -28,10 +29,12 @@ __all__ = [
     "UpdateSettings",
     "encode_prompts",
     "generate_completions",
+    "generate_from_tokens",
     "group_advantages",
     "load_prompts",
     "load_reward",
     "read_rollouts",
+    "resample_responses",
     "sample_evaluation",
     "sample_update",
     "score_responses",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
-from entropy_probe.sampling.hf import Completion, Progress, generate_completions
+from entropy_probe.sampling.hf import Completion, Progress, generate_completions, generate_from_tokens
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.rewards import Reward, score_responses
 from entropy_probe.types import Rollouts
@@ -25,6 +25,7 @@ __all__ = [
     "GenerationSettings",
     "SamplingReport",
     "UpdateSettings",
+    "resample_responses",
     "sample_evaluation",
     "sample_update",
 ]
@@ -239,7 +240,51 @@ def sample_evaluation(
         truncated_fraction=fmean(c.truncated for c in completions),
         mean_response_length=fmean(len(c.token_ids) for c in completions),
     )
-    return _rollouts(tokenizer.pad_token_id, drawn, completions), report
+    return _rollouts(tokenizer.pad_token_id, [prompt.id for prompt in drawn], completions), report
+
+
+def resample_responses(
+    model: Any,
+    tokenizer: Any,
+    rollouts: Rollouts,
+    generation: GenerationSettings,
+    *,
+    temperature: float,
+    max_completion_length: int,
+    seed: int,
+) -> Rollouts:
+    """Fresh responses of the model as it is now, to the prompts of an evaluation batch.
+
+    With the settings and the seed of :func:`sample_evaluation` an unchanged model gives the same batch again.
+
+    Args:
+        model: a Hugging Face causal language model; left as found.
+        tokenizer: its tokenizer.
+        rollouts: the batch; the prompt of a sequence is everything before its first response token.
+        generation: how to generate.
+        temperature: of the policy.
+        max_completion_length: the longest response, in tokens.
+        seed: of the responses.
+
+    Returns:
+        One sequence per prompt, in the same order.
+
+    Raises:
+        ValueError: if generation is not possible; see :func:`generate_from_tokens`.
+    """
+    before_response = rollouts.attention_mask & (rollouts.response_mask.cumsum(1) == 0)
+    prompts = [ids[real].tolist() for ids, real in zip(rollouts.input_ids, before_response, strict=True)]
+    completions = generate_from_tokens(
+        model,
+        tokenizer,
+        prompts,
+        rollouts.prompt_ids.tolist(),
+        temperature=temperature,
+        max_completion_length=max_completion_length,
+        batch_size=generation.batch_size,
+        seed=_torch_seed(seed, _EVALUATION_STREAM, 0),
+    )
+    return _rollouts(tokenizer.pad_token_id, rollouts.prompt_ids.tolist(), completions)
 
 
 def _generator(
@@ -272,15 +317,14 @@ def _score(tokenizer: Any, reward: Reward, drawn: Sequence[Prompt], completions:
 
 
 def _update_rollouts(pad_token_id: int, groups: list[_Group], settings: UpdateSettings) -> Rollouts:
-    prompts = [group.prompt for group in groups for _ in group.completions]
+    prompt_ids = [group.prompt.id for group in groups for _ in group.completions]
     rewards = torch.cat([group.rewards for group in groups])
-    prompt_ids = torch.tensor([prompt.id for prompt in prompts])
     return _rollouts(
         pad_token_id,
-        prompts,
+        prompt_ids,
         [completion for group in groups for completion in group.completions],
         rewards=rewards,
-        advantages=group_advantages(rewards, prompt_ids, settings.scale_rewards),
+        advantages=group_advantages(rewards, torch.tensor(prompt_ids), settings.scale_rewards),
     )
 
 
@@ -309,7 +353,7 @@ def _update_report(kept: list[_Group], tried: list[_Group], rounds: int, setting
 
 def _rollouts(
     pad_token_id: int,
-    prompts: Sequence[Prompt],
+    prompt_ids: list[int],
     completions: Sequence[Completion],
     *,
     rewards: Float[Tensor, " N"] | None = None,
@@ -325,7 +369,7 @@ def _rollouts(
         input_ids=torch.full(attention_mask.shape, pad_token_id).masked_scatter_(attention_mask, tokens),
         attention_mask=attention_mask,
         response_mask=attention_mask & (position >= starts[:, None]),
-        prompt_ids=torch.tensor([prompt.id for prompt in prompts]),
+        prompt_ids=torch.tensor(prompt_ids),
         advantages=advantages,
         rewards=rewards,
     )

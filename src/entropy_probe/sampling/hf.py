@@ -14,7 +14,7 @@ from entropy_probe.sampling.prompts import Prompt
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["Completion", "Progress", "encode_prompts", "generate_completions"]
+__all__ = ["Completion", "Progress", "encode_prompts", "generate_completions", "generate_from_tokens"]
 
 Progress = Callable[[int, int], None]
 """Called with the sequences done and the sequences in all."""
@@ -67,11 +67,44 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(token_ids)
 
 
-@torch.no_grad()
 def generate_completions(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
+    *,
+    temperature: float,
+    max_completion_length: int,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> list[Completion]:
+    """Encode each prompt and sample one response to it; see :func:`generate_from_tokens`.
+
+    Returns:
+        One completion per prompt, in the order of ``prompts``. Repeat a prompt to get several responses to it.
+
+    Raises:
+        ValueError: as of :func:`encode_prompts` and :func:`generate_from_tokens`.
+    """
+    return generate_from_tokens(
+        model,
+        tokenizer,
+        encode_prompts(tokenizer, prompts),
+        [prompt.id for prompt in prompts],
+        temperature=temperature,
+        max_completion_length=max_completion_length,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def generate_from_tokens(
+    model: Any,
+    tokenizer: Any,
+    token_ids: Sequence[list[int]],
+    prompt_ids: Sequence[int],
     *,
     temperature: float,
     max_completion_length: int,
@@ -90,7 +123,8 @@ def generate_completions(
     Args:
         model: a Hugging Face causal language model, or a PEFT model around one.
         tokenizer: its tokenizer, with a pad token and an end-of-sequence token.
-        prompts: repeat a prompt to get several responses to it.
+        token_ids: the tokens of each prompt, without padding.
+        prompt_ids: the id of each prompt, for messages.
         temperature: the sampling temperature, above 0.
         max_completion_length: the longest response, in tokens.
         batch_size: sequences generated at a time (sorted by length, left-padded).
@@ -98,19 +132,18 @@ def generate_completions(
         progress: called after each batch.
 
     Returns:
-        One completion per prompt, in the order of ``prompts``.
+        One completion per prompt, in their order.
 
     Raises:
         ValueError: if the model cannot generate, the tokenizer lacks a token, a prompt does not fit the
             model's context, or the temperature or a length is not positive.
     """
     _check(model, tokenizer, temperature, max_completion_length, batch_size)
-    token_ids = encode_prompts(tokenizer, prompts)
-    _check_context(model, prompts, token_ids, max_completion_length)
+    _check_context(model, prompt_ids, token_ids, max_completion_length)
 
     eos_token_ids = _end_tokens(model, tokenizer)
     config = _full_softmax_config(tokenizer, temperature, max_completion_length, eos_token_ids)
-    order = sorted(range(len(prompts)), key=lambda i: len(token_ids[i]))
+    order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
     completions: dict[int, Completion] = {}
     with _sampling_mode(model, config, seed):
         for start in range(0, len(order), batch_size):
@@ -119,8 +152,8 @@ def generate_completions(
             for i, tokens in zip(rows, sampled, strict=True):
                 completions[i] = _until_end(token_ids[i], tokens, eos_token_ids)
             if progress is not None:
-                progress(len(completions), len(prompts))
-    return [completions[i] for i in range(len(prompts))]
+                progress(len(completions), len(token_ids))
+    return [completions[i] for i in range(len(token_ids))]
 
 
 def _generate_batch(
@@ -219,13 +252,13 @@ def _check(model: Any, tokenizer: Any, temperature: float, max_completion_length
 
 
 def _check_context(
-    model: Any, prompts: Sequence[Prompt], token_ids: list[list[int]], max_completion_length: int
+    model: Any, prompt_ids: Sequence[int], token_ids: Sequence[list[int]], max_completion_length: int
 ) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt, tokens in zip(prompts, token_ids, strict=True):
+    for prompt, tokens in zip(prompt_ids, token_ids, strict=True):
         if limit is not None and len(tokens) + max_completion_length > limit:
             raise ValueError(
-                f"prompt {prompt.id}: expected prompt and response within the model's context of {limit} "
+                f"prompt {prompt}: expected prompt and response within the model's context of {limit} "
                 f"tokens, got {len(tokens)} + {max_completion_length}; drop the prompt or lower "
                 "max_completion_length"
             )

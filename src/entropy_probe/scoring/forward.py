@@ -7,7 +7,7 @@ The attention mask is always passed. How sequences are laid out for the model is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -80,7 +80,7 @@ class Scorer:
             ValueError: if a sequence is longer than the model's context or a token is outside its vocabulary.
         """
         for batch in batches:
-            self._check_fits(batch)
+            self.check_fits(batch)
         self._split, self._width = None, None
         split = _plain_head(self.model)
         if isinstance(split, str):
@@ -139,7 +139,8 @@ class Scorer:
         tolerance = 2e-2 if output.dtype in (torch.bfloat16, torch.float16) else 1e-3
         return bool(((logits - output * factor).abs() <= 100 * tolerance).all())
 
-    def _check_fits(self, rollouts: Rollouts) -> None:
+    def check_fits(self, rollouts: Rollouts) -> None:
+        """Check a batch against the model's context and vocabulary; raises as :meth:`prepare` does."""
         config = getattr(self.model, "config", None)
         context = getattr(config, "max_position_embeddings", None)
         lengths = rollouts.attention_mask.sum(1)
@@ -206,18 +207,27 @@ class Scorer:
         for group in bounded_groups(sizes, self.max_tokens):
             yield pack_shared(rollouts, [shared[i] for i in group], self.device, self._dtype())
 
-    @torch.no_grad()
+    def score_again(self, rollouts: Rollouts) -> TokenScores:
+        """:meth:`score` in another layout, without shared prompts: the two differ by rounding only."""
+        return self._score(rollouts, self.microbatches(rollouts, share=False))
+
     def score(self, rollouts: Rollouts, progress: Progress | None = None) -> TokenScores:
         """Log-probabilities and entropies of every response token, in nats, in the caller's layout, on the CPU.
 
         Raises:
             ValueError: if a score is not finite.
         """
+        return self._score(rollouts, self.microbatches(rollouts), progress)
+
+    @torch.no_grad()
+    def _score(
+        self, rollouts: Rollouts, microbatches: Iterable[Microbatch], progress: Progress | None = None
+    ) -> TokenScores:
         wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         logprobs = torch.zeros(rollouts.input_ids.shape, dtype=wide)
         entropies = torch.zeros_like(logprobs)
         done = 0
-        for batch in self.microbatches(rollouts):
+        for batch in microbatches:
             if self._split is None:
                 s, h = logit_scores(self._model_logits(batch), batch.targets, self.temperature)
             else:

@@ -1,0 +1,231 @@
+"""The realized change of the whole probe: what happens at large steps, small steps, and with the same batch."""
+
+import pytest
+import torch
+
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
+from entropy_probe.demo.policy import build_model
+from entropy_probe.estimators.realized import per_decision
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.fingerprint import ScoreCache, fingerprint, mixed_sums
+from entropy_probe.isolation import parameters_at
+from entropy_probe.scoring.forward import Scorer
+from tests.invariants.test_probe import TABLE, batches, numbers, probe
+from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
+
+LARGE = 0.5
+
+
+def sampler(model: TinyPolicy, generator: torch.Generator):
+    """Fresh draws of the enumerable policy as it is, to the prompts of given rollouts."""
+
+    def resample(rollouts: Rollouts) -> Rollouts:
+        by_prompt = TABLE.probabilities(model).detach().view(-1, TABLE.per_prompt)[rollouts.prompt_ids]
+        rows = torch.multinomial(by_prompt, 1, generator=generator)[:, 0] + rollouts.prompt_ids * TABLE.per_prompt
+        return TABLE.rollouts.select(rows)
+
+    return resample
+
+
+def test_a_step_too_large_is_refused():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    result = probe(model, trained_optimizer(model), learning_rate=LARGE).run(update=update, evaluation=evaluation)
+    assert result.realized.status == "low_ess"
+    assert (
+        result.realized.value is result.realized.standard_error is result.realized.estimate is result.difference is None
+    )
+    assert result.predicted.value
+    assert any("effective sample size" in m and "no realized change is given" in m for m in result.diagnostics.messages)
+
+
+def test_fresh_responses_measure_a_step_of_any_size():
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    generator = torch.Generator().manual_seed(8)
+    update, _ = batches()
+    config = ProbeConfig(temperature=TEMPERATURE, learning_rate=LARGE, on_low_ess="resample")
+    subject = EntropyProbe(model, optimizer, config, resample=sampler(model, generator))
+    old = TABLE.entropy(model, "token").item()
+    values, errors, exact = [], [], None
+    for _ in range(150):
+        evaluation = TABLE.rollouts.select(TABLE.sample(model, 200, generator))
+        result = subject.measure(update=update, evaluation=evaluation)
+        if exact is None:
+            story = subject.measure(update=update, evaluation=evaluation)
+            assert story.realized.estimator == "resampled"
+            exact = stepped_entropy(model, optimizer, update) - old
+        values.append(result.realized.value)
+        errors.append(result.realized.standard_error)
+    values, errors = torch.tensor(values), torch.tensor(errors)
+    assert abs(values.mean() - exact) < 4 * values.std() / len(values) ** 0.5
+    assert 0.89 <= ((values - exact).abs() <= 1.96 * errors).double().mean() <= 0.99
+    assert result.realized.status == "ok"
+    assert any("sampled anew" in m for m in result.diagnostics.messages)
+
+
+def stepped_entropy(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rollouts) -> float:
+    """The exact entropy after the step that a training loop would take."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    r = update
+    log_p = torch.log_softmax(model(r.input_ids, r.attention_mask.long()).logits / TEMPERATURE, -1)
+    s = log_p[:, :-1].gather(-1, r.input_ids[:, 1:, None])[..., 0] * r.response_mask[:, 1:]
+    (-(s * r.token_advantages[:, 1:]).sum() / r.response_mask.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = LARGE
+    optimizer.step()
+    try:
+        return TABLE.entropy(model, "token").item()
+    finally:
+        optimizer.param_groups[0]["lr"] = 1e-3
+        optimizer.zero_grad()
+        for n, p in model.named_parameters():
+            p.data.copy_(before[n])
+        for p, entries in state.items():
+            optimizer.state[p].update(entries)
+
+
+def test_fresh_responses_must_answer_the_same_prompts():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    config = ProbeConfig(temperature=TEMPERATURE, learning_rate=LARGE, on_low_ess="resample")
+    wrong = EntropyProbe(model, trained_optimizer(model), config, resample=lambda r: r.select(torch.arange(5)))
+    with pytest.raises(ValueError, match="expected a response to each of the 60 evaluation prompts"):
+        wrong.measure(update=update, evaluation=evaluation)
+    with pytest.raises(ValueError, match="resample: expected a function"):
+        EntropyProbe(model, trained_optimizer(model), config)
+
+
+def test_same_batch_measurement_is_labelled_and_grouped_by_prompt():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    result = probe(model, trained_optimizer(model)).measure(update=update)
+    assert result.realized.batch == "update"
+    assert result.diagnostics.evaluation_unit == "prompt"
+    assert any("biased by what they share" in m for m in result.diagnostics.messages)
+    other = probe(model, trained_optimizer(model)).measure(update=update, evaluation=evaluation)
+    assert other.realized.batch == "evaluation"
+
+
+def float32_problem() -> tuple[torch.nn.Module, torch.optim.Optimizer, Rollouts, Rollouts]:
+    model = build_model(vocab_size=30, hidden_size=32, initializer_range=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    optimizer.zero_grad()
+
+    def batch(n: int, prompt_ids: torch.Tensor) -> Rollouts:
+        ids = torch.randint(2, 30, (n, 14), generator=generator)
+        mask = torch.ones_like(ids)
+        response = mask.clone()
+        response[:, :4] = 0
+        return Rollouts(ids, mask, response, prompt_ids, advantages=torch.randn(n, generator=generator))
+
+    return model, optimizer, batch(12, torch.arange(4).repeat_interleave(3)), batch(40, torch.arange(40))
+
+
+def test_the_noise_floor_tells_a_real_change_from_rounding():
+    model, optimizer, update, evaluation = float32_problem()
+
+    def realized(**settings):
+        return EntropyProbe(model, optimizer, ProbeConfig(**settings)).measure(update=update, evaluation=evaluation)
+
+    real = realized().realized
+    assert real.status == "ok"
+    assert 0 < real.noise_floor < 1e-2 * abs(real.value)
+    lost = realized(learning_rate=1e-11)
+    assert lost.realized.status == lost.realized.estimate.status == "below_noise_floor"
+    assert any("rounding to the parameters' precision" in m for m in lost.diagnostics.messages)
+    coarse = realized(autocast="bfloat16")
+    assert coarse.realized.noise_floor > 30 * real.noise_floor
+    assert any("autocast in bfloat16" in m for m in coarse.diagnostics.messages)
+    # the cache of converted weights must not hide the step
+    assert coarse.realized.value != 0
+    assert realized(measure_noise_floor=False).realized.noise_floor is None
+
+
+def test_rounding_is_what_the_noise_floor_says():
+    """A change of the weights far below what float32 scores resolve: all that is seen is rounding."""
+    model, optimizer, update, evaluation = float32_problem()
+    floor = EntropyProbe(model, optimizer).measure(update=update, evaluation=evaluation).realized.noise_floor
+    scorer = Scorer(model, 1.0, 8192)
+    scorer.prepare(update, evaluation)
+    before = scorer.score(evaluation)
+    parameters = dict(model.named_parameters())
+    with parameters_at(parameters, {n: p.detach() * (1 + 2e-7) for n, p in parameters.items()}):
+        after = scorer.score(evaluation)
+    error = abs(per_decision(before, after, Units.sequences(len(evaluation))).value)
+    assert 0.03 * floor < error < 30 * floor
+
+
+def test_reference_scores_are_computed_once_per_policy_and_batch(monkeypatch):
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    scored = []
+    original = Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda self, r, p=None: scored.append(len(r)) or original(self, r, p))
+    subject = probe(model, optimizer)
+    first = subject.run(update=update, evaluation=evaluation)
+    assert len(scored) == 2  # before and after the step
+    copy = Rollouts(
+        *(getattr(evaluation, n).clone() for n in ("input_ids", "attention_mask", "response_mask", "prompt_ids"))
+    )
+    assert numbers(subject.run(update=update, evaluation=copy)) == numbers(first)
+    assert len(scored) == 3
+    subject.predict(update=update, evaluation=copy)
+    assert len(scored) == 3
+    with torch.no_grad():
+        model.out.bias[0] += 1e-9
+    changed = subject.predict(update=update, evaluation=evaluation)
+    assert len(scored) == 4
+    assert changed.entropy.value != first.entropy.value
+    subject.predict(update=update, evaluation=evaluation.select(torch.arange(50)))
+    assert len(scored) == 5
+
+
+def test_the_cache_forgets_the_oldest():
+    cache, computed = ScoreCache(size=2), []
+    scores = TABLE.token_scores(TinyPolicy())
+
+    def compute(key: str) -> TokenScores:
+        computed.append(key)
+        return scores
+
+    for key in ("a", "b", "a", "c", "b", "a"):
+        assert cache.get(key, lambda key=key: compute(key)) is scores
+    assert computed == ["a", "b", "c", "a"]
+
+
+def test_fingerprints_see_every_bit_name_and_place():
+    x = torch.randn(1000)
+    same = [("x", x.clone())]
+    swapped = x.clone()
+    swapped[[3, 4]] = x[[4, 3]]
+    nudged = x.clone()
+    nudged[-1] = torch.nextafter(x[-1], torch.tensor(9.0))
+    others = [
+        [("y", x)],
+        [("x", swapped)],
+        [("x", nudged)],
+        [("x", x.view(10, 100))],
+        [("x", x.double())],
+        [("x", x[:-1])],
+    ]
+    assert fingerprint([("x", x)]) == fingerprint(same)
+    found = {fingerprint(other) for other in others} | {fingerprint(same)}
+    assert len(found) == len(others) + 1
+    # the form used on accelerators
+    sums = [mixed_sums(t) for t in (x, swapped, nudged, x[:-1], x.bfloat16(), torch.zeros(1000))]
+    assert len({tuple(s.tolist()) for s in sums}) == len(sums)
+    assert torch.equal(mixed_sums(x), mixed_sums(x.clone()))
+    assert torch.equal(fingerprint_of_strided(), mixed_sums(torch.arange(0, 20, 2)))
+    assert fingerprint([("b", torch.tensor([True, False]))]) != fingerprint([("b", torch.tensor([False, True]))])
+
+
+def fingerprint_of_strided() -> torch.Tensor:
+    return mixed_sums(torch.arange(20)[::2].contiguous())
