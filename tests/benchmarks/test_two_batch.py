@@ -35,6 +35,7 @@ def test_cost(tmp_path):
             "update gradient",
             "evaluation gradient",
             "update error",
+            "noise floor",
             "score after step",
             "rest",
         }
