@@ -22,12 +22,20 @@ __all__ = [
     "Prediction",
     "ProbeResult",
     "Realized",
+    "write_atomically",
 ]
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 
 Unit = Literal["nats/token", "nats/sequence"]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 class _Record(BaseModel):
@@ -298,9 +306,7 @@ class ProbeResult(_Record):
         """
         path = Path(directory) / RESULTS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, (self.model_dump_json(indent=2) + "\n").encode())
         return path
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import per_decision, snis
+from entropy_probe.estimators.realized import Change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import evaluating, parameters_at
 from entropy_probe.losses import loss_coefficients
@@ -43,6 +43,25 @@ class _PlannedStep:
         return add(*self.components.values())
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What is known before anything is measured after the step.
+
+    Attributes:
+        before: scores of the evaluation batch at the checkpoint.
+        entropy: H.
+        step: the next step.
+        predicted: the first-order change; ``None`` unless asked for.
+        fields: the result fields that report it.
+    """
+
+    before: TokenScores
+    entropy: Sampled
+    step: _PlannedStep
+    predicted: Sampled | None
+    fields: dict[str, Any]
+
+
 class TwoBatch(Session):
     """One probe of an update and an evaluation batch; the methods are the chapters of the story, in order."""
 
@@ -61,29 +80,39 @@ class TwoBatch(Session):
 
     def result(self, *, predict: bool, measure: bool) -> ProbeResult:
         """The whole story."""
+        with evaluating(self.subject.model):
+            start = self._start(predict=predict)
+            fields = self._realized(start.before, start.step, start.entropy, start.predicted) if measure else {}
+        return self._finish(start, **fields)
+
+    def _start(self, *, predict: bool) -> Start:
+        """Everything up to the prediction."""
         fields: dict[str, Any] = {}
         predicted: Sampled | None = None
-        with evaluating(self.subject.model):
-            self.scorer.prepare(self.update, self.evaluation)
-            with self.clock.phase("score evaluation") as progress:
-                before = self.scorer.score(self.evaluation, progress)
-            self._note_mismatch(before)
-            entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
-            taps = predict and self.choose_taps(self.update)
-            gradients = self._update_gradient(store=predict, taps=taps)
-            step = self._plan_step(gradients.total)
-            if predict:
-                predicted, fields = self._first_order(before, gradients, step, taps=taps)
-            if measure:
-                fields |= self._realized(before, step, entropy, predicted)
+        self.scorer.prepare(self.update, self.evaluation)
+        with self.clock.phase("score evaluation") as progress:
+            before = self.scorer.score(self.evaluation, progress)
+        self._note_mismatch(before)
+        entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
+        taps = predict and self.choose_taps(self.update)
+        gradients = self._update_gradient(store=predict, taps=taps)
+        step = self._plan_step(gradients.total)
+        if predict:
+            predicted, fields = self._first_order(before, gradients, step, taps=taps)
+        return Start(before, entropy, step, predicted, fields)
+
+    def _finish(self, start: Start, **fields: Any) -> ProbeResult:
+        """The result with these fields beside those of the prediction."""
+        step = start.step
         return self.assemble(
-            entropy,
+            start.entropy,
             self.units,
             self.evaluation,
             self.update,
             {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
             unit=self.unit_name,
             preconditioner=step.preconditioner,
+            **start.fields,
             **fields,
         )
 
@@ -207,31 +236,15 @@ class TwoBatch(Session):
         self, before: TokenScores, step: _PlannedStep, entropy: Sampled, predicted: Sampled | None
     ) -> dict[str, Any]:
         """Score the evaluation batch after the step, and the result fields that report the change."""
-        config = self.config
-        with (
-            self.clock.phase("score after step") as progress,
-            parameters_at(self.parameters, self._stepped_parameters(step)),
-        ):
-            after = self.scorer.score(self.evaluation, progress)
-        if config.realized == "per_decision":
-            change = per_decision(before, after, self.units, config.normalization)
-        else:
-            change = snis(before, after, self.units, config.normalization, config.entropy)
-        weights = sequence_importance_weights(before, after)
-        low = weights.ess_fraction < config.min_ess_fraction
-        if low:
+        with self.clock.phase("score after step") as progress:
+            after = self._score_after(step, self.config.learning_rate, progress)
+        change = self._change(before, after)
+        realized = self._realized_estimate(before, after, change)
+        if realized.status == "low_ess":
             self.messages.append(
-                f"the step moves the policy too far for these rollouts: effective sample size {weights.ess:.0f} of "
+                f"the step moves the policy too far for these rollouts: effective sample size {realized.ess:.0f} of "
                 f"{len(self.evaluation)}"
             )
-        realized = Realized(
-            **self.estimate_fields(change, self.units),
-            status="low_ess" if low else "ok",
-            estimator=config.realized,
-            ess=weights.ess,
-            ess_fraction=weights.ess_fraction,
-            max_weight=weights.max_weight,
-        )
         if predicted is None:
             return {"realized": realized}
         return {
@@ -241,12 +254,41 @@ class TwoBatch(Session):
             ),
         }
 
-    def _stepped_parameters(self, step: _PlannedStep) -> dict[str, Tensor]:
-        """The parameters after the step: the optimizer's own kernel on copies, or the frozen move."""
-        delta = step.delta
+    def _score_after(self, step: _PlannedStep, learning_rate: float | None, progress: Progress) -> TokenScores:
+        """Scores of the evaluation batch after the step, taken at the given rate (``None`` for each group's own)."""
+        with parameters_at(self.parameters, self._stepped_parameters(step, learning_rate)):
+            return self.scorer.score(self.evaluation, progress)
+
+    def _change(self, before: TokenScores, after: TokenScores) -> Change:
+        """The realized change, by the configured estimator."""
+        config = self.config
+        if config.realized == "per_decision":
+            return per_decision(before, after, self.units, config.normalization)
+        return snis(before, after, self.units, config.normalization, config.entropy)
+
+    def _realized_estimate(self, before: TokenScores, after: TokenScores, change: Change) -> Realized:
+        """A realized change with what says whether it can be trusted."""
+        weights = sequence_importance_weights(before, after)
+        return Realized(
+            **self.estimate_fields(change, self.units),
+            status="low_ess" if weights.ess_fraction < self.config.min_ess_fraction else "ok",
+            estimator=self.config.realized,
+            ess=weights.ess,
+            ess_fraction=weights.ess_fraction,
+            max_weight=weights.max_weight,
+        )
+
+    def _stepped_parameters(self, step: _PlannedStep, learning_rate: float | None) -> dict[str, Tensor]:
+        """The parameters after the step: the optimizer's own kernel on copies, or the frozen move.
+
+        The step is linear in the rate, so ``step``, planned at ``config.learning_rate``, gives it at any other.
+        """
+        planned = self.config.learning_rate
+        factor = 1.0 if learning_rate is None or planned is None else learning_rate / planned
+        delta = {name: factor * move for name, move in step.delta.items()}
         if self.config.geometry == "frozen":
             return {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
-        stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, self.config.learning_rate)
+        stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, learning_rate)
         for name, p in self.parameters.items():
             eps = torch.finfo(p.dtype).eps
             slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * delta[name].abs().max()
