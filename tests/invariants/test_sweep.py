@@ -207,7 +207,7 @@ def test_a_model_without_forward_mode_is_swept_and_says_so():
 def test_a_slope_that_differs_between_the_two_modes_is_found_out(monkeypatch):
     def wrong(*arguments):
         first, second = directional_derivatives(*arguments)
-        return TokenScores(1.01 * first.logprobs, first.entropies, first.response_mask), second
+        return TokenScores(2 * first.logprobs, first.entropies, first.response_mask), second
 
     monkeypatch.setattr("entropy_probe.sweep.directional_derivatives", wrong)
     sweep = swept(*setting(), rates=(1e-6, 1e-5, 1e-4, 1e-3), direct_curvature=True)
