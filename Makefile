@@ -28,6 +28,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/two_batch.py
 	$(BIN)/python benchmarks/one_batch.py
 	$(BIN)/python benchmarks/realized.py
+	$(BIN)/python benchmarks/sweep.py
 
 clean:
 	rm -rf .venv runs examples/tiny

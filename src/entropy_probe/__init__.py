@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from entropy_probe.config import ProbeConfig
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
+    from entropy_probe.sweep_results import Sweep, SweepPoint
     from entropy_probe.types import Rollouts, TokenScores
 
 __version__ = "0.1.0"
@@ -24,6 +25,8 @@ __all__ = [
     "ProbeResult",
     "Realized",
     "Rollouts",
+    "Sweep",
+    "SweepPoint",
     "TokenScores",
     "load_checkpoint",
 ]
@@ -39,6 +42,8 @@ _HOME = {
     "ProbeResult": "results",
     "Realized": "results",
     "Rollouts": "types",
+    "Sweep": "sweep_results",
+    "SweepPoint": "sweep_results",
     "TokenScores": "types",
     "load_checkpoint": "checkpoints",
 }

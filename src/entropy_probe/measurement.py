@@ -48,7 +48,14 @@ class Measurement:
         outcome = "no realized change is given" if self.change is None else what[self.estimator]
         return f"the step moves the policy too far for these rollouts: {found}; {outcome}"
 
-    def report(self, units: Units, unit: Unit, floor: float | None, batch: Literal["evaluation", "update"]) -> Realized:
+    def report(
+        self,
+        units: Units,
+        unit: Unit,
+        floor: float | None = None,
+        batch: Literal["evaluation", "update"] = "evaluation",
+        step_rounding: float = 0.0,
+    ) -> Realized:
         """The result's record of it.
 
         Args:
@@ -56,6 +63,7 @@ class Measurement:
             unit: of the change.
             floor: what rounding does to the change.
             batch: which rollouts it was measured on.
+            step_rounding: what rounding of the parameters adds to the step, relative to its length.
         """
         change, status = self.change, "ok"
         if change is None:
@@ -76,6 +84,7 @@ class Measurement:
             pareto_k=self.weights.pareto_k,
             pareto_k_threshold=self.weights.pareto_k_threshold,
             noise_floor=floor,
+            step_rounding=step_rounding,
         )
 
 

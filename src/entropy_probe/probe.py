@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 
@@ -11,6 +13,8 @@ from entropy_probe.one_batch import OneBatch
 from entropy_probe.provenance import Phase
 from entropy_probe.results import CrossPrompt, ProbeResult
 from entropy_probe.session import Resample, Subject
+from entropy_probe.sweep import LearningRateSweep, check_learning_rates
+from entropy_probe.sweep_results import Sweep, SweepPoint
 from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
 from entropy_probe.updates.adamw import check_optimizer, learning_rates, optimizer_parameters
@@ -61,9 +65,11 @@ class EntropyProbe:
         self._resample, self._cache = resample, ScoreCache()
         self._subject()
 
-    def _subject(self) -> Subject:
+    def _subject(self, learning_rate: float | None = None) -> Subject:
         """The policy and its optimizer as they are now: a scheduler may have changed the rates since the last call."""
         model, optimizer, mapping, config, progress = self._arguments
+        if learning_rate is not None:
+            config = config.model_copy(update={"learning_rate": learning_rate})
         parameters = optimizer_parameters(model, optimizer)
         rates = learning_rates(optimizer, config.learning_rate)
         return Subject(model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache)
@@ -88,6 +94,37 @@ class EntropyProbe:
         """
         evaluation = update if evaluation is None else evaluation
         return TwoBatch(self._subject(), update, evaluation).result(predict=False, measure=True)
+
+    def sweep(
+        self,
+        *,
+        update: Rollouts,
+        evaluation: Rollouts,
+        learning_rates: Sequence[float],
+        direct_curvature: bool = False,
+        finished: Sequence[SweepPoint] = (),
+        on_point: Callable[[SweepPoint], None] | None = None,
+    ) -> Sweep:
+        """Measure the change at many learning rates, and say up to which of them the prediction describes it.
+
+        Costs what :meth:`predict` costs, and for each rate one scoring of the evaluation batch.
+
+        Args:
+            update: the batch the step is taken on.
+            evaluation: the batch the change is measured on.
+            learning_rates: at least two, in any order; each takes the place of ``config.learning_rate``.
+            direct_curvature: also differentiate every score twice along the step, by nested forward mode, which costs
+                several scorings of the evaluation batch.
+            finished: points of an interrupted sweep with the same inputs, which are taken as they are.
+            on_point: called with every other point as soon as it is there.
+
+        Raises:
+            ValueError: as :meth:`run`, or for unusable learning rates.
+        """
+        subject = self._subject(check_learning_rates(learning_rates)[-1])
+        return LearningRateSweep(subject, update, evaluation).sweep(
+            learning_rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point
+        )
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:
         """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""

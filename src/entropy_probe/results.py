@@ -22,12 +22,20 @@ __all__ = [
     "Prediction",
     "ProbeResult",
     "Realized",
+    "write_atomically",
 ]
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 
 Unit = Literal["nats/token", "nats/sequence"]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 class _Record(BaseModel):
@@ -83,6 +91,7 @@ class Realized(_Record):
         pareto_k: shape of the tail of the weights; null when there are too few or they are equal.
         pareto_k_threshold: what ``pareto_k`` may be at most for this number of sequences.
         noise_floor: two standard deviations of what rounding does to ``value``; null when not measured.
+        step_rounding: length of what the parameters' precision adds to the step, relative to the step's.
     """
 
     value: float | None
@@ -98,6 +107,7 @@ class Realized(_Record):
     pareto_k: float | None
     pareto_k_threshold: float
     noise_floor: float | None
+    step_rounding: float
 
     @property
     def estimate(self) -> Estimate | None:
@@ -332,9 +342,7 @@ class ProbeResult(_Record):
         """
         path = Path(directory) / RESULTS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, (self.model_dump_json(indent=2) + "\n").encode())
         return path
 
     @classmethod

@@ -17,9 +17,9 @@ from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
-from entropy_probe.measurement import measure_change
+from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.named import add, norm
-from entropy_probe.results import Estimate, PreconditionerReport, Prediction, ProbeResult
+from entropy_probe.results import Estimate, PreconditionerReport, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
@@ -43,6 +43,25 @@ class _PlannedStep:
         return add(*self.components.values())
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What is known before anything is measured after the step.
+
+    Attributes:
+        before: scores of the evaluation batch at the checkpoint.
+        entropy: H.
+        step: the next step.
+        predicted: the first-order change; ``None`` unless asked for.
+        fields: the result fields that report it.
+    """
+
+    before: TokenScores
+    entropy: Sampled
+    step: _PlannedStep
+    predicted: Sampled | None
+    fields: dict[str, Any]
+
+
 class TwoBatch(Session):
     """One probe of an update and an evaluation batch; the methods are the chapters of the story, in order."""
 
@@ -63,28 +82,38 @@ class TwoBatch(Session):
 
     def result(self, *, predict: bool, measure: bool) -> ProbeResult:
         """The whole story."""
+        with self.isolated():
+            start = self._start(predict=predict)
+            fields = self._realized(start.before, start.step, start.entropy, start.predicted) if measure else {}
+        return self._finish(start, **fields)
+
+    def _start(self, *, predict: bool) -> Start:
+        """Everything up to the prediction."""
         fields: dict[str, Any] = {}
         predicted: Sampled | None = None
-        with self.isolated():
-            self.scorer.prepare(self.update, self.evaluation)
-            before = self.reference_scores(self.evaluation, "score evaluation")
-            self._note_mismatch(before)
-            entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
-            taps = predict and self.choose_taps(self.update)
-            gradients = self._update_gradient(store=predict, taps=taps)
-            step = self._plan_step(gradients.total)
-            if predict:
-                predicted, fields = self._first_order(before, gradients, step, taps=taps)
-            if measure:
-                fields |= self._realized(before, step, entropy, predicted)
+        self.scorer.prepare(self.update, self.evaluation)
+        before = self.reference_scores(self.evaluation, "score evaluation")
+        self._note_mismatch(before)
+        entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
+        taps = predict and self.choose_taps(self.update)
+        gradients = self._update_gradient(store=predict, taps=taps)
+        step = self._plan_step(gradients.total)
+        if predict:
+            predicted, fields = self._first_order(before, gradients, step, taps=taps)
+        return Start(before, entropy, step, predicted, fields)
+
+    def _finish(self, start: Start, **fields: Any) -> ProbeResult:
+        """The result with these fields beside those of the prediction."""
+        step = start.step
         return self.assemble(
-            entropy,
+            start.entropy,
             self.units,
             self.evaluation,
             self.update,
             {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
             unit=self.unit_name,
             preconditioner=step.preconditioner,
+            **start.fields,
             **fields,
         )
 
@@ -208,19 +237,42 @@ class TwoBatch(Session):
         self, before: TokenScores, step: _PlannedStep, entropy: Sampled, predicted: Sampled | None
     ) -> dict[str, Any]:
         """Score the evaluation batch after the step, and the result fields that report the change."""
-        floor = self._noise_floor(before)
-        with parameters_at(self.parameters, self._stepped_parameters(step)):
-            with self.clock.phase("score after step") as progress:
-                after = self.scorer.score(self.evaluation, progress)
-            measured = measure_change(before, after, self.units, self.config, self._score_fresh)
+        measured, rounding = self._measure(before, step, self.config.learning_rate, "score after step")
         if measured.note:
             self.messages.append(measured.note)
-        realized = measured.report(self.units, self.unit, floor, "update" if self.same_batch else "evaluation")
-        fields: dict[str, Any] = {"realized": realized}
-        if predicted is not None and measured.change is not None:
-            gap = measured.change.minus(predicted, entropy)
-            fields["difference"] = Estimate(**self.estimate_fields(gap, self.units))
-        return fields
+        if rounding > NOTABLE_ROUNDING:
+            self.messages.append(
+                f"rounding to the parameters' precision changes the step by {rounding:.1%} of its length: the realized "
+                "change is that of the rounded step, as it is in training; use dtype float64 or a larger learning rate "
+                "to compare it with the prediction"
+            )
+        realized, difference = self._report(measured, rounding, self._noise_floor(before), predicted, entropy)
+        return {"realized": realized} if difference is None else {"realized": realized, "difference": difference}
+
+    def _measure(
+        self, before: TokenScores, step: _PlannedStep, learning_rate: float | None, phase: str
+    ) -> tuple[Measurement, float]:
+        """The change after the step at the given rate (``None`` for each group's own), and the step's rounding."""
+        stepped, rounding = self._stepped_parameters(step, learning_rate)
+        with parameters_at(self.parameters, stepped):
+            with self.clock.phase(phase) as progress:
+                after = self.scorer.score(self.evaluation, progress)
+            return measure_change(before, after, self.units, self.config, self._score_fresh), rounding
+
+    def _report(
+        self,
+        measured: Measurement,
+        rounding: float,
+        floor: float | None,
+        predicted: Sampled | None,
+        entropy: Sampled,
+    ) -> tuple[Realized, Estimate | None]:
+        """The records of a measured change and of its difference from the prediction, where there are both."""
+        batch = "update" if self.same_batch else "evaluation"
+        realized = measured.report(self.units, self.unit, floor, batch, rounding)
+        if predicted is None or measured.change is None:
+            return realized, None
+        return realized, Estimate(**self.estimate_fields(measured.change.minus(predicted, entropy), self.units))
 
     def _score_fresh(self) -> TokenScores:
         """Scores of fresh responses to the evaluation prompts, sampled and scored at the policy as it is."""
@@ -274,27 +326,27 @@ class TwoBatch(Session):
             nudged[name] = p.detach() * (1 + eps * sign)
         return nudged
 
-    def _stepped_parameters(self, step: _PlannedStep) -> dict[str, Tensor]:
-        """The parameters after the step: the optimizer's own kernel on copies, or the frozen move."""
-        delta = step.delta
+    def _stepped_parameters(self, step: _PlannedStep, learning_rate: float | None) -> tuple[dict[str, Tensor], float]:
+        """The parameters after the step, by the optimizer's own kernel on copies or by the frozen move; its rounding.
+
+        The step is linear in the rate, so ``step``, planned at ``config.learning_rate``, gives it at any other.
+        Rounding is the length of what the parameters' precision adds to the step, over the length of the step.
+        """
+        planned = self.config.learning_rate
+        factor = 1.0 if learning_rate is None or planned is None else learning_rate / planned
+        delta = {name: factor * move for name, move in step.delta.items()}
         if self.config.geometry == "frozen":
-            return {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
-        stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, self.config.learning_rate)
-        lost: dict[str, Tensor] = {}
+            stepped = {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
+        else:
+            stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, learning_rate)
+        added: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             eps = torch.finfo(p.dtype).eps
             slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * delta[name].abs().max()
-            lost[name] = stepped[name] - p.detach() - delta[name]
-            if bool((lost[name].abs() > slack).any()):
+            added[name] = stepped[name] - p.detach() - delta[name]
+            if bool((added[name].abs() > slack).any()):
                 raise RuntimeError(f"{name}: the optimizer's own step and its closed form disagree; please report this")
-        share = norm(lost) / (norm(delta) or 1.0)
-        if share > NOTABLE_ROUNDING:
-            self.messages.append(
-                f"rounding to the parameters' precision changes the step by {share:.1%} of its length: the realized "
-                "change is that of the rounded step, as it is in training; use dtype float64 or a larger learning rate "
-                "to compare it with the prediction"
-            )
-        return stepped
+        return stepped, norm(added) / (norm(delta) or 1.0)
 
 
 NOISE_SEQUENCES, NOISE_DRAWS = 8, 3

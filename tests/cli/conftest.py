@@ -19,6 +19,9 @@ from typer.testing import CliRunner, Result
 from entropy_probe.cli import app
 from tests.tiny import train_grpo
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -70,12 +73,11 @@ def invoke(*args: Any) -> Result:
 
 def execute(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str):
     """The command line in a process of its own, with this repository importable."""
-    root = str(Path(__file__).parents[2])
     return subprocess.run(
         [sys.executable, *command, *map(str, args)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | environment,
+        env=ENVIRONMENT | environment,
         check=False,
     )
 

@@ -21,7 +21,8 @@ from entropy_probe.sampling import (
 SHORT = {"warm_start_steps": 150, "steps": 4, "save_steps": 2}
 
 
-def probe_at(directory, checkpoint, sequences, rates):
+def batches(directory, checkpoint, sequences):
+    """The checkpoint with an update and an evaluation batch sampled from it."""
     state = load_checkpoint(checkpoint, directory / "base")
     prompts = load_prompts(PromptSource(jsonl=directory / "prompts.jsonl"))
     common = {"temperature": 1.0, "max_completion_length": MAX_COMPLETION_LENGTH}
@@ -30,10 +31,15 @@ def probe_at(directory, checkpoint, sequences, rates):
     settings = UpdateSettings(num_prompts=16, group_size=8)
     update, _ = sample_update(*subject, load_reward("exact_match"), settings, generation, **common)
     evaluation, _ = sample_evaluation(*subject, EvaluationSettings(total_sequences=sequences), generation, **common)
+    return state, {"update": update, "evaluation": evaluation}
+
+
+def probe_at(directory, checkpoint, sequences, rates):
+    state, both = batches(directory, checkpoint, sequences)
     found = {}
     for rate in rates:
         probe = EntropyProbe(state.model, state.optimizer, ProbeConfig(learning_rate=rate))
-        found[rate] = probe.run(update=update, evaluation=evaluation)
+        found[rate] = probe.run(**both)
     return found
 
 
@@ -50,12 +56,34 @@ def assert_agree_and_meet(found, run_rate):
     torch.testing.assert_close(slopes, slopes[:1].expand_as(slopes), rtol=1e-4, atol=0)
 
 
+def assert_linear_over_three_decades(directory, checkpoint, sequences):
+    """In float32, down from the end of the linear range, which the grid brackets to a sixth of a decade."""
+    state, both = batches(directory, checkpoint, sequences)
+    probe = EntropyProbe(state.model, state.optimizer, ProbeConfig())
+    rates = [10 ** (-2 - k / 6) for k in range(28)]
+    sweep = probe.sweep(**both, learning_rates=rates, direct_curvature=True)
+    assert not sweep.linear_range.at_least
+    law, curvature = sweep.power_law, sweep.curvature
+    assert law.learning_rates[-1] == sweep.linear_range.learning_rate
+    assert law.learning_rates[-1] >= 1000 * law.learning_rates[0]
+    assert law.slope.value == pytest.approx(1, abs=0.03)
+    assert law.r_squared >= 0.999
+    # rounding does not spoil the smallest rates
+    for point in sweep.points[:6]:
+        assert point.realized.value == pytest.approx(point.predicted.value, rel=5e-3)
+    per_rate = sweep.prediction.predicted.value / sweep.points[-1].learning_rate
+    assert curvature.direct_slope.value == pytest.approx(per_rate, rel=1e-4)
+    assert abs(curvature.direct.value - curvature.from_fit.value) < curvature.from_fit.standard_error
+
+
 def test_short_training(tmp_path):
     checkpoint = train_demo(tmp_path / "tiny", **SHORT)
+    assert_linear_over_three_decades(tmp_path / "tiny", checkpoint, 256)
     assert_agree_and_meet(probe_at(tmp_path / "tiny", checkpoint, 256, (3e-3, 1e-3, 3e-4)), run_rate=3e-4)
 
 
 @pytest.mark.slow
 def test_full_training(tmp_path):
     checkpoint = train_demo(tmp_path / "tiny")
+    assert_linear_over_three_decades(tmp_path / "tiny", checkpoint, 2048)
     assert_agree_and_meet(probe_at(tmp_path / "tiny", checkpoint, 2048, (3e-3, 1e-3, 3e-4)), run_rate=3e-4)

@@ -57,6 +57,7 @@ def make_result(
             pareto_k=0.81 if status == "high_pareto_k" else 0.31,
             pareto_k_threshold=0.5848,
             noise_floor=noise_floor,
+            step_rounding=1e-6,
         ),
         difference=Estimate(**estimate(difference)) if difference and predicted and realized and not refused else None,
         cross_prompt=cross_prompt,

@@ -15,6 +15,7 @@ from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
 from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.report import report
 from entropy_probe.cli.run import run
+from entropy_probe.cli.sweep import sweep
 
 __all__ = ["app", "main"]
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     cls=ErrorsAsLines,
     add_completion=False,
 )
-for command in (run, inspect, report, demo):
+for command in (run, sweep, inspect, report, demo):
     app.command()(command)
 
 

@@ -144,13 +144,19 @@ class RunConfig(BaseModel):
         return dump_yaml(self.model_dump(mode="json", exclude={"overwrite"}))
 
 
-def load_config(path: Path, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(
+    path: Path,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    kind: type[RunConfig] = RunConfig,
+) -> RunConfig:
     """Read and validate a config file.
 
     Args:
         path: the YAML file.
         overrides: dotted ``key=value`` replacements, in order.
         options: values of command-line options by dotted key, applied last; None leaves a key alone.
+        kind: the class of the config: :class:`RunConfig`, or one that adds a section to it.
 
     Raises:
         ValueError: one line with the full key of the first problem, and the nearest known key for an unknown one.
@@ -158,11 +164,11 @@ def load_config(path: Path, overrides: Iterable[str] = (), options: Mapping[str,
     # JSON values are YAML values, whatever characters they hold.
     given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
     settings = apply_overrides(load_yaml(path), [*overrides, *given])
-    unknown = next(_unknown_keys(settings, RunConfig), None)
+    unknown = next(_unknown_keys(settings, kind), None)
     if unknown is not None:
-        raise ValueError(f"{path}: {unknown}: unknown key; {_suggestion(unknown)}")
+        raise ValueError(f"{path}: {unknown}: unknown key; {_suggestion(unknown, kind)}")
     try:
-        return RunConfig.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         raise ValueError(f"{path}: {describe(error)}") from error
 
@@ -194,10 +200,10 @@ def _unknown_keys(settings: Mapping[Any, Any], model: type[BaseModel], prefix: s
             yield from _unknown_keys(value, section, f"{prefix}{name}.")
 
 
-def _suggestion(unknown: str) -> str:
+def _suggestion(unknown: str, kind: type[BaseModel]) -> str:
     """The nearest known key by its last part, in the same section first, then in any."""
     section, _, name = unknown.rpartition(".")
-    known = [(key.rpartition("."), key) for key in _known_keys(RunConfig)]
+    known = [(key.rpartition("."), key) for key in _known_keys(kind)]
     beside = {parts[2]: key for parts, key in known if parts[0] == section}
     anywhere = {parts[2]: key for parts, key in known}
     for keys in (beside, anywhere):

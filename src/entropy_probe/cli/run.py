@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from entropy_probe.session import Resample
     from entropy_probe.types import Rollouts
 
-__all__ = ["probe_checkpoint", "run"]
+__all__ = ["Inputs", "probe_checkpoint", "quiet_transformers", "read_inputs", "run", "sample_batch"]
 
 T = TypeVar("T")
 
@@ -75,8 +75,8 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
 
     config = config.resolved()
     check_output_dir(config.output_dir, config.overwrite)
-    _quiet_transformers()
-    inputs = _read_inputs(config)
+    quiet_transformers()
+    inputs = read_inputs(config)
     files = frozenset(path.resolve() for _, path in config.rollouts if path is not None)
     with stage(config.output_dir, keep=files) as staging, show_progress() as progress:
         clock = Clock(progress)
@@ -150,7 +150,7 @@ def _run_mode(probe: EntropyProbe, mode: str, update: Rollouts, evaluation: Roll
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """What is read before the checkpoint, so that a wrong path does not cost the loading of a model."""
 
     update: Rollouts | None
@@ -159,13 +159,18 @@ class _Inputs:
     reward: Reward | None
 
 
-def _read_inputs(config: RunConfig) -> _Inputs:
+def read_inputs(config: RunConfig) -> Inputs:
+    """The saved rollouts, and what sampling the others takes.
+
+    Raises:
+        ValueError: if a file, the prompts or the reward cannot be used.
+    """
     from entropy_probe.sampling import load_prompts, load_reward
     from entropy_probe.types import Rollouts
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
     complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
-    return _Inputs(
+    return Inputs(
         update=update,
         evaluation=evaluation,
         prompts=[] if complete else load_prompts(_required(config.prompts)),
@@ -174,14 +179,35 @@ def _read_inputs(config: RunConfig) -> _Inputs:
 
 
 def _sample_missing(
-    config: RunConfig, state: CheckpointState, inputs: _Inputs, progress: Phase
+    config: RunConfig, state: CheckpointState, inputs: Inputs, progress: Phase
 ) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
     """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
+    update, evaluation = inputs.update, inputs.evaluation
+    notes: list[str] = []
+    if update is None:
+        update, about = sample_batch("update", config, state, inputs, progress)
+        notes += about
+    if evaluation is None and not config.needs_no_evaluation:
+        evaluation, about = sample_batch("evaluation", config, state, inputs, progress)
+        notes += about
+    return update, evaluation, tuple(notes)
+
+
+def sample_batch(
+    batch: Literal["update", "evaluation"],
+    config: RunConfig,
+    state: CheckpointState,
+    inputs: Inputs,
+    progress: Phase,
+) -> tuple[Rollouts, list[str]]:
+    """Sample one of the two batches as configured, with notes on how that went.
+
+    Raises:
+        ValueError: if there is no tokenizer to sample with.
+    """
     from entropy_probe.sampling import sample_evaluation, sample_update
 
-    update, evaluation = inputs.update, inputs.evaluation
-    sample_e = evaluation is None and not config.needs_no_evaluation
-    if state.tokenizer is None and (update is None or sample_e):
+    if state.tokenizer is None:
         raise ValueError(
             f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
             "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
@@ -190,22 +216,14 @@ def _sample_missing(
         "generation": config.generation,
         "temperature": config.probe.temperature,
         "max_completion_length": config.probe.max_completion_length,
+        "progress": partial(progress, f"sample {batch}"),
     }
     subject = (state.model, state.tokenizer, inputs.prompts)
-    notes: list[str] = []
-    if update is None:
-        reward, settings = _required(inputs.reward), _required(config.update)
-        update, report = sample_update(
-            *subject, reward, settings, progress=partial(progress, "sample update"), **common
-        )
-        notes += _describe("update", report)
-    if sample_e:
-        settings = _required(config.evaluation)
-        evaluation, report = sample_evaluation(
-            *subject, settings, progress=partial(progress, "sample evaluation"), **common
-        )
-        notes += _describe("evaluation", report)
-    return update, evaluation, tuple(notes)
+    if batch == "update":
+        rollouts, report = sample_update(*subject, _required(inputs.reward), _required(config.update), **common)
+    else:
+        rollouts, report = sample_evaluation(*subject, _required(config.evaluation), **common)
+    return rollouts, _describe(batch, report)
 
 
 def _required(value: T | None) -> T:
@@ -234,7 +252,7 @@ def _annotate(result: ProbeResult, notes: tuple[str, ...], seconds: dict[str, fl
     return result.model_copy(update={"diagnostics": diagnostics, "timing": seconds | result.timing})
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """No bars and notices from transformers: progress is shown here, and errors are errors."""
     from transformers.utils import logging
 

@@ -246,6 +246,19 @@ class Scorer:
                 )
         return TokenScores(logprobs, entropies, rollouts.response_mask)
 
+    def token_scores(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of a microbatch's response tokens, ``[T]`` each, in nats.
+
+        Differentiable in forward and reverse mode, also repeatedly; in reverse mode all logits stay in memory.
+        """
+        if self._split is None:
+            return logit_scores(self._model_logits(batch), batch.targets, self.temperature)
+        head, size = self._head(), self._head().chunk_tokens()
+        chunks = zip(self._hidden(batch).split(size), batch.targets.split(size), strict=True)
+        logits = ((torch.nn.functional.linear(hidden, head.weight, head.bias), targets) for hidden, targets in chunks)
+        s, h = zip(*(logit_scores(z, targets, self.temperature) for z, targets in logits), strict=True)
+        return torch.cat(s), torch.cat(h)
+
     def surrogates(self, batch: Microbatch, sides: Sequence[TokenCoefficients]) -> list[Tensor]:
         """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
@@ -261,7 +274,7 @@ class Scorer:
             hidden = self._hidden(batch)
             values = [head_surrogate(self._head(), hidden, batch.targets, a, c) for a, c in terms]
         else:
-            s, h = logit_scores(self._model_logits(batch), batch.targets, self.temperature)
+            s, h = self.token_scores(batch)
             values = [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]
         if not all(bool(torch.isfinite(value)) for value in values):
             raise ValueError(

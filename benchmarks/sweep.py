@@ -1,0 +1,86 @@
+"""What a sweep over twelve learning rates costs, against one training gradient on the evaluation batch.
+
+Both run in the same process, in interleaved rounds; figures are ratios of CPU time. Generation is excluded.
+
+Run ``python benchmarks/sweep.py`` (minutes), or with ``--quick`` at sizes that only show that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from entropy_probe import EntropyProbe
+from two_batch import FULL, QUICK, Setup, training_gradient
+
+NUM_RATES = 12
+TARGET = 2.6 + NUM_RATES * 0.6
+
+
+def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
+    """Time of a sweep, without and with the direct curvature, over that of one training gradient over E."""
+    model, optimizer = setup.policy(lora=lora)
+    update, evaluation = setup.batches()
+    probe = EntropyProbe(model, optimizer, setup.config)
+    rates = [10 ** (-7 + k / 3) for k in range(NUM_RATES)]
+    seconds: dict[str, list[float]] = {"training": [], "sweep": [], "direct": []}
+    for round_ in range(rounds + 1):  # the first one warms up
+        for task in list(seconds)[:: 1 if round_ % 2 else -1]:
+            gc.collect()
+            start = time.process_time()
+            if task == "training":
+                training_gradient(model, evaluation, setup)
+            else:
+                sweep = probe.sweep(
+                    update=update, evaluation=evaluation, learning_rates=rates, direct_curvature=task == "direct"
+                )
+                if task == "direct" and sweep.curvature.direct is None:
+                    raise RuntimeError(f"no direct curvature: {sweep.messages}")
+            if round_:
+                seconds[task].append(time.process_time() - start)
+    paired = [s / t for s, t in zip(seconds["sweep"], seconds["training"], strict=True)]
+    return {
+        "weights": "LoRA" if lora else "full",
+        "num_rates": NUM_RATES,
+        "rounds": rounds,
+        "ratio": median(seconds["sweep"]) / median(seconds["training"]),
+        "ratio_min": min(paired),
+        "ratio_max": max(paired),
+        "ratio_with_direct_curvature": median(seconds["direct"]) / median(seconds["training"]),
+        "target": TARGET,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds")
+    parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    setup = QUICK if options.quick else FULL
+    figures = [cost(setup, lora=weights == "lora", rounds=options.rounds) for weights in options.weights]
+    title = f"Sweep over {NUM_RATES} rates / one training gradient (target: at most {TARGET:.1f})"
+    table = Table("weights", "sweep", "rounds", "with direct curvature", title=title, title_justify="left")
+    for f in figures:
+        spread = f"{f['ratio_min']:.2f} to {f['ratio_max']:.2f}"
+        table.add_row(f["weights"], f"{f['ratio']:.2f}", spread, f"{f['ratio_with_direct_curvature']:.2f}")
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""``entropy-probe sweep``: one step at many learning rates, resumed where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from entropy_probe.checkpoints import CheckpointState
+    from entropy_probe.cli.run import Inputs as Sources
+    from entropy_probe.cli.sweep_config import SweepConfig
+    from entropy_probe.cli.sweep_directory import Inputs, SweepDirectory
+    from entropy_probe.provenance import Phase
+    from entropy_probe.sweep_results import Sweep
+
+__all__ = ["sweep"]
+
+
+def sweep(
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG.yaml", help="A run's settings with a section sweep; relative paths as for run."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as sweep.num=12."),
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an earlier sweep in the output directory and start afresh.")
+    ] = False,
+) -> None:
+    """Measure the step's entropy change at many learning rates.
+
+    A sweep that was interrupted resumes where it stopped when the same command is given again.
+    """
+    from rich.console import Console
+
+    from entropy_probe.cli.config import load_config
+    from entropy_probe.cli.sweep_config import SweepConfig
+    from entropy_probe.report import print_sweeps
+
+    options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
+    settings = load_config(config, overrides or (), options, SweepConfig)
+    assert isinstance(settings, SweepConfig)
+    print_sweeps(sweep_checkpoints(settings), Console(), settings.output_dir)
+
+
+def sweep_checkpoints(config: SweepConfig) -> dict[str, Sweep]:
+    """Sweep the checkpoint, or each of several, as configured; by the checkpoint's name, or "" for a single one.
+
+    Raises:
+        ValueError: if the output directory, a checkpoint, the prompts or the rollouts cannot be used.
+    """
+    from entropy_probe.cli.run import quiet_transformers
+    from entropy_probe.cli.run_directory import CONFIG_FILE
+    from entropy_probe.cli.sweep_directory import open_index
+    from entropy_probe.report import figure_files
+    from entropy_probe.results import write_atomically
+
+    config = config.resolved()
+    quiet_transformers()
+    each = list(config.each())
+    if not each:
+        return {"": sweep_checkpoint(config)}
+    open_index(config.output_dir, [one.output_dir.name for one in each], config.overwrite)
+    write_atomically(config.output_dir / CONFIG_FILE, config.to_yaml().encode())
+    sweeps = {one.output_dir.name: sweep_checkpoint(one) for one in each}
+    for name, content in figure_files(sweeps).items():
+        write_atomically(config.output_dir / name, content)
+    return sweeps
+
+
+def sweep_checkpoint(config: SweepConfig) -> Sweep:
+    """One sweep: resume what is there, or start; see :mod:`entropy_probe.cli.sweep_directory` for the protocol."""
+    from entropy_probe.checkpoints import load_checkpoint
+    from entropy_probe.cli.progress import show_progress
+    from entropy_probe.cli.run import read_inputs
+    from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
+    from entropy_probe.probe import EntropyProbe
+    from entropy_probe.report import figure_files
+    from entropy_probe.results import write_atomically
+    from entropy_probe.sweep_results import SWEEP_FILE, Sweep
+    from entropy_probe.types import Rollouts
+
+    rates = config.sweep.rates()
+    directory = SweepDirectory(config.output_dir, rates)
+    inputs = directory.resume(_inputs_of(config), config.overwrite)
+    if (config.output_dir / SWEEP_FILE).is_file():
+        return Sweep.load(config.output_dir)
+    there = {batch: config.output_dir / ROLLOUT_FILES[batch] for batch in inputs.rollouts}
+    sources = read_inputs(config.model_copy(update={"rollouts": config.rollouts.model_copy(update=there)}))
+    with show_progress() as progress:
+        state = load_checkpoint(config.checkpoint, config.base_model, dtype=config.probe.dtype, device=config.device)
+        assert state.report.optimizer_state is not None
+        mapping = state.report.optimizer_state.mapping
+        settings = config.probe.model_copy(update={"learning_rate": rates[-1]})
+        probe = EntropyProbe(state.model, state.optimizer, settings, mapping=mapping, progress=progress)
+        directory.start(inputs, config.to_yaml())
+        inputs = _collect_rollouts(config, directory, inputs, sources, state, progress)
+        # Read back also where they were just sampled, so that a resumed sweep sees the same layout.
+        found = probe.sweep(
+            update=Rollouts.from_parquet(config.output_dir / ROLLOUT_FILES["update"]),
+            evaluation=Rollouts.from_parquet(config.output_dir / ROLLOUT_FILES["evaluation"]),
+            learning_rates=rates,
+            direct_curvature=config.sweep.direct_curvature,
+            finished=directory.finished(),
+            on_point=directory.save_point,
+        )
+    notes = [note for record in (inputs.rollouts["update"], inputs.rollouts["evaluation"]) for note in record.notes]
+    found = found.model_copy(update={"messages": (*state.report.reasons, *notes, *found.messages)})
+    for name, content in figure_files({"": found}).items():
+        write_atomically(config.output_dir / name, content)
+    found.save(config.output_dir)
+    return found
+
+
+def _inputs_of(config: SweepConfig) -> Inputs:
+    """What the sweep would be computed from, by content."""
+    from entropy_probe.checkpoints import inspect_checkpoint
+    from entropy_probe.cli.sweep_directory import Inputs, hash_directory, hash_file
+    from entropy_probe.provenance import library_versions
+
+    base = inspect_checkpoint(config.checkpoint, config.base_model).base_model
+    given = {}
+    for batch, path in config.rollouts:
+        if path is not None:
+            if not path.is_file():
+                raise ValueError(f"{path}: expected a Parquet file of rollouts, found no such file")
+            given[batch] = hash_file(path)
+    versions = library_versions()
+    return Inputs(
+        config=config.model_dump(
+            mode="json", exclude={"overwrite", "output_dir", "checkpoint", "base_model", "rollouts"}
+        ),
+        checkpoint=hash_directory(config.checkpoint),
+        base_model=hash_directory(Path(base)) if base is not None and Path(base).is_dir() else base,
+        given=given,
+        versions={name: versions[name] for name in ("entropy-probe", "torch", "transformers")},
+    )
+
+
+def _collect_rollouts(
+    config: SweepConfig,
+    directory: SweepDirectory,
+    inputs: Inputs,
+    sources: Sources,
+    state: CheckpointState,
+    progress: Phase,
+) -> Inputs:
+    """Both batches in the directory, given or sampled, each recorded as soon as it is there."""
+    from entropy_probe.cli.run import sample_batch
+    from entropy_probe.cli.sweep_directory import ROLLOUT_FILES
+
+    for batch, file in ROLLOUT_FILES.items():
+        if batch in inputs.rollouts:
+            continue
+        rollouts, notes = getattr(sources, batch), []
+        if rollouts is None:
+            rollouts, notes = sample_batch(batch, config, state, sources, progress)
+        rollouts.to_parquet(directory.path / file)
+        inputs = directory.record(inputs, batch, notes)
+    return inputs

@@ -1,0 +1,159 @@
+"""Figures of sweeps, as the bytes of PNG and SVG files; the same sweep gives the same bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from entropy_probe.sweep_results import Sweep, SweepPoint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["figure_files"]
+
+# Okabe and Ito's palette, told apart with every kind of colour vision; line styles and markers differ as well.
+BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+SEVERAL = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+COVERAGE_95 = 1.96
+SETTINGS: Any = {
+    "svg.hashsalt": "entropy-probe",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def figure_files(sweeps: Mapping[str, Sweep]) -> dict[str, bytes]:
+    """``sweep.png`` and ``sweep.svg`` of one sweep, or ``sweeps.*`` of several, by file name.
+
+    Args:
+        sweeps: by the checkpoint's name; a single one has the name "".
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(9.5, 3.8), dpi=150, layout="constrained")
+        if len(sweeps) == 1 and "" in sweeps:
+            name = "sweep"
+            _draw_sweep(figure, sweeps[""])
+        else:
+            name = "sweeps"
+            _draw_several(figure, sweeps)
+        return {
+            f"{name}.png": _rendered(figure, "png", {"Software": None}),
+            f"{name}.svg": _rendered(figure, "svg", {"Date": None, "Creator": None}),
+        }
+
+
+def _rendered(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _draw_sweep(figure: Figure, sweep: Sweep) -> None:
+    left, right = figure.subplots(1, 2)
+    ok = [point for point in sweep.points if point.status == "ok"]
+    shown = ok or list(sweep.points)
+    rates = [point.learning_rate for point in shown]
+    left.axhline(0, color=GREY, linewidth=0.8)
+    _shade(left, sweep, start=0.0)
+    predicted, errors = [0.0, *_predicted(shown)], [0.0, *(p.predicted.standard_error for p in shown)]
+    _band(left, [0.0, *rates], predicted, errors, VERMILLION)
+    left.plot([0.0, *rates], predicted, color=VERMILLION, linestyle="--", label="predicted δH₁")
+    if ok:
+        x, y, error = ([0.0, *column] for column in zip(*_measured(ok), strict=True))
+        _band(left, x, y, error, BLUE)
+        left.plot(x, y, color=BLUE, marker="o", markersize=3.5, label="realized ΔH")
+    if sweep.fit is not None:
+        a, b = sweep.fit.linear.value, sweep.fit.quadratic.value
+        grid = [rates[-1] * k / 100 for k in range(101)]
+        label = f"fit aη + bη² to η ≤ {sweep.fit.learning_rates[-1]:.3g}"
+        left.plot(grid, [a * x + b * x * x for x in grid], color=GREEN, linestyle=":", linewidth=2, label=label)
+    left.set_xlabel("learning rate η")
+    left.set_ylabel(f"entropy change ({sweep.unit})")
+    left.ticklabel_format(axis="both", style="sci", scilimits=(-2, 3))
+    left.legend(frameon=False, fontsize=8)
+    left.set_title("bands: ±1.96 standard errors", fontsize=8, loc="left")
+    _draw_logarithmic(right, sweep)
+
+
+def _draw_logarithmic(axes: Axes, sweep: Sweep) -> None:
+    rates = [point.learning_rate for point in sweep.points]
+    _shade(axes, sweep, start=rates[0])
+    axes.plot(rates, [abs(y) for y in _predicted(sweep.points)], color=VERMILLION, linestyle="--", label="|δH₁|")
+    for usable, label in ((True, "|ΔH|"), (False, "|ΔH|, not to be used")):
+        found = _measured([point for point in sweep.points if (point.status == "ok") == usable])
+        found = [(x, abs(y), error) for x, y, error in found if y]
+        if not found:
+            continue
+        x, y, error = zip(*found, strict=True)
+        # An error bar that reaches 0 goes off the logarithmic axis.
+        below = [min(COVERAGE_95 * e, v * (1 - 1e-9)) for v, e in zip(y, error, strict=True)]
+        bars = [below, [COVERAGE_95 * e for e in error]]
+        face = BLUE if usable else "none"
+        axes.errorbar(
+            x, y, bars, color=BLUE, linestyle="none", marker="o", markersize=4, markerfacecolor=face, label=label
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    smallest = min((abs(y) for y in _predicted(sweep.points) if y), default=None)
+    if smallest is not None:
+        axes.set_ylim(bottom=smallest / 3)
+    axes.set_xlabel("learning rate η")
+    axes.legend(frameon=False, fontsize=8)
+    if sweep.power_law is not None:
+        axes.set_title(f"slope {sweep.power_law.slope.value:.4f} over the shaded range", fontsize=8, loc="left")
+
+
+def _draw_several(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    left.axhline(0, color=GREY, linewidth=0.8)
+    for k, (name, sweep) in enumerate(sweeps.items()):
+        color, marker = SEVERAL[k % len(SEVERAL)], MARKERS[k % len(MARKERS)]
+        found = _measured([point for point in sweep.points if point.status == "ok"])
+        if found:
+            x, y, error = zip(*found, strict=True)
+            scaled = [v / r for r, v in zip(x, y, strict=True)]
+            _band(left, x, scaled, [e / r for r, e in zip(x, error, strict=True)], color)
+            left.plot(x, scaled, color=color, marker=marker, markersize=3.5, label=name)
+        end = sweep.linear_range
+        if end.learning_rate is not None:
+            face = "none" if end.at_least else color
+            right.plot([k], [end.learning_rate], marker=marker, color=color, markerfacecolor=face, linestyle="none")
+    unit = next(iter(sweeps.values())).unit
+    left.set_xscale("log")
+    left.set_xlabel("learning rate η")
+    left.set_ylabel(f"ΔH / η ({unit} per unit of η)")
+    left.legend(frameon=False, fontsize=8)
+    left.set_title("bands: ±1.96 standard errors", fontsize=8, loc="left")
+    right.set_yscale("log")
+    right.set_xticks(range(len(sweeps)), list(sweeps), rotation=30, ha="right")
+    right.set_xlim(-0.5, len(sweeps) - 0.5)
+    right.set_ylabel("end of the linear range")
+    right.set_title("hollow: at least", fontsize=8, loc="left")
+
+
+def _shade(axes: Axes, sweep: Sweep, start: float) -> None:
+    end = sweep.linear_range.learning_rate
+    if end is not None:
+        axes.axvspan(start, end, color=GREY, alpha=0.18, linewidth=0, label="linear range")
+
+
+def _band(axes: Axes, x: Sequence[float], y: Sequence[float], error: Sequence[float], color: str) -> None:
+    low, high = ([v + sign * COVERAGE_95 * e for v, e in zip(y, error, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _measured(points: Sequence[SweepPoint]) -> list[tuple[float, float, float]]:
+    """Rate, change and standard error of the points that have a measurement."""
+    return [(p.learning_rate, e.value, e.standard_error) for p in points if (e := p.estimate) is not None]
+
+
+def _predicted(points: Sequence[SweepPoint]) -> list[float]:
+    return [point.predicted.value for point in points]

@@ -1,0 +1,162 @@
+"""A sweep over learning rates as a table for the terminal, and what it says in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from entropy_probe.report.numbers import format_estimate, format_number, format_percent
+from entropy_probe.sweep_results import Fitted, Sweep, SweepPoint
+
+__all__ = ["print_sweeps", "sweep_sentence"]
+
+NUM_SE = 2.0
+
+
+def print_sweeps(sweeps: Mapping[str, Sweep], console: Console, directory: Path | None = None) -> None:
+    """Print one sweep in full, or a summary of several.
+
+    Args:
+        sweeps: by the checkpoint's name; the name of a single one is not shown.
+        console: where to print.
+        directory: whose files are listed; None when nothing was saved.
+    """
+    if len(sweeps) == 1 and "" in sweeps:
+        _print_sweep(sweeps[""], console)
+    else:
+        console.print(_summary(sweeps))
+        for name, sweep in sweeps.items():
+            for message in sweep.messages:
+                console.print(Padding(Text(f"note: {name}: {message}", style="yellow"), (0, 1)))
+    if directory is not None:
+        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+        # Not wrapped, so that a long path can be copied.
+        console.print(Text(f" Saved in {directory}: {', '.join(names)}"), soft_wrap=True)
+
+
+def _print_sweep(sweep: Sweep, console: Console) -> None:
+    table = _table(f" Entropy change in {sweep.unit}, step at different learning rates")
+    for name in ("rate η", " realized ΔH", " predicted δH₁", " ΔH/δH₁", "ESS"):
+        table.add_column(name, no_wrap=True)
+    end = sweep.linear_range.learning_rate
+    for point in sweep.points:
+        linear = end is not None and point.learning_rate <= end
+        table.add_row(f"{point.learning_rate:.3g}", *_row(point), style="" if linear else "dim")
+    console.print(table)
+    console.print(_fits(sweep))
+    for message in (*sweep.prediction.diagnostics.messages, *sweep.messages):
+        console.print(Padding(Text(f"note: {message}", style="yellow"), (0, 1)))
+    console.print(Padding(Text(sweep_sentence(sweep)), 1))
+
+
+def _row(point: SweepPoint) -> tuple[str, str, str, str]:
+    predicted = _pair(point.predicted.value, point.predicted.standard_error)
+    if point.realized is None:
+        return " failed", predicted, "", ""
+    marks = "" if point.status == "ok" else f" {point.status.replace('_', ' ')}"
+    if point.estimate is None:
+        return " refused", predicted, "", f"{format_percent(point.realized.ess_fraction)}{marks}"
+    ratio = point.estimate.value / point.predicted.value if point.predicted.value else None
+    return (
+        _pair(point.estimate.value, point.estimate.standard_error),
+        predicted,
+        " undefined" if ratio is None else _signed(format_number(ratio, 4)),
+        f"{format_percent(point.realized.ess_fraction)}{marks}",
+    )
+
+
+def _fits(sweep: Sweep) -> Table:
+    table = _table(None)
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("", style="dim")
+    if sweep.power_law is not None:
+        slope = _pair(sweep.power_law.slope.value, sweep.power_law.slope.standard_error)
+        table.add_row("log-log slope", slope, f"R² {sweep.power_law.r_squared:.5f}; 1 is linear")
+    if sweep.fit is not None:
+        reach = f"{len(sweep.fit.learning_rates)} rates up to {sweep.fit.learning_rates[-1]:.3g}"
+        table.add_row("slope at 0", _fitted(sweep.fit.linear), f"per unit of η; fit of {reach}")
+        assert sweep.curvature.from_fit is not None
+        table.add_row("curvature, fit", _fitted(sweep.curvature.from_fit), "per squared unit of η")
+    if sweep.curvature.direct is not None:
+        table.add_row("curvature, direct", _fitted(sweep.curvature.direct), "by forward-mode differentiation")
+    if sweep.learning_rate_star is not None:
+        table.add_row("star rate", _fitted(sweep.learning_rate_star), "where both parts of the fit cancel")
+    return table
+
+
+def sweep_sentence(sweep: Sweep) -> str:
+    """Up to where the change is linear, which way entropy goes, and where the fit's two parts would cancel."""
+    predicted, linear = sweep.prediction.predicted, sweep.linear_range
+    assert predicted is not None
+    if linear.learning_rate is None:
+        first = "Not linear at any of these rates: add smaller ones."
+    else:
+        bound = "at least " if linear.at_least else ""
+        first = f"Linear up to a learning rate of {bound}{linear.learning_rate:.3g}."
+    if abs(predicted.value) <= NUM_SE * predicted.standard_error:
+        second = "The predicted change does not exceed two standard errors; use more rollouts to resolve it."
+    else:
+        rate = predicted.value / sweep.points[-1].learning_rate
+        way = "falls" if rate < 0 else "rises"
+        second = f"For small steps the entropy {way} by {format_number(abs(rate))} {sweep.unit} per unit of η."
+    return " ".join(filter(None, (first, second, _star_sentence(sweep))))
+
+
+def _star_sentence(sweep: Sweep) -> str:
+    if sweep.fit is None:
+        return ""
+    quadratic, star, end = sweep.fit.quadratic, sweep.learning_rate_star, sweep.linear_range.learning_rate
+    if abs(quadratic.value) <= NUM_SE * quadratic.standard_error:
+        return "The curvature does not exceed two standard errors."
+    if star is None:
+        return "The curvature has the same sign: larger steps change it more than in proportion."
+    beyond = ", beyond the linear range and so an extrapolation" if end is None or star.value > end else ""
+    return f"The curvature works against it and would cancel it at {star.value:.3g}{beyond}."
+
+
+def _summary(sweeps: Mapping[str, Sweep]) -> Table:
+    unit = next(iter(sweeps.values())).unit
+    table = _table(f" Learning-rate sweeps of {len(sweeps)} checkpoints, {unit}")
+    for name in ("checkpoint", "entropy", " slope at 0", "linear up to", " star rate"):
+        table.add_column(name, no_wrap=True)
+    for name, sweep in sweeps.items():
+        end, star = sweep.linear_range, sweep.learning_rate_star
+        bound = "none" if end.learning_rate is None else f"{'≥ ' if end.at_least else ''}{end.learning_rate:.3g}"
+        table.add_row(
+            name,
+            f"{format_estimate(sweep.prediction.entropy.value, sweep.prediction.entropy.standard_error)}",
+            " no fit" if sweep.fit is None else _fitted(sweep.fit.linear),
+            bound,
+            " none" if star is None else _fitted(star),
+        )
+    return table
+
+
+def _table(title: str | None) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 0, 0, 1),
+        show_header=title is not None,
+    )
+
+
+def _fitted(fitted: Fitted) -> str:
+    return _pair(fitted.value, fitted.standard_error)
+
+
+def _pair(value: float, standard_error: float) -> str:
+    return _signed(format_estimate(value, standard_error))
+
+
+def _signed(number: str) -> str:
+    """Leave room for a minus sign, so that digits line up."""
+    return number if number.startswith("-") else f" {number}"

@@ -1,0 +1,199 @@
+"""What a sweep over learning rates returns and what ``sweep.json`` holds. Reading it needs no model and no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized, write_atomically
+
+__all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
+
+SCHEMA_VERSION = 1
+SWEEP_FILE = "sweep.json"
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Fitted(_Record):
+    """A number with its error from the evaluation batch, the update batch held fixed.
+
+    Attributes:
+        value: the estimate.
+        standard_error: one standard error, from the evaluation units' influences.
+    """
+
+    value: float
+    standard_error: float = Field(ge=0)
+
+
+class SweepPoint(_Record):
+    """One learning rate.
+
+    Attributes:
+        learning_rate: the rate of every parameter group.
+        predicted: the first-order change at this rate.
+        realized: the change measured after the step at this rate, or why it was refused; null if scoring failed.
+        difference: realized minus predicted, with the error of the paired difference.
+        failure: why scoring failed after the step; null if it did not.
+        influence: of each evaluation unit on ``realized``, in its unit.
+        difference_influence: of each evaluation unit on ``difference``.
+    """
+
+    learning_rate: float = Field(gt=0)
+    predicted: Prediction
+    realized: Realized | None = None
+    difference: Estimate | None = None
+    failure: str | None = None
+    influence: tuple[float, ...] | None = Field(default=None, repr=False)
+    difference_influence: tuple[float, ...] | None = Field(default=None, repr=False)
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The measured change with its error; ``None`` if there is no number."""
+        return self.realized and self.realized.estimate
+
+    @property
+    def status(self) -> str:
+        """``ok``, or why the measurement should not be used."""
+        return "failed" if self.realized is None else self.realized.status
+
+    def save(self, path: Path) -> None:
+        """Write the point, influences included; the file appears whole or not at all."""
+        write_atomically(path, (self.model_dump_json() + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> SweepPoint:
+        """Read a saved point.
+
+        Raises:
+            ValueError: if the file is not one.
+        """
+        return _read(cls, path, "a point of a sweep")
+
+
+class QuadraticFit(_Record):
+    """``linear * lr + quadratic * lr^2``, fitted to the measured changes with weights ``1 / lr^2``.
+
+    Attributes:
+        linear: nats (per token or sequence) per unit of learning rate.
+        quadratic: nats per squared unit of learning rate.
+        r_squared: one minus the weighted residual sum of squares over the weighted sum of squares.
+        learning_rates: the rates that entered: measured with status ``ok``, up to a third of the linear range.
+    """
+
+    linear: Fitted
+    quadratic: Fitted
+    r_squared: float
+    learning_rates: tuple[float, ...]
+
+
+class PowerLawFit(_Record):
+    """A straight line through ``log |change|`` against ``log lr``.
+
+    Attributes:
+        slope: the exponent, 1 where the change is linear.
+        r_squared: share of the variance explained.
+        learning_rates: the rates that entered: measured with status ``ok``, within the linear range.
+    """
+
+    slope: Fitted
+    r_squared: float
+    learning_rates: tuple[float, ...]
+
+
+class LinearRange(_Record):
+    """Up to where the measured change stays within 10% of the prediction (or of its error, where larger).
+
+    Attributes:
+        learning_rate: the largest rate of the sweep that complies together with all smaller ones; null if none.
+        at_least: whether that is the last rate of the sweep, so that the range may go further.
+    """
+
+    learning_rate: float | None
+    at_least: bool
+
+
+class Curvature(_Record):
+    """The second derivative of entropy with respect to the learning rate, along the step.
+
+    Attributes:
+        from_fit: twice the quadratic coefficient of the fit; null without a fit.
+        direct: from second derivatives of every score; null unless asked for and supported by the model.
+        direct_slope: the first derivative by the same route, to compare with the prediction.
+    """
+
+    from_fit: Fitted | None = None
+    direct: Fitted | None = None
+    direct_slope: Fitted | None = None
+
+
+class Sweep(_Record):
+    """The outcome of :meth:`entropy_probe.EntropyProbe.sweep`, saved in ``sweep.json``.
+
+    Attributes:
+        prediction: the first-order change at the largest rate of the sweep, without timing and memory.
+        own_learning_rates: the optimizer's rate of each parameter group, which the sweep replaced.
+        points: one for each rate, by increasing rate.
+        linear_range: up to which rate the first-order change describes the measured one.
+        fit: the quadratic through the points up to a third of the linear range; null with fewer than three.
+        power_law: the log-log slope over the linear range; null likewise, or if changes differ in sign.
+        curvature: the second derivative.
+        learning_rate_star: ``-linear / quadratic`` of the fit, where the two parts cancel; null unless positive.
+        messages: one line each for everything about the sweep that a careful reader should know.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    prediction: ProbeResult
+    own_learning_rates: tuple[float, ...]
+    points: tuple[SweepPoint, ...]
+    linear_range: LinearRange
+    fit: QuadraticFit | None = None
+    power_law: PowerLawFit | None = None
+    curvature: Curvature = Curvature()
+    learning_rate_star: Fitted | None = None
+    messages: tuple[str, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """The unit of all changes."""
+        return self.prediction.entropy.unit
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``sweep.json`` into ``directory`` (made if missing) and return its path.
+
+        Influences are left out: they are in the files of the points. The file appears whole or not at all.
+        """
+        path = Path(directory) / SWEEP_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        left_out = {"points": {"__all__": {"influence", "difference_influence"}}}
+        write_atomically(path, (self.model_dump_json(indent=2, exclude=left_out) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Sweep:
+        """Read a saved sweep from its directory or from the file itself.
+
+        Raises:
+            ValueError: if the file is missing or is not a sweep of this schema.
+        """
+        path = Path(directory)
+        path = path / SWEEP_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a saved sweep, found no such file; run `entropy-probe sweep` first")
+        return _read(cls, path, f"a sweep of schema {SCHEMA_VERSION}")
+
+
+def _read(kind: type[T], path: Path, what: str) -> T:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path}: not {what}: {where}: {first['msg']}; sweep again with --overwrite") from error

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from entropy_probe.report import figure_files, print_sweeps
+from entropy_probe.report.sweep import sweep_sentence
+from entropy_probe.results import Estimate, Prediction, Realized
+from entropy_probe.sweep_results import Curvature, Fitted, LinearRange, PowerLawFit, QuadraticFit, Sweep, SweepPoint
+from tests.report.results import COMMON, make_result
+
+RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+
+
+def make_sweep(a: float = -9.0, b: float = 570.0, *, error: float = 0.3, end: float | None = 1e-3, **changes) -> Sweep:
+    """A sweep along ``a lr + b lr^2``, the last rate beyond what can be measured."""
+    points = []
+    for rate in RATES:
+        value, spread = a * rate + b * rate**2, error * rate
+        predicted = Prediction(value=a * rate, standard_error=spread, se_evaluation=spread, se_update=0, **COMMON)
+        status = "low_ess" if rate == RATES[-1] else "ok"
+        low = status == "low_ess"
+        realized = Realized(value=None if low else value, standard_error=None if low else spread, status=status,
+                            estimator="per_decision", ess=200, ess_fraction=0.1 if low else 0.9, max_weight=2,
+                            pareto_k=0.2, pareto_k_threshold=0.7, noise_floor=1e-8, step_rounding=0.0,
+                            **COMMON)  # fmt: skip
+        difference = Estimate(value=value - predicted.value, standard_error=0.1 * spread, **COMMON)
+        points.append(SweepPoint(learning_rate=rate, predicted=predicted, realized=realized,
+                                 difference=None if low else difference))  # fmt: skip
+    star = -a / b if b else -1.0
+    settings = {
+        "prediction": make_result((a * RATES[-1], error * RATES[-1]), None, None),
+        "own_learning_rates": (3e-4,),
+        "points": tuple(points),
+        "linear_range": LinearRange(learning_rate=end, at_least=False),
+        "fit": QuadraticFit(
+            linear=Fitted(value=a, standard_error=error),
+            quadratic=Fitted(value=b, standard_error=50.0),
+            r_squared=0.9999,
+            learning_rates=RATES[:3],
+        ),
+        "power_law": PowerLawFit(
+            slope=Fitted(value=0.99, standard_error=1e-3), r_squared=0.9999, learning_rates=RATES[:4]
+        ),
+        "curvature": Curvature(
+            from_fit=Fitted(value=2 * b, standard_error=100.0), direct=Fitted(value=2 * b, standard_error=90.0)
+        ),
+        "learning_rate_star": Fitted(value=star, standard_error=0.1 * star) if star > 0 else None,
+    }
+    return Sweep(**settings | changes)
+
+
+def show(sweeps: dict[str, Sweep]) -> str:
+    stream = io.StringIO()
+    print_sweeps(sweeps, Console(file=stream, width=80))
+    return stream.getvalue()
+
+
+def test_sentences():
+    assert sweep_sentence(make_sweep()) == (
+        "Linear up to a learning rate of 0.001. For small steps the entropy falls by 9.00 nats/token per unit of η. "
+        "The curvature works against it and would cancel it at 0.0158, beyond the linear range and so an extrapolation."
+    )
+    rises = sweep_sentence(make_sweep(9.0, linear_range=LinearRange(learning_rate=1e-2, at_least=True)))
+    assert rises.startswith("Linear up to a learning rate of at least 0.01. For small steps the entropy rises by 9.00")
+    assert rises.endswith("The curvature has the same sign: larger steps change it more than in proportion.")
+    assert sweep_sentence(make_sweep(b=60.0)).endswith("The curvature does not exceed two standard errors.")
+    noisy = sweep_sentence(make_sweep(error=5.0, end=None))
+    assert noisy.startswith("Not linear at any of these rates: add smaller ones. The predicted change does not exceed")
+    assert sweep_sentence(make_sweep(fit=None)).endswith("nats/token per unit of η.")
+
+
+def test_every_rate_and_fit_is_shown_within_80_columns():
+    text = show({"": make_sweep(messages=("a remark",))})
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    for words in ("1e-06", "0.001", "10.0% low ess", "0.9900 ± 0.0010", "-9.00 ± 0.30",
+                  "1140 ± 100", "1140 ± 90", "note: a remark"):  # fmt: skip
+        assert words in text, words
+
+
+def test_failed_points_are_shown_and_drawn():
+    sweep = make_sweep()
+    failed = SweepPoint(learning_rate=1.0, predicted=sweep.points[0].predicted, failure="overflow")
+    sweep = sweep.model_copy(update={"points": (*sweep.points, failed)})
+    assert " failed" in show({"": sweep})
+    assert figure_files({"": sweep}).keys() == {"sweep.png", "sweep.svg"}
+
+
+def test_a_summary_of_several():
+    text = show(
+        {"checkpoint-5": make_sweep(), "checkpoint-10": make_sweep(end=None, fit=None, learning_rate_star=None)}
+    )
+    first, second = (next(line for line in text.splitlines() if f"checkpoint-{k} " in line) for k in (5, 10))
+    assert first.split()[-4:] == ["0.001", "0.0158", "±", "0.0016"]
+    assert second.split()[-4:] == ["no", "fit", "none", "none"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_figures_are_the_same_every_time(several):
+    sweeps = {"a": make_sweep(), "b": make_sweep(9.0, end=None)} if several else {"": make_sweep()}
+    first, again = figure_files(sweeps), figure_files(sweeps)
+    assert first == again
+    assert all(len(content) > 1000 for content in first.values())
+
+
+def test_figures_without_a_single_usable_point():
+    sweep = make_sweep(end=None, fit=None, power_law=None, learning_rate_star=None)
+    sweep = sweep.model_copy(update={"points": sweep.points[-1:]})
+    assert figure_files({"": sweep}).keys() == {"sweep.png", "sweep.svg"}
