@@ -279,7 +279,8 @@ class Diagnostics(_Record):
         step_norm: Euclidean norm of the parameter change.
         prefix_sharing: whether responses to one prompt were computed with the prompt once, or why not.
         head: how log-probabilities were computed (``chunked``, or ``logits`` and why).
-        per_unit_gradients: how per-unit gradients were computed.
+        per_unit_gradients: how per-unit gradients were computed: ``linear-layer taps`` or ``taps`` (read off the
+            layers), ``taps; by autograd: NAMES`` (these by differentiating their layers alone), or ``per unit (WHY)``.
         messages: one line each for everything a careful reader should know.
     """
 

@@ -21,8 +21,8 @@ from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, PreconditionerReport, ProbeResult, Unit
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import Rollouts, TokenScores
-from entropy_probe.updates.per_unit import tappable
 from entropy_probe.updates.preconditioner import frozen_preconditioner
+from entropy_probe.updates.taps import Taps, tappable
 
 __all__ = ["Resample", "Session", "Subject"]
 
@@ -103,11 +103,11 @@ class Session:
             key = f"{state} {rollouts_fingerprint(batch)} {how}"
             return self.subject.cache.get(key, lambda: scorer.score(batch, progress))
 
-    def choose_taps(self, rollouts: Rollouts) -> bool:
-        """Whether per-sequence gradients can be read off the linear layers; the result will say."""
-        untappable = tappable(self.scorer, self.parameters, rollouts)
-        self.per_unit_gradients = "linear-layer taps" if untappable is None else f"per unit ({untappable})"
-        return untappable is None
+    def choose_taps(self, rollouts: Rollouts) -> Taps | None:
+        """How per-sequence gradients can be read off the layers, if they can; the result will say."""
+        taps = tappable(self.scorer, self.parameters, rollouts)
+        self.per_unit_gradients = str(taps) if isinstance(taps, Taps) else f"per unit ({taps})"
+        return taps if isinstance(taps, Taps) else None
 
     def frozen_scale(self) -> tuple[dict[str, Tensor], PreconditionerReport]:
         """``lr P`` of the frozen geometry, each parameter with its own group's rate, and how P came about."""

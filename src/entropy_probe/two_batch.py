@@ -24,7 +24,8 @@ from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 from entropy_probe.updates.adamw import ClippedGradient, adamw_step, clip_gradient, shadow_step
-from entropy_probe.updates.per_unit import Side, UnitGradients, unit_gradients
+from entropy_probe.updates.per_unit import Side, UnitGradients, stored_bytes, unit_gradients
+from entropy_probe.updates.taps import Taps
 
 __all__ = ["TwoBatch"]
 
@@ -95,7 +96,7 @@ class TwoBatch(Session):
         before = self.reference_scores(self.evaluation, "score evaluation")
         self._note_mismatch(before)
         entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
-        taps = predict and self.choose_taps(self.update)
+        taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)
         step = self._plan_step(gradients.total)
         if predict:
@@ -142,23 +143,24 @@ class TwoBatch(Session):
                 )
         return unit, Units.sequences(len(ids)) if unit == "sequence" else Units.prompts(ids)
 
-    def _update_gradient(self, *, store: bool, taps: bool) -> UnitGradients:
+    def _update_gradient(self, *, store: bool, taps: Taps | None) -> UnitGradients:
         """The loss gradient of the whole step, with each prompt's share if it is wanted and fits."""
-        size = self.prompts.count * sum(p.numel() * p.element_size() for p in self.parameters.values())
-        fits = size <= self.config.max_stored_gradient_gib * 2**30
+        fits = stored_bytes(self.parameters, self.prompts.count) <= self.config.max_stored_gradient_gib * 2**30
         if store and not fits:
             self.messages.append(
                 "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
             )
         with self.clock.phase("update gradient") as progress:
             side = Side(self._loss_coefficients(), store=store and fits)
-            return self._differentiate(self.update, self.prompts, side, taps=taps and side.store, progress=progress)
+            return self._differentiate(
+                self.update, self.prompts, side, taps=taps if side.store else None, progress=progress
+            )
 
     def _loss_coefficients(self) -> TokenCoefficients:
         return loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
 
     def _differentiate(
-        self, batch: Rollouts, units: Units, side: Side, *, taps: bool, progress: Progress
+        self, batch: Rollouts, units: Units, side: Side, *, taps: Taps | None, progress: Progress
     ) -> UnitGradients:
         (found,) = unit_gradients(
             self.scorer, self.parameters, batch, units.index, [side], taps=taps, progress=progress
@@ -177,7 +179,7 @@ class TwoBatch(Session):
         return _PlannedStep(unclipped, {"gradient": _scaled(unclipped.values, scale, -1.0)}, scale, report)
 
     def _first_order(
-        self, before: TokenScores, gradients: UnitGradients, step: _PlannedStep, *, taps: bool
+        self, before: TokenScores, gradients: UnitGradients, step: _PlannedStep, *, taps: Taps | None
     ) -> tuple[Sampled, dict[str, Any]]:
         """The prediction with its components, and the result fields that report it."""
         config, evaluation = self.config, self.evaluation
@@ -223,7 +225,7 @@ class TwoBatch(Session):
         total_weight: float,
         step: _PlannedStep,
         *,
-        taps: bool,
+        taps: Taps | None,
     ) -> Tensor:
         """What each update prompt adds to the gradient part of the prediction, ``[B]``."""
         direction = _scaled(entropy_side.total, step.gradient_scale, -step.gradient.factor / total_weight)

@@ -22,7 +22,7 @@ def test_cost(tmp_path):
     printed, figures = run(tmp_path, "lora", "full")
     assert "LoRA" in printed
     assert "full weights" in printed
-    for kind, per_unit in (("lora", "linear-layer taps"), ("full", "per unit")):
+    for kind, per_unit in (("lora", "linear-layer taps"), ("full", "taps")):
         cost = figures[kind]
         assert cost["per_unit_gradients"].startswith(per_unit)
         assert cost["head"] == "chunked"

@@ -11,6 +11,7 @@ from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.packing import bounded_groups, pack, pack_shared, shared_prompts
 from entropy_probe.types import TokenCoefficients
 from entropy_probe.updates.per_unit import Side, unit_gradients
+from entropy_probe.updates.taps import tappable
 from tests.invariants.test_probe import numbers
 from tests.tiny import tiny_policy
 
@@ -175,11 +176,12 @@ def test_prediction_agrees_with_measurement_as_the_step_shrinks(kind, config):
     assert gaps[1] < 0.4 * gaps[0]
 
 
-def test_taps_equal_one_backward_per_unit(monkeypatch):
-    model, optimizer = policy("lora")
+@pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
+def test_taps_equal_one_backward_per_unit(kind, config, monkeypatch):
+    model, optimizer = policy(kind, **config)
     update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
     fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
-    assert fast.diagnostics.per_unit_gradients == "linear-layer taps"
+    assert fast.diagnostics.per_unit_gradients == ("linear-layer taps" if kind == "lora" else "taps")
     monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off by a test")
     generic = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     for key, value in numbers(fast).items():
@@ -262,7 +264,7 @@ def test_bfloat16_runs_when_asked_for(kind):
     optimizer.zero_grad()
     config = ProbeConfig(dtype="bfloat16")
     result = EntropyProbe(model, optimizer, config).run(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
-    assert (result.diagnostics.per_unit_gradients == "linear-layer taps") == (kind == "lora")
+    assert result.diagnostics.per_unit_gradients == ("linear-layer taps" if kind == "lora" else "taps")
     assert any("quantised" in m for m in result.diagnostics.messages)
     full, _ = policy(kind)
     full.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
@@ -335,7 +337,7 @@ def test_shared_prompts_give_the_same_scores_and_gradients(architecture, gaps, d
     for width in (scorer._width, None):
         scorer._width = width
         scores = scorer.score(batch)
-        for taps in (True, False):
+        for taps in (tappable(scorer, parameters, batch), None):
             side = Side(TokenCoefficients(a, c), store=True)
             gradients = unit_gradients(scorer, parameters, batch, batch.prompt_ids, [side], taps=taps)[0].stored
             found.append((scores.logprobs, scores.entropies, gradients))

@@ -97,10 +97,12 @@ def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rol
     return {"value": value.item(), "se_evaluation": se_e.item(), "se_update": se_u.item()}
 
 
-@pytest.mark.parametrize("train_embedding", [True, False], ids=["per-unit path", "taps path"])
+@pytest.mark.parametrize("path", ["per unit (switched off)", "taps", "linear-layer taps"])
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
-def test_prediction_equals_brute_force(train_embedding, normalization):
-    model = TinyPolicy(train_embedding=train_embedding)
+def test_prediction_equals_brute_force(path, normalization, monkeypatch):
+    model = TinyPolicy(train_embedding=path != "linear-layer taps")
+    if path.startswith("per unit"):
+        monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off")
     optimizer = trained_optimizer(model, weight_decay=0.1)
     update, evaluation = batches()
     result = probe(model, optimizer, normalization=normalization, max_grad_norm=None).predict(
@@ -109,7 +111,7 @@ def test_prediction_equals_brute_force(train_embedding, normalization):
     expected = brute_force(model, optimizer, update, evaluation, normalization)
     got = {k: getattr(result.predicted, k) for k in expected}
     assert got == pytest.approx(expected, rel=1e-9)
-    assert result.diagnostics.per_unit_gradients.startswith("per unit" if train_embedding else "linear-layer")
+    assert result.diagnostics.per_unit_gradients == path
 
 
 def test_two_passes_equal_stored_gradients():
@@ -331,7 +333,9 @@ def test_frozen_step_by_hand():
     assert abs(result.difference.value) < 0.05 * abs(result.predicted.value)
 
 
-@pytest.mark.parametrize("setting", [("_CACHED_ELEMENTS", 0), ("_BLOCK_ELEMENTS", 60)])
+@pytest.mark.parametrize(
+    "setting", [("per_unit._CACHED_ELEMENTS", 0), ("layers._BLOCK_ELEMENTS", 60), ("per_unit._COLUMN_ELEMENTS", 9)]
+)
 def test_memory_bounds_do_not_change_the_numbers(setting, monkeypatch):
     update, evaluation = batches()
     found = []
@@ -341,7 +345,7 @@ def test_memory_bounds_do_not_change_the_numbers(setting, monkeypatch):
         for bounded in (False, True):
             with monkeypatch.context() as patch:
                 if bounded:
-                    patch.setattr(f"entropy_probe.updates.per_unit.{setting[0]}", setting[1])
+                    patch.setattr(f"entropy_probe.updates.{setting[0]}", setting[1])
                 found.append(numbers(probe(model, optimizer).run(update=update, evaluation=evaluation)))
         same(found[-2], found[-1])
 

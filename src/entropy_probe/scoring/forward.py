@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -161,6 +162,11 @@ class Scorer:
                 "were they tokenized for another model?"
             )
 
+    @property
+    def head(self) -> nn.Linear | None:
+        """The output layer, if it is applied in chunks outside the model."""
+        return None if self._split is None else self._split[1]
+
     def _head(self) -> OutputHead:
         assert self._split is not None
         head = self._split[1]
@@ -259,12 +265,19 @@ class Scorer:
         s, h = zip(*(logit_scores(z, targets, self.temperature) for z, targets in logits), strict=True)
         return torch.cat(s), torch.cat(h)
 
-    def surrogates(self, batch: Microbatch, sides: Sequence[TokenCoefficients]) -> list[Tensor]:
+    def surrogates(
+        self,
+        batch: Microbatch,
+        sides: Sequence[TokenCoefficients],
+        consume_head: Callable[[int, slice, Tensor, Tensor], None] | None = None,
+    ) -> list[Tensor]:
         """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
         Args:
             batch: the microbatch.
             sides: coefficients for every token of the whole batch, ``[N, L]``.
+            consume_head: takes the place of gradients of :attr:`head`: called with a side's number and what
+                :func:`~entropy_probe.scoring.logits.head_surrogate` says of each chunk of tokens.
 
         Raises:
             ValueError: if a value is not finite.
@@ -272,7 +285,12 @@ class Scorer:
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
         if self._split is not None:
             hidden = self._hidden(batch)
-            values = [head_surrogate(self._head(), hidden, batch.targets, a, c) for a, c in terms]
+            values = [
+                head_surrogate(
+                    self._head(), hidden, batch.targets, a, c, partial(consume_head, k) if consume_head else None
+                )
+                for k, (a, c) in enumerate(terms)
+            ]
         else:
             s, h = self.token_scores(batch)
             values = [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]

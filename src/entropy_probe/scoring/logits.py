@@ -6,7 +6,7 @@ is part of the policy. A masked vocabulary entry (logit ``-inf``) has probabilit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ class _HeadSurrogate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, a: Tensor, c: Tensor | None,
-        temperature: float,
+        temperature: float, consume: Callable[[slice, Tensor, Tensor], None] | None,
     ) -> Tensor:  # fmt: skip
         head = OutputHead(weight, bias, temperature)
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
@@ -131,6 +131,8 @@ class _HeadSurrogate(torch.autograd.Function):
                 d_weight.addmm_(d_z.T, hidden[rows])
             if d_bias is not None:
                 d_bias += d_z.sum(0)
+            if consume is not None:
+                consume(rows, d_z, hidden[rows])
         ctx.gradients = d_hidden, d_weight, d_bias
         return value
 
@@ -138,7 +140,7 @@ class _HeadSurrogate(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         factor = grad_outputs[0]
         scaled = [None if g is None else g * factor.to(g.dtype) for g in ctx.gradients]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def head_surrogate(
@@ -147,6 +149,7 @@ def head_surrogate(
     targets: Int[Tensor, " T"],
     logprob_coefficients: Float[Tensor, " T"],
     entropy_coefficients: Float[Tensor, " T"] | None,
+    consume: Callable[[slice, Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, ""]:
     """The scalar ``sum_t a_t s_t + c_t h_t``, differentiable once in ``hidden`` and the head's parameters.
 
@@ -156,10 +159,15 @@ def head_surrogate(
         targets: token ids.
         logprob_coefficients: ``a``, constants.
         entropy_coefficients: ``c``, constants; ``None`` for none, which skips the entropies' share of the work.
+        consume: called for each chunk of tokens with the scalar's derivatives in ``hidden W^T + bias``, ``[t, V]``,
+            and the hidden states, ``[t, D]``; the head's parameters then count as constants.
 
     Returns:
         A float64 scalar.
     """
+    weight, bias = head.weight, head.bias
+    if consume is not None:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     return _HeadSurrogate.apply(
-        hidden, head.weight, head.bias, targets, logprob_coefficients, entropy_coefficients, head.temperature
+        hidden, weight, bias, targets, logprob_coefficients, entropy_coefficients, head.temperature, consume
     )  # pyright: ignore[reportReturnType]

@@ -16,7 +16,15 @@ from torch.nn import Parameter
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.types import Rollouts, TokenCoefficients
-from entropy_probe.updates.per_unit import Side, UnitGradients, unit_backward, unit_gradients
+from entropy_probe.updates.per_unit import (
+    Side,
+    UnitGradients,
+    stored_bytes,
+    sum_over_columns,
+    unit_backward,
+    unit_gradients,
+)
+from entropy_probe.updates.taps import Taps
 
 __all__ = ["CrossProducts", "cross_products"]
 
@@ -51,14 +59,15 @@ def cross_products(
     y: TokenCoefficients,
     scale: NamedVector,
     *,
-    taps: bool,
+    taps: Taps | None,
     max_bytes: float,
     progress: Progress,
 ) -> CrossProducts:
     """Differentiate both surrogates unit by unit, with one forward pass for the two, and multiply.
 
-    Gradients of all units are kept in host memory if they fit ``max_bytes``. If not, a first pass gives the sums and
-    the diagonal and a second one the products with the sums.
+    Gradients of all units are kept in host memory if they fit ``max_bytes``. If only those of one surrogate fit, a
+    first pass keeps Y's and a second one, over X, needs nothing else. If these do not fit either, a first pass gives
+    the sums and the diagonal and a second one the products with the sums.
 
     Args:
         scorer: the policy.
@@ -68,18 +77,21 @@ def cross_products(
         x: coefficients of the entropy side.
         y: coefficients of the update side.
         scale: P, by parameter name.
-        taps: whether per-sequence gradients can be read off the linear layers.
+        taps: how to read per-sequence gradients off layers, if they can be.
         max_bytes: how much the gradients of all units may take.
         progress: called with sequences done and in all.
     """
     count = int(units.max()) + 1
-    size = sum(p.numel() * p.element_size() for p in parameters.values())
-    if 2 * count * size <= max_bytes:
+    size = stored_bytes(parameters, count)
+    if 2 * size <= max_bytes:
         sides = [Side(x, store=True), Side(y, store=True)]
         left, right = unit_gradients(scorer, parameters, rollouts, units, sides, taps=taps, progress=progress)
-        how = f"one pass, gradients of {count} units kept ({2 * count * size / 2**20:.0f} MiB)"
+        how = f"one pass, gradients of {count} units kept ({2 * size / 2**20:.0f} MiB)"
         return _from_stored(left, right, scale, how)
-    return _two_passes(scorer, parameters, rollouts, units, x, y, scale, progress)
+    if size <= max_bytes:
+        how = f"two passes, one side's gradients of {count} units kept ({size / 2**20:.0f} MiB)"
+        return _one_side_stored(scorer, parameters, rollouts, units, x, y, scale, taps, progress, how)
+    return _two_passes(scorer, parameters, rollouts, units, x, y, scale, taps, progress)
 
 
 def _filled(total: Mapping[str, Tensor | None], scale: NamedVector) -> dict[str, Tensor]:
@@ -90,14 +102,41 @@ def _filled(total: Mapping[str, Tensor | None], scale: NamedVector) -> dict[str,
 def _from_stored(x: UnitGradients, y: UnitGradients, scale: NamedVector, how: str) -> CrossProducts:
     assert x.stored is not None
     assert y.stored is not None
-    p = torch.cat([scale[name].reshape(-1) for name in x.total]).double().cpu()
-    x_sum, y_sum = (stored.sum(0, dtype=torch.float64) for stored in (x.stored, y.stored))
-    rows = [
-        (left @ (p * y_sum), right @ (p * x_sum), left @ (p * right))
-        for left, right in ((a.double(), b.double()) for a, b in zip(x.stored, y.stored, strict=True))
-    ]
-    left, right, diagonal = (torch.stack(column) for column in zip(*rows, strict=True))
-    return CrossProducts(left, right, diagonal, (x_sum @ y_sum).item(), _filled(y.total, scale), how)
+    p = torch.cat([scale[name].reshape(-1) for name in x.total]).cpu()
+
+    def products(xs: Tensor, ys: Tensor, along: Tensor) -> Tensor:
+        x_sum, y_sum = xs.sum(0), ys.sum(0)
+        unscaled = torch.dot(x_sum, y_sum).expand(len(xs))
+        return torch.stack([xs @ (along * y_sum), ys @ (along * x_sum), (xs * ys) @ along, unscaled])
+
+    left, right, diagonal, unscaled = sum_over_columns(products, x.stored, y.stored, p)
+    return CrossProducts(left, right, diagonal, unscaled[0].item(), _filled(y.total, scale), how)
+
+
+def _one_side_stored(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    units: Tensor,
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+    scale: NamedVector,
+    taps: Taps | None,
+    progress: Progress,
+    how: str,
+) -> CrossProducts:
+    """With all ``P Y_u`` at hand, each ``X_u`` is multiplied where it arises and dropped."""
+    (right,) = unit_gradients(scorer, parameters, rollouts, units, [Side(y, store=True)], taps=taps, progress=progress)
+    assert right.stored is not None
+    p = torch.cat([scale[name].reshape(-1) for name in parameters]).to(right.stored)
+    for row in right.stored:
+        row *= p
+    y_total = _filled(right.total, scale)
+    toward_y = {name: scale[name] * t for name, t in y_total.items()}
+    side = Side(x, directions=[toward_y], pair_with=right.stored)
+    (left,) = unit_gradients(scorer, parameters, rollouts, units, [side], taps=taps, progress=progress)
+    x_total = _filled(left.total, scale)
+    return CrossProducts(left.dots[0], right.dot_stored(x_total), left.paired, dot(x_total, y_total), y_total, how)
 
 
 def _two_passes(
@@ -108,6 +147,7 @@ def _two_passes(
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,
+    taps: Taps | None,
     progress: Progress,
 ) -> CrossProducts:
     totals: list[dict[str, Tensor]] = [{}, {}]
@@ -123,7 +163,7 @@ def _two_passes(
     x_total, y_total = ({name: t.get(name, torch.zeros_like(s)) for name, s in scale.items()} for t in totals)
     toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
     sides = [Side(x, directions=[toward_y]), Side(y, directions=[toward_x])]
-    left, right = unit_gradients(scorer, parameters, rollouts, units, sides, progress=progress)
+    left, right = unit_gradients(scorer, parameters, rollouts, units, sides, taps=taps, progress=progress)
     unscaled = dot(x_total, y_total)
     how = "two passes, since the gradients of all units exceed max_stored_gradient_gib"
     return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, how)

@@ -1,34 +1,51 @@
 """Gradients of token surrogates: their sum over a batch, and their share per unit, in one streaming pass.
 
-Two paths give the same numbers. ``taps``: when everything trainable is the weight or bias of plain ``nn.Linear``
-layers (LoRA), one backward pass over a microbatch of many sequences is enough, since the input and the output
-gradient of a linear layer determine each sequence's weight gradient. ``per unit``: for any module, one backward pass
-per unit. Only one microbatch's graph is alive at a time, and ``.grad`` is never touched.
+Two paths give the same numbers. With ``taps`` one backward pass over a microbatch of many sequences is enough, since
+what each sequence adds is read off the layers. ``per unit``: for any module, one backward pass per unit. Only one
+microbatch's graph is alive at a time, and ``.grad`` is never touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from entropy_probe.named import NamedVector
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import Rollouts, TokenCoefficients
+from entropy_probe.updates.layers import Sink
+from entropy_probe.updates.taps import Taps, tapped_backward
 
-__all__ = ["Side", "UnitGradients", "tappable", "unit_backward", "unit_gradients"]
+__all__ = ["Side", "UnitGradients", "stored_bytes", "sum_over_columns", "unit_backward", "unit_gradients"]
 
-_BLOCK_ELEMENTS = 2**23
-"""Per-sequence gradients of one layer are formed for at most this many elements at a time."""
 _CACHED_ELEMENTS = 2**26
 """Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
+_COLUMN_ELEMENTS = 2**18
+"""Elements converted to float64 at a time in products of stored gradients."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One surrogate to differentiate, and what is wanted of its gradient besides the total.
+
+    Attributes:
+        coefficients: of the surrogate ``sum_it a_it s_it + c_it h_it``.
+        directions: vectors to take each unit's inner product with.
+        store: keep each unit's gradient.
+        pair_with: a vector for each unit to take its own inner product with, ``[U, P]``, laid out as in
+            :attr:`UnitGradients.stored`.
+    """
+
+    coefficients: TokenCoefficients
+    directions: Sequence[NamedVector] = ()
+    store: bool = False
+    pair_with: Float[Tensor, "U P"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,40 +56,53 @@ class UnitGradients:
         total: the gradient of the whole surrogate by parameter name; ``None`` where it does not reach.
         dots: inner products of each unit's gradient with the given directions, ``[K, U]``, float64.
         stored: each unit's gradient, parameters laid out in order, ``[U, P]`` on the CPU; ``None`` unless asked for.
+        paired: inner product of each unit's gradient with its own row of :attr:`Side.pair_with`, ``[U]``, float64;
+            zeros unless given.
     """
 
     total: dict[str, Tensor | None]
     dots: Float[Tensor, "K U"]
     stored: Float[Tensor, "U P"] | None
+    paired: Float[Tensor, " U"]
 
     def dot_stored(self, direction: NamedVector) -> Float[Tensor, " U"]:
         """Inner products of the stored gradients with one more direction, in float64."""
         assert self.stored is not None
-        flat = torch.cat([direction[name].reshape(-1) for name in self.total]).double().cpu()
-        return torch.stack([row.double() @ flat for row in self.stored])
+        flat = torch.cat([direction[name].reshape(-1) for name in self.total]).cpu()
+        return sum_over_columns(lambda rows, along: rows @ along, self.stored, flat)
 
 
-class _Sums:
+def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
+    """Sum ``products(rows[:, c], *(x[..., c] for x in others))`` in float64 over blocks of columns ``c``.
+
+    A block stays in the processor's cache, and no float64 copy of anything large is made.
+    """
+    width = max(1, _COLUMN_ELEMENTS // len(rows))
+    parts = [
+        products(*(x[..., start : start + width].double() for x in (rows, *others)))
+        for start in range(0, rows.shape[-1], width)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+class _Sums(Sink):
     """Where a pass accumulates, one contribution at a time."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Parameter],
-        directions: Sequence[NamedVector],
-        num_units: int,
-        store: bool,
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Parameter], side: Side, num_units: int) -> None:
         self.total: dict[str, Tensor | None] = dict.fromkeys(parameters)
-        self.dots = torch.zeros(len(directions), num_units, dtype=torch.float64)
+        self.dots = torch.zeros(len(side.directions), num_units, dtype=torch.float64)
+        self.paired = torch.zeros(num_units, dtype=torch.float64)
         sizes = [p.numel() for p in parameters.values()]
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
         self._slices = {name: slice(a, b) for name, a, b in zip(parameters, starts[:-1], starts[1:], strict=True)}
-        self.stored = torch.zeros(num_units, starts[-1]) if store else None
-        if store and any(p.dtype == torch.float64 for p in parameters.values()):
-            self.stored = torch.zeros(num_units, starts[-1], dtype=torch.float64)
-        self._directions = directions
-        small = len(directions) * starts[-1] <= _CACHED_ELEMENTS
-        self._cache = {name: self._stack(name) for name in parameters} if directions and small else {}
+        self._shapes = {name: p.shape for name, p in parameters.items()}
+        self.stored = torch.zeros(num_units, starts[-1], dtype=_stored_dtype(parameters)) if side.store else None
+        self._directions, self._pair_with = side.directions, side.pair_with
+        small = len(side.directions) * starts[-1] <= _CACHED_ELEMENTS
+        self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
+
+    def outcome(self) -> UnitGradients:
+        return UnitGradients(self.total, self.dots, self.stored, self.paired)
 
     def _stack(self, name: str) -> Tensor:
         """The directions of one parameter in float64, ``[K, p]``."""
@@ -85,30 +115,51 @@ class _Sums:
 
     def add_units(self, name: str, units: Tensor, gradients: Tensor) -> None:
         """Gradients of one parameter, ``[n, ...]``, each belonging to ``units[n]``; their sum joins the total."""
-        self.add_total(name, gradients.sum(0))
+        self.add_total(name, gradients[0] if len(gradients) == 1 else gradients.sum(0))
         flat = gradients.reshape(len(units), -1)
         if self._directions:
             along = self._cache[name] if self._cache else self._stack(name)
-            self.dots.index_add_(1, units, (along @ flat.double().T).cpu())
+            self.dots.index_add_(1, units, sum_over_columns(lambda g, d: d @ g.T, flat, along).cpu())
         if self.stored is not None:
             block = flat.to("cpu", self.stored.dtype)
             for unit, row in zip(units.tolist(), block, strict=True):
                 self.stored[unit, self._slices[name]] += row
+        if self._pair_with is not None:
+            for unit, row in zip(units.tolist(), flat.cpu(), strict=True):
+                other = self._pair_with[unit, self._slices[name]]
+                self.paired[unit] += sum_over_columns(lambda g, o: (g * o).sum(), row[None], other[None])
+
+    def add_lookups(self, name: str, units: Tensor, ids: Tensor, gradients: Tensor) -> None:
+        """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``units[n]``.
+
+        Only these rows are touched: nothing of the embedding's size is formed per unit.
+        """
+        wide = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+        total = self.total[name]
+        if total is None:
+            total = self.total[name] = torch.zeros(self._shapes[name], dtype=wide.dtype, device=wide.device)
+        total.index_add_(0, ids.flatten(), wide.flatten(0, 1))
+        for dots, direction in zip(self.dots, self._directions, strict=True):
+            products = torch.linalg.vecdot(direction[name][ids].double(), wide.double())
+            dots.index_add_(0, units, products.sum(1).cpu())
+        if self.stored is None and self._pair_with is None:
+            return
+        for unit, row_ids, row in zip(units.tolist(), ids.cpu(), wide.cpu(), strict=True):
+            if self.stored is not None:
+                own = self.stored[unit, self._slices[name]].view(self._shapes[name])
+                own.index_add_(0, row_ids, row.to(own.dtype))
+            if self._pair_with is not None:
+                other = self._pair_with[unit, self._slices[name]].view(self._shapes[name])
+                self.paired[unit] += torch.linalg.vecdot(row.double(), other[row_ids].double()).sum()
 
 
-@dataclass(frozen=True, eq=False)
-class Side:
-    """One surrogate to differentiate, and what is wanted of its gradient besides the total.
+def _stored_dtype(parameters: Mapping[str, Parameter]) -> torch.dtype:
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
 
-    Attributes:
-        coefficients: of the surrogate ``sum_it a_it s_it + c_it h_it``.
-        directions: vectors to take each unit's inner product with.
-        store: keep each unit's gradient.
-    """
 
-    coefficients: TokenCoefficients
-    directions: Sequence[NamedVector] = ()
-    store: bool = False
+def stored_bytes(parameters: Mapping[str, Parameter], num_units: int) -> int:
+    """What the stored gradients of one side take in host memory."""
+    return num_units * sum(p.numel() for p in parameters.values()) * _stored_dtype(parameters).itemsize
 
 
 def unit_gradients(
@@ -118,7 +169,7 @@ def unit_gradients(
     units: Tensor,
     sides: Sequence[Side],
     *,
-    taps: bool = False,
+    taps: Taps | None = None,
     progress: Progress | None = None,
 ) -> list[UnitGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
@@ -129,16 +180,17 @@ def unit_gradients(
         rollouts: the batch.
         units: the unit of each sequence, ``[N]``, numbered from 0.
         sides: the surrogates.
-        taps: read per-sequence gradients off the linear layers; only if :func:`tappable` says so.
+        taps: how to read per-sequence gradients off layers, from :func:`~entropy_probe.updates.taps.tappable`;
+            without, what is wanted of single units takes a backward pass per unit.
         progress: called with sequences done and in all.
 
     Returns:
         One outcome per side.
     """
     counts = units.bincount().tolist()
-    sums = [_Sums(parameters, side.directions, len(counts), side.store) for side in sides]
+    sums = [_Sums(parameters, side, len(counts)) for side in sides]
     coefficients = [side.coefficients for side in sides]
-    by_unit = any(side.directions or side.store for side in sides)
+    by_unit = any(side.directions or side.store or side.pair_with is not None for side in sides)
     done = 0
 
     def report(rows: Tensor) -> None:
@@ -149,7 +201,7 @@ def unit_gradients(
 
     if taps:
         for batch in scorer.microbatches(rollouts, share=_prompts_are_whole(rollouts.prompt_ids, units)):
-            _tapped_backward(scorer, parameters, batch, coefficients, units, sums)
+            tapped_backward(scorer, taps, batch, coefficients, units, sums)
             report(batch.rows)
     elif by_unit:
         for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
@@ -166,7 +218,7 @@ def unit_gradients(
                 for name, gradient in gradients.items():
                     side.add_total(name, gradient)
             report(batch.rows)
-    return [UnitGradients(side.total, side.dots, side.stored) for side in sums]
+    return [side.outcome() for side in sums]
 
 
 def _prompts_are_whole(prompt_ids: Tensor, units: Tensor) -> bool:
@@ -201,143 +253,3 @@ def _backward(
             value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
         )
         yield {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output; its backward hands the layer's input and output gradient to a consumer.
-
-    ``anchor`` is a scalar that every tap takes as an input: asking for its gradient makes the engine visit all taps
-    and nothing that they do not need, weight gradients in particular.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, layer_input: Tensor, consume: Any) -> Tensor:
-        ctx.save_for_backward(layer_input)
-        ctx.consume = consume
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = grad_outputs
-        ctx.consume(ctx.saved_tensors[0], gradient)
-        return gradient, gradient.new_zeros(()), None, None
-
-
-def _linear_layers(model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[nn.Linear, dict[str, str]] | str:
-    """The plain linear layers that hold the parameters: layer -> {"weight" or "bias": name}. Or why not."""
-    names = {id(p): name for name, p in parameters.items()}
-    layers: dict[nn.Linear, dict[str, str]] = {}
-    seen: set[str] = set()
-    for module in model.modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            if type(module) is not nn.Linear:
-                return f"{name} belongs to a {type(module).__name__}"
-            if name in seen:
-                return f"{name} is shared between layers"
-            seen.add(name)
-            layers.setdefault(module, {})[kind] = name
-    missing = parameters.keys() - seen
-    return f"{min(missing)} was not found in a layer" if missing else layers
-
-
-class _UntappableError(Exception):
-    """A linear layer was called on something other than ``[sequences, tokens, features]``."""
-
-
-@contextmanager
-def _tapped(
-    model: nn.Module,
-    parameters: Mapping[str, Parameter],
-    anchor: Tensor,
-    consume: Callable[[str, slice, Tensor], None],
-    n: int,
-) -> Iterator[None]:
-    """Tap the linear layers during a forward pass over ``n`` rows.
-
-    ``consume`` gets a parameter's name, a range of rows, and their gradients, during the backward pass.
-    """
-    layers = _linear_layers(model, parameters)
-    assert not isinstance(layers, str)
-
-    def tap(kinds: dict[str, str], args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if len(args) != 1 or args[0].dim() != 3 or args[0].shape[0] != n:
-            raise _UntappableError(f"{min(kinds.values())} was not called on one [sequences, tokens, features]")
-
-        def receive(layer_input: Tensor, gradient: Tensor) -> None:
-            if "bias" in kinds:
-                consume(kinds["bias"], slice(0, n), gradient.sum(1))
-            if "weight" in kinds:
-                size = max(1, _BLOCK_ELEMENTS // (gradient.shape[-1] * layer_input.shape[-1]))
-                for start in range(0, n, size):
-                    block = slice(start, min(start + size, n))
-                    # [n, l, out] and [n, l, in] -> the weight gradient of each sequence, [n, out, in]
-                    inputs = layer_input[block].to(gradient.dtype)
-                    consume(kinds["weight"], block, torch.bmm(gradient[block].transpose(1, 2), inputs))
-
-        return _Tap.apply(output, anchor, args[0].detach(), receive)  # pyright: ignore[reportReturnType]
-
-    handles = [
-        layer.register_forward_hook(lambda module, args, output, kinds=kinds: tap(kinds, args, cast(Tensor, output)))
-        for layer, kinds in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tapped_backward(
-    scorer: Scorer,
-    parameters: Mapping[str, Parameter],
-    batch: Microbatch,
-    coefficients: Sequence[TokenCoefficients],
-    units: Tensor,
-    sums: Sequence[_Sums],
-) -> None:
-    """One forward pass with taps, then one backward pass per surrogate."""
-    anchor = torch.zeros((), device=scorer.device, requires_grad=True)
-    row_units = units[batch.leaders]
-    current = 0
-
-    def consume(name: str, block: slice, gradients: Tensor) -> None:
-        sums[current].add_units(name, row_units[block], gradients)
-
-    with _tapped(scorer.model, parameters, anchor, consume, len(batch.leaders)):
-        values = scorer.surrogates(batch, coefficients)
-        for current, value in enumerate(values):
-            torch.autograd.grad(value, anchor, allow_unused=True, retain_graph=current + 1 < len(values))
-
-
-def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> str | None:
-    """Why per-sequence gradients cannot be read off the linear layers, or ``None`` if they can.
-
-    Beyond the layers' types this compares, on the two shortest sequences, the sum of per-sequence gradients with
-    autograd's own: a weight that also acts outside its layer's forward pass would show there.
-    """
-    layers = _linear_layers(scorer.model, parameters)
-    if isinstance(layers, str):
-        return layers
-    shortest = rollouts.attention_mask.sum(1).argsort(stable=True)[:2]
-    few = rollouts.select(shortest)
-    ones = few.response_mask.double()
-    both = [Side(TokenCoefficients(ones, ones))]
-    try:
-        tapped = unit_gradients(scorer, parameters, few, torch.arange(len(few)), both, taps=True)[0].total
-    except _UntappableError as error:
-        return str(error)
-    plain = unit_gradients(scorer, parameters, few, torch.arange(len(few)), both)[0].total
-    for name, expected in plain.items():
-        actual = tapped[name]
-        if expected is None or actual is None:
-            if expected is not actual:
-                return f"{name} is reached by only one of taps and autograd"
-            continue
-        low = parameters[name].dtype in (torch.bfloat16, torch.float16)
-        tolerance = 5e-2 if low else 1e-3 if expected.dtype == torch.float32 else 1e-6
-        if bool((actual - expected).norm() > tolerance * expected.norm().clamp(min=1e-12)):
-            return f"{name} also acts outside its layer"
-    return None
