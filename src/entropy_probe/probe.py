@@ -12,7 +12,8 @@ from entropy_probe.results import CrossPrompt, ProbeResult
 from entropy_probe.session import Subject
 from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
-from entropy_probe.updates.adamw import check_optimizer, learning_rates, optimizer_parameters
+from entropy_probe.updates.adamw import learning_rates, optimizer_parameters
+from entropy_probe.updates.shadow import check_optimizer
 
 __all__ = ["EntropyProbe"]
 
@@ -25,7 +26,8 @@ class EntropyProbe:
     Args:
         model: the policy at the checkpoint; called as ``model(input_ids=..., attention_mask=...)`` and returning an
             object with ``.logits``.
-        optimizer: ``torch.optim.AdamW`` or ``Adam`` over the model's parameters, holding its state.
+        optimizer: over the model's parameters, holding its state: ``torch.optim.AdamW`` or ``Adam``, or another
+            optimizer whose step a copy of it reproduces (``docs/theory.md``, "Other optimizers").
         config: the settings.
         mapping: how the optimizer's state was matched to parameters, for the report.
         progress: called as ``progress(phase, done, total)`` while the probe works.
@@ -45,8 +47,8 @@ class EntropyProbe:
         progress: Phase | None = None,
     ) -> None:
         config = config or ProbeConfig()
-        # accelerate wraps the optimizer it prepares
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
         self._arguments = (model, optimizer, mapping, config, progress)

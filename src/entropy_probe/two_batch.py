@@ -14,29 +14,36 @@ from torch import Tensor
 
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.importance import sequence_importance_weights
+from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
 from entropy_probe.estimators.realized import per_decision, snis
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import evaluating, parameters_at
 from entropy_probe.losses import loss_coefficients
-from entropy_probe.named import add, norm
+from entropy_probe.named import add, dot, norm
 from entropy_probe.results import Estimate, PreconditionerReport, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
-from entropy_probe.updates.adamw import ClippedGradient, adamw_step, clip_gradient, shadow_step
+from entropy_probe.updates.adamw import ClippedGradient, adamw_step, clip_gradient, is_adam, shadow_step
+from entropy_probe.updates.leave_out import reduced_gradients, renormalisation
 from entropy_probe.updates.per_unit import Side, UnitGradients, unit_gradients
+from entropy_probe.updates.shadow import check_repeatable, copied_step, moved, optimizer_name
 
 __all__ = ["TwoBatch"]
 
 
 @dataclass(frozen=True, eq=False)
 class _PlannedStep:
-    """The next step: its parts, and how it depends on the update gradient."""
+    """The next step: its parts, and how it depends on the update gradient.
+
+    Without a closed form there is one part, no ``gradient_scale``, and ``stepped`` holds the parameters after the step.
+    """
 
     gradient: ClippedGradient
     components: dict[str, dict[str, Tensor]]
-    gradient_scale: dict[str, Tensor]
+    gradient_scale: dict[str, Tensor] | None
     preconditioner: PreconditionerReport | None = None
+    stepped: dict[str, Tensor] | None = None
 
     @property
     def delta(self) -> dict[str, Tensor]:
@@ -58,6 +65,8 @@ class TwoBatch(Session):
                 "share; give other evaluation rollouts, or use cross_prompt"
             )
         self.prompts = Units.prompts(update.prompt_ids)
+        self.closed_form = self.config.geometry == "frozen" or is_adam(self.optimizer)
+        self.shares = self.prompts if self.closed_form else blocks_of(self.prompts)
 
     def result(self, *, predict: bool, measure: bool) -> ProbeResult:
         """The whole story."""
@@ -113,8 +122,8 @@ class TwoBatch(Session):
         return unit, Units.sequences(len(ids)) if unit == "sequence" else Units.prompts(ids)
 
     def _update_gradient(self, *, store: bool, taps: bool) -> UnitGradients:
-        """The loss gradient of the whole step, with each prompt's share if it is wanted and fits."""
-        size = self.prompts.count * sum(p.numel() * p.element_size() for p in self.parameters.values())
+        """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits."""
+        size = self.shares.count * sum(p.numel() * p.element_size() for p in self.parameters.values())
         fits = size <= self.config.max_stored_gradient_gib * 2**30
         if store and not fits:
             self.messages.append(
@@ -122,7 +131,7 @@ class TwoBatch(Session):
             )
         with self.clock.phase("update gradient") as progress:
             side = Side(self._loss_coefficients(), store=store and fits)
-            return self._differentiate(self.update, self.prompts, side, taps=taps and side.store, progress=progress)
+            return self._differentiate(self.update, self.shares, side, taps=taps and side.store, progress=progress)
 
     def _loss_coefficients(self) -> TokenCoefficients:
         return loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
@@ -138,6 +147,12 @@ class TwoBatch(Session):
     def _plan_step(self, gradient: dict[str, Tensor | None]) -> _PlannedStep:
         """The step that the optimizer would take with this loss gradient, in the configured geometry."""
         config = self.config
+        if not self.closed_form:
+            clipped = clip_gradient(gradient, config.max_grad_norm)
+            given = (self.parameters, self.optimizer, clipped.values)
+            stepped = copied_step(*given, config.learning_rate)
+            check_repeatable(*given, stepped, config.learning_rate)
+            return _PlannedStep(clipped, {"step": moved(self.parameters, stepped)}, None, stepped=stepped)
         if config.geometry == "adamw":
             clipped = clip_gradient(gradient, config.max_grad_norm)
             step = adamw_step(self.parameters, self.optimizer, clipped.values, config.learning_rate)
@@ -159,20 +174,53 @@ class TwoBatch(Session):
             entropy_side = self._differentiate(evaluation, self.units, side, taps=taps, progress=progress)
         weights = self.units.total(fo.sequence_weights(before, config.normalization))
         predicted = fo.first_order(entropy_side.dots.sum(0), weights)
-        parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
-        by_prompt = self._by_update_prompt(gradients, entropy_side, weights.sum().item(), step, taps=taps)
-        _check_sums(by_prompt, parts["gradient"].value)
-        self._note_what_the_update_error_holds_fixed(step)
-        se_update = fo.update_standard_error(by_prompt)
+        if step.gradient_scale is None:
+            se_update, components = self._jackknife(gradients, entropy_side, weights.sum().item(), step), {}
+        else:
+            parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
+            by_prompt = self._by_update_prompt(
+                gradients, entropy_side, weights.sum().item(), step, step.gradient_scale, taps=taps
+            )
+            _check_sums(by_prompt, parts["gradient"].value)
+            self._note_what_the_update_error_holds_fixed(step)
+            se_update = fo.update_standard_error(by_prompt)
+            components = {name: Estimate(**self.estimate_fields(part, self.units)) for name, part in parts.items()}
+            components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, se_update))
         prediction = Prediction(
             **self.estimate_fields(predicted, self.units, se_update),
             se_evaluation=predicted.standard_error,
             se_update=se_update,
+            se_update_method="linear" if self.closed_form else "jackknife",
         )
-        components = {name: Estimate(**self.estimate_fields(part, self.units)) for name, part in parts.items()}
-        components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, se_update))
         contributions = tuple((predicted.value + predicted.influence).tolist())
         return predicted, {"predicted": prediction, "components": components, "contributions": contributions}
+
+    def _jackknife(
+        self, gradients: UnitGradients, entropy_side: UnitGradients, total_weight: float, step: _PlannedStep
+    ) -> float:
+        """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
+        config, blocks, update = self.config, self.shares, self.update
+        self.messages.append(
+            f"{optimizer_name(self.optimizer)}: its own code takes the step on copies, so the prediction has no "
+            f"components, and se_update is a jackknife over {blocks.count} blocks of update prompts"
+        )
+        factors = renormalisation(update, blocks.index, config.loss_type, config.max_completion_length)
+        loss = self._loss_coefficients()
+        direction = {
+            name: torch.zeros_like(p) if (x := entropy_side.total[name]) is None else x / total_weight
+            for name, p in step.delta.items()
+        }
+        left_out = []
+        with self.clock.phase("update error") as progress:
+            for reduced in reduced_gradients(
+                self.scorer, self.parameters, update, blocks.index, loss, gradients, factors
+            ):
+                clipped = clip_gradient(reduced, config.max_grad_norm).values
+                stepped = copied_step(self.parameters, self.optimizer, clipped, config.learning_rate)
+                left_out.append(dot(direction, moved(self.parameters, stepped)))
+                progress(len(left_out), blocks.count)
+        sizes = torch.stack([self.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
+        return jackknife_standard_error(dot(direction, step.delta), torch.tensor(left_out, dtype=torch.float64), sizes)
 
     def _note_what_the_update_error_holds_fixed(self, step: _PlannedStep) -> None:
         if self.config.geometry == "adamw" and any(not self.optimizer.state.get(p) for p in self.parameters.values()):
@@ -192,11 +240,12 @@ class TwoBatch(Session):
         entropy_side: UnitGradients,
         total_weight: float,
         step: _PlannedStep,
+        gradient_scale: dict[str, Tensor],
         *,
         taps: bool,
     ) -> Tensor:
         """What each update prompt adds to the gradient part of the prediction, ``[B]``."""
-        direction = _scaled(entropy_side.total, step.gradient_scale, -step.gradient.factor / total_weight)
+        direction = _scaled(entropy_side.total, gradient_scale, -step.gradient.factor / total_weight)
         with self.clock.phase("update error") as progress:
             if gradients.stored is not None:
                 return gradients.dot_stored(direction)
@@ -244,6 +293,8 @@ class TwoBatch(Session):
     def _stepped_parameters(self, step: _PlannedStep) -> dict[str, Tensor]:
         """The parameters after the step: the optimizer's own kernel on copies, or the frozen move."""
         delta = step.delta
+        if step.stepped is not None:
+            return step.stepped
         if self.config.geometry == "frozen":
             return {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
         stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, self.config.learning_rate)

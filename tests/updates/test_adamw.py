@@ -9,7 +9,7 @@ from torch import nn
 from entropy_probe.named import add
 from entropy_probe.updates.adamw import (
     adamw_step,
-    check_optimizer,
+    check_adam,
     clip_gradient,
     learning_rates,
     optimizer_parameters,
@@ -128,19 +128,19 @@ def test_unusable_settings_are_refused(change, message):
     _, optimizer, _ = setup(torch.optim.AdamW, torch.float64, {})
     optimizer.param_groups[1].update(change)
     with pytest.raises(ValueError, match=message):
-        check_optimizer(optimizer)
+        check_adam(optimizer)
 
 
 def test_other_optimizers_and_strangers_are_refused():
     model = Two(torch.float64)
     with pytest.raises(ValueError, match=r"expected torch\.optim\.AdamW or Adam, got torch\.optim\.sgd\.SGD"):
-        check_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        check_adam(torch.optim.SGD(model.parameters(), lr=0.1))
 
     class Mine(torch.optim.AdamW):
         pass
 
     with pytest.raises(ValueError, match="Mine"):
-        check_optimizer(Mine(model.parameters()))
+        check_adam(Mine(model.parameters()))
     with pytest.raises(ValueError, match="3 of its 3 tensors are not parameters"):
         optimizer_parameters(Two(torch.float64), torch.optim.AdamW(model.parameters()))
     for p in model.parameters():
