@@ -29,7 +29,7 @@ ALLOWED = {
     "session": {"types", "results", "moments", "scoring", "estimators", "updates", "provenance", "config"},
     "two_batch": {"types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "session"},
     "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "isolation", "session"},
-    "probe": {"types", "results", "updates", "provenance", "config", "session", "two_batch", "one_batch"},
+    "probe": {"types", "results", "scoring", "updates", "provenance", "config", "session", "two_batch", "one_batch"},
     "cli": None,
     "__init__": None,
     "__main__": {"cli"},

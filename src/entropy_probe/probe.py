@@ -9,6 +9,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.one_batch import OneBatch
 from entropy_probe.provenance import Phase
 from entropy_probe.results import CrossPrompt, ProbeResult
+from entropy_probe.scoring.precision import precisions
 from entropy_probe.session import Subject
 from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
@@ -95,9 +96,8 @@ class EntropyProbe:
 
 def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
     wanted = _DTYPES[config.dtype]
-    for name, parameter in model.named_parameters():
-        dtype = parameter.dtype
-        if dtype.is_floating_point and torch.promote_types(dtype, wanted) != dtype:
+    for name, dtype in precisions(model):
+        if torch.promote_types(dtype, wanted) != dtype:
             raise ValueError(
                 f"model: expected parameters of at least {config.dtype}, got {dtype} in {name}; convert the model "
                 "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "

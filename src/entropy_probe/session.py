@@ -16,6 +16,7 @@ from entropy_probe.moments import summarize_moments
 from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, PreconditionerReport, ProbeResult, Unit
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.precision import precisions
 from entropy_probe.types import Rollouts
 from entropy_probe.updates.adamw import is_adam
 from entropy_probe.updates.per_unit import tappable
@@ -60,7 +61,7 @@ class Session:
         self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
         self.per_unit_gradients = "not needed"
         low = (torch.bfloat16, torch.float16)
-        narrow = ", ".join(sorted({str(p.dtype) for p in subject.model.parameters() if p.dtype in low}))
+        narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in low}))
         if narrow:
             self.messages.append(
                 f"weights in {narrow}: log-probabilities are quantised; measured on small models, that costs the "
