@@ -133,6 +133,22 @@ def test_the_jackknife_is_calibrated(name):
     assert 0.6 < reported_over_true(name, 60) < 1.7
 
 
+def test_clipping_and_normalisation_are_done_again_without_a_block():
+    """Against the whole story told by hand: drop a prompt, normalise, clip, step a copy, multiply."""
+    model, optimizer = trained("rmsprop")
+    update, evaluation = batches(groups=5)
+    settings = {"max_grad_norm": 0.05, "normalization": "sequence"}
+    result = probe(model, optimizer, **settings).predict(update=update, evaluation=evaluation)
+    left_out = []
+    for prompt in range(5):
+        kept = update.select((update.prompt_ids != prompt).nonzero()[:, 0])
+        left_out.append(probe(model, optimizer, **settings).predict(update=kept, evaluation=evaluation).predicted.value)
+    values = torch.tensor(left_out, dtype=torch.float64)
+    expected = (4 / 5 * (values - values.mean()).square().sum()).sqrt().item()
+    assert result.diagnostics.clip_factor < 0.5
+    assert result.predicted.se_update == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "most"),

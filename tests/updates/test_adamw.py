@@ -78,6 +78,18 @@ def test_closed_form_and_shadow_equal_the_real_step(cls, dtype, kernel, options,
         torch.testing.assert_close(step.components["gradient"][n], -step.gradient_scale[n] * gradient[n])
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
+def test_the_flag_for_graph_capture_changes_no_step(cls):
+    """Its kernel runs on accelerators only, while a checkpoint of such a run may be probed on any machine."""
+    model, optimizer, gradient = setup(cls, torch.float32, {"foreach": False})
+    parameters = optimizer_parameters(model, optimizer)
+    plain = shadow_step(parameters, optimizer, gradient)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    captured = shadow_step(parameters, optimizer, gradient)
+    assert all(torch.equal(plain[n], captured[n]) for n in plain)
+
+
 def test_components_vanish_where_they_should():
     model, optimizer, gradient = setup(torch.optim.AdamW, torch.float64, {}, steps=0)
     parameters = optimizer_parameters(model, optimizer)
