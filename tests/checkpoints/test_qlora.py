@@ -90,16 +90,26 @@ def test_the_policy_is_the_quantised_one(run):
 def test_a_base_model_stored_in_four_bits_needs_nothing(run, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    # kept in bfloat16, as most base models are, but computed with in float32
+    plain = AutoModelForCausalLM.from_pretrained(run.directory / "base", dtype=torch.bfloat16)
+    plain.save_pretrained(tmp_path / "plain")
     config = BitsAndBytesConfig(**NF4)
     stored = AutoModelForCausalLM.from_pretrained(
-        run.directory / "base", dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+        tmp_path / "plain", dtype=torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
     )
     stored.save_pretrained(tmp_path / "base")
-    loaded, batch = load_checkpoint(run.checkpoint(2), tmp_path / "base"), rollouts(0)
-    assert torch.equal(logits(loaded.model, batch), logits(run.load(2).model, batch))
-    assert inspect_checkpoint(run.checkpoint(2), tmp_path / "base").verdict == "healthy"
+    checkpoint, batch = run.checkpoint(2), rollouts(0)
+    loaded = load_checkpoint(checkpoint, tmp_path / "base")
+    quantised_now = load_checkpoint(checkpoint, tmp_path / "plain", quantization=NF4)
+    expected = logits(quantised_now.model, batch)
+    assert torch.equal(logits(loaded.model, batch), expected)
+    # the way through which gradients go dequantises by itself
+    mask = batch.attention_mask.long()
+    differentiable = loaded.model(input_ids=batch.input_ids, attention_mask=mask).logits
+    torch.testing.assert_close(differentiable, expected, rtol=1e-5, atol=1e-5)
+    assert inspect_checkpoint(checkpoint, tmp_path / "base").verdict == "healthy"
     with pytest.raises(CheckpointError, match="is stored quantised already"):
-        load_checkpoint(run.checkpoint(2), tmp_path / "base", quantization=NF4)
+        load_checkpoint(checkpoint, tmp_path / "base", quantization=NF4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
