@@ -27,13 +27,19 @@ def train_grpo(
     capture: dict[int, dict[str, torch.Tensor]] | None = None,
     optim: str = "adamw_torch",
     lora_targets: list[str] | None = None,
+    adapter: dict[str, Any] | None = None,
+    prepare: str | None = None,
+    optimizer: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
     """Train a tiny random policy with TRL's GRPO and return the last checkpoint, ``checkpoint-{steps}``.
 
     The base model and tokenizer are saved in ``directory/base``. ``capture[k]`` receives the clipped
     gradients of optimizer step ``k`` (1-based: from ``checkpoint-{k-1}`` to ``checkpoint-{k}``) by the names
-    of the trained model's ``named_parameters()``. ``overrides`` go to ``GRPOConfig``.
+    of the trained model's ``named_parameters()``. ``overrides`` go to ``GRPOConfig``, ``adapter`` to ``LoraConfig``;
+    ``prepare`` and ``quantization`` change the model (:func:`_prepared`, ``BitsAndBytesConfig``), ``optimizer`` makes
+    an AdamW of one's own (a pair in ``lr`` gives the Trainer's two groups their rates).
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -45,7 +51,11 @@ def train_grpo(
         base = directory / "base"
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
+        if quantization is not None:
+            model = _quantised(base, quantization)
         model.name_or_path = str(base)
+        if prepare is not None:
+            model = _prepared(model, prepare)
         arguments = {
             "max_steps": steps,
             "save_steps": save_steps,
@@ -62,12 +72,60 @@ def train_grpo(
             args=GRPOConfig(str(directory), **(CPU_ARGUMENTS | arguments | overrides)),
             train_dataset=Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(10) for b in range(10)]),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets or LORA_TARGETS) if lora else None,
+            peft_config=LoraConfig(
+                **({"r": 4, "lora_alpha": 8, "target_modules": lora_targets or LORA_TARGETS} | (adapter or {}))
+            )
+            if lora
+            else None,
             callbacks=[] if capture is None else [_capture_gradients(capture)],
         )
         trainer.remove_callback(PrinterCallback)
+        if optimizer is not None:
+            _replace_optimizer(trainer, **optimizer)
         trainer.train()
     return directory / f"checkpoint-{steps}"
+
+
+def _quantised(base: Path, settings: dict[str, Any]):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"}
+    )
+
+
+def _prepared(model: Any, how: str) -> Any:
+    """``frozen``: the first layer and the embeddings do not train; ``adapter``: one that exists before training;
+    ``adapters``: two of one shape, of which ``policy`` trains.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if how == "frozen":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0" not in name and "embed" not in name)
+        return model
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    if how == "adapter":
+        return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config, adapter_name="other")
+    wrapped.add_adapter("policy", config)
+    wrapped.set_adapter("policy")
+    return wrapped
+
+
+def _replace_optimizer(trainer: Any, lr: Any = 1e-3, **options: Any) -> None:
+    """Before training: an AdamW over the Trainer's own two groups."""
+    decay = trainer.get_decay_parameter_names(trainer.model)
+    named = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
+    groups = [[p for n, p in named if n in decay], [p for n, p in named if n not in decay]]
+    rates = lr if isinstance(lr, tuple) else (lr, lr)
+    trainer.optimizer = torch.optim.AdamW(
+        [
+            {"params": g, "lr": rate, "weight_decay": d}
+            for g, rate, d in zip(groups, rates, (trainer.args.weight_decay, 0.0), strict=True)
+        ],
+        **options,
+    )
 
 
 def _odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -22,8 +22,8 @@ class ProbeConfig(BaseModel):
         max_completion_length: the trainer's generation limit in tokens; needed by ``dr_grpo``.
         max_grad_norm: the trainer's clipping threshold; ``None`` for no clipping.
         learning_rate: replaces the optimizer's rate in every group; ``None`` keeps each group's own.
-        geometry: ``adamw`` predicts the real next step; ``frozen`` the step ``-lr P g`` with the second moment
-            held fixed, without momentum, weight decay or clipping.
+        geometry: ``adamw`` predicts the optimizer's real next step, whatever its class; ``frozen`` the step
+            ``-lr P g`` with Adam's second moment held fixed, without momentum, weight decay or clipping.
         normalization: entropies per ``token`` or per ``sequence``.
         entropy: ``rao_blackwell`` uses exact next-token entropies, ``surprisal`` minus the sampled log-probabilities.
         realized: how the realized change is estimated. ``per_decision`` always uses exact entropies.

@@ -22,6 +22,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     """
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
+    repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     device = next(model.parameters()).device
     precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -34,6 +36,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
         stack.enter_context(torch.enable_grad())
         try:
             model.eval()
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             torch.set_float32_matmul_precision("highest")
             yield
         finally:
@@ -42,6 +46,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module, flag in training:
                 module.training = flag
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):

@@ -12,12 +12,14 @@ from entropy_probe.fingerprint import ScoreCache
 from entropy_probe.one_batch import OneBatch
 from entropy_probe.provenance import Phase
 from entropy_probe.results import CrossPrompt, ProbeResult
+from entropy_probe.scoring.precision import precisions
 from entropy_probe.session import Resample, Subject
 from entropy_probe.sweep import LearningRateSweep, check_learning_rates
 from entropy_probe.sweep_results import Sweep, SweepPoint
 from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
-from entropy_probe.updates.adamw import check_optimizer, learning_rates, optimizer_parameters
+from entropy_probe.updates.adamw import learning_rates, optimizer_parameters
+from entropy_probe.updates.shadow import check_optimizer
 
 __all__ = ["EntropyProbe"]
 
@@ -30,7 +32,8 @@ class EntropyProbe:
     Args:
         model: the policy at the checkpoint; called as ``model(input_ids=..., attention_mask=...)`` and returning an
             object with ``.logits``.
-        optimizer: ``torch.optim.AdamW`` or ``Adam`` over the model's parameters, holding its state.
+        optimizer: over the model's parameters, holding its state: ``torch.optim.AdamW`` or ``Adam``, or another
+            optimizer whose step a copy of it reproduces (``docs/theory.md``, "Other optimizers").
         config: the settings.
         mapping: how the optimizer's state was matched to parameters, for the report.
         progress: called as ``progress(phase, done, total)`` while the probe works.
@@ -53,8 +56,8 @@ class EntropyProbe:
         resample: Resample | None = None,
     ) -> None:
         config = config or ProbeConfig()
-        # accelerate wraps the optimizer it prepares
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
         if config.on_low_ess == "resample" and resample is None:
@@ -144,9 +147,8 @@ class EntropyProbe:
 
 def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
     wanted = _DTYPES[config.dtype]
-    for name, parameter in model.named_parameters():
-        dtype = parameter.dtype
-        if dtype.is_floating_point and torch.promote_types(dtype, wanted) != dtype:
+    for name, dtype in precisions(model):
+        if torch.promote_types(dtype, wanted) != dtype:
             raise ValueError(
                 f"model: expected parameters of at least {config.dtype}, got {dtype} in {name}; convert the model "
                 "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "

@@ -66,10 +66,13 @@ class Prediction(Estimate):
     Attributes:
         se_evaluation: the error from the evaluation rollouts, with the update held fixed.
         se_update: the error from the update rollouts.
+        se_update_method: ``linear``: from each prompt's part of the gradient, with the step's denominators, clipping
+            and normalisation held fixed; ``jackknife``: from steps without a block of prompts.
     """
 
     se_evaluation: float = Field(ge=0)
     se_update: float = Field(ge=0)
+    se_update_method: Literal["linear", "jackknife"] = "linear"
 
 
 class Realized(_Record):
@@ -128,16 +131,19 @@ class OptimizerStateReport(_Record):
     """What the loaded optimizer state covers.
 
     Attributes:
+        optimizer: the class of an optimizer other than Adam; null for Adam and AdamW.
         num_parameters: parameter tensors the optimizer steps.
         num_elements: their elements in all.
-        coverage: share of elements with a usable second moment (present, finite, and not all zero).
+        coverage: share of elements with a usable second moment (present, finite, and not all zero); with another
+            optimizer, with any state.
         mapping: how state was matched to parameters.
-        steps: smallest and largest step count over parameters.
-        scale_min: smallest ``1 / (sqrt(v_hat) + eps)``; null when no second moment is usable.
+        steps: smallest and largest step count over parameters, 0 where the optimizer keeps none.
+        scale_min: smallest ``1 / (sqrt(v_hat) + eps)``; null when no second moment is usable, or not Adam's.
         scale_max: largest.
         learning_rates: the learning rate of each parameter group, as used.
     """
 
+    optimizer: str | None = None
     num_parameters: int
     num_elements: int
     coverage: float
@@ -303,7 +309,8 @@ class ProbeResult(_Record):
     Attributes:
         entropy: H at the checkpoint.
         predicted: the first-order change of the next step; null after ``measure``.
-        components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it.
+        components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it. Empty for
+            optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation units. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both

@@ -20,8 +20,11 @@ from entropy_probe.moments import summarize_moments
 from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, PreconditionerReport, ProbeResult, Unit
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.precision import precisions
 from entropy_probe.types import Rollouts, TokenScores
+from entropy_probe.updates.adamw import is_adam
 from entropy_probe.updates.preconditioner import frozen_preconditioner
+from entropy_probe.updates.shadow import optimizer_name
 from entropy_probe.updates.taps import Taps, tappable
 
 __all__ = ["Resample", "Session", "Subject"]
@@ -69,7 +72,7 @@ class Session:
         self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
         self.per_unit_gradients = "not needed"
         low = (torch.bfloat16, torch.float16)
-        narrow = ", ".join(sorted({str(p.dtype) for p in subject.model.parameters() if p.dtype in low}))
+        narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in low}))
         if self.config.autocast != "off":
             narrow = f"{narrow + ' and ' if narrow else ''}autocast in {self.config.autocast}"
         if narrow:
@@ -145,6 +148,8 @@ class Session:
 
     def optimizer_report(self) -> OptimizerStateReport:
         """What the moments cover, with a message where they leave something open."""
+        if not is_adam(self.optimizer):
+            return self._other_optimizer_report()
         group = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
         entries = ((p.numel(), self.optimizer.state.get(p, {}), group[id(p)]) for p in self.parameters.values())
         report = summarize_moments(entries, self.subject.mapping, self.subject.learning_rates)
@@ -154,6 +159,22 @@ class Session:
                 "or all zero)"
             )
         return report
+
+    def _other_optimizer_report(self) -> OptimizerStateReport:
+        sizes = [(p.numel(), self.optimizer.state.get(p, {})) for p in self.parameters.values()]
+        steps = [int(float(state.get("step", 0))) for _, state in sizes]
+        elements, covered = sum(n for n, _ in sizes), sum(n for n, state in sizes if state)
+        return OptimizerStateReport(
+            optimizer=optimizer_name(self.optimizer),
+            num_parameters=len(sizes),
+            num_elements=elements,
+            coverage=covered / elements,
+            mapping=self.subject.mapping,
+            steps=(min(steps), max(steps)),
+            scale_min=None,
+            scale_max=None,
+            learning_rates=self.subject.learning_rates,
+        )
 
     def assemble(
         self,

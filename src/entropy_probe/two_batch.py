@@ -5,7 +5,6 @@ The story, top to bottom: score -> update gradient -> step -> first-order change
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,35 +12,25 @@ import torch
 from torch import Tensor
 
 from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
 from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
-from entropy_probe.named import add, norm
-from entropy_probe.results import Estimate, PreconditionerReport, Prediction, ProbeResult, Realized
+from entropy_probe.named import dot, norm
+from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject
+from entropy_probe.step import PlannedStep, plan_step, scaled, stepped_parameters
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
-from entropy_probe.updates.adamw import ClippedGradient, adamw_step, clip_gradient, shadow_step
+from entropy_probe.updates.adamw import clip_gradient, is_adam
+from entropy_probe.updates.leave_out import reduced_gradients, renormalisation
 from entropy_probe.updates.per_unit import Side, UnitGradients, stored_bytes, unit_gradients
+from entropy_probe.updates.shadow import copied_step, moved, optimizer_name
 from entropy_probe.updates.taps import Taps
 
 __all__ = ["TwoBatch"]
-
-
-@dataclass(frozen=True, eq=False)
-class _PlannedStep:
-    """The next step: its parts, and how it depends on the update gradient."""
-
-    gradient: ClippedGradient
-    components: dict[str, dict[str, Tensor]]
-    gradient_scale: dict[str, Tensor]
-    preconditioner: PreconditionerReport | None = None
-
-    @property
-    def delta(self) -> dict[str, Tensor]:
-        return add(*self.components.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +47,7 @@ class Start:
 
     before: TokenScores
     entropy: Sampled
-    step: _PlannedStep
+    step: PlannedStep
     predicted: Sampled | None
     fields: dict[str, Any]
 
@@ -80,6 +69,8 @@ class TwoBatch(Session):
                 "that bias, and other evaluation rollouts measure without it"
             )
         self.prompts = Units.prompts(update.prompt_ids)
+        self.closed_form = self.config.geometry == "frozen" or is_adam(self.optimizer)
+        self.shares = self.prompts if self.closed_form else blocks_of(self.prompts)
 
     def result(self, *, predict: bool, measure: bool) -> ProbeResult:
         """The whole story."""
@@ -98,7 +89,7 @@ class TwoBatch(Session):
         entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
         taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)
-        step = self._plan_step(gradients.total)
+        step = plan_step(self.parameters, self.optimizer, gradients.total, self.config, self.frozen_scale)
         if predict:
             predicted, fields = self._first_order(before, gradients, step, taps=taps)
         return Start(before, entropy, step, predicted, fields)
@@ -144,8 +135,8 @@ class TwoBatch(Session):
         return unit, Units.sequences(len(ids)) if unit == "sequence" else Units.prompts(ids)
 
     def _update_gradient(self, *, store: bool, taps: Taps | None) -> UnitGradients:
-        """The loss gradient of the whole step, with each prompt's share if it is wanted and fits."""
-        fits = stored_bytes(self.parameters, self.prompts.count) <= self.config.max_stored_gradient_gib * 2**30
+        """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits."""
+        fits = stored_bytes(self.parameters, self.shares.count) <= self.config.max_stored_gradient_gib * 2**30
         if store and not fits:
             self.messages.append(
                 "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
@@ -153,7 +144,7 @@ class TwoBatch(Session):
         with self.clock.phase("update gradient") as progress:
             side = Side(self._loss_coefficients(), store=store and fits)
             return self._differentiate(
-                self.update, self.prompts, side, taps=taps if side.store else None, progress=progress
+                self.update, self.shares, side, taps=taps if side.store else None, progress=progress
             )
 
     def _loss_coefficients(self) -> TokenCoefficients:
@@ -167,19 +158,8 @@ class TwoBatch(Session):
         )
         return found
 
-    def _plan_step(self, gradient: dict[str, Tensor | None]) -> _PlannedStep:
-        """The step that the optimizer would take with this loss gradient, in the configured geometry."""
-        config = self.config
-        if config.geometry == "adamw":
-            clipped = clip_gradient(gradient, config.max_grad_norm)
-            step = adamw_step(self.parameters, self.optimizer, clipped.values, config.learning_rate)
-            return _PlannedStep(clipped, step.components, step.gradient_scale)
-        unclipped = clip_gradient(gradient, None)
-        scale, report = self.frozen_scale()
-        return _PlannedStep(unclipped, {"gradient": _scaled(unclipped.values, scale, -1.0)}, scale, report)
-
     def _first_order(
-        self, before: TokenScores, gradients: UnitGradients, step: _PlannedStep, *, taps: Taps | None
+        self, before: TokenScores, gradients: UnitGradients, step: PlannedStep, *, taps: Taps | None
     ) -> tuple[Sampled, dict[str, Any]]:
         """The prediction with its components, and the result fields that report it."""
         config, evaluation = self.config, self.evaluation
@@ -191,22 +171,56 @@ class TwoBatch(Session):
             entropy_side = self._differentiate(evaluation, self.units, side, taps=taps, progress=progress)
         weights = self.units.total(fo.sequence_weights(before, config.normalization))
         predicted = fo.first_order(entropy_side.dots.sum(0), weights)
-        parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
-        by_prompt = self._by_update_prompt(gradients, entropy_side, weights.sum().item(), step, taps=taps)
-        _check_sums(by_prompt, parts["gradient"].value)
-        self._note_what_the_update_error_holds_fixed(step)
-        se_update = fo.update_standard_error(by_prompt)
+        if step.gradient_scale is None:
+            se_update, components = self._jackknife(gradients, entropy_side, weights.sum().item(), step), {}
+        else:
+            parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
+            by_prompt = self._by_update_prompt(
+                gradients, entropy_side, weights.sum().item(), step, step.gradient_scale, taps=taps
+            )
+            coarsest = max(torch.finfo(p.dtype).eps for p in self.parameters.values())
+            _check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
+            self._note_what_the_update_error_holds_fixed(step)
+            se_update = fo.update_standard_error(by_prompt)
+            components = {name: Estimate(**self.estimate_fields(part, self.units)) for name, part in parts.items()}
+            components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, se_update))
         prediction = Prediction(
             **self.estimate_fields(predicted, self.units, se_update),
             se_evaluation=predicted.standard_error,
             se_update=se_update,
+            se_update_method="linear" if self.closed_form else "jackknife",
         )
-        components = {name: Estimate(**self.estimate_fields(part, self.units)) for name, part in parts.items()}
-        components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, se_update))
         contributions = tuple((predicted.value + predicted.influence).tolist())
         return predicted, {"predicted": prediction, "components": components, "contributions": contributions}
 
-    def _note_what_the_update_error_holds_fixed(self, step: _PlannedStep) -> None:
+    def _jackknife(
+        self, gradients: UnitGradients, entropy_side: UnitGradients, total_weight: float, step: PlannedStep
+    ) -> float:
+        """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
+        config, blocks, update = self.config, self.shares, self.update
+        self.messages.append(
+            f"{optimizer_name(self.optimizer)}: its own code takes the step on copies, so the prediction has no "
+            f"components, and se_update is a jackknife over {blocks.count} blocks of update prompts"
+        )
+        factors = renormalisation(update, blocks.index, config.loss_type, config.max_completion_length)
+        loss = self._loss_coefficients()
+        direction = {
+            name: torch.zeros_like(p) if (x := entropy_side.total[name]) is None else x / total_weight
+            for name, p in step.delta.items()
+        }
+        left_out = []
+        with self.clock.phase("update error") as progress:
+            for reduced in reduced_gradients(
+                self.scorer, self.parameters, update, blocks.index, loss, gradients, factors
+            ):
+                clipped = clip_gradient(reduced, config.max_grad_norm).values
+                stepped = copied_step(self.parameters, self.optimizer, clipped, config.learning_rate)
+                left_out.append(dot(direction, moved(self.parameters, stepped)))
+                progress(len(left_out), blocks.count)
+        sizes = torch.stack([self.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
+        return jackknife_standard_error(dot(direction, step.delta), torch.tensor(left_out, dtype=torch.float64), sizes)
+
+    def _note_what_the_update_error_holds_fixed(self, step: PlannedStep) -> None:
         if self.config.geometry == "adamw" and any(not self.optimizer.state.get(p) for p in self.parameters.values()):
             self.messages.append(
                 "se_update holds Adam's denominators fixed, but for parameters without a history the update batch "
@@ -223,12 +237,13 @@ class TwoBatch(Session):
         gradients: UnitGradients,
         entropy_side: UnitGradients,
         total_weight: float,
-        step: _PlannedStep,
+        step: PlannedStep,
+        gradient_scale: dict[str, Tensor],
         *,
         taps: Taps | None,
     ) -> Tensor:
         """What each update prompt adds to the gradient part of the prediction, ``[B]``."""
-        direction = _scaled(entropy_side.total, step.gradient_scale, -step.gradient.factor / total_weight)
+        direction = scaled(entropy_side.total, gradient_scale, -step.gradient.factor / total_weight)
         with self.clock.phase("update error") as progress:
             if gradients.stored is not None:
                 return gradients.dot_stored(direction)
@@ -236,7 +251,7 @@ class TwoBatch(Session):
             return self._differentiate(self.update, self.prompts, side, taps=taps, progress=progress).dots[0]
 
     def _realized(
-        self, before: TokenScores, step: _PlannedStep, entropy: Sampled, predicted: Sampled | None
+        self, before: TokenScores, step: PlannedStep, entropy: Sampled, predicted: Sampled | None
     ) -> dict[str, Any]:
         """Score the evaluation batch after the step, and the result fields that report the change."""
         measured, rounding = self._measure(before, step, self.config.learning_rate, "score after step")
@@ -252,10 +267,10 @@ class TwoBatch(Session):
         return {"realized": realized} if difference is None else {"realized": realized, "difference": difference}
 
     def _measure(
-        self, before: TokenScores, step: _PlannedStep, learning_rate: float | None, phase: str
+        self, before: TokenScores, step: PlannedStep, learning_rate: float | None, phase: str
     ) -> tuple[Measurement, float]:
         """The change after the step at the given rate (``None`` for each group's own), and the step's rounding."""
-        stepped, rounding = self._stepped_parameters(step, learning_rate)
+        stepped, rounding = stepped_parameters(self.parameters, self.optimizer, step, self.config, learning_rate)
         with parameters_at(self.parameters, stepped):
             with self.clock.phase(phase) as progress:
                 after = self.scorer.score(self.evaluation, progress)
@@ -328,28 +343,6 @@ class TwoBatch(Session):
             nudged[name] = p.detach() * (1 + eps * sign)
         return nudged
 
-    def _stepped_parameters(self, step: _PlannedStep, learning_rate: float | None) -> tuple[dict[str, Tensor], float]:
-        """The parameters after the step, by the optimizer's own kernel on copies or by the frozen move; its rounding.
-
-        The step is linear in the rate, so ``step``, planned at ``config.learning_rate``, gives it at any other.
-        Rounding is the length of what the parameters' precision adds to the step, over the length of the step.
-        """
-        planned = self.config.learning_rate
-        factor = 1.0 if learning_rate is None or planned is None else learning_rate / planned
-        delta = {name: factor * move for name, move in step.delta.items()}
-        if self.config.geometry == "frozen":
-            stepped = {name: (p.detach() + delta[name]).to(p.dtype) for name, p in self.parameters.items()}
-        else:
-            stepped = shadow_step(self.parameters, self.optimizer, step.gradient.values, learning_rate)
-        added: dict[str, Tensor] = {}
-        for name, p in self.parameters.items():
-            eps = torch.finfo(p.dtype).eps
-            slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * delta[name].abs().max()
-            added[name] = stepped[name] - p.detach() - delta[name]
-            if bool((added[name].abs() > slack).any()):
-                raise RuntimeError(f"{name}: the optimizer's own step and its closed form disagree; please report this")
-        return stepped, norm(added) / (norm(delta) or 1.0)
-
 
 NOISE_SEQUENCES, NOISE_DRAWS = 8, 3
 """Enough for the size of rounding errors; more would cost time."""
@@ -373,15 +366,10 @@ def _is_grouped(prompt_ids: Tensor) -> bool:
     return len(prompts) >= LEAST_PROMPTS or bool((blocks == blocks[:, :1]).all())
 
 
-def _scaled(vector: Mapping[str, Tensor | None], scale: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """``factor * scale * vector`` element by element; 0 for parameters the loss does not reach."""
-    return {name: torch.zeros_like(s) if (x := vector[name]) is None else factor * s * x for name, s in scale.items()}
-
-
-def _check_sums(by_prompt: Tensor, gradient_part: float) -> None:
+def _check_sums(by_prompt: Tensor, gradient_part: float, tolerance: float) -> None:
     """The gradient part, summed over evaluation units, must equal its sum over update prompts."""
     error = abs(by_prompt.sum().item() - gradient_part)
-    if error > 1e-3 * by_prompt.abs().sum().item() + 1e-12:
+    if error > tolerance * by_prompt.abs().sum().item() + 1e-12:
         raise RuntimeError(
             f"gradient part: {gradient_part:.6g} summed over evaluation units but {by_prompt.sum().item():.6g} summed "
             "over update prompts; please report this"

@@ -131,6 +131,36 @@ def test_the_state_of_a_real_sgd_is_refused(copy_of):
     refused(checkpoint, "this looks like SGD")
 
 
+def _bitsandbytes(name):
+    module = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: qlora)")
+    return lambda p: getattr(module.optim, name)(p)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "SGD"),
+        (lambda p: torch.optim.Adafactor(p), "Adafactor"),
+        (lambda p: torch.optim.Muon(p), "Muon"),
+        (lambda p: torch.optim.RMSprop(p), "RMSprop"),
+        (lambda p: torch.optim.NAdam(p), "NAdam"),
+        (lambda p: torch.optim.Adagrad(p), "Adagrad"),
+        (lambda p: torch.optim.Adamax(p), "Adamax"),
+        (lambda p: torch.optim.Adadelta(p), "Adadelta"),
+        (lambda p: _bitsandbytes("AdamW8bit")(p), "an optimizer of bitsandbytes"),
+        (lambda p: _bitsandbytes("Lion")(p), "an optimizer of bitsandbytes"),
+    ],
+)
+def test_files_of_other_optimizers_are_refused_by_name(tmp_path, build, name):
+    parameter = nn.Parameter(torch.ones(64, 80))
+    optimizer = build([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(CheckpointError, match=f"looks like {name} .* only Adam and AdamW load from files"):
+        read_optimizer(tmp_path / "optimizer.pt")
+
+
 # --- entries ----------------------------------------------------------------------------------------------------
 
 

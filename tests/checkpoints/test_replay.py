@@ -7,12 +7,15 @@ import torch
 
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.updates.adamw import adamw_step, optimizer_parameters, shadow_step
+from tests.checkpoints.conftest import RUNS
+
+KINDS = list(RUNS)
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "tied", "fused"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_same_kernel_gives_the_next_checkpoint_bitwise(runs, name):
     run = runs(name)
-    now, after = load_checkpoint(run.checkpoint(2)), load_checkpoint(run.checkpoint(3))
+    now, after = run.load(2), run.load(3)
     parameters = optimizer_parameters(now.model, now.optimizer)
     expected = optimizer_parameters(after.model, after.optimizer)
     stepped = shadow_step(parameters, now.optimizer, run.gradients[3])
@@ -21,10 +24,10 @@ def test_the_same_kernel_gives_the_next_checkpoint_bitwise(runs, name):
     assert not any(torch.equal(parameters[n], expected[n]) for n in stepped)
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "tied", "fused"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_closed_form_gives_the_next_checkpoint(runs, name):
     run = runs(name)
-    now, after = load_checkpoint(run.checkpoint(2)), load_checkpoint(run.checkpoint(3))
+    now, after = run.load(2), run.load(3)
     parameters = optimizer_parameters(now.model, now.optimizer)
     step = adamw_step(parameters, now.optimizer, run.gradients[3])
     ulp = torch.finfo(torch.float32).eps
@@ -37,7 +40,7 @@ def test_the_closed_form_gives_the_next_checkpoint(runs, name):
 
 def test_the_replay_notices_two_swapped_parameters_of_equal_shape(runs):
     run = runs("full")
-    now, after = load_checkpoint(run.checkpoint(2)), load_checkpoint(run.checkpoint(3))
+    now, after = run.load(2), run.load(3)
     parameters = optimizer_parameters(now.model, now.optimizer)
     a, b = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
     state = now.optimizer.state

@@ -9,7 +9,7 @@ from torch import nn
 from entropy_probe.named import add
 from entropy_probe.updates.adamw import (
     adamw_step,
-    check_optimizer,
+    check_adam,
     clip_gradient,
     learning_rates,
     optimizer_parameters,
@@ -78,6 +78,18 @@ def test_closed_form_and_shadow_equal_the_real_step(cls, dtype, kernel, options,
         torch.testing.assert_close(step.components["gradient"][n], -step.gradient_scale[n] * gradient[n])
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
+def test_the_flag_for_graph_capture_changes_no_step(cls):
+    """Its kernel runs on accelerators only, while a checkpoint of such a run may be probed on any machine."""
+    model, optimizer, gradient = setup(cls, torch.float32, {"foreach": False})
+    parameters = optimizer_parameters(model, optimizer)
+    plain = shadow_step(parameters, optimizer, gradient)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    captured = shadow_step(parameters, optimizer, gradient)
+    assert all(torch.equal(plain[n], captured[n]) for n in plain)
+
+
 def test_components_vanish_where_they_should():
     model, optimizer, gradient = setup(torch.optim.AdamW, torch.float64, {}, steps=0)
     parameters = optimizer_parameters(model, optimizer)
@@ -128,19 +140,19 @@ def test_unusable_settings_are_refused(change, message):
     _, optimizer, _ = setup(torch.optim.AdamW, torch.float64, {})
     optimizer.param_groups[1].update(change)
     with pytest.raises(ValueError, match=message):
-        check_optimizer(optimizer)
+        check_adam(optimizer)
 
 
 def test_other_optimizers_and_strangers_are_refused():
     model = Two(torch.float64)
     with pytest.raises(ValueError, match=r"expected torch\.optim\.AdamW or Adam, got torch\.optim\.sgd\.SGD"):
-        check_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        check_adam(torch.optim.SGD(model.parameters(), lr=0.1))
 
     class Mine(torch.optim.AdamW):
         pass
 
     with pytest.raises(ValueError, match="Mine"):
-        check_optimizer(Mine(model.parameters()))
+        check_adam(Mine(model.parameters()))
     with pytest.raises(ValueError, match="3 of its 3 tensors are not parameters"):
         optimizer_parameters(Two(torch.float64), torch.optim.AdamW(model.parameters()))
     for p in model.parameters():

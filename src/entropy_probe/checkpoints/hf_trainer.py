@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from entropy_probe.checkpoints.adapters import adapters_of, find_base, read_adapter_config, trained_adapter
 from entropy_probe.checkpoints.errors import CheckpointError
-from entropy_probe.checkpoints.libraries import (
-    one_line_errors,
-    quiet,
-    random_state_kept,
-)
+from entropy_probe.checkpoints.libraries import one_line_errors, quiet, random_state_kept
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries, read_optimizer
-from entropy_probe.checkpoints.optimizer_state import (
-    ParameterMapping,
-    build_optimizer,
-    map_parameters,
-    summarize,
+from entropy_probe.checkpoints.optimizer_state import ParameterMapping, build_optimizer, map_parameters, summarize
+from entropy_probe.checkpoints.quantization import (
+    Quantization,
+    load_arguments,
+    quantization_of,
+    refuse_unmentioned,
+    set_precision,
 )
 from entropy_probe.checkpoints.weights import (
     check_finite,
     check_loaded,
     check_shapes,
+    read_dtypes,
     read_json,
     read_shapes,
+    unchanged,
     weight_files,
 )
 from entropy_probe.results import CheckpointReport, OptimizerStateReport
@@ -70,6 +71,8 @@ def load_checkpoint(
     *,
     dtype: str = "float32",
     device: str | torch.device = "cpu",
+    adapter: str | None = None,
+    quantization: Quantization | None = None,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
 
@@ -81,10 +84,16 @@ def load_checkpoint(
         path: the ``checkpoint-N`` directory.
         base_model: directory or hub name of the model under a LoRA adapter; by default the one the adapter
             names, looked for relative to the working directory, the checkpoint and its parents. For full weights
-            only its tokenizer is used, where the checkpoint has none.
-        dtype: precision of the model's weights: ``float32``, ``bfloat16`` or ``float64``. Moments are never kept
-            in a lower precision than the file's.
+            the model that training started from: where part of it was frozen, its tensors say which, and its
+            tokenizer is used where the checkpoint has none.
+        dtype: precision of the model's weights: ``float32``, ``bfloat16`` or ``float64``. Moments and adapters are
+            never kept in a lower precision than the file's. With a 4-bit base model, of everything that is not
+            quantised and of all arithmetic (not ``float64``).
         device: where model and optimizer state go.
+        adapter: which adapter was trained, where the checkpoint has several besides reference copies.
+        quantization: settings of the ``BitsAndBytesConfig`` with which training quantised the base model while loading
+            it (``{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", ...}``). Not needed for a base model that is
+            stored in 4 bits.
 
     Raises:
         CheckpointError: if anything is missing, damaged, of another model or not supported. A learning rate of 0
@@ -92,13 +101,16 @@ def load_checkpoint(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}; choose one of these")
-    examination = _Examination(_open_directory(Path(path)), base_model)
+    examination = _Examination(_open_directory(Path(path)), base_model, adapter, quantization)
     with random_state_kept():
         examination.run()
         assert examination.saved is not None
         assert examination.mapping is not None
         model = _load_model(examination, getattr(torch, dtype), torch.device(device))
         tokenizer = _load_tokenizer(examination)
+        if examination.kind == "full":
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in examination.mapping.names)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if parameters.keys() != set(examination.mapping.names):
             raise CheckpointError(
@@ -109,7 +121,9 @@ def load_checkpoint(
     return CheckpointState(model, tokenizer, optimizer, None, examination.report())
 
 
-def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -> CheckpointReport:
+def inspect_checkpoint(
+    path: str | Path, base_model: str | Path | None = None, adapter: str | None = None
+) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
     Everything :func:`load_checkpoint` checks before loading is checked here, on a skeleton of the model that
@@ -118,11 +132,12 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
     Args:
         path: the ``checkpoint-N`` directory.
         base_model: as in :func:`load_checkpoint`; only its configuration is read.
+        adapter: as there.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
     """
-    examination = _Examination(_open_directory(Path(path)), base_model)
+    examination = _Examination(_open_directory(Path(path)), base_model, adapter)
     try:
         with random_state_kept():
             examination.run()
@@ -134,7 +149,7 @@ def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -
 def _open_directory(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a checkpoint directory, found none; check the path")
-    if not ((path / "adapter_config.json").is_file() or (path / "config.json").is_file()):
+    if not (adapters_of(path) or (path / "config.json").is_file()):
         inside = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
         hint = f"pass one of {', '.join(inside[-3:])} inside it" if inside else "pass a checkpoint-N of the Trainer"
         raise CheckpointError(f"{path}: expected adapter_config.json or config.json, found neither; {hint}")
@@ -147,6 +162,8 @@ class _Examination:
 
     path: Path
     base_model: str | Path | None
+    adapter: str | None = None
+    quantization: Quantization | None = None
     kind: Literal["lora", "full"] = field(init=False)
     base: str | None = None
     global_step: int | None = None
@@ -154,27 +171,45 @@ class _Examination:
     files: list[Path] = field(default_factory=list)
     mapping: ParameterMapping | None = None
     summary: tuple[OptimizerStateReport, int] | None = None
+    frozen: int = 0
 
     def __post_init__(self) -> None:
-        self.kind = "lora" if (self.path / "adapter_config.json").is_file() else "full"
+        whole = (self.path / "config.json").is_file() and not (self.path / "adapter_config.json").is_file()
+        self.kind = "full" if whole else "lora"
+        self.directory = self.path
 
     def run(self) -> None:
         self.global_step = _read_global_step(self.path)
         self.saved = read_optimizer(self.path / "optimizer.pt")
         check_entries(self.saved)
         if self.kind == "lora":
-            adapter = _read_adapter_config(self.path)
-            self.base = _find_base(self.path, self.base_model or adapter.get("base_model_name_or_path"))
-            self.files = weight_files(self.path, "adapter_model")
-            skeleton = _lora_skeleton(self.path, self.base)
-            check_shapes(self.files[0], read_shapes(self.files), _adapter_shapes(skeleton))
+            self.adapter, self.directory = trained_adapter(self.path, self.adapter)
+            adapter = read_adapter_config(self.directory)
+            self.base = find_base(self.path, self.base_model or adapter.get("base_model_name_or_path"))
+            self.files = weight_files(self.directory, "adapter_model")
+            skeleton = _lora_skeleton(self.directory, self.base, self.adapter)
+            check_shapes(self.files[0], read_shapes(self.files), _adapter_shapes(skeleton, self.adapter))
         else:
             self.files = weight_files(self.path, "model")
             read_shapes(self.files)
             skeleton = _from_pretrained(str(self.path), torch.float32, torch.device("meta"), complete=True)
+            self._leave_out_frozen(skeleton)
         check_finite(self.files)
         self.mapping = map_parameters(self.saved, skeleton)
+        if self.frozen:
+            how = f"{self.mapping.how}; {self.frozen} tensors that are as in {self.base_model} were frozen"
+            self.mapping = replace(self.mapping, how=how)
         self.summary = summarize(self.saved, self.mapping)
+
+    def _leave_out_frozen(self, skeleton: nn.Module) -> None:
+        """Parameters that did not move since the base model were not trained, where the file has too few entries."""
+        assert self.saved is not None
+        named = dict(skeleton.named_parameters())
+        if self.base_model is None or self.saved.num_parameters >= len(named):
+            return
+        for name in unchanged(self.files, weight_files(Path(self.base_model), "model")) & named.keys():
+            named[name].requires_grad_(False)
+            self.frozen += 1
 
     def report(self, unusable: str | None = None) -> CheckpointReport:
         reasons = (unusable,) if unusable else tuple(self._doubts())
@@ -232,55 +267,27 @@ def _read_global_step(path: Path) -> int | None:
     return step
 
 
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    config = read_json(path / "adapter_config.json")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{path / 'adapter_config.json'}: peft_type: expected 'LORA', got {kind!r}; "
-            "other adapters are not supported"
-        )
-    return config
-
-
-def _find_base(path: Path, name: str | Path | None) -> str:
-    """The base model's directory, or its name when it looks like one of the hub's."""
-    if not name:
-        raise CheckpointError(f"{path / 'adapter_config.json'}: names no base model; pass base_model")
-    given = Path(name).expanduser()
-    places = [given] if given.is_absolute() else [root / given for root in (Path(), path, *path.resolve().parents)]
-    for place in places:
-        if (place / "adapter_config.json").is_file():
-            raise CheckpointError(f"{place}: expected a base model, got an adapter; pass the model under both")
-        if (place / "config.json").is_file():
-            return str(place)
-    if given.is_absolute() or str(name).startswith((".", "~")) or len(given.parts) > 2:
-        raise CheckpointError(
-            f"{name}: expected the base model's directory, found no config.json in it; pass base_model"
-        )
-    return str(name)
-
-
-def _lora_skeleton(path: Path, base: str) -> nn.Module:
+def _lora_skeleton(path: Path, base: str, name: str) -> nn.Module:
     """The model with its adapter, without storage."""
     from peft import PeftConfig, PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with one_line_errors(f"{base} with the adapter of {path}"), quiet():
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise CheckpointError(f"{base}: not supported: quantised weights; pass the unquantised base model")
+        # quantisation changes how weights are stored, not which there are
+        quantization_of(base, vars(config).pop("quantization_config", None), None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         adapter = PeftConfig.from_pretrained(str(path))
         adapter.inference_mode = False
-        return PeftModel(model, adapter, low_cpu_mem_usage=True)
+        return PeftModel(model, adapter, name, low_cpu_mem_usage=True)
 
 
-def _adapter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _adapter_shapes(model: nn.Module, name: str) -> dict[str, tuple[int, ...]]:
     from peft import get_peft_model_state_dict
 
-    return {name: tuple(x.shape) for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: tuple(x.shape) for key, x in state.items()}
 
 
 def _load_model(found: _Examination, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -292,25 +299,48 @@ def _load_model(found: _Examination, dtype: torch.dtype, device: torch.device) -
     from peft import PeftModel, get_peft_model_state_dict
 
     assert found.base is not None
-    base = _from_pretrained(found.base, dtype, device)
-    bad = [name for name, p in base.named_parameters() if not torch.isfinite(p).all()]
+    assert found.adapter is not None
+    base = _from_pretrained(found.base, dtype, device, found=found)
+    numbers = ((name, p) for name, p in base.named_parameters() if not hasattr(p, "quant_state"))
+    bad = [name for name, p in numbers if not torch.isfinite(p).all()]
     if bad:
         raise CheckpointError(f"{found.base}: {bad[0]}: expected finite values, got NaN or infinity; pass another copy")
     with one_line_errors(str(found.path)), quiet():
-        model = PeftModel.from_pretrained(base, str(found.path), is_trainable=True, torch_device=str(device))
-    check_loaded(found.files, get_peft_model_state_dict(model, save_embedding_layers=False), all_names=True)
+        model = PeftModel.from_pretrained(
+            base, str(found.directory), adapter_name=found.adapter, is_trainable=True, torch_device=str(device)
+        )
+    if dtype == torch.bfloat16 and read_dtypes(found.files) == {dtype}:
+        for parameter in model.parameters():  # peft made float32 of what was trained in bfloat16
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    state = get_peft_model_state_dict(model, adapter_name=found.adapter, save_embedding_layers=False)
+    check_loaded(found.files, state, all_names=True)
     return model.eval()
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device, *, complete: bool = False) -> Any:
+def _from_pretrained(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    complete: bool = False,
+    found: _Examination | None = None,
+) -> Any:
     """A causal language model whose every parameter came from the files; on ``meta`` without their values.
 
-    ``complete`` also refuses tensors of the files that the model does not use.
+    ``complete`` also refuses tensors of the files that the model does not use. Only the base model of the adapter
+    ``found`` may be quantised.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM
     with one_line_errors(name), quiet():
+        recorded = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "quantization_config", None)
+        if recorded is not None and found is None:
+            raise CheckpointError(f"{name}: not supported: quantised weights; pass unquantised ones")
+        quantization = quantization_of(name, recorded, found.quantization) if found else None
+        if found:
+            refuse_unmentioned(found.directory, quantization)
         model, info = factory.from_pretrained(
             name,
             dtype=dtype,
@@ -318,6 +348,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device, *, com
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **load_arguments(name, quantization, recorded is not None, dtype),
         )
     wrong = ("missing_keys", "mismatched_keys", *(("unexpected_keys",) if complete else ()))
     for what in wrong:
@@ -327,8 +358,8 @@ def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device, *, com
                 f"{name}: expected weights for exactly the model of config.json, got {len(shown)} "
                 f"{what.replace('_', ' ')} {shown[:2]}; pass intact weights with their own configuration"
             )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{name}: not supported: quantised weights; pass unquantised ones")
+    if quantization is not None:
+        set_precision(model, dtype)
     return model
 
 

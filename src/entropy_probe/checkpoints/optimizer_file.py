@@ -26,6 +26,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _OTHER_OPTIMIZERS = {
+    "train_mode": "a schedule-free optimizer",
+    "beta2_decay": "Adafactor",
     "scale_parameter": "Adafactor",
     "exp_avg_sq_row": "Adafactor",
     "row_var": "Adafactor",
@@ -33,15 +35,27 @@ _OTHER_OPTIMIZERS = {
     "ns_steps": "Muon",
     "dampening": "SGD",
     "momentum_buffer": "SGD or Muon",
+    "__bnb_optimizer_quant_state__": "an optimizer of bitsandbytes",
+    "t_alpha": "an optimizer of bitsandbytes",
     "qmap1": "8-bit Adam of bitsandbytes",
     "absmax1": "8-bit Adam of bitsandbytes",
     "state1": "an optimizer of bitsandbytes",
+    "centered": "RMSprop",
+    "momentum_decay": "NAdam",
+    "lr_decay": "Adagrad",
+    "rho": "Adadelta",
+    "lambd": "ASGD",
+    "etas": "Rprop",
+    "history_size": "L-BFGS",
     "square_avg": "RMSprop",
     "mu_product": "NAdam",
+    "exp_inf": "Adamax",
     "correct_bias": "the AdamW that transformers once had",
     "update_proj_gap": "GaLore or APOLLO",
 }
 """Keys of a parameter group or of a parameter's state that give another optimizer away."""
+
+_REMEDY = "only Adam and AdamW load from files; for another optimizer of torch pass the live one to EntropyProbe"
 
 # What a damaged or hostile pickle can raise inside torch's restricted unpickler.
 _UNREADABLE = (
@@ -120,6 +134,7 @@ def read_optimizer(path: Path) -> SavedOptimizer:
         raise CheckpointError(f"{path}: expected a list of parameter groups, got {groups!r:.80}; the file is damaged")
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
         raise CheckpointError(f"{path}: expected state by parameter index, got {type(state).__name__}")
+    _refuse_others(path, groups, state)
     clean = tuple(_check_group(f"{path}: group {i}", group) for i, group in enumerate(groups))
     indices = [index for group in clean for index in group["params"]]
     if indices != list(range(len(indices))):
@@ -160,17 +175,30 @@ def _read_file(path: Path) -> Any:
         ) from error
 
 
+def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
+    """Name the optimizer if its groups or its state give it away."""
+    for key, name in _OTHER_OPTIMIZERS.items():
+        for index, group in enumerate(groups):
+            if key in group:
+                raise CheckpointError(
+                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {_REMEDY}"
+                )
+    for index, entry in state.items():
+        for key, name in _OTHER_OPTIMIZERS.items():
+            if key in entry:
+                raise CheckpointError(
+                    f"{path}: not supported: this looks like {name} (parameter {index} has {key!r}); {_REMEDY}"
+                )
+
+
 def _check_group(where: str, group: dict[str, Any]) -> dict[str, Any]:
     """The group with plain numbers, or an error."""
-    for key, name in _OTHER_OPTIMIZERS.items():
-        if key in group:
-            raise CheckpointError(f"{where}: not supported: this looks like {name} (it has {key!r}); use Adam or AdamW")
     unknown = group.keys() - _REQUIRED - {*_FLAGS, *_FROM_SCHEDULERS}
     missing = _REQUIRED - group.keys()
     if unknown or missing:
         raise CheckpointError(
             f"{where}: not supported: expected the settings of torch.optim.Adam or AdamW, missing "
-            f"{sorted(missing)}, unknown {sorted(map(str, unknown))}; use Adam or AdamW"
+            f"{sorted(missing)}, unknown {sorted(map(str, unknown))}; {_REMEDY}"
         )
     if not (isinstance(group["params"], list) and all(type(index) is int for index in group["params"])):
         raise CheckpointError(f"{where}: expected a list of parameter indices, got {group['params']!r:.60}")
@@ -208,12 +236,6 @@ def check_entries(saved: SavedOptimizer) -> None:
         CheckpointError: if an entry is missing, extra, of another optimizer, or malformed.
     """
     path = saved.path
-    for index, entry in saved.state.items():
-        for key, name in _OTHER_OPTIMIZERS.items():
-            if key in entry:
-                raise CheckpointError(
-                    f"{path}: not supported: this looks like {name} (parameter {index} has {key!r}); use Adam or AdamW"
-                )
     expected = set(range(saved.num_parameters))
     missing, extra = sorted(expected - saved.state.keys()), sorted(saved.state.keys() - expected, key=str)
     if missing or extra:

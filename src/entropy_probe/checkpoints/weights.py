@@ -11,7 +11,16 @@ from torch import Tensor
 
 from entropy_probe.checkpoints.errors import CheckpointError
 
-__all__ = ["check_finite", "check_loaded", "check_shapes", "read_json", "read_shapes", "weight_files"]
+__all__ = [
+    "check_finite",
+    "check_loaded",
+    "check_shapes",
+    "read_dtypes",
+    "read_json",
+    "read_shapes",
+    "unchanged",
+    "weight_files",
+]
 
 Shape = tuple[int, ...]
 
@@ -115,6 +124,23 @@ def check_finite(files: list[Path]) -> None:
             raise CheckpointError(
                 f"{path}: {name}: expected finite values, got NaN or infinity; training diverged before the save"
             )
+
+
+def read_dtypes(files: list[Path]) -> set[torch.dtype]:
+    """The types of all tensors of the files."""
+    return {tensor.dtype for _, _, tensor in _tensors(files)}
+
+
+def unchanged(files: list[Path], before: list[Path]) -> set[str]:
+    """Names of the tensors that both sets of files hold with the same values, in the precision of the former."""
+    earlier: dict[str, Path] = {name: path for path in before for name in read_shapes([path])}
+    same = set()
+    for _, name, tensor in _tensors(files):
+        if name in earlier:
+            with _open(earlier[name]) as file:
+                if torch.equal(file.get_tensor(name).to(tensor.dtype), tensor):
+                    same.add(name)
+    return same
 
 
 def check_loaded(files: list[Path], loaded: Mapping[str, Tensor], *, all_names: bool) -> None:

@@ -38,6 +38,8 @@ class RunConfig(BaseModel):
     Attributes:
         checkpoint: a checkpoint directory holding weights or an adapter, and the optimizer's state.
         base_model: the base model of an adapter, where the adapter's own config does not lead to it.
+        adapter: the adapter that was trained, where the checkpoint has several.
+        quantization: the ``BitsAndBytesConfig`` with which training quantised the base model while loading it.
         output_dir: where the results go; new or empty, unless ``overwrite``.
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
@@ -58,6 +60,8 @@ class RunConfig(BaseModel):
 
     checkpoint: Path
     base_model: str | None = None
+    adapter: str | None = None
+    quantization: dict[str, Any] | None = None
     output_dir: Path
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"

@@ -82,7 +82,12 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
         clock = Clock(progress)
         with clock.phase("load checkpoint") as step:
             state = load_checkpoint(
-                config.checkpoint, config.base_model, dtype=config.probe.dtype, device=config.device
+                config.checkpoint,
+                config.base_model,
+                dtype=config.probe.dtype,
+                device=config.device,
+                adapter=config.adapter,
+                quantization=config.quantization,
             )
             step(1, 1)
         # Made before sampling, since it checks the optimizer.

@@ -80,8 +80,9 @@ def _column_exponent(result: ProbeResult) -> int | None:
 
 def _add_prediction(table: Table, result: ProbeResult, predicted: Prediction, exponent: int | None) -> None:
     parts = (format_number(predicted.se_evaluation, 2), format_number(predicted.se_update, 2))
+    how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
     table.add_row(
-        "predicted δH₁", Text(_pair(predicted, exponent), "bold"), f"SE: evaluation {parts[0]}, update {parts[1]}"
+        "predicted δH₁", Text(_pair(predicted, exponent), "bold"), f"SE: evaluation {parts[0]}, update {parts[1]}{how}"
     )
     for name, component in result.components.items():
         table.add_row(f"  {name.replace('_', ' ')}", _pair(component, exponent), "")

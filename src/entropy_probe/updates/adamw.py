@@ -19,10 +19,12 @@ from entropy_probe.named import add, norm
 
 __all__ = [
     "ClippedGradient",
+    "Gradient",
     "Step",
     "adamw_step",
-    "check_optimizer",
+    "check_adam",
     "clip_gradient",
+    "is_adam",
     "learning_rates",
     "optimizer_parameters",
     "shadow_step",
@@ -32,18 +34,20 @@ Gradient = Mapping[str, Tensor | None]
 """Gradients by parameter name; ``None`` where the loss does not reach the parameter, which the optimizer then skips."""
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step is the one this module has in closed form: exactly ``torch.optim.Adam`` or ``AdamW``."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+
+
+def check_adam(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer whose step this module does not reproduce.
 
     Raises:
         ValueError: unless it is exactly ``torch.optim.Adam`` or ``AdamW``, minimising, with valid hyperparameters.
     """
     kind = type(optimizer)
-    if kind not in (torch.optim.Adam, torch.optim.AdamW):
-        raise ValueError(
-            f"optimizer: expected torch.optim.AdamW or Adam, got {kind.__module__}.{kind.__qualname__}; "
-            "its step is not supported"
-        )
+    if not is_adam(optimizer):
+        raise ValueError(f"optimizer: expected torch.optim.AdamW or Adam, got {kind.__module__}.{kind.__qualname__}")
     for index, group in enumerate(optimizer.param_groups):
         beta1, beta2 = map(float, group["betas"])
         if group.get("maximize"):
@@ -205,7 +209,7 @@ def adamw_step(
     Raises:
         ValueError: if names differ, or the optimizer is not supported.
     """
-    check_optimizer(optimizer)
+    check_adam(optimizer)
     if parameters.keys() != gradient.keys():
         raise ValueError(f"gradient: expected {len(parameters)} parameter names, got {len(gradient)} that differ")
     settings = _settings(optimizer, learning_rate)
@@ -268,7 +272,7 @@ def shadow_step(
     Raises:
         ValueError: as :func:`adamw_step`.
     """
-    check_optimizer(optimizer)
+    check_adam(optimizer)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     stepped: dict[str, Tensor] = {}
     for name, parameter in parameters.items():

@@ -14,6 +14,8 @@ from torch.nn import Parameter
 
 from entropy_probe.moments import step_count, usable_second_moment
 from entropy_probe.results import PreconditionerReport
+from entropy_probe.updates.adamw import is_adam
+from entropy_probe.updates.shadow import optimizer_name
 
 __all__ = ["Preconditioner", "frozen_preconditioner"]
 
@@ -42,7 +44,8 @@ def frozen_preconditioner(
     With AMSGrad ``v`` is the running maximum of the second moment.
 
     A parameter whose second moment is missing or all zero would get ``1 / eps``; it gets the identity instead and
-    is counted and named. Parameters are found by identity in the optimizer, whether or not they have a gradient.
+    is counted and named. Optimizers other than Adam have no such moment. Parameters are found by identity in the
+    optimizer, whether or not they have a gradient.
 
     Args:
         parameters: by name.
@@ -53,11 +56,20 @@ def frozen_preconditioner(
             moment; ``None`` makes less than 0.9 an error.
 
     Raises:
-        ValueError: if the coverage is below 0.9 and ``identity_if_coverage_below`` is ``None``.
+        ValueError: if ``identity_if_coverage_below`` is ``None`` and the coverage is below 0.9 or the optimizer is not
+            Adam.
     """
+    if not is_adam(optimizer) and identity_if_coverage_below is None:
+        raise ValueError(
+            f"frozen geometry: expected torch.optim.AdamW or Adam, whose second moments it is made of, got "
+            f"{optimizer_name(optimizer)}; predict from two batches with the optimizer's own step, or set "
+            "identity_if_coverage_below to accept the identity"
+        )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     usable = {
         name: usable_second_moment(optimizer.state.get(p, {}), bool(groups[id(p)]["amsgrad"]))
+        if is_adam(optimizer)
+        else None
         for name, p in parameters.items()
     }
     identity = [name for name, v in usable.items() if v is None]

@@ -1,0 +1,112 @@
+"""A 4-bit base model under a trained adapter (QLoRA), through bitsandbytes.
+
+Only the linear layers' weights are quantised, and they never train. What is loaded: their codes and scales as recorded,
+everything else and all arithmetic in the precision that was asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entropy_probe.checkpoints.errors import CheckpointError
+
+__all__ = ["Quantization", "load_arguments", "quantization_of", "refuse_unmentioned", "set_precision"]
+
+Quantization = Mapping[str, Any]
+"""The settings of a ``BitsAndBytesConfig``, as in a model's ``config.json``."""
+
+_SETTINGS = {
+    *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"),
+    *("bnb_4bit_quant_storage", "llm_int8_skip_modules"),
+}
+_CARD = "The following `bitsandbytes` quantization config was used during training:"
+
+
+def quantization_of(base: str, recorded: Any, given: Quantization | None) -> Quantization | None:
+    """The 4-bit settings of a base model: those in its configuration, else those given; None for plain weights.
+
+    Args:
+        base: the base model, for messages.
+        recorded: ``quantization_config`` of its ``config.json``.
+        given: what training passed when it quantised the base model while loading it.
+
+    Raises:
+        CheckpointError: for another method than 4-bit bitsandbytes, both sources at once, or unknown settings.
+    """
+    if recorded is not None and given is not None:
+        raise CheckpointError(f"{base}: is stored quantised already; leave out the quantization that was given")
+    chosen = given if recorded is None else recorded
+    if chosen is None:
+        return None
+    settings = dict(chosen if isinstance(chosen, Mapping) else chosen.to_dict())
+    method = settings.pop("quant_method", None)
+    method = str(getattr(method, "value", method or "bitsandbytes"))
+    if method != "bitsandbytes" or settings.get("load_in_4bit") is not True:
+        what = method if method != "bitsandbytes" else "bitsandbytes without load_in_4bit"
+        raise CheckpointError(
+            f"{base}: not supported: weights quantised by {what}; expected bitsandbytes with load_in_4bit, or plain "
+            "weights"
+        )
+    unknown = sorted(settings.keys() - _SETTINGS) if given else []
+    if unknown:
+        raise CheckpointError(f"{base}: quantization: expected {', '.join(sorted(_SETTINGS))}; unknown {unknown}")
+    return settings
+
+
+def refuse_unmentioned(directory: Path, quantization: Quantization | None) -> None:
+    """Refuse to put an adapter on plain weights if its model card says that the base model was quantised.
+
+    Raises:
+        CheckpointError: with what to pass.
+    """
+    card = directory / "README.md"
+    if quantization is None and card.is_file() and _CARD in card.read_text(encoding="utf-8", errors="replace"):
+        raise CheckpointError(
+            f"{card}: says that the base model was quantised in training, but its configuration does not; pass "
+            "quantization={'load_in_4bit': True, ...} with the settings listed there"
+        )
+
+
+def load_arguments(base: str, quantization: Quantization | None, stored: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``from_pretrained`` needs besides, with the arithmetic in ``dtype``.
+
+    Args:
+        base: the base model, for messages.
+        quantization: its settings; None for plain weights.
+        stored: whether the weights are stored quantised.
+        dtype: precision of everything that is not quantised.
+
+    Raises:
+        CheckpointError: if bitsandbytes is missing, or does not compute in ``dtype``.
+    """
+    if quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CheckpointError(
+            f"{base}: a 4-bit base model needs bitsandbytes, which is not installed; pip install 'entropy-probe[qlora]'"
+        )
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise CheckpointError(f"{base}: dtype: a 4-bit base model computes in float32 or bfloat16, got {dtype}")
+    if stored:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(**{**quantization, "bnb_4bit_compute_dtype": dtype})}
+
+
+def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Everything but the 4-bit codes in ``dtype``, and the arithmetic with the dequantised weights too."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            module.compute_dtype, module.compute_type_is_set = dtype, True  # type: ignore[assignment]
+            state.dtype = dtype
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not hasattr(tensor, "quant_state"):
+            tensor.data = tensor.data.to(dtype)

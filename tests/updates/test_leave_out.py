@@ -1,0 +1,32 @@
+"""The update gradient without a block."""
+
+import torch
+from torch import nn
+
+from entropy_probe.losses import loss_coefficients
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.updates.leave_out import reduced_gradients
+from entropy_probe.updates.per_unit import UnitGradients
+from tests.invariants.test_probe import batches
+from tests.reference.enumeration import TinyPolicy
+
+
+def test_what_only_the_left_out_block_reaches_becomes_zero_exactly():
+    """Sums over a batch and over its blocks round differently; a sign or a root would blow the difference up."""
+    parameters = {"a": nn.Parameter(torch.zeros(3)), "b": nn.Parameter(torch.zeros(1))}
+    shares = torch.tensor([[0.1, 0.2, 0.0, 0.7], [0.0, 0.3, 0.5, 0.0]])
+    total = shares.sum(0)
+    total[0] = torch.nextafter(total[0], torch.tensor(1.0))
+    total[3] = torch.nextafter(total[3], torch.tensor(0.0))
+    assert total[0] != shares[0, 0]
+    whole = UnitGradients({"a": total[:3], "b": total[3:]}, torch.zeros(0, 2), shares)
+    update, _ = batches(groups=2)
+    given = (Scorer(TinyPolicy(), 1.0, 100), parameters, update, update.prompt_ids, loss_coefficients(update, "dapo"))
+    without = list(reduced_gradients(*given, whole, [2.0, 3.0]))
+    torch.testing.assert_close(without[0]["a"], 2 * shares[1, :3])
+    assert without[0]["a"][0] == 0
+    assert without[0]["b"] == 0
+    torch.testing.assert_close(without[1]["a"], 3 * shares[0, :3])
+    assert without[1]["a"][2] == 0
+    unreached = UnitGradients({"a": None, "b": total[3:]}, torch.zeros(0, 2), shares)
+    assert next(reduced_gradients(*given, unreached, [1.0]))["a"] is None
