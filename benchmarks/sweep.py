@@ -12,6 +12,7 @@ import gc
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,8 +35,10 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
     probe = EntropyProbe(model, optimizer, setup.config)
     rates = [10 ** (-7 + k / 3) for k in range(NUM_RATES)]
     seconds: dict[str, list[float]] = {"training": [], "sweep": [], "direct": []}
-    for round_ in range(rounds + 1):  # the first one warms up
-        for task in list(seconds)[:: 1 if round_ % 2 else -1]:
+    training_gradient(model, evaluation, setup)  # warm-up
+    for round_ in range(rounds):
+        tasks = ["training", "sweep"][:: 1 if round_ % 2 else -1]
+        for task in [*tasks, "direct"] if round_ == 0 else tasks:
             gc.collect()
             start = time.process_time()
             if task == "training":
@@ -46,12 +49,12 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
                 )
                 if task == "direct" and sweep.curvature.direct is None:
                     raise RuntimeError(f"no direct curvature: {sweep.messages}")
-            if round_:
-                seconds[task].append(time.process_time() - start)
+            seconds[task].append(time.process_time() - start)
     paired = [s / t for s, t in zip(seconds["sweep"], seconds["training"], strict=True)]
     return {
         "weights": "LoRA" if lora else "full",
         "num_rates": NUM_RATES,
+        "num_sequences": len(evaluation),
         "rounds": rounds,
         "ratio": median(seconds["sweep"]) / median(seconds["training"]),
         "ratio_min": min(paired),
@@ -65,12 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds")
     parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--prompts", type=int, help="prompts of the update batch (default: 16)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     setup = QUICK if options.quick else FULL
+    setup = replace(setup, num_prompts=options.prompts or setup.num_prompts)
     figures = [cost(setup, lora=weights == "lora", rounds=options.rounds) for weights in options.weights]
     title = f"Sweep over {NUM_RATES} rates / one training gradient (target: at most {TARGET:.1f})"
     table = Table("weights", "sweep", "rounds", "with direct curvature", title=title, title_justify="left")

