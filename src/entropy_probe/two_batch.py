@@ -200,7 +200,8 @@ class TwoBatch(Session):
         config, blocks, update = self.config, self.shares, self.update
         self.messages.append(
             f"{optimizer_name(self.optimizer)}: its own code takes the step on copies, so the prediction has no "
-            f"components, and se_update is a jackknife over {blocks.count} blocks of update prompts"
+            f"components, and se_update is a jackknife over {blocks.count} blocks of update prompts (too large for "
+            "steps that are not smooth in the gradient, such as signs or Muon's)"
         )
         factors = renormalisation(update, blocks.index, config.loss_type, config.max_completion_length)
         loss = self._loss_coefficients()
