@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -69,7 +69,14 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
     """
     from entropy_probe.checkpoints import load_checkpoint
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE, check_output_dir, stage
+    from entropy_probe.cli.run_directory import (
+        CONFIG_FILE,
+        EVALUATION_FILE,
+        SHARDS,
+        UPDATE_FILE,
+        check_output_dir,
+        stage,
+    )
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.provenance import Clock
 
@@ -97,14 +104,17 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
             resample=_resampler(config, state),
         )
         with clock.phase("sample"):
-            update, evaluation, notes = _sample_missing(config, state, inputs, progress)
+            files = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
+            update, evaluation, notes = _sample_missing(config, state, inputs, files, progress)
         if config.save_rollouts:
             update.to_parquet(staging / UPDATE_FILE)
-            if evaluation is not None:
-                evaluation.to_parquet(staging / EVALUATION_FILE)
+            if evaluation is not None and not files[0].exists():
+                evaluation.to_parquet(files[0])
         result = _annotate(
             _run_mode(probe, config.mode, update, evaluation), (*state.report.reasons, *notes), clock.seconds
         )
+        if not config.save_rollouts:
+            files[0].unlink(missing_ok=True)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
     return result
@@ -112,7 +122,7 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
 
 def _resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
     """How to sample the evaluation prompts anew after the step, if that is what low ESS asks for."""
-    from entropy_probe.sampling import EvaluationSettings, resample_responses
+    from entropy_probe.sampling import EvaluationSettings, HFGenerator, SamplingParameters, resample_responses
 
     if config.probe.on_low_ess != "resample":
         return None
@@ -122,15 +132,9 @@ def _resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
             "model; copy its files into the checkpoint, or set on_low_ess to psis or refuse"
         )
     settings = config.evaluation or EvaluationSettings(total_sequences=2)
-    return lambda rollouts: resample_responses(
-        state.model,
-        state.tokenizer,
-        rollouts,
-        config.generation,
-        temperature=config.probe.temperature,
-        max_completion_length=_required(config.probe.max_completion_length),
-        seed=settings.seed,
-    )
+    engine = HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
+    parameters = SamplingParameters(config.probe.temperature, _required(config.probe.max_completion_length))
+    return lambda rollouts: resample_responses(engine, rollouts, parameters, seed=settings.seed)
 
 
 def _run_mode(probe: EntropyProbe, mode: str, update: Rollouts, evaluation: Rollouts | None) -> ProbeResult:
@@ -174,10 +178,15 @@ def _read_inputs(config: RunConfig) -> _Inputs:
 
 
 def _sample_missing(
-    config: RunConfig, state: CheckpointState, inputs: _Inputs, progress: Phase
+    config: RunConfig, state: CheckpointState, inputs: _Inputs, files: tuple[Path, Path], progress: Phase
 ) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
-    """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
-    from entropy_probe.sampling import sample_evaluation, sample_update
+    """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were.
+
+    A sampled evaluation batch goes into ``files``: first, shard by shard, into the second, a directory.
+    """
+    from entropy_probe.fingerprint import fingerprint
+    from entropy_probe.sampling import HFGenerator, SamplingParameters, sample_evaluation_file, sample_update
+    from entropy_probe.types import Rollouts
 
     update, evaluation = inputs.update, inputs.evaluation
     sample_e = evaluation is None and not config.needs_no_evaluation
@@ -186,24 +195,28 @@ def _sample_missing(
             f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
             "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
         )
-    common: dict[str, Any] = {
-        "generation": config.generation,
-        "temperature": config.probe.temperature,
-        "max_completion_length": config.probe.max_completion_length,
-    }
-    subject = (state.model, state.tokenizer, inputs.prompts)
     notes: list[str] = []
+    if update is not None and not sample_e:
+        return update, evaluation, ()
+    engine = HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
+    parameters = SamplingParameters(config.probe.temperature, _required(config.probe.max_completion_length))
+    subject = (engine, state.tokenizer, inputs.prompts)
     if update is None:
         reward, settings = _required(inputs.reward), _required(config.update)
-        update, report = sample_update(
-            *subject, reward, settings, progress=partial(progress, "sample update"), **common
-        )
+        update, report = sample_update(*subject, reward, settings, parameters, partial(progress, "sample update"))
         notes += _describe("update", report)
     if sample_e:
-        settings = _required(config.evaluation)
-        evaluation, report = sample_evaluation(
-            *subject, settings, progress=partial(progress, "sample evaluation"), **common
+        path, shards = files
+        report = sample_evaluation_file(
+            *subject,
+            _required(config.evaluation),
+            parameters,
+            path,
+            shards=shards,
+            policy=fingerprint([*state.model.named_parameters(), *state.model.named_buffers()]),
+            progress=partial(progress, "sample evaluation"),
         )
+        evaluation = Rollouts.from_parquet(path)
         notes += _describe("evaluation", report)
     return update, evaluation, tuple(notes)
 
