@@ -189,7 +189,7 @@ class Session:
                 head=self.scorer.head_path,
                 prefix_sharing=self.scorer.prefix_sharing,
                 per_unit_gradients=self.per_unit_gradients,
-                messages=tuple(self.messages),
+                messages=(*self.messages, *self.scorer.messages),
                 **step,
             ),
             timing=self.clock.seconds,

@@ -70,12 +70,13 @@ def invoke(*args: Any) -> Result:
 
 def execute(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str):
     """The command line in a process of its own, with this repository importable."""
-    root = str(Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    path = f"{root}{os.pathsep}{root / 'src'}"
     return subprocess.run(
         [sys.executable, *command, *map(str, args)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
         check=False,
     )
 

@@ -8,9 +8,11 @@ per unit. Only one microbatch's graph is alive at a time, and ``.grad`` is never
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -73,6 +75,23 @@ class _Sums:
         self._directions = directions
         small = len(directions) * starts[-1] <= _CACHED_ELEMENTS
         self._cache = {name: self._stack(name) for name in parameters} if directions and small else {}
+
+    def part(self, num_units: int) -> _Sums:
+        """Empty sums for one microbatch, which :meth:`merge` adds once it is known to be complete."""
+        part = copy.copy(self)
+        part.total = dict.fromkeys(self.total)
+        part.dots = torch.zeros(len(self._directions), num_units, dtype=torch.float64)
+        part.stored = None if self.stored is None else self.stored.new_zeros(num_units, self.stored.shape[1])
+        return part
+
+    def merge(self, part: _Sums, units: Tensor) -> None:
+        """Add the sums of a microbatch whose units are ``units``, distinct."""
+        for name, gradient in part.total.items():
+            if gradient is not None:
+                self.add_total(name, gradient)
+        self.dots[:, units] += part.dots
+        if self.stored is not None and part.stored is not None:
+            self.stored.index_add_(0, units, part.stored)
 
     def _stack(self, name: str) -> Tensor:
         """The directions of one parameter in float64, ``[K, p]``."""
@@ -148,8 +167,14 @@ def unit_gradients(
             progress(done, len(rollouts))
 
     if taps:
-        for batch in scorer.microbatches(rollouts, share=_prompts_are_whole(rollouts.prompt_ids, units)):
-            _tapped_backward(scorer, parameters, batch, coefficients, units, sums)
+        share = _prompts_are_whole(rollouts.prompt_ids, units)
+
+        def tapped(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
+            return _tapped_backward(scorer, parameters, batch, coefficients, units, sums)
+
+        for batch, (present, parts) in scorer.each(rollouts, tapped, share=share):
+            for side, part in zip(sums, parts, strict=True):
+                side.merge(part, present)
             report(batch.rows)
     elif by_unit:
         for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
@@ -161,8 +186,9 @@ def unit_gradients(
                     side.add_units(name, index, gradient[None])
             report(rows)
     else:
-        for batch in scorer.microbatches(rollouts):
-            for side, gradients in zip(sums, _backward(scorer, parameters, batch, coefficients), strict=True):
+        work = partial(_backward, scorer, parameters, coefficients)
+        for batch, gradients_by_side in scorer.each(rollouts, work):
+            for side, gradients in zip(sums, gradients_by_side, strict=True):
                 for name, gradient in gradients.items():
                     side.add_total(name, gradient)
             report(batch.rows)
@@ -184,23 +210,25 @@ def unit_backward(
 ) -> list[dict[str, Tensor]]:
     """Gradients of each surrogate over the given rows; parameters a surrogate does not reach are left out."""
     totals: list[dict[str, Tensor]] = [{} for _ in coefficients]
-    for batch in scorer.microbatches(rollouts, rows):
-        for total, gradients in zip(totals, _backward(scorer, parameters, batch, coefficients), strict=True):
+    work = partial(_backward, scorer, parameters, coefficients)
+    for _, gradients_by_side in scorer.each(rollouts, work, rows):
+        for total, gradients in zip(totals, gradients_by_side, strict=True):
             for name, gradient in gradients.items():
                 total[name] = total[name] + gradient if name in total else gradient
     return totals
 
 
 def _backward(
-    scorer: Scorer, parameters: Mapping[str, Parameter], batch: Microbatch, coefficients: Sequence[TokenCoefficients]
-) -> Iterator[dict[str, Tensor]]:
+    scorer: Scorer, parameters: Mapping[str, Parameter], coefficients: Sequence[TokenCoefficients], batch: Microbatch
+) -> list[dict[str, Tensor]]:
     """One forward pass over a microbatch, then one backward pass per surrogate."""
-    values = scorer.surrogates(batch, coefficients)
+    values, found = scorer.surrogates(batch, coefficients), []
     for k, value in enumerate(values):
         gradients = torch.autograd.grad(
             value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
         )
-        yield {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        found.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
+    return found
 
 
 class _Tap(torch.autograd.Function):
@@ -297,19 +325,25 @@ def _tapped_backward(
     coefficients: Sequence[TokenCoefficients],
     units: Tensor,
     sums: Sequence[_Sums],
-) -> None:
-    """One forward pass with taps, then one backward pass per surrogate."""
+) -> tuple[Tensor, list[_Sums]]:
+    """One forward pass with taps, then one backward pass per surrogate.
+
+    Returns:
+        The units of the microbatch, and the sums over it for each surrogate, units in that order.
+    """
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
-    row_units = units[batch.leaders]
+    present, row_units = units[batch.leaders].unique(return_inverse=True)
+    parts = [side.part(len(present)) for side in sums]
     current = 0
 
     def consume(name: str, block: slice, gradients: Tensor) -> None:
-        sums[current].add_units(name, row_units[block], gradients)
+        parts[current].add_units(name, row_units[block], gradients)
 
     with _tapped(scorer.model, parameters, anchor, consume, len(batch.leaders)):
         values = scorer.surrogates(batch, coefficients)
         for current, value in enumerate(values):
             torch.autograd.grad(value, anchor, allow_unused=True, retain_graph=current + 1 < len(values))
+    return present, parts
 
 
 def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> str | None:
