@@ -127,7 +127,7 @@ class Session:
         if found.mean <= self.config.max_mismatch:
             return
         numbers = (
-            f"sampled_logprobs of the evaluation batch differ from the policy's by {found.mean:.3g} nats per token on "
+            f"sampled_logprobs differ from the policy's by {found.mean:.3g} nats per token on "
             f"average, {found.max:.3g} at most (effective sample size of the weights between them {share:.1%}): the "
             "batch was sampled from another policy (weights, temperature or top_p)"
         )
