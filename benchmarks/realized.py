@@ -39,8 +39,9 @@ from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.sampling import (
     EvaluationSettings,
-    GenerationSettings,
+    HFGenerator,
     Prompt,
+    SamplingParameters,
     UpdateSettings,
     load_reward,
     sample_evaluation,
@@ -143,13 +144,13 @@ def compare(setup: Setup, directory: Path) -> dict[str, Any]:
     """Variances of all estimators relative to the reference, per learning rate."""
     checkpoint = train_demo(directory, **dict(setup.training), on_progress=lambda line: print(line, file=sys.stderr))
     state = load_checkpoint(checkpoint, directory / "base")
-    subject = (state.model, state.tokenizer, long_prompts(setup))
-    generation = GenerationSettings(batch_size=256)
-    common: dict[str, Any] = {"temperature": 1.0, "max_completion_length": setup.max_completion_length}
+    engine = HFGenerator(state.model, state.tokenizer, batch_size=256)
+    subject = (engine, state.tokenizer, long_prompts(setup))
+    parameters = SamplingParameters(1.0, setup.max_completion_length)
     batch = UpdateSettings(num_prompts=min(16, setup.num_prompts), group_size=8)
-    update, _ = sample_update(*subject, load_reward("exact_match"), batch, generation, **common)
+    update, _ = sample_update(*subject, load_reward("exact_match"), batch, parameters)
     draws = EvaluationSettings(total_sequences=setup.sequences * setup.repeats)
-    evaluation, _ = sample_evaluation(*subject, draws, generation, **common)
+    evaluation, _ = sample_evaluation(*subject, draws, parameters)
     found: dict[str, Any] = {
         "response_tokens": evaluation.response_lengths.double().mean().item(),
         "share_of_32_or_more": (evaluation.response_lengths >= 32).double().mean().item(),

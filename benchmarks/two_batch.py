@@ -39,8 +39,9 @@ from entropy_probe.demo.train import LORA_TARGETS, MAX_COMPLETION_LENGTH, quiet_
 from entropy_probe.provenance import library_versions
 from entropy_probe.sampling import (
     EvaluationSettings,
-    GenerationSettings,
+    HFGenerator,
     PromptSource,
+    SamplingParameters,
     UpdateSettings,
     load_prompts,
     load_reward,
@@ -265,12 +266,12 @@ def variance(setup: VarianceSetup, directory: Path) -> dict[str, Any]:
     checkpoint = train_demo(directory, **dict(setup.training), on_progress=lambda line: print(line, file=sys.stderr))
     state = load_checkpoint(checkpoint, directory / "base")
     prompts = load_prompts(PromptSource(jsonl=directory / "prompts.jsonl"))
-    subject, generation = (state.model, state.tokenizer, prompts), GenerationSettings(batch_size=512)
-    common = {"temperature": 1.0, "max_completion_length": MAX_COMPLETION_LENGTH}
+    subject = (HFGenerator(state.model, state.tokenizer, batch_size=512), state.tokenizer, prompts)
+    parameters = SamplingParameters(1.0, MAX_COMPLETION_LENGTH)
     batch = UpdateSettings(num_prompts=setup.num_prompts, group_size=setup.group_size)
-    update, _ = sample_update(*subject, load_reward("exact_match"), batch, generation, **common)
+    update, _ = sample_update(*subject, load_reward("exact_match"), batch, parameters)
     draws = EvaluationSettings(total_sequences=setup.sequences * setup.repeats)
-    evaluation, _ = sample_evaluation(*subject, draws, generation, **common)
+    evaluation, _ = sample_evaluation(*subject, draws, parameters)
     probes = {
         name: EntropyProbe(state.model, state.optimizer, ProbeConfig(**options)) for name, options in ESTIMATORS.items()
     }

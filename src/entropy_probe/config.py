@@ -38,6 +38,9 @@ class ProbeConfig(BaseModel):
         on_low_ess: what to do then, or when the weights' tail is too heavy (Pareto k above its threshold): ``refuse``
             gives no realized change; ``psis`` gives that of Pareto-smoothed weights if their tail allows it;
             ``resample`` samples fresh responses after the step, for which the probe needs a ``resample`` function.
+        on_mismatch: what to do when the sampler's own log-probabilities say that it was not the policy (the mean
+            ``|delta log pi|`` per token exceeds ``max_mismatch``): ``report`` notes it; ``refuse`` is an error.
+        max_mismatch: in nats per token; engines in bfloat16 differ by about a tenth of the default.
         frozen_max_scale: upper clamp on the frozen preconditioner.
         checkpoint_step: Adam's step count for parameters whose state lacks one, in the frozen preconditioner.
         identity_if_coverage_below: take the identity for the frozen preconditioner if less than this share of the
@@ -73,6 +76,8 @@ class ProbeConfig(BaseModel):
     weight_clip: float | None = Field(default=None, ge=1)
     min_ess_fraction: float = Field(default=0.5, ge=0, le=1)
     on_low_ess: Literal["refuse", "psis", "resample"] = "refuse"
+    on_mismatch: Literal["report", "refuse"] = "report"
+    max_mismatch: float = Field(default=0.05, ge=0)
     frozen_max_scale: float = Field(default=1e3, gt=0)
     checkpoint_step: int | None = Field(default=None, gt=0)
     identity_if_coverage_below: float | None = Field(default=None, ge=0, le=1)

@@ -56,6 +56,7 @@ class OneBatch(Session):
             rate = max(self.subject.learning_rates)
             relative = {name: s / rate for name, s in scale.items()}
             before = self.reference_scores(batch, "score batch")
+            self.check_sampler(before, batch)
             entropy = fo.entropy(before, self.prompts, config.normalization, config.entropy)
             towards = fo.entropy_coefficients(
                 before, batch.prompt_ids, self.units, config.normalization, config.entropy

@@ -22,6 +22,7 @@ __all__ = [
     "Prediction",
     "ProbeResult",
     "Realized",
+    "SamplerMismatch",
     "write_atomically",
 ]
 
@@ -272,6 +273,21 @@ class CrossPrompt(_Record):
     preconditioner: PreconditionerReport
 
 
+class SamplerMismatch(_Record):
+    """How far the sampler's own log-probabilities are from the policy's, on the same responses.
+
+    Attributes:
+        mean: mean of ``|log pi - log pi_sampler|`` over response tokens, nats.
+        max: the largest of them, nats.
+        ess_fraction: effective sample size of the sequence weights ``pi / pi_sampler`` over the number of sequences; 1
+            when the sampler was the policy.
+    """
+
+    mean: float = Field(ge=0)
+    max: float = Field(ge=0)
+    ess_fraction: float
+
+
 class Diagnostics(_Record):
     """How the numbers came about.
 
@@ -287,6 +303,7 @@ class Diagnostics(_Record):
         head: how log-probabilities were computed (``chunked``, or ``logits`` and why).
         per_unit_gradients: how per-unit gradients were computed: ``linear-layer taps`` or ``taps`` (read off the
             layers), ``taps; by autograd: NAMES`` (these by differentiating their layers alone), or ``per unit (WHY)``.
+        mismatch: the evaluation batch's sampler against the policy; null if the sampler reported no log-probabilities.
         messages: one line each for everything a careful reader should know.
     """
 
@@ -300,6 +317,7 @@ class Diagnostics(_Record):
     head: str
     prefix_sharing: str
     per_unit_gradients: str
+    mismatch: SamplerMismatch | None = None
     messages: tuple[str, ...] = ()
 
 

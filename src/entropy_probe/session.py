@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.importance import sampler_mismatch
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.isolation import evaluating
 from entropy_probe.moments import summarize_moments
 from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
-from entropy_probe.results import Diagnostics, Estimate, OptimizerStateReport, PreconditionerReport, ProbeResult, Unit
+from entropy_probe.results import (
+    Diagnostics,
+    Estimate,
+    OptimizerStateReport,
+    PreconditionerReport,
+    ProbeResult,
+    SamplerMismatch,
+    Unit,
+)
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.precision import precisions
 from entropy_probe.types import Rollouts, TokenScores
@@ -71,6 +80,7 @@ class Session:
         self.scorer = Scorer(subject.model, self.config.temperature, self.config.max_tokens_per_microbatch)
         self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
         self.per_unit_gradients = "not needed"
+        self.mismatch: SamplerMismatch | None = None
         low = (torch.bfloat16, torch.float16)
         narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in low}))
         if self.config.autocast != "off":
@@ -105,6 +115,31 @@ class Session:
             state = fingerprint([*model.named_parameters(), *model.named_buffers()])
             key = f"{state} {rollouts_fingerprint(batch)} {how}"
             return self.subject.cache.get(key, lambda: scorer.score(batch, progress))
+
+    def check_sampler(self, scores: TokenScores, rollouts: Rollouts) -> None:
+        """Compare the sampler's own log-probabilities, if there are any, with the policy's.
+
+        Raises:
+            ValueError: if they differ by more than the config allows.
+        """
+        if rollouts.sampled_logprobs is None:
+            return
+        found = sampler_mismatch(scores, rollouts.sampled_logprobs)
+        share = found.ess / len(rollouts)
+        self.mismatch = SamplerMismatch(mean=found.mean, max=found.max, ess_fraction=share)
+        if found.mean <= self.config.max_mismatch:
+            return
+        numbers = (
+            f"sampled_logprobs differ from the policy's by {found.mean:.3g} nats per token on "
+            f"average, {found.max:.3g} at most (effective sample size of the weights between them {share:.1%}): the "
+            "batch was sampled from another policy (weights, temperature or top_p)"
+        )
+        if self.config.on_mismatch == "refuse":
+            raise ValueError(
+                f"{numbers}; expected at most {self.config.max_mismatch:g} on average, so sample from the policy "
+                "itself, or raise max_mismatch"
+            )
+        self.messages.append(f"{numbers}, so results are biased")
 
     def choose_taps(self, rollouts: Rollouts) -> Taps | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
@@ -210,7 +245,8 @@ class Session:
                 head=self.scorer.head_path,
                 prefix_sharing=self.scorer.prefix_sharing,
                 per_unit_gradients=self.per_unit_gradients,
-                messages=tuple(self.messages),
+                mismatch=self.mismatch,
+                messages=(*self.messages, *self.scorer.messages),
                 **step,
             ),
             timing=self.clock.seconds,

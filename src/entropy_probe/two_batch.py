@@ -85,7 +85,7 @@ class TwoBatch(Session):
         predicted: Sampled | None = None
         self.scorer.prepare(self.update, self.evaluation)
         before = self.reference_scores(self.evaluation, "score evaluation")
-        self._note_mismatch(before)
+        self.check_sampler(before, self.evaluation)
         entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
         taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)
@@ -108,19 +108,6 @@ class TwoBatch(Session):
             **start.fields,
             **fields,
         )
-
-    def _note_mismatch(self, scores: TokenScores) -> None:
-        """Say so if the sampler's log-probabilities are not those of the policy: another temperature, say."""
-        sampled = self.evaluation.sampled_logprobs
-        if sampled is None:
-            return
-        gap = (sampled.double() - scores.logprobs.double())[scores.response_mask].abs().mean().item()
-        if gap > LARGEST_MISMATCH:
-            self.messages.append(
-                f"sampled_logprobs of the evaluation batch differ from the policy's by {gap:.3g} nats per token on "
-                "average: the batch was sampled from another policy (weights, temperature or top_p), so results "
-                "are biased"
-            )
 
     def _evaluation_units(self) -> tuple[Literal["sequence", "prompt"], Units]:
         ids = self.evaluation.prompt_ids
@@ -348,8 +335,6 @@ class TwoBatch(Session):
 NOISE_SEQUENCES, NOISE_DRAWS = 8, 3
 """Enough for the size of rounding errors; more would cost time."""
 NOTABLE_ROUNDING = 0.01
-LARGEST_MISMATCH = 0.05
-"""Nats per token; engines in bfloat16 differ by about a tenth of this."""
 LEAST_PROMPTS = 8
 """Draws with replacement give this many prompts equally often once in thousands of batches."""
 

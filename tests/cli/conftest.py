@@ -71,15 +71,22 @@ def invoke(*args: Any) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-def execute(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str):
+def start(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str) -> subprocess.Popen[str]:
     """The command line in a process of its own, with this repository importable."""
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command, *map(str, args)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT | environment,
-        check=False,
     )
+
+
+def execute(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str):
+    """:func:`start` and wait for the end."""
+    process = start(*args, command=command, **environment)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 @pytest.fixture

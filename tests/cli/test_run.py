@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import yaml
 
 from entropy_probe import ProbeResult, Rollouts
-from tests.cli.conftest import execute, invoke
+from entropy_probe.sampling import HFGenerator
+from tests.cli.conftest import execute, invoke, start
 
 
 def run(*args) -> str:
@@ -239,3 +241,56 @@ def test_resampling_needs_the_largest_length(config, refused, once):
     rollouts = [f"rollouts.{name}={out / name}.parquet" for name in ("update", "evaluation")]
     line = refused("run", config, *rollouts, "probe.on_low_ess=resample", "probe.max_completion_length=null")
     assert "probe.max_completion_length: required to sample responses anew" in line
+
+
+def kill_when(path, *arguments) -> None:
+    """Start the command and kill it as soon as ``path`` exists."""
+    process = start("run", *arguments)
+    try:
+        while not path.exists():
+            assert process.poll() is None, process.communicate()
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_run_goes_on_with_the_shard_it_was_killed_in(config, tmp_path):
+    options = ("evaluation.total_sequences=1100", "generation.batch_size=32")
+    done = execute("run", config, *options, "--output-dir", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    assert "sample evaluation" in done.stderr
+    out = tmp_path / "out"
+    kill_when(out / "evaluation" / "shard-00001.parquet", config, *options)
+    assert not (out / "results.json").exists()
+    first, second = (out / "evaluation" / f"shard-0000{k}.parquet" for k in (0, 1))
+    written = [shard.stat().st_mtime_ns for shard in (first, second)]
+    kill_when(out / "evaluation" / "shard-00003.parquet", config, *options)
+    assert [shard.stat().st_mtime_ns for shard in (first, second)] == written
+    again = execute("run", config, *options)
+    assert again.returncode == 0, again.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml", "evaluation.parquet", "results.json", "update.parquet"
+    ]  # fmt: skip
+    expected, found = numbers(tmp_path / "whole"), numbers(out)
+    assert found == expected
+    assert (out / "evaluation.parquet").read_bytes() == (tmp_path / "whole" / "evaluation.parquet").read_bytes()
+
+
+def test_a_failure_while_sampling_keeps_the_shards(config, tmp_path, monkeypatch):
+    generate, calls = HFGenerator.generate, []
+
+    def fail(self, prompts, *arguments):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise RuntimeError("the power is out")
+        return generate(self, prompts, *arguments)
+
+    monkeypatch.setattr(HFGenerator, "generate", fail)
+    result = invoke("run", config, "evaluation.total_sequences=520")
+    assert "the same command goes on with them" in result.exception.__notes__[0]
+    assert [path.name for path in (tmp_path / "out" / "evaluation").iterdir()] == ["shard-00000.parquet"]
+    assert not list(tmp_path.glob("out.rollouts-*"))
+    run(config, "evaluation.total_sequences=520")
+    assert calls == [16, 256, 256, 16, 256, 8]
+    assert not (tmp_path / "out" / "evaluation").exists()

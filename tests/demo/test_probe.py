@@ -9,8 +9,9 @@ from entropy_probe import EntropyProbe, ProbeConfig, load_checkpoint
 from entropy_probe.demo.train import MAX_COMPLETION_LENGTH, train_demo
 from entropy_probe.sampling import (
     EvaluationSettings,
-    GenerationSettings,
+    HFGenerator,
     PromptSource,
+    SamplingParameters,
     UpdateSettings,
     load_prompts,
     load_reward,
@@ -25,12 +26,11 @@ def batches(directory, checkpoint, sequences):
     """The checkpoint with an update and an evaluation batch sampled from it."""
     state = load_checkpoint(checkpoint, directory / "base")
     prompts = load_prompts(PromptSource(jsonl=directory / "prompts.jsonl"))
-    common = {"temperature": 1.0, "max_completion_length": MAX_COMPLETION_LENGTH}
-    generation = GenerationSettings(batch_size=256)
-    subject = (state.model, state.tokenizer, prompts)
+    subject = (HFGenerator(state.model, state.tokenizer, batch_size=256), state.tokenizer, prompts)
+    parameters = SamplingParameters(1.0, MAX_COMPLETION_LENGTH)
     settings = UpdateSettings(num_prompts=16, group_size=8)
-    update, _ = sample_update(*subject, load_reward("exact_match"), settings, generation, **common)
-    evaluation, _ = sample_evaluation(*subject, EvaluationSettings(total_sequences=sequences), generation, **common)
+    update, _ = sample_update(*subject, load_reward("exact_match"), settings, parameters)
+    evaluation, _ = sample_evaluation(*subject, EvaluationSettings(total_sequences=sequences), parameters)
     return state, {"update": update, "evaluation": evaluation}
 
 

@@ -16,7 +16,7 @@ from entropy_probe.isolation import evaluating, parameters_at
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 from entropy_probe.scoring.forward import Scorer
 from tests.invariants.test_hf import policy, rollouts
-from tests.invariants.test_unbiased import Bound, Setting, pick
+from tests.invariants.test_unbiased import Bound, Setting
 from tests.reference.enumeration import TEMPERATURE, Table, TinyPolicy
 
 NORMALIZATIONS = ["token", "sequence"]
@@ -72,9 +72,9 @@ def line() -> Line:
 def fitted(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
     """``a`` and ``b`` from one batch, by the sweep's own rules."""
     units = Units.sequences(len(rows))
-    before = pick(line.scores, rows)
-    changes = [per_decision(before, pick(after, rows), units, norm) for after in line.after]
-    slope, _ = per_decision_derivatives(before, pick(line.first, rows), pick(line.second, rows), units, norm)
+    before = line.scores.select(rows)
+    changes = [per_decision(before, after.select(rows), units, norm) for after in line.after]
+    slope, _ = per_decision_derivatives(before, line.first.select(rows), line.second.select(rows), units, norm)
     values = torch.tensor([c.value for c in changes], dtype=torch.float64)
     everything = torch.ones(len(values), dtype=torch.bool)
     last = linear_range(slope.value * line.rates, slope.standard_error * line.rates, values, everything)
@@ -86,7 +86,7 @@ def fitted(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
 
 def direct(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
     """``a`` and ``b`` from one batch, by derivatives of the scores."""
-    picked = (pick(x, rows) for x in (line.scores, line.first, line.second))
+    picked = (x.select(rows) for x in (line.scores, line.first, line.second))
     slope, second = per_decision_derivatives(*picked, Units.sequences(len(rows)), norm)
     return slope, Sampled(second.value / 2, second.influence / 2)
 
@@ -135,7 +135,7 @@ def test_derivatives_are_those_of_the_realized_change(line, norm, grouped):
     """Value and every unit's influence, against central differences of the estimator itself."""
     rows = line.setting.draw(40, torch.Generator().manual_seed(24))
     units = Units.prompts(torch.arange(40) // 4) if grouped else Units.sequences(40)
-    before, first, second = (pick(x, rows) for x in (line.scores, line.first, line.second))
+    before, first, second = (x.select(rows) for x in (line.scores, line.first, line.second))
 
     def change(eta: float) -> Tensor:
         # the scores' own expansion, so that the step can be small without rounding

@@ -404,6 +404,23 @@ def test_a_sampler_that_is_not_the_policy_is_noted():
                          evaluation.prompt_ids, sampled_logprobs=sampled)  # fmt: skip
         result = probe(model, trained_optimizer(model)).predict(update=update, evaluation=given)
         assert any("sampled from another policy" in m for m in result.diagnostics.messages) == noted
+        found = result.diagnostics.mismatch
+        assert found.mean == pytest.approx(shift, abs=1e-12)
+        assert found.max == pytest.approx(shift, abs=1e-12)
+        weights = torch.exp(-shift * evaluation.response_lengths.double())
+        assert found.ess_fraction == pytest.approx((weights.mean() ** 2 / weights.square().mean()).item())
+        refusing = probe(model, trained_optimizer(model), on_mismatch="refuse")
+        if noted:
+            with pytest.raises(
+                ValueError, match=r"differ from the policy's by 0.3 nats per token .*expected at most 0.05"
+            ):
+                refusing.predict(update=update, evaluation=given)
+        else:
+            refusing.predict(update=update, evaluation=given)
+        assert (
+            probe(model, trained_optimizer(model)).predict(update=update, evaluation=evaluation).diagnostics.mismatch
+            is None
+        )
 
 
 def test_impossible_update_tokens_are_refused():

@@ -7,7 +7,9 @@ from pydantic import ValidationError
 from entropy_probe.sampling import (
     EvaluationSettings,
     GenerationSettings,
+    HFGenerator,
     Prompt,
+    SamplingParameters,
     UpdateSettings,
     encode_prompts,
     group_advantages,
@@ -17,30 +19,23 @@ from entropy_probe.sampling import (
 )
 
 PROMPTS = [Prompt(10 * i, text, answer=text) for i, text in enumerate(["0", "012", "11", "2101", "20", "1"])]
-GENERATION = GenerationSettings(batch_size=7)
+BATCH = 7
 
 
 def _length(prompts, responses):
     return [float(len(response)) for response in responses]
 
 
-def _update(model, tokenizer, reward=_length, prompts=PROMPTS, generation=GENERATION, **settings):
+def _update(model, tokenizer, reward=_length, prompts=PROMPTS, batch_size=BATCH, **settings):
     settings = UpdateSettings(**({"num_prompts": 4, "group_size": 3} | settings))
-    return sample_update(
-        model, tokenizer, prompts, reward, settings, generation, temperature=1.0, max_completion_length=4
-    )
+    engine = HFGenerator(model, tokenizer, batch_size)
+    return sample_update(engine, tokenizer, prompts, reward, settings, SamplingParameters(1.0, 4))
 
 
-def _evaluate(model, tokenizer, prompts=PROMPTS, generation=GENERATION, max_completion_length=4, **settings):
-    return sample_evaluation(
-        model,
-        tokenizer,
-        prompts,
-        EvaluationSettings(**settings),
-        generation,
-        temperature=1.0,
-        max_completion_length=max_completion_length,
-    )
+def _evaluate(model, tokenizer, prompts=PROMPTS, batch_size=BATCH, max_completion_length=4, **settings):
+    engine = HFGenerator(model, tokenizer, batch_size)
+    parameters = SamplingParameters(1.0, max_completion_length)
+    return sample_evaluation(engine, tokenizer, prompts, EvaluationSettings(**settings), parameters)
 
 
 def _assert_well_formed(rollouts, tokenizer, max_length=4):
@@ -104,13 +99,12 @@ def test_seeds(model, tokenizer):
 
 
 def test_the_draw_does_not_depend_on_the_batching(model, tokenizer):
-    small, large = GenerationSettings(batch_size=2), GenerationSettings(batch_size=100)
     for sample, arguments in ((_update, {}), (_evaluate, {"total_sequences": 15})):
-        a, _ = sample(model, tokenizer, generation=small, **arguments)
-        b, _ = sample(model, tokenizer, generation=large, **arguments)
-        assert torch.equal(a.prompt_ids, b.prompt_ids)
+        a, _ = sample(model, tokenizer, batch_size=2, **arguments)
+        b, _ = sample(model, tokenizer, batch_size=100, **arguments)
+        assert _same(a, b)
+        assert torch.allclose(a.sampled_logprobs, b.sampled_logprobs, atol=1e-5)
         _assert_well_formed(a, tokenizer)
-        _assert_well_formed(b, tokenizer)
 
 
 def test_the_seed_reaches_the_responses(model, tokenizer):
@@ -130,8 +124,7 @@ def test_update_and_evaluation_do_not_share_random_numbers(model, tokenizer):
 
 def test_evaluation_draws_with_replacement(model, tokenizer):
     n, k = 3000, len(PROMPTS)
-    generation = GenerationSettings(batch_size=1000)
-    rollouts, report = _evaluate(model, tokenizer, generation=generation, max_completion_length=1, total_sequences=n)
+    rollouts, report = _evaluate(model, tokenizer, batch_size=1000, max_completion_length=1, total_sequences=n)
     ids, counts = rollouts.prompt_ids.unique(return_counts=True)
     assert ids.tolist() == [p.id for p in PROMPTS]
     z = (counts - n / k) / (n / k * (1 - 1 / k)) ** 0.5
@@ -152,16 +145,9 @@ def test_evaluation_batch(model, tokenizer):
 def test_update_draws_uniformly_without_replacement(model, tokenizer):
     counts = dict.fromkeys([p.id for p in PROMPTS], 0)
     for seed in range(120):
-        rollouts, _ = sample_update(
-            model,
-            tokenizer,
-            PROMPTS,
-            _length,
-            UpdateSettings(num_prompts=2, group_size=2, seed=seed),
-            GENERATION,
-            temperature=1.0,
-            max_completion_length=1,
-        )
+        settings = UpdateSettings(num_prompts=2, group_size=2, seed=seed)
+        engine = HFGenerator(model, tokenizer)
+        rollouts, _ = sample_update(engine, tokenizer, PROMPTS, _length, settings, SamplingParameters(1.0, 1))
         drawn = set(rollouts.prompt_ids.tolist())
         assert len(drawn) == 2
         for prompt_id in drawn:
@@ -258,17 +244,15 @@ def test_bad_settings(settings, fields, match):
 
 def test_resampling_an_unchanged_model_gives_the_batch_again(model, tokenizer):
     rollouts, _ = _evaluate(model, tokenizer, total_sequences=20, seed=3)
-    common = {"temperature": 1.0, "max_completion_length": 4}
-    again = resample_responses(model, tokenizer, rollouts, GENERATION, seed=3, **common)
+    engine, parameters = HFGenerator(model, tokenizer, BATCH), SamplingParameters(1.0, 4)
+    again = resample_responses(engine, rollouts, parameters, seed=3)
     for name in ("input_ids", "attention_mask", "response_mask", "prompt_ids"):
         assert torch.equal(getattr(again, name), getattr(rollouts, name)), name
-    other = resample_responses(model, tokenizer, rollouts, GENERATION, seed=4, **common)
+    other = resample_responses(engine, rollouts, parameters, seed=4)
     assert torch.equal(other.prompt_ids, rollouts.prompt_ids)
     assert not torch.equal(other.input_ids, rollouts.input_ids)
     # padding on the left makes no difference
     names = ("input_ids", "attention_mask", "response_mask")
     columns = [torch.nn.functional.pad(getattr(rollouts, name), (3, 0)) for name in names]
-    padded = resample_responses(
-        model, tokenizer, type(rollouts)(*columns, rollouts.prompt_ids), GENERATION, seed=3, **common
-    )
+    padded = resample_responses(engine, type(rollouts)(*columns, rollouts.prompt_ids), parameters, seed=3)
     assert torch.equal(padded.input_ids, rollouts.input_ids)

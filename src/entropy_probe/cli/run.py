@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from entropy_probe.session import Resample
     from entropy_probe.types import Rollouts
 
-__all__ = ["Inputs", "probe_checkpoint", "quiet_transformers", "read_inputs", "run", "sample_batch"]
+__all__ = ["Inputs", "probe_checkpoint", "quiet_transformers", "read_inputs", "resampler", "run", "sample_batch"]
 
 T = TypeVar("T")
 
@@ -69,7 +69,14 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
     """
     from entropy_probe.checkpoints import load_checkpoint
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE, check_output_dir, stage
+    from entropy_probe.cli.run_directory import (
+        CONFIG_FILE,
+        EVALUATION_FILE,
+        SHARDS,
+        UPDATE_FILE,
+        check_output_dir,
+        stage,
+    )
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.provenance import Clock
 
@@ -99,25 +106,28 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
             config.probe,
             mapping=mapping,
             progress=progress,
-            resample=_resampler(config, state),
+            resample=resampler(config, state),
         )
         with clock.phase("sample"):
-            update, evaluation, notes = _sample_missing(config, state, inputs, progress)
+            files = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
+            update, evaluation, notes = _sample_missing(config, state, inputs, files, progress)
         if config.save_rollouts:
             update.to_parquet(staging / UPDATE_FILE)
-            if evaluation is not None:
-                evaluation.to_parquet(staging / EVALUATION_FILE)
+            if evaluation is not None and not files[0].exists():
+                evaluation.to_parquet(files[0])
         result = _annotate(
             _run_mode(probe, config.mode, update, evaluation), (*state.report.reasons, *notes), clock.seconds
         )
+        if not config.save_rollouts:
+            files[0].unlink(missing_ok=True)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
     return result
 
 
-def _resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
+def resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
     """How to sample the evaluation prompts anew after the step, if that is what low ESS asks for."""
-    from entropy_probe.sampling import EvaluationSettings, resample_responses
+    from entropy_probe.sampling import EvaluationSettings, HFGenerator, SamplingParameters, resample_responses
 
     if config.probe.on_low_ess != "resample":
         return None
@@ -127,15 +137,9 @@ def _resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
             "model; copy its files into the checkpoint, or set on_low_ess to psis or refuse"
         )
     settings = config.evaluation or EvaluationSettings(total_sequences=2)
-    return lambda rollouts: resample_responses(
-        state.model,
-        state.tokenizer,
-        rollouts,
-        config.generation,
-        temperature=config.probe.temperature,
-        max_completion_length=_required(config.probe.max_completion_length),
-        seed=settings.seed,
-    )
+    engine = HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
+    parameters = SamplingParameters(config.probe.temperature, _required(config.probe.max_completion_length))
+    return lambda rollouts: resample_responses(engine, rollouts, parameters, seed=settings.seed)
 
 
 def _run_mode(probe: EntropyProbe, mode: str, update: Rollouts, evaluation: Rollouts | None) -> ProbeResult:
@@ -184,16 +188,20 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 
 def _sample_missing(
-    config: RunConfig, state: CheckpointState, inputs: Inputs, progress: Phase
+    config: RunConfig,
+    state: CheckpointState,
+    inputs: Inputs,
+    files: tuple[Path, Path],
+    progress: Phase,
 ) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
     """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
     update, evaluation = inputs.update, inputs.evaluation
     notes: list[str] = []
     if update is None:
-        update, about = sample_batch("update", config, state, inputs, progress)
+        update, about = sample_batch("update", config, state, inputs, files, progress)
         notes += about
     if evaluation is None and not config.needs_no_evaluation:
-        evaluation, about = sample_batch("evaluation", config, state, inputs, progress)
+        evaluation, about = sample_batch("evaluation", config, state, inputs, files, progress)
         notes += about
     return update, evaluation, tuple(notes)
 
@@ -203,32 +211,43 @@ def sample_batch(
     config: RunConfig,
     state: CheckpointState,
     inputs: Inputs,
+    files: tuple[Path, Path],
     progress: Phase,
 ) -> tuple[Rollouts, list[str]]:
     """Sample one of the two batches as configured, with notes on how that went.
 
+    A sampled evaluation batch goes into ``files``: shard by shard into the second, a directory, then into the first.
+
     Raises:
         ValueError: if there is no tokenizer to sample with.
     """
-    from entropy_probe.sampling import sample_evaluation, sample_update
+    from entropy_probe.fingerprint import fingerprint
+    from entropy_probe.sampling import HFGenerator, SamplingParameters, sample_evaluation_file, sample_update
+    from entropy_probe.types import Rollouts
 
     if state.tokenizer is None:
         raise ValueError(
             f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
             "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
         )
-    common: dict[str, Any] = {
-        "generation": config.generation,
-        "temperature": config.probe.temperature,
-        "max_completion_length": config.probe.max_completion_length,
-        "progress": partial(progress, f"sample {batch}"),
-    }
-    subject = (state.model, state.tokenizer, inputs.prompts)
+    engine = HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
+    parameters = SamplingParameters(config.probe.temperature, _required(config.probe.max_completion_length))
+    subject, report_progress = (engine, state.tokenizer, inputs.prompts), partial(progress, f"sample {batch}")
     if batch == "update":
-        rollouts, report = sample_update(*subject, _required(inputs.reward), _required(config.update), **common)
-    else:
-        rollouts, report = sample_evaluation(*subject, _required(config.evaluation), **common)
-    return rollouts, _describe(batch, report)
+        reward, settings = _required(inputs.reward), _required(config.update)
+        rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
+        return rollouts, _describe(batch, report)
+    path, shards = files
+    report = sample_evaluation_file(
+        *subject,
+        _required(config.evaluation),
+        parameters,
+        path,
+        shards=shards,
+        policy=fingerprint([*state.model.named_parameters(), *state.model.named_buffers()]),
+        progress=report_progress,
+    )
+    return Rollouts.from_parquet(path), _describe(batch, report)
 
 
 def _required(value: T | None) -> T:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 from entropy_probe.results import RESULTS_FILE, ProbeResult
 
-__all__ = ["CONFIG_FILE", "EVALUATION_FILE", "UPDATE_FILE", "check_output_dir", "stage"]
+__all__ = ["CONFIG_FILE", "EVALUATION_FILE", "SHARDS", "UPDATE_FILE", "check_output_dir", "stage"]
 
 CONFIG_FILE = "config.yaml"
 UPDATE_FILE = "update.parquet"
 EVALUATION_FILE = "evaluation.parquet"
+SHARDS = "evaluation"
+"""Where the evaluation batch is collected while it is sampled; gone once the run is complete."""
+_STAGING = ".unfinished-"
 # results.json goes last: where it is, the rest is.
 RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, RESULTS_FILE)
 
@@ -28,7 +31,7 @@ def check_output_dir(directory: Path, overwrite: bool) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir: expected a directory, {directory} is a file; choose another one")
-    if not directory.exists() or not any(directory.iterdir()):
+    if not directory.exists() or all(_left_by_a_killed_run(entry) for entry in directory.iterdir()):
         return
     if not overwrite:
         raise ValueError(
@@ -43,13 +46,21 @@ def check_output_dir(directory: Path, overwrite: bool) -> None:
         )
 
 
+def _left_by_a_killed_run(entry: Path) -> bool:
+    """Whether a run that never came to its end left this; the next one goes on with its shards."""
+    if entry.name == SHARDS and entry.is_dir():
+        return all(file.name.lstrip(".").startswith("shard-") for file in entry.iterdir())
+    return entry.name.startswith(_STAGING)
+
+
 @contextmanager
 def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """A temporary directory whose files move into ``directory`` when the block ends without an error.
 
     Files of an earlier run that this one did not write are removed, except the resolved paths in ``keep``;
     other files stay. After an error everything is as it was, but rollouts sampled by then are kept in a directory
-    beside it, which a note on the error names.
+    beside it, which a note on the error names. An evaluation batch that was sampled in part stays as it is, in
+    shards, as it does when the process is killed: the next run goes on with it.
 
     Raises:
         ValueError: if the directory cannot be made or written into.
@@ -57,7 +68,7 @@ def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path
     existed = directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=directory))
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
     except OSError as error:
         raise ValueError(f"output_dir: cannot write into {directory}: {error.strerror}; choose another one") from error
     try:
@@ -69,18 +80,26 @@ def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path
         for name in written:
             (staging / name).replace(directory / name)
         existed = True
+        for entry in directory.iterdir():
+            if _left_by_a_killed_run(entry):
+                shutil.rmtree(entry)
     except BaseException as error:
         _rescue_rollouts(staging, directory, error)
         raise
     finally:
-        shutil.rmtree(staging)
-        if not existed:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed and not (directory / SHARDS).exists():
             directory.rmdir()
 
 
 def _rescue_rollouts(staging: Path, directory: Path, error: BaseException) -> None:
     """Sampling can take hours; keep what it gave when a later step fails."""
     sampled = [staging / name for name in (UPDATE_FILE, EVALUATION_FILE) if (staging / name).exists()]
+    if staging / EVALUATION_FILE in sampled:
+        shutil.rmtree(directory / SHARDS, ignore_errors=True)
+    elif (directory / SHARDS).exists():
+        error.add_note("the evaluation shards are kept, the same command goes on with them")
+        return
     if not sampled:
         return
     kept = Path(tempfile.mkdtemp(prefix=f"{directory.name}.rollouts-", dir=directory.parent))

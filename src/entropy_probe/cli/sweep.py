@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,7 +78,7 @@ def sweep_checkpoint(config: SweepConfig) -> Sweep:
     """One sweep: resume what is there, or start; see :mod:`entropy_probe.cli.sweep_directory` for the protocol."""
     from entropy_probe.checkpoints import load_checkpoint
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.run import read_inputs
+    from entropy_probe.cli.run import read_inputs, resampler
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.report import figure_files
@@ -93,11 +94,25 @@ def sweep_checkpoint(config: SweepConfig) -> Sweep:
     there = {batch: config.output_dir / ROLLOUT_FILES[batch] for batch in inputs.rollouts}
     sources = read_inputs(config.model_copy(update={"rollouts": config.rollouts.model_copy(update=there)}))
     with show_progress() as progress:
-        state = load_checkpoint(config.checkpoint, config.base_model, dtype=config.probe.dtype, device=config.device)
+        state = load_checkpoint(
+            config.checkpoint,
+            config.base_model,
+            dtype=config.probe.dtype,
+            device=config.device,
+            adapter=config.adapter,
+            quantization=config.quantization,
+        )
         assert state.report.optimizer_state is not None
         mapping = state.report.optimizer_state.mapping
         settings = config.probe.model_copy(update={"learning_rate": rates[-1]})
-        probe = EntropyProbe(state.model, state.optimizer, settings, mapping=mapping, progress=progress)
+        probe = EntropyProbe(
+            state.model,
+            state.optimizer,
+            settings,
+            mapping=mapping,
+            progress=progress,
+            resample=resampler(config, state),
+        )
         directory.start(inputs, config.to_yaml())
         inputs = _collect_rollouts(config, directory, inputs, sources, state, progress)
         # Read back also where they were just sampled, so that a resumed sweep sees the same layout.
@@ -123,7 +138,7 @@ def _inputs_of(config: SweepConfig) -> Inputs:
     from entropy_probe.cli.sweep_directory import Inputs, hash_directory, hash_file
     from entropy_probe.provenance import library_versions
 
-    base = inspect_checkpoint(config.checkpoint, config.base_model).base_model
+    base = inspect_checkpoint(config.checkpoint, config.base_model, config.adapter).base_model
     given = {}
     for batch, path in config.rollouts:
         if path is not None:
@@ -152,14 +167,18 @@ def _collect_rollouts(
 ) -> Inputs:
     """Both batches in the directory, given or sampled, each recorded as soon as it is there."""
     from entropy_probe.cli.run import sample_batch
+    from entropy_probe.cli.run_directory import SHARDS
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES
 
+    shards = directory.path / SHARDS
     for batch, file in ROLLOUT_FILES.items():
         if batch in inputs.rollouts:
             continue
         rollouts, notes = getattr(sources, batch), []
         if rollouts is None:
-            rollouts, notes = sample_batch(batch, config, state, sources, progress)
+            files = (directory.path / file, shards)
+            rollouts, notes = sample_batch(batch, config, state, sources, files, progress)
         rollouts.to_parquet(directory.path / file)
         inputs = directory.record(inputs, batch, notes)
+        shutil.rmtree(shards, ignore_errors=True)
     return inputs

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = ["ImportanceMode", "SequenceWeights", "sequence_importance_weights"]
+__all__ = ["ImportanceMode", "Mismatch", "SequenceWeights", "sampler_mismatch", "sequence_importance_weights"]
 
 ImportanceMode = Literal["snis", "clip", "psis"]
 """Weights as they are, capped, or with their largest ones replaced by quantiles of a fitted Pareto tail."""
@@ -59,6 +59,41 @@ class SequenceWeights:
         """Whether the Pareto diagnostic fails; never while more than 99% of the samples are effective."""
         k = self.pareto_k
         return k is not None and k > self.pareto_k_threshold and self.ess_fraction < _HARMLESS_ESS
+
+
+@dataclass(frozen=True, eq=False)
+class Mismatch:
+    """How far the policy that sampled is from the policy that is probed.
+
+    Attributes:
+        mean: of ``|log pi - log pi_sampler|`` over response tokens, nats.
+        max: the largest of them, nats.
+        ess: effective sample size of the sequence weights ``pi / pi_sampler``, 1 to N.
+    """
+
+    mean: float
+    max: float
+    ess: float
+
+
+def sampler_mismatch(scores: TokenScores, sampled_logprobs: Float[Tensor, "N L"]) -> Mismatch:
+    """Compare the sampler's own log-probabilities of its responses with the policy's.
+
+    Source: ``docs/theory.md``, "The sampler".
+
+    Args:
+        scores: of the policy.
+        sampled_logprobs: of the sampler, at the same temperature; ignored off the response.
+    """
+    gap = torch.where(scores.response_mask, scores.logprobs.double() - sampled_logprobs.double(), 0.0)
+    log_weights = gap.sum(1)
+    weights = (log_weights - log_weights.max()).exp()
+    size = gap.abs()
+    return Mismatch(
+        (size.sum() / scores.response_mask.sum()).item(),
+        size.max().item(),
+        (weights.sum().square() / weights.square().sum()).item(),
+    )
 
 
 def sequence_importance_weights(

@@ -30,8 +30,8 @@ def jackknife_standard_error(
         variance = 1/M sum_j (pseudo-value_j - jackknife estimate)^2 / (h_j - 1)
 
     For blocks of one size this is ``(M - 1) / M sum_j (left_out_j - mean)^2``. Consistent for functions that are
-    smooth in the units' mean, and exact in expectation for linear ones; too large for others. Source: Busing, Meijer and van der Leeden
-    (1999), Delete-m jackknife for unequal m, Statistics and Computing 9.
+    smooth in the units' mean, and exact in expectation for linear ones; too large for others. Source: Busing, Meijer
+    and van der Leeden (1999), Delete-m jackknife for unequal m, Statistics and Computing 9.
 
     Args:
         value: the function of all units.

@@ -6,12 +6,19 @@ from entropy_probe.sampling.collect import (
     GenerationSettings,
     SamplingReport,
     UpdateSettings,
-    resample_responses,
-    sample_evaluation,
     sample_update,
 )
+from entropy_probe.sampling.evaluation import resample_responses, sample_evaluation, sample_evaluation_file
 from entropy_probe.sampling.files import read_rollouts, write_rollouts
-from entropy_probe.sampling.hf import Completion, Progress, encode_prompts, generate_completions, generate_from_tokens
+from entropy_probe.sampling.generator import (
+    Completion,
+    Progress,
+    SamplingParameters,
+    SequenceGenerator,
+    encode_prompts,
+    generate_responses,
+)
+from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.prompts import Message, Prompt, PromptSource, load_prompts
 from entropy_probe.sampling.rewards import Reward, load_reward, score_responses
 
@@ -19,23 +26,26 @@ __all__ = [
     "Completion",
     "EvaluationSettings",
     "GenerationSettings",
+    "HFGenerator",
     "Message",
     "Progress",
     "Prompt",
     "PromptSource",
     "Reward",
+    "SamplingParameters",
     "SamplingReport",
     "ScaleRewards",
+    "SequenceGenerator",
     "UpdateSettings",
     "encode_prompts",
-    "generate_completions",
-    "generate_from_tokens",
+    "generate_responses",
     "group_advantages",
     "load_prompts",
     "load_reward",
     "read_rollouts",
     "resample_responses",
     "sample_evaluation",
+    "sample_evaluation_file",
     "sample_update",
     "score_responses",
     "write_rollouts",

@@ -16,9 +16,12 @@ batch holds float64, else float32 (exact for half precisions).
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,20 +32,22 @@ from entropy_probe.types import Rollouts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["SCHEMA_VERSION", "read_rollouts", "write_rollouts"]
+__all__ = ["SCHEMA_VERSION", "merge_rollouts", "read_note", "read_rollouts", "write_rollouts"]
 
 SCHEMA_VERSION = 1
 _SCHEMA_KEY = b"entropy_probe.rollouts_schema"
+_NOTE_KEY = b"entropy_probe.note"
 _REQUIRED = ("prompt_id", "prompt_token_ids", "response_token_ids", "response_mask")
 _OPTIONAL = ("advantage", "reward", "sampled_logprobs")
 
 
-def write_rollouts(rollouts: Rollouts, path: Path) -> None:
+def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | None = None) -> None:
     """Write a batch, one sequence per row; the file appears whole or not at all.
 
     Args:
         rollouts: the batch, on any device, padded on either side.
         path: the file to write; its directory is made if missing, and an existing file is replaced.
+        note: anything in JSON to keep beside the batch; see :func:`read_note`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -64,12 +69,36 @@ def write_rollouts(rollouts: Rollouts, path: Path) -> None:
             columns[name] = _ragged(value.masked_fill(~rollouts.response_mask, 0.0), is_response)
         else:
             columns[name] = pa.array(_numpy(value))
-    table = pa.table(columns).replace_schema_metadata({_SCHEMA_KEY: str(SCHEMA_VERSION)})
+    metadata = {_SCHEMA_KEY: str(SCHEMA_VERSION)} | ({} if note is None else {_NOTE_KEY: json.dumps(note)})
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    with _whole(path) as temporary:
+        pq.write_table(table, temporary)
 
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The note of a file of rollouts; empty if it has none."""
+    import pyarrow.parquet as pq
+
+    return json.loads((pq.read_schema(path).metadata or {}).get(_NOTE_KEY, b"{}"))
+
+
+def merge_rollouts(files: Sequence[Path], path: Path) -> None:
+    """Write the batches of several files, which have the same columns, to one, a row group each, one at a time."""
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(files[0]).with_metadata({_SCHEMA_KEY: str(SCHEMA_VERSION)})
+    with _whole(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for file in files:
+            writer.write_table(_read_table(file).replace_schema_metadata(schema.metadata))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(table, temporary)
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,197 +1,229 @@
-"""Sampling from the full softmax with Hugging Face ``generate``."""
+"""Sampling from the full softmax of a Hugging Face model, each response from random numbers of its own.
+
+The next token is the inverse of the cumulative distribution at a uniform number that depends on the sequence's seed
+and the token's position only. A response is then the same whatever batch it is computed in, up to rounding: where the
+uniform number falls within rounding of a boundary (about one token in a million in float32) it may become another,
+equally valid one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from entropy_probe.sampling.prompts import Prompt
+from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
-__all__ = ["Completion", "Progress", "encode_prompts", "generate_completions", "generate_from_tokens"]
-
-Progress = Callable[[int, int], None]
-"""Called with the sequences done and the sequences in all."""
+__all__ = ["HFGenerator", "draw_tokens"]
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and a response sampled to it.
+class HFGenerator:
+    """Samples with a causal language model of transformers, or a PEFT model around one.
 
-    Attributes:
-        prompt_token_ids: the tokens of the prompt.
-        token_ids: the response tokens, the first end-of-sequence token included and nothing after it.
-        truncated: whether the response was cut off before an end-of-sequence token.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    truncated: bool
-
-
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, without padding.
-
-    Text is tokenized with the tokenizer's default special tokens. Messages go through its chat template, with
-    the generation prompt added.
-
-    Raises:
-        ValueError: if a prompt has messages and the tokenizer no chat template, or a prompt has no tokens.
-    """
-    return [_encode(tokenizer, prompt) for prompt in prompts]
-
-
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if isinstance(prompt.prompt, str):
-        token_ids = tokenizer(prompt.prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise ValueError(
-            f"prompt {prompt.id}: expected a tokenizer with a chat template for a prompt of messages, got "
-            "none; set tokenizer.chat_template or give the prompt as text"
-        )
-    else:
-        token_ids = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt.prompt],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )["input_ids"]
-    if not token_ids:
-        raise ValueError(f"prompt {prompt.id}: expected at least one token, got none from {prompt.prompt!r}")
-    return list(token_ids)
-
-
-def generate_completions(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    temperature: float,
-    max_completion_length: int,
-    batch_size: int,
-    seed: int,
-    progress: Progress | None = None,
-) -> list[Completion]:
-    """Encode each prompt and sample one response to it; see :func:`generate_from_tokens`.
-
-    Returns:
-        One completion per prompt, in the order of ``prompts``. Repeat a prompt to get several responses to it.
-
-    Raises:
-        ValueError: as of :func:`encode_prompts` and :func:`generate_from_tokens`.
-    """
-    return generate_from_tokens(
-        model,
-        tokenizer,
-        encode_prompts(tokenizer, prompts),
-        [prompt.id for prompt in prompts],
-        temperature=temperature,
-        max_completion_length=max_completion_length,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
-
-
-@torch.no_grad()
-def generate_from_tokens(
-    model: Any,
-    tokenizer: Any,
-    token_ids: Sequence[list[int]],
-    prompt_ids: Sequence[int],
-    *,
-    temperature: float,
-    max_completion_length: int,
-    batch_size: int,
-    seed: int,
-    progress: Progress | None = None,
-) -> list[Completion]:
-    """Sample one response to each prompt from ``softmax(logits / temperature)`` over the full vocabulary.
-
-    Nothing else shapes the distribution: no top-k, no top-p, no penalty, and none of the settings in the
-    model's own generation config. A response ends with the first of the tokenizer's end token and the end
-    tokens of that config, as in TRL. The model is in eval mode meanwhile; its generation config, its
-    train/eval flags and the random state of the CPU and of the model's CUDA devices are left as found, also
-    after an error. The same seed and batch size give the same responses.
+    Sequences are batched by length. Equal prompts of a batch are computed once and their cache repeated; sequences
+    that have ended leave the batch once they are half of it. Where a batch does not fit the device's memory the batch
+    size is halved from there on, and :attr:`messages` says so. The model is in eval mode while it samples and left as
+    found, also after an error; its generation config is read for its end tokens only.
 
     Args:
-        model: a Hugging Face causal language model, or a PEFT model around one.
-        tokenizer: its tokenizer, with a pad token and an end-of-sequence token.
-        token_ids: the tokens of each prompt, without padding.
-        prompt_ids: the id of each prompt, for messages.
-        temperature: the sampling temperature, above 0.
-        max_completion_length: the longest response, in tokens.
-        batch_size: sequences generated at a time (sorted by length, left-padded).
-        seed: of the random numbers.
-        progress: called after each batch.
-
-    Returns:
-        One completion per prompt, in their order.
+        model: called as ``model(input_ids=..., attention_mask=..., past_key_values=...)``.
+        tokenizer: its tokenizer, whose end-of-sequence token ends a response, as do those of the model's
+            generation config.
+        batch_size: sequences at a time.
 
     Raises:
-        ValueError: if the model cannot generate, the tokenizer lacks a token, a prompt does not fit the
-            model's context, or the temperature or a length is not positive.
+        ValueError: if the model cannot generate, no token ends a response, or the batch size is not positive.
     """
-    _check(model, tokenizer, temperature, max_completion_length, batch_size)
-    _check_context(model, prompt_ids, token_ids, max_completion_length)
 
-    eos_token_ids = _end_tokens(model, tokenizer)
-    config = _full_softmax_config(tokenizer, temperature, max_completion_length, eos_token_ids)
-    order = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
-    completions: dict[int, Completion] = {}
-    with _sampling_mode(model, config, seed):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            sampled = _generate_batch(model, tokenizer.pad_token_id, [token_ids[i] for i in rows], config)
-            for i, tokens in zip(rows, sampled, strict=True):
-                completions[i] = _until_end(token_ids[i], tokens, eos_token_ids)
-            if progress is not None:
-                progress(len(completions), len(token_ids))
-    return [completions[i] for i in range(len(token_ids))]
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 64) -> None:
+        if not callable(getattr(model, "generate", None)):
+            raise ValueError(
+                "model: expected a Hugging Face causal language model with generate, got "
+                f"{type(model).__name__}; sample elsewhere and pass Rollouts"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: expected an eos_token, got none; set tokenizer.eos_token")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
+        self._model = model
+        self._batch_size = batch_size
+        self._end_tokens = _end_tokens(model, tokenizer)
+        get_base_model = getattr(model, "get_base_model", None)
+        base: Any = get_base_model() if callable(get_base_model) else model
+        accepted = inspect.signature(base.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._messages: list[str] = []
+
+    @property
+    def context_length(self) -> int | None:
+        """The model's own bound on positions."""
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """What has been noted so far."""
+        return tuple(self._messages)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: SamplingParameters,
+        seeds: Sequence[int],
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Sample one response to each prompt; see :class:`SequenceGenerator`.
+
+        Raises:
+            MemoryError: if a single sequence does not fit the device's memory.
+        """
+        whole = [tuple(prompt) for prompt in prompts]
+        # equal prompts are neighbours, so that a batch holds as many of them as it can
+        waiting = sorted(range(len(whole)), key=lambda i: (len(whole[i]), whole[i], i))
+        completions: dict[int, Completion] = {}
+        with _evaluating(self._model):
+            while waiting:
+                rows = waiting[: self._batch_size]
+                found = self._try_batch([whole[i] for i in rows], parameters, [seeds[i] for i in rows])
+                if found is None:
+                    continue
+                completions.update(zip(rows, found, strict=True))
+                waiting = waiting[len(rows) :]
+                if progress is not None:
+                    progress(len(completions), len(whole))
+        return [completions[i] for i in range(len(whole))]
+
+    def _try_batch(
+        self, prompts: list[tuple[int, ...]], parameters: SamplingParameters, seeds: list[int]
+    ) -> list[Completion] | None:
+        """The completions of a batch; ``None`` if it did not fit, with the batch size lowered for what follows."""
+        try:
+            return self._sample(prompts, parameters, seeds)
+        except torch.OutOfMemoryError as error:
+            if len(prompts) == 1:
+                raise MemoryError(
+                    f"sampling: a single sequence of up to {len(prompts[0]) + parameters.max_completion_length} tokens "
+                    "does not fit the device's memory; lower max_completion_length, or sample on a larger device"
+                ) from error
+        # outside the handler, which holds on to the failed batch
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._batch_size = len(prompts) // 2
+        line = "sampling ran out of memory: the batch size was lowered to"
+        self._messages = [m for m in self._messages if not m.startswith(line)] + [f"{line} {self._batch_size}"]
+        return None
+
+    def _sample(
+        self, prompts: list[tuple[int, ...]], parameters: SamplingParameters, seeds: list[int]
+    ) -> list[Completion]:
+        longest, device = parameters.max_completion_length, self._model.device
+        uniforms = torch.from_numpy(np.stack([_uniforms(seed, longest) for seed in seeds])).to(device)
+        end_tokens = torch.tensor(self._end_tokens, device=device)
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        logprobs = torch.zeros(tokens.shape, device=device)
+        lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        ended = torch.zeros_like(lengths, dtype=torch.bool)
+        state = self._prefill(prompts)
+        live = torch.arange(len(prompts), device=device)
+        for t in range(longest):
+            drawn, s = draw_tokens(state.logits, uniforms[live, t], parameters.temperature)
+            going = ~ended[live]
+            rows = live[going]
+            tokens[rows, t], logprobs[rows, t], lengths[rows] = drawn[going], s[going], t + 1
+            ended[rows] = torch.isin(drawn[going], end_tokens)
+            open_ = ~ended[live]
+            count = int(open_.sum())
+            if count == 0 or t + 1 == longest:
+                break
+            if 2 * count <= len(live):
+                keep = open_.nonzero()[:, 0]
+                live, drawn = live[keep], drawn[keep]
+                state.select(keep)
+            self._advance(state, drawn)
+        columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist())
+        return [
+            Completion(prompt, tuple(ids[:n]), not complete, tuple(s[:n]))
+            for prompt, ids, s, n, complete in zip(prompts, *columns, strict=True)
+        ]
+
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> _Decoding:
+        """The cache and next-token logits after each prompt; equal prompts are computed once."""
+        from transformers import DynamicCache
+
+        device = self._model.device
+        distinct = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+        length = max(map(len, distinct))
+        input_ids = torch.tensor([[0] * (length - len(p)) + list(p) for p in distinct], device=device)
+        lengths = torch.tensor([len(p) for p in distinct], device=device)
+        mask = (torch.arange(length, device=device) >= length - lengths[:, None]).long()
+        state = _Decoding(torch.empty(0), mask, DynamicCache(config=self._model.config.get_text_config()))
+        self._forward(state, input_ids, (mask.cumsum(1) - 1).clamp(min=0))
+        if len(distinct) < len(prompts):
+            state.select(torch.tensor([distinct[p] for p in prompts], device=device))
+        return state
+
+    def _advance(self, state: _Decoding, tokens: Int[Tensor, " n"]) -> None:
+        """Append a token to every sequence."""
+        state.attention_mask = torch.nn.functional.pad(state.attention_mask, (0, 1), value=1)
+        self._forward(state, tokens[:, None], state.attention_mask.sum(1, keepdim=True) - 1)
+
+    def _forward(self, state: _Decoding, input_ids: Tensor, position_ids: Tensor) -> None:
+        positions = {"position_ids": position_ids} if self._takes_positions else {}
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=state.attention_mask,
+            past_key_values=state.cache,
+            use_cache=True,
+            **positions,
+            **self._last_logits,
+        )
+        state.logits = output.logits[:, -1]
 
 
-def _generate_batch(
-    model: Any, pad_token_id: int, prompts: list[list[int]], config: GenerationConfig
-) -> list[list[int]]:
-    """The tokens after each prompt, as ``generate`` pads them."""
-    length = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (length - len(p)) + p for p in prompts], device=model.device)
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)
-    attention_mask = (torch.arange(length, device=model.device) >= length - lengths[:, None]).long()
-    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
-    return output[:, length:].tolist()
+@dataclass
+class _Decoding:
+    """A batch on its way: next-token logits ``[n, V]``, mask of the tokens so far ``[n, l]`` and the cache."""
+
+    logits: Tensor
+    attention_mask: Tensor
+    cache: Any
+
+    def select(self, rows: Int[Tensor, " m"]) -> None:
+        """Keep, drop or repeat sequences."""
+        self.logits, self.attention_mask = self.logits[rows], self.attention_mask[rows]
+        self.cache.batch_select_indices(rows)
 
 
-def _until_end(prompt: list[int], tokens: list[int], eos_token_ids: list[int]) -> Completion:
-    """Cut at the first end token by position: the pad token may be the same token."""
-    end = next((t for t, token in enumerate(tokens) if token in eos_token_ids), None)
-    return Completion(tuple(prompt), tuple(tokens if end is None else tokens[: end + 1]), truncated=end is None)
+def draw_tokens(
+    logits: Float[Tensor, "n V"], uniforms: Float[Tensor, " n"], temperature: float
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Tokens of ``softmax(logits / temperature)`` by inversion, and their log-probabilities in nats.
+
+    The token is the first whose cumulative probability reaches ``(1 - u) * total``, so one of probability 0 is never
+    drawn. The sums are in float64. Source: Devroye, 1986, section III.2 (inversion by sequential search).
+
+    Args:
+        logits: of the next token.
+        uniforms: float64 numbers in ``[0, 1)``.
+        temperature: of the policy.
+    """
+    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
+    cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cumulative, (1 - uniforms[:, None]) * cumulative[:, -1:])[:, 0]
+    return tokens, log_p.gather(-1, tokens[:, None])[:, 0]
 
 
-def _full_softmax_config(
-    tokenizer: Any, temperature: float, max_completion_length: int, eos_token_ids: list[int]
-) -> GenerationConfig:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=True,
-        temperature=float(temperature),
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_completion_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=eos_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _uniforms(seed: int, count: int) -> np.ndarray:
+    """The first random numbers of a sequence, float64 in ``[0, 1)``: the same on every device and in every batch."""
+    return np.random.Generator(np.random.Philox(seed)).random(count)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -201,64 +233,12 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _sampling_mode(model: Any, config: GenerationConfig, seed: int) -> Iterator[None]:
-    """Eval mode, own random numbers, and ``config`` in place of every generation config inside the model.
-
-    ``generate`` fills what a given config leaves unset from ``model.generation_config``, so that one is
-    replaced too.
-    """
-    from transformers import GenerationConfig
-
+def _evaluating(model: Any) -> Iterator[None]:
+    """Eval mode for a while; the flags come back on exit."""
     training = [(module, module.training) for module in model.modules()]
-    own = [(m, vars(m)["generation_config"]) for m in model.modules() if "generation_config" in vars(m)]
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            model.eval()
-            for module, found in own:
-                if isinstance(found, GenerationConfig):
-                    module.generation_config = config
-            torch.default_generator.manual_seed(seed)
-            for index in cuda:
-                torch.cuda.default_generators[index].manual_seed(seed)
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-            for module, found in own:
-                module.generation_config = found
-
-
-def _check(model: Any, tokenizer: Any, temperature: float, max_completion_length: int, batch_size: int) -> None:
-    if not callable(getattr(model, "generate", None)):
-        raise ValueError(
-            "model: expected a Hugging Face causal language model with generate, got "
-            f"{type(model).__name__}; sample elsewhere and pass Rollouts"
-        )
-    for name, remedy in (
-        ("pad_token", "for example tokenizer.pad_token = tokenizer.eos_token"),
-        ("eos_token", ""),
-    ):
-        if getattr(tokenizer, f"{name}_id") is None:
-            raise ValueError(f"tokenizer: expected a {name}, got none; set tokenizer.{name} {remedy}".rstrip())
-    numbers = {
-        "temperature": temperature,
-        "max_completion_length": max_completion_length,
-        "batch_size": batch_size,
-    }
-    for name, value in numbers.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}: expected a positive number, got {value}")
-
-
-def _check_context(
-    model: Any, prompt_ids: Sequence[int], token_ids: Sequence[list[int]], max_completion_length: int
-) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt, tokens in zip(prompt_ids, token_ids, strict=True):
-        if limit is not None and len(tokens) + max_completion_length > limit:
-            raise ValueError(
-                f"prompt {prompt}: expected prompt and response within the model's context of {limit} "
-                f"tokens, got {len(tokens)} + {max_completion_length}; drop the prompt or lower "
-                "max_completion_length"
-            )
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag

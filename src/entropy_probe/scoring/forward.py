@@ -7,9 +7,9 @@ The attention mask is always passed. How sequences are laid out for the model is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ __all__ = ["Progress", "Scorer"]
 
 Progress = Callable[[int, int], None]
 """Called with sequences done and sequences in all."""
+
+T = TypeVar("T")
 
 
 def _plain_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | str:
@@ -57,13 +59,15 @@ class Scorer:
             Face causal language model whose logits are a plain linear function of its last hidden state is run
             through its trunk, with the output layer applied in chunks; :meth:`prepare` checks that this is so.
         temperature: the sampling temperature, part of the policy.
-        max_tokens_per_microbatch: the bound on padded tokens per forward pass.
+        max_tokens_per_microbatch: the bound on padded tokens per forward pass; lowered where the device's memory is
+            too small for it, which ``messages`` then says.
     """
 
     def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int) -> None:
         self.model = model
         self.temperature = temperature
         self.max_tokens = max_tokens_per_microbatch
+        self.messages: tuple[str, ...] = ()
         self.device = next(model.parameters()).device
         self._split: tuple[nn.Module, nn.Linear] | None = None
         self._width: int | None = None
@@ -89,7 +93,9 @@ class Scorer:
         else:
             self._split = split
             shortest = batches[0].attention_mask.sum(1).argmin()[None]
-            if self._head_is_final(pack(batches[0], shortest, self.device)):
+            attempt = self._attempt(pack(batches[0], shortest, self.device), self._head_is_final)
+            assert attempt is not None
+            if attempt[0]:
                 self.head_path = "chunked"
             else:
                 self._split = None
@@ -113,8 +119,11 @@ class Scorer:
             pair = _two_of_one_prompt(batch)
             if pair is None:
                 continue
-            together = self._hidden(pack_shared(batch, [pair], self.device, self._dtype()))
-            alone = self._hidden(pack(batch, pair, self.device))
+            try:
+                together = self._hidden(pack_shared(batch, [pair], self.device, self._dtype()))
+                alone = self._hidden(pack(batch, pair, self.device))
+            except torch.OutOfMemoryError:
+                return "two responses of a prompt do not fit the device's memory together"
             tolerance = 2e-2 if alone.dtype in (torch.bfloat16, torch.float16) else 1e-3
             if bool(((together - alone).abs() > tolerance * alone.abs().max()).any()):
                 return "the model treats a shared prompt differently"
@@ -213,9 +222,61 @@ class Scorer:
         for group in bounded_groups(sizes, self.max_tokens):
             yield pack_shared(rollouts, [shared[i] for i in group], self.device, self._dtype())
 
+    def each(
+        self,
+        rollouts: Rollouts,
+        work: Callable[[Microbatch], T],
+        rows: Tensor | None = None,
+        *,
+        share: bool = True,
+    ) -> Iterator[tuple[Microbatch, T]]:
+        """Work on the batch, or some rows of it, microbatch by microbatch.
+
+        A microbatch that does not fit the device's memory is cut again, with half its size as the bound from there
+        on. Nothing but the size of microbatches changes, and they are free to choose.
+
+        Args:
+            rollouts: the batch.
+            work: what to do. It must change nothing before it returns, since it may be given its rows again.
+            rows: which sequences; all by default.
+            share: whether responses to one prompt may share a row.
+
+        Raises:
+            MemoryError: if a single sequence does not fit.
+        """
+        left = torch.zeros(len(rollouts), dtype=torch.bool)
+        left[slice(None) if rows is None else rows] = True
+        waiting = rows
+        while bool(left.any()):
+            for batch in self.microbatches(rollouts, waiting, share=share):
+                found = self._attempt(batch, work)
+                if found is None:
+                    break
+                left[batch.rows] = False
+                yield batch, found[0]
+            waiting = left.nonzero()[:, 0]
+
+    def _attempt(self, batch: Microbatch, work: Callable[[Microbatch], T]) -> tuple[T] | None:
+        """What ``work`` gives; ``None`` if the memory was too small, with the bound lowered for what follows."""
+        size = batch.input_ids.numel()
+        try:
+            return (work(batch),)
+        except torch.OutOfMemoryError as error:
+            if len(batch.rows) == 1:
+                raise MemoryError(
+                    f"sequence {int(batch.rows[0])}: its {size} tokens alone do not fit the device's memory; drop or "
+                    "shorten it, or probe on a larger device"
+                ) from error
+        # outside the handler, which holds on to the failed pass
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.max_tokens = size // 2
+        self.messages = (f"out of memory: max_tokens_per_microbatch was lowered to {self.max_tokens}",)
+        return None
+
     def score_again(self, rollouts: Rollouts) -> TokenScores:
         """:meth:`score` in another layout, without shared prompts: the two differ by rounding only."""
-        return self._score(rollouts, self.microbatches(rollouts, share=False))
+        return self._score(rollouts, share=False)
 
     def score(self, rollouts: Rollouts, progress: Progress | None = None) -> TokenScores:
         """Log-probabilities and entropies of every response token, in nats, in the caller's layout, on the CPU.
@@ -223,21 +284,15 @@ class Scorer:
         Raises:
             ValueError: if a score is not finite.
         """
-        return self._score(rollouts, self.microbatches(rollouts), progress)
+        return self._score(rollouts, progress=progress)
 
     @torch.no_grad()
-    def _score(
-        self, rollouts: Rollouts, microbatches: Iterable[Microbatch], progress: Progress | None = None
-    ) -> TokenScores:
+    def _score(self, rollouts: Rollouts, *, share: bool = True, progress: Progress | None = None) -> TokenScores:
         wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         logprobs = torch.zeros(rollouts.input_ids.shape, dtype=wide)
         entropies = torch.zeros_like(logprobs)
         done = 0
-        for batch in microbatches:
-            if self._split is None:
-                s, h = logit_scores(self._model_logits(batch), batch.targets, self.temperature)
-            else:
-                s, h = head_scores(self._head(), self._hidden(batch), batch.targets)
+        for batch, (s, h) in self.each(rollouts, self._score_microbatch, share=share):
             batch.scatter(s, logprobs)
             batch.scatter(h, entropies)
             done += len(batch.rows)
@@ -251,6 +306,12 @@ class Scorer:
                     f"{int(bad.nonzero()[0])}); look for non-finite weights, or responses the policy cannot produce"
                 )
         return TokenScores(logprobs, entropies, rollouts.response_mask)
+
+    def _score_microbatch(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies, ``[T]`` each."""
+        if self._split is None:
+            return logit_scores(self._model_logits(batch), batch.targets, self.temperature)
+        return head_scores(self._head(), self._hidden(batch), batch.targets)
 
     def token_scores(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of a microbatch's response tokens, ``[T]`` each, in nats.

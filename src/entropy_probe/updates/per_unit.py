@@ -7,8 +7,10 @@ microbatch's graph is alive at a time, and ``.grad`` is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -97,12 +99,32 @@ class _Sums(Sink):
         self._slices = {name: slice(a, b) for name, a, b in zip(parameters, starts[:-1], starts[1:], strict=True)}
         self._shapes = {name: p.shape for name, p in parameters.items()}
         self.stored = torch.zeros(num_units, starts[-1], dtype=_stored_dtype(parameters)) if side.store else None
-        self._directions, self._pair_with = side.directions, side.pair_with
+        self._directions, self._pair_with, self._units = side.directions, side.pair_with, list(range(num_units))
         small = len(side.directions) * starts[-1] <= _CACHED_ELEMENTS
         self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
 
     def outcome(self) -> UnitGradients:
         return UnitGradients(self.total, self.dots, self.stored, self.paired)
+
+    def part(self, units: Tensor) -> _Sums:
+        """Empty sums for one microbatch with these units, for :meth:`merge` once it is known to be complete."""
+        part = copy.copy(self)
+        part.total = dict.fromkeys(self.total)
+        part.dots = torch.zeros(len(self._directions), len(units), dtype=torch.float64)
+        part.paired = torch.zeros(len(units), dtype=torch.float64)
+        part.stored = None if self.stored is None else self.stored.new_zeros(len(units), self.stored.shape[1])
+        part._units = units.tolist()
+        return part
+
+    def merge(self, part: _Sums, units: Tensor) -> None:
+        """Add the sums of a microbatch whose units are ``units``, distinct."""
+        for name, gradient in part.total.items():
+            if gradient is not None:
+                self.add_total(name, gradient)
+        self.dots[:, units] += part.dots
+        self.paired[units] += part.paired
+        if self.stored is not None and part.stored is not None:
+            self.stored.index_add_(0, units, part.stored)
 
     def _stack(self, name: str) -> Tensor:
         """The directions of one parameter in float64, ``[K, p]``."""
@@ -126,7 +148,7 @@ class _Sums(Sink):
                 self.stored[unit, self._slices[name]] += row
         if self._pair_with is not None:
             for unit, row in zip(units.tolist(), flat.cpu(), strict=True):
-                other = self._pair_with[unit, self._slices[name]]
+                other = self._pair_with[self._units[unit], self._slices[name]]
                 self.paired[unit] += sum_over_columns(lambda g, o: (g * o).sum(), row[None], other[None])
 
     def add_lookups(self, name: str, units: Tensor, ids: Tensor, gradients: Tensor) -> None:
@@ -149,7 +171,7 @@ class _Sums(Sink):
                 own = self.stored[unit, self._slices[name]].view(self._shapes[name])
                 own.index_add_(0, row_ids, row.to(own.dtype))
             if self._pair_with is not None:
-                other = self._pair_with[unit, self._slices[name]].view(self._shapes[name])
+                other = self._pair_with[self._units[unit], self._slices[name]].view(self._shapes[name])
                 self.paired[unit] += torch.linalg.vecdot(row.double(), other[row_ids].double()).sum()
 
 
@@ -200,8 +222,18 @@ def unit_gradients(
             progress(done, len(rollouts))
 
     if taps:
-        for batch in scorer.microbatches(rollouts, share=_prompts_are_whole(rollouts.prompt_ids, units)):
-            tapped_backward(scorer, taps, batch, coefficients, units, sums)
+        share = _prompts_are_whole(rollouts.prompt_ids, units)
+
+        def tapped(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
+            """What the microbatch adds, by unit; kept apart until it is complete."""
+            present, row_units = units[batch.leaders].unique(return_inverse=True)
+            parts = [side.part(present) for side in sums]
+            tapped_backward(scorer, taps, batch, coefficients, row_units, parts)
+            return present, parts
+
+        for batch, (present, parts) in scorer.each(rollouts, tapped, share=share):
+            for side, part in zip(sums, parts, strict=True):
+                side.merge(part, present)
             report(batch.rows)
     elif by_unit:
         for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
@@ -213,8 +245,9 @@ def unit_gradients(
                     side.add_units(name, index, gradient[None])
             report(rows)
     else:
-        for batch in scorer.microbatches(rollouts):
-            for side, gradients in zip(sums, _backward(scorer, parameters, batch, coefficients), strict=True):
+        work = partial(_backward, scorer, parameters, coefficients)
+        for batch, gradients_by_side in scorer.each(rollouts, work):
+            for side, gradients in zip(sums, gradients_by_side, strict=True):
                 for name, gradient in gradients.items():
                     side.add_total(name, gradient)
             report(batch.rows)
@@ -236,20 +269,22 @@ def unit_backward(
 ) -> list[dict[str, Tensor]]:
     """Gradients of each surrogate over the given rows; parameters a surrogate does not reach are left out."""
     totals: list[dict[str, Tensor]] = [{} for _ in coefficients]
-    for batch in scorer.microbatches(rollouts, rows):
-        for total, gradients in zip(totals, _backward(scorer, parameters, batch, coefficients), strict=True):
+    work = partial(_backward, scorer, parameters, coefficients)
+    for _, gradients_by_side in scorer.each(rollouts, work, rows):
+        for total, gradients in zip(totals, gradients_by_side, strict=True):
             for name, gradient in gradients.items():
                 total[name] = total[name] + gradient if name in total else gradient
     return totals
 
 
 def _backward(
-    scorer: Scorer, parameters: Mapping[str, Parameter], batch: Microbatch, coefficients: Sequence[TokenCoefficients]
-) -> Iterator[dict[str, Tensor]]:
+    scorer: Scorer, parameters: Mapping[str, Parameter], coefficients: Sequence[TokenCoefficients], batch: Microbatch
+) -> list[dict[str, Tensor]]:
     """One forward pass over a microbatch, then one backward pass per surrogate."""
-    values = scorer.surrogates(batch, coefficients)
+    values, found = scorer.surrogates(batch, coefficients), []
     for k, value in enumerate(values):
         gradients = torch.autograd.grad(
             value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
         )
-        yield {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        found.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
+    return found

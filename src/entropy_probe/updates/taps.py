@@ -167,13 +167,12 @@ def tapped_backward(
         taps: how to read gradients, from :func:`tappable`.
         batch: rows that each belong to one unit.
         coefficients: of the surrogates.
-        units: the unit of each sequence of the whole batch, ``[N]``.
+        units: the unit of each row of the microbatch.
         sinks: where the gradients of each surrogate go.
     """
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
-    row_units = units[batch.leaders]
-    tapped = _Tapped(taps, anchor, row_units, sinks)
-    head = _HeadShares(taps.head, batch, row_units, sinks) if taps.head else None
+    tapped = _Tapped(taps, anchor, units, sinks)
+    head = _HeadShares(taps.head, batch, units, sinks) if taps.head else None
     with tapped.attached():
         values = scorer.surrogates(batch, coefficients, head)
         for tapped.current, value in enumerate(values):
@@ -221,7 +220,7 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
         sink = _Weighted(parameters, _WEIGHTS)
         try:
             for batch in scorer.microbatches(few, share=False):
-                tapped_backward(scorer, taps, batch, [_ones(few)], torch.arange(len(few)), [sink])
+                tapped_backward(scorer, taps, batch, [_ones(few)], batch.leaders, [sink])
         except UntappableError as error:
             why = f"belongs to {type(error.layer).__name__}, which {error.why}"
             failed = dict.fromkeys(layers[error.layer].values(), why)
