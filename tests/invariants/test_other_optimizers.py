@@ -106,7 +106,7 @@ def test_a_linear_step_has_the_same_error_by_both_methods():
 def test_blocks_differentiated_again_equal_stored_ones(cls, train_embedding):
     """Without a history a rounding error in place of 0 would be a full step, as for embeddings of absent tokens."""
     model = TinyPolicy(train_embedding=train_embedding)
-    optimizer = cls(model.parameters(), lr=1e-3)
+    optimizer = cls(model.parameters(), lr=1e-4)
     update, evaluation = batches(groups=21)
     stored = probe(model, optimizer).run(update=update, evaluation=evaluation)
     again = probe(model, optimizer, max_stored_gradient_gib=0).run(update=update, evaluation=evaluation)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call, jvp
 
-from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores, two_batch
+from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores, step
 from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
@@ -492,12 +492,12 @@ def test_save_and_load_round_trip(tmp_path):
 def test_a_step_that_is_not_the_optimizers_is_noticed(monkeypatch):
     model = TinyPolicy()
     update, evaluation = batches()
-    real = two_batch.shadow_step
+    real = step.shadow_step
 
     def wrong(*args):
         return {name: value + 1e-2 for name, value in real(*args).items()}
 
-    monkeypatch.setattr(two_batch, "shadow_step", wrong)
+    monkeypatch.setattr(step, "shadow_step", wrong)
     with pytest.raises(RuntimeError, match="the optimizer's own step and its closed form disagree"):
         probe(model, trained_optimizer(model)).measure(update=update, evaluation=evaluation)
 

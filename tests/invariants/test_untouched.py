@@ -92,23 +92,25 @@ class BoomError(Exception):
 
 @pytest.mark.parametrize("call", range(7))
 def test_after_a_failure_in_any_phase(run, call, monkeypatch):
-    """The n-th forward pass raises: calls 0-1 score, then come the update, the evaluation and the stepped pass."""
+    """One of the forward passes raises, from the first, which scores, to the last, which is after the step."""
     model, optimizer = run
     update, evaluation = batches(n=20)
-    before = state(model, optimizer)
-    original, seen = Scorer._model_logits, []
+    original, seen, fatal = Scorer._model_logits, [], None
 
     def explode(self, batch):  # type: ignore[no-untyped-def]
         seen.append(self)
-        if len(seen) == 1 + call * 6:
+        if len(seen) == fatal:
             torch.rand(3)
             raise BoomError
         return original(self, batch)
 
     monkeypatch.setattr(Scorer, "_model_logits", explode)
-    probe = EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE, max_tokens_per_microbatch=20))
+    config = ProbeConfig(temperature=TEMPERATURE, max_tokens_per_microbatch=20)
+    EntropyProbe(model, optimizer, config).run(update=update, evaluation=evaluation)
+    fatal, seen = 1 + call * (len(seen) - 1) // 6, []
+    before = state(model, optimizer)
     with pytest.raises(BoomError):
-        probe.run(update=update, evaluation=evaluation)
+        EntropyProbe(model, optimizer, config).run(update=update, evaluation=evaluation)
     assert_same(before, state(model, optimizer))
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from entropy_probe.report import print_checkpoint, print_result
-from entropy_probe.results import CheckpointReport, GroupReport
+from entropy_probe.results import CheckpointReport, GroupReport, SamplerMismatch
 from tests.report.results import make_cross_prompt, make_result
 
 
@@ -138,3 +138,13 @@ def test_showing_a_result_imports_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_the_sampler_is_compared_with_the_policy():
+    result = make_result()
+    assert "sampler" not in show(print_result, result)
+    mismatch = SamplerMismatch(mean=0.0021, max=0.13, ess_fraction=0.97)
+    diagnostics = result.diagnostics.model_copy(update={"mismatch": mismatch})
+    text = show(print_result, result.model_copy(update={"diagnostics": diagnostics}))
+    assert "sampler 2.1e-3 |Δ log π|, at most 0.13; ESS 97" in " ".join(text.split())
+    assert all(len(line) <= 80 for line in text.splitlines())

@@ -19,7 +19,7 @@ def test_what_only_the_left_out_block_reaches_becomes_zero_exactly():
     total[0] = torch.nextafter(total[0], torch.tensor(1.0))
     total[3] = torch.nextafter(total[3], torch.tensor(0.0))
     assert total[0] != shares[0, 0]
-    whole = UnitGradients({"a": total[:3], "b": total[3:]}, torch.zeros(0, 2), shares)
+    whole = UnitGradients({"a": total[:3], "b": total[3:]}, torch.zeros(0, 2), shares, torch.zeros(2))
     update, _ = batches(groups=2)
     given = (Scorer(TinyPolicy(), 1.0, 100), parameters, update, update.prompt_ids, loss_coefficients(update, "dapo"))
     without = list(reduced_gradients(*given, whole, [2.0, 3.0]))
@@ -28,5 +28,5 @@ def test_what_only_the_left_out_block_reaches_becomes_zero_exactly():
     assert without[0]["b"] == 0
     torch.testing.assert_close(without[1]["a"], 3 * shares[0, :3])
     assert without[1]["a"][2] == 0
-    unreached = UnitGradients({"a": None, "b": total[3:]}, torch.zeros(0, 2), shares)
+    unreached = UnitGradients({"a": None, "b": total[3:]}, torch.zeros(0, 2), shares, torch.zeros(2))
     assert next(reduced_gradients(*given, unreached, [1.0]))["a"] is None

@@ -109,17 +109,17 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
             resample=resampler(config, state),
         )
         with clock.phase("sample"):
-            files = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
-            update, evaluation, notes = _sample_missing(config, state, inputs, files, progress)
+            sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
+            update, evaluation, notes = _sample_missing(config, state, inputs, sampled, progress)
         if config.save_rollouts:
             update.to_parquet(staging / UPDATE_FILE)
-            if evaluation is not None and not files[0].exists():
-                evaluation.to_parquet(files[0])
+            if evaluation is not None and not sampled[0].exists():
+                evaluation.to_parquet(sampled[0])
         result = _annotate(
             _run_mode(probe, config.mode, update, evaluation), (*state.report.reasons, *notes), clock.seconds
         )
         if not config.save_rollouts:
-            files[0].unlink(missing_ok=True)
+            sampled[0].unlink(missing_ok=True)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
     return result

@@ -57,8 +57,8 @@ def _table(result: ProbeResult) -> Table:
     table.add_row("entropy H(θ)", _pair(entropy), f"{units} on the evaluation side")
     mismatch = result.diagnostics.mismatch
     if mismatch is not None:
-        sizes = f"at most {format_number(mismatch.max, 2)}; ESS of the weights {format_percent(mismatch.ess_fraction)}"
-        table.add_row("sampler |Δ log π|", _signed(format_number(mismatch.mean, 2)), sizes)
+        sizes = f"|Δ log π|, at most {format_number(mismatch.max, 2)}; ESS {format_percent(mismatch.ess_fraction)}"
+        table.add_row("sampler", _signed(format_number(mismatch.mean, 2)), sizes)
     exponent = _column_exponent(result)
     if result.predicted is not None:
         _add_prediction(table, result, result.predicted, exponent)

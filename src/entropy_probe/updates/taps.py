@@ -8,7 +8,7 @@ applies itself, has its own; any other layer is called again on each unit's sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -217,16 +217,14 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     expected = _autograd(scorer, parameters, few)
     while True:
         taps = Taps({layer: (rules[layer], names) for layer, names in layers.items()}, head)
-        sink = _Weighted(parameters, _WEIGHTS)
         try:
-            for batch in scorer.microbatches(few, share=False):
-                tapped_backward(scorer, taps, batch, [_ones(few)], batch.leaders, [sink])
+            actual = _tapped_sum(scorer, parameters, taps, few)
         except UntappableError as error:
             why = f"belongs to {type(error.layer).__name__}, which {error.why}"
             failed = dict.fromkeys(layers[error.layer].values(), why)
             to_blame = {error.layer}
         else:
-            failed = dict.fromkeys(_wrong(parameters, sink.total, expected), "also acts outside its layer")
+            failed = dict.fromkeys(_wrong(parameters, actual, expected), "also acts outside its layer")
             to_blame = {layer for layer, names in layers.items() if failed.keys() & names.values()}
         if not failed:
             return taps
@@ -243,16 +241,34 @@ def _ones(few: Rollouts) -> TokenCoefficients:
     return TokenCoefficients(few.response_mask.double(), few.response_mask.double())
 
 
+def _tapped_sum(scorer: Scorer, parameters: Mapping[str, Parameter], taps: Taps, few: Rollouts) -> dict[str, Tensor]:
+    """The weighted gradient as tapped."""
+
+    def work(batch: Microbatch) -> dict[str, Tensor]:
+        sink = _Weighted(parameters, _WEIGHTS)
+        tapped_backward(scorer, taps, batch, [_ones(few)], batch.leaders, [sink])
+        return sink.total
+
+    return _sum(found for _, found in scorer.each(few, work, share=False))
+
+
 def _autograd(scorer: Scorer, parameters: Mapping[str, Parameter], few: Rollouts) -> dict[str, Tensor]:
     """The weighted gradient by autograd; parameters that it does not reach are left out."""
     weighted = _WEIGHTS[: len(few), None] * few.response_mask
-    total: dict[str, Tensor] = {}
-    for batch in scorer.microbatches(few, share=False):
+
+    def work(batch: Microbatch) -> dict[str, Tensor]:
         (value,) = scorer.surrogates(batch, [TokenCoefficients(weighted, weighted)])
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        for name, g in zip(parameters, found, strict=True):
-            if g is not None:
-                total[name] = total[name] + g if name in total else g
+        return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+    return _sum(found for _, found in scorer.each(few, work, share=False))
+
+
+def _sum(vectors: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for vector in vectors:
+        for name, g in vector.items():
+            total[name] = total[name] + g if name in total else g
     return total
 
 
