@@ -100,7 +100,7 @@ def test_after_a_failure_in_any_phase(run, call, monkeypatch):
 
     def explode(self, batch):  # type: ignore[no-untyped-def]
         seen.append(self)
-        if len(seen) == 1 + call * 6:
+        if len(seen) == 1 + call * 3:
             torch.rand(3)
             raise BoomError
         return original(self, batch)
