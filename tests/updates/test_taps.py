@@ -307,3 +307,24 @@ class MeanFree(nn.Module):
 def test_what_layers_do_not_show_is_said(what, why):
     model = Custom(what)
     assert tappable(Scorer(model, 1.0, 300), trained(model), rollouts()) == why
+
+
+def test_what_follows_a_layer_may_change_its_output_in_place():
+    """Whether the layer has a formula or is called again and compared with what it returned."""
+    model = Mixed().double()
+    model.scale = nn.Sequential(nn.Linear(8, 8), nn.LeakyReLU(inplace=True), Gain(8), nn.LeakyReLU(inplace=True))
+    model.double().scale.forward = lambda h, mask, inner=model.scale.forward: inner(h)
+    assert str(check(model, rollouts(), 1e-9)).startswith(
+        "taps; by autograd: conv.bias, conv.weight, norm.weight and 1"
+    )
+
+
+class Gain(nn.Module):
+    """No formula for it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(-1, 1, width))
+
+    def forward(self, x):
+        return x * self.gain

@@ -71,7 +71,8 @@ class _Tap(torch.autograd.Function):
         # saved for their version counters: backward fails if a layer's input was changed in place in between
         ctx.save_for_backward(*(x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)))
         ctx.call, ctx.consume = call, consume
-        return output.clone()  # a view could not be changed in place by what follows
+        # the same memory, but no view, which what follows could not change in place
+        return output.new_empty(0).set_(output)  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,7 +111,7 @@ class _Tapped:
             raise UntappableError(layer, "was not called on [sequences, tokens, features]")
         if rule is not call_again and (len(args) != 1 or kwargs or args[0].shape[:2] != output.shape[:2]):
             raise UntappableError(layer, "was not called on one [sequences, tokens, features]")
-        call = Call(layer, names, detach(args), detach(kwargs), output.detach() if rule is call_again else None)
+        call = Call(layer, names, detach(args), detach(kwargs), output.detach().clone() if rule is call_again else None)
         return _Tap.apply(output, self.anchor, call, self._read)  # pyright: ignore[reportReturnType]
 
     def _read(self, call: Call, gradient: Tensor) -> None:
