@@ -169,6 +169,8 @@ def assemble(
     near = _measured(points, end, curves.FIT_REACH, "fit", notes)
     curve = near and curves.quadratic(*near)
     star = curve and curves.cancelling_rate(curve)
+    # half of it, since the floor is two standard deviations
+    rounding = max((0.5 * (p.realized.noise_floor or 0.0) for p in points if p.realized), default=0.0)
     return Sweep(
         prediction=prediction,
         own_learning_rates=own_learning_rates,
@@ -177,18 +179,18 @@ def assemble(
         fit=near
         and curve
         and QuadraticFit(
-            linear=_fitted(curve.linear),
-            quadratic=_fitted(curve.quadratic),
+            linear=_coefficient(curve.linear, rounding),
+            quadratic=_coefficient(curve.quadratic, rounding),
             r_squared=curve.r_squared,
             learning_rates=tuple(near[0].tolist()),
         ),
         power_law=law,
         curvature=Curvature(
-            from_fit=curve and _fitted(curve.quadratic, 2.0),
+            from_fit=curve and _coefficient(curve.quadratic, rounding, 2.0),
             direct=derivatives and _fitted(derivatives[1]),
             direct_slope=derivatives and _fitted(derivatives[0]),
         ),
-        learning_rate_star=star and _fitted(star),
+        learning_rate_star=star and _coefficient(star, rounding),
         messages=tuple(notes),
     )
 
@@ -227,5 +229,9 @@ def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _fitted(sampled: Sampled, factor: float = 1.0) -> Fitted:
-    return Fitted(value=factor * sampled.value, standard_error=factor * sampled.standard_error)
+def _fitted(sampled: Sampled) -> Fitted:
+    return Fitted(value=sampled.value, standard_error=sampled.standard_error)
+
+
+def _coefficient(found: curves.Coefficient, rounding: float, factor: float = 1.0) -> Fitted:
+    return Fitted(value=factor * found.value, standard_error=factor * found.error(rounding))

@@ -26,7 +26,7 @@ class Fitted(_Record):
 
     Attributes:
         value: the estimate.
-        standard_error: one standard error, from the evaluation units' influences.
+        standard_error: one standard error, from the evaluation units' influences and, for what is fitted, rounding.
     """
 
     value: float
@@ -79,12 +79,12 @@ class SweepPoint(_Record):
 
 
 class QuadraticFit(_Record):
-    """``linear * lr + quadratic * lr^2``, fitted to the measured changes with weights ``1 / lr^2``.
+    """``linear * lr + quadratic * lr^2``, fitted to the measured changes by least squares.
 
     Attributes:
         linear: nats (per token or sequence) per unit of learning rate.
         quadratic: nats per squared unit of learning rate.
-        r_squared: one minus the weighted residual sum of squares over the weighted sum of squares.
+        r_squared: one minus the residual sum of squares over the sum of squares.
         learning_rates: the rates that entered: measured with status ``ok``, up to a third of the linear range.
     """
 

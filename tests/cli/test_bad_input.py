@@ -136,10 +136,9 @@ def test_no_tokenizer_anywhere(config, checkpoint, trained, refused, tmp_path):
     assert "expected a tokenizer to sample with" in line
 
 
-@pytest.mark.parametrize("token", ["pad_token", "eos_token"])
-def test_tokenizer_without_a_token(config, checkpoint, refused, token):
-    edit_json(checkpoint / "tokenizer_config.json", **{token: None})
-    assert token.partition("_")[0] in refused("run", config, f"checkpoint={checkpoint}")
+def test_tokenizer_without_an_end_token(config, checkpoint, refused):
+    edit_json(checkpoint / "tokenizer_config.json", eos_token=None)
+    assert "eos" in refused("run", config, f"checkpoint={checkpoint}")
 
 
 @pytest.mark.parametrize(

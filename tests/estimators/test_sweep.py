@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from entropy_probe.estimators.sweep import Quadratic, cancelling_rate, linear_range, power_law, quadratic
-from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.estimators.sweep import Coefficient, Quadratic, cancelling_rate, linear_range, power_law, quadratic
 
 RATES = torch.tensor([1e-5, 3e-5, 1e-4, 3e-4, 1e-3], dtype=torch.float64)
 
@@ -23,16 +22,31 @@ def test_a_quadratic_is_recovered_exactly():
     assert star.value == pytest.approx(9.0 / 570.0, rel=1e-10)
 
 
-def test_the_quadratic_is_the_weighted_least_squares_one():
-    """Against the normal equations with weights ``1 / lr^2``, solved by another route."""
+def test_the_quadratic_is_the_least_squares_one():
+    """Against the normal equations, solved by another route."""
     y = -9.0 * RATES + 570.0 * RATES**2 + 1e-5 * noise(units=1)[:, 0]
-    design = torch.stack([RATES, RATES**2], 1) / RATES[:, None]
-    expected = torch.linalg.lstsq(design, y / RATES).solution
+    design = torch.stack([RATES, RATES**2], 1)
+    expected = torch.linalg.lstsq(design, y).solution
     fit = quadratic(RATES, y, noise())
-    assert [fit.linear.value, fit.quadratic.value] == pytest.approx(expected.tolist(), rel=1e-9)
-    residual = y / RATES - design @ expected
-    assert fit.r_squared == pytest.approx(1 - float(residual.square().sum() / (y / RATES).square().sum()), rel=1e-12)
+    assert [fit.linear.value, fit.quadratic.value] == pytest.approx(expected.tolist(), rel=1e-7)
+    residual = y - design @ expected
+    assert fit.r_squared == pytest.approx(1 - float(residual.square().sum() / y.square().sum()), rel=1e-12)
     assert fit.r_squared < 1
+
+
+def test_rounding_of_every_change_is_part_of_the_error():
+    """Over many draws of independent rounding the coefficients scatter as their errors say."""
+    exact, size = -9.0 * RATES + 570.0 * RATES**2, 1e-6
+    silent = torch.zeros(len(RATES), 50, dtype=torch.float64)
+    fits = [quadratic(RATES, exact + size * row, silent) for row in noise(units=2000).T]
+    for name in ("linear", "quadratic"):
+        found = [getattr(fit, name) for fit in fits]
+        scatter = torch.tensor([f.value for f in found]).std().item()
+        assert found[0].error(size) == pytest.approx(scatter, rel=0.08)
+        assert found[0].error(0.0) == found[0].standard_error == 0
+    stars = [cancelling_rate(fit) for fit in fits]
+    scatter = torch.tensor([star.value for star in stars]).std().item()
+    assert cancelling_rate(quadratic(RATES, exact, silent)).error(size) == pytest.approx(scatter, rel=0.08)
 
 
 def test_errors_come_from_influences_and_not_from_scatter():
@@ -71,8 +85,9 @@ def test_changes_of_both_signs_have_no_power():
 
 @pytest.mark.parametrize(("a", "b"), [(-9.0, -570.0), (9.0, 570.0), (-9.0, 0.0), (0.0, 570.0)])
 def test_parts_of_one_sign_never_cancel(a, b):
-    influence = torch.ones(4, dtype=torch.float64)
-    assert cancelling_rate(Quadratic(Sampled(a, influence), Sampled(b, influence), 1.0)) is None
+    influence, weights = torch.ones(4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    parts = (Coefficient(x, influence, weights) for x in (a, b))
+    assert cancelling_rate(Quadratic(*parts, 1.0)) is None
 
 
 @pytest.mark.parametrize(

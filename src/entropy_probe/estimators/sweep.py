@@ -19,6 +19,7 @@ __all__ = [
     "FIT_REACH",
     "LEAST_RATES",
     "LINEAR_TOLERANCE",
+    "Coefficient",
     "PowerLaw",
     "Quadratic",
     "cancelling_rate",
@@ -36,18 +37,32 @@ LEAST_RATES = 3
 
 
 @dataclass(frozen=True, eq=False)
+class Coefficient(Sampled):
+    """A number that is, to first order, linear in the changes.
+
+    Attributes:
+        weights: its derivative by each change, ``[K]``.
+    """
+
+    weights: Float[Tensor, " K"]
+
+    def error(self, rounding: float) -> float:
+        """One standard error, from sampling and from independent rounding errors of that size in every change."""
+        return (self.standard_error**2 + (rounding * self.weights.norm().item()) ** 2) ** 0.5
+
+
+@dataclass(frozen=True, eq=False)
 class Quadratic:
     """The curve ``linear * lr + quadratic * lr^2``.
 
     Attributes:
         linear: slope at 0, nats (per token or sequence) per unit of learning rate.
         quadratic: half the second derivative, nats per squared unit of learning rate.
-        r_squared: ``1 - sum w (y - fit)^2 / sum w y^2`` with the weights of the fit; about 0, as the curve has no
-            intercept.
+        r_squared: ``1 - sum (y - fit)^2 / sum y^2``; about 0, as the curve has no intercept.
     """
 
-    linear: Sampled
-    quadratic: Sampled
+    linear: Coefficient
+    quadratic: Coefficient
     r_squared: float
 
 
@@ -76,16 +91,12 @@ def _check(learning_rates: Tensor, least: int = LEAST_RATES) -> Tensor:
 def quadratic(
     learning_rates: Float[Tensor, " K"], changes: Float[Tensor, " K"], influences: Float[Tensor, "K U"]
 ) -> Quadratic:
-    """Weighted least squares of ``change = a lr + b lr^2`` with weights ``1 / lr^2``.
+    """Least squares of ``change = a lr + b lr^2``.
 
-    The standard error of a change grows in proportion to the rate while the step is small, which makes these the
-    weights of inverse variance; they turn the problem into a straight line through ``change / lr``. With
-    ``x = lr`` and ``y = change / lr``::
-
-        b = sum (x - mean x) y / sum (x - mean x)^2,    a = mean y - b mean x
-
-    Both are linear in the changes; the same combination of the influences gives their errors. Terms of third order
-    in the rate bias ``b``, which is why only rates well inside the linear range should be given (``FIT_REACH``).
+    All changes have the same weight. Their sampling noise grows with the rate, but it is common to all rates and does
+    not scatter about the curve; what does is rounding, which is of one size at all of them. Both coefficients are linear
+    in the changes; the same combination of the influences gives their sampling errors. Terms of third order in the
+    rate bias ``b``, which is why only rates well inside the linear range should be given (``FIT_REACH``).
 
     Args:
         learning_rates: positive and increasing, at least three.
@@ -96,14 +107,13 @@ def quadratic(
         ValueError: for fewer or unordered rates.
     """
     rates = _check(learning_rates)
-    centred = rates - rates.mean()
-    for_b = centred / centred.square().sum() / rates
-    for_a = 1 / (len(rates) * rates) - rates.mean() * for_b
+    scale = rates[-1]
+    x = rates / scale
+    for_a, for_b = torch.linalg.pinv(torch.stack([x, x**2], 1))
     y = changes.double()
-    a, b = (Sampled((c @ y).item(), c @ influences.double()) for c in (for_a, for_b))
-    scaled = y / rates
-    residual = scaled - a.value - b.value * rates
-    total = scaled.square().sum()
+    a, b = (Coefficient((c @ y).item(), c @ influences.double(), c) for c in (for_a / scale, for_b / scale**2))
+    residual = y - a.value * rates - b.value * rates**2
+    total = y.square().sum()
     explained = 1.0 if total == 0 else 1 - (residual.square().sum() / total).item()
     return Quadratic(a, b, explained)
 
@@ -168,7 +178,7 @@ def linear_range(
     return last
 
 
-def cancelling_rate(curve: Quadratic) -> Sampled | None:
+def cancelling_rate(curve: Quadratic) -> Coefficient | None:
     """``-a / b``, the rate at which the linear and the quadratic part cancel, with its influence by the delta method.
 
     Returns:
@@ -178,5 +188,5 @@ def cancelling_rate(curve: Quadratic) -> Sampled | None:
     if a.value * b.value >= 0:
         return None
     rate = -a.value / b.value
-    found = Sampled(rate, -(a.influence + rate * b.influence) / b.value)
+    found = Coefficient(rate, -(a.influence + rate * b.influence) / b.value, -(a.weights + rate * b.weights) / b.value)
     return found if bool(torch.isfinite(found.influence).all()) and rate < float("inf") else None
