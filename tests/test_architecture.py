@@ -30,6 +30,7 @@ ALLOWED = {
     "two_batch": {"types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "session"},
     "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "isolation", "session"},
     "probe": {"types", "results", "updates", "provenance", "config", "session", "two_batch", "one_batch"},
+    "integrations": None,
     "cli": None,
     "__init__": None,
     "__main__": {"cli"},

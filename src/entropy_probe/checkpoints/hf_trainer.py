@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints.errors import CheckpointError
-from entropy_probe.checkpoints.libraries import (
-    one_line_errors,
-    quiet,
-    random_state_kept,
-)
-from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries, read_optimizer
-from entropy_probe.checkpoints.optimizer_state import (
-    ParameterMapping,
-    build_optimizer,
-    map_parameters,
-    summarize,
-)
-from entropy_probe.checkpoints.weights import (
-    check_finite,
-    check_loaded,
-    check_shapes,
-    read_json,
-    read_shapes,
-    weight_files,
-)
-from entropy_probe.results import CheckpointReport, OptimizerStateReport
+from entropy_probe.checkpoints.directory import open_directory
+from entropy_probe.checkpoints.errors import CheckpointError, MismatchError
+from entropy_probe.checkpoints.examination import Examination
+from entropy_probe.checkpoints.libraries import random_state_kept
+from entropy_probe.checkpoints.manifest import verify_base
+from entropy_probe.checkpoints.models import load_full, load_lora
+from entropy_probe.checkpoints.optimizer_state import build_optimizer
+from entropy_probe.checkpoints.tokenizer import load_tokenizer
+from entropy_probe.results import CheckpointReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint"]
 
 DTYPES = ("float32", "bfloat16", "float64")
-LARGE_LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,28 +65,33 @@ def load_checkpoint(
     Args:
         path: the ``checkpoint-N`` directory.
         base_model: directory or hub name of the model under a LoRA adapter; by default the one the adapter
-            names, looked for relative to the working directory, the checkpoint and its parents. For full weights
-            only its tokenizer is used, where the checkpoint has none.
+            names, looked for relative to the working directory, the checkpoint and its parents. For full weights,
+            the model that training started from: the movement of the weights away from it is compared with the
+            moments, and its tokenizer is used where the checkpoint has none.
         dtype: precision of the model's weights: ``float32``, ``bfloat16`` or ``float64``. Moments are never kept
             in a lower precision than the file's.
         device: where model and optimizer state go.
 
     Raises:
-        CheckpointError: if anything is missing, damaged, of another model or not supported. A learning rate of 0
-            is not an error here; the report says so.
+        CheckpointError: if anything is missing, damaged, of another model, unsafe or not supported, as one of its
+            subclasses in :mod:`entropy_probe.checkpoints`. A learning rate of 0 is not an error here; the report
+            says so.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}; choose one of these")
-    examination = _Examination(_open_directory(Path(path)), base_model)
+    examination = Examination(open_directory(Path(path)), base_model)
     with random_state_kept():
         examination.run()
+        model = _load_model(examination, getattr(torch, dtype), torch.device(device))
+        tokenizer = load_tokenizer(examination.path, examination.base or base_model)
         assert examination.saved is not None
         assert examination.mapping is not None
-        model = _load_model(examination, getattr(torch, dtype), torch.device(device))
-        tokenizer = _load_tokenizer(examination)
+        if examination.mapping.named:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in examination.mapping.names)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if parameters.keys() != set(examination.mapping.names):
-            raise CheckpointError(
+            raise MismatchError(
                 f"{path}: expected {len(examination.mapping.names)} trainable parameters, the loaded model has "
                 f"{len(parameters)} that differ; the installed peft or transformers builds another model"
             )
@@ -109,252 +99,33 @@ def load_checkpoint(
     return CheckpointState(model, tokenizer, optimizer, None, examination.report())
 
 
+def _load_model(found: Examination, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if found.kind == "full":
+        return load_full(found.path, found.files, dtype, device)
+    assert found.base is not None
+    if found.manifest is not None:
+        verify_base(Path(found.base), found.manifest)
+    return load_lora(found.path, found.base, found.files, dtype, device)
+
+
 def inspect_checkpoint(path: str | Path, base_model: str | Path | None = None) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
     Everything :func:`load_checkpoint` checks before loading is checked here, on a skeleton of the model that
-    has no storage. A checkpoint that would not load gets the verdict ``unusable`` with the reason.
+    has no storage; of the base model's weights only names and shapes, where they are local. A checkpoint that would
+    not load gets the verdict ``unusable`` with the reason.
 
     Args:
         path: the ``checkpoint-N`` directory.
-        base_model: as in :func:`load_checkpoint`; only its configuration is read.
+        base_model: as in :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
     """
-    examination = _Examination(_open_directory(Path(path)), base_model)
+    examination = Examination(open_directory(Path(path)), base_model)
     try:
         with random_state_kept():
             examination.run()
     except CheckpointError as error:
         return examination.report(unusable=str(error))
     return examination.report()
-
-
-def _open_directory(path: Path) -> Path:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a checkpoint directory, found none; check the path")
-    if not ((path / "adapter_config.json").is_file() or (path / "config.json").is_file()):
-        inside = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
-        hint = f"pass one of {', '.join(inside[-3:])} inside it" if inside else "pass a checkpoint-N of the Trainer"
-        raise CheckpointError(f"{path}: expected adapter_config.json or config.json, found neither; {hint}")
-    return path
-
-
-@dataclass
-class _Examination:
-    """What has been established about a directory so far; ``run`` goes from cheap to dear and stops at errors."""
-
-    path: Path
-    base_model: str | Path | None
-    kind: Literal["lora", "full"] = field(init=False)
-    base: str | None = None
-    global_step: int | None = None
-    saved: SavedOptimizer | None = None
-    files: list[Path] = field(default_factory=list)
-    mapping: ParameterMapping | None = None
-    summary: tuple[OptimizerStateReport, int] | None = None
-
-    def __post_init__(self) -> None:
-        self.kind = "lora" if (self.path / "adapter_config.json").is_file() else "full"
-
-    def run(self) -> None:
-        self.global_step = _read_global_step(self.path)
-        self.saved = read_optimizer(self.path / "optimizer.pt")
-        check_entries(self.saved)
-        if self.kind == "lora":
-            adapter = _read_adapter_config(self.path)
-            self.base = _find_base(self.path, self.base_model or adapter.get("base_model_name_or_path"))
-            self.files = weight_files(self.path, "adapter_model")
-            skeleton = _lora_skeleton(self.path, self.base)
-            check_shapes(self.files[0], read_shapes(self.files), _adapter_shapes(skeleton))
-        else:
-            self.files = weight_files(self.path, "model")
-            read_shapes(self.files)
-            skeleton = _from_pretrained(str(self.path), torch.float32, torch.device("meta"), complete=True)
-        check_finite(self.files)
-        self.mapping = map_parameters(self.saved, skeleton)
-        self.summary = summarize(self.saved, self.mapping)
-
-    def report(self, unusable: str | None = None) -> CheckpointReport:
-        reasons = (unusable,) if unusable else tuple(self._doubts())
-        saved = self.saved
-        state, num_zero = self.summary or (None, None)
-        return CheckpointReport(
-            path=str(self.path),
-            kind=self.kind,
-            base_model=self.base,
-            global_step=self.global_step,
-            optimizer=saved.kind if saved else None,
-            groups=saved.group_reports() if saved else (),
-            num_with_exp_avg_sq=saved.count("exp_avg_sq") if saved else None,
-            num_with_step=saved.count("step") if saved else None,
-            num_zero_elements=num_zero,
-            optimizer_state=state,
-            verdict="unusable" if unusable else "suspicious" if reasons else "healthy",
-            reasons=reasons,
-        )
-
-    def _doubts(self) -> Iterator[str]:
-        """What does not keep the checkpoint from loading but should be read before its numbers are used."""
-        assert self.saved is not None
-        assert self.summary is not None
-        state, _ = self.summary
-        rates = [group["lr"] for group in self.saved.groups if group["params"]]
-        if not any(rates):
-            yield "learning rate is 0, as after a finished schedule; give one with --learning-rate"
-        if max(rates) > LARGE_LEARNING_RATE:
-            yield f"learning rate {max(rates):g} is above {LARGE_LEARNING_RATE:g}; check it"
-        if state.coverage < 1:
-            yield (
-                f"exp_avg_sq is all zero for {1 - state.coverage:.0%} of the elements; normal for lora_A after "
-                "the first step, otherwise these parameters were not trained"
-            )
-        low, high = state.steps
-        if low != high:
-            yield f"step counts differ between parameters ({low} to {high}); some were not always trained"
-        if self.global_step is None:
-            yield "trainer_state.json, written last, is missing; the save may be incomplete"
-        elif self.global_step != high:
-            yield f"optimizer.pt is at step {high}, trainer_state.json at {self.global_step}; files of two saves?"
-        if any(g["weight_decay"] and "decoupled_weight_decay" not in g for g in self.saved.groups):
-            yield "the file does not say whether weight decay is decoupled; taken as AdamW, the Trainer's"
-
-
-def _read_global_step(path: Path) -> int | None:
-    """Optimizer steps taken; None when the file is not there."""
-    file = path / "trainer_state.json"
-    if not file.is_file():
-        return None
-    step = read_json(file).get("global_step")
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"{file}: global_step: expected a whole number, got {step!r}; copy the checkpoint again")
-    return step
-
-
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    config = read_json(path / "adapter_config.json")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{path / 'adapter_config.json'}: peft_type: expected 'LORA', got {kind!r}; "
-            "other adapters are not supported"
-        )
-    return config
-
-
-def _find_base(path: Path, name: str | Path | None) -> str:
-    """The base model's directory, or its name when it looks like one of the hub's."""
-    if not name:
-        raise CheckpointError(f"{path / 'adapter_config.json'}: names no base model; pass base_model")
-    given = Path(name).expanduser()
-    places = [given] if given.is_absolute() else [root / given for root in (Path(), path, *path.resolve().parents)]
-    for place in places:
-        if (place / "adapter_config.json").is_file():
-            raise CheckpointError(f"{place}: expected a base model, got an adapter; pass the model under both")
-        if (place / "config.json").is_file():
-            return str(place)
-    if given.is_absolute() or str(name).startswith((".", "~")) or len(given.parts) > 2:
-        raise CheckpointError(
-            f"{name}: expected the base model's directory, found no config.json in it; pass base_model"
-        )
-    return str(name)
-
-
-def _lora_skeleton(path: Path, base: str) -> nn.Module:
-    """The model with its adapter, without storage."""
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with one_line_errors(f"{base} with the adapter of {path}"), quiet():
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise CheckpointError(f"{base}: not supported: quantised weights; pass the unquantised base model")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        adapter = PeftConfig.from_pretrained(str(path))
-        adapter.inference_mode = False
-        return PeftModel(model, adapter, low_cpu_mem_usage=True)
-
-
-def _adapter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    from peft import get_peft_model_state_dict
-
-    return {name: tuple(x.shape) for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-
-
-def _load_model(found: _Examination, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model in eval mode, checked to hold every tensor of the weight files."""
-    if found.kind == "full":
-        model = _from_pretrained(str(found.path), dtype, device, complete=True)
-        check_loaded(found.files, model.state_dict(), all_names=False)
-        return model.eval()
-    from peft import PeftModel, get_peft_model_state_dict
-
-    assert found.base is not None
-    base = _from_pretrained(found.base, dtype, device)
-    bad = [name for name, p in base.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
-        raise CheckpointError(f"{found.base}: {bad[0]}: expected finite values, got NaN or infinity; pass another copy")
-    with one_line_errors(str(found.path)), quiet():
-        model = PeftModel.from_pretrained(base, str(found.path), is_trainable=True, torch_device=str(device))
-    check_loaded(found.files, get_peft_model_state_dict(model, save_embedding_layers=False), all_names=True)
-    return model.eval()
-
-
-def _from_pretrained(name: str, dtype: torch.dtype, device: torch.device, *, complete: bool = False) -> Any:
-    """A causal language model whose every parameter came from the files; on ``meta`` without their values.
-
-    ``complete`` also refuses tensors of the files that the model does not use.
-    """
-    from transformers import AutoModelForCausalLM
-
-    factory: Any = AutoModelForCausalLM
-    with one_line_errors(name), quiet():
-        model, info = factory.from_pretrained(
-            name,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    wrong = ("missing_keys", "mismatched_keys", *(("unexpected_keys",) if complete else ()))
-    for what in wrong:
-        if info[what]:
-            shown = sorted(map(str, info[what]))
-            raise CheckpointError(
-                f"{name}: expected weights for exactly the model of config.json, got {len(shown)} "
-                f"{what.replace('_', ' ')} {shown[:2]}; pass intact weights with their own configuration"
-            )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{name}: not supported: quantised weights; pass unquantised ones")
-    return model
-
-
-def _load_tokenizer(found: _Examination) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the checkpoint, else of the base model; None when neither directory has one."""
-    base = found.base or (str(found.base_model) if found.base_model else None)
-    for name in (str(found.path), base):
-        if name is None:
-            continue
-        config = Path(name) / "tokenizer_config.json"
-        if Path(name).is_dir() and not config.is_file():
-            continue
-        with one_line_errors(f"{name}: tokenizer"):
-            return _tokenizer_class(config).from_pretrained(name, trust_remote_code=False)
-    return None
-
-
-def _tokenizer_class(config: Path) -> Any:
-    """The class a tokenizer was saved from.
-
-    ``AutoTokenizer`` goes by the ``model_type`` of a ``config.json`` in the same directory: it opened a generic
-    tokenizer beside a Qwen2 model as Qwen2's, which splits the same text into other tokens.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    generic = ("PreTrainedTokenizerFast", "TokenizersBackend")
-    if config.is_file() and read_json(config).get("tokenizer_class") in generic:
-        return PreTrainedTokenizerFast
-    return AutoTokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ def inspect(
 
     report = inspect_checkpoint(checkpoint, base_model)
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        typer.echo(json.dumps(report.model_dump(mode="json"), indent=2))
     else:
         print_checkpoint(report, Console())
     raise typer.Exit(EXIT_CODES[report.verdict])
