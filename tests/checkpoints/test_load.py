@@ -293,7 +293,7 @@ def test_code_in_a_checkpoint_is_not_run(copy_of):
         auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
         model_type="evil",
     )
-    with pytest.raises(CheckpointError, match="could not be loaded"):
+    with pytest.raises(CheckpointError, match="remote code is never run"):
         load_checkpoint(checkpoint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import pickle
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -51,11 +52,18 @@ def read_archive(path: Path) -> Any:
     except CheckpointError:
         raise
     except _UNREADABLE as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsafeFileError(
             f"{path}: expected tensors and plain values, got data that weights_only=True refuses "
-            f"({first[:160]}); nothing in it was run; pass a checkpoint with plain Adam state"
+            f"({_cause(error)}); nothing in it was run; pass a checkpoint with plain Adam state"
         ) from error
+
+
+def _cause(error: Exception) -> str:
+    """What torch objected to, without its advice to load the file the unsafe way."""
+    text = str(error).strip()
+    found = re.search(r"WeightsUnpickler error: (.+)", text)
+    first = next(iter(text.splitlines()), type(error).__name__)
+    return (found.group(1) if found else first)[:160]
 
 
 def _check_entries(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,14 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
 )
 
-__all__ = ["check_layers", "open_directory", "read_global_step", "read_json", "refuse_remote_kernels"]
+__all__ = ["check_contained", "check_layers", "open_directory", "read_global_step", "read_json", "refuse_remote_code"]
 
 
 def open_directory(path: Path) -> Path:
-    """The checkpoint directory, none of whose entries leads outside or could block.
-
-    A link may point within the directory, or into ``blobs/`` of the Hugging Face cache the directory is in.
+    """The checkpoint directory, of which nothing is known yet but that it is one.
 
     Raises:
-        MissingFileError: if ``path`` is not a checkpoint directory.
-        UnsafeFileError: if an entry leads outside, or is neither a file nor a directory.
+        MissingFileError: if it is not.
     """
     if not path.is_dir():
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
@@ -33,6 +30,17 @@ def open_directory(path: Path) -> Path:
         inside = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
         hint = f"pass one of {', '.join(inside[-3:])} inside it" if inside else "pass a checkpoint-N of the Trainer"
         raise MissingFileError(f"{path}: expected adapter_config.json or config.json, found neither; {hint}")
+    return path
+
+
+def check_contained(path: Path) -> None:
+    """Check that no entry of a directory leads outside or could block.
+
+    A link may point within the directory, or into ``blobs/`` of the Hugging Face cache the directory is in.
+
+    Raises:
+        UnsafeFileError: if an entry leads outside, or is neither a file nor a directory.
+    """
     allowed = [path.resolve(), *_cache_blobs(path)]
     for entry in sorted(path.rglob("*")):
         target = entry.resolve()
@@ -43,7 +51,6 @@ def open_directory(path: Path) -> Path:
             )
         if target.exists() and not (target.is_file() or target.is_dir()):
             raise UnsafeFileError(f"{entry}: expected a file, got a pipe or device; delete it")
-    return path
 
 
 def _cache_blobs(path: Path) -> Iterator[Path]:
@@ -85,38 +92,61 @@ def read_global_step(path: Path) -> int | None:
     return step
 
 
-def refuse_remote_kernels(file: Path) -> None:
-    """Refuse a ``config.json`` that names an implementation to be fetched from the hub and run.
+def refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
+    """Refuse a ``config.json`` whose model needs code from its directory or the hub.
+
+    Where the library knows the model type itself, ``auto_map`` is ignored: its own class is used.
+
+    Args:
+        file: the configuration.
+        known_types: the model types that the library implements.
 
     Raises:
-        CheckpointError: if it does, or is not JSON.
+        CheckpointError: if the file needs such code, or is not JSON.
     """
-    waiting: list[Any] = [read_json(file)]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += value
-        if not isinstance(value, dict):
-            continue
-        for key, inner in value.items():
-            if key.removesuffix("_internal").endswith("_implementation"):
-                names = inner.values() if isinstance(inner, dict) else [inner]
-                if any(isinstance(name, str) and "/" in name for name in names):
-                    raise UnsafeFileError(
-                        f"{file}: {key}: expected a built-in implementation, got {inner!r:.80}, code to be fetched "
-                        "from the hub; remove the key"
-                    )
-            waiting.append(inner)
-
-
-def check_layers(file: Path, layers: Any, num_tensors: int) -> None:
-    """Refuse a configuration that declares more layers than its weight files have tensors.
-
-    Raises:
-        CheckpointError: if it does; building such a model could take forever.
-    """
-    if type(layers) is int and layers > num_tensors:
-        raise MismatchError(
-            f"{file}: num_hidden_layers: expected at most the {num_tensors} tensors of the weights, got {layers}; "
-            "pass intact weights with their own configuration"
+    config = read_json(file)
+    if "auto_map" in config and config.get("model_type") not in known_types:
+        raise UnsafeFileError(
+            f"{file}: auto_map: expected a model type that transformers implements, got "
+            f"{config.get('model_type')!r:.60} with code of its own; remote code is never run"
         )
+    for key, value in _items(config):
+        if key.removesuffix("_internal").endswith("_implementation"):
+            names = value.values() if isinstance(value, dict) else [value]
+            if any(isinstance(name, str) and "/" in name for name in names):
+                raise UnsafeFileError(
+                    f"{file}: {key}: expected a built-in implementation, got {value!r:.80}, code to be fetched "
+                    "from the hub; remove the key"
+                )
+
+
+def check_layers(file: Path, most: int) -> None:
+    """Refuse a configuration of more layers than its weight files have tensors: building it could take forever.
+
+    Args:
+        file: the configuration.
+        most: the number of tensors, or some bound.
+
+    Raises:
+        CheckpointError: if a number of layers anywhere in the file is larger, or it is not JSON.
+    """
+    for key, value in _items(read_json(file)):
+        if key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and not (
+            value is None or (type(value) is int and 0 < value <= most)
+        ):
+            raise MismatchError(
+                f"{file}: {key}: expected a number up to {most}, the tensors of the weights, got {str(value)[:60]}; "
+                "pass intact weights with their own configuration"
+            )
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, list):
+            waiting += found
+        elif isinstance(found, dict):
+            yield from found.items()
+            waiting += found.values()

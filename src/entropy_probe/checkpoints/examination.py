@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from entropy_probe.checkpoints.adapter import find_base, read_adapter_config, starting_at_zero
-from entropy_probe.checkpoints.directory import read_global_step
+from entropy_probe.checkpoints.directory import check_contained, read_global_step
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
 from entropy_probe.checkpoints.mapping import ParameterMapping, map_parameters
 from entropy_probe.checkpoints.models import adapter_shapes, model_skeleton, with_adapter
@@ -73,6 +73,7 @@ class Examination:
         Raises:
             CheckpointError: at the first thing that would keep the checkpoint from loading, or from being trusted.
         """
+        check_contained(self.path)
         self.manifest = read_manifest(self.path)
         if self.manifest is not None:
             verify_files(self.path, self.manifest)

@@ -71,6 +71,11 @@ class ParameterRecord(_Record):
     shape: tuple[int, ...]
     dtype: str
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> ParameterRecord:
+        """The record of a parameter, from itself or from its first moment."""
+        return cls(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+
 
 class GroupRecord(_Record):
     """One parameter group: its parameters in order, and its plain settings (``lr``, ``betas``, ``weight_decay`` …)."""
@@ -182,10 +187,7 @@ def live_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tup
                 f"optimizer: expected parameters of the model, got {strangers} other tensors; the manifest needs an "
                 "optimizer over the model's own parameters (no FSDP, no DeepSpeed)"
             )
-        parameters = tuple(
-            ParameterRecord(name=names[id(p)], shape=tuple(p.shape), dtype=str(p.dtype).removeprefix("torch."))
-            for p in group["params"]
-        )
+        parameters = tuple(ParameterRecord.of(names[id(p)], p) for p in group["params"])
         records.append(GroupRecord(parameters=parameters, settings=plain_settings(group)))
     return tuple(records)
 

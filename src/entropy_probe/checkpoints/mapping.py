@@ -61,6 +61,8 @@ def map_parameters(saved: SavedOptimizer, model: nn.Module, manifest: Manifest |
         recorded.append((manifest.names, manifest.proof))
     for names, how in recorded:
         _check_names(saved, names, how, shapes)
+    if manifest is not None:
+        manifest.check_shapes(saved.path, shapes)
     if len({names for names, _ in recorded}) > 1:
         raise MappingError(
             f"{saved.path}: expected its param_names to be those of the manifest, got others; one of the two files is "

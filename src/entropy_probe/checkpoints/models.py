@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints.directory import check_layers, refuse_remote_kernels
+from entropy_probe.checkpoints.directory import check_layers, refuse_remote_code
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
 from entropy_probe.checkpoints.weights import Shape, check_loaded, has_weights, read_shapes, weight_files
 
 __all__ = ["adapter_shapes", "load_full", "load_lora", "model_skeleton", "with_adapter"]
+
+
+MOST_LAYERS = 10_000
+"""Bound on the layers of a configuration whose weight files are not there to compare with."""
 
 
 def model_skeleton(name: str, *, complete: bool) -> nn.Module:
@@ -26,18 +30,18 @@ def model_skeleton(name: str, *, complete: bool) -> nn.Module:
     Raises:
         CheckpointError: if the configuration cannot be used, or the files have not exactly its tensors.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     file = Path(name) / "config.json"
     if file.is_file():
-        refuse_remote_kernels(file)
+        refuse_remote_code(file, CONFIG_MAPPING)
     shapes = read_shapes(weight_files(Path(name), "model")) if has_weights(Path(name), "model") else None
+    if file.is_file():
+        check_layers(file, len(shapes) if shapes else MOST_LAYERS)
     with one_line_errors(name), quiet():
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedError(f"{name}: not supported: quantised weights; pass unquantised ones")
-        if shapes is not None:
-            check_layers(file, getattr(config.get_text_config(), "num_hidden_layers", None), len(shapes))
         with torch.device("meta"), WithoutInitialization():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if shapes is not None and not _has_exactly(model, shapes):

@@ -172,15 +172,8 @@ def _number(where: str, value: Any) -> float:
     if type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not float or not math.isfinite(value):
-        raise InvalidValueError(f"{where}: expected a finite number, got {_show(value)}; the file is damaged")
+        raise InvalidValueError(f"{where}: expected a finite number, got {value!r:.60}; the file is damaged")
     return value
-
-
-def _show(value: Any) -> str:
-    """A value for a message; Python refuses to write out an integer of thousands of digits."""
-    if type(value) is int and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    return f"{value!r:.60}"
 
 
 def check_entries(saved: SavedOptimizer) -> None:

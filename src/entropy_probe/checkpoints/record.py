@@ -80,12 +80,7 @@ def _manifest(found: Examination, written_by: str) -> Manifest:
     saved, names = found.saved, found.mapping.names
     groups = tuple(
         GroupRecord(
-            parameters=tuple(
-                ParameterRecord(
-                    name=names[i], shape=tuple(moment.shape), dtype=str(moment.dtype).removeprefix("torch.")
-                )
-                for i, moment in ((i, saved.state[i]["exp_avg"]) for i in group["params"])
-            ),
+            parameters=tuple(ParameterRecord.of(names[i], saved.state[i]["exp_avg"]) for i in group["params"]),
             settings=plain_settings(group),
         )
         for group in saved.groups
