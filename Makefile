@@ -27,6 +27,7 @@ test-full: lint
 bench: $(STAMP)
 	$(BIN)/python benchmarks/two_batch.py
 	$(BIN)/python benchmarks/one_batch.py
+	$(BIN)/python benchmarks/inspect_checkpoint.py
 
 clean:
 	rm -rf .venv runs examples/tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def train_grpo(
     capture: dict[int, dict[str, torch.Tensor]] | None = None,
     optim: str = "adamw_torch",
     lora_targets: list[str] | None = None,
+    callbacks: Sequence[Any] = (),
     **overrides: Any,
 ) -> Path:
     """Train a tiny random policy with TRL's GRPO and return the last checkpoint, ``checkpoint-{steps}``.
@@ -63,7 +65,7 @@ def train_grpo(
             train_dataset=Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(10) for b in range(10)]),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets or LORA_TARGETS) if lora else None,
-            callbacks=[] if capture is None else [_capture_gradients(capture)],
+            callbacks=[*callbacks, *([] if capture is None else [_capture_gradients(capture)])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
