@@ -55,7 +55,7 @@ def check(named, optimizer, swapped: dict[str, str] | None = None):
     state = {i: states[(swapped or {}).get(name, name)] for i, name in enumerate(names)}
     saved = SavedOptimizer(Path("optimizer.pt"), ({"params": list(range(len(names)))},), state)
     moved = {name: p.detach for name, p in named.items() if "lora_B" in name}
-    return check_movement(saved, names, moved, "lora_B starts at 0")
+    return check_movement(saved, names, moved, "0, where lora_B starts")
 
 
 def swap_layers(named, a: int = 0, b: int = 1) -> dict[str, str]:

@@ -105,7 +105,7 @@ class Examination:
         read = tensor_readers(self.files)
         if self.kind == "lora":
             inside = starting_at_zero(self._adapter, names)
-            return {name: read[key] for name, key in inside.items() if key in read}, "lora_B starts at 0"
+            return {name: read[key] for name, key in inside.items() if key in read}, "0, where lora_B starts"
         start = self._starting_point()
         if start is None:
             return {}, ""

@@ -77,7 +77,7 @@ def _movement(movement: MovementReport) -> str:
         return f"{since}: none has moved, cannot tell the order of equal shapes"
     others = movement.correlation_of_others
     against = "" if others is None else f", {others:.2f} with others of its shape"
-    verdict = {"consistent": "order confirmed", "exchanged": "ENTRIES EXCHANGED", "inconclusive": "cannot tell"}
+    verdict = {"consistent": "none exchanged", "exchanged": "entries exchanged", "inconclusive": "cannot tell"}
     return f"{since}: correlation {movement.correlation:.2f} with its own moments{against}; {verdict[movement.status]}"
 
 
