@@ -44,6 +44,7 @@ ALLOWED = {
         "types", "results", "scoring", "updates", "fingerprint", "provenance", "config", "session", "two_batch",
         "one_batch", "sweep", "sweep_results",
     },
+    "integrations": None,
     "cli": None,
     "__init__": None,
     "__main__": {"cli"},

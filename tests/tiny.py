@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def train_grpo(
     prepare: str | None = None,
     optimizer: dict[str, Any] | None = None,
     quantization: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
     **overrides: Any,
 ) -> Path:
     """Train a tiny random policy with TRL's GRPO and return the last checkpoint, ``checkpoint-{steps}``.
@@ -77,7 +79,7 @@ def train_grpo(
             )
             if lora
             else None,
-            callbacks=[] if capture is None else [_capture_gradients(capture)],
+            callbacks=[*callbacks, *([] if capture is None else [_capture_gradients(capture)])],
         )
         trainer.remove_callback(PrinterCallback)
         if optimizer is not None:

@@ -17,6 +17,7 @@ __all__ = [
     "Diagnostics",
     "Estimate",
     "GroupReport",
+    "MovementReport",
     "OptimizerStateReport",
     "PreconditionerReport",
     "Prediction",
@@ -175,6 +176,26 @@ class GroupReport(_Record):
     flags: dict[str, bool | None]
 
 
+class MovementReport(_Record):
+    """Whether the weights have moved along the directions of the moments assigned to them.
+
+    Attributes:
+        reference: what the movement is measured from.
+        num_parameters: parameter tensors that could be looked at.
+        correlation: median correlation of a parameter's movement with its own direction; null when none moved.
+        correlation_of_others: the same with the directions of other parameters of its shape.
+        status: ``consistent``; ``exchanged``: other entries fit clearly better; ``inconclusive``: cannot tell.
+        exchanged: cycles of parameters whose entries seem to have changed places.
+    """
+
+    reference: str
+    num_parameters: int
+    correlation: float | None
+    correlation_of_others: float | None
+    status: Literal["consistent", "exchanged", "inconclusive"]
+    exchanged: tuple[tuple[str, ...], ...]
+
+
 class CheckpointReport(_Record):
     """What a checkpoint holds and whether the next optimizer step can be computed from it.
 
@@ -191,6 +212,8 @@ class CheckpointReport(_Record):
         num_with_step: parameter tensors whose entry has a step count.
         num_zero_elements: elements whose second moment is exactly 0; their Adam scale is ``1 / eps``.
         optimizer_state: coverage, mapping, steps and Adam scale over all parameters.
+        movement: the check of entries of equal shape; null where ``movement_not_checked`` says why there was none.
+        manifest: how the manifest was recorded; null where there is none.
         verdict: ``healthy``; ``suspicious``: loads, but read the reasons first; ``unusable``: loading raises.
         reasons: one line for everything that speaks against the checkpoint.
     """
@@ -205,6 +228,9 @@ class CheckpointReport(_Record):
     num_with_step: int | None = None
     num_zero_elements: int | None = None
     optimizer_state: OptimizerStateReport | None = None
+    movement: MovementReport | None = None
+    movement_not_checked: str | None = None
+    manifest: Literal["training", "inspection"] | None = None
     verdict: Literal["healthy", "suspicious", "unusable"]
     reasons: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints import CheckpointError, UnsupportedError, inspect_checkpoint, load_checkpoint
 
 
 def test_the_adapter_that_was_trained_has_to_be_named(runs):
@@ -26,6 +26,12 @@ def test_the_adapter_that_was_trained_has_to_be_named(runs):
     stored = load_file(checkpoint / "policy" / "adapter_model.safetensors")
     assert {n.replace(".policy", "") for n in trained} == set(stored)
     assert all(torch.equal(p, stored[n.replace(".policy", "")]) for n, p in trained.items())
+
+
+@pytest.mark.parametrize("arguments", [{"adapter": "policy"}, {"quantization": {"load_in_4bit": True}}])
+def test_what_is_for_adapters_is_refused_with_full_weights(runs, arguments):
+    with pytest.raises(UnsupportedError, match=f"{next(iter(arguments))}: expected none with full weights"):
+        load_checkpoint(runs("full").checkpoint(2), **arguments)
 
 
 def test_the_reference_copy_of_a_trainer_is_left_out(runs):

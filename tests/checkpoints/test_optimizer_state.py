@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.mapping import grouping_rules, map_parameters
 from entropy_probe.checkpoints.optimizer_file import read_optimizer
-from entropy_probe.checkpoints.optimizer_state import grouping_rules, map_parameters
 from tests.checkpoints.conftest import edit_optimizer
 from tests.tiny import tiny_policy
 
@@ -214,6 +214,14 @@ def _huge_without_storage(saved):
         saved["state"][2][key] = torch.zeros(1).expand(10**9)
 
 
+def _shared_storage(saved):
+    """All entries of a shape share one tensor, which torch saves once."""
+    first = {}
+    for entry in saved["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            entry[key] = first.setdefault(entry[key].shape, entry[key])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -226,7 +234,8 @@ def _huge_without_storage(saved):
         (lambda s: s["state"].update({27: s["state"][0]}), r"1 entries that belong to no parameter \(\[27\]\)"),
         (_shape, r"index 3 is \[31, 64\], model\.layers\.0\.self_attn\.v_proj\.weight is \[32, 64\]"),
         (_one_moment, "parameter 3: exp_avg_sq: expected the shape of exp_avg"),
-        (_huge_without_storage, r"index 2 is \[1000000000\]"),
+        (_huge_without_storage, "parameter 2: exp_avg: expected data for each of 1,000,000,000 elements"),
+        (_shared_storage, r"expected moments of at most the file's .* tensors that share their data"),
         (_fill("exp_avg", float("nan")), r"parameter 5 \(model\..*\): exp_avg: expected finite values"),
         (_fill("exp_avg", float("-inf")), "exp_avg: expected finite values"),
         (_fill("exp_avg_sq", float("inf")), "exp_avg_sq: expected finite values"),

@@ -11,6 +11,7 @@ import torch
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.libraries import quiet
+from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.updates.adamw import adamw_step, optimizer_parameters, shadow_step
 from tests.checkpoints.conftest import Run, edit_json
 from tests.invariants.test_untouched import assert_same, state
@@ -124,7 +125,7 @@ def test_the_precision_is_that_of_everything_but_the_codes(run, dtype):
     assert {m.compute_dtype for m in loaded.model.modules() if hasattr(m, "compute_dtype")} == {wanted}
     config = ProbeConfig(dtype=dtype, max_grad_norm=None)
     result = EntropyProbe(loaded.model, loaded.optimizer, config).predict(update=rollouts(0), evaluation=rollouts(1))
-    assert any("weights in torch.bfloat16" in m for m in result.diagnostics.messages) == (dtype == "bfloat16")
+    assert any("computed in torch.bfloat16" in m for m in result.diagnostics.messages) == (dtype == "bfloat16")
     if dtype == "bfloat16":
         with pytest.raises(ValueError, match=r"expected parameters of at least float32, got torch\.bfloat16"):
             EntropyProbe(loaded.model, loaded.optimizer)
@@ -144,7 +145,7 @@ def test_the_storage_type_of_codes_is_no_precision(run):
     batch = rollouts(0)
     assert torch.equal(logits(loaded.model, batch), logits(run.load(2).model, batch))
     result = EntropyProbe(loaded.model, loaded.optimizer).predict(update=batch, evaluation=rollouts(1))
-    assert not any("weights in" in m for m in result.diagnostics.messages)
+    assert not any("computed in" in m for m in result.diagnostics.messages)
 
 
 def test_a_probe_runs_and_leaves_everything_as_it_was(run):
@@ -205,12 +206,23 @@ def test_without_bitsandbytes_there_is_one_clear_error(run, monkeypatch):
     assert load_checkpoint(run.checkpoint(2)).report.verdict == "healthy"
 
 
+def test_movement_and_manifest_work_as_on_plain_weights(run, tmp_path):
+    """TRL keeps this adapter, and so its moments, in bfloat16; the hashes of the base model are of what is stored."""
+    checkpoint = shutil.copytree(run.checkpoint(3), tmp_path / "checkpoint-3")
+    assert inspect_checkpoint(checkpoint, **run.needed).movement.status == "consistent"
+    record_checkpoint(checkpoint, written_by="a test", **run.needed)
+    report = load_checkpoint(checkpoint, **run.needed).report
+    assert (report.verdict, report.manifest) == ("healthy", "inspection")
+
+
 def test_an_adapter_whose_card_speaks_of_quantisation_is_not_put_on_plain_weights(run, tmp_path):
     checkpoint = shutil.copytree(run.checkpoint(2), tmp_path / "checkpoint-2")
     with (checkpoint / "README.md").open("a") as card:
         card.write("\nThe following `bitsandbytes` quantization config was used during training:\n- bits: 4\n")
     with pytest.raises(CheckpointError, match=r"says that the base model was quantised .* pass quantization="):
         load_checkpoint(checkpoint)
+    assert "pass quantization=" in inspect_checkpoint(checkpoint).reasons[0]
+    assert inspect_checkpoint(checkpoint, quantization=NF4).verdict == "healthy"
     assert load_checkpoint(checkpoint, quantization=NF4).report.verdict == "healthy"
 
 

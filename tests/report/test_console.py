@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from entropy_probe.report import print_checkpoint, print_result
-from entropy_probe.results import CheckpointReport, GroupReport, SamplerMismatch
+from entropy_probe.results import CheckpointReport, GroupReport, MovementReport, SamplerMismatch
 from tests.report.results import make_cross_prompt, make_result
 
 
@@ -120,6 +120,25 @@ def test_checkpoint_table():
     assert "all at 20" in text
     assert "Verdict: suspicious" in text
     assert "- trainer_state.json is [missing]" in text
+
+
+def test_what_files_say_cannot_act_on_the_terminal():
+    movement = MovementReport(
+        reference="0, where lora_B starts",
+        num_parameters=14,
+        correlation=0.05,
+        correlation_of_others=-0.01,
+        status="exchanged",
+        exchanged=(("a", "b"),),
+    )
+    hostile = "\x1b]0;owned\x07\u202e[red]x"
+    report = make_report(base_model=hostile, reasons=(hostile,), movement=movement, manifest="training")
+    text = show(print_checkpoint, report, width=200)
+    assert text.count(r"\x1b]0;owned\x07\u202e[red]x") == 2
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
+    assert "from 0, where lora_B starts, 14 tensors: correlation 0.05" in text
+    assert "entries exchanged" in text
+    assert "recorded during training; hashes agree" in text
 
 
 def test_checkpoint_that_could_not_be_read_shows_the_reason():

@@ -58,6 +58,13 @@ def show(sweeps: dict[str, Sweep]) -> str:
     return stream.getvalue()
 
 
+def test_what_files_say_cannot_act_on_the_terminal():
+    sweep = make_sweep(messages=("\x1b]0;owned\x07\u202e",))
+    for shown in (show({"": sweep}), show({"a": sweep, "b": make_sweep()})):
+        assert r"\x1b]0;owned\x07\u202e" in shown
+        assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
 def test_sentences():
     assert sweep_sentence(make_sweep()) == (
         "Linear up to a learning rate of 0.001. For small steps the entropy falls by 9.00 nats/token per unit of η. "

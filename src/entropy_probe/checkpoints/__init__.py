@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.errors import (
+    CheckpointError,
+    DamagedFileError,
+    InvalidValueError,
+    MappingError,
+    MismatchError,
+    MissingFileError,
+    UnsafeFileError,
+    UnsupportedError,
+)
 from entropy_probe.checkpoints.hf_trainer import CheckpointState, inspect_checkpoint, load_checkpoint
 from entropy_probe.results import CheckpointReport, GroupReport
 
@@ -10,7 +19,14 @@ __all__ = [
     "CheckpointError",
     "CheckpointReport",
     "CheckpointState",
+    "DamagedFileError",
     "GroupReport",
+    "InvalidValueError",
+    "MappingError",
+    "MismatchError",
+    "MissingFileError",
+    "UnsafeFileError",
+    "UnsupportedError",
     "inspect_checkpoint",
     "load_checkpoint",
 ]

@@ -1,9 +1,49 @@
-"""The error of everything that reads checkpoints."""
+"""The errors of everything that reads checkpoints, by what their reader can do about them.
+
+Every message is one line: file, key, expected, got, remedy.
+"""
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError"]
+__all__ = [
+    "CheckpointError",
+    "DamagedFileError",
+    "InvalidValueError",
+    "MappingError",
+    "MismatchError",
+    "MissingFileError",
+    "UnsafeFileError",
+    "UnsupportedError",
+]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line: where, expected, got, remedy."""
+
+
+class MissingFileError(CheckpointError):
+    """A file is not there: a wrong path, or a save that is not finished; wait for it or copy it again."""
+
+
+class DamagedFileError(CheckpointError):
+    """A file is not what was written: cut short, garbled, or changed since its hash was recorded; copy it again."""
+
+
+class UnsafeFileError(CheckpointError):
+    """Read the usual way, a file would run code or reach outside its directory; it was not read that way."""
+
+
+class UnsupportedError(CheckpointError):
+    """Intact, as far as was looked, but of a kind that is not read: another optimizer, adapter or format."""
+
+
+class InvalidValueError(CheckpointError):
+    """A file can be read but holds values that no usable run leaves: NaN, a negative second moment, step 0."""
+
+
+class MismatchError(CheckpointError):
+    """Each file can be read, but they do not belong together: weights, optimizer, base model, tokenizer, manifest."""
+
+
+class MappingError(MismatchError):
+    """Not exactly one assignment of optimizer entries to parameters fits, or the recorded one does not."""

@@ -7,13 +7,32 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
+from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from entropy_probe.checkpoints.errors import CheckpointError
 
-__all__ = ["one_line_errors", "quiet", "random_state_kept"]
+__all__ = ["WithoutInitialization", "one_line_errors", "quiet", "random_state_kept"]
+
+# What the libraries raise about files with impossible contents, besides errors of their own.
+_BAD_FILES = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, ImportError, MemoryError),
+)
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Leave out the initialisation of weights: on a model without storage it takes time and does nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor that an initialiser was to fill."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -25,7 +44,7 @@ def one_line_errors(where: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (*_BAD_FILES, SafetensorError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{where}: could not be loaded: {first[:300]}; check the path and the files") from error
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.archive import read_archive
+from entropy_probe.checkpoints.errors import (
+    DamagedFileError,
+    InvalidValueError,
+    MappingError,
+    MismatchError,
+    UnsupportedError,
+)
 from entropy_probe.results import GroupReport
 
 __all__ = ["MOMENTS", "SavedOptimizer", "check_entries", "read_optimizer"]
 
 _FLAGS = ("amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 _NUMBERS = ("lr", "eps", "weight_decay")
-_FROM_SCHEDULERS = ("initial_lr", "min_lr", "max_lr")
+_OPTIONAL = ("initial_lr", "min_lr", "max_lr", "param_names")
 _REQUIRED = {"params", "betas", "amsgrad", *_NUMBERS}
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -56,12 +61,6 @@ _OTHER_OPTIMIZERS = {
 """Keys of a parameter group or of a parameter's state that give another optimizer away."""
 
 _REMEDY = "only Adam and AdamW load from files; for another optimizer of torch pass the live one to EntropyProbe"
-
-# What a damaged or hostile pickle can raise inside torch's restricted unpickler.
-_UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
-    *(AssertionError, EOFError, OSError, OverflowError, NotImplementedError),
-)
 
 
 @dataclass(frozen=True)
@@ -125,54 +124,26 @@ def read_optimizer(path: Path) -> SavedOptimizer:
         CheckpointError: if the file is missing, damaged, holds anything but tensors and plain values, or its
             groups are not those of ``torch.optim.Adam`` or ``AdamW`` minimising a loss.
     """
-    saved = _read_file(path)
+    saved = read_archive(path)
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
-        raise CheckpointError(f"{path}: expected 'state' and 'param_groups', got {got}; pass a Trainer's checkpoint")
+        raise UnsupportedError(f"{path}: expected 'state' and 'param_groups', got {got}; pass a Trainer's checkpoint")
     groups, state = saved["param_groups"], saved["state"]
     if not (isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups)):
-        raise CheckpointError(f"{path}: expected a list of parameter groups, got {groups!r:.80}; the file is damaged")
+        raise DamagedFileError(f"{path}: expected a list of parameter groups, got {groups!r:.80}; the file is damaged")
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
-        raise CheckpointError(f"{path}: expected state by parameter index, got {type(state).__name__}")
+        raise DamagedFileError(f"{path}: expected state by parameter index, got {type(state).__name__}")
     _refuse_others(path, groups, state)
     clean = tuple(_check_group(f"{path}: group {i}", group) for i, group in enumerate(groups))
     indices = [index for group in clean for index in group["params"]]
     if indices != list(range(len(indices))):
-        raise CheckpointError(
+        raise MappingError(
             f"{path}: expected the groups to number parameters 0, 1, 2 …, got {str(indices)[:60]} …; "
             "groups were reordered or edited, save the optimizer again"
         )
     if len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
-        raise CheckpointError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
+        raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
     return SavedOptimizer(path, clean, state)
-
-
-def _read_file(path: Path) -> Any:
-    remedy = "train with save_only_model=False, or copy the whole checkpoint again"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected the optimizer's state, found no such file; {remedy}")
-    if path.stat().st_size == 0 or not zipfile.is_zipfile(path):
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path}: expected an archive written by torch.save, got {size} bytes that are none (empty, cut "
-            f"short or another format); {remedy}"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"{path}: expected intact data, got a wrong checksum in {damaged}; {remedy}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: expected an intact archive, got: {error}; {remedy}") from error
-    except CheckpointError:
-        raise
-    except _UNREADABLE as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"{path}: expected tensors and plain values, got data that weights_only=True refuses "
-            f"({first[:160]}); nothing in it was run; pass a checkpoint with plain Adam state"
-        ) from error
 
 
 def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
@@ -180,91 +151,106 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
     for key, name in _OTHER_OPTIMIZERS.items():
         for index, group in enumerate(groups):
             if key in group:
-                raise CheckpointError(
+                raise UnsupportedError(
                     f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {_REMEDY}"
                 )
     for index, entry in state.items():
         for key, name in _OTHER_OPTIMIZERS.items():
             if key in entry:
-                raise CheckpointError(
-                    f"{path}: not supported: this looks like {name} (parameter {index} has {key!r}); {_REMEDY}"
+                raise UnsupportedError(
+                    f"{path}: not supported: this looks like {name} (parameter {index!r:.60} has {key!r}); {_REMEDY}"
                 )
 
 
 def _check_group(where: str, group: dict[str, Any]) -> dict[str, Any]:
     """The group with plain numbers, or an error."""
-    unknown = group.keys() - _REQUIRED - {*_FLAGS, *_FROM_SCHEDULERS}
+    unknown = group.keys() - _REQUIRED - {*_FLAGS, *_OPTIONAL}
     missing = _REQUIRED - group.keys()
     if unknown or missing:
-        raise CheckpointError(
+        raise UnsupportedError(
             f"{where}: not supported: expected the settings of torch.optim.Adam or AdamW, missing "
             f"{sorted(missing)}, unknown {sorted(map(str, unknown))}; {_REMEDY}"
         )
     if not (isinstance(group["params"], list) and all(type(index) is int for index in group["params"])):
-        raise CheckpointError(f"{where}: expected a list of parameter indices, got {group['params']!r:.60}")
+        raise DamagedFileError(f"{where}: expected a list of parameter indices, got {group['params']!r:.60}")
     clean = dict(group)
     for key in _NUMBERS:
         clean[key] = _number(f"{where}: {key}", group[key])
         if clean[key] < 0:
-            raise CheckpointError(f"{where}: {key}: expected at least 0, got {clean[key]}; the file is damaged")
+            raise InvalidValueError(f"{where}: {key}: expected at least 0, got {clean[key]}; the file is damaged")
     betas = group["betas"]
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
-        raise CheckpointError(f"{where}: expected two betas, got {betas!r:.60}; the file is damaged")
+        raise InvalidValueError(f"{where}: expected two betas, got {betas!r:.60}; the file is damaged")
     clean["betas"] = tuple(_number(f"{where}: betas", beta) for beta in betas)
     if not all(0 <= beta < 1 for beta in clean["betas"]):
-        raise CheckpointError(f"{where}: expected betas in [0, 1), got {betas}; the file is damaged")
+        raise InvalidValueError(f"{where}: expected betas in [0, 1), got {betas}; the file is damaged")
     for key in _FLAGS:
         if not (clean.get(key) is None or isinstance(clean[key], bool)):
-            raise CheckpointError(f"{where}: {key}: expected true, false or nothing, got {clean[key]!r:.60}")
+            raise InvalidValueError(f"{where}: {key}: expected true, false or nothing, got {clean[key]!r:.60}")
     if clean.get("maximize"):
-        raise CheckpointError(f"{where}: not supported: maximize=True; trainers minimise a loss, so the sign is wrong")
+        raise UnsupportedError(f"{where}: not supported: maximize=True; trainers minimise a loss, so the sign is wrong")
     return clean
 
 
 def _number(where: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise CheckpointError(f"{where}: expected a finite number, got {value!r:.60}; the file is damaged")
-    return float(value)
+    if type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    if type(value) is not float or not math.isfinite(value):
+        raise InvalidValueError(f"{where}: expected a finite number, got {value!r:.60}; the file is damaged")
+    return value
 
 
 def check_entries(saved: SavedOptimizer) -> None:
     """Check that every parameter has the state of Adam, with tensors of one shape and a step count.
 
     Raises:
-        CheckpointError: if an entry is missing, extra, of another optimizer, or malformed.
+        CheckpointError: if an entry is missing, extra, of another optimizer, or malformed, or if tensors claim more
+            data than the file has.
     """
     path = saved.path
+    size = path.stat().st_size
     expected = set(range(saved.num_parameters))
     missing, extra = sorted(expected - saved.state.keys()), sorted(saved.state.keys() - expected, key=str)
     if missing or extra:
-        raise CheckpointError(
+        raise MappingError(
             f"{path}: expected state for each of {len(expected)} parameters, got none for {len(missing)} "
             f"(index {missing[:5]}) and {len(extra)} entries that belong to no parameter ({extra[:5]}); "
             "a fresh state is never substituted, so save the optimizer again after a full step"
         )
     for index, group in saved.with_group():
-        _check_entry(f"{path}: parameter {index}", saved.state[index], group)
+        _check_entry(f"{path}: parameter {index}", saved.state[index], group, size)
+    declared = sum(entry[key].nbytes for entry in saved.state.values() for key in entry.keys() & {*MOMENTS})
+    if declared > size:
+        raise DamagedFileError(
+            f"{path}: expected moments of at most the file's {size:,} bytes, got {declared:,} bytes declared by "
+            "tensors that share their data; save the optimizer again"
+        )
 
 
-def _check_entry(where: str, entry: dict[str, Any], group: dict[str, Any]) -> None:
+def _check_entry(where: str, entry: dict[str, Any], group: dict[str, Any], size: int) -> None:
     moments = MOMENTS if group["amsgrad"] else MOMENTS[:2]
     expected = {"step", *moments}
     if entry.keys() != expected:
-        raise CheckpointError(
-            f"{where}: expected Adam's {sorted(expected)}, got {sorted(map(str, entry))}; use Adam or AdamW"
-        )
+        raise UnsupportedError(f"{where}: expected Adam's {sorted(expected)}, got {sorted(map(str, entry))}; {_REMEDY}")
     step = _number(f"{where}: step", entry["step"])
     if step < 1 or step != int(step):
-        raise CheckpointError(f"{where}: expected a whole number of steps, at least 1, got {step}; the file is damaged")
+        raise InvalidValueError(
+            f"{where}: expected a whole number of steps, at least 1, got {step}; the file is damaged"
+        )
     for key in moments:
         moment = entry[key]
         if not (type(moment) is Tensor and moment.layout == torch.strided and moment.dtype in _FLOATS):
             got = f"{moment.dtype}, {moment.layout}" if isinstance(moment, Tensor) else type(moment).__name__
-            raise CheckpointError(f"{where}: {key}: expected a dense floating-point tensor, got {got}; use plain Adam")
+            raise UnsupportedError(f"{where}: {key}: expected a dense floating-point tensor, got {got}; use plain Adam")
         if moment.shape != entry["exp_avg"].shape:
-            raise CheckpointError(
+            raise MismatchError(
                 f"{where}: {key}: expected the shape of exp_avg {list(entry['exp_avg'].shape)}, got "
                 f"{list(moment.shape)}; the file is damaged"
+            )
+        if any(n > 1 and stride == 0 for n, stride in zip(moment.shape, moment.stride(), strict=True)):
+            raise DamagedFileError(
+                f"{where}: {key}: expected data for each of {moment.numel():,} elements, got a tensor that repeats "
+                f"its data (strides {list(moment.stride())}) in a file of {size:,} bytes; save the optimizer again"
             )

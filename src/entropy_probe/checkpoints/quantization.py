@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, UnsupportedError
 
-__all__ = ["Quantization", "load_arguments", "quantization_of", "refuse_unmentioned", "set_precision"]
+__all__ = ["FourBit", "Quantization", "load_arguments", "quantization_of", "refuse_unmentioned", "set_precision"]
 
 Quantization = Mapping[str, Any]
 """The settings of a ``BitsAndBytesConfig``, as in a model's ``config.json``."""
@@ -28,7 +29,20 @@ _SETTINGS = {
 _CARD = "The following `bitsandbytes` quantization config was used during training:"
 
 
-def quantization_of(base: str, recorded: Any, given: Quantization | None) -> Quantization | None:
+@dataclass(frozen=True)
+class FourBit:
+    """How a base model is quantised.
+
+    Attributes:
+        settings: those of its ``BitsAndBytesConfig``.
+        stored: whether its files hold 4-bit weights; else plain ones are quantised while they are loaded.
+    """
+
+    settings: dict[str, Any]
+    stored: bool
+
+
+def quantization_of(base: str, recorded: Any, given: Quantization | None) -> FourBit | None:
     """The 4-bit settings of a base model: those in its configuration, else those given; None for plain weights.
 
     Args:
@@ -40,7 +54,7 @@ def quantization_of(base: str, recorded: Any, given: Quantization | None) -> Qua
         CheckpointError: for another method than 4-bit bitsandbytes, both sources at once, or unknown settings.
     """
     if recorded is not None and given is not None:
-        raise CheckpointError(f"{base}: is stored quantised already; leave out the quantization that was given")
+        raise MismatchError(f"{base}: is stored quantised already; leave out the quantization that was given")
     chosen = given if recorded is None else recorded
     if chosen is None:
         return None
@@ -48,38 +62,39 @@ def quantization_of(base: str, recorded: Any, given: Quantization | None) -> Qua
     method = settings.pop("quant_method", None)
     method = str(getattr(method, "value", method or "bitsandbytes"))
     if method != "bitsandbytes" or settings.get("load_in_4bit") is not True:
-        what = method if method != "bitsandbytes" else "bitsandbytes without load_in_4bit"
-        raise CheckpointError(
+        what = f"{method:.60}" if method != "bitsandbytes" else "bitsandbytes without load_in_4bit"
+        raise UnsupportedError(
             f"{base}: not supported: weights quantised by {what}; expected bitsandbytes with load_in_4bit, or plain "
             "weights"
         )
-    unknown = sorted(settings.keys() - _SETTINGS) if given else []
+    unknown = sorted(map(str, settings.keys() - _SETTINGS)) if given else []
     if unknown:
-        raise CheckpointError(f"{base}: quantization: expected {', '.join(sorted(_SETTINGS))}; unknown {unknown}")
-    return settings
+        raise UnsupportedError(f"{base}: quantization: expected {', '.join(sorted(_SETTINGS))}; unknown {unknown}")
+    return FourBit(settings, stored=recorded is not None)
 
 
-def refuse_unmentioned(directory: Path, quantization: Quantization | None) -> None:
+def refuse_unmentioned(directory: Path, quantization: FourBit | None) -> None:
     """Refuse to put an adapter on plain weights if its model card says that the base model was quantised.
 
+    Of the card only one sentence is looked for; nothing in it is run or followed.
+
     Raises:
-        CheckpointError: with what to pass.
+        MismatchError: with what to pass.
     """
     card = directory / "README.md"
     if quantization is None and card.is_file() and _CARD in card.read_text(encoding="utf-8", errors="replace"):
-        raise CheckpointError(
+        raise MismatchError(
             f"{card}: says that the base model was quantised in training, but its configuration does not; pass "
             "quantization={'load_in_4bit': True, ...} with the settings listed there"
         )
 
 
-def load_arguments(base: str, quantization: Quantization | None, stored: bool, dtype: torch.dtype) -> dict[str, Any]:
+def load_arguments(base: str, quantization: FourBit | None, dtype: torch.dtype) -> dict[str, Any]:
     """What ``from_pretrained`` needs besides, with the arithmetic in ``dtype``.
 
     Args:
         base: the base model, for messages.
         quantization: its settings; None for plain weights.
-        stored: whether the weights are stored quantised.
         dtype: precision of everything that is not quantised.
 
     Raises:
@@ -92,12 +107,14 @@ def load_arguments(base: str, quantization: Quantization | None, stored: bool, d
             f"{base}: a 4-bit base model needs bitsandbytes, which is not installed; pip install 'entropy-probe[qlora]'"
         )
     if dtype not in (torch.float32, torch.bfloat16):
-        raise CheckpointError(f"{base}: dtype: a 4-bit base model computes in float32 or bfloat16, got {dtype}")
-    if stored:
+        raise UnsupportedError(
+            f"{base}: dtype: a 4-bit base model computes in float32 or bfloat16, got {dtype}; choose one of the two"
+        )
+    if quantization.stored:
         return {}
     from transformers import BitsAndBytesConfig
 
-    return {"quantization_config": BitsAndBytesConfig(**{**quantization, "bnb_4bit_compute_dtype": dtype})}
+    return {"quantization_config": BitsAndBytesConfig(**{**quantization.settings, "bnb_4bit_compute_dtype": dtype})}
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype) -> None:

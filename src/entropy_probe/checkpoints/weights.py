@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.directory import read_json
+from entropy_probe.checkpoints.errors import (
+    DamagedFileError,
+    InvalidValueError,
+    MismatchError,
+    MissingFileError,
+    UnsafeFileError,
+)
 
 __all__ = [
     "check_finite",
     "check_loaded",
     "check_shapes",
+    "has_weights",
     "read_dtypes",
-    "read_json",
     "read_shapes",
+    "tensor_readers",
     "unchanged",
     "weight_files",
 ]
@@ -25,19 +33,9 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of the checkpoint.
-
-    Raises:
-        CheckpointError: if the file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got: {error}; copy the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; copy the checkpoint again")
-    return value
+def has_weights(directory: Path, stem: str) -> bool:
+    """Whether there are safetensors weights, in one file or with an index."""
+    return any((directory / f"{stem}.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
 
 
 def weight_files(directory: Path, stem: str) -> list[Path]:
@@ -50,17 +48,21 @@ def weight_files(directory: Path, stem: str) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        raise CheckpointError(
+        raise MissingFileError(
             f"{whole}: expected safetensors weights, found no such file nor an index; "
             "weights saved as pickles (.bin) are not read, save them again with safe_serialization=True"
         )
     shards = read_json(index).get("weight_map")
     if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
-        raise CheckpointError(f"{index}: expected a 'weight_map' of tensor names to files; copy the checkpoint again")
+        raise DamagedFileError(f"{index}: expected a 'weight_map' of tensor names to files; copy the checkpoint again")
     files = [directory / name for name in sorted(set(shards.values()))]
     for path in files:
-        if path.parent != directory or not path.is_file():
-            raise CheckpointError(f"{path}: expected the shard that {index.name} names; copy the checkpoint again")
+        if path.parent != directory or path.name in ("", ".."):
+            raise UnsafeFileError(
+                f"{index}: expected files beside it, got {str(path)!r}, which is outside; it was not read"
+            )
+        if not path.is_file():
+            raise MissingFileError(f"{path}: expected the shard that {index.name} names; copy the checkpoint again")
     return files
 
 
@@ -70,7 +72,7 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: expected safetensors, got: {error}; copy the checkpoint again") from error
+        raise DamagedFileError(f"{path}: expected safetensors, got: {error}; copy the checkpoint again") from error
 
 
 def read_shapes(files: list[Path]) -> dict[str, Shape]:
@@ -84,6 +86,15 @@ def read_shapes(files: list[Path]) -> dict[str, Shape]:
         with _open(path) as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes
+
+
+def tensor_readers(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
+    """How to read each tensor of the files, by name."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for path in files:
+        file = _open(path)
+        readers |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+    return readers
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
@@ -101,13 +112,13 @@ def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, 
     """
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
-        raise CheckpointError(
+        raise MismatchError(
             f"{path}: expected {len(expected)} tensors, {len(missing)} missing {missing[:2]}, {len(unknown)} "
             f"unknown {unknown[:2]}; pass intact weights with their own configuration and base model"
         )
     wrong = [name for name in expected if found[name] != expected[name]]
     if wrong:
-        raise CheckpointError(
+        raise MismatchError(
             f"{path}: {wrong[0]}: expected shape {list(expected[wrong[0]])}, got {list(found[wrong[0]])} "
             f"({len(wrong)} tensors differ); pass the base model and configuration it was trained with"
         )
@@ -121,26 +132,36 @@ def check_finite(files: list[Path]) -> None:
     """
     for path, name, tensor in _tensors(files):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(
+            raise InvalidValueError(
                 f"{path}: {name}: expected finite values, got NaN or infinity; training diverged before the save"
             )
 
 
-def read_dtypes(files: list[Path]) -> set[torch.dtype]:
-    """The types of all tensors of the files."""
-    return {tensor.dtype for _, _, tensor in _tensors(files)}
+def read_dtypes(files: list[Path]) -> set[str]:
+    """The types of all tensors as safetensors names them (``F32``, ``BF16``), from the headers of the files.
+
+    Raises:
+        CheckpointError: if a file is damaged.
+    """
+    types: set[str] = set()
+    for path in files:
+        with _open(path) as file:
+            types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return types
 
 
 def unchanged(files: list[Path], before: list[Path]) -> set[str]:
-    """Names of the tensors that both sets of files hold with the same values, in the precision of the former."""
-    earlier: dict[str, Path] = {name: path for path in before for name in read_shapes([path])}
-    same = set()
-    for _, name, tensor in _tensors(files):
-        if name in earlier:
-            with _open(earlier[name]) as file:
-                if torch.equal(file.get_tensor(name).to(tensor.dtype), tensor):
-                    same.add(name)
-    return same
+    """Names of the tensors that both sets of files hold with the same values, in the precision of the former.
+
+    Raises:
+        CheckpointError: if a file is damaged.
+    """
+    earlier = tensor_readers(before)
+    return {
+        name
+        for _, name, tensor in _tensors(files)
+        if name in earlier and torch.equal(earlier[name]().to(tensor.dtype), tensor)
+    }
 
 
 def check_loaded(files: list[Path], loaded: Mapping[str, Tensor], *, all_names: bool) -> None:
@@ -157,10 +178,10 @@ def check_loaded(files: list[Path], loaded: Mapping[str, Tensor], *, all_names: 
     for path, name, tensor in _tensors(files):
         if name not in loaded:
             if all_names:
-                raise CheckpointError(f"{path}: {name}: expected the model to use it, but it has no such tensor")
+                raise MismatchError(f"{path}: {name}: expected the model to use it, but it has no such tensor")
             continue
         if not torch.equal(loaded[name].cpu(), tensor.to(loaded[name].dtype)):
-            raise CheckpointError(
+            raise MismatchError(
                 f"{path}: {name}: expected the model to hold these values once loaded, but it holds others; the "
                 "file has tied weights that differ, or the installed library reads it differently"
             )

@@ -13,6 +13,7 @@ import typer.main
 from entropy_probe.cli.demo import demo
 from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
 from entropy_probe.cli.inspect import inspect
+from entropy_probe.cli.manifest import manifest
 from entropy_probe.cli.report import report
 from entropy_probe.cli.run import run
 from entropy_probe.cli.sweep import sweep
@@ -25,7 +26,7 @@ app = typer.Typer(
     cls=ErrorsAsLines,
     add_completion=False,
 )
-for command in (run, sweep, inspect, report, demo):
+for command in (run, sweep, inspect, manifest, report, demo):
     app.command()(command)
 
 

@@ -11,6 +11,8 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
+from entropy_probe.report.text import printable
+
 __all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "one_line_excepthook"]
 
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
@@ -66,11 +68,11 @@ def one_line_excepthook(kind: type[BaseException], error: BaseException, traceba
         sys.__excepthook__(kind, error, traceback)
         return
     remedy = f"set {DEBUG_VARIABLE}=1 to see the traceback"
-    sys.stderr.write(f"error: {kind.__name__}: {describe(error)}; {remedy}\n")
+    sys.stderr.write(f"error: {kind.__name__}: {printable(describe(error))}; {remedy}\n")
 
 
 def _fail(message: str, error: BaseException) -> NoReturn:
     if os.environ.get(DEBUG_VARIABLE):
         sys.__excepthook__(type(error), error, error.__traceback__)
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {printable(message)}\n")
     sys.exit(BAD_INPUT)

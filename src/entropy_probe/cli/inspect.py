@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from entropy_probe.cli.options import Adapter, BaseModel, Quantization, parse_quantization
 
 __all__ = ["inspect"]
 
@@ -14,7 +17,9 @@ EXIT_CODES = {"healthy": 0, "suspicious": 1, "unusable": 2}
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
-    base_model: Annotated[str | None, typer.Option(help="The base model of an adapter.")] = None,
+    base_model: BaseModel = None,
+    adapter: Adapter = None,
+    quantization: Quantization = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show a checkpoint's optimizer state and whether it can be probed.
@@ -26,9 +31,10 @@ def inspect(
     from entropy_probe.checkpoints import inspect_checkpoint
     from entropy_probe.report import print_checkpoint
 
-    report = inspect_checkpoint(checkpoint, base_model)
+    settings = parse_quantization(quantization)
+    report = inspect_checkpoint(checkpoint, base_model, adapter=adapter, quantization=settings)
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        typer.echo(json.dumps(report.model_dump(mode="json"), indent=2))
     else:
         print_checkpoint(report, Console())
     raise typer.Exit(EXIT_CODES[report.verdict])

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from entropy_probe.session import Resample
     from entropy_probe.types import Rollouts
 
-__all__ = ["Inputs", "probe_checkpoint", "quiet_transformers", "read_inputs", "resampler", "run", "sample_batch"]
+__all__ = [
+    "Inputs",
+    "open_checkpoint",
+    "probe_checkpoint",
+    "quiet_transformers",
+    "read_inputs",
+    "resampler",
+    "run",
+    "sample_batch",
+]
 
 T = TypeVar("T")
 
@@ -58,6 +67,24 @@ def run(
     print_result(probe_checkpoint(settings), Console(), settings.output_dir)
 
 
+def open_checkpoint(config: RunConfig) -> CheckpointState:
+    """The checkpoint of a configuration, loaded as it says.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    from entropy_probe.checkpoints import load_checkpoint
+
+    return load_checkpoint(
+        config.checkpoint,
+        config.base_model,
+        dtype=config.probe.dtype,
+        device=config.device,
+        adapter=config.adapter,
+        quantization=config.quantization,
+    )
+
+
 def probe_checkpoint(config: RunConfig) -> ProbeResult:
     """Probe as configured and write the run directory.
 
@@ -67,7 +94,6 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
     Raises:
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
-    from entropy_probe.checkpoints import load_checkpoint
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.run_directory import (
         CONFIG_FILE,
@@ -88,14 +114,7 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
     with stage(config.output_dir, keep=files) as staging, show_progress() as progress:
         clock = Clock(progress)
         with clock.phase("load checkpoint") as step:
-            state = load_checkpoint(
-                config.checkpoint,
-                config.base_model,
-                dtype=config.probe.dtype,
-                device=config.device,
-                adapter=config.adapter,
-                quantization=config.quantization,
-            )
+            state = open_checkpoint(config)
             step(1, 1)
         # Made before sampling, since it checks the optimizer.
         assert state.report.optimizer_state is not None

@@ -76,9 +76,8 @@ def sweep_checkpoints(config: SweepConfig) -> dict[str, Sweep]:
 
 def sweep_checkpoint(config: SweepConfig) -> Sweep:
     """One sweep: resume what is there, or start; see :mod:`entropy_probe.cli.sweep_directory` for the protocol."""
-    from entropy_probe.checkpoints import load_checkpoint
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.run import read_inputs, resampler
+    from entropy_probe.cli.run import open_checkpoint, read_inputs, resampler
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.report import figure_files
@@ -94,14 +93,7 @@ def sweep_checkpoint(config: SweepConfig) -> Sweep:
     there = {batch: config.output_dir / ROLLOUT_FILES[batch] for batch in inputs.rollouts}
     sources = read_inputs(config.model_copy(update={"rollouts": config.rollouts.model_copy(update=there)}))
     with show_progress() as progress:
-        state = load_checkpoint(
-            config.checkpoint,
-            config.base_model,
-            dtype=config.probe.dtype,
-            device=config.device,
-            adapter=config.adapter,
-            quantization=config.quantization,
-        )
+        state = open_checkpoint(config)
         assert state.report.optimizer_state is not None
         mapping = state.report.optimizer_state.mapping
         settings = config.probe.model_copy(update={"learning_rate": rates[-1]})
@@ -138,7 +130,10 @@ def _inputs_of(config: SweepConfig) -> Inputs:
     from entropy_probe.cli.sweep_directory import Inputs, hash_directory, hash_file
     from entropy_probe.provenance import library_versions
 
-    base = inspect_checkpoint(config.checkpoint, config.base_model, config.adapter).base_model
+    report = inspect_checkpoint(
+        config.checkpoint, config.base_model, adapter=config.adapter, quantization=config.quantization
+    )
+    base = report.base_model or config.base_model
     given = {}
     for batch, path in config.rollouts:
         if path is not None:

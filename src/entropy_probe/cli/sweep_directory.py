@@ -94,9 +94,13 @@ def hash_file(path: Path) -> str:
 
 
 def hash_directory(directory: Path) -> str:
-    """SHA-256 over names and contents of the files in a directory, those of its subdirectories left out."""
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    return hashlib.sha256(json.dumps([(path.name, hash_file(path)) for path in files]).encode()).hexdigest()
+    """SHA-256 over names and contents of the files in a directory and in the folders of its adapters, no others."""
+    from entropy_probe.checkpoints.directory import adapters_of
+
+    places = {directory, *adapters_of(directory).values()}
+    files = sorted(path for place in places for path in place.iterdir() if path.is_file())
+    found = [(path.relative_to(directory).as_posix(), hash_file(path)) for path in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 class SweepDirectory:

@@ -94,7 +94,7 @@ def quadratic(
     """Least squares of ``change = a lr + b lr^2``.
 
     All changes have the same weight. Their sampling noise grows with the rate, but it is common to all rates and does
-    not scatter about the curve; what does is rounding, which is of one size at all of them. Both coefficients are linear
+    not scatter about the curve; what does is rounding, of one size at all of them. Both coefficients are linear
     in the changes; the same combination of the influences gives their sampling errors. Terms of third order in the
     rate bias ``b``, which is why only rates well inside the linear range should be given (``FIT_REACH``).
 

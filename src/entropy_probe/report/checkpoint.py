@@ -8,25 +8,27 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.report.numbers import format_number, format_percent
-from entropy_probe.results import CheckpointReport, GroupReport, OptimizerStateReport
+from entropy_probe.report.text import printable
+from entropy_probe.results import CheckpointReport, GroupReport, MovementReport, OptimizerStateReport
 
 __all__ = ["print_checkpoint"]
 
+MANIFESTS = {"training": "during training", "inspection": "by inspection, after training"}
 STYLES = {"healthy": "bold green", "suspicious": "bold yellow", "unusable": "bold red"}
 
 
 def print_checkpoint(report: CheckpointReport, console: Console) -> None:
     """Print parameter groups, what the optimizer state covers, the verdict and the reasons for it."""
-    console.print(Text(f" {report.path}", "bold"), soft_wrap=True)
+    console.print(Text(printable(f" {report.path}"), "bold"), soft_wrap=True)
     facts = Table(box=None, show_header=False, padding=(0, 1))
     for label, value in _facts(report):
-        facts.add_row(label, Text(value))
+        facts.add_row(label, Text(printable(value)))
     console.print(facts)
     if report.groups:
         console.print(_groups(report.groups))
     console.print(Padding(Text.assemble("Verdict: ", (report.verdict, STYLES[report.verdict])), (1, 1, 0, 1)))
     for reason in report.reasons:
-        console.print(Padding(Text(f"- {reason}"), (0, 1)))
+        console.print(Padding(Text(printable(f"- {reason}")), (0, 1)))
 
 
 def _facts(report: CheckpointReport) -> list[tuple[str, str]]:
@@ -38,6 +40,12 @@ def _facts(report: CheckpointReport) -> list[tuple[str, str]]:
         facts.append(("optimizer", report.optimizer))
     if report.optimizer_state is not None:
         facts += _state_facts(report, report.optimizer_state)
+    if report.movement is not None:
+        facts.append(("movement", _movement(report.movement)))
+    if report.movement_not_checked is not None:
+        facts.append(("movement", f"not checked: {report.movement_not_checked}"))
+    if report.manifest is not None:
+        facts.append(("manifest", f"recorded {MANIFESTS[report.manifest]}; hashes agree"))
     return facts
 
 
@@ -63,6 +71,16 @@ def _state_facts(report: CheckpointReport, state: OptimizerStateReport) -> list[
         ),
         ("Adam scale", scale),
     ]
+
+
+def _movement(movement: MovementReport) -> str:
+    since = f"from {movement.reference}, {movement.num_parameters} tensors"
+    if movement.correlation is None:
+        return f"{since}: none has moved, cannot tell the order of equal shapes"
+    others = movement.correlation_of_others
+    against = "" if others is None else f", {others:.2f} with others of its shape"
+    verdict = {"consistent": "none exchanged", "exchanged": "entries exchanged", "inconclusive": "cannot tell"}
+    return f"{since}: correlation {movement.correlation:.2f} with its own moments{against}; {verdict[movement.status]}"
 
 
 def _groups(groups: tuple[GroupReport, ...]) -> Table:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
+from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
 from entropy_probe.results import CrossPrompt, Estimate, Prediction, ProbeResult, Realized
 
@@ -39,12 +40,12 @@ def print_result(result: ProbeResult, console: Console, directory: Path | None =
     judged = verdict(result)
     console.print(_table(result))
     for message in result.diagnostics.messages:
-        console.print(Padding(Text(f"note: {message}", style="yellow"), (0, 1)))
+        console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
     console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
     if directory is not None:
         names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
         # Not wrapped, so that a long path can be copied.
-        console.print(Text(f" Saved in {directory}: {', '.join(names)}"), soft_wrap=True)
+        console.print(Text(printable(f" Saved in {directory}: {', '.join(names)}")), soft_wrap=True)
 
 
 def _table(result: ProbeResult) -> Table:

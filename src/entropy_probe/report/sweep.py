@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent
+from entropy_probe.report.text import printable
 from entropy_probe.sweep_results import Fitted, Sweep, SweepPoint
 
 __all__ = ["print_sweeps", "sweep_sentence"]
@@ -32,11 +33,11 @@ def print_sweeps(sweeps: Mapping[str, Sweep], console: Console, directory: Path 
         console.print(_summary(sweeps))
         for name, sweep in sweeps.items():
             for message in sweep.messages:
-                console.print(Padding(Text(f"note: {name}: {message}", style="yellow"), (0, 1)))
+                console.print(Padding(Text(printable(f"note: {name}: {message}"), style="yellow"), (0, 1)))
     if directory is not None:
         names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
         # Not wrapped, so that a long path can be copied.
-        console.print(Text(f" Saved in {directory}: {', '.join(names)}"), soft_wrap=True)
+        console.print(Text(printable(f" Saved in {directory}: {', '.join(names)}")), soft_wrap=True)
 
 
 def _print_sweep(sweep: Sweep, console: Console) -> None:
@@ -50,7 +51,7 @@ def _print_sweep(sweep: Sweep, console: Console) -> None:
     console.print(table)
     console.print(_fits(sweep))
     for message in (*sweep.prediction.diagnostics.messages, *sweep.messages):
-        console.print(Padding(Text(f"note: {message}", style="yellow"), (0, 1)))
+        console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
     console.print(Padding(Text(sweep_sentence(sweep)), 1))
 
 

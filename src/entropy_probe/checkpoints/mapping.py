@@ -1,0 +1,176 @@
+"""Which parameter each entry of an optimizer file belongs to, and what proves it.
+
+A Hugging Face Trainer stores ``{state: {index: {step, exp_avg, exp_avg_sq}}, param_groups}``. Indices count
+the trainable parameters of the weight-decay group in ``named_parameters()`` order, then those of the other group.
+Names come, in this order, from the file itself (``param_names`` in its groups), from the manifest, or from replaying
+the rule that decided which parameters decay. That rule changed between versions, so every known one is replayed and
+exactly one distinct assignment must fit all group sizes and all shapes. Nothing is ever filled in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from entropy_probe.checkpoints.errors import MappingError
+from entropy_probe.checkpoints.manifest import Manifest, plain_name
+from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
+
+__all__ = ["ParameterMapping", "grouping_rules", "map_parameters"]
+
+
+@dataclass(frozen=True)
+class ParameterMapping:
+    """Which parameter each saved index belongs to.
+
+    Attributes:
+        names: parameter names, in index order.
+        how: where the names came from and what confirmed them.
+        others_frozen: whether parameters of the model that are not among the names were frozen, as where names were
+            recorded.
+    """
+
+    names: tuple[str, ...]
+    how: str
+    others_frozen: bool = False
+
+
+def map_parameters(saved: SavedOptimizer, model: nn.Module, manifest: Manifest | None = None) -> ParameterMapping:
+    """Match saved indices to the model's parameters.
+
+    Args:
+        saved: the optimizer file, entries checked.
+        model: the model or its skeleton on the meta device; only names, shapes and module types are used.
+        manifest: the checkpoint's manifest, if it has one.
+
+    Raises:
+        MappingError: if recorded names do not fit the file or the model; without recorded names, unless exactly one
+            distinct assignment of the Trainer's rules fits the group sizes and every shape.
+    """
+    if saved.num_parameters == 0:
+        raise MappingError(f"{saved.path}: expected at least one trained parameter, got none; nothing would step")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    recorded: list[tuple[tuple[str, ...], str]] = []
+    if any("param_names" in group for group in saved.groups):
+        recorded.append((_names_in_file(saved), f"names ({saved.num_parameters} tensors)"))
+    if manifest is not None:
+        manifest.check_optimizer(saved.path, saved.groups)
+        recorded.append((manifest.names, manifest.proof))
+    for names, how in recorded:
+        _check_names(saved, names, how, shapes)
+    if manifest is not None:
+        manifest.check_shapes(saved.path, shapes)
+    if len({names for names, _ in recorded}) > 1:
+        raise MappingError(
+            f"{saved.path}: expected its param_names to be those of the manifest, got others; one of the two files is "
+            "of another save, copy the checkpoint again"
+        )
+    if recorded:
+        return ParameterMapping(*recorded[0], others_frozen=True)
+    return _replay_rules(saved, model, shapes)
+
+
+def _names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
+    names: list[str] = []
+    for i, group in enumerate(saved.groups):
+        found = group.get("param_names")
+        if not (isinstance(found, list | tuple) and len(found) == len(group["params"])):
+            got = "nothing" if found is None else f"{len(found)}" if isinstance(found, list | tuple) else repr(found)
+            raise MappingError(
+                f"{saved.path}: group {i}: param_names: expected {len(group['params'])} names, got {got:.60}; "
+                "save the optimizer again"
+            )
+        names += [plain_name(str(name)) for name in found]
+    return tuple(names)
+
+
+def _check_names(saved: SavedOptimizer, names: tuple[str, ...], how: str, shapes: Mapping[str, torch.Size]) -> None:
+    """Recorded names are distinct, of the model, and every entry has the shape of its parameter."""
+    duplicates = len(names) - len(set(names))
+    unknown = sorted(set(names) - shapes.keys())
+    if duplicates or unknown or len(names) != saved.num_parameters:
+        raise MappingError(
+            f"{saved.path}: {how}: expected {saved.num_parameters} distinct trainable parameters of the model, got "
+            f"{len(names)} names, {duplicates} twice, {len(unknown)} unknown {unknown[:2]}; pass the model this state "
+            "was trained with, unedited"
+        )
+    problem = _wrong_shape(saved, names, shapes)
+    if problem:
+        raise MappingError(
+            f"{saved.path}: {how}: expected every entry to have its parameter's shape, got {problem}; entries were "
+            "reordered or transposed, copy the checkpoint again"
+        )
+
+
+def grouping_rules(model: nn.Module) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The trainable parameters that decay and those that do not, in order, by each known rule of the Trainer.
+
+    * ``hf-trainer-patterns``, today's: no decay in ``nn.LayerNorm`` and for names that match bias or norm.
+    * ``hf-trainer-layer-types``, before: no decay in ``nn.LayerNorm`` and for names that contain bias.
+    * ``hf-trainer-registered-norms``, before: the same, with the model's own norm class registered as one.
+    """
+    patterns = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+    in_layer_norm: set[str] = set()
+    in_any_norm: set[str] = set()
+    for prefix, module in model.named_modules():
+        named_norm = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        if module is model or not (named_norm or isinstance(module, nn.LayerNorm)):
+            continue
+        inside = {name for name, _ in module.named_parameters(prefix)}
+        in_any_norm |= inside
+        if isinstance(module, nn.LayerNorm):
+            in_layer_norm |= inside
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    undecayed = {
+        "hf-trainer-patterns": {n for n in names if n in in_layer_norm or patterns.search(n.lower())},
+        "hf-trainer-layer-types": {n for n in names if n in in_layer_norm or "bias" in n},
+        "hf-trainer-registered-norms": {n for n in names if n in in_any_norm or "bias" in n},
+    }
+    return {
+        rule: (tuple(n for n in names if n not in no_decay), tuple(n for n in names if n in no_decay))
+        for rule, no_decay in undecayed.items()
+    }
+
+
+def _replay_rules(saved: SavedOptimizer, model: nn.Module, shapes: Mapping[str, torch.Size]) -> ParameterMapping:
+    fitting: dict[tuple[str, ...], str] = {}
+    tried = []
+    for rule, (decay, no_decay) in grouping_rules(model).items():
+        problem = _misfit(saved, decay, no_decay, shapes)
+        tried.append(f"{rule} ({len(decay)} + {len(no_decay)}): {problem or 'fits'}")
+        if problem is None:
+            fitting.setdefault(decay + no_decay, rule)
+    if len(fitting) != 1:
+        got = "none does" if not fitting else f"{len(fitting)} different ones do"
+        sizes = " + ".join(map(str, saved.sizes))
+        raise MappingError(
+            f"{saved.path}: expected one assignment of its {sizes} entries to the model's parameters to fit, "
+            f"{got}; tried {'; '.join(tried)}; pass the model this state was trained with, unedited"
+        )
+    ((names, rule),) = fitting.items()
+    return ParameterMapping(names, f"rule:{rule} + shapes ({len(names)} tensors)")
+
+
+def _misfit(
+    saved: SavedOptimizer, decay: tuple[str, ...], no_decay: tuple[str, ...], shapes: Mapping[str, torch.Size]
+) -> str | None:
+    """Why the groups of one rule cannot be those of the file; None when they fit."""
+    sizes = (len(decay), len(no_decay))
+    if saved.sizes != sizes and not (0 in sizes and saved.sizes == (sum(sizes),)):
+        return "group sizes differ"
+    if len(saved.groups) == 2 and saved.groups[1]["weight_decay"] != 0:
+        return f"group 1 must not decay, has weight decay {saved.groups[1]['weight_decay']}"
+    return _wrong_shape(saved, decay + no_decay, shapes)
+
+
+def _wrong_shape(saved: SavedOptimizer, names: tuple[str, ...], shapes: Mapping[str, torch.Size]) -> str | None:
+    """The first entry whose moments do not have its parameter's shape."""
+    for index, name in enumerate(names):
+        got = saved.state[index]["exp_avg"].shape
+        if got != shapes[name]:
+            return f"index {index} is {list(got)}, {name} is {list(shapes[name])}"
+    return None

@@ -1,0 +1,197 @@
+"""The model of a checkpoint: first without storage, to check files against, then with its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entropy_probe.checkpoints.directory import check_layers, refuse_remote_code
+from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
+from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
+from entropy_probe.checkpoints.quantization import (
+    FourBit,
+    Quantization,
+    load_arguments,
+    quantization_of,
+    set_precision,
+)
+from entropy_probe.checkpoints.weights import Shape, check_loaded, has_weights, read_dtypes, read_shapes, weight_files
+
+__all__ = ["adapter_shapes", "base_skeleton", "full_skeleton", "load_full", "load_lora", "with_adapter"]
+
+
+MOST_LAYERS = 10_000
+"""Bound on the layers of a configuration whose weight files are not there to compare with."""
+
+
+def full_skeleton(name: str) -> nn.Module:
+    """The model of a directory with full weights, on the meta device, its weight files checked against it.
+
+    Raises:
+        CheckpointError: if the configuration cannot be used, is of quantised weights, which do not train, or the files
+            have not exactly its tensors.
+    """
+    config, shapes = _read_config(name)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedError(f"{name}: not supported: quantised weights; pass unquantised ones")
+    return _skeleton(name, config, shapes, complete=True)
+
+
+def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, FourBit | None]:
+    """The base model of an adapter, on the meta device, and how it is quantised.
+
+    Its weight files are checked against it where they are local, except 4-bit ones: codes have other names and shapes,
+    and are checked when they are loaded.
+
+    Args:
+        name: directory or hub name.
+        given: the quantization with which training loaded plain weights, if any.
+
+    Raises:
+        CheckpointError: if the configuration cannot be used, or the files miss a tensor or hold one of another shape.
+    """
+    config, shapes = _read_config(name)
+    # quantisation changes how weights are stored, not which there are
+    recorded = vars(config).pop("quantization_config", None)
+    with one_line_errors(f"{name}: quantization"):
+        quantization = quantization_of(name, recorded, given)
+    stored = quantization is not None and quantization.stored
+    return _skeleton(name, config, None if stored else shapes, complete=False), quantization
+
+
+def _read_config(name: str) -> tuple[Any, dict[str, Shape] | None]:
+    """The configuration, and the tensors of the weight files where they are local."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file = Path(name) / "config.json"
+    if file.is_file():
+        refuse_remote_code(file, CONFIG_MAPPING)
+    shapes = read_shapes(weight_files(Path(name), "model")) if has_weights(Path(name), "model") else None
+    if file.is_file():
+        check_layers(file, len(shapes) if shapes else MOST_LAYERS)
+    with one_line_errors(name), quiet():
+        return AutoConfig.from_pretrained(name, trust_remote_code=False), shapes
+
+
+def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, complete: bool) -> nn.Module:
+    """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
+    from transformers import AutoModelForCausalLM
+
+    with one_line_errors(name), quiet(), torch.device("meta"), WithoutInitialization():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if shapes is not None and not _has_exactly(model, shapes):
+        # The library knows names that changed between versions; what it still misses is an error.
+        model = _from_pretrained(name, torch.float32, torch.device("meta"), complete=complete)
+    return model
+
+
+def _has_exactly(model: nn.Module, shapes: dict[str, Shape]) -> bool:
+    """Whether files with these tensors are the model's own, name by name and shape by shape, tied ones once."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return expected == shapes
+
+
+def with_adapter(model: nn.Module, directory: Path, name: str) -> nn.Module:
+    """The skeleton with the adapter of a directory under its name, still without storage."""
+    from peft import PeftConfig, PeftModel
+
+    with one_line_errors(f"the adapter of {directory}"), quiet(), WithoutInitialization():
+        adapter = PeftConfig.from_pretrained(str(directory))
+        adapter.inference_mode = False
+        return PeftModel(model, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+
+
+def adapter_shapes(model: nn.Module, name: str) -> dict[str, Shape]:
+    """The tensors that the adapter's file must hold."""
+    return {key: tuple(x.shape) for key, x in _adapter_state(model, name).items()}
+
+
+def _adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def load_full(path: Path, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A model with full weights, in eval mode, checked to hold every tensor of its files."""
+    model = _from_pretrained(str(path), dtype, device, complete=True)
+    check_loaded(files, model.state_dict(), all_names=False)
+    return model.eval()
+
+
+def load_lora(
+    directory: Path,
+    adapter: str,
+    files: list[Path],
+    base_name: str,
+    quantization: FourBit | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """A base model with a trainable adapter, in eval mode, checked to hold every tensor of the adapter's file.
+
+    Adapters are never held in a lower precision than their file's, and in bfloat16 only if ``dtype`` and the file are.
+    """
+    from peft import PeftModel
+
+    base = _from_pretrained(base_name, dtype, device, quantization=quantization)
+    numbers = ((name, p) for name, p in base.named_parameters() if not hasattr(p, "quant_state"))
+    bad = [name for name, p in numbers if not torch.isfinite(p).all()]
+    if bad:
+        raise InvalidValueError(
+            f"{base_name}: {bad[0]}: expected finite values, got NaN or infinity; pass another copy"
+        )
+    with one_line_errors(str(directory)), quiet():
+        model = PeftModel.from_pretrained(
+            base, str(directory), adapter_name=adapter, is_trainable=True, torch_device=str(device)
+        )
+    if dtype == torch.bfloat16 and read_dtypes(files) == {"BF16"}:
+        for parameter in model.parameters():  # peft made float32 of what was trained in bfloat16
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    check_loaded(files, _adapter_state(model, adapter), all_names=True)
+    return model.eval()
+
+
+def _from_pretrained(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    complete: bool = False,
+    quantization: FourBit | None = None,
+) -> Any:
+    """A causal language model whose every parameter came from the files; on ``meta`` without their values.
+
+    ``complete`` also refuses tensors of the files that the model does not use.
+    """
+    from transformers import AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    with one_line_errors(name), quiet():
+        model, info = factory.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are listed instead of raised, and refused below
+            output_loading_info=True,
+            **load_arguments(name, quantization, dtype),
+        )
+    wrong = ("missing_keys", "mismatched_keys", *(("unexpected_keys",) if complete else ()))
+    for what in wrong:
+        if info[what]:
+            shown = sorted(map(str, info[what]))
+            raise MismatchError(
+                f"{name}: expected weights for exactly the model of config.json, got {len(shown)} "
+                f"{what.replace('_', ' ')} {shown[:2]}; pass intact weights with their own configuration"
+            )
+    if quantization is not None:
+        set_precision(model, dtype)
+    elif getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedError(f"{name}: not supported: quantised weights; pass unquantised ones")
+    return model

@@ -1,0 +1,109 @@
+"""Write the manifest of a checkpoint that has none, with what its files allow to establish and no more."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from entropy_probe.checkpoints.directory import adapters_of, open_directory
+from entropy_probe.checkpoints.errors import CheckpointError, MappingError
+from entropy_probe.checkpoints.examination import Examination
+from entropy_probe.checkpoints.libraries import random_state_kept
+from entropy_probe.checkpoints.manifest import (
+    MANIFEST_FILE,
+    FileRecord,
+    GroupRecord,
+    Manifest,
+    ParameterRecord,
+    base_record,
+    plain_settings,
+    record_files,
+    write_manifest,
+)
+from entropy_probe.checkpoints.quantization import Quantization
+from entropy_probe.checkpoints.weights import has_weights, weight_files
+from entropy_probe.results import CheckpointReport
+
+__all__ = ["record_checkpoint", "recordable_files"]
+
+
+def recordable_files(directory: Path, *, hashes: bool = True) -> dict[str, FileRecord]:
+    """Size and SHA-256 of the files of a checkpoint and its adapters, without the manifest and hidden files."""
+    places = {directory, *adapters_of(directory).values()}
+    files = [p for place in places for p in place.iterdir() if p.is_file() and not p.name.startswith(".")]
+    return record_files(directory, (p for p in files if p != directory / MANIFEST_FILE), hashes=hashes)
+
+
+def record_checkpoint(
+    path: str | Path,
+    base_model: str | Path | None = None,
+    *,
+    written_by: str,
+    adapter: str | None = None,
+    quantization: Quantization | None = None,
+) -> tuple[Path, CheckpointReport]:
+    """Examine a checkpoint and write its manifest.
+
+    The manifest says that it was recorded by inspection, and by which rule the mapping was established: it proves
+    that the files have not changed since, not that the mapping was right.
+
+    Args:
+        path: the ``checkpoint-N`` directory.
+        base_model: as in :func:`entropy_probe.checkpoints.load_checkpoint`; hashed where it is a local directory.
+        written_by: the program, for the record.
+        adapter: as there; the manifest records it.
+        quantization: as there; the manifest does not record it.
+
+    Returns:
+        The manifest's path, and the report of the examination it rests on.
+
+    Raises:
+        CheckpointError: if the checkpoint would not load, has a manifest already, or its entries seem exchanged.
+    """
+    directory = open_directory(Path(path))
+    if (directory / MANIFEST_FILE).exists():
+        raise CheckpointError(
+            f"{directory / MANIFEST_FILE}: expected no manifest yet, got one, which may prove more than a new one; "
+            "delete it to write another"
+        )
+    examination = Examination(directory, base_model, adapter, quantization)
+    with random_state_kept():
+        examination.run()
+    report = examination.report()
+    if report.movement is not None and report.movement.exchanged:
+        raise MappingError(f"{directory}: expected a mapping to record, got a doubtful one: {report.reasons[0]}")
+    manifest = _manifest(examination, written_by)
+    try:
+        return write_manifest(directory, manifest), report
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: expected a directory that can be written, got: {os.strerror(error.errno or errno.EIO)}; "
+            "copy the checkpoint to one"
+        ) from error
+
+
+def _manifest(found: Examination, written_by: str) -> Manifest:
+    assert found.saved is not None
+    assert found.mapping is not None
+    saved, names = found.saved, found.mapping.names
+    groups = tuple(
+        GroupRecord(
+            parameters=tuple(ParameterRecord.of(names[i], saved.state[i]["exp_avg"]) for i in group["params"]),
+            settings=plain_settings(group),
+        )
+        for group in saved.groups
+    )
+    base = found.base or (str(found.base_model) if found.base_model else None)
+    local = base is not None and has_weights(Path(base), "model")
+    return Manifest(
+        recorded="inspection",
+        mapping=found.mapping.how,
+        written_by=written_by,
+        global_step=found.global_step,
+        optimizer=saved.kind,
+        adapter=found.adapter,
+        groups=groups,
+        files=recordable_files(found.path),
+        base_model=base_record(base, weight_files(Path(base), "model") if local else None) if base else None,
+    )

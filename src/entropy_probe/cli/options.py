@@ -1,0 +1,41 @@
+"""Options that several commands on a checkpoint share."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["Adapter", "BaseModel", "Quantization", "parse_quantization"]
+
+BaseModel = Annotated[
+    str | None,
+    typer.Option(help="The base model of an adapter; with full weights, the model that training started from."),
+]
+Adapter = Annotated[str | None, typer.Option(help="The adapter that was trained, where there are several.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="The BitsAndBytesConfig with which training quantised the base model while loading it, such as "
+        '{"load_in_4bit": true}.',
+    ),
+]
+
+
+def parse_quantization(text: str | None) -> dict[str, Any] | None:
+    """The settings given on the command line.
+
+    Raises:
+        ValueError: if they are not a JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--quantization: expected a JSON object, got {text!r:.60}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f'--quantization: expected a JSON object such as {{"load_in_4bit": true}}, got {text!r:.60}')
+    return settings
