@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "entropy_probe"
 ALLOWED = {
     "types": {"sampling"},  # Rollouts.to_parquet, inside the method
     "results": set(),
+    "checkpoint_results": {"results"},
     "named": set(),
     "moments": {"results"},
     "losses": {"types"},
@@ -23,8 +24,8 @@ ALLOWED = {
     "provenance": set(),
     "config": {"estimators", "losses"},
     "sampling": {"types", "named"},
-    "checkpoints": {"types", "results", "named", "moments"},
-    "report": {"types", "results", "sweep_results"},
+    "checkpoints": {"checkpoint_results", "types", "results", "named", "moments"},
+    "report": {"checkpoint_results", "types", "results", "sweep_results"},
     "demo": set(),
     "fingerprint": {"types"},
     "measurement": {"types", "results", "estimators", "config"},

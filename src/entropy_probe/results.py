@@ -12,17 +12,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 __all__ = [
-    "CheckpointReport",
     "CrossPrompt",
     "Diagnostics",
     "Estimate",
-    "GroupReport",
-    "MovementReport",
     "OptimizerStateReport",
     "PreconditionerReport",
     "Prediction",
     "ProbeResult",
     "Realized",
+    "Record",
     "SamplerMismatch",
     "write_atomically",
 ]
@@ -40,11 +38,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Plain data: frozen, every key known, no number that is not finite."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Estimate(_Record):
+class Estimate(Record):
     """A number with its sampling error.
 
     Attributes:
@@ -77,7 +77,7 @@ class Prediction(Estimate):
     se_update_method: Literal["linear", "jackknife"] = "linear"
 
 
-class Realized(_Record):
+class Realized(Record):
     """The change measured after the step, or why it could not be.
 
     Attributes:
@@ -129,7 +129,7 @@ class Realized(_Record):
         )
 
 
-class OptimizerStateReport(_Record):
+class OptimizerStateReport(Record):
     """What the loaded optimizer state covers.
 
     Attributes:
@@ -156,86 +156,7 @@ class OptimizerStateReport(_Record):
     learning_rates: tuple[float, ...]
 
 
-class GroupReport(_Record):
-    """One parameter group of the optimizer file, as stored.
-
-    Attributes:
-        num_parameters: parameter tensors in the group.
-        learning_rate: the rate of the next step.
-        betas: decay rates of the first and second moment.
-        eps: the constant added to the root of the second moment.
-        weight_decay: the group's weight decay.
-        flags: the switches stored with the group (``amsgrad``, ``fused``, ``foreach`` …).
-    """
-
-    num_parameters: int
-    learning_rate: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    flags: dict[str, bool | None]
-
-
-class MovementReport(_Record):
-    """Whether the weights have moved along the directions of the moments assigned to them.
-
-    Attributes:
-        reference: what the movement is measured from.
-        num_parameters: parameter tensors that could be looked at.
-        correlation: median correlation of a parameter's movement with its own direction; null when none moved.
-        correlation_of_others: the same with the directions of other parameters of its shape.
-        status: ``consistent``; ``exchanged``: other entries fit clearly better; ``inconclusive``: cannot tell.
-        exchanged: cycles of parameters whose entries seem to have changed places.
-    """
-
-    reference: str
-    num_parameters: int
-    correlation: float | None
-    correlation_of_others: float | None
-    status: Literal["consistent", "exchanged", "inconclusive"]
-    exchanged: tuple[tuple[str, ...], ...]
-
-
-class CheckpointReport(_Record):
-    """What a checkpoint holds and whether the next optimizer step can be computed from it.
-
-    A field is null, or a tuple empty, when an earlier problem kept it from being read; ``reasons`` says which.
-
-    Attributes:
-        path: the checkpoint directory.
-        kind: a LoRA adapter or full weights.
-        base_model: the base model's directory or hub name; null for full weights.
-        global_step: optimizer steps taken, from ``trainer_state.json``.
-        optimizer: ``AdamW`` or ``Adam``.
-        groups: the parameter groups.
-        num_with_exp_avg_sq: parameter tensors whose entry has a second moment.
-        num_with_step: parameter tensors whose entry has a step count.
-        num_zero_elements: elements whose second moment is exactly 0; their Adam scale is ``1 / eps``.
-        optimizer_state: coverage, mapping, steps and Adam scale over all parameters.
-        movement: the check of entries of equal shape; null where ``movement_not_checked`` says why there was none.
-        manifest: how the manifest was recorded; null where there is none.
-        verdict: ``healthy``; ``suspicious``: loads, but read the reasons first; ``unusable``: loading raises.
-        reasons: one line for everything that speaks against the checkpoint.
-    """
-
-    path: str
-    kind: Literal["lora", "full"]
-    base_model: str | None = None
-    global_step: int | None = None
-    optimizer: Literal["AdamW", "Adam"] | None = None
-    groups: tuple[GroupReport, ...] = ()
-    num_with_exp_avg_sq: int | None = None
-    num_with_step: int | None = None
-    num_zero_elements: int | None = None
-    optimizer_state: OptimizerStateReport | None = None
-    movement: MovementReport | None = None
-    movement_not_checked: str | None = None
-    manifest: Literal["training", "inspection"] | None = None
-    verdict: Literal["healthy", "suspicious", "unusable"]
-    reasons: tuple[str, ...] = ()
-
-
-class PreconditionerReport(_Record):
+class PreconditionerReport(Record):
     """How the frozen preconditioner P was built (frozen geometry and one-batch predictions).
 
     Attributes:
@@ -257,7 +178,7 @@ class PreconditionerReport(_Record):
     min_denominator: float | None
 
 
-class CrossPrompt(_Record):
+class CrossPrompt(Record):
     """The first-order change from one batch that both predicts and updates, in the frozen geometry.
 
     Attributes:
@@ -299,7 +220,7 @@ class CrossPrompt(_Record):
     preconditioner: PreconditionerReport
 
 
-class SamplerMismatch(_Record):
+class SamplerMismatch(Record):
     """How far the sampler's own log-probabilities are from the policy's, on the same responses.
 
     Attributes:
@@ -314,7 +235,7 @@ class SamplerMismatch(_Record):
     ess_fraction: float
 
 
-class Diagnostics(_Record):
+class Diagnostics(Record):
     """How the numbers came about.
 
     Attributes:
@@ -347,7 +268,7 @@ class Diagnostics(_Record):
     messages: tuple[str, ...] = ()
 
 
-class ProbeResult(_Record):
+class ProbeResult(Record):
     """The outcome of a probe, as returned by :class:`entropy_probe.EntropyProbe` and saved in ``results.json``.
 
     Attributes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized, write_atomically
+from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized, Record, write_atomically
 
 __all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
 
@@ -17,11 +17,7 @@ SWEEP_FILE = "sweep.json"
 T = TypeVar("T", bound=BaseModel)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Fitted(_Record):
+class Fitted(Record):
     """A number with its error from the evaluation batch, the update batch held fixed.
 
     Attributes:
@@ -33,7 +29,7 @@ class Fitted(_Record):
     standard_error: float = Field(ge=0)
 
 
-class SweepPoint(_Record):
+class SweepPoint(Record):
     """One learning rate.
 
     Attributes:
@@ -78,7 +74,7 @@ class SweepPoint(_Record):
         return _read(cls, path, "a point of a sweep")
 
 
-class QuadraticFit(_Record):
+class QuadraticFit(Record):
     """``linear * lr + quadratic * lr^2``, fitted to the measured changes by least squares.
 
     Attributes:
@@ -94,7 +90,7 @@ class QuadraticFit(_Record):
     learning_rates: tuple[float, ...]
 
 
-class PowerLawFit(_Record):
+class PowerLawFit(Record):
     """A straight line through ``log |change|`` against ``log lr``.
 
     Attributes:
@@ -108,7 +104,7 @@ class PowerLawFit(_Record):
     learning_rates: tuple[float, ...]
 
 
-class LinearRange(_Record):
+class LinearRange(Record):
     """Up to where the measured change stays within 10% of the prediction (or of its error, where larger).
 
     Attributes:
@@ -120,7 +116,7 @@ class LinearRange(_Record):
     at_least: bool
 
 
-class Curvature(_Record):
+class Curvature(Record):
     """The second derivative of entropy with respect to the learning rate, along the step.
 
     Attributes:
@@ -134,7 +130,7 @@ class Curvature(_Record):
     direct_slope: Fitted | None = None
 
 
-class Sweep(_Record):
+class Sweep(Record):
     """The outcome of :meth:`entropy_probe.EntropyProbe.sweep`, saved in ``sweep.json``.
 
     Attributes:

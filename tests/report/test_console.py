@@ -8,8 +8,9 @@ import sys
 import pytest
 from rich.console import Console
 
+from entropy_probe.checkpoint_results import CheckpointReport, GroupReport, MovementReport
 from entropy_probe.report import print_checkpoint, print_result
-from entropy_probe.results import CheckpointReport, GroupReport, MovementReport, SamplerMismatch
+from entropy_probe.results import SamplerMismatch
 from tests.report.results import make_cross_prompt, make_result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from entropy_probe.checkpoint_results import CheckpointReport, GroupReport
 from entropy_probe.checkpoints.errors import (
     CheckpointError,
     DamagedFileError,
@@ -13,7 +14,6 @@ from entropy_probe.checkpoints.errors import (
     UnsupportedError,
 )
 from entropy_probe.checkpoints.hf_trainer import CheckpointState, inspect_checkpoint, load_checkpoint
-from entropy_probe.results import CheckpointReport, GroupReport
 
 __all__ = [
     "CheckpointError",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from entropy_probe.checkpoint_results import CheckpointReport, MovementReport
 from entropy_probe.checkpoints.adapter import find_base, read_adapter_config, starting_at_zero, trained_adapter
 from entropy_probe.checkpoints.directory import check_contained, read_global_step
 from entropy_probe.checkpoints.errors import UnsupportedError
@@ -29,7 +30,7 @@ from entropy_probe.checkpoints.weights import (
     unchanged,
     weight_files,
 )
-from entropy_probe.results import CheckpointReport, MovementReport, OptimizerStateReport
+from entropy_probe.results import OptimizerStateReport
 
 __all__ = ["Examination"]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from entropy_probe.checkpoint_results import CheckpointReport
 from entropy_probe.checkpoints.directory import open_directory
 from entropy_probe.checkpoints.errors import CheckpointError, MismatchError
 from entropy_probe.checkpoints.examination import Examination
@@ -18,7 +19,6 @@ from entropy_probe.checkpoints.models import load_full, load_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
 from entropy_probe.checkpoints.quantization import Quantization
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
-from entropy_probe.results import CheckpointReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

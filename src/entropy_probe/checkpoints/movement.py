@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_probe.checkpoint_results import MovementReport
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.results import MovementReport
 
 __all__ = ["check_movement"]
 

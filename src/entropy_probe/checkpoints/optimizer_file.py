@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from entropy_probe.checkpoint_results import GroupReport
 from entropy_probe.checkpoints.archive import read_archive
 from entropy_probe.checkpoints.errors import (
     DamagedFileError,
@@ -19,7 +20,6 @@ from entropy_probe.checkpoints.errors import (
     MismatchError,
     UnsupportedError,
 )
-from entropy_probe.results import GroupReport
 
 __all__ = ["MOMENTS", "SavedOptimizer", "check_entries", "read_optimizer"]
 

@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+from entropy_probe.checkpoint_results import CheckpointReport
 from entropy_probe.checkpoints.directory import adapters_of, open_directory
 from entropy_probe.checkpoints.errors import CheckpointError, MappingError
 from entropy_probe.checkpoints.examination import Examination
@@ -23,7 +24,6 @@ from entropy_probe.checkpoints.manifest import (
 )
 from entropy_probe.checkpoints.quantization import Quantization
 from entropy_probe.checkpoints.weights import has_weights, weight_files
-from entropy_probe.results import CheckpointReport
 
 __all__ = ["record_checkpoint", "recordable_files"]
 

@@ -7,9 +7,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from entropy_probe.checkpoint_results import CheckpointReport, GroupReport, MovementReport
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.text import printable
-from entropy_probe.results import CheckpointReport, GroupReport, MovementReport, OptimizerStateReport
+from entropy_probe.results import OptimizerStateReport
 
 __all__ = ["print_checkpoint"]
 
