@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scale.py"
 
 
+@pytest.mark.slow
 def test_peaks_and_times(tmp_path):
     path = tmp_path / "figures.json"
     command = [sys.executable, str(SCRIPT), "--quick", "--max-completion-length", "4", "--json", str(path)]
