@@ -82,7 +82,6 @@ def compare(setup: Setup, *, lora: bool, rounds: int) -> dict[str, float | int |
         max_tokens_per_microbatch=setup.max_tokens_per_microbatch,
         max_stored_gradient_gib=setup.max_stored_gradient_gib,
     )
-    probe = EntropyProbe(model, optimizer, config)
     scorer = Scorer(model, 1.0, setup.max_tokens_per_microbatch)
     with evaluating(model):
         scorer.prepare(batch)
@@ -96,7 +95,8 @@ def compare(setup: Setup, *, lora: bool, rounds: int) -> dict[str, float | int |
         training_gradient(model, batch, setup)
         seconds["training"].append(time.process_time() - start)
         start = time.process_time()
-        cross = probe.cross_prompt(batch)
+        # a probe of its own each time: it would remember the scores of the batch
+        cross = EntropyProbe(model, optimizer, config).cross_prompt(batch)
         seconds["exact"].append(time.process_time() - start)
         start = time.process_time()
         expected = straightforward(model, optimizer, batch, scorer, sides)

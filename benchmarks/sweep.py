@@ -32,7 +32,6 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
     """Time of a sweep, without and with the direct curvature, over that of one training gradient over E."""
     model, optimizer = setup.policy(lora=lora)
     update, evaluation = setup.batches()
-    probe = EntropyProbe(model, optimizer, setup.config)
     rates = [10 ** (-7 + k / 3) for k in range(NUM_RATES)]
     seconds: dict[str, list[float]] = {"training": [], "sweep": [], "direct": []}
     training_gradient(model, evaluation, setup)  # warm-up
@@ -44,6 +43,8 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
             if task == "training":
                 training_gradient(model, evaluation, setup)
             else:
+                # a probe of its own each time: it would remember the scores of the evaluation batch
+                probe = EntropyProbe(model, optimizer, setup.config)
                 sweep = probe.sweep(
                     update=update, evaluation=evaluation, learning_rates=rates, direct_curvature=task == "direct"
                 )

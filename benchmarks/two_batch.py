@@ -152,13 +152,13 @@ def cost(setup: Setup, *, lora: bool, rounds: int, clock: Callable[[], float]) -
     """Time of the whole probe over that of one training gradient, and where the probe's time goes."""
     model, optimizer = setup.policy(lora=lora)
     update, evaluation = setup.batches()
-    probe = EntropyProbe(model, optimizer, setup.config)
 
     def gradient_norm() -> float:
         return float(torch.cat([g.reshape(-1) for g in training_gradient(model, update, setup)]).norm())
 
     def whole_probe() -> ProbeResult:
-        return probe.run(update=update, evaluation=evaluation)
+        # a probe of its own each time: it would remember the scores of the evaluation batch
+        return EntropyProbe(model, optimizer, setup.config).run(update=update, evaluation=evaluation)
 
     expected, result = gradient_norm(), whole_probe()  # warm-up
     if abs(result.diagnostics.gradient_norm - expected) > 1e-3 * expected:
