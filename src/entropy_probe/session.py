@@ -105,6 +105,9 @@ class Session:
     def reference_scores(self, batch: Rollouts, phase: str) -> TokenScores:
         """Scores of a batch at the policy as it is; computed once for the same policy and batch.
 
+        Not all that makes a policy is in its parameters and buffers (which adapter is active, say), so what it makes of
+        the shortest sequence is part of what it is recognised by.
+
         Args:
             batch: the batch; the scorer must have been prepared.
             phase: what to report progress under.
@@ -112,7 +115,8 @@ class Session:
         scorer, model = self.scorer, self.subject.model
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
         with self.clock.phase(phase) as progress:
-            state = fingerprint([*model.named_parameters(), *model.named_buffers()])
+            seen = scorer.shortest_scores(batch)
+            state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
             key = f"{state} {rollouts_fingerprint(batch)} {how}"
             return self.subject.cache.get(key, lambda: scorer.score(batch, progress))
 

@@ -323,10 +323,10 @@ class TwoBatch(Session):
 
     def _rounded_differently(self, seed: int) -> dict[str, Tensor]:
         nudged = {}
+        sources = {p.device: torch.Generator(p.device).manual_seed(seed) for p in self.parameters.values()}
         for name, p in self.parameters.items():
             eps = torch.finfo(torch.bfloat16 if self.config.autocast == "bfloat16" else p.dtype).eps
-            source = torch.Generator(p.device).manual_seed(seed)
-            draw = torch.rand(p.shape, generator=source, device=p.device)
+            draw = torch.rand(p.shape, generator=sources[p.device], device=p.device)
             sign = (draw < 1 / 24).to(p.dtype) - (draw > 23 / 24).to(p.dtype)
             nudged[name] = p.detach() * (1 + eps * sign)
         return nudged

@@ -185,8 +185,8 @@ def test_taps_equal_one_backward_per_unit(kind, config, monkeypatch):
     monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off by a test")
     generic = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     for key, value in numbers(fast).items():
-        # float32 scores before and after a small step leave about 1e-7 of noise in measured changes
-        noise = 1e-7 if "realized" in key or "difference" in key else 1e-9
+        # float32 scores before and after a small step leave a few 1e-7 of noise in measured changes
+        noise = 5e-7 if "realized" in key or "difference" in key else 1e-9
         assert numbers(generic)[key] == pytest.approx(value, rel=1e-4, abs=noise), key
 
 

@@ -10,6 +10,7 @@ from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, mixed_sums
 from entropy_probe.isolation import parameters_at
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.two_batch import TwoBatch
 from tests.invariants.test_probe import TABLE, batches, numbers, probe
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
@@ -186,6 +187,43 @@ def test_reference_scores_are_computed_once_per_policy_and_batch(monkeypatch):
     assert changed.entropy.value != first.entropy.value
     subject.predict(update=update, evaluation=evaluation.select(torch.arange(50)))
     assert len(scored) == 5
+
+
+def test_a_policy_that_changed_outside_of_its_parameters_is_not_mistaken():
+    """As where another adapter becomes active: the same parameters and buffers, other scores."""
+
+    class Switched(TinyPolicy):
+        sharp = False
+
+        def forward(self, input_ids, attention_mask):
+            output = super().forward(input_ids, attention_mask)
+            output.logits = output.logits * (1.5 if self.sharp else 1.0)
+            return output
+
+    model = Switched()
+    update, evaluation = batches()
+    subject = probe(model, trained_optimizer(model))
+    before = subject.predict(update=update, evaluation=evaluation)
+    model.sharp = True
+    fresh = probe(model, trained_optimizer(model)).predict(update=update, evaluation=evaluation)
+    again = subject.predict(update=update, evaluation=evaluation)
+    assert again.entropy == fresh.entropy != before.entropy
+    assert again.predicted == fresh.predicted
+
+
+def test_rounding_is_drawn_anew_for_every_parameter():
+    """Parameters of one shape must not be nudged in step: their effects would add up instead of averaging out."""
+    model = TinyPolicy()
+    update, evaluation = batches()
+    story = TwoBatch(probe(model, trained_optimizer(model))._subject(), update, evaluation)
+    wide = {name: torch.nn.Parameter(torch.ones(4000, dtype=torch.float64)) for name in "ab"}
+    story.parameters = wide
+    nudged = story._rounded_differently(0)
+    moves = {name: (x - 1).sign() for name, x in nudged.items()}
+    for move in moves.values():
+        assert (move != 0).double().mean() == pytest.approx(1 / 12, abs=0.02)
+    assert abs((moves["a"] * moves["b"]).sum()) < 40
+    assert all(torch.equal(story._rounded_differently(0)[name], x) for name, x in nudged.items())
 
 
 def test_the_cache_forgets_the_oldest():

@@ -169,11 +169,12 @@ def _collect_rollouts(
     for batch, file in ROLLOUT_FILES.items():
         if batch in inputs.rollouts:
             continue
-        rollouts, notes = getattr(sources, batch), []
+        path, rollouts, notes = directory.path / file, getattr(sources, batch), []
+        path.unlink(missing_ok=True)
         if rollouts is None:
-            files = (directory.path / file, shards)
-            rollouts, notes = sample_batch(batch, config, state, sources, files, progress)
-        rollouts.to_parquet(directory.path / file)
+            rollouts, notes = sample_batch(batch, config, state, sources, (path, shards), progress)
+        if not path.exists():  # a sampled evaluation batch is there already, collected from its shards
+            rollouts.to_parquet(path)
         inputs = directory.record(inputs, batch, notes)
         shutil.rmtree(shards, ignore_errors=True)
     return inputs

@@ -287,6 +287,13 @@ class Scorer:
         return self._score(rollouts, progress=progress)
 
     @torch.no_grad()
+    def shortest_scores(self, rollouts: Rollouts) -> list[tuple[str, Tensor]]:
+        """What the policy makes of the shortest sequence, unchecked: log-probabilities and entropies, ``[T]``."""
+        shortest = rollouts.attention_mask.sum(1).argmin()[None]
+        s, h = self._score_microbatch(pack(rollouts, shortest, self.device))
+        return [("logprobs", s), ("entropies", h)]
+
+    @torch.no_grad()
     def _score(self, rollouts: Rollouts, *, share: bool = True, progress: Progress | None = None) -> TokenScores:
         wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         logprobs = torch.zeros(rollouts.input_ids.shape, dtype=wide)
