@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE
-from entropy_probe.results import write_atomically
+from entropy_probe.records import write_atomically
 from entropy_probe.sweep_results import SWEEP_FILE, Sweep, SweepPoint
 
 __all__ = ["Inputs", "SweepDirectory", "hash_directory", "hash_file", "load_sweeps", "open_index", "unfinished"]
