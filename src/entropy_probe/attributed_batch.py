@@ -72,13 +72,12 @@ class AttributedBatch(TwoBatch):
         """The whole story; ``measure`` adds the realized change."""
         with self.isolated():
             start = self._start(predict=True)
-            assert start.predicted is not None
             began = time.perf_counter()
             slopes, tokens = self._tokens(start.step)
             layers = self._layers(start.step)
             errors = None if self.folds is None else self._fold_errors(start, self.folds)
             seconds = time.perf_counter() - began
-            realized = self._realized(start.before, start.step, start.entropy, start.predicted) if measure else {}
+            realized = self._realized(start) if measure else {}
         update = self.update
         covariances = covariance_terms(update.token_advantages, slopes.scores.logprobs, update.response_mask)
         parts = {name: start.fields["components"][name].value for name in start.step.components}
@@ -154,7 +153,7 @@ class AttributedBatch(TwoBatch):
         assert found is not None
         assert start.step.gradient_scale is not None
         surrogate = fo.entropy_coefficients(
-            start.before, batch.prompt_ids, self.units, config.normalization, config.entropy
+            start.before, batch.prompt_ids, self.units, start.positions, config.normalization, config.entropy
         )
         weights = Units(self.units.index % folds, folds).total(fo.sequence_weights(start.before, config.normalization))
         numerators = []

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
-from entropy_probe.estimators.first_order import entropy_coefficients, sequence_weights
+from entropy_probe.estimators.first_order import sequence_weights
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.losses import token_weights
 from entropy_probe.scoring.forward import Scorer
@@ -17,6 +17,7 @@ from tests.invariants import test_hf as hf
 from tests.invariants.test_probe import batches, pad, probe
 from tests.invariants.test_untouched import WithState, assert_same, state
 from tests.reference.enumeration import TEMPERATURE, VOCABULARY, TinyPolicy, trained_optimizer
+from tests.whole_batch import coefficients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -60,7 +61,7 @@ def one_backward_per_token(
 
     e, units = scores(evaluation), Units.sequences(len(evaluation))
     fixed = TokenScores(e.logprobs.detach(), e.entropies.detach(), e.response_mask)
-    c = entropy_coefficients(fixed, evaluation.prompt_ids, units, normalization)
+    c = coefficients(fixed, evaluation.prompt_ids, units, normalization)
     size = sequence_weights(fixed, normalization).sum()
     entropy = gradient((c.logprobs * e.logprobs + c.entropies * e.entropies).sum() / size)
     s = scores(update).logprobs
@@ -297,7 +298,7 @@ def test_errors_from_folds(gib):
     )
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     scorer = Scorer(model, TEMPERATURE, 8192)
-    c = entropy_coefficients(scorer.score(evaluation), evaluation.prompt_ids, Units.sequences(12))
+    c = coefficients(scorer.score(evaluation), evaluation.prompt_ids, Units.sequences(12))
 
     def gradient(batch: Rollouts, logprobs: torch.Tensor, entropies: torch.Tensor) -> dict[str, torch.Tensor]:
         log_p = torch.log_softmax(model(batch.input_ids, batch.attention_mask.long()).logits / TEMPERATURE, -1)
