@@ -12,8 +12,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "entropy_probe"
 # What each part may import from this package, besides itself.
 ALLOWED = {
     "types": {"sampling"},  # Rollouts.to_parquet, inside the method
-    "results": set(),
-    "checkpoint_results": {"results"},
+    "records": set(),
+    "results": {"records"},
+    "checkpoint_results": {"records", "results"},
     "named": set(),
     "moments": {"results"},
     "losses": {"types"},
@@ -38,7 +39,7 @@ ALLOWED = {
         "types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "measurement", "step",
         "session",
     },
-    "sweep_results": {"results"},
+    "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch"},
     "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "session"},
     "probe": {

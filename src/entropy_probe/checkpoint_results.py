@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from entropy_probe.results import OptimizerStateReport, Record
+from entropy_probe.records import Record
+from entropy_probe.results import OptimizerStateReport
 
 __all__ = ["CheckpointReport", "GroupReport", "MovementReport"]
 

@@ -58,8 +58,8 @@ def sweep_checkpoints(config: SweepConfig) -> dict[str, Sweep]:
     from entropy_probe.cli.run import quiet_transformers
     from entropy_probe.cli.run_directory import CONFIG_FILE
     from entropy_probe.cli.sweep_directory import open_index
+    from entropy_probe.records import write_atomically
     from entropy_probe.report import figure_files
-    from entropy_probe.results import write_atomically
 
     config = config.resolved()
     quiet_transformers()
@@ -80,8 +80,8 @@ def sweep_checkpoint(config: SweepConfig) -> Sweep:
     from entropy_probe.cli.run import open_checkpoint, read_inputs, resampler
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
+    from entropy_probe.records import write_atomically
     from entropy_probe.report import figure_files
-    from entropy_probe.results import write_atomically
     from entropy_probe.sweep_results import SWEEP_FILE, Sweep
     from entropy_probe.types import Rollouts
 
