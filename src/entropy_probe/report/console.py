@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from entropy_probe.report.attribution import print_attribution
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
@@ -42,6 +43,8 @@ def print_result(result: ProbeResult, console: Console, directory: Path | None =
     for message in result.diagnostics.messages:
         console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
     console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
+    if result.attribution is not None:
+        print_attribution(result.attribution, console, directory)
     if directory is not None:
         names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
         # Not wrapped, so that a long path can be copied.
