@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LAYERS_FILE", "PROMPTS_FILE", "TABLES", "TOKENS_FILE", "read_table", "write_table"]
+__all__ = ["LAYERS_FILE", "PROMPTS_FILE", "TABLES", "TOKENS_FILE", "write_table"]
 
 TOKENS_FILE, PROMPTS_FILE, LAYERS_FILE = "tokens.parquet", "prompts.parquet", "layers.parquet"
 
@@ -86,23 +86,3 @@ def write_table(path: Path, columns: Mapping[str, Any], unit: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_table(path: Path) -> dict[str, list[Any]]:
-    """The columns of a table written by :func:`write_table`, as lists.
-
-    Raises:
-        ValueError: if the file is missing, is not Parquet, or lacks a column.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, memory_map=False)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: expected a table of an attribution, got {reason}; attribute again") from error
-    missing = [name for name in TABLES[path.name] if name not in table.column_names]
-    if missing:
-        raise ValueError(f"{path}: expected a table of an attribution, got one without {missing[0]}; attribute again")
-    return {name: table[name].to_pylist() for name in TABLES[path.name]}
