@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from entropy_probe import ProbeResult, Rollouts
+from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.sampling import HFGenerator
 from tests.cli.conftest import execute, invoke, start
 
@@ -175,6 +175,22 @@ def test_attribution_fills_tables_that_a_later_run_without_it_removes(config, tm
     assert again.partition(" Saved in")[0] == shown.partition(" Saved in")[0]
     run(config, "--overwrite")
     assert not set(tables) & {path.name for path in out.iterdir()}
+
+
+def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path, refused):
+    out = tmp_path / "out"
+    done = invoke("validate", config, "--subsets", 5, "--seed", 2)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = Validation.load(out)
+    assert len(found.steps) == 5
+    assert found.seed == 2
+    assert "5 real steps on 2 of 4 prompts" in done.stdout
+    assert ProbeResult.load(out).attribution is not None
+    assert (out / "tokens.parquet").is_file()
+    assert "minus covariance terms" in invoke("report", out).stdout
+    assert "two_batch or both" in refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
+    run(config, "--overwrite")
+    assert not (out / "validation.json").exists()
 
 
 def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):

@@ -86,12 +86,16 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
     )
 
 
-def probe_checkpoint(config: RunConfig) -> ProbeResult:
+def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -> ProbeResult:
     """Probe as configured and write the run directory.
 
     The directory gets the resolved ``config.yaml``, ``results.json``, with ``save_rollouts`` both batches, and with
     ``attribution`` its tables; all of them or, after an error, none. Rollouts sampled before an error are kept beside
     the directory.
+
+    Args:
+        config: the settings.
+        halves: validate the attribution on this many random halves, drawn with this seed, into ``validation.json``.
 
     Raises:
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
@@ -140,6 +144,12 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
         result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
         if attribution is not None:
             attribution.save_tables(staging, state.tokenizer)
+        if halves is not None:
+            subsets, seed = halves
+            validation = probe.validate(
+                _required(attribution), evaluation=_required(evaluation), subsets=subsets, seed=seed
+            )
+            validation.save(staging)
         if not config.save_rollouts:
             sampled[0].unlink(missing_ok=True)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")

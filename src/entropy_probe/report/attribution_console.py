@@ -1,4 +1,4 @@
-"""An attribution in a few lines for the terminal: signs, covariance, and the prompts that matter most."""
+"""An attribution and its validation in a few lines for the terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from entropy_probe.attribution_results import AttributionSummary
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number
 from entropy_probe.report.tables import Columns
 from entropy_probe.report.text import printable
+from entropy_probe.validation_results import RankCorrelation, Validation
 
-__all__ = ["print_attribution"]
+__all__ = ["print_attribution", "print_validation"]
 
 MOST_PROMPTS = 3
 WIDEST_PROMPT = 24
@@ -50,6 +51,33 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
     for line in lines:
         console.print(Padding(Text(printable(line), style="dim"), (0, 1)))
     console.print()
+
+
+def print_validation(validation: Validation, console: Console) -> None:
+    """Print how well contributions and covariance terms rank real steps on halves of the update prompts.
+
+    Args:
+        validation: what to show.
+        console: where to print.
+    """
+    kept, count = len(validation.steps[0].kept), len(validation.steps)
+    title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: rank correlation with measured ΔH"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    for heading in ("forecast", " Spearman", "95% interval"):
+        table.add_column(heading, no_wrap=True)
+    for name, found in (
+        ("contributions", validation.contributions),
+        ("minus covariance terms", validation.covariance),
+    ):
+        table.add_row(name, *_correlation(found))
+    console.print(table)
+    console.print()
+
+
+def _correlation(found: RankCorrelation | None) -> tuple[str, str]:
+    if found is None:
+        return " undefined", "all forecasts or all changes are equal"
+    return _signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}"
 
 
 def _add_prompts(table: Table, prompts: Columns, exponent: int | None) -> None:
