@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from entropy_probe.attribution_tables import TABLES
 from entropy_probe.results import RESULTS_FILE, ProbeResult
+from entropy_probe.validation_results import VALIDATION_FILE
 
 __all__ = ["CONFIG_FILE", "EVALUATION_FILE", "SHARDS", "UPDATE_FILE", "check_output_dir", "stage"]
 
@@ -19,7 +21,7 @@ SHARDS = "evaluation"
 """Where the evaluation batch is collected while it is sampled; gone once the run is complete."""
 _STAGING = ".unfinished-"
 # results.json goes last: where it is, the rest is.
-RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, RESULTS_FILE)
+RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, *TABLES, VALIDATION_FILE, RESULTS_FILE)
 
 
 def check_output_dir(directory: Path, overwrite: bool) -> None:

@@ -24,7 +24,16 @@ from entropy_probe.report.sweep_views import sweep_view
 from entropy_probe.report.tables import Tables
 from entropy_probe.report.text import visible_parts
 from entropy_probe.report.verdict import verdict
-from entropy_probe.report.views import cards, changes, checks, comparison, how_computed, optimizer_checks, story, waterfall
+from entropy_probe.report.views import (
+    cards,
+    changes,
+    checks,
+    comparison,
+    how_computed,
+    optimizer_checks,
+    story,
+    waterfall,
+)
 from entropy_probe.results import ProbeResult
 from entropy_probe.sweep_results import Sweep
 
