@@ -130,9 +130,8 @@ def _bar(bar: Bar, axis: Axis, grid: str, followed: bool) -> Markup:
     if bar.look != "dot":
         left, right = sorted((axis.at(bar.start), axis.at(bar.end)))
         look = f"{sign} total" if bar.look == "total" else sign
-        parts.append(
-            f'<rect class="{look}" x="{100 * left:.3f}%" width="{100 * (right - left):.3f}%" y="{_TOP}" height="{BAR}"/>'
-        )
+        width = f"{100 * (right - left):.3f}%"
+        parts.append(f'<rect class="{look}" x="{100 * left:.3f}%" width="{width}" y="{_TOP}" height="{BAR}"/>')
     if bar.error:
         low, high = (axis.percent(bar.end + k * COVERAGE_95 * bar.error) for k in (-1, 1))
         middle = ROW / 2

@@ -67,7 +67,9 @@ def _read(path: Path, columns: tuple[str, ...]) -> dict[str, Any]:
         ) from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise ValueError(f"{path}: expected columns {', '.join(columns)}, got none named {', '.join(missing)}; {remedy}")
+        raise ValueError(
+            f"{path}: expected columns {', '.join(columns)}, got none named {', '.join(missing)}; {remedy}"
+        )
     for name in columns:
         if table[name].null_count and name not in _OPTIONAL:
             raise ValueError(f"{path}: column {name}: expected a value in every row, got nulls; {remedy}")
