@@ -73,8 +73,9 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Right for the Trainer's AdamW; else record a manifest during training.",
     ),
     ("the adapter was trained on", "Give the base model that it was trained on, and record a manifest."),
+    ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
     ("no direct curvature", "Read the curvature from the fit."),
-    (r"no (log-log slope|fit)\b", "Add smaller learning rates to the sweep."),
+    (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),
     ("are below the noise floor", "Set probe.dtype to float64, or start the sweep at a larger rate."),
 )
 

@@ -48,7 +48,7 @@ class Axis:
         raw = (self.high - self.low) / about
         power = 10 ** math.floor(math.log10(raw))
         step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
-        return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [float(step * k) for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
     def _scale(self, value: float) -> float:
         return math.log10(value) if self.logarithmic else value
