@@ -13,7 +13,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "entropy_probe"
 ALLOWED = {
     "types": {"sampling"},  # Rollouts.to_parquet, inside the method
     "records": set(),
-    "results": {"records"},
+    "attribution_results": {"records"},
+    "attribution_tables": set(),
+    "layer_names": set(),
+    "results": {"attribution_results", "records"},
     "checkpoint_results": {"records", "results"},
     "named": set(),
     "moments": {"results"},
@@ -39,12 +42,17 @@ ALLOWED = {
         "types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "measurement", "step",
         "session",
     },
+    "attribution": {"types", "results", "attribution_results", "attribution_tables"},
+    "attributed_batch": {
+        "types", "results", "attribution", "attribution_results", "layer_names", "scoring", "estimators", "updates",
+        "step", "session", "two_batch",
+    },
     "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch"},
     "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "session"},
     "probe": {
         "types", "results", "scoring", "updates", "fingerprint", "provenance", "config", "session", "two_batch",
-        "one_batch", "sweep", "sweep_results",
+        "one_batch", "attribution", "attributed_batch", "sweep", "sweep_results",
     },
     "integrations": None,
     "cli": None,
