@@ -79,7 +79,7 @@ def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Ten
 
     A block stays in the processor's cache, and no float64 copy of anything large is made.
     """
-    width = max(1, _COLUMN_ELEMENTS // len(rows))
+    width = max(1, _COLUMN_ELEMENTS // max(1, len(rows)))
     parts = [
         products(*(x[..., start : start + width].double() for x in (rows, *others)))
         for start in range(0, rows.shape[-1], width)
