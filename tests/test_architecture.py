@@ -13,7 +13,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "entropy_probe"
 ALLOWED = {
     "types": {"sampling"},  # Rollouts.to_parquet, inside the method
     "records": set(),
-    "results": {"records"},
+    "attribution_results": {"records"},
+    "attribution_tables": set(),
+    "layer_names": set(),
+    "results": {"attribution_results", "records"},
     "checkpoint_results": {"records", "results"},
     "named": set(),
     "moments": {"results"},
@@ -42,12 +45,17 @@ ALLOWED = {
         "types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "measurement", "step",
         "session", "noise", "parts",
     },
+    "attribution": {"types", "results", "attribution_results", "attribution_tables"},
+    "attributed_batch": {
+        "types", "results", "attribution", "attribution_results", "layer_names", "scoring", "estimators", "updates",
+        "step", "session", "two_batch", "parts",
+    },
     "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch", "parts"},
     "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "session", "parts"},
     "probe": {
         "types", "results", "scoring", "updates", "fingerprint", "provenance", "config", "session", "two_batch",
-        "one_batch", "sweep", "sweep_results", "distributed",
+        "one_batch", "attribution", "attributed_batch", "sweep", "sweep_results", "distributed",
     },
     "integrations": None,
     "cli": None,

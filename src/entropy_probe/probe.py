@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from entropy_probe.attributed_batch import AttributedBatch
+from entropy_probe.attribution import Attribution
 from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import ALONE, joined_ranks
 from entropy_probe.fingerprint import ScoreCache
@@ -105,6 +107,26 @@ class EntropyProbe:
         """
         evaluation = update if evaluation is None else evaluation
         return TwoBatch(self._subject(), update, evaluation).result(predict=False, measure=True)
+
+    def attribute(
+        self, *, update: Rollouts, evaluation: Rollouts, folds: int | None = None, measure: bool = False
+    ) -> Attribution:
+        """Divide the prediction over the tokens, responses and prompts of ``update``, and over the model's layers.
+
+        Beyond what :meth:`predict` costs: one forward-mode pass over the update batch, about two forward passes.
+
+        Args:
+            update: the batch the step is taken on.
+            evaluation: the batch whose entropy is explained.
+            folds: standard errors of the prompts' contributions from this many folds of the evaluation batch. Costs
+                one more gradient over the evaluation batch, and one more over the update batch for each fold where
+                its per-prompt gradients are not kept (``max_stored_gradient_gib``).
+            measure: also measure the change, as :meth:`run` does.
+
+        Raises:
+            ValueError: as :meth:`run`, for an optimizer other than Adam, or for unusable folds.
+        """
+        return AttributedBatch(self._subject(), update, evaluation, folds).attribution(measure=measure)
 
     def sweep(
         self,

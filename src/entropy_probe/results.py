@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from entropy_probe.attribution_results import AttributionSummary
 from entropy_probe.records import Record, find_saved, read_record, write_atomically
 
 __all__ = [
@@ -267,6 +268,7 @@ class ProbeResult(Record):
             evaluation units. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
             share their sampling noise.
         cross_prompt: the first-order change from the update batch alone; null unless asked for.
+        attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
         contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
             memory only.
         optimizer_state: what the optimizer's state covers.
@@ -285,6 +287,7 @@ class ProbeResult(Record):
     realized: Realized | None = None
     difference: Estimate | None = None
     cross_prompt: CrossPrompt | None = None
+    attribution: AttributionSummary | None = None
     contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
     optimizer_state: OptimizerStateReport
     preconditioner: PreconditionerReport | None = None

@@ -164,8 +164,10 @@ class TwoBatch(Session):
 
     def _loss_coefficients(self) -> TokenCoefficients:
         """Of this rank's part of the update batch."""
-        whole = loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
-        return whole.select(self.update_part.rows)
+        return self._whole_loss().select(self.update_part.rows)
+
+    def _whole_loss(self) -> TokenCoefficients:
+        return loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
 
     def _differentiate(
         self, own: Rollouts, part: Part, side: Side, *, taps: Taps | None, progress: Progress, total: bool = True

@@ -1,9 +1,11 @@
 """The same numbers on any number of ranks: the probe on the enumerable policy in float64, ranks as threads."""
 
+import threading
+
 import pytest
 import torch
 
-from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, attributed_batch, sweep
 from entropy_probe.parts import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
 from tests.invariants.test_probe import TABLE, batches
@@ -62,8 +64,10 @@ CASES = {
         lambda probe: probe.one_batch(batches(groups=8, size=3)[0]),
     ),
     "one batch, nothing kept": ({"max_stored_gradient_gib": 0.0}, lambda probe: probe.one_batch(SEVEN[0])),
-    # without direct curvature, since torch's forward mode knows no threads
-    "sweep": ({}, lambda probe: probe.sweep(update=SEVEN[0], evaluation=SEVEN[1], learning_rates=RATES)),
+    "sweep": (
+        {},
+        lambda probe: probe.sweep(update=SEVEN[0], evaluation=SEVEN[1], learning_rates=RATES, direct_curvature=True),
+    ),
 }
 
 
@@ -76,6 +80,39 @@ def test_results_do_not_depend_on_the_number_of_ranks(case):
         found = [result.model_dump() for result in results]
         assert differences(expected, found[0], 1e-10) == []
         assert all(differences(found[0], other, 0.0) == [] for other in found)
+
+
+@pytest.fixture(autouse=True)
+def forward_mode_by_one_thread_at_a_time(monkeypatch):
+    """Torch's forward mode keeps its levels for the whole process."""
+    lock = threading.Lock()
+
+    def locked(original):
+        def call(*args):
+            with lock:
+                return original(*args)
+
+        return call
+
+    for module, name in (
+        (sweep, "directional_derivatives"),
+        (sweep, "why_not_forward_mode"),
+        (attributed_batch, "token_slopes"),
+    ):
+        monkeypatch.setattr(module, name, locked(getattr(module, name)))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_attributions_do_not_either(size):
+    def attributed(ranks: ThreadRanks | None):
+        return probe_on(ranks).attribute(update=SEVEN[0], evaluation=SEVEN[1], folds=3)
+
+    expected = attributed(None)
+    for found in on_ranks(size, attributed)[0]:
+        assert differences(expected.result.model_dump(), found.result.model_dump(), 1e-10) == []
+        assert differences([vars(x) for x in expected.layers], [vars(x) for x in found.layers], 1e-10) == []
+        for name in ("tokens", "prompts", "standard_errors"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-18)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
