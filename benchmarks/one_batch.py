@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.u_statistic import cross_statistic
 from entropy_probe.estimators.uncertainty import Units
@@ -36,7 +37,8 @@ from two_batch import FULL, QUICK, Setup, training_gradient
 def surrogates(scorer: Scorer, batch: Rollouts) -> list[TokenCoefficients]:
     """Coefficients of the two sides; the scoring pass they need is not charged to the straightforward algorithm."""
     units = Units.prompts(batch.prompt_ids)
-    towards = entropy_coefficients(scorer.score(batch), batch.prompt_ids, units)
+    scores = scorer.score(batch)
+    towards = entropy_coefficients(scores, batch.prompt_ids, units, PositionSums.of(scores))
     factor = -units.count / batch.response_mask.sum().item()
     assert towards.entropies is not None
     x = TokenCoefficients(factor * towards.logprobs, factor * towards.entropies)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,9 +33,10 @@ from torch import Tensor
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores, load_checkpoint, two_batch
 from entropy_probe.demo.train import quiet_single_thread, train_demo
 from entropy_probe.estimators import realized
-from entropy_probe.estimators.baselines import position_baseline
-from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import per_decision, snis
+from entropy_probe.estimators.baselines import PositionSums, position_baseline
+from entropy_probe.estimators.first_order import entropy
+from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
+from entropy_probe.estimators.realized import change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.sampling import (
@@ -76,34 +78,53 @@ Estimator = Callable[[TokenScores, TokenScores, Units], Sampled]
 
 def weighted(mode: Any, kind: Any) -> Estimator:
     """Self-normalised importance sampling with the given weights and entropies."""
-    return lambda before, after, units: snis(
-        before, after, sequence_importance_weights(before, after, mode), units, "token", kind
-    )
-
-
-def no_baseline(values: Tensor, mask: Tensor, units: Units) -> Tensor:
-    return torch.zeros_like(values, dtype=torch.float64)
-
-
-def with_baseline(baseline: Callable[[Tensor, Tensor, Units], Tensor] | None) -> Estimator:
-    """The per-decision estimator with another baseline; ``None`` is the regression."""
 
     def estimate(before: TokenScores, after: TokenScores, units: Units) -> Sampled:
-        chosen = baseline or (lambda values, mask, units: regression_baseline(values, mask, units, before.entropies))
-        with mock.patch.object(realized, "position_baseline", chosen):
-            return per_decision(before, after, units)
+        weights = sequence_importance_weights(sequence_log_weights(before, after), mode)
+        return change(snis(after, weights.normalized, units, "token", kind), entropy(before, units, "token", kind))
 
     return estimate
 
 
-def regression_baseline(values: Tensor, mask: Tensor, units: Units, entropies: Tensor, folds: int = 5) -> Tensor:
+def exact_entropies(before: TokenScores, after: TokenScores, units: Units) -> Sampled:
+    """The per-decision estimator."""
+    return change(per_decision(before, after, units, PositionSums.of(before)), entropy(before, units))
+
+
+Baseline = Callable[[Tensor, Tensor, Units, Tensor, Tensor], Tensor]
+
+
+def no_baseline(values: Tensor, *_: Any) -> Tensor:
+    return torch.zeros_like(values, dtype=torch.float64)
+
+
+def with_baseline(baseline: Baseline | None) -> Estimator:
+    """The per-decision estimator with another baseline; ``None`` is the regression."""
+
+    def estimate(before: TokenScores, after: TokenScores, units: Units) -> Sampled:
+        chosen = baseline or partial(regression_baseline, before.entropies)
+        with mock.patch.object(realized, "position_baseline", chosen):
+            return exact_entropies(before, after, units)
+
+    return estimate
+
+
+def regression_baseline(
+    entropies: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    units: Units,
+    reaching: Tensor,
+    sums: Tensor,
+    folds: int = 5,
+) -> Tensor:
     """What ridge regression on prefix-measurable features predicts beyond the position mean, cross-fitted."""
     h = torch.where(mask, entropies.double(), 0.0)
     position = (mask.long().cumsum(1) - 1).clamp(min=0).double()
     total = h.cumsum(1)
     previous = torch.nn.functional.pad(h, (1, 0))[:, :-1]
     x = torch.stack([position, position**2, h, h**2, total, total / (position + 1), previous, h * position], -1)
-    mean = position_baseline(values, mask, units)
+    mean = position_baseline(values, mask, units, reaching, sums)
     residual = torch.where(mask, values.double() - mean, 0.0)
     out = mean.clone()
     for fold in range(folds):
@@ -118,7 +139,7 @@ def regression_baseline(values: Tensor, mask: Tensor, units: Units, entropies: T
 
 
 ESTIMATORS: dict[str, Estimator] = {
-    "per_decision": per_decision,
+    "per_decision": exact_entropies,
     "snis, exact entropies": weighted("snis", "rao_blackwell"),
     "snis, surprisal": weighted("snis", "surprisal"),
     "clip, surprisal": weighted("clip", "surprisal"),

@@ -12,8 +12,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "entropy_probe"
 # What each part may import from this package, besides itself.
 ALLOWED = {
     "types": {"sampling"},  # Rollouts.to_parquet, inside the method
-    "results": set(),
-    "checkpoint_results": {"results"},
+    "records": set(),
+    "attribution_results": {"records"},
+    "attribution_tables": set(),
+    "layer_names": set(),
+    "results": {"attribution_results", "records"},
+    "checkpoint_results": {"records", "results"},
     "named": set(),
     "moments": {"results"},
     "losses": {"types"},
@@ -25,7 +29,7 @@ ALLOWED = {
     "config": {"estimators", "losses"},
     "sampling": {"types", "named"},
     "checkpoints": {"checkpoint_results", "types", "results", "named", "moments"},
-    "report": {"checkpoint_results", "types", "results", "sweep_results"},
+    "report": {"attribution_results", "validation_results", "checkpoint_results", "types", "results", "sweep_results"},
     "demo": set(),
     "fingerprint": {"types"},
     "measurement": {"types", "results", "estimators", "config"},
@@ -38,12 +42,22 @@ ALLOWED = {
         "types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "measurement", "step",
         "session",
     },
-    "sweep_results": {"results"},
+    "attribution": {"types", "results", "attribution_results", "attribution_tables"},
+    "validation_results": {"records"},
+    "validation": {
+        "types", "attribution", "validation_results", "estimators", "updates", "step", "session", "two_batch",
+    },
+    "attributed_batch": {
+        "types", "results", "attribution", "attribution_results", "layer_names", "scoring", "estimators", "updates",
+        "step", "session", "two_batch",
+    },
+    "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch"},
     "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "session"},
     "probe": {
         "types", "results", "scoring", "updates", "fingerprint", "provenance", "config", "session", "two_batch",
-        "one_batch", "sweep", "sweep_results",
+        "one_batch", "attribution", "attributed_batch", "validation",
+        "validation_results", "sweep", "sweep_results",
     },
     "integrations": None,
     "cli": None,

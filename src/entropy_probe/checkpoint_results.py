@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from entropy_probe.results import OptimizerStateReport, Record
+from entropy_probe.records import Record
+from entropy_probe.results import OptimizerStateReport
 
 __all__ = ["CheckpointReport", "GroupReport", "MovementReport"]
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from entropy_probe.estimators.first_order import EntropyKind, Normalization
+from entropy_probe.estimators.baselines import EntropyKind
+from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.importance import ImportanceMode
 from entropy_probe.losses import LossType
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights
-from entropy_probe.estimators.realized import Change, per_decision, resampled, snis
+from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.estimators.first_order import entropy
+from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
+from entropy_probe.estimators.realized import Change, change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.results import Realized, Unit
 from entropy_probe.types import TokenScores
@@ -65,14 +67,14 @@ class Measurement:
             batch: which rollouts it was measured on.
             step_rounding: what rounding of the parameters adds to the step, relative to its length.
         """
-        change, status = self.change, "ok"
-        if change is None:
+        found, status = self.change, "ok"
+        if found is None:
             status = self.diagnosis
-        elif floor is not None and abs(change.value) <= floor:
+        elif floor is not None and abs(found.value) <= floor:
             status = "below_noise_floor"
         return Realized(
-            value=None if change is None else change.value,
-            standard_error=None if change is None else change.standard_error,
+            value=None if found is None else found.value,
+            standard_error=None if found is None else found.standard_error,
             num_units=units.count,
             unit=unit,
             status=status,
@@ -92,6 +94,7 @@ def measure_change(
     before: TokenScores,
     after: TokenScores,
     units: Units,
+    batch: PositionSums,
     config: ProbeConfig,
     resample: Callable[[], TokenScores] | None = None,
 ) -> Measurement:
@@ -101,33 +104,39 @@ def measure_change(
         before: scores before the step.
         after: scores after it.
         units: the sampling units.
+        batch: sums over the batch of scores before the step.
         config: the estimator, its options, and what to do when the weights are not trusted.
         resample: scores, after the step, of fresh responses to the same prompts; needed for that fallback only.
     """
+    log_weights = sequence_log_weights(before, after)
     weights = sequence_importance_weights(
-        before,
-        after,
+        log_weights,
         config.is_mode,
         log_weight_clamp=config.log_weight_clamp,
         weight_clip=config.weight_clip,
     )
     normalization, kind = config.normalization, config.entropy
-    diagnosis = "ok"
+    old, diagnosis = entropy(before, units, normalization, kind), "ok"
     if weights.heavy_tailed:
         diagnosis = "high_pareto_k"
     elif weights.ess_fraction < config.min_ess_fraction and config.is_mode != "psis":
         diagnosis = "low_ess"
     if diagnosis != "ok" and config.on_low_ess == "resample":
         assert resample is not None
-        return Measurement(resampled(before, resample(), units, normalization, kind), "resampled", diagnosis, weights)
+        fresh = entropy(resample(), units, normalization, kind)
+        return Measurement(change(fresh, old), "resampled", diagnosis, weights)
     if diagnosis != "ok" and config.on_low_ess == "psis" and weights.pareto_k is not None:
-        smoothed = sequence_importance_weights(before, after, "psis", log_weight_clamp=config.log_weight_clamp)
-        change = None if smoothed.heavy_tailed else snis(before, after, smoothed, units, normalization, kind)
-        return Measurement(change, "psis", "high_pareto_k" if change is None else diagnosis, weights)
-    if config.realized == "per_decision":
-        estimator = "per_decision"
-        change = per_decision(before, after, units, normalization) if diagnosis == "ok" else None
+        smoothed = sequence_importance_weights(log_weights, "psis", log_weight_clamp=config.log_weight_clamp)
+        if smoothed.heavy_tailed:
+            return Measurement(None, "psis", "high_pareto_k", weights)
+        new = snis(after, smoothed.normalized, units, normalization, kind)
+        return Measurement(change(new, old), "psis", diagnosis, weights)
+    estimator = "per_decision" if config.realized == "per_decision" else config.is_mode
+    if diagnosis != "ok":
+        return Measurement(None, estimator, diagnosis, weights)
+    if estimator == "per_decision":
+        # always exact entropies
+        new, old = per_decision(before, after, units, batch, normalization), entropy(before, units, normalization)
     else:
-        estimator = config.is_mode
-        change = snis(before, after, weights, units, normalization, kind) if diagnosis == "ok" else None
-    return Measurement(change, estimator, diagnosis, weights)
+        new = snis(after, weights.normalized, units, normalization, kind)
+    return Measurement(change(new, old), estimator, diagnosis, weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import cross_statistic
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.losses import loss_coefficients
@@ -57,9 +58,10 @@ class OneBatch(Session):
             relative = {name: s / rate for name, s in scale.items()}
             before = self.reference_scores(batch, "score batch")
             self.check_sampler(before, batch)
-            entropy = fo.entropy(before, self.prompts, config.normalization, config.entropy)
+            entropy = fo.entropy(before, self.prompts, config.normalization, config.entropy).ratio()
+            positions = PositionSums.of(before)
             towards = fo.entropy_coefficients(
-                before, batch.prompt_ids, self.units, config.normalization, config.entropy
+                before, batch.prompt_ids, self.units, positions, config.normalization, config.entropy
             )
             weights = fo.sequence_weights(before, config.normalization).sum().item()
             loss = loss_coefficients(batch, config.loss_type, config.max_completion_length)

@@ -5,11 +5,13 @@ Reading a result needs no model and no torch.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
+
+from entropy_probe.attribution_results import AttributionSummary
+from entropy_probe.records import Record, find_saved, read_record, write_atomically
 
 __all__ = [
     "CrossPrompt",
@@ -20,28 +22,13 @@ __all__ = [
     "Prediction",
     "ProbeResult",
     "Realized",
-    "Record",
     "SamplerMismatch",
-    "write_atomically",
 ]
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 
 Unit = Literal["nats/token", "nats/sequence"]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-class Record(BaseModel):
-    """Plain data: frozen, every key known, no number that is not finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Estimate(Record):
@@ -281,6 +268,7 @@ class ProbeResult(Record):
             evaluation units. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
             share their sampling noise.
         cross_prompt: the first-order change from the update batch alone; null unless asked for.
+        attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
         contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
             memory only.
         optimizer_state: what the optimizer's state covers.
@@ -299,6 +287,7 @@ class ProbeResult(Record):
     realized: Realized | None = None
     difference: Estimate | None = None
     cross_prompt: CrossPrompt | None = None
+    attribution: AttributionSummary | None = None
     contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
     optimizer_state: OptimizerStateReport
     preconditioner: PreconditionerReport | None = None
@@ -325,15 +314,5 @@ class ProbeResult(Record):
         Raises:
             ValueError: if the file is missing or is not a result of this schema.
         """
-        path = Path(directory)
-        path = path / RESULTS_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a saved result, found no such file; run `entropy-probe run` first")
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise ValueError(
-                f"{path}: not a result of schema {SCHEMA_VERSION}: {where}: {first['msg']}; probe the checkpoint again"
-            ) from error
+        path = find_saved(directory, RESULTS_FILE, "result", "run")
+        return read_record(cls, path, f"a result of schema {SCHEMA_VERSION}", "probe the checkpoint again")

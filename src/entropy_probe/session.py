@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators.importance import sampler_mismatch
+from entropy_probe.estimators.importance import sampler_gaps, sampler_mismatch
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.isolation import evaluating
@@ -128,7 +128,7 @@ class Session:
         """
         if rollouts.sampled_logprobs is None:
             return
-        found = sampler_mismatch(scores, rollouts.sampled_logprobs)
+        found = sampler_mismatch(sampler_gaps(scores, rollouts.sampled_logprobs), int(rollouts.response_mask.sum()))
         share = found.ess / len(rollouts)
         self.mismatch = SamplerMismatch(mean=found.mean, max=found.max, ess_fraction=share)
         if found.mean <= self.config.max_mismatch:

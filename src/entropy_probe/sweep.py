@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators import sweep as curves
-from entropy_probe.estimators.curvature import per_decision_derivatives
+from entropy_probe.estimators.curvature import per_decision_taylor
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.results import Prediction, ProbeResult
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
@@ -95,7 +95,7 @@ class LearningRateSweep(TwoBatch):
         }
         predicted = Prediction(**planned.model_dump() | scaled)
         try:
-            measured, rounding = self._measure(start.before, start.step, rate, f"score at {rate:.3g}")
+            measured, rounding = self._measure(start, rate, f"score at {rate:.3g}")
         except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
             return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
         at_rate = Sampled(factor * sampled.value, factor * sampled.influence)
@@ -124,7 +124,7 @@ class LearningRateSweep(TwoBatch):
             first, second = directional_derivatives(self.scorer, self.evaluation, self.parameters, direction, progress)
         config = self.config
         c = fo.entropy_coefficients(
-            before, self.evaluation.prompt_ids, self.units, config.normalization, config.entropy
+            before, self.evaluation.prompt_ids, self.units, start.positions, config.normalization, config.entropy
         )
         d = (c.logprobs * first.logprobs).sum(1)
         d = d if c.entropies is None else d + (c.entropies * first.entropies).sum(1)
@@ -136,7 +136,9 @@ class LearningRateSweep(TwoBatch):
                 f"{predicted.value:.6g} as in backward mode"
             )
             return None
-        return per_decision_derivatives(before, first, second, self.units, config.normalization)
+        return per_decision_taylor(
+            before, first, second, self.units, start.positions, config.normalization
+        ).derivatives()
 
 
 def assemble(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
-from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized, Record, write_atomically
+from entropy_probe.records import Record, find_saved, read_record, write_atomically
+from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
 
 SCHEMA_VERSION = 1
 SWEEP_FILE = "sweep.json"
-
-T = TypeVar("T", bound=BaseModel)
+REMEDY = "sweep again with --overwrite"
 
 
 class Fitted(Record):
@@ -71,7 +71,7 @@ class SweepPoint(Record):
         Raises:
             ValueError: if the file is not one.
         """
-        return _read(cls, path, "a point of a sweep")
+        return read_record(cls, path, "a point of a sweep", REMEDY)
 
 
 class QuadraticFit(Record):
@@ -179,17 +179,5 @@ class Sweep(Record):
         Raises:
             ValueError: if the file is missing or is not a sweep of this schema.
         """
-        path = Path(directory)
-        path = path / SWEEP_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a saved sweep, found no such file; run `entropy-probe sweep` first")
-        return _read(cls, path, f"a sweep of schema {SCHEMA_VERSION}")
-
-
-def _read(kind: type[T], path: Path, what: str) -> T:
-    try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(f"{path}: not {what}: {where}: {first['msg']}; sweep again with --overwrite") from error
+        path = find_saved(directory, SWEEP_FILE, "sweep", "sweep")
+        return read_record(cls, path, f"a sweep of schema {SCHEMA_VERSION}", REMEDY)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
 from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
@@ -39,6 +40,7 @@ class Start:
 
     Attributes:
         before: scores of the evaluation batch at the checkpoint.
+        positions: their sums by response position.
         entropy: H.
         step: the next step.
         predicted: the first-order change; ``None`` unless asked for.
@@ -46,6 +48,7 @@ class Start:
     """
 
     before: TokenScores
+    positions: PositionSums
     entropy: Sampled
     step: PlannedStep
     predicted: Sampled | None
@@ -76,7 +79,7 @@ class TwoBatch(Session):
         """The whole story."""
         with self.isolated():
             start = self._start(predict=predict)
-            fields = self._realized(start.before, start.step, start.entropy, start.predicted) if measure else {}
+            fields = self._realized(start) if measure else {}
         return self._finish(start, **fields)
 
     def _start(self, *, predict: bool) -> Start:
@@ -86,13 +89,14 @@ class TwoBatch(Session):
         self.scorer.prepare(self.update, self.evaluation)
         before = self.reference_scores(self.evaluation, "score evaluation")
         self.check_sampler(before, self.evaluation)
-        entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy)
+        positions = PositionSums.of(before)
+        entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy).ratio()
         taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)
         step = plan_step(self.parameters, self.optimizer, gradients.total, self.config, self.frozen_scale)
         if predict:
-            predicted, fields = self._first_order(before, gradients, step, taps=taps)
-        return Start(before, entropy, step, predicted, fields)
+            predicted, fields = self._first_order(before, positions, gradients, step, taps=taps)
+        return Start(before, positions, entropy, step, predicted, fields)
 
     def _finish(self, start: Start, **fields: Any) -> ProbeResult:
         """The result with these fields beside those of the prediction."""
@@ -146,12 +150,18 @@ class TwoBatch(Session):
         return found
 
     def _first_order(
-        self, before: TokenScores, gradients: UnitGradients, step: PlannedStep, *, taps: Taps | None
+        self,
+        before: TokenScores,
+        positions: PositionSums,
+        gradients: UnitGradients,
+        step: PlannedStep,
+        *,
+        taps: Taps | None,
     ) -> tuple[Sampled, dict[str, Any]]:
         """The prediction with its components, and the result fields that report it."""
         config, evaluation = self.config, self.evaluation
         surrogate = fo.entropy_coefficients(
-            before, evaluation.prompt_ids, self.units, config.normalization, config.entropy
+            before, evaluation.prompt_ids, self.units, positions, config.normalization, config.entropy
         )
         with self.clock.phase("evaluation gradient") as progress:
             side = Side(surrogate, directions=list(step.components.values()))
@@ -238,11 +248,9 @@ class TwoBatch(Session):
             side = Side(self._loss_coefficients(), directions=[direction])
             return self._differentiate(self.update, self.prompts, side, taps=taps, progress=progress).dots[0]
 
-    def _realized(
-        self, before: TokenScores, step: PlannedStep, entropy: Sampled, predicted: Sampled | None
-    ) -> dict[str, Any]:
+    def _realized(self, start: Start) -> dict[str, Any]:
         """Score the evaluation batch after the step, and the result fields that report the change."""
-        measured, rounding = self._measure(before, step, self.config.learning_rate, "score after step")
+        measured, rounding = self._measure(start, self.config.learning_rate, "score after step")
         if measured.note:
             self.messages.append(measured.note)
         if rounding > NOTABLE_ROUNDING:
@@ -251,18 +259,20 @@ class TwoBatch(Session):
                 "change is that of the rounded step, as it is in training; use dtype float64 or a larger learning rate "
                 "to compare it with the prediction"
             )
-        realized, difference = self._report(measured, rounding, self._noise_floor(before), predicted, entropy)
+        realized, difference = self._report(
+            measured, rounding, self._noise_floor(start.before), start.predicted, start.entropy
+        )
         return {"realized": realized} if difference is None else {"realized": realized, "difference": difference}
 
-    def _measure(
-        self, before: TokenScores, step: PlannedStep, learning_rate: float | None, phase: str
-    ) -> tuple[Measurement, float]:
+    def _measure(self, start: Start, learning_rate: float | None, phase: str) -> tuple[Measurement, float]:
         """The change after the step at the given rate (``None`` for each group's own), and the step's rounding."""
-        stepped, rounding = stepped_parameters(self.parameters, self.optimizer, step, self.config, learning_rate)
+        stepped, rounding = stepped_parameters(self.parameters, self.optimizer, start.step, self.config, learning_rate)
         with parameters_at(self.parameters, stepped):
             with self.clock.phase(phase) as progress:
                 after = self.scorer.score(self.evaluation, progress)
-            return measure_change(before, after, self.units, self.config, self._score_fresh), rounding
+            return measure_change(
+                start.before, after, self.units, start.positions, self.config, self._score_fresh
+            ), rounding
 
     def _report(
         self,
@@ -306,13 +316,15 @@ class TwoBatch(Session):
         count = len(self.evaluation)
         rows = torch.linspace(0, count - 1, min(count, NOISE_SEQUENCES)).long()
         few, units = self.evaluation.select(rows), Units.sequences(len(rows))
+        few_before = before.select(rows)
+        positions = PositionSums.of(few_before)
         plain = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse"})
         spurious = []
         with self.clock.phase("noise floor"):
             for draw in range(NOISE_DRAWS):
                 with parameters_at(self.parameters, self._rounded_differently(draw)):
                     again = self.scorer.score_again(few)
-                change = measure_change(before.select(rows), again, units, plain).change
+                change = measure_change(few_before, again, units, positions, plain).change
                 if change is None:
                     raise ValueError(
                         "noise floor: expected log-probabilities that rounding leaves alone, got a change that "

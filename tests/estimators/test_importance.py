@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from entropy_probe import ProbeConfig, TokenScores
+from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import noise_floor, per_decision, resampled, snis
+from entropy_probe.estimators.realized import change, noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import measure_change
+from tests.whole_batch import per_decision, snis
 
 
 def scores(total, entropies=None) -> TokenScores:
@@ -27,7 +30,7 @@ def pareto(k: float, n: int, seed: int = 0) -> torch.Tensor:
 
 def weights(log_weights, mode="snis", **options):
     log_weights = torch.as_tensor(log_weights, dtype=torch.float64)
-    return sequence_importance_weights(scores(torch.zeros(len(log_weights))), scores(log_weights), mode, **options)
+    return sequence_importance_weights(log_weights, mode, **options)
 
 
 def test_extreme_steps_stay_finite():
@@ -153,7 +156,7 @@ HEAVY = pareto(1.2, 2000)
 def test_the_path_that_produced_the_number_is_named(log_weights, settings, estimator, diagnosis, measured):
     before, after = batch(log_weights)
     units = Units.sequences(len(log_weights))
-    found = measure_change(before, after, units, ProbeConfig(**settings), lambda: after)
+    found = measure_change(before, after, units, PositionSums.of(before), ProbeConfig(**settings), lambda: after)
     assert (found.estimator, found.diagnosis, found.change is not None) == (estimator, diagnosis, measured)
     assert (found.note is None) == (diagnosis == "ok")
     record = found.report(units, "nats/token", None, "evaluation")
@@ -164,10 +167,10 @@ def test_the_path_that_produced_the_number_is_named(log_weights, settings, estim
         return
     expected = {
         "per_decision": lambda: per_decision(before, after, units),
-        "resampled": lambda: resampled(before, after, units),
+        "resampled": lambda: change(entropy(after, units), entropy(before, units)),
     }.get(
         estimator,
-        lambda: snis(before, after, sequence_importance_weights(before, after, estimator), units),
+        lambda: snis(before, after, estimator, units),
     )()
     assert record.value == expected.value
     assert record.standard_error == expected.standard_error
@@ -175,7 +178,7 @@ def test_the_path_that_produced_the_number_is_named(log_weights, settings, estim
 
 def test_few_sequences_are_refused_where_smoothing_has_no_tail_to_fit():
     before, after = batch(torch.tensor([0.0] * 9 + [6.0]))
-    found = measure_change(before, after, Units.sequences(10), ProbeConfig(on_low_ess="psis"))
+    found = measure_change(before, after, Units.sequences(10), PositionSums.of(before), ProbeConfig(on_low_ess="psis"))
     assert (found.change, found.diagnosis) == (None, "low_ess")
 
 
@@ -188,7 +191,7 @@ def test_noise_floor_separates_systematic_from_random_rounding():
     assert noise_floor(random, 400) == pytest.approx(2 * noise_floor(random, 1600))
     assert noise_floor([Sampled(10.0, influence), Sampled(-10.0, influence)], 10**9) == pytest.approx(20.0, rel=0.01)
     before, after = batch(torch.zeros(30))
-    found = measure_change(before, after, Units.sequences(30), ProbeConfig())
+    found = measure_change(before, after, Units.sequences(30), PositionSums.of(before), ProbeConfig())
     value = found.change.value
     assert found.report(Units.sequences(30), "nats/token", abs(value), "evaluation").status == "below_noise_floor"
     assert found.report(Units.sequences(30), "nats/token", abs(value) / 2, "evaluation").status == "ok"

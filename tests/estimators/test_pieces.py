@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from entropy_probe.estimators.baselines import leave_one_out_mean, position_baseline, strictly_after
+from entropy_probe import TokenScores
+from entropy_probe.estimators.baselines import PositionSums, leave_one_out_mean, position_baseline, strictly_after
 from entropy_probe.estimators.uncertainty import Units, ratio
 from entropy_probe.losses import LOSS_TYPES, token_weights
 from entropy_probe.moments import step_count, summarize_moments
@@ -18,10 +19,12 @@ def positions(row: int) -> list[int]:
 
 @pytest.mark.parametrize("unit", [[0, 1, 2, 3], [0, 0, 1, 1], [0, 1, 0, 1]])
 def test_position_baseline_leaves_the_whole_unit_out(unit):
-    got = position_baseline(VALUES, MASK, Units(torch.tensor(unit), max(unit) + 1))
+    units, whole = Units(torch.tensor(unit), max(unit) + 1), PositionSums.of(TokenScores(-VALUES, VALUES, MASK))
+    to_go = strictly_after(VALUES, MASK)
+    got = position_baseline(to_go, MASK, units, whole.reaching, whole.of_kind("rao_blackwell"))
     for i in range(4):
         for t, column in enumerate(positions(i)):
-            others = [VALUES[j, positions(j)[t]].item() for j in range(4)
+            others = [to_go[j, positions(j)[t]].item() for j in range(4)
                       if unit[j] != unit[i] and len(positions(j)) > t]  # fmt: skip
             assert got[i, column] == pytest.approx(sum(others) / len(others) if others else 0.0)
     assert (got[~MASK] == 0).all()
@@ -37,9 +40,9 @@ def test_strictly_after_skips_gaps_and_itself():
 
 def test_leave_one_out_mean_is_within_the_prompt_where_it_can_be():
     values, prompts = torch.tensor([1.0, 4.0, 7.0, 100.0]), torch.tensor([5, 5, 5, 9])
-    assert leave_one_out_mean(values, prompts).tolist() == [5.5, 4.0, 2.5, 4.0]
+    assert leave_one_out_mean(values, prompts, 112.0, 4).tolist() == [5.5, 4.0, 2.5, 4.0]
     with pytest.raises(ValueError, match="at least 2 sequences"):
-        leave_one_out_mean(torch.ones(1), torch.zeros(1, dtype=torch.long))
+        leave_one_out_mean(torch.ones(1), torch.zeros(1, dtype=torch.long), 1.0, 1)
 
 
 def test_ratio_is_the_mean_when_the_denominator_is_one():

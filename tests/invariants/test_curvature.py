@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from entropy_probe import TokenScores
-from entropy_probe.estimators.curvature import per_decision_derivatives
-from entropy_probe.estimators.realized import per_decision
 from entropy_probe.estimators.sweep import FIT_REACH, linear_range, quadratic
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import evaluating, parameters_at
@@ -18,6 +16,7 @@ from entropy_probe.scoring.forward import Scorer
 from tests.invariants.test_hf import policy, rollouts
 from tests.invariants.test_unbiased import Bound, Setting
 from tests.reference.enumeration import TEMPERATURE, Table, TinyPolicy
+from tests.whole_batch import derivatives, per_decision
 
 NORMALIZATIONS = ["token", "sequence"]
 
@@ -74,7 +73,7 @@ def fitted(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
     units = Units.sequences(len(rows))
     before = line.scores.select(rows)
     changes = [per_decision(before, after.select(rows), units, norm) for after in line.after]
-    slope, _ = per_decision_derivatives(before, line.first.select(rows), line.second.select(rows), units, norm)
+    slope, _ = derivatives(before, line.first.select(rows), line.second.select(rows), units, norm)
     values = torch.tensor([c.value for c in changes], dtype=torch.float64)
     everything = torch.ones(len(values), dtype=torch.bool)
     last = linear_range(slope.value * line.rates, slope.standard_error * line.rates, values, everything)
@@ -87,7 +86,7 @@ def fitted(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
 def direct(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
     """``a`` and ``b`` from one batch, by derivatives of the scores."""
     picked = (x.select(rows) for x in (line.scores, line.first, line.second))
-    slope, second = per_decision_derivatives(*picked, Units.sequences(len(rows)), norm)
+    slope, second = derivatives(*picked, Units.sequences(len(rows)), norm)
     return slope, Sampled(second.value / 2, second.influence / 2)
 
 
@@ -149,7 +148,7 @@ def test_derivatives_are_those_of_the_realized_change(line, norm, grouped):
     eta = 1e-4
     above, below, middle = change(eta), change(-eta), change(0.0)
     for got, expected in zip(
-        per_decision_derivatives(before, first, second, units, norm),
+        derivatives(before, first, second, units, norm),
         ((above - below) / (2 * eta), (above + below - 2 * middle) / eta**2),
         strict=True,
     ):

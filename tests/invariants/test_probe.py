@@ -7,11 +7,11 @@ import torch
 from torch.func import functional_call, jvp
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores, step
-from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
 from entropy_probe.updates.per_unit import UnitGradients
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
+from tests.whole_batch import coefficients
 
 TABLE = Table.build()
 
@@ -440,7 +440,7 @@ def test_surprisal_coefficients_equal_the_textbook_form():
     rows = torch.arange(0, 120, 4)
     picked = TokenScores(scores.logprobs.detach()[rows], scores.entropies.detach()[rows], scores.response_mask[rows])
     ids = torch.arange(len(rows))
-    c = entropy_coefficients(picked, ids, Units.sequences(len(rows)), "sequence", "surprisal")
+    c = coefficients(picked, ids, Units.sequences(len(rows)), "sequence", "surprisal")
     s = picked.sequence_logprobs
     expected = -(s - (s.sum() - s) / (len(s) - 1))
     torch.testing.assert_close(c.logprobs, expected[:, None] * picked.response_mask)

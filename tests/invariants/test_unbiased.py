@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from entropy_probe import TokenScores
-from entropy_probe.estimators.first_order import entropy, entropy_coefficients, first_order, sequence_weights
-from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import per_decision, snis
+from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from tests.reference.enumeration import Table, TinyPolicy
+from tests.whole_batch import coefficients, per_decision, snis
 
 STEP = 0.05
 
@@ -69,13 +68,12 @@ class Setting:
         before, after, slope = (s.select(rows) for s in (self.before, self.after, self.slope))
         units = Units.sequences(len(rows))
         if what == "H":
-            return entropy(before, units, norm, kind)
+            return entropy(before, units, norm, kind).ratio()
         if what in ("snis", "clip", "psis"):
-            weights = sequence_importance_weights(before, after, what)
-            return snis(before, after, weights, units, norm, kind)
+            return snis(before, after, what, units, norm, kind)
         if what == "per_decision":
             return per_decision(before, after, units, norm)
-        c = entropy_coefficients(before, self.table.rollouts.prompt_ids[rows], units, norm, kind)
+        c = coefficients(before, self.table.rollouts.prompt_ids[rows], units, norm, kind)
         d = (c.logprobs * slope.logprobs).sum(1)
         if c.entropies is not None:
             d = d + (c.entropies * slope.entropies).sum(1)
@@ -160,7 +158,7 @@ def test_same_prompt_groups_need_prompt_units(setting):
         groups = torch.arange(40).repeat_interleave(8)
         scores = setting.before.select(rows)
         for name, units in (("prompt", Units.prompts(groups)), ("sequence", Units.sequences(320))):
-            found = entropy(scores, units, "sequence")
+            found = entropy(scores, units, "sequence").ratio()
             covered[name] += abs(found.value - exact) <= 1.96 * found.standard_error
     assert 0.91 <= covered["prompt"] / 400 <= 0.98
     assert covered["sequence"] / 400 < 0.9
@@ -185,7 +183,7 @@ def test_per_decision_becomes_the_first_order_sequence_by_sequence(setting):
         ("token", Units.prompts(torch.arange(64) // 4)),
         ("sequence", Units.prompts(torch.arange(64) // 4)),
     ):
-        c = entropy_coefficients(before, table.rollouts.prompt_ids[rows], units, norm)
+        c = coefficients(before, table.rollouts.prompt_ids[rows], units, norm)
         d = (c.logprobs * slope[0][rows] + c.entropies * slope[1][rows]).sum(1)
         predicted = first_order(units.total(d), units.total(sequence_weights(before, norm)))
         each = predicted.value + predicted.influence
@@ -195,7 +193,7 @@ def test_per_decision_becomes_the_first_order_sequence_by_sequence(setting):
             after = TokenScores(s.detach(), h.detach(), table.rollouts.response_mask).select(rows)
             change = per_decision(before, after, units, norm)
             scaled = Sampled(eta * predicted.value, eta * predicted.influence)
-            gap = change.minus(scaled, entropy(before, units, norm))
+            gap = change.minus(scaled, entropy(before, units, norm).ratio())
             errors.append(((gap.value + gap.influence).abs() / (eta * each.abs().max())).max().item())
         assert errors[0] < 5e-2
         assert errors[1] < 0.15 * errors[0]

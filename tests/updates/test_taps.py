@@ -171,6 +171,28 @@ def test_lora_with_modules_to_save(saved, dtype, request):
     assert str(taps) == "taps"
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 base", "autocast"])
+def test_low_precision_around_adapters_in_float32(autocast):
+    """Rounding is no reason for a backward pass per unit."""
+    model, _ = tiny_policy(num_layers=2, hidden_size=32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    if not autocast:
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.bfloat16()
+    scorer, batch = Scorer(model, 1.0, 300), rollouts()
+    with evaluating(model, torch.bfloat16 if autocast else None):
+        scorer.prepare(batch)
+        taps = tappable(scorer, trained(model), batch)
+        assert isinstance(taps, Taps), taps
+        side = Side(coefficients(batch, 1), store=True)
+        fast, slow = (
+            unit_gradients(scorer, trained(model), batch, batch.prompt_ids, [side], taps=t)[0].stored
+            for t in (taps, None)
+        )
+    assert ((fast - slow).norm(dim=1) <= 2e-2 * slow.norm(dim=1)).all()
+
+
 def test_a_head_with_a_bias(exact_norms):
     model, _ = tiny_policy(num_layers=1, hidden_size=32)
     model.lm_head = nn.Linear(32, model.lm_head.out_features)

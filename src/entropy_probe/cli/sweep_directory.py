@@ -12,35 +12,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE
-from entropy_probe.results import write_atomically
+from entropy_probe.records import Record, read_record, write_atomically
+from entropy_probe.report.wording import REPORT_FILE
 from entropy_probe.sweep_results import SWEEP_FILE, Sweep, SweepPoint
 
 __all__ = ["Inputs", "SweepDirectory", "hash_directory", "hash_file", "load_sweeps", "open_index", "unfinished"]
 
 INPUTS_FILE, INDEX_FILE, POINTS = "inputs.json", "sweeps.json", "points"
-FIGURES = ("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg")
+SHOWN_FILES = ("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg", REPORT_FILE)
 Batch = Literal["update", "evaluation"]
+UNREADABLE = ("written by this version of entropy-probe", "choose another output_dir")
 ROLLOUT_FILES: dict[Batch, str] = {"update": UPDATE_FILE, "evaluation": EVALUATION_FILE}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Saved(Record):
     def save(self, path: Path) -> None:
         write_atomically(path, (self.model_dump_json(indent=2) + "\n").encode())
 
 
-class Recorded(_Record):
+class Recorded(_Saved):
     """A batch on disk: the SHA-256 of its file, and notes on how it was sampled."""
 
     sha256: str
     notes: tuple[str, ...] = ()
 
 
-class Inputs(_Record):
+class Inputs(_Saved):
     """What a sweep is computed from.
 
     Attributes:
@@ -72,7 +72,7 @@ class Inputs(_Record):
         return None if changed is None else f"another {changed}"
 
 
-class SweepIndex(_Record):
+class SweepIndex(_Saved):
     """``sweeps.json``: the checkpoints of a run that were swept, each in the subdirectory of its name."""
 
     schema_version: Literal[1] = 1
@@ -134,7 +134,7 @@ class SweepDirectory:
         if overwrite:
             self._clear()
             return inputs
-        saved = _read(Inputs, self.path / INPUTS_FILE)
+        saved = read_record(Inputs, self.path / INPUTS_FILE, *UNREADABLE)
         difference = saved.difference(inputs)
         if difference is not None:
             raise _refusal(self.path, f"holds a sweep of {difference}")
@@ -191,7 +191,7 @@ class SweepDirectory:
         (self.path / SWEEP_FILE).unlink(missing_ok=True)
         for file in (self.path / POINTS).glob("*.json"):
             file.unlink()
-        for name in (*FIGURES, *ROLLOUT_FILES.values(), CONFIG_FILE, INPUTS_FILE):
+        for name in (*SHOWN_FILES, *ROLLOUT_FILES.values(), CONFIG_FILE, INPUTS_FILE):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -209,7 +209,7 @@ def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> 
                 f"output_dir: expected a new or empty directory or earlier sweeps, {directory} holds files of "
                 "something else; choose another one"
             )
-        if _read(SweepIndex, file) != index and not overwrite:
+        if read_record(SweepIndex, file, *UNREADABLE) != index and not overwrite:
             raise _refusal(directory, "holds sweeps of other checkpoints")
     directory.mkdir(parents=True, exist_ok=True)
     index.save(file)
@@ -225,7 +225,7 @@ def load_sweeps(directory: Path) -> dict[str, Sweep]:
         return {"": Sweep.load(directory)}
     if not (directory / INDEX_FILE).is_file():
         return {}
-    names = _read(SweepIndex, directory / INDEX_FILE).checkpoints
+    names = read_record(SweepIndex, directory / INDEX_FILE, *UNREADABLE).checkpoints
     for name in names:
         if not (directory / name / SWEEP_FILE).is_file():
             raise ValueError(f"{directory / name}: the sweep is not finished; give the same command again to resume it")
@@ -248,14 +248,3 @@ def _occupied(directory: Path) -> bool:
 
 def _refusal(directory: Path, what: str) -> ValueError:
     return ValueError(f"output_dir: {directory} {what}; choose another one, or pass --overwrite to sweep again")
-
-
-def _read(kind: type[Any], path: Path) -> Any:
-    try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(
-            f"{path}: not written by this version of entropy-probe: {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']}; choose another output_dir"
-        ) from error

@@ -1,18 +1,65 @@
 """Baselines for score-function terms: means over the other units at the same response position.
 
 A baseline that does not depend on the sequence's own response changes no expectation. See ``docs/theory.md``,
-"Baselines".
+"Baselines". The other units enter through sums over the whole batch only (:class:`PositionSums`), so the functions here
+can be given any part of a batch that cuts no unit and no prompt.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.types import TokenScores
 
-__all__ = ["leave_one_out_mean", "position_baseline", "strictly_after"]
+__all__ = ["EntropyKind", "PositionSums", "leave_one_out_mean", "position_baseline", "strictly_after"]
+
+EntropyKind = Literal["rao_blackwell", "surprisal"]
+
+
+@dataclass(frozen=True, eq=False)
+class PositionSums:
+    """Sums over all sequences of a batch at each response position; those of its parts add up to those of the whole.
+
+    Positions count response tokens, so padding does not matter.
+
+    Attributes:
+        table: the number of sequences that reach the position, their entropies ``h`` there, and their surprisals
+            ``-s``, in nats, ``[3, P]``, float64.
+    """
+
+    table: Float[Tensor, "3 P"]
+
+    @classmethod
+    def of(cls, scores: TokenScores) -> PositionSums:
+        """The sums over some sequences; ``P`` is the padded length."""
+        mask = scores.response_mask
+        flat = torch.stack([mask[mask], scores.entropies[mask], -scores.logprobs[mask]]).double()
+        table = torch.zeros(3, mask.shape[1], dtype=torch.float64)
+        return cls(table.index_add_(1, _positions(mask), flat))
+
+    @property
+    def reaching(self) -> Float[Tensor, " P"]:
+        """Sequences that reach each position; all reach the first."""
+        return self.table[0]
+
+    def of_kind(self, kind: EntropyKind) -> Float[Tensor, " P"]:
+        """Sums of entropies or of surprisals."""
+        return self.table[1 if kind == "rao_blackwell" else 2]
+
+    def per_token(self, kind: EntropyKind) -> float:
+        """The batch's entropy per token, nats."""
+        return (self.of_kind(kind).sum() / self.reaching.sum()).item()
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """The position of every response token in its response, flat."""
+    return (mask.long().cumsum(1) - 1)[mask]
 
 
 def strictly_after(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
@@ -21,37 +68,57 @@ def strictly_after(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> F
     return torch.where(mask, masked.sum(1, keepdim=True) - masked.cumsum(1), 0.0)
 
 
-def position_baseline(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], units: Units) -> Float[Tensor, "N L"]:
-    """At the t-th response token the mean of ``values`` there over the sequences of the other units that reach t.
+def position_baseline(
+    to_go: Float[Tensor, "N L"],
+    mask: Bool[Tensor, "N L"],
+    units: Units,
+    reaching: Float[Tensor, " P"],
+    sums: Float[Tensor, " P"],
+) -> Float[Tensor, "N L"]:
+    """At the t-th response token the mean of ``to_go`` there over the sequences of the other units that reach t.
 
-    0 where no other unit reaches t. Positions count response tokens, so padding does not matter. Float64.
+    0 where no other unit reaches t. Float64.
+
+    Args:
+        to_go: sums over later tokens, of :func:`strictly_after`.
+        mask: response tokens.
+        units: of these sequences, all sequences of a unit among them.
+        reaching: sequences of the whole batch that reach each position.
+        sums: over the whole batch, at each position, what ``to_go`` adds up. Since a sequence that reaches a later
+            position reaches t as well, the sum of ``to_go`` at t is that of ``sums`` after t.
     """
-    position = (mask.long().cumsum(1) - 1)[mask]
-    unit = units.index[:, None].expand_as(mask)[mask]
-    flat = values.double()[mask]
-    length = int(position.max()) + 1
-    cell = unit * length + position
-    own_sum = torch.zeros(units.count * length, dtype=torch.float64).index_add_(0, cell, flat)
+    position, length = _positions(mask), len(reaching)
+    present, local = units.index.unique(return_inverse=True)
+    cell = local[:, None].expand_as(mask)[mask] * length + position
+    flat = to_go.double()[mask]
+    own_sum = torch.zeros(len(present) * length, dtype=torch.float64).index_add_(0, cell, flat)
     own_count = torch.zeros_like(own_sum).index_add_(0, cell, torch.ones_like(flat))
-    other_sum = own_sum.view(-1, length).sum(0)[position] - own_sum[cell]
-    other_count = own_count.view(-1, length).sum(0)[position] - own_count[cell]
+    other_sum = (sums.sum() - sums.cumsum(0))[position] - own_sum[cell]
+    other_count = reaching[position] - own_count[cell]
     out = torch.zeros(mask.shape, dtype=torch.float64)
     out[mask] = torch.where(other_count > 0, other_sum / other_count.clamp(min=1), 0.0)
     return out
 
 
-def leave_one_out_mean(values: Float[Tensor, " N"], prompt_ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+def leave_one_out_mean(
+    values: Float[Tensor, " N"], prompt_ids: Int[Tensor, " N"], batch_sum: float, batch_count: int
+) -> Float[Tensor, " N"]:
     """For each sequence the mean of the others of its prompt, or of the whole batch if its prompt has no other.
+
+    Args:
+        values: of these sequences.
+        prompt_ids: their prompts, all sequences of a prompt among them.
+        batch_sum: of the values over the whole batch.
+        batch_count: sequences of the whole batch.
 
     Raises:
         ValueError: for a batch of one sequence.
     """
-    n = values.numel()
-    if n < 2:
-        raise ValueError(f"leave-one-out baseline: expected at least 2 sequences, got {n}")
+    if batch_count < 2:
+        raise ValueError(f"leave-one-out baseline: expected at least 2 sequences, got {batch_count}")
     values = values.double()
     group = Units.prompts(prompt_ids)
     count = group.total(torch.ones_like(values))[group.index]
     within = (group.total(values)[group.index] - values) / (count - 1).clamp(min=1)
-    across = (values.sum() - values) / (n - 1)
+    across = (batch_sum - values) / (batch_count - 1)
     return torch.where(count > 1, within, across)

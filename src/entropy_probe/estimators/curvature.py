@@ -11,30 +11,52 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.estimators.baselines import position_baseline, strictly_after
+from entropy_probe.estimators.baselines import PositionSums, position_baseline, strictly_after
 from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
 from entropy_probe.types import TokenScores
 
-__all__ = ["per_decision_derivatives"]
+__all__ = ["TaylorSums", "per_decision_taylor"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Taylor:
-    """Value, first and second derivative of a sum over each unit, ``[U]`` each."""
+class TaylorSums:
+    """A ratio's numerator and denominator with two derivatives each, summed over each unit; parts of a batch add up.
 
-    value: Tensor
-    first: Tensor
-    second: Tensor
+    Attributes:
+        table: value, first and second derivative of numerator and of denominator, ``[2, 3, U]``, float64.
+    """
+
+    table: Float[Tensor, "2 3 U"]
+
+    def derivatives(self) -> tuple[Sampled, Sampled]:
+        """Slope and second derivative of the ratio, with each unit's influence.
+
+        ``r = sum a / sum b``: from ``a' = r' b + r b'`` and ``a'' = r'' b + 2 r' b' + r b''``, unit by unit.
+        """
+        (a, a1, a2), (b, b1, b2) = self.table
+        r = ratio(a, b)
+        mean = b.mean()
+        rest: Float[Tensor, " U"] = a1 - r.value * b1
+        slope = rest.sum() / b.sum()
+        slope_influence = (rest - slope * b - r.influence * b1.mean()) / mean
+        rest = a2 - 2 * slope * b1 - r.value * b2
+        second = rest.sum() / b.sum()
+        carried = 2 * slope_influence * b1.mean() + r.influence * b2.mean()
+        return (
+            Sampled(slope.item(), slope_influence),
+            Sampled(second.item(), (rest - second * b - carried) / mean),
+        )
 
 
-def per_decision_derivatives(
+def per_decision_taylor(
     scores: TokenScores,
     first: TokenScores,
     second: TokenScores,
     units: Units,
+    batch: PositionSums,
     normalization: Normalization = "token",
-) -> tuple[Sampled, Sampled]:
+) -> TaylorSums:
     """``d/d eta`` and ``d^2/d eta^2`` at 0 of the per-decision estimate of the change along a straight line.
 
     Where ``s_t(eta)``, ``h_t(eta)`` are the scores at ``theta + eta v``, a sequence's numerator is
@@ -49,14 +71,15 @@ def per_decision_derivatives(
     :func:`entropy_probe.estimators.realized.per_decision`, held fixed.
 
     Args:
-        scores: ``s``, ``h`` at 0, nats.
+        scores: ``s``, ``h`` at 0, nats, of all or some sequences of a batch, whole units.
         first: their first derivatives in ``eta``, 0 off the response.
         second: their second derivatives.
-        units: the sampling units.
+        units: their units.
+        batch: sums over the whole batch of scores at 0.
         normalization: per token or per sequence.
 
     Returns:
-        Slope and second derivative, in nats per unit of ``eta`` and per squared unit, with each unit's influence.
+        Sums in nats, per unit of ``eta`` and per squared unit.
     """
     mask = scores.response_mask
     s1, s2 = first.logprobs.double(), second.logprobs.double()
@@ -64,32 +87,17 @@ def per_decision_derivatives(
     weight2 = before1.square() + before2
     innovation2 = s2 + s1.square() + 2 * before1 * s1
 
-    def reweighted(h: Tensor, h1: Tensor, h2: Tensor) -> _Taylor:
-        baseline = position_baseline(strictly_after(h, mask), mask, units)
+    def reweighted(h: Tensor, sums: Tensor, h1: Tensor, h2: Tensor) -> Tensor:
+        baseline = position_baseline(strictly_after(h, mask), mask, units, batch.reaching, sums)
         by_token = (h, h1 + before1 * h - baseline * s1, h2 + 2 * before1 * h1 + weight2 * h - baseline * innovation2)
-        return _Taylor(*(units.total(torch.where(mask, x, 0.0).sum(1)) for x in by_token))
+        return torch.stack([units.total(torch.where(mask, x, 0.0).sum(1)) for x in by_token])
 
-    numerator = reweighted(scores.entropies.double(), first.entropies.double(), second.entropies.double())
-    zeros = torch.zeros_like(s1)
+    h = scores.entropies.double()
+    numerator = reweighted(h, batch.of_kind("rao_blackwell"), first.entropies.double(), second.entropies.double())
     if normalization == "token":
-        size = reweighted(mask.double(), zeros, zeros)
+        zeros = torch.zeros_like(s1)
+        size = reweighted(mask.double(), batch.reaching, zeros, zeros)
     else:
-        per_unit = units.total(torch.ones(len(mask), dtype=torch.float64))
-        size = _Taylor(per_unit, torch.zeros_like(per_unit), torch.zeros_like(per_unit))
-    return _derivatives_of_ratio(numerator, size)
-
-
-def _derivatives_of_ratio(a: _Taylor, b: _Taylor) -> tuple[Sampled, Sampled]:
-    """``r = sum a / sum b``: from ``a' = r' b + r b'`` and ``a'' = r'' b + 2 r' b' + r b''``, unit by unit."""
-    r = ratio(a.value, b.value)
-    mean = b.value.mean()
-    rest: Float[Tensor, " U"] = a.first - r.value * b.first
-    slope = rest.sum() / b.value.sum()
-    slope_influence = (rest - slope * b.value - r.influence * b.first.mean()) / mean
-    rest = a.second - 2 * slope * b.first - r.value * b.second
-    second = rest.sum() / b.value.sum()
-    carried = 2 * slope_influence * b.first.mean() + r.influence * b.second.mean()
-    return (
-        Sampled(slope.item(), slope_influence),
-        Sampled(second.item(), (rest - second * b.value - carried) / mean),
-    )
+        size = torch.zeros_like(numerator)
+        size[0] = units.total(torch.ones(len(mask), dtype=torch.float64))
+    return TaylorSums(torch.stack([numerator, size]))

@@ -11,22 +11,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_probe.estimators.baselines import leave_one_out_mean, position_baseline, strictly_after
-from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
+from entropy_probe.estimators.baselines import (
+    EntropyKind,
+    PositionSums,
+    leave_one_out_mean,
+    position_baseline,
+    strictly_after,
+)
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, ratio
 from entropy_probe.types import TokenCoefficients, TokenScores
 
 __all__ = [
-    "EntropyKind",
     "Normalization",
     "entropy",
     "entropy_coefficients",
     "first_order",
+    "sequence_entropies",
     "sequence_weights",
     "update_standard_error",
 ]
 
 Normalization = Literal["token", "sequence"]
-EntropyKind = Literal["rao_blackwell", "surprisal"]
 
 
 def sequence_weights(scores: TokenScores, normalization: Normalization) -> Float[Tensor, " N"]:
@@ -35,8 +40,8 @@ def sequence_weights(scores: TokenScores, normalization: Normalization) -> Float
     return lengths if normalization == "token" else torch.ones_like(lengths)
 
 
-def _sequence_entropies(scores: TokenScores, kind: EntropyKind) -> Tensor:
-    """``sum_t h_t`` or ``-S`` per sequence: two unbiased estimates of the same expectation."""
+def sequence_entropies(scores: TokenScores, kind: EntropyKind) -> Float[Tensor, " N"]:
+    """``sum_t h_t`` or ``-S`` per sequence, nats: two unbiased estimates of the same expectation."""
     return scores.entropies.double().sum(1) if kind == "rao_blackwell" else -scores.sequence_logprobs
 
 
@@ -45,16 +50,16 @@ def entropy(
     units: Units,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
-) -> Sampled:
+) -> UnitSums:
     """H in nats per token, ``E[sum_t h_t] / E[T]`` (a ratio of means), or per sequence, ``E[sum_t h_t]``."""
-    numerator = units.total(_sequence_entropies(scores, kind))
-    return ratio(numerator, units.total(sequence_weights(scores, normalization)))
+    return UnitSums.of(units, sequence_entropies(scores, kind), sequence_weights(scores, normalization))
 
 
 def entropy_coefficients(
     scores: TokenScores,
     prompt_ids: Int[Tensor, " N"],
     units: Units,
+    batch: PositionSums,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
 ) -> TokenCoefficients:
@@ -66,17 +71,26 @@ def entropy_coefficients(
     length under per-token normalisation. Coefficients are constants: differentiating them too gives another,
     wrong gradient (about twice the right one for surprisal).
 
+    Args:
+        scores: of all or some sequences of a batch, whole units and prompts.
+        prompt_ids: their prompts.
+        units: their units.
+        batch: sums over the whole batch.
+        normalization: per token or per sequence.
+        kind: how the entropy of a sequence is estimated.
+
     Returns:
         Float64 coefficients, 0 off the response.
     """
-    mask = scores.response_mask
-    per_token = entropy(scores, Units.sequences(len(mask)), "token", kind).value if normalization == "token" else 0.0
+    mask, reaching = scores.response_mask, batch.reaching
+    per_token = batch.per_token(kind) if normalization == "token" else 0.0
+    sums = batch.of_kind(kind) - per_token * reaching
     if kind == "surprisal":
         surprisal = -scores.sequence_logprobs - per_token * scores.response_lengths.double()
-        centred = surprisal - leave_one_out_mean(surprisal, prompt_ids)
-        return TokenCoefficients(centred[:, None] * mask, None)
+        others = leave_one_out_mean(surprisal, prompt_ids, sums.sum().item(), int(reaching[0]))
+        return TokenCoefficients((surprisal - others)[:, None] * mask, None)
     to_go = strictly_after(scores.entropies.double() - per_token, mask)
-    return TokenCoefficients(to_go - position_baseline(to_go, mask, units), mask.double())
+    return TokenCoefficients(to_go - position_baseline(to_go, mask, units, reaching, sums), mask.double())
 
 
 def first_order(contributions: Float[Tensor, " U"], weights: Float[Tensor, " U"]) -> Sampled:

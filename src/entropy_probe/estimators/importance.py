@@ -16,7 +16,15 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = ["ImportanceMode", "Mismatch", "SequenceWeights", "sampler_mismatch", "sequence_importance_weights"]
+__all__ = [
+    "ImportanceMode",
+    "Mismatch",
+    "SequenceWeights",
+    "sampler_gaps",
+    "sampler_mismatch",
+    "sequence_importance_weights",
+    "sequence_log_weights",
+]
 
 ImportanceMode = Literal["snis", "clip", "psis"]
 """Weights as they are, capped, or with their largest ones replaced by quantiles of a fitted Pareto tail."""
@@ -76,29 +84,43 @@ class Mismatch:
     ess: float
 
 
-def sampler_mismatch(scores: TokenScores, sampled_logprobs: Float[Tensor, "N L"]) -> Mismatch:
-    """Compare the sampler's own log-probabilities of its responses with the policy's.
-
-    Source: ``docs/theory.md``, "The sampler".
+def sampler_gaps(scores: TokenScores, sampled_logprobs: Float[Tensor, "N L"]) -> Float[Tensor, "3 N"]:
+    """``sum_t``, ``sum_t | |`` and ``max_t | |`` of ``log pi - log pi_sampler`` for each sequence, nats, float64.
 
     Args:
         scores: of the policy.
         sampled_logprobs: of the sampler, at the same temperature; ignored off the response.
     """
     gap = torch.where(scores.response_mask, scores.logprobs.double() - sampled_logprobs.double(), 0.0)
-    log_weights = gap.sum(1)
-    weights = (log_weights - log_weights.max()).exp()
     size = gap.abs()
+    return torch.stack([gap.sum(1), size.sum(1), size.amax(1)])
+
+
+def sampler_mismatch(gaps: Float[Tensor, "3 N"], num_tokens: int) -> Mismatch:
+    """Compare the sampler's own log-probabilities of its responses with the policy's.
+
+    Source: ``docs/theory.md``, "The sampler".
+
+    Args:
+        gaps: of every sequence, from :func:`sampler_gaps`.
+        num_tokens: response tokens of the batch.
+    """
+    log_weights, size, largest = gaps
+    weights = (log_weights - log_weights.max()).exp()
     return Mismatch(
-        (size.sum() / scores.response_mask.sum()).item(),
-        size.max().item(),
+        (size.sum() / num_tokens).item(),
+        largest.max().item(),
         (weights.sum().square() / weights.square().sum()).item(),
     )
 
 
+def sequence_log_weights(before: TokenScores, after: TokenScores) -> Float[Tensor, " N"]:
+    """``S+_i - S_i``, nats, float64: scores of the same responses at the new and at the old parameters."""
+    return after.sequence_logprobs - before.sequence_logprobs
+
+
 def sequence_importance_weights(
-    before: TokenScores,
-    after: TokenScores,
+    log_weights: Float[Tensor, " N"],
     mode: ImportanceMode = "snis",
     *,
     log_weight_clamp: float | None = None,
@@ -107,8 +129,7 @@ def sequence_importance_weights(
     """``w_i = exp(S+_i - S_i)`` divided by their mean, computed with the largest log-weight subtracted.
 
     Args:
-        before: scores at the old parameters, which the responses were sampled at.
-        after: scores of the same responses at the new parameters.
+        log_weights: ``S+_i - S_i`` of every sequence of the batch, from :func:`sequence_log_weights`.
         mode: ``snis`` leaves the weights as they are; ``clip`` caps them, which adds a bias and bounds the
             variance; ``psis`` replaces the largest ``min(N / 5, 3 sqrt N)`` by quantiles of a fitted Pareto tail,
             none above the largest weight.
@@ -118,7 +139,6 @@ def sequence_importance_weights(
     Raises:
         ValueError: if a log-weight is not finite, or for ``psis`` with fewer than 25 sequences.
     """
-    log_weights = after.sequence_logprobs - before.sequence_logprobs
     if not bool(torch.isfinite(log_weights).all()):
         raise ValueError(
             "importance weights: expected finite log-probabilities before and after the step, got non-finite ones; "

@@ -14,13 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.estimators.baselines import position_baseline, strictly_after
-from entropy_probe.estimators.first_order import EntropyKind, Normalization, entropy, sequence_weights
-from entropy_probe.estimators.importance import SequenceWeights
-from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
+from entropy_probe.estimators.baselines import EntropyKind, PositionSums, position_baseline, strictly_after
+from entropy_probe.estimators.first_order import Normalization, sequence_entropies, sequence_weights
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums
 from entropy_probe.types import TokenScores
 
-__all__ = ["Change", "noise_floor", "per_decision", "resampled", "snis"]
+__all__ = ["Change", "change", "noise_floor", "per_decision", "snis"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,64 +48,41 @@ class Change(Sampled):
         return Sampled(self.value - predicted.value, shared - predicted.influence)
 
 
-def _change(numerator: Tensor, size: Tensor, before: Sampled, old_size: Tensor) -> Change:
-    new = ratio(numerator, size)
-    paired = new - before
-    return Change(paired.value, paired.influence, (size.sum() / old_size.sum() - 1).item())
+def change(new: UnitSums, old: UnitSums) -> Change:
+    """The entropy after the step minus the one before it, both over the same units, whose influences are paired.
+
+    ``new`` may come from :func:`per_decision` or :func:`snis`, or be the entropy of fresh responses, sampled to the
+    same prompts at the new parameters. Those need no weights, so the step may be of any size, but share no responses
+    either: the noise of both batches stays, and only what their units have in common, the prompts, cancels.
+
+    Args:
+        new: entropies after the step, of every unit.
+        old: entropies before it, from :func:`~entropy_probe.estimators.first_order.entropy`.
+    """
+    paired = new.ratio() - old.ratio()
+    return Change(paired.value, paired.influence, (new.size.sum() / old.size.sum() - 1).item())
 
 
 def snis(
-    before: TokenScores,
     after: TokenScores,
-    weights: SequenceWeights,
+    weights: Float[Tensor, " N"],
     units: Units,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
-) -> Change:
-    """Self-normalised importance sampling: ``sum w (sum_t h+) / sum w b - H`` with ``b`` the tokens or 1.
+) -> UnitSums:
+    """Self-normalised importance sampling: ``sum w (sum_t h+) / sum w b`` with ``b`` the tokens or 1.
 
     Consistent, with a bias of order ``1 / N``; capped or smoothed weights add the bias of what they cut off.
-    Influences are paired: before and after on the same sequences.
 
     Args:
-        before: scores at the old parameters, which the responses were sampled at.
-        after: scores of the same responses at the new parameters.
-        weights: of each sequence.
-        units: the sampling units.
+        after: scores of the old responses at the new parameters.
+        weights: of each of these sequences, normalised over the batch.
+        units: their units.
         normalization: per token or per sequence.
         kind: ``sum_t h+`` or ``-S+`` as the entropy of a sequence.
     """
-    w = weights.normalized
-    size = sequence_weights(before, normalization)
-    per_sequence = after.entropies.double().sum(1) if kind == "rao_blackwell" else -after.sequence_logprobs
-    old = entropy(before, units, normalization, kind)
-    return _change(units.total(w * per_sequence), units.total(w * size), old, units.total(size))
-
-
-def resampled(
-    before: TokenScores,
-    fresh: TokenScores,
-    units: Units,
-    normalization: Normalization = "token",
-    kind: EntropyKind = "rao_blackwell",
-) -> Change:
-    """``H`` of fresh responses, sampled to the same prompts at the new parameters, minus ``H`` of the old ones.
-
-    No weights, so the step may be of any size, but also no shared responses: the noise of both batches stays. Only
-    what their units have in common, the prompts, cancels in the influences.
-
-    Args:
-        before: scores of the old responses at the old parameters.
-        fresh: scores of the new responses at the new parameters, in the same order of prompts.
-        units: the sampling units of both.
-        normalization: per token or per sequence.
-        kind: how the entropy of a sequence is estimated.
-    """
-    new = entropy(fresh, units, normalization, kind)
-    old = entropy(before, units, normalization, kind)
-    paired = new - old
-    sizes = (sequence_weights(scores, normalization).sum() for scores in (fresh, before))
-    return Change(paired.value, paired.influence, (next(sizes) / next(sizes) - 1).item())
+    w = weights.double()
+    return UnitSums.of(units, w * sequence_entropies(after, kind), w * sequence_weights(after, normalization))
 
 
 def noise_floor(spurious: Sequence[Sampled], num_sequences: int) -> float:
@@ -125,17 +101,28 @@ def noise_floor(spurious: Sequence[Sampled], num_sequences: int) -> float:
 
 
 def per_decision(
-    before: TokenScores, after: TokenScores, units: Units, normalization: Normalization = "token"
-) -> Change:
+    before: TokenScores,
+    after: TokenScores,
+    units: Units,
+    batch: PositionSums,
+    normalization: Normalization = "token",
+) -> UnitSums:
     """Per-decision importance sampling with position baselines; as the step shrinks it becomes the first order.
 
     Each entropy ``h+_it`` is weighted by the ratios of the tokens before it only. Per sequence::
 
-        sum_t [ w_<t h+_t - w_<t (rho_t - 1) b_t ] - sum_t h_t
+        sum_t [ w_<t h+_t - w_<t (rho_t - 1) b_t ]
 
     with ``rho_t = exp(s+_t - s_t)``, ``w_<t`` the product of earlier ratios and ``b_t`` the baseline of the entropy
     gradient at the old parameters. Per token, numerator and denominator (``h+ = 1``) are both estimated this way.
     Unbiased per sequence; a ratio, with a bias of order ``1 / N``, per token.
+
+    Args:
+        before: scores at the old parameters of all or some sequences of a batch, whole units.
+        after: of the same responses at the new parameters.
+        units: their units.
+        batch: sums over the whole batch of scores at the old parameters.
+        normalization: per token or per sequence.
 
     Raises:
         ValueError: if a product of ratios overflows.
@@ -150,16 +137,12 @@ def per_decision(
             "the reach of importance sampling, use a smaller learning rate"
         )
 
-    def reweighted(old: Tensor, new: Tensor) -> Float[Tensor, " N"]:
-        baseline = position_baseline(strictly_after(old, mask), mask, units)
+    def reweighted(old: Tensor, sums: Tensor, new: Tensor) -> Float[Tensor, " N"]:
+        baseline = position_baseline(strictly_after(old, mask), mask, units, batch.reaching, sums)
         return (earlier * new - innovation * baseline).sum(1)
 
-    numerator = reweighted(before.entropies, after.entropies.double())
+    numerator = reweighted(before.entropies, batch.of_kind("rao_blackwell"), after.entropies.double())
     if normalization == "sequence":
-        size = torch.ones_like(numerator)
-    else:
-        ones = mask.double()
-        size = reweighted(ones, ones)
-    old = entropy(before, units, normalization)
-    old_size = units.total(sequence_weights(before, normalization))
-    return _change(units.total(numerator), units.total(size), old, old_size)
+        return UnitSums.of(units, numerator, torch.ones_like(numerator))
+    ones = mask.double()
+    return UnitSums.of(units, numerator, reweighted(ones, batch.reaching, ones))

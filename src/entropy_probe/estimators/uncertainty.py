@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Sampled", "Units", "ratio"]
+__all__ = ["Sampled", "UnitSums", "Units", "ratio"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class Units:
 
     Attributes:
         index: the unit of each sequence, 0 to ``count - 1``, ``[N]``.
-        count: the number of units, ``U``.
+        count: the number of units, ``U``; those of the whole batch, also where ``index`` is that of a part of it.
     """
 
     index: Int[Tensor, " N"]
@@ -34,8 +34,12 @@ class Units:
         distinct, index = prompt_ids.unique(return_inverse=True)
         return cls(index, distinct.numel())
 
+    def select(self, rows: Tensor) -> Units:
+        """The units of the sequences at the given indices, numbered as before."""
+        return Units(self.index[rows], self.count)
+
     def total(self, values: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
-        """Sum over the sequences of each unit, in float64."""
+        """Sum over the sequences of each unit, in float64; 0 for units without any here, so that parts add up."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.index, values.double())
 
 
@@ -80,3 +84,28 @@ def ratio(numerator: Float[Tensor, " U"], denominator: Float[Tensor, " U"]) -> S
     if not bool(torch.isfinite(value)):
         raise ValueError(f"estimate: expected finite sums, got {a.sum().item()} / {b.sum().item()}")
     return Sampled(value.item(), (a - value * b) / b.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSums:
+    """Numerator and denominator of a ratio, summed over each unit; those of parts of a batch add up.
+
+    Attributes:
+        table: numerators and denominators, ``[2, U]``, float64.
+    """
+
+    table: Float[Tensor, "2 U"]
+
+    @classmethod
+    def of(cls, units: Units, numerator: Float[Tensor, " N"], size: Float[Tensor, " N"]) -> UnitSums:
+        """From what each sequence adds to the two."""
+        return cls(torch.stack([units.total(numerator), units.total(size)]))
+
+    @property
+    def size(self) -> Float[Tensor, " U"]:
+        """The denominators."""
+        return self.table[1]
+
+    def ratio(self) -> Sampled:
+        """The estimate; see :func:`ratio`."""
+        return ratio(self.table[0], self.table[1])

@@ -9,12 +9,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
+from entropy_probe.report.attribution_console import print_attribution
+from entropy_probe.report.numbers import format_estimate, format_number, format_percent
+from entropy_probe.report.tables import Tables, read_tables
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
+from entropy_probe.report.wording import ESTIMATORS, REPORT_FILE, column_exponent
 from entropy_probe.results import CrossPrompt, Estimate, Prediction, ProbeResult, Realized
 
-__all__ = ["print_result"]
+__all__ = ["print_files", "print_result"]
 
 STYLES: dict[VerdictKind, str] = {
     "agrees within error": "bold green",
@@ -26,13 +29,16 @@ STYLES: dict[VerdictKind, str] = {
 }
 
 
-def print_result(result: ProbeResult, console: Console, directory: Path | None = None) -> None:
-    """Print the table, the verdict, the diagnostics and where the files are.
+def print_result(
+    result: ProbeResult, console: Console, directory: Path | None = None, *, tables: Tables | None = None
+) -> None:
+    """Print the table, the verdict, the diagnostics, what the change comes from and where the files are.
 
     Args:
         result: what to show.
         console: where to print.
         directory: the run directory, whose files are listed; None when nothing was saved.
+        tables: the attribution's, in place of those in the directory.
 
     Raises:
         ValueError: if the result holds no change at all.
@@ -42,10 +48,19 @@ def print_result(result: ProbeResult, console: Console, directory: Path | None =
     for message in result.diagnostics.messages:
         console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
     console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
+    if result.attribution is not None:
+        tables = read_tables(directory) if tables is None and directory is not None else tables
+        print_attribution(result.attribution, console, tables and tables.prompts)
     if directory is not None:
-        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
-        # Not wrapped, so that a long path can be copied.
-        console.print(Text(printable(f" Saved in {directory}: {', '.join(names)}")), soft_wrap=True)
+        print_files(directory, console)
+
+
+def print_files(directory: Path, console: Console) -> None:
+    """Print what a directory holds, and which of it to open in a browser. Not wrapped, so that paths can be copied."""
+    names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    console.print(Text(printable(f" Saved in {directory}: {', '.join(names)}")), soft_wrap=True)
+    if REPORT_FILE in names:
+        console.print(Text(printable(f" Open in a browser: {directory / REPORT_FILE}")), soft_wrap=True)
 
 
 def _table(result: ProbeResult) -> Table:
@@ -60,7 +75,7 @@ def _table(result: ProbeResult) -> Table:
     if mismatch is not None:
         sizes = f"|Δ log π|, at most {format_number(mismatch.max, 2)}; ESS {format_percent(mismatch.ess_fraction)}"
         table.add_row("sampler", _signed(format_number(mismatch.mean, 2)), sizes)
-    exponent = _column_exponent(result)
+    exponent = column_exponent(result)
     if result.predicted is not None:
         _add_prediction(table, result, result.predicted, exponent)
     if result.cross_prompt is not None:
@@ -73,14 +88,6 @@ def _table(result: ProbeResult) -> Table:
 def _title(result: ProbeResult) -> str:
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(result.optimizer_state.learning_rates)))
     return f" Entropy change of the next step at learning rate {rates}"
-
-
-def _column_exponent(result: ProbeResult) -> int | None:
-    changes = [change for change in (result.predicted, result.realized and result.realized.estimate) if change]
-    numbers = [number for change in changes for number in (change.value, change.standard_error)]
-    if result.cross_prompt is not None:
-        numbers += [result.cross_prompt.delta_h1, result.cross_prompt.se_jackknife]
-    return common_exponent(*numbers)
 
 
 def _add_prediction(table: Table, result: ProbeResult, predicted: Prediction, exponent: int | None) -> None:
@@ -107,7 +114,7 @@ def _add_cross_prompt(table: Table, cross: CrossPrompt, exponent: int | None) ->
 
 def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponent: int | None) -> None:
     estimate = realized.estimate
-    how = _PATHS[realized.estimator]
+    how = ESTIMATORS[realized.estimator]
     if realized.batch == "update":
         how = "on the update batch: biased"
     table.add_row("realized ΔH", Text(_pair(estimate, exponent) if estimate else " refused", "bold"), how)
@@ -123,15 +130,6 @@ def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponen
         table.add_row("Pareto k", _signed(format_number(realized.pareto_k, 2)), allowed)
     if realized.noise_floor is not None:
         table.add_row("noise floor", _signed(format_number(realized.noise_floor, 2)), "of ΔH, by rounding")
-
-
-_PATHS = {
-    "per_decision": "per-decision importance weights",
-    "snis": "self-normalised importance weights",
-    "clip": "self-normalised weights, capped",
-    "psis": "Pareto-smoothed weights",
-    "resampled": "fresh responses after the step",
-}
 
 
 def _pair(estimate: Estimate, exponent: int | None = None) -> str:

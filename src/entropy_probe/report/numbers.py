@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 
-__all__ = ["common_exponent", "format_estimate", "format_number", "format_percent"]
+__all__ = ["common_exponent", "format_estimate", "format_number", "format_percent", "typeset"]
 
 PLAIN_EXPONENTS = range(-2, 5)
 MAX_DIGITS = 7
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SHARED_EXPONENT = re.compile(r"(-?[\d.]+)e([-+]?\d+) ± ([\d.]+)e\2(?!\d)")
+_EXPONENT = re.compile(r"(?<=[\d)])e([-+]?\d+)")
+_MINUS = re.compile(r"(?<![\w.])-(?=\d)")
 
 
 def format_number(value: float, digits: int = 3) -> str:
@@ -52,6 +57,13 @@ def format_percent(fraction: float) -> str:
     """A share as a percentage; 100% only where it is exactly that."""
     percent = 100 * fraction
     return f"{percent:.0f}%" if percent in (0, 100) else f"{min(percent, 99.9):.1f}%"
+
+
+def typeset(number: str) -> str:
+    """Formatted numbers, also within a sentence, as print has them: ``-1.4e-3 ± 0.1e-3`` is ``(−1.4 ± 0.1)×10⁻³``."""
+    shared = _SHARED_EXPONENT.sub(r"(\1 ± \3)e\2", number)
+    powers = _EXPONENT.sub(lambda match: "×10" + str(int(match[1])).translate(_SUPERSCRIPTS), shared)
+    return _MINUS.sub("−", powers)
 
 
 def _write(number: Decimal, exponent: int) -> str:

@@ -1,4 +1,4 @@
-"""Figures of sweeps, as the bytes of PNG and SVG files; the same sweep gives the same bytes."""
+"""Figures for papers, as the bytes of PNG and SVG files; the same result gives the same bytes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from entropy_probe.report.attribution import prompt_chart
+from entropy_probe.report.charts import COVERAGE_95, BarChart
+from entropy_probe.report.tables import Columns, Tables
+from entropy_probe.report.views import changes, waterfall
+from entropy_probe.results import ProbeResult
 from entropy_probe.sweep_results import Sweep, SweepPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["figure_files"]
+__all__ = ["figure_files", "result_figures"]
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; line styles and markers differ as well.
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 SEVERAL = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-COVERAGE_95 = 1.96
 SETTINGS: Any = {
     "svg.hashsalt": "entropy-probe",
     "font.size": 9,
@@ -44,10 +50,88 @@ def figure_files(sweeps: Mapping[str, Sweep]) -> dict[str, bytes]:
         else:
             name = "sweeps"
             _draw_several(figure, sweeps)
-        return {
-            f"{name}.png": _rendered(figure, "png", {"Software": None}),
-            f"{name}.svg": _rendered(figure, "svg", {"Date": None, "Creator": None}),
-        }
+        return _files(name, figure)
+
+
+def result_figures(result: ProbeResult, tables: Tables | None) -> dict[str, bytes]:
+    """The figures of a run by file name, as far as there is something to draw: see ``wording.RESULT_FIGURES``.
+
+    Args:
+        result: of the run.
+        tables: its attribution, if it has one.
+    """
+    from matplotlib import rc_context
+
+    unit = result.entropy.unit
+    charts = {"change": changes(result), "parts": waterfall(result)}
+    if tables is not None:
+        charts["prompts"] = prompt_chart(tables.prompts, unit)
+    found: dict[str, bytes] = {}
+    with rc_context(SETTINGS):
+        for name, chart in charts.items():
+            if chart is not None:
+                found |= _files(name, _bars(chart, unit))
+        if tables is not None:
+            found |= _files("layers", _layers(tables.layers, unit))
+    return found
+
+
+def _bars(chart: BarChart, unit: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    bars = [bar for bar, _ in chart.rows]
+    figure = Figure(figsize=(6.2, 0.9 + 0.3 * len(bars)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    for row, bar in enumerate(bars):
+        color = BLUE if bar.value > 0 else VERMILLION
+        if bar.look == "dot":
+            axes.plot(bar.end, row, "o", color=color, markersize=5)
+        else:
+            axes.barh(row, bar.value, 0.55, left=bar.start, color=color, alpha=0.5 if bar.look == "total" else 1)
+        if bar.error:
+            axes.errorbar(bar.end, row, xerr=COVERAGE_95 * bar.error, color="black", linewidth=1, capsize=2)
+        if bar.linked:
+            axes.plot([bar.start] * 2, [row - 1, row], ":", color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+    axes.invert_yaxis()
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+    axes.set_xlabel(f"entropy change ({unit})")
+    if any(bar.error for bar in bars):
+        axes.set_title("bars: ±1.96 standard errors", fontsize=8, loc="left")
+    return figure
+
+
+def _layers(layers: Columns, unit: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    names, modules = (list(dict.fromkeys(layers[column])) for column in ("layer", "module"))
+    grid = np.full((len(names), len(modules)), np.nan)
+    for name, module, total in zip(layers["layer"], layers["module"], layers["total"], strict=True):
+        grid[names.index(name), modules.index(module)] = total
+    size = (1.9 + 0.5 * len(modules), 1.3 + 0.22 * len(names))
+    figure = Figure(figsize=(max(4.5, size[0]), size[1]), dpi=150, layout="constrained")
+    axes, largest = figure.subplots(), float(np.nanmax(np.abs(grid))) or 1.0
+    drawn = axes.imshow(grid, cmap=_diverging(), vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(drawn, label=f"part of δH₁ ({unit})", format="%.1e")
+    return figure
+
+
+def _diverging() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("sign", [VERMILLION, "#F7F7F7", BLUE])
+
+
+def _files(name: str, figure: Figure) -> dict[str, bytes]:
+    return {
+        f"{name}.png": _rendered(figure, "png", {"Software": None}),
+        f"{name}.svg": _rendered(figure, "svg", {"Date": None, "Creator": None}),
+    }
 
 
 def _rendered(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:

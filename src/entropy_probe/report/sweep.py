@@ -10,11 +10,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from entropy_probe.report.console import print_files
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent
 from entropy_probe.report.text import printable
 from entropy_probe.sweep_results import Fitted, Sweep, SweepPoint
 
-__all__ = ["print_sweeps", "sweep_sentence"]
+__all__ = ["fit_rows", "point_row", "print_sweeps", "sweep_sentence"]
 
 NUM_SE = 2.0
 
@@ -35,9 +36,7 @@ def print_sweeps(sweeps: Mapping[str, Sweep], console: Console, directory: Path 
             for message in sweep.messages:
                 console.print(Padding(Text(printable(f"note: {name}: {message}"), style="yellow"), (0, 1)))
     if directory is not None:
-        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
-        # Not wrapped, so that a long path can be copied.
-        console.print(Text(printable(f" Saved in {directory}: {', '.join(names)}")), soft_wrap=True)
+        print_files(directory, console)
 
 
 def _print_sweep(sweep: Sweep, console: Console) -> None:
@@ -47,7 +46,7 @@ def _print_sweep(sweep: Sweep, console: Console) -> None:
     end = sweep.linear_range.learning_rate
     for point in sweep.points:
         linear = end is not None and point.learning_rate <= end
-        table.add_row(f"{point.learning_rate:.3g}", *_row(point), style="" if linear else "dim")
+        table.add_row(f"{point.learning_rate:.3g}", *point_row(point), style="" if linear else "dim")
     console.print(table)
     console.print(_fits(sweep))
     for message in (*sweep.prediction.diagnostics.messages, *sweep.messages):
@@ -55,7 +54,8 @@ def _print_sweep(sweep: Sweep, console: Console) -> None:
     console.print(Padding(Text(sweep_sentence(sweep)), 1))
 
 
-def _row(point: SweepPoint) -> tuple[str, str, str, str]:
+def point_row(point: SweepPoint) -> tuple[str, str, str, str]:
+    """A point's measured change, prediction, ratio and effective sample size, as written."""
     predicted = _pair(point.predicted.value, point.predicted.standard_error)
     if point.realized is None:
         return " failed", predicted, "", ""
@@ -76,19 +76,26 @@ def _fits(sweep: Sweep) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("", style="dim")
+    for label, fitted, note in fit_rows(sweep):
+        table.add_row(label, _fitted(fitted), note)
+    return table
+
+
+def fit_rows(sweep: Sweep) -> list[tuple[str, Fitted, str]]:
+    """What was fitted to the points: name, number, and what it is."""
+    rows = []
     if sweep.power_law is not None:
-        slope = _pair(sweep.power_law.slope.value, sweep.power_law.slope.standard_error)
-        table.add_row("log-log slope", slope, f"R² {sweep.power_law.r_squared:.5f}; 1 is linear")
+        rows.append(("log-log slope", sweep.power_law.slope, f"R² {sweep.power_law.r_squared:.5f}; 1 is linear"))
     if sweep.fit is not None:
         reach = f"{len(sweep.fit.learning_rates)} rates up to {sweep.fit.learning_rates[-1]:.3g}"
-        table.add_row("slope at 0", _fitted(sweep.fit.linear), f"per unit of η; fit of {reach}")
+        rows.append(("slope at 0", sweep.fit.linear, f"per unit of η; fit of {reach}"))
         assert sweep.curvature.from_fit is not None
-        table.add_row("curvature, fit", _fitted(sweep.curvature.from_fit), "per squared unit of η")
+        rows.append(("curvature, fit", sweep.curvature.from_fit, "per squared unit of η"))
     if sweep.curvature.direct is not None:
-        table.add_row("curvature, direct", _fitted(sweep.curvature.direct), "by forward-mode differentiation")
+        rows.append(("curvature, direct", sweep.curvature.direct, "by forward-mode differentiation"))
     if sweep.learning_rate_star is not None:
-        table.add_row("star rate", _fitted(sweep.learning_rate_star), "where both parts of the fit cancel")
-    return table
+        rows.append(("star rate", sweep.learning_rate_star, "where both parts of the fit cancel"))
+    return rows
 
 
 def sweep_sentence(sweep: Sweep) -> str:

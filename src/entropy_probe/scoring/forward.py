@@ -13,8 +13,9 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
-from entropy_probe.scoring.logits import OutputHead, head_scores, head_surrogate, logit_scores
+from entropy_probe.scoring.logits import OutputHead, head_scores, head_slopes, head_surrogate, logit_scores
 from entropy_probe.scoring.packing import Microbatch, bounded_groups, pack, pack_shared, shared_prompts, shared_rows
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 
@@ -332,6 +333,16 @@ class Scorer:
         logits = ((torch.nn.functional.linear(hidden, head.weight, head.bias), targets) for hidden, targets in chunks)
         s, h = zip(*(logit_scores(z, targets, self.temperature) for z, targets in logits), strict=True)
         return torch.cat(s), torch.cat(h)
+
+    def token_slopes(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`token_scores` without a graph, and derivatives of the log-probabilities, ``[T]`` each.
+
+        To be called inside a level of forward mode, in which the model's parameters carry the tangents.
+        """
+        if self._split is not None:
+            return head_slopes(self._head(), self._hidden(batch), batch.targets)
+        (s, slopes), (h, _) = map(unpack_dual, self.token_scores(batch))
+        return s, h, torch.zeros_like(s) if slopes is None else slopes
 
     def surrogates(
         self,

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-__all__ = ["OutputHead", "head_scores", "head_surrogate", "logit_scores"]
+__all__ = ["OutputHead", "head_scores", "head_slopes", "head_surrogate", "logit_scores"]
 
 # Below the largest logit by this much the probability is exactly 0 in float64, and 0 * floor is 0 where 0 * inf is not.
 _FLOOR = -1e4
-_CHUNK_ELEMENTS = 2**22
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_OFF_CPU = 2**22, 2**26
+"""A chunk of logits that stays in a processor's cache; and one with enough tokens to keep an accelerator busy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +38,9 @@ class OutputHead:
     temperature: float
 
     def chunk_tokens(self) -> int:
-        """Tokens per chunk, so that one chunk of logits stays around 16 MiB in float32 (at least 64 tokens)."""
-        return max(64, _CHUNK_ELEMENTS // self.weight.shape[0])
+        """Tokens per chunk: logits of around 16 MiB in float32, 256 MiB off the CPU (at least 64 tokens)."""
+        elements = _CHUNK_ELEMENTS if self.weight.device.type == "cpu" else _CHUNK_ELEMENTS_OFF_CPU
+        return max(64, elements // self.weight.shape[0])
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         """Tempered logits in at least float32, as a new tensor."""
@@ -92,6 +95,37 @@ def head_scores(
     chunks = [(c.logprobs, c.entropies) for c in _chunks(head, hidden, targets)]
     logprobs, entropies = zip(*chunks, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+@torch.no_grad()
+def head_slopes(
+    head: OutputHead, hidden: Float[Tensor, "T D"], targets: Int[Tensor, " T"]
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], Float[Tensor, " T"]]:
+    """Log-probabilities, entropies, and derivatives of the former along the tangents, inside a level of forward mode.
+
+    ``d s / d z = onehot - p``, so with ``d z`` the tangent of the logits the derivative of ``s`` is
+    ``d z_target - sum_v p_v d z_v``.
+
+    Args:
+        head: the output layer; its parameters carry tangents where they are moved.
+        hidden: final hidden states at the positions that predict the targets, with their tangent.
+        targets: token ids.
+    """
+    (h, d_h), (weight, d_weight) = unpack_dual(hidden), unpack_dual(head.weight)
+    bias, d_bias = (None, None) if head.bias is None else unpack_dual(head.bias)
+    found = []
+    for chunk in _chunks(OutputHead(weight, bias, head.temperature), h, targets):
+        rows = chunk.rows
+        d_z = torch.zeros((), dtype=h.dtype, device=h.device) if d_bias is None else d_bias
+        if d_h is not None:
+            d_z = d_z + torch.nn.functional.linear(d_h[rows], weight)
+        if d_weight is not None:
+            d_z = d_z + torch.nn.functional.linear(h[rows], d_weight)
+        d_z = d_z.to(chunk.e.dtype).expand_as(chunk.e) / head.temperature
+        at_target = d_z.gather(-1, targets[rows, None])[:, 0]
+        found.append((chunk.logprobs, chunk.entropies, at_target - torch.linalg.vecdot(chunk.e, d_z) / chunk.total))
+    logprobs, entropies, slopes = (torch.cat(column) for column in zip(*found, strict=True))
+    return logprobs, entropies, slopes
 
 
 class _HeadSurrogate(torch.autograd.Function):

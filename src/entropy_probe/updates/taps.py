@@ -225,7 +225,7 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
             failed = dict.fromkeys(layers[error.layer].values(), why)
             to_blame = {error.layer}
         else:
-            failed = dict.fromkeys(_wrong(parameters, actual, expected), "also acts outside its layer")
+            failed = dict.fromkeys(_wrong(scorer, parameters, actual, expected), "also acts outside its layer")
             to_blame = {layer for layer, names in layers.items() if failed.keys() & names.values()}
         if not failed:
             return taps
@@ -235,7 +235,8 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
         rules.update(dict.fromkeys(formulas, call_again))
 
 
-_WEIGHTS = torch.tensor([1.0, -0.6], dtype=torch.float64)
+_WEIGHTS = torch.tensor([1.0, -0.5], dtype=torch.float64)
+"""Powers of two, by which a backward pass in low precision scales its gradients without rounding."""
 
 
 def _ones(few: Rollouts) -> TokenCoefficients:
@@ -273,14 +274,18 @@ def _sum(vectors: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return total
 
 
-def _wrong(parameters: Mapping[str, Parameter], actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list:
-    """Parameters whose two gradients differ by more than rounding explains."""
+def _wrong(
+    scorer: Scorer, parameters: Mapping[str, Parameter], actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> list[str]:
+    """Parameters whose two gradients differ by more than rounding explains, that of autocast included."""
+    device = scorer.device.type
+    least = tolerance(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else 0.0
     largest = max((float(g.norm()) for g in expected.values()), default=0.0)
     wrong = []
     for name, p in parameters.items():
         a, b = actual.get(name), expected.get(name)
         a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
-        slack = tolerance(p.dtype)
+        slack = max(least, tolerance(p.dtype))
         # gradients that vanish but for rounding agree to no digit
         if not bool((a - b).norm() <= slack * max(float(b.norm()), 1e-4 * largest)):
             wrong.append(name)

@@ -1,0 +1,222 @@
+"""Which tokens, prompts and layers the first-order change comes from.
+
+The story of two batches up to the prediction; then one pass over the update batch along the entropy gradient gives
+every token's contribution, and the step's inner products with it, parameter by parameter, those of the layers.
+Formulas: ``docs/theory.md``, "Attribution".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_probe.attribution import Attribution, LayerShare
+from entropy_probe.attribution_results import AttributionSummary
+from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.layer_names import layer_and_module
+from entropy_probe.scoring.precision import precisions
+from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
+from entropy_probe.session import Subject
+from entropy_probe.step import PlannedStep, scaled
+from entropy_probe.two_batch import Start, TwoBatch
+from entropy_probe.types import Rollouts, TokenCoefficients
+from entropy_probe.updates.per_unit import Side, UnitGradients
+from entropy_probe.updates.shadow import optimizer_name
+from entropy_probe.updates.taps import Taps
+
+__all__ = ["AttributedBatch"]
+
+PARTS = ("gradient", "momentum", "weight_decay")
+SUM_TOLERANCE = 1e-6
+"""Of the sum of absolute terms; float32 rounding, which averages out over many terms."""
+TRIAL_TOLERANCE = 1e-4
+"""Of the same within one sequence or prompt, where it averages out less. A wrong derivative is off by percents."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """What the prediction was made of: its two sides' gradients, and the inner products by update prompt."""
+
+    update: UnitGradients
+    entropy: UnitGradients
+    total_weight: float
+    taps: Taps | None
+    by_prompt: Tensor
+
+
+class AttributedBatch(TwoBatch):
+    """One probe of an update and an evaluation batch, with the prediction divided over its sources."""
+
+    def __init__(self, subject: Subject, update: Rollouts, evaluation: Rollouts, folds: int | None = None) -> None:
+        super().__init__(subject, update, evaluation)
+        if not self.closed_form:
+            raise ValueError(
+                "attribution: expected torch.optim.AdamW or Adam, whose step divides over gradient, momentum and "
+                f"tokens, got {optimizer_name(self.optimizer)}; leave attribution out, or set geometry: frozen with "
+                "identity_if_coverage_below"
+            )
+        if folds is not None and not 2 <= folds <= self.units.count:
+            raise ValueError(
+                f"attribution_folds: expected 2 to {self.units.count}, the number of evaluation units, got {folds}"
+            )
+        self.folds = folds
+        self._gradients: _Gradients | None = None
+
+    def attribution(self, *, measure: bool) -> Attribution:
+        """The whole story; ``measure`` adds the realized change."""
+        with self.isolated():
+            start = self._start(predict=True)
+            began = time.perf_counter()
+            slopes, tokens = self._tokens(start.step)
+            layers = self._layers(start.step)
+            errors = None if self.folds is None else self._fold_errors(start, self.folds)
+            seconds = time.perf_counter() - began
+            realized = self._realized(start) if measure else {}
+        update = self.update
+        covariances = covariance_terms(update.token_advantages, slopes.scores.logprobs, update.response_mask)
+        parts = {name: start.fields["components"][name].value for name in start.step.components}
+        _check_sum("tokens", tokens, parts["gradient"], self._sum_tolerance)
+        for part, value in parts.items():
+            terms = torch.tensor([getattr(layer, part) for layer in layers], dtype=torch.float64)
+            _check_sum(f"layers ({part})", terms, value, self._sum_tolerance)
+        summary = self._summary(slopes.method, tokens, covariances, parts, seconds)
+        result = self._finish(start, attribution=summary, **realized)
+        prompts = self.prompts.total(tokens.sum(1))
+        return Attribution(result, update, slopes.scores, tokens, covariances, prompts, errors, layers)
+
+    def _by_update_prompt(
+        self,
+        gradients: UnitGradients,
+        entropy_side: UnitGradients,
+        total_weight: float,
+        step: PlannedStep,
+        gradient_scale: dict[str, Tensor],
+        *,
+        taps: Taps | None,
+    ) -> Tensor:
+        """As for the prediction; both sides' gradients are kept, since the attribution goes on from here."""
+        by_prompt = super()._by_update_prompt(gradients, entropy_side, total_weight, step, gradient_scale, taps=taps)
+        self._gradients = _Gradients(gradients, entropy_side, total_weight, taps, by_prompt)
+        return by_prompt
+
+    @property
+    def _rounding(self) -> float:
+        """The relative spacing of numbers in the coarsest precision that the policy computes in."""
+        dtypes = {dtype for _, dtype in precisions(self.subject.model)}
+        if self.config.autocast == "bfloat16":
+            dtypes.add(torch.bfloat16)
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    @property
+    def _sum_tolerance(self) -> float:
+        return max(SUM_TOLERANCE, 8 * self._rounding)
+
+    def _tokens(self, step: PlannedStep) -> tuple[TokenSlopes, Tensor]:
+        """Slopes of the update batch's log-probabilities along the entropy gradient, and tokens' contributions."""
+        found, scale = self._gradients, step.gradient_scale
+        assert found is not None
+        assert scale is not None
+        direction = scaled(found.entropy.total, scale, -step.gradient.factor / found.total_weight)
+        trial = max(TRIAL_TOLERANCE, 8 * self._rounding)
+        with self.clock.phase("attribution") as progress:
+            slopes = token_slopes(self.scorer, self.update, self.parameters, direction, trial, progress)
+        # adding 0 turns the -0 of a token without an advantage into 0
+        tokens = self._loss_coefficients().logprobs.double() * slopes.slopes.double() + 0.0
+        return slopes, _reconciled(tokens, self.prompts, found.by_prompt, trial)
+
+    def _layers(self, step: PlannedStep) -> tuple[LayerShare, ...]:
+        """Inner products of the entropy gradient with each part of the step, by layer and module."""
+        found = self._gradients
+        assert found is not None
+        sums: dict[tuple[str, str], list[float]] = {}
+        for name, p in self.parameters.items():
+            row = sums.setdefault(layer_and_module(name), [0.0] * (1 + len(PARTS)))
+            row[0] += p.numel()
+            entropy = found.entropy.total[name]
+            if entropy is None:
+                continue
+            x = entropy.reshape(-1).double() / found.total_weight
+            for k, part in enumerate(PARTS, start=1):
+                if part in step.components:
+                    row[k] += torch.dot(x, step.components[part][name].reshape(-1).double()).item()
+        return tuple(LayerShare(*key, int(count), *parts) for key, (count, *parts) in sums.items())
+
+    def _fold_errors(self, start: Start, folds: int) -> Tensor:
+        """Standard errors of the prompts' contributions, from the entropy gradient of one fold at a time."""
+        found, config, batch = self._gradients, self.config, self.evaluation
+        assert found is not None
+        assert start.step.gradient_scale is not None
+        surrogate = fo.entropy_coefficients(
+            start.before, batch.prompt_ids, self.units, start.positions, config.normalization, config.entropy
+        )
+        weights = Units(self.units.index % folds, folds).total(fo.sequence_weights(start.before, config.normalization))
+        numerators = []
+        for fold in range(folds):
+            rows = (self.units.index % folds == fold).nonzero()[:, 0]
+            entropies = None if surrogate.entropies is None else surrogate.entropies[rows]
+            side = Side(TokenCoefficients(surrogate.logprobs[rows], entropies))
+            with self.clock.phase("attribution folds") as progress:
+                part = self._differentiate(
+                    batch.select(rows), Units.sequences(len(rows)), side, taps=None, progress=progress
+                )
+            numerators.append(
+                super()._by_update_prompt(
+                    found.update, part, 1.0, start.step, start.step.gradient_scale, taps=found.taps
+                )
+            )
+        return fold_errors(torch.stack(numerators), weights)
+
+    def _summary(
+        self, method: str, tokens: Tensor, covariances: Tensor, parts: Mapping[str, float], seconds: float
+    ) -> AttributionSummary:
+        mask, advantages = self.update.response_mask, self.update.token_advantages
+        return AttributionSummary(
+            unit=self.unit,
+            method=method,
+            num_tokens=int(mask.sum()),
+            **{part: parts.get(part, 0.0) for part in PARTS},
+            positive_advantages=tokens[advantages > 0].sum().item(),
+            negative_advantages=tokens[advantages < 0].sum().item(),
+            rank_correlation_with_covariance=rank_correlation(tokens[mask], covariances[mask]),
+            folds=self.folds,
+            seconds=seconds,
+        )
+
+
+def _reconciled(tokens: Tensor, prompts: Units, by_prompt: Tensor, tolerance: float) -> Tensor:
+    """Tokens that sum to what backward passes say of each prompt, once it is sure that only rounding is in between.
+
+    The rest is spread over the prompt's tokens in proportion to their size, below each one's own rounding.
+
+    Args:
+        tokens: contributions by forward mode, ``[N, L]``.
+        prompts: the prompt of each sequence.
+        by_prompt: each prompt's contribution by backward passes, ``[B]``.
+        tolerance: what rounding may do, relative to the sum of a prompt's absolute contributions.
+    """
+    sums, sizes = prompts.total(tokens.sum(1)), prompts.total(tokens.abs().sum(1))
+    rest = by_prompt - sums
+    allowed = tolerance * (sizes + sizes.mean())
+    if bool((rest.abs() > allowed).any()):
+        worst = int((rest.abs() - allowed).argmax())
+        raise RuntimeError(
+            f"attribution: prompt {worst} (by increasing id) contributes {sums[worst]:.6g} summed over tokens but "
+            f"{by_prompt[worst]:.6g} by backward passes; please report this"
+        )
+    share = torch.where(sizes > 0, rest / sizes.clamp(min=torch.finfo(sizes.dtype).tiny), 0.0)
+    return tokens + tokens.abs() * share[prompts.index, None]
+
+
+def _check_sum(what: str, terms: Tensor, total: float, tolerance: float) -> None:
+    """The terms must sum to a part of the prediction, up to rounding of the sum of their absolute values."""
+    error = abs(terms.sum().item() - total)
+    if error > tolerance * terms.abs().sum().item() + 1e-15:
+        raise RuntimeError(
+            f"attribution: {what} sum to {terms.sum().item():.9g}, not to {total:.9g} as predicted; please report this"
+        )

@@ -1,0 +1,75 @@
+"""What single tokens, prompts and folds add to the first-order change, and what that is compared with.
+
+Formulas: ``docs/theory.md``, "Attribution".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from entropy_probe.estimators.uncertainty import ratio
+
+__all__ = ["covariance_terms", "fold_errors", "rank_correlation", "rank_correlation_interval"]
+
+
+def covariance_terms(
+    advantages: Float[Tensor, "N L"], logprobs: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]
+) -> Float[Tensor, "N L"]:
+    """``(A - mean A) (log pi - mean log pi)`` of every response token, means over all response tokens of the batch.
+
+    Their mean is the covariance of advantage and log-probability, in nats times the advantage's unit. Source: Cui et
+    al. (2025), arXiv:2505.22617, by which tokens of high covariance make the entropy fall.
+
+    Returns:
+        Float64, 0 off the response.
+    """
+    a, s = advantages.double(), logprobs.double()
+    terms = (a - a[mask].mean()) * (s - s[mask].mean())
+    return torch.where(mask, terms, 0.0)
+
+
+def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float | None:
+    """Spearman's rank correlation, tied values at their mean rank; ``None`` where one side has no two values."""
+    from scipy.stats import rankdata
+
+    if a.numel() < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
+        return None
+    x, y = (torch.from_numpy(rankdata(values.double().numpy())) for values in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    return (torch.dot(x, y) / (x.norm() * y.norm())).clamp(-1, 1).item()
+
+
+def rank_correlation_interval(correlation: float, count: int) -> tuple[float, float]:
+    """A 95% interval for Spearman's rank correlation of ``count`` independent pairs.
+
+    ``tanh(atanh r +- 1.96 sqrt((1 + r^2 / 2) / (n - 3)))``. Source: Bonett and Wright (2000), Sample size requirements
+    for estimating Pearson, Kendall and Spearman correlations, Psychometrika 65.
+
+    Raises:
+        ValueError: with fewer than 4 pairs.
+    """
+    if count < 4:
+        raise ValueError(f"rank correlation: expected at least 4 pairs for an interval, got {count}")
+    if abs(correlation) == 1:
+        return correlation, correlation
+    reach = 1.96 * math.sqrt((1 + correlation**2 / 2) / (count - 3))
+    centre = math.atanh(correlation)
+    return math.tanh(centre - reach), math.tanh(centre + reach)
+
+
+def fold_errors(numerators: Float[Tensor, "K B"], weights: Float[Tensor, " K"]) -> Float[Tensor, " B"]:
+    """Standard errors of prompts' contributions from the choice of evaluation rollouts.
+
+    A contribution is a ratio of sums over folds of evaluation units, so its error is that of a ratio over K
+    independent folds (delta method). With few folds the error itself is uncertain, by about ``1 / sqrt(2 (K - 1))`` of
+    it.
+
+    Args:
+        numerators: inner product of each prompt's part of the step with each fold's entropy gradient.
+        weights: tokens or sequences of each fold.
+    """
+    return torch.tensor([ratio(column, weights).standard_error for column in numerators.T], dtype=torch.float64)

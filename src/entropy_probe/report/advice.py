@@ -1,0 +1,85 @@
+"""What to do about each diagnostic."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["ADVICE", "advice"]
+
+NOTHING = "Nothing to do: the numbers are right as they are."
+
+# The first pattern found in a message gives the advice. tests/report/test_advice.py fails on a message without one.
+ADVICE: tuple[tuple[str, str], ...] = (
+    ("log-probabilities are quantised", "Set probe.dtype to float32 and probe.autocast to off, and compare."),
+    (
+        "require a gradient but are not in the optimizer",
+        "Fine if the trainer froze them on purpose; otherwise the optimizer was built before they were unfrozen.",
+    ),
+    (
+        "differ from the policy's by",
+        "Sample from this checkpoint at the training temperature without top_p or top_k, or let entropy-probe sample.",
+    ),
+    (
+        "elements are not preconditioned",
+        "The frozen prediction mixes Adam's geometry with the plain gradient's; a later checkpoint covers more.",
+    ),
+    ("of the elements is clamped to", "Raise probe.frozen_max_scale and see whether the number moves."),
+    (
+        "no usable second moment",
+        "Normal for lora_A after the first step and for parts that were never trained; else inspect the checkpoint.",
+    ),
+    ("max_tokens_per_microbatch was lowered", f"{NOTHING} Set probe.max_tokens_per_microbatch to save the retries."),
+    (
+        "update and evaluation are the same sequences",
+        "Give or sample a separate evaluation batch, or read the one-batch prediction (mode: one_batch).",
+    ),
+    (
+        "taken as drawn with replacement",
+        "Set probe.evaluation_unit to prompt if responses to one prompt were drawn together.",
+    ),
+    ("exceed max_stored_gradient_gib", f"{NOTHING} Raise probe.max_stored_gradient_gib to pass over the batch once."),
+    ("its own code takes the step on copies", "Use more update prompts for a sharper error; the prediction is exact."),
+    (
+        "se_update holds Adam's denominators fixed",
+        "Trust the error from the evaluation rollouts; probe a checkpoint some steps later for both.",
+    ),
+    ("clipping scales the update gradient", "Compare with probe.max_grad_norm: null to see what clipping does."),
+    (
+        "moves the policy too far for these rollouts",
+        "Probe a smaller learning rate, or set probe.on_low_ess to resample (fresh responses after the step).",
+    ),
+    ("rounding to the parameters' precision", "Set probe.dtype to float64 to separate rounding from the step."),
+    ("scales the product of the mean gradients", "Lower probe.frozen_max_scale and see whether the number moves."),
+    ("filter_zero_advantage: asked for", "Raise update.max_resampling_rounds, or give more prompts."),
+    (
+        "have equal rewards, so their advantages are 0",
+        "They cost memory and add nothing; set update.filter_zero_advantage to draw others in their place.",
+    ),
+    ("had equal rewards and were dropped", f"{NOTHING} If the trainer keeps such prompts, keep them here too."),
+    (
+        "hit the largest length",
+        "Make sure that probe.max_completion_length is the one of training.",
+    ),
+    ("the batch size was lowered", f"{NOTHING} Set generation.batch_size to save the retries."),
+    ("seems exchanged", "Do not use these numbers: record a manifest during training, which maps entries by name."),
+    ("learning rate is 0", "Pass --learning-rate with the rate of the step you ask about."),
+    (r"learning rate .* is above", "Make sure that the rate is meant; --learning-rate sets another."),
+    ("exp_avg_sq is all zero", "Compare with a later checkpoint; frozen or unused parts may be left out of training."),
+    ("step counts differ between parameters", "Make sure that the late starters were unfrozen on purpose."),
+    ("is missing; the save may be incomplete", "Use a checkpoint that was saved to its end, or make sure of this one."),
+    ("files of two saves", "Do not mix files of different saves: copy the checkpoint again."),
+    (
+        "whether weight decay is decoupled",
+        "Right for the Trainer's AdamW; else record a manifest during training.",
+    ),
+    ("the adapter was trained on", "Give the base model that it was trained on, and record a manifest."),
+    ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
+    ("no direct curvature", "Read the curvature from the fit."),
+    (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),
+    ("are below the noise floor", "Set probe.dtype to float64, or start the sweep at a larger rate."),
+)
+
+
+def advice(message: str) -> str | None:
+    """What to do about a message of a result, or None if nothing is known."""
+    return next((remedy for pattern, remedy in ADVICE if re.search(pattern, message)), None)

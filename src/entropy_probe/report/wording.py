@@ -1,0 +1,28 @@
+"""Names and formats that the console and the page share."""
+
+from __future__ import annotations
+
+from entropy_probe.report.numbers import common_exponent
+from entropy_probe.results import ProbeResult
+
+__all__ = ["ESTIMATORS", "REPORT_FILE", "RESULT_FIGURES", "column_exponent"]
+
+REPORT_FILE = "report.html"
+RESULT_FIGURES = ("change", "parts", "prompts", "layers")
+
+ESTIMATORS = {
+    "per_decision": "per-decision importance weights",
+    "snis": "self-normalised importance weights",
+    "clip": "self-normalised weights, capped",
+    "psis": "Pareto-smoothed weights",
+    "resampled": "fresh responses after the step",
+}
+
+
+def column_exponent(result: ProbeResult) -> int | None:
+    """The power of ten that all changes of a result are written with."""
+    changes = [change for change in (result.predicted, result.realized and result.realized.estimate) if change]
+    numbers = [number for change in changes for number in (change.value, change.standard_error)]
+    if result.cross_prompt is not None:
+        numbers += [result.cross_prompt.delta_h1, result.cross_prompt.se_jackknife]
+    return common_exponent(*numbers)

@@ -1,0 +1,215 @@
+"""How fast each response token's log-probability changes along one direction in parameter space.
+
+Forward mode carries the derivative along with the value and keeps nothing for a backward pass. Where a model has an
+operation without a forward-mode rule, or with a wrong one, reverse mode takes over: the gradient of
+``sum_t u_t s_t`` is linear in ``u``, so differentiating its inner product with the direction once more, in ``u``, gives
+all slopes of a microbatch (double backward; Griewank and Walther, Evaluating Derivatives, 2008, chapter 3), and one
+backward pass per token always works.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from entropy_probe.named import NamedVector, dot
+from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.scoring.packing import Microbatch
+from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
+
+__all__ = ["TokenSlopes", "token_slopes"]
+
+Found = tuple[Tensor, Tensor, Tensor]
+"""Log-probabilities, entropies and slopes of a microbatch, ``[T]`` each."""
+Method = Callable[[Scorer, Mapping[str, Parameter], NamedVector, Microbatch], Found]
+
+NUM_TRIED = 2
+ATTENTION_ELEMENTS = 2**27
+"""Largest attention matrix of a microbatch, all heads; forward mode holds several of that size in one layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSlopes:
+    """Slopes along a direction, beside the scores they belong to.
+
+    Attributes:
+        slopes: derivative of each log-probability along the direction, nats, 0 off the response, ``[N, L]``.
+        scores: log-probabilities and entropies, from the same pass.
+        method: ``forward-mode``, or ``reverse-mode (WHY)`` with why not forward mode.
+    """
+
+    slopes: Float[Tensor, "N L"]
+    scores: TokenScores
+    method: str
+
+
+class _Dual(nn.Module):
+    """The policy as a function of its parameters, from a microbatch to scores and slopes."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.model = scorer.model
+        self.scorer = scorer
+
+    def forward(self, batch: Microbatch) -> Found:
+        return self.scorer.token_slopes(batch)
+
+
+def _forward(scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch) -> Found:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        moved = {
+            f"model.{name}": forward_ad.make_dual(p.detach(), direction[name].to(p.dtype))
+            for name, p in parameters.items()
+        }
+        return functional_call(_Dual(scorer), moved, (batch,))
+
+
+def _double_backward(
+    scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
+) -> Found:
+    with sdpa_kernel(SDPBackend.MATH):
+        s, h = scorer.token_scores(batch)
+        u = torch.ones_like(s, requires_grad=True)
+        gradients = torch.autograd.grad(s, list(parameters.values()), u, create_graph=True, allow_unused=True)
+        products = [
+            (g * direction[name].to(g.dtype)).sum()
+            for name, g in zip(parameters, gradients, strict=True)
+            if g is not None
+        ]
+        slopes = torch.autograd.grad(torch.stack(products).sum(), u)[0] if products else torch.zeros_like(s)
+    return s.detach(), h.detach(), slopes
+
+
+def _token_by_token(
+    scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
+) -> Found:
+    s, h = scorer.token_scores(batch)
+    slopes = [_slope(value, parameters, direction) for value in s]
+    return s.detach(), h.detach(), torch.tensor(slopes, dtype=s.dtype, device=s.device)
+
+
+def _slope(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> float:
+    """The inner product of a scalar's gradient with the direction, by one backward pass."""
+    return sum(_slope_terms(value, parameters, direction))
+
+
+def _slope_terms(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> list[float]:
+    """The same, parameter by parameter."""
+    found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return [dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, found, strict=True) if g is not None]
+
+
+def token_slopes(
+    scorer: Scorer,
+    rollouts: Rollouts,
+    parameters: Mapping[str, Parameter],
+    direction: NamedVector,
+    tolerance: float,
+    progress: Progress | None = None,
+) -> TokenSlopes:
+    """The derivative of every response token's log-probability at ``theta`` along a direction.
+
+    In forward mode it costs about two forward passes. A method is used only if, on two sequences of middling length, it
+    reproduces what one backward pass says of each.
+
+    Args:
+        scorer: prepared for the batch.
+        rollouts: the batch.
+        parameters: what the direction moves, by name.
+        direction: with the same names.
+        tolerance: how far a method may be off there, relative to what single parameters add to a slope. A wrong rule is
+            off by percents.
+        progress: called as the work goes on.
+
+    Raises:
+        ValueError: if a slope is not finite.
+    """
+    narrow = _narrowed(scorer, rollouts)
+    name, method = _choose(narrow, rollouts, parameters, direction, tolerance)
+    wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
+    logprobs, entropies, slopes = (torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(3))
+    done = 0
+    for batch, found in narrow.each(rollouts, partial(method, narrow, parameters, direction)):
+        for values, into in zip(found, (logprobs, entropies, slopes), strict=True):
+            batch.scatter(values, into)
+        done += len(batch.rows)
+        if progress:
+            progress(done, len(rollouts))
+    scorer.messages = narrow.messages
+    bad = ~torch.isfinite(slopes).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"attribution: expected finite slopes, got others in {int(bad.sum())} sequences (first index "
+            f"{int(bad.nonzero()[0])}); look for non-finite weights or second moments"
+        )
+    return TokenSlopes(slopes, TokenScores(logprobs, entropies, rollouts.response_mask), name)
+
+
+def _narrowed(scorer: Scorer, rollouts: Rollouts) -> Scorer:
+    """The scorer with microbatches small enough for attention that keeps whole matrices."""
+    heads = getattr(getattr(scorer.model, "config", None), "num_attention_heads", None) or 1
+    elements = ATTENTION_ELEMENTS // heads
+    longest = int(rollouts.attention_mask.sum(1).max())
+    # rows of one sequence are at most that long; rows with a shared prompt may fill the microbatch
+    most = math.isqrt(elements) if scorer.prefix_sharing == "on" else elements // longest
+    narrow = copy.copy(scorer)
+    narrow.max_tokens = min(scorer.max_tokens, max(most, longest))
+    return narrow
+
+
+def _choose(
+    scorer: Scorer, rollouts: Rollouts, parameters: Mapping[str, Parameter], direction: NamedVector, tolerance: float
+) -> tuple[str, Method]:
+    """The first method that works and gives the right slopes, and what to call it."""
+    forward = _why_not(_forward, scorer, rollouts, parameters, direction, tolerance)
+    if forward is None:
+        return "forward-mode", _forward
+    double = _why_not(_double_backward, scorer, rollouts, parameters, direction, tolerance)
+    if double is None:
+        return f"reverse-mode (no forward mode: {forward})", _double_backward
+    reasons = f"no forward mode: {forward}; no double backward: {double}"
+    return f"reverse-mode (one pass per token; {reasons})", _token_by_token
+
+
+def _why_not(
+    method: Method,
+    scorer: Scorer,
+    rollouts: Rollouts,
+    parameters: Mapping[str, Parameter],
+    direction: NamedVector,
+    tolerance: float,
+) -> str | None:
+    """Why a method cannot be used; ``None`` if it can.
+
+    Tried on two sequences against one backward pass for each, because an operation without a rule raises an error but
+    one with a wrong rule does not. Tokens have different weights, so that their errors do not cancel.
+    """
+    weights = torch.rand(rollouts.input_ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    by_length = rollouts.attention_mask.sum(1).argsort(stable=True)
+    middle = max(0, len(by_length) // 2 - 1)
+    for row in by_length[middle : middle + NUM_TRIED]:
+        batch = next(scorer.microbatches(rollouts, row[None]))
+        try:
+            slopes = method(scorer, parameters, direction, batch)[2]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what torch raises for an operation without a rule
+            return " ".join(str(error).split(". ")[0].rstrip(".").split())
+        found = torch.dot(batch.gather(weights), slopes.double()).item()
+        (value,) = scorer.surrogates(batch, [TokenCoefficients(weights, None)])
+        terms = torch.tensor(_slope_terms(value, parameters, direction), dtype=torch.float64)
+        error, size = abs(found - terms.sum().item()), terms.abs().sum().item()
+        if not error <= tolerance * size + torch.finfo(torch.float32).tiny:
+            return f"its slopes are off by {error / (size or 1.0):.2g} on a sequence"
+    return None

@@ -1,0 +1,391 @@
+"""Attribution adds up, equals one backward pass per token, and finds causes that were planted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
+from entropy_probe.estimators.first_order import sequence_weights
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.losses import token_weights
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.slopes import token_slopes
+from entropy_probe.updates.adamw import adamw_step, clip_gradient
+from tests.invariants import test_hf as hf
+from tests.invariants.test_probe import batches, pad, probe
+from tests.invariants.test_untouched import WithState, assert_same, state
+from tests.reference.enumeration import TEMPERATURE, VOCABULARY, TinyPolicy, trained_optimizer
+from tests.whole_batch import coefficients
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def with_advantages(update: Rollouts, advantages: torch.Tensor) -> Rollouts:
+    return Rollouts(update.input_ids, update.attention_mask, update.response_mask, update.prompt_ids,
+                    advantages=advantages, rewards=update.rewards)  # fmt: skip
+
+
+def assert_adds_up(found, rel: float) -> None:
+    """Tokens, prompts, signs and layers against the prediction, relative to the prediction itself."""
+    parts, summary = {name: part.value for name, part in found.result.components.items()}, found.summary
+    scale = rel * max(map(abs, parts.values()))
+    for name in ("gradient", "momentum", "weight_decay"):
+        assert getattr(summary, name) == parts.get(name, 0.0)
+        assert sum(getattr(layer, name) for layer in found.layers) == pytest.approx(parts.get(name, 0.0), abs=scale)
+    assert sum(layer.total for layer in found.layers) == pytest.approx(found.result.predicted.value, abs=scale)
+    for terms in (found.tokens, found.sequences, found.prompts):
+        assert terms.sum().item() == pytest.approx(parts["gradient"], abs=scale)
+    assert summary.positive_advantages + summary.negative_advantages == pytest.approx(parts["gradient"], abs=scale)
+    assert sum(parts.values()) == pytest.approx(found.result.predicted.value, abs=scale)
+    assert summary.num_tokens == int(found.update.response_mask.sum())
+    assert (found.tokens[~found.update.response_mask] == 0).all()
+
+
+def one_backward_per_token(
+    model, optimizer, update, evaluation, loss_type="dapo", normalization="token", max_norm=None
+):
+    """Every token's contribution on a route of its own: the model's logits and autograd, no pass of the package."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def scores(r: Rollouts) -> TokenScores:
+        log_p = torch.log_softmax(model(r.input_ids, r.attention_mask.long()).logits / TEMPERATURE, -1)
+        s, h = (torch.zeros(r.input_ids.shape, dtype=torch.float64) for _ in range(2))
+        s[:, 1:] = log_p[:, :-1].gather(-1, r.input_ids[:, 1:, None])[..., 0] * r.response_mask[:, 1:]
+        h[:, 1:] = -(log_p.exp() * log_p).sum(-1)[:, :-1] * r.response_mask[:, 1:]
+        return TokenScores(s, h, r.response_mask)
+
+    def gradient(value: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(named, torch.autograd.grad(value, list(named.values()), retain_graph=True), strict=True))
+
+    e, units = scores(evaluation), Units.sequences(len(evaluation))
+    fixed = TokenScores(e.logprobs.detach(), e.entropies.detach(), e.response_mask)
+    c = coefficients(fixed, evaluation.prompt_ids, units, normalization)
+    size = sequence_weights(fixed, normalization).sum()
+    entropy = gradient((c.logprobs * e.logprobs + c.entropies * e.entropies).sum() / size)
+    s = scores(update).logprobs
+    weights = token_weights(update.response_mask, update.prompt_ids, loss_type, 5) * update.token_advantages
+    clipped = clip_gradient(gradient(-(weights * s).sum()), max_norm)
+    step = adamw_step(named, optimizer, clipped.values)
+    out = torch.zeros_like(s)
+    for i, t in update.response_mask.nonzero().tolist():
+        g = gradient(-weights[i, t] * s[i, t])
+        out[i, t] = -clipped.factor * sum((entropy[n] * step.gradient_scale[n] * g[n]).sum() for n in named)
+    return out.detach(), clipped.factor
+
+
+CASES = [
+    {},
+    {"normalization": "sequence", "max_norm": 1e-3},
+    {"loss_type": "grpo"},
+    {"loss_type": "dr_grpo", "max_norm": 1e-2},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=["dapo", "per sequence, clipped", "grpo", "dr_grpo, clipped"])
+def test_tokens_equal_one_backward_per_token(case):
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model, weight_decay=0.1)
+    update, evaluation = batches()
+    expected, factor = one_backward_per_token(model, optimizer, update, evaluation, **case)
+    settings = {"max_grad_norm": case.get("max_norm"), "max_completion_length": 5}
+    settings |= {name: case[name] for name in ("loss_type", "normalization") if name in case}
+    found = probe(model, optimizer, **settings).attribute(update=update, evaluation=evaluation)
+    assert (factor < 1) == ("max_norm" in case)
+    torch.testing.assert_close(found.tokens, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    assert found.summary.method == "forward-mode"
+    assert found.summary.unit == f"nats/{case.get('normalization', 'token')}"
+    assert_adds_up(found, 1e-10)
+
+
+def test_advantages_per_token():
+    """A loss may give every token an advantage of its own."""
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    noise = torch.randn(update.input_ids.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    update = with_advantages(update, noise)
+    expected, _ = one_backward_per_token(model, optimizer, update, evaluation)
+    found = probe(model, optimizer, max_grad_norm=None).attribute(update=update, evaluation=evaluation)
+    torch.testing.assert_close(found.tokens, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    assert_adds_up(found, 1e-10)
+
+
+@pytest.mark.parametrize("settings", [{"geometry": "frozen"}, {"max_stored_gradient_gib": 0}], ids=["frozen", "passes"])
+def test_adds_up_in_other_settings(settings):
+    model = TinyPolicy()
+    update, evaluation = batches()
+    found = probe(model, trained_optimizer(model), **settings).attribute(update=update, evaluation=evaluation)
+    assert_adds_up(found, 1e-10)
+    if "geometry" in settings:
+        assert found.summary.momentum == found.summary.weight_decay == 0
+
+
+def test_adam_and_groups_with_rates_of_their_own():
+    model = TinyPolicy()
+    history = trained_optimizer(model, cls=torch.optim.Adam)
+    groups = [{"params": [p], "lr": 1e-4 * (k + 1), "weight_decay": 0.2 * k} for k, p in enumerate(model.parameters())]
+    optimizer = torch.optim.Adam(groups, amsgrad=True)
+    optimizer.state.update(history.state)
+    update, evaluation = batches()
+    found = probe(model, optimizer).attribute(update=update, evaluation=evaluation)
+    assert found.summary.weight_decay != 0
+    assert_adds_up(found, 1e-10)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(("kind", "config"), hf.KINDS, ids=hf.IDS)
+def test_adds_up_on_hugging_face_models(architecture, kind, config):
+    model, optimizer = hf.policy(kind, architecture, **config)
+    for update in (hf.rollouts(), hf.long_prompts(gaps=True)):
+        found = EntropyProbe(model, optimizer, ProbeConfig(temperature=0.9)).attribute(
+            update=update, evaluation=hf.rollouts(40, seed=2, group=1)
+        )
+        assert found.summary.method == "forward-mode"
+        assert_adds_up(found, 1e-6)
+    assert found.result.diagnostics.prefix_sharing == "on"
+    scores = Scorer(model, 0.9, 8192).score(update)
+    torch.testing.assert_close(found.scores.logprobs, scores.logprobs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.scores.entropies, scores.entropies, atol=2e-5, rtol=1e-5)
+
+
+def test_planted_causes_come_out_on_top():
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches(groups=12)
+    before = probe(model, optimizer).attribute(update=update, evaluation=evaluation)
+    by_size = before.prompts.abs().argsort(descending=True)
+    middling, zero = by_size[[4, 5]].tolist(), int(by_size[0])
+    factor = torch.ones(len(update), dtype=torch.float64)
+    for prompt in middling:
+        factor[update.prompt_ids == prompt] = 20
+    factor[update.prompt_ids == zero] = 0
+    found = probe(model, optimizer).attribute(
+        update=with_advantages(update, update.advantages * factor), evaluation=evaluation
+    )
+    assert set(found.prompts.abs().argsort(descending=True)[:2].tolist()) == set(middling)
+    assert (found.tokens[update.prompt_ids == zero] == 0).all()
+    assert found.prompts[zero] == 0
+    assert not torch.signbit(found.tokens[update.prompt_ids == zero]).any()
+
+
+def test_a_batch_without_advantages_contributes_nothing():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    found = probe(model, trained_optimizer(model)).attribute(
+        update=with_advantages(update, torch.zeros(len(update))), evaluation=evaluation
+    )
+    assert (found.tokens == 0).all()
+    assert found.summary.gradient == 0
+    assert found.summary.momentum != 0
+    assert found.summary.rank_correlation_with_covariance is None
+
+
+def test_invariant_to_layout():
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    expected = probe(model, optimizer).attribute(update=update, evaluation=evaluation)
+    small = probe(model, optimizer, max_tokens_per_microbatch=7).attribute(
+        update=pad(update, 2, 1), evaluation=pad(evaluation, 0, 3)
+    )
+    order = torch.randperm(len(update), generator=torch.Generator().manual_seed(3))
+    shuffled = probe(model, optimizer).attribute(update=update.select(order), evaluation=evaluation)
+    in_order = expected.tokens[update.response_mask]
+    torch.testing.assert_close(small.tokens[small.update.response_mask], in_order, rtol=1e-9, atol=1e-16)
+    torch.testing.assert_close(shuffled.tokens, expected.tokens[order], rtol=1e-9, atol=1e-16)
+    torch.testing.assert_close(shuffled.prompts, expected.prompts, rtol=1e-9, atol=1e-16)
+
+
+class NoForwardRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
+
+
+class WrongForwardRule(NoForwardRule):
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 0.97 * tangent * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_forward(x)
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+
+class BackwardOnce(NoForwardRule):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
+
+
+class WithRule(TinyPolicy):
+    """The same policy, its tanh by another rule."""
+
+    def __init__(self, rule: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask.double()[..., None]
+        mean = (self.embed(input_ids) * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
+        return SimpleNamespace(logits=self.out(self.rule.apply(self.inner(mean + self.embed(input_ids)))))
+
+
+@pytest.mark.parametrize(
+    ("rule", "method"),
+    [
+        (NoForwardRule, "reverse-mode (no forward mode: "),
+        (WrongForwardRule, "reverse-mode (no forward mode: its slopes are off by "),
+        (BackwardOnce, "reverse-mode (one pass per token; no forward mode: "),
+    ],
+)
+def test_reverse_mode_where_forward_mode_fails(rule, method):
+    update, evaluation = batches()
+    plain, other = TinyPolicy(), WithRule(rule)
+    expected = probe(plain, trained_optimizer(plain)).attribute(update=update, evaluation=evaluation)
+    found = probe(other, trained_optimizer(other)).attribute(update=update, evaluation=evaluation)
+    assert found.summary.method.startswith(method)
+    assert "\n" not in found.summary.method
+    torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-9, atol=1e-16)
+    assert_adds_up(found, 1e-10)
+
+
+class WithNorms(nn.Module):
+    """Layers whose forward-mode rules torch has had wrong at second order: layer_norm, silu, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, 8, dtype=torch.float64)
+        self.norm = nn.LayerNorm(8, dtype=torch.float64)
+        self.mix = nn.Linear(8, 24, dtype=torch.float64)
+        self.out = nn.Linear(8, VOCABULARY, dtype=torch.float64)
+
+    def forward(self, input_ids, attention_mask):
+        q, k, v = self.mix(self.norm(self.embed(input_ids))).chunk(3, -1)
+        x = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
+        return SimpleNamespace(logits=self.out(nn.functional.silu(self.norm(x)) + nn.functional.gelu(x)))
+
+
+def test_forward_mode_through_norms_activations_and_attention():
+    model = WithNorms()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    expected, _ = one_backward_per_token(model, optimizer, update, evaluation)
+    found = probe(model, optimizer, max_grad_norm=None).attribute(update=update, evaluation=evaluation)
+    assert found.summary.method == "forward-mode"
+    torch.testing.assert_close(found.tokens, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("gib", [2.0, 0.0], ids=["stored", "passes"])
+def test_errors_from_folds(gib):
+    """With as many folds as units the error is the delta method's over units, taken here by one backward pass each."""
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches(groups=3, n=12)
+    found = probe(model, optimizer, max_stored_gradient_gib=gib).attribute(
+        update=update, evaluation=evaluation, folds=12
+    )
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    scorer = Scorer(model, TEMPERATURE, 8192)
+    c = coefficients(scorer.score(evaluation), evaluation.prompt_ids, Units.sequences(12))
+
+    def gradient(batch: Rollouts, logprobs: torch.Tensor, entropies: torch.Tensor) -> dict[str, torch.Tensor]:
+        log_p = torch.log_softmax(model(batch.input_ids, batch.attention_mask.long()).logits / TEMPERATURE, -1)
+        s = log_p[:, :-1].gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        h = -(log_p.exp() * log_p).sum(-1)[:, :-1]
+        value = (logprobs[:, 1:] * s).sum() + (entropies[:, 1:] * h).sum()
+        return dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True))
+
+    loss = -update.token_advantages / update.response_mask.sum()
+    by_prompt = [
+        gradient(update.select(rows), loss[rows], 0 * loss[rows]) for rows in torch.arange(len(update)).view(3, -1)
+    ]
+    total = {n: sum(g[n] for g in by_prompt) for n in named}
+    clipped = clip_gradient(total, 1.0)
+    scale = adamw_step(named, optimizer, clipped.values).gradient_scale
+    by_unit = [gradient(evaluation.select(r), c.logprobs[r], c.entropies[r]) for r in torch.arange(12).view(-1, 1)]
+    a = torch.tensor([
+        [-clipped.factor * sum((x[n] * scale[n] * y[n]).sum() for n in named) for y in by_prompt] for x in by_unit
+    ], dtype=torch.float64)  # fmt: skip
+    sizes = evaluation.response_lengths.double()
+    q = a.sum(0) / sizes.sum()
+    expected = ((a - q * sizes[:, None]) / sizes.mean()).std(0) / 12**0.5
+    torch.testing.assert_close(found.prompts, q, rtol=1e-9, atol=1e-16)
+    torch.testing.assert_close(found.standard_errors, expected, rtol=1e-9, atol=1e-16)
+    assert found.summary.folds == 12
+
+
+def test_folds_outside_their_range_are_refused():
+    model = TinyPolicy()
+    update, evaluation = batches(n=20)
+    for folds in (1, 21):
+        with pytest.raises(ValueError, match=f"attribution_folds: expected 2 to 20, the number .* got {folds}"):
+            probe(model, trained_optimizer(model)).attribute(update=update, evaluation=evaluation, folds=folds)
+
+
+def test_optimizers_without_a_closed_form_are_refused():
+    model = TinyPolicy()
+    update, evaluation = batches(n=20)
+    with pytest.raises(ValueError, match=r"attribution: expected torch.optim.AdamW or Adam, .* got torch.optim.SGD"):
+        probe(model, torch.optim.SGD(model.parameters(), lr=0.1)).attribute(update=update, evaluation=evaluation)
+
+
+@pytest.mark.parametrize("what", ["tokens", "layers"])
+def test_what_does_not_add_up_is_an_error(what, monkeypatch):
+    model = TinyPolicy()
+    update, evaluation = batches()
+    if what == "tokens":
+
+        def wrong(*args):
+            found = token_slopes(*args)
+            found.slopes[::2] *= 1.01
+            return found
+
+        monkeypatch.setattr("entropy_probe.attributed_batch.token_slopes", wrong)
+    else:
+        monkeypatch.setattr("entropy_probe.attributed_batch.PARTS", ("momentum", "gradient", "weight_decay"))
+    with pytest.raises(RuntimeError, match="please report this"):
+        probe(model, trained_optimizer(model)).attribute(update=update, evaluation=evaluation)
+
+
+def test_measured_beside_the_prediction_and_nothing_else_changes():
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches()
+    plain = probe(model, optimizer).run(update=update, evaluation=evaluation)
+    found = probe(model, optimizer).attribute(update=update, evaluation=evaluation, measure=True).result
+    same = {"predicted", "components", "realized", "difference", "entropy", "diagnostics"}
+    assert found.model_dump(include=same) == plain.model_dump(include=same)
+    assert plain.attribution is None
+
+
+def test_leaves_no_trace(monkeypatch):
+    torch.manual_seed(4)
+    model = WithState()
+    model.train()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches(n=20)
+    before = state(model, optimizer)
+    attributing = probe(model, optimizer)
+    attributing.attribute(update=update, evaluation=evaluation, folds=3)
+    assert_same(before, state(model, optimizer))
+
+    def explode(*args):
+        torch.rand(3)
+        raise KeyError("boom")
+
+    monkeypatch.setattr(Scorer, "token_slopes", explode)
+    with pytest.raises(KeyError):
+        attributing.attribute(update=update, evaluation=evaluation)
+    assert_same(before, state(model, optimizer))

@@ -1,0 +1,40 @@
+"""Estimates from the scores of a whole batch, by the package's own functions for parts of one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from entropy_probe import TokenScores
+from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators import realized
+from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.estimators.curvature import per_decision_taylor
+from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
+from entropy_probe.estimators.realized import Change
+from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.types import TokenCoefficients
+
+
+def coefficients(
+    scores: TokenScores, prompt_ids: Tensor, units: Units, norm: str = "token", kind: str = "rao_blackwell"
+) -> TokenCoefficients:
+    return fo.entropy_coefficients(scores, prompt_ids, units, PositionSums.of(scores), norm, kind)
+
+
+def per_decision(before: TokenScores, after: TokenScores, units: Units, norm: str = "token") -> Change:
+    new = realized.per_decision(before, after, units, PositionSums.of(before), norm)
+    return realized.change(new, fo.entropy(before, units, norm))
+
+
+def snis(
+    before: TokenScores, after: TokenScores, mode: str, units: Units, norm: str = "token", kind: str = "rao_blackwell"
+) -> Change:
+    weights = sequence_importance_weights(sequence_log_weights(before, after), mode)
+    new = realized.snis(after, weights.normalized, units, norm, kind)
+    return realized.change(new, fo.entropy(before, units, norm, kind))
+
+
+def derivatives(
+    before: TokenScores, first: TokenScores, second: TokenScores, units: Units, norm: str
+) -> tuple[Sampled, Sampled]:
+    return per_decision_taylor(before, first, second, units, PositionSums.of(before), norm).derivatives()
