@@ -22,6 +22,8 @@ from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
 from entropy_probe.updates.adamw import learning_rates, optimizer_parameters
 from entropy_probe.updates.shadow import check_optimizer
+from entropy_probe.validation import HalfSteps
+from entropy_probe.validation_results import Validation
 
 __all__ = ["EntropyProbe"]
 
@@ -121,6 +123,25 @@ class EntropyProbe:
             ValueError: as :meth:`run`, for an optimizer other than Adam, or for unusable folds.
         """
         return AttributedBatch(self._subject(), update, evaluation, folds).attribution(measure=measure)
+
+    def validate(
+        self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0
+    ) -> Validation:
+        """Take real steps on random halves of the attribution's prompts, and compare with their contributions.
+
+        Each half costs one scoring of the evaluation batch, and a gradient over the half where the prompts' gradients
+        are not kept (``max_stored_gradient_gib``).
+
+        Args:
+            attribution: of the update batch, by :meth:`attribute` of this probe.
+            evaluation: the batch the changes are measured on.
+            subsets: how many halves, at least 4.
+            seed: of the random halves.
+
+        Raises:
+            ValueError: as :meth:`run`; with fewer than 4 prompts or subsets; or where a change cannot be measured.
+        """
+        return HalfSteps(self._subject(), attribution, evaluation).validation(subsets, seed)
 
     def sweep(
         self,

@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 import signal
 
+import pandas as pd
 import pytest
 import yaml
 
-from entropy_probe import ProbeResult, Rollouts
+from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.sampling import HFGenerator
 from tests.cli.conftest import execute, invoke, start
 
@@ -44,9 +45,12 @@ def once(trained, tmp_path_factory):
 def test_a_run_directory_holds_the_run(once):
     out, done = once
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "evaluation.parquet", "results.json", "update.parquet"
+        "config.yaml", "evaluation.parquet", "figures", "report.html", "results.json", "update.parquet"
     ]  # fmt: skip
-    assert f"Saved in {out}: config.yaml, evaluation.parquet, results.json, update.parquet" in done.stdout
+    names = "config.yaml, evaluation.parquet, figures, report.html, results.json, update.parquet"
+    assert f"Saved in {out}: {names}\n Open in a browser: {out / 'report.html'}\n" in done.stdout
+    figures = [f"{name}.{kind}" for name in ("change", "parts") for kind in ("png", "svg")]
+    assert sorted(path.name for path in (out / "figures").iterdir()) == figures
     assert "\x1b[" not in done.stdout + done.stderr
     assert all(line[2] == ":" for line in done.stderr.splitlines()), done.stderr
     assert "sample evaluation: 24 of 24" in done.stderr
@@ -89,10 +93,15 @@ def test_a_run_repeats_from_its_saved_rollouts_without_prompts_or_reward(once, t
 
 def test_report_shows_the_saved_result_as_the_run_did(once):
     out, done = once
+    written = (out / "report.html").read_bytes()
+    assert b"Agrees within error" in written or b"Indistinguishable from 0" in written
+    assert b"attribution=true" in written
     for target in (out, out / "results.json"):
+        (out / "report.html").unlink()
         shown = invoke("report", target)
         assert shown.exit_code == 0
         assert shown.stdout == done.stdout
+        assert (out / "report.html").read_bytes() == written
 
 
 def test_overwrite_replaces_a_run(config, tmp_path, refused):
@@ -103,7 +112,9 @@ def test_overwrite_replaces_a_run(config, tmp_path, refused):
     assert "holds files; choose another one or pass --overwrite" in refused("run", config)
     assert numbers(out) == first
     run(config, "--overwrite", "save_rollouts=false", "update.seed=7")
-    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "notes.txt", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml", "figures", "notes.txt", "report.html", "results.json"
+    ]  # fmt: skip
     assert numbers(out)["predicted"] != first["predicted"]
     assert yaml.safe_load((out / "config.yaml").read_text())["update"]["seed"] == 7
 
@@ -153,6 +164,45 @@ def test_both_modes_side_by_side(config, tmp_path):
     assert "cross-prompt gradients" in result.timing
 
 
+def test_attribution_fills_tables_that_a_later_run_without_it_removes(config, tmp_path):
+    out = tmp_path / "out"
+    shown = run(config, "attribution=true", "attribution_folds=4", "mode=both", "probe.frozen_max_scale=1e9")
+    tables = ("layers.parquet", "prompts.parquet", "tokens.parquet")
+    assert set(tables) < {path.name for path in out.iterdir()}
+    result = ProbeResult.load(out)
+    assert result.attribution is not None
+    assert result.attribution.folds == 4
+    assert result.cross_prompt is not None
+    assert result.realized is not None
+    tokens, prompts = (pd.read_parquet(out / name) for name in ("tokens.parquet", "prompts.parquet"))
+    update = Rollouts.from_parquet(out / "update.parquet")
+    assert tokens.contribution.sum() == pytest.approx(result.components["gradient"].value, rel=1e-6)
+    assert tokens.token_id.tolist() == update.input_ids[update.response_mask].tolist()
+    assert prompts.prompt.str.fullmatch(r"\d\+\d=").all()
+    assert (prompts.standard_error > 0).any()
+    assert "Where the gradient part comes from" in shown
+    again = invoke("report", out).stdout
+    assert again.partition(" Saved in")[0] == shown.partition(" Saved in")[0]
+    run(config, "--overwrite")
+    assert not set(tables) & {path.name for path in out.iterdir()}
+
+
+def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path, refused):
+    out = tmp_path / "out"
+    done = invoke("validate", config, "--subsets", 5, "--seed", 2)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = Validation.load(out)
+    assert len(found.steps) == 5
+    assert found.seed == 2
+    assert "5 real steps on 2 of 4 prompts" in done.stdout
+    assert ProbeResult.load(out).attribution is not None
+    assert (out / "tokens.parquet").is_file()
+    assert "minus covariance terms" in invoke("report", out).stdout
+    assert "two_batch or both" in refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
+    run(config, "--overwrite")
+    assert not (out / "validation.json").exists()
+
+
 def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):
     done = execute("run", config, "reward=tests.cli.rewards:broken")
     assert done.returncode == 1
@@ -196,7 +246,7 @@ def test_demo_trains_probes_and_reuses_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = execute("demo")
     assert first.returncode == 0, first.stderr
-    assert "runs/demo: config.yaml, evaluation.parquet, results.json, update.parquet" in first.stdout
+    assert "Open in a browser: runs/demo/report.html" in first.stdout
     before = numbers(tmp_path / "runs" / "demo")
     again = execute("demo")
     assert again.returncode == 0, again.stderr
@@ -270,7 +320,7 @@ def test_a_killed_run_goes_on_with_the_shard_it_was_killed_in(config, tmp_path):
     again = execute("run", config, *options)
     assert again.returncode == 0, again.stderr
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "evaluation.parquet", "results.json", "update.parquet"
+        "config.yaml", "evaluation.parquet", "figures", "report.html", "results.json", "update.parquet"
     ]  # fmt: skip
     expected, found = numbers(tmp_path / "whole"), numbers(out)
     assert found == expected
