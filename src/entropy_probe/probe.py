@@ -46,7 +46,8 @@ class EntropyProbe:
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
-            precision is below ``config.dtype``, or a ``resample`` function is needed and missing.
+            precision is below ``config.dtype``, it is spread over several devices, or a ``resample`` function is needed
+            and missing.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class EntropyProbe:
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
+        _check_device(model)
         if config.on_low_ess == "resample" and resample is None:
             raise ValueError(
                 "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
@@ -197,3 +199,12 @@ def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
                 "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "
                 "quantised more coarsely than one step changes them"
             )
+
+
+def _check_device(model: nn.Module) -> None:
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(
+            f"model: expected all parameters on one device and with values, got them on {', '.join(devices)}; load the "
+            "model onto one device, in a lower precision if it is too large for it"
+        )

@@ -45,9 +45,12 @@ def once(trained, tmp_path_factory):
 def test_a_run_directory_holds_the_run(once):
     out, done = once
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "evaluation.parquet", "results.json", "update.parquet"
+        "config.yaml", "evaluation.parquet", "figures", "report.html", "results.json", "update.parquet"
     ]  # fmt: skip
-    assert f"Saved in {out}: config.yaml, evaluation.parquet, results.json, update.parquet" in done.stdout
+    names = "config.yaml, evaluation.parquet, figures, report.html, results.json, update.parquet"
+    assert f"Saved in {out}: {names}\n Open in a browser: {out / 'report.html'}\n" in done.stdout
+    figures = [f"{name}.{kind}" for name in ("change", "parts") for kind in ("png", "svg")]
+    assert sorted(path.name for path in (out / "figures").iterdir()) == figures
     assert "\x1b[" not in done.stdout + done.stderr
     assert all(line[2] == ":" for line in done.stderr.splitlines()), done.stderr
     assert "sample evaluation: 24 of 24" in done.stderr
@@ -90,10 +93,15 @@ def test_a_run_repeats_from_its_saved_rollouts_without_prompts_or_reward(once, t
 
 def test_report_shows_the_saved_result_as_the_run_did(once):
     out, done = once
+    written = (out / "report.html").read_bytes()
+    assert b"Agrees within error" in written or b"Indistinguishable from 0" in written
+    assert b"attribution=true" in written
     for target in (out, out / "results.json"):
+        (out / "report.html").unlink()
         shown = invoke("report", target)
         assert shown.exit_code == 0
         assert shown.stdout == done.stdout
+        assert (out / "report.html").read_bytes() == written
 
 
 def test_overwrite_replaces_a_run(config, tmp_path, refused):
@@ -104,7 +112,9 @@ def test_overwrite_replaces_a_run(config, tmp_path, refused):
     assert "holds files; choose another one or pass --overwrite" in refused("run", config)
     assert numbers(out) == first
     run(config, "--overwrite", "save_rollouts=false", "update.seed=7")
-    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "notes.txt", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml", "figures", "notes.txt", "report.html", "results.json"
+    ]  # fmt: skip
     assert numbers(out)["predicted"] != first["predicted"]
     assert yaml.safe_load((out / "config.yaml").read_text())["update"]["seed"] == 7
 
@@ -236,7 +246,7 @@ def test_demo_trains_probes_and_reuses_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = execute("demo")
     assert first.returncode == 0, first.stderr
-    assert "runs/demo: config.yaml, evaluation.parquet, results.json, update.parquet" in first.stdout
+    assert "Open in a browser: runs/demo/report.html" in first.stdout
     before = numbers(tmp_path / "runs" / "demo")
     again = execute("demo")
     assert again.returncode == 0, again.stderr
@@ -310,7 +320,7 @@ def test_a_killed_run_goes_on_with_the_shard_it_was_killed_in(config, tmp_path):
     again = execute("run", config, *options)
     assert again.returncode == 0, again.stderr
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "evaluation.parquet", "results.json", "update.parquet"
+        "config.yaml", "evaluation.parquet", "figures", "report.html", "results.json", "update.parquet"
     ]  # fmt: skip
     expected, found = numbers(tmp_path / "whole"), numbers(out)
     assert found == expected

@@ -20,7 +20,7 @@ from tests.cli.conftest import ENVIRONMENT, execute, invoke
 
 RATES = [1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 FILES = [
-    "config.yaml", "evaluation.parquet", "inputs.json", "points", "sweep.json", "sweep.png", "sweep.svg",
+    "config.yaml", "evaluation.parquet", "inputs.json", "points", "report.html", "sweep.json", "sweep.png", "sweep.svg",
     "update.parquet",
 ]  # fmt: skip
 
@@ -36,7 +36,9 @@ def config(config) -> Path:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file but the two that name the directory itself."""
-    files = (path for path in directory.rglob("*") if path.is_file() and path.name != "config.yaml")
+    files = (
+        path for path in directory.rglob("*") if path.is_file() and path.name not in ("config.yaml", "report.html")
+    )
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
@@ -193,7 +195,7 @@ def test_several_checkpoints(config, checkpoint, trained, tmp_path, refused):
     shown = sweep(*arguments)
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-2", "checkpoint-3", "config.yaml", "sweeps.json", "sweeps.png", "sweeps.svg"
+        "checkpoint-2", "checkpoint-3", "config.yaml", "report.html", "sweeps.json", "sweeps.png", "sweeps.svg"
     ]  # fmt: skip
     assert sorted(path.name for path in (out / "checkpoint-3").iterdir()) == FILES
     for name in ("checkpoint-2", "checkpoint-3"):

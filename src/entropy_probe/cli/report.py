@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from entropy_probe.results import ProbeResult
     from entropy_probe.sweep_results import Sweep
 
-__all__ = ["FIGURES", "report", "write_run_page", "write_sweep_page"]
-
-FIGURES = "figures"
+__all__ = ["report", "write_run_report", "write_sweep_page"]
 
 
 def report(
@@ -44,44 +42,39 @@ def report(
         if sweeps:
             write_sweep_page(where, sweeps)
         else:
-            write_run_page(where, result)
-            _write_figures(where, result)
+            write_run_report(where, result)
     except OSError as error:
         raise ValueError(f"{where}: cannot write the report: {error.strerror}; copy the directory elsewhere") from error
     print_files(where, console)
 
 
-def write_run_page(directory: Path, result: ProbeResult) -> None:
-    """Write ``report.html`` of a run into its directory, with the attribution and settings found there.
+def write_run_report(directory: Path, result: ProbeResult) -> None:
+    """Write ``report.html`` and the figures of a run into its directory, with the attribution and settings found there.
 
     Raises:
         ValueError: if the tables of the attribution cannot be used.
     """
-    from entropy_probe.report import REPORT_FILE, read_tables, run_page
-    from entropy_probe.results import write_atomically
+    from entropy_probe.cli.run_directory import FIGURES
+    from entropy_probe.records import write_atomically
+    from entropy_probe.report import REPORT_FILE, read_tables, result_figures, run_page
 
-    page = run_page(result, tables=read_tables(directory), **_settings(directory))
+    tables = read_tables(directory)
+    (directory / FIGURES).mkdir(exist_ok=True)
+    for name, content in result_figures(result, tables).items():
+        write_atomically(directory / FIGURES / name, content)
+    page = run_page(result, tables=tables, **_settings(directory))
     write_atomically(directory / REPORT_FILE, page.encode())
 
 
 def write_sweep_page(directory: Path, sweeps: Mapping[str, Sweep]) -> None:
     """Write ``report.html`` of a sweep, or of several, into its directory."""
+    from entropy_probe.records import write_atomically
     from entropy_probe.report import REPORT_FILE, sweep_page
-    from entropy_probe.results import write_atomically
 
     write_atomically(directory / REPORT_FILE, sweep_page(sweeps, **_settings(directory)).encode())
 
 
-def _write_figures(directory: Path, result: ProbeResult) -> None:
-    from entropy_probe.report import read_tables, result_figures
-    from entropy_probe.results import write_atomically
-
-    (directory / FIGURES).mkdir(exist_ok=True)
-    for name, content in result_figures(result, read_tables(directory)).items():
-        write_atomically(directory / FIGURES / name, content)
-
-
-def _settings(directory: Path) -> dict[str, str | None]:
+def _settings(directory: Path) -> dict[str, Any]:
     """The resolved settings as text, and the checkpoint's name in them."""
     import yaml
 

@@ -90,8 +90,8 @@ def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -
     """Probe as configured and write the run directory.
 
     The directory gets the resolved ``config.yaml``, ``results.json``, with ``save_rollouts`` both batches, and with
-    ``attribution`` its tables; all of them or, after an error, none. Rollouts sampled before an error are kept beside
-    the directory.
+    ``attribution`` its tables; all of them or, after an error, none; then ``report.html`` and ``figures``. Rollouts
+    sampled before an error are kept beside the directory.
 
     Args:
         config: the settings.
@@ -101,6 +101,7 @@ def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
     from entropy_probe.cli.progress import show_progress
+    from entropy_probe.cli.report import write_run_report
     from entropy_probe.cli.run_directory import (
         CONFIG_FILE,
         EVALUATION_FILE,
@@ -154,6 +155,7 @@ def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -
             sampled[0].unlink(missing_ok=True)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
+    write_run_report(config.output_dir, result)
     return result
 
 

@@ -9,19 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from entropy_probe.attribution_tables import TABLES
+from entropy_probe.report.wording import REPORT_FILE, RESULT_FIGURES
 from entropy_probe.results import RESULTS_FILE, ProbeResult
 from entropy_probe.validation_results import VALIDATION_FILE
 
-__all__ = ["CONFIG_FILE", "EVALUATION_FILE", "SHARDS", "UPDATE_FILE", "check_output_dir", "stage"]
+__all__ = ["CONFIG_FILE", "EVALUATION_FILE", "FIGURES", "SHARDS", "UPDATE_FILE", "check_output_dir", "stage"]
 
 CONFIG_FILE = "config.yaml"
 UPDATE_FILE = "update.parquet"
 EVALUATION_FILE = "evaluation.parquet"
 SHARDS = "evaluation"
 """Where the evaluation batch is collected while it is sampled; gone once the run is complete."""
+FIGURES = "figures"
 _STAGING = ".unfinished-"
 # results.json goes last: where it is, the rest is.
 RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, *TABLES, VALIDATION_FILE, RESULTS_FILE)
+# Drawn from the rest, by this run or by `entropy-probe report` later.
+SHOWN_FILES = (REPORT_FILE, *(f"{FIGURES}/{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")))
 
 
 def check_output_dir(directory: Path, overwrite: bool) -> None:
@@ -76,7 +80,7 @@ def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path
     try:
         yield staging
         written = [name for name in RUN_FILES if (staging / name).exists()]
-        for name in set(RUN_FILES) - set(written):
+        for name in {*RUN_FILES, *SHOWN_FILES} - set(written):
             if (directory / name).resolve() not in keep:
                 (directory / name).unlink(missing_ok=True)
         for name in written:

@@ -55,6 +55,7 @@ def sweep_checkpoints(config: SweepConfig) -> dict[str, Sweep]:
     Raises:
         ValueError: if the output directory, a checkpoint, the prompts or the rollouts cannot be used.
     """
+    from entropy_probe.cli.report import write_sweep_page
     from entropy_probe.cli.run import quiet_transformers
     from entropy_probe.cli.run_directory import CONFIG_FILE
     from entropy_probe.cli.sweep_directory import open_index
@@ -71,12 +72,14 @@ def sweep_checkpoints(config: SweepConfig) -> dict[str, Sweep]:
     sweeps = {one.output_dir.name: sweep_checkpoint(one) for one in each}
     for name, content in figure_files(sweeps).items():
         write_atomically(config.output_dir / name, content)
+    write_sweep_page(config.output_dir, sweeps)
     return sweeps
 
 
 def sweep_checkpoint(config: SweepConfig) -> Sweep:
     """One sweep: resume what is there, or start; see :mod:`entropy_probe.cli.sweep_directory` for the protocol."""
     from entropy_probe.cli.progress import show_progress
+    from entropy_probe.cli.report import write_sweep_page
     from entropy_probe.cli.run import open_checkpoint, read_inputs, resampler
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
@@ -120,6 +123,7 @@ def sweep_checkpoint(config: SweepConfig) -> Sweep:
     found = found.model_copy(update={"messages": (*state.report.reasons, *notes, *found.messages)})
     for name, content in figure_files({"": found}).items():
         write_atomically(config.output_dir / name, content)
+    write_sweep_page(config.output_dir, {"": found})
     found.save(config.output_dir)
     return found
 

@@ -16,12 +16,13 @@ from pydantic import Field
 
 from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE
 from entropy_probe.records import Record, read_record, write_atomically
+from entropy_probe.report.wording import REPORT_FILE
 from entropy_probe.sweep_results import SWEEP_FILE, Sweep, SweepPoint
 
 __all__ = ["Inputs", "SweepDirectory", "hash_directory", "hash_file", "load_sweeps", "open_index", "unfinished"]
 
 INPUTS_FILE, INDEX_FILE, POINTS = "inputs.json", "sweeps.json", "points"
-FIGURES = ("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg")
+SHOWN_FILES = ("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg", REPORT_FILE)
 Batch = Literal["update", "evaluation"]
 UNREADABLE = ("written by this version of entropy-probe", "choose another output_dir")
 ROLLOUT_FILES: dict[Batch, str] = {"update": UPDATE_FILE, "evaluation": EVALUATION_FILE}
@@ -190,7 +191,7 @@ class SweepDirectory:
         (self.path / SWEEP_FILE).unlink(missing_ok=True)
         for file in (self.path / POINTS).glob("*.json"):
             file.unlink()
-        for name in (*FIGURES, *ROLLOUT_FILES.values(), CONFIG_FILE, INPUTS_FILE):
+        for name in (*SHOWN_FILES, *ROLLOUT_FILES.values(), CONFIG_FILE, INPUTS_FILE):
             (self.path / name).unlink(missing_ok=True)
 
 

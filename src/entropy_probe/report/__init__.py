@@ -6,7 +6,7 @@ from entropy_probe.report.attribution_console import print_validation
 from entropy_probe.report.checkpoint import print_checkpoint
 from entropy_probe.report.console import print_files, print_result
 from entropy_probe.report.page import run_page, sweep_page
-from entropy_probe.report.plots import RESULT_FIGURES, figure_files, result_figures
+from entropy_probe.report.plots import figure_files, result_figures
 from entropy_probe.report.sweep import print_sweeps
 from entropy_probe.report.tables import Tables, read_tables
 from entropy_probe.report.verdict import Verdict, verdict
@@ -14,7 +14,6 @@ from entropy_probe.report.wording import REPORT_FILE
 
 __all__ = [
     "REPORT_FILE",
-    "RESULT_FIGURES",
     "Tables",
     "Verdict",
     "figure_files",

@@ -21,7 +21,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ),
     (
         "elements are not preconditioned",
-        "Read the frozen prediction as a mixture of Adam's and plain gradient geometry; a later checkpoint covers more.",
+        "The frozen prediction mixes Adam's geometry with the plain gradient's; a later checkpoint covers more.",
     ),
     ("of the elements is clamped to", "Raise probe.frozen_max_scale and see whether the number moves."),
     (
@@ -56,7 +56,10 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "They cost memory and add nothing; set update.filter_zero_advantage to draw others in their place.",
     ),
     ("had equal rewards and were dropped", f"{NOTHING} If the trainer keeps such prompts, keep them here too."),
-    ("hit the largest length", "Compare with training; a longer probe.max_completion_length changes the policy probed."),
+    (
+        "hit the largest length",
+        "Make sure that probe.max_completion_length is the one of training.",
+    ),
     ("the batch size was lowered", f"{NOTHING} Set generation.batch_size to save the retries."),
     ("seems exchanged", "Do not use these numbers: record a manifest during training, which maps entries by name."),
     ("learning rate is 0", "Pass --learning-rate with the rate of the step you ask about."),
@@ -65,10 +68,14 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("step counts differ between parameters", "Make sure that the late starters were unfrozen on purpose."),
     ("is missing; the save may be incomplete", "Use a checkpoint that was saved to its end, or make sure of this one."),
     ("files of two saves", "Do not mix files of different saves: copy the checkpoint again."),
-    ("whether weight decay is decoupled", "Right for the Trainer's AdamW; otherwise record a manifest during training."),
+    (
+        "whether weight decay is decoupled",
+        "Right for the Trainer's AdamW; else record a manifest during training.",
+    ),
     ("the adapter was trained on", "Give the base model that it was trained on, and record a manifest."),
+    ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
     ("no direct curvature", "Read the curvature from the fit."),
-    (r"no (log-log slope|fit)\b", "Add smaller learning rates to the sweep."),
+    (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),
     ("are below the noise floor", "Set probe.dtype to float64, or start the sweep at a larger rate."),
 )
 

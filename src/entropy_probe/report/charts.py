@@ -48,7 +48,7 @@ class Axis:
         raw = (self.high - self.low) / about
         power = 10 ** math.floor(math.log10(raw))
         step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
-        return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [float(step * k) for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
     def _scale(self, value: float) -> float:
         return math.log10(value) if self.logarithmic else value
@@ -130,9 +130,8 @@ def _bar(bar: Bar, axis: Axis, grid: str, followed: bool) -> Markup:
     if bar.look != "dot":
         left, right = sorted((axis.at(bar.start), axis.at(bar.end)))
         look = f"{sign} total" if bar.look == "total" else sign
-        parts.append(
-            f'<rect class="{look}" x="{100 * left:.3f}%" width="{100 * (right - left):.3f}%" y="{_TOP}" height="{BAR}"/>'
-        )
+        width = f"{100 * (right - left):.3f}%"
+        parts.append(f'<rect class="{look}" x="{100 * left:.3f}%" width="{width}" y="{_TOP}" height="{BAR}"/>')
     if bar.error:
         low, high = (axis.percent(bar.end + k * COVERAGE_95 * bar.error) for k in (-1, 1))
         middle = ROW / 2

@@ -10,8 +10,8 @@ __all__ = ["common_exponent", "format_estimate", "format_number", "format_percen
 PLAIN_EXPONENTS = range(-2, 5)
 MAX_DIGITS = 7
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SHARED_EXPONENT = re.compile(r"(-?[\d.]+)e(-?\d+) ± ([\d.]+)e\2(?!\d)")
-_EXPONENT = re.compile(r"(?<=[\d)])e(-?\d+)")
+_SHARED_EXPONENT = re.compile(r"(-?[\d.]+)e([-+]?\d+) ± ([\d.]+)e\2(?!\d)")
+_EXPONENT = re.compile(r"(?<=[\d)])e([-+]?\d+)")
 _MINUS = re.compile(r"(?<![\w.])-(?=\d)")
 
 
@@ -62,7 +62,7 @@ def format_percent(fraction: float) -> str:
 def typeset(number: str) -> str:
     """Formatted numbers, also within a sentence, as print has them: ``-1.4e-3 ± 0.1e-3`` is ``(−1.4 ± 0.1)×10⁻³``."""
     shared = _SHARED_EXPONENT.sub(r"(\1 ± \3)e\2", number)
-    powers = _EXPONENT.sub(lambda match: "×10" + match[1].translate(_SUPERSCRIPTS), shared)
+    powers = _EXPONENT.sub(lambda match: "×10" + str(int(match[1])).translate(_SUPERSCRIPTS), shared)
     return _MINUS.sub("−", powers)
 
 

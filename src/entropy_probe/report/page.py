@@ -94,7 +94,7 @@ def sweep_page(sweeps: Mapping[str, Sweep], *, config: str | None = None, name: 
         result=prediction,
         sweeps=views,
         config=config,
-        **(_of_result(prediction) if prediction is not None else _NOTHING),
+        **(dict.fromkeys(_RESULT_KEYS, ()) if prediction is None else _of_result(prediction)),
         **_of_tables(None, prediction),
     )
 
@@ -107,7 +107,7 @@ STATES = {
     "below the noise floor": "look",
     "not measured": "bad",
 }
-_NOTHING: dict[str, Any] = dict.fromkeys(("cards", "changes", "comparison", "waterfall", "checks", "state", "notes", "how"), ())
+_RESULT_KEYS = ("cards", "changes", "comparison", "waterfall", "checks", "state", "notes", "how")
 
 
 def _of_result(result: ProbeResult) -> dict[str, Any]:
@@ -175,10 +175,11 @@ def visible(text: str, keep_lines: bool = False) -> Markup:
     """
     if keep_lines:
         return Markup("\n").join(visible(line) for line in text.split("\n"))
-    parts = visible_parts(text)
-    return Markup("").join(
-        Markup('<span class="name{}">{}</span>').format(" end" * (part == "↵"), part) if k % 2 else escape(part) for k, part in enumerate(parts)
-    )
+    html = Markup("")
+    for k, part in enumerate(visible_parts(text)):
+        look = "name end" if part == "↵" else "name"
+        html += Markup('<span class="{}">{}</span>').format(look, part) if k % 2 else escape(part)
+    return html
 
 
 @cache

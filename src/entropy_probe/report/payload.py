@@ -27,11 +27,12 @@ def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
         unit: of the contributions.
 
     Returns:
-        ``texts``: each distinct token as :func:`visible_parts` (a plain string where that is all); ``prompts``: id,
-        text and label of each; ``responses``: ``id``, ``prompt`` (its row in ``prompts``), ``advantage`` (the mean where it differs by token), sums, and
-        per token ``t`` (row of ``texts``), ``c`` contribution, ``v`` covariance, ``l`` log-probability, ``h`` entropy
-        and, where it differs by token, ``a`` advantage; ``scale``: the contribution and the covariance that get the
-        strongest colour, the 99th percentile of their absolute values; ``total`` responses in the batch.
+        ``texts``: each distinct token as :func:`visible_parts` (a plain string where that is all); ``prompts``: ``id``
+        and ``text`` of each; ``responses``: ``id``, ``prompt`` (its row in ``prompts``), ``advantage`` (the mean where
+        it differs by token), sums, and per token ``t`` (row of ``texts``), ``c`` contribution, ``v`` covariance, ``l``
+        log-probability, ``h`` entropy and, where it differs by token, ``a`` advantage; ``scale``: the
+        contribution and the covariance that get the strongest colour, the 99th percentile of their absolute values;
+        ``total``: responses in the batch.
 
     Raises:
         ValueError: if a response's tokens are not consecutive rows, or a number is not finite.

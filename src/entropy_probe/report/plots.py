@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["RESULT_FIGURES", "figure_files", "result_figures"]
+__all__ = ["figure_files", "result_figures"]
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; line styles and markers differ as well.
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 SEVERAL = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-RESULT_FIGURES = ("change", "parts", "prompts", "layers")
 SETTINGS: Any = {
     "svg.hashsalt": "entropy-probe",
     "font.size": 9,
@@ -55,7 +54,7 @@ def figure_files(sweeps: Mapping[str, Sweep]) -> dict[str, bytes]:
 
 
 def result_figures(result: ProbeResult, tables: Tables | None) -> dict[str, bytes]:
-    """The figures of a run by file name, as far as there is something to draw: those of :data:`RESULT_FIGURES`.
+    """The figures of a run by file name, as far as there is something to draw: see ``wording.RESULT_FIGURES``.
 
     Args:
         result: of the run.

@@ -67,7 +67,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> dict[str, Any]:
         ) from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise ValueError(f"{path}: expected columns {', '.join(columns)}, got none named {', '.join(missing)}; {remedy}")
+        raise ValueError(f"{path}: expected columns {', '.join(columns)}, got no {', '.join(missing)}; {remedy}")
     for name in columns:
         if table[name].null_count and name not in _OPTIONAL:
             raise ValueError(f"{path}: column {name}: expected a value in every row, got nulls; {remedy}")
@@ -78,4 +78,4 @@ def _column(column: pa.ChunkedArray, name: str) -> Any:
     if name in _TEXT:
         return column.to_pylist()
     kind = np.int64 if name.endswith("_id") or name.startswith("num_") or name == "position" else np.float64
-    return np.asarray(column.to_numpy(), dtype=kind)
+    return np.array(column.to_numpy(), dtype=kind)

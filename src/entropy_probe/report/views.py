@@ -10,8 +10,10 @@ from entropy_probe.report.numbers import format_estimate, format_number, format_
 from entropy_probe.report.wording import ESTIMATORS, column_exponent
 from entropy_probe.results import Estimate, OptimizerStateReport, ProbeResult, Realized
 
-__all__ = ["Card", "Check", "cards", "changes", "checks", "comparison", "component_names", "how_computed", "optimizer_checks",
-           "story", "waterfall"]  # fmt: skip
+__all__ = [
+    "Card", "Check", "cards", "changes", "checks", "comparison", "component_names", "how_computed", "optimizer_checks",
+    "story", "waterfall",
+]  # fmt: skip
 
 State = Literal["ok", "look", "bad", "plain"]
 NOTABLE_ROUNDING = 0.01
