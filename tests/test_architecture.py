@@ -29,7 +29,7 @@ ALLOWED = {
     "config": {"estimators", "losses"},
     "sampling": {"types", "named"},
     "checkpoints": {"checkpoint_results", "types", "results", "named", "moments"},
-    "report": {"checkpoint_results", "types", "results", "sweep_results"},
+    "report": {"attribution_tables", "checkpoint_results", "types", "results", "sweep_results"},
     "demo": set(),
     "fingerprint": {"types"},
     "measurement": {"types", "results", "estimators", "config"},

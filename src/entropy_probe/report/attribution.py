@@ -12,6 +12,7 @@ import numpy as np
 from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent, typeset
 from entropy_probe.report.tables import Columns, Tables
+from entropy_probe.results import ProbeResult
 
 __all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence"]
 
@@ -66,15 +67,20 @@ def prompt_sentence(prompts: Columns) -> list[str]:
     return sentences
 
 
-def token_sentence(tables: Tables, unit: str) -> str:
-    """How many tokens, and what those of good and of bad responses add."""
+def token_sentence(tables: Tables, result: ProbeResult) -> str:
+    """How many tokens, what those of good and of bad responses add, and how they compare with the covariance term."""
     contributions, advantages = tables.tokens["contribution"], tables.tokens["advantage"]
     sums = [float(contributions[chosen].sum()) for chosen in (advantages > 0, advantages < 0)]
     good, bad = (typeset(format_number(x, 2)) for x in sums)
-    return (
+    said = (
         f"{len(contributions):,} tokens of {len(np.unique(tables.tokens['response_id'])):,} responses. Those with a "
-        f"positive advantage add {good} {unit} to δH₁, those with a negative one {bad}."
+        f"positive advantage add {good} {result.entropy.unit} to δH₁, those with a negative one {bad}."
     )
+    summary = result.attribution
+    if summary is not None and summary.rank_correlation_with_covariance is not None:
+        rank = typeset(f"{summary.rank_correlation_with_covariance:.2f}")
+        said += f" Rank correlation with the covariance term of Cui et al. (2025): {rank}, near −1 where they agree."
+    return said
 
 
 def prompt_chart(prompts: Columns, unit: str) -> BarChart | None:

@@ -21,7 +21,7 @@ from entropy_probe.report.attribution import layer_grid, prompt_chart, prompt_se
 from entropy_probe.report.numbers import format_number, typeset
 from entropy_probe.report.payload import responses_payload, script_json
 from entropy_probe.report.sweep_views import sweep_view
-from entropy_probe.report.tables import Tables
+from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.text import visible_parts
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.views import (
@@ -55,7 +55,7 @@ def run_page(result: ProbeResult, *, tables: Tables | None = None, config: str |
         name: of the checkpoint.
 
     Raises:
-        ValueError: if the result holds no change at all, or the tables are not of one batch.
+        ValueError: if the result holds no change at all, or the tables are of another run.
     """
     judged = verdict(result)
     kind = judged.kind[0].upper() + judged.kind[1:]
@@ -126,6 +126,7 @@ def _of_result(result: ProbeResult) -> dict[str, Any]:
 def _of_tables(tables: Tables | None, result: ProbeResult | None) -> dict[str, Any]:
     if tables is None or result is None:
         return dict.fromkeys(("prompts", "prompt_story", "prompt_table", "grid", "payload", "token_story"))
+    check_tables(tables, result)
     unit, prompts = result.entropy.unit, tables.prompts
     return {
         "prompts": prompt_chart(prompts, unit),
@@ -133,7 +134,7 @@ def _of_tables(tables: Tables | None, result: ProbeResult | None) -> dict[str, A
         "prompt_table": prompts,
         "grid": layer_grid(tables.layers, unit),
         "payload": script_json(responses_payload(tables, unit)),
-        "token_story": token_sentence(tables, unit),
+        "token_story": token_sentence(tables, result),
     }
 
 
