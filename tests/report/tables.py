@@ -93,11 +93,11 @@ def write_tables(
     return found
 
 
-def result_of(tables: Tables) -> ProbeResult:
+def result_of(tables: Tables, messages: tuple[str, ...] = ()) -> ProbeResult:
     """A result whose numbers are the tables' sums."""
     parts = {name: float(tables.layers[name].sum()) for name in ("gradient", "momentum", "weight_decay")}
     whole, size = sum(parts.values()), 0.05 * abs(sum(parts.values()))
-    result = make_result((whole, size), (1.02 * whole, size), (0.02 * whole, 0.1 * size))
+    result = make_result((whole, size), (1.02 * whole, size), (0.02 * whole, 0.1 * size), messages=messages)
     components = {name: Estimate(value=value, standard_error=size, **COMMON) for name, value in parts.items()}
     advantages, contributions = tables.tokens["advantage"], tables.tokens["contribution"]
     summary = AttributionSummary(
