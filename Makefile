@@ -1,9 +1,11 @@
 # Every target sets up .venv first; a stamp makes that a no-op until the project files change.
 PYTHON ?= python3
 BIN := .venv/bin
+# an interpreter whose torch finds a CUDA device
+GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full test-gpu lint bench bench-gpu clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,6 +25,12 @@ test: lint
 
 test-full: lint
 	$(BIN)/pytest -n 2 -m 'not gpu'
+
+test-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+bench-gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/two_batch.py

@@ -88,6 +88,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     to_wrap = there if device is None else torch.device(device).type == NAME
     if device is None and func.overloadpacket is torch.ops.aten.copy_:
         to_wrap = isinstance(args[0], Elsewhere)
+    if func.overloadpacket is torch.ops.aten._efficientzerotensor:  # a tensor without memory
+        func = torch.ops.aten.zeros.default
     out = func(*tree_map(_unwrapped, args), **tree_map(_unwrapped, kwargs))
     if not to_wrap:
         return args[0] if func.overloadpacket is torch.ops.aten.copy_ else out

@@ -29,7 +29,10 @@ ALLOWED = {
     "config": {"estimators", "losses"},
     "sampling": {"types", "named"},
     "checkpoints": {"checkpoint_results", "types", "results", "named", "moments"},
-    "report": {"attribution_tables", "checkpoint_results", "types", "results", "sweep_results"},
+    "report": {
+        "attribution_results", "attribution_tables", "validation_results", "checkpoint_results", "types", "results",
+        "sweep_results",
+    },
     "demo": set(),
     "fingerprint": {"types"},
     "measurement": {"types", "results", "estimators", "config"},
@@ -43,6 +46,10 @@ ALLOWED = {
         "session",
     },
     "attribution": {"types", "results", "attribution_results", "attribution_tables"},
+    "validation_results": {"records"},
+    "validation": {
+        "types", "attribution", "validation_results", "estimators", "updates", "step", "session", "two_batch",
+    },
     "attributed_batch": {
         "types", "results", "attribution", "attribution_results", "layer_names", "scoring", "estimators", "updates",
         "step", "session", "two_batch",
@@ -52,7 +59,8 @@ ALLOWED = {
     "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "session"},
     "probe": {
         "types", "results", "scoring", "updates", "fingerprint", "provenance", "config", "session", "two_batch",
-        "one_batch", "attribution", "attributed_batch", "sweep", "sweep_results",
+        "one_batch", "attribution", "attributed_batch", "validation",
+        "validation_results", "sweep", "sweep_results",
     },
     "integrations": None,
     "cli": None,

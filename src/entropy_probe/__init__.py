@@ -6,16 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from entropy_probe.attribution import Attribution
     from entropy_probe.checkpoints import CheckpointError, CheckpointState, load_checkpoint
     from entropy_probe.config import ProbeConfig
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
     from entropy_probe.sweep_results import Sweep, SweepPoint
     from entropy_probe.types import Rollouts, TokenScores
+    from entropy_probe.validation_results import Validation
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attribution",
     "CheckpointError",
     "CheckpointState",
     "EntropyProbe",
@@ -28,11 +31,13 @@ __all__ = [
     "Sweep",
     "SweepPoint",
     "TokenScores",
+    "Validation",
     "load_checkpoint",
 ]
 
 # Names are imported when first used, so that reading a result or printing help does not wait for torch.
 _HOME = {
+    "Attribution": "attribution",
     "CheckpointError": "checkpoints",
     "CheckpointState": "checkpoints",
     "EntropyProbe": "probe",
@@ -45,6 +50,7 @@ _HOME = {
     "Sweep": "sweep_results",
     "SweepPoint": "sweep_results",
     "TokenScores": "types",
+    "Validation": "validation_results",
     "load_checkpoint": "checkpoints",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +19,19 @@ __all__ = ["evaluating", "parameters_at"]
 def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Evaluation mode, gradients on, full matrix precision, and no autocast unless asked for.
 
-    Flags, buffers and random states are restored on exit.
+    Flags, buffers and random states, those of every CUDA device that holds a part of the model included, are restored
+    on exit.
     """
     training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
     repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     device = next(model.parameters()).device
-    precision = torch.get_float32_matmul_precision()
+    devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(_full_precision())
         # its cache of converted weights is keyed by parameter and would outlive a change of their values
         stack.enter_context(
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
@@ -38,10 +41,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             model.eval()
             for module in repacking:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            torch.set_float32_matmul_precision("highest")
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module, flag in training:
@@ -52,6 +53,36 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 or bfloat16 inside products of float32 tensors, whichever of torch's two interfaces allowed it."""
+    switches, matmul = _precision_switches(), "highest"
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            if switch.fp32_precision not in ("none", "ieee"):
+                switch.fp32_precision = "ieee"
+        matmul = torch.get_float32_matmul_precision()  # raises while only the newer switches allow TF32
+        if matmul != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
+        for switch, value in zip(switches, before, strict=True):
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
+
+
+def _precision_switches() -> list[Any]:
+    """What holds torch's ``fp32_precision``, from 2.9 on: each has its own value or that of one before it."""
+    of: Any = torch.backends
+    if not hasattr(of, "fp32_precision"):
+        return []
+    cudnn, mkldnn = of.cudnn, of.mkldnn
+    return [of, cudnn, of.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
 
 
 @contextmanager

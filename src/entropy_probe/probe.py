@@ -22,6 +22,8 @@ from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
 from entropy_probe.updates.adamw import learning_rates, optimizer_parameters
 from entropy_probe.updates.shadow import check_optimizer
+from entropy_probe.validation import HalfSteps
+from entropy_probe.validation_results import Validation
 
 __all__ = ["EntropyProbe"]
 
@@ -44,7 +46,8 @@ class EntropyProbe:
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
-            precision is below ``config.dtype``, or a ``resample`` function is needed and missing.
+            precision is below ``config.dtype``, it is spread over several devices, or a ``resample`` function is needed
+            and missing.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class EntropyProbe:
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
+        _check_device(model)
         if config.on_low_ess == "resample" and resample is None:
             raise ValueError(
                 "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
@@ -120,6 +124,25 @@ class EntropyProbe:
         """
         return AttributedBatch(self._subject(), update, evaluation, folds).attribution(measure=measure)
 
+    def validate(
+        self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0
+    ) -> Validation:
+        """Take real steps on random halves of the attribution's prompts, and compare with their contributions.
+
+        Each half costs one scoring of the evaluation batch, and a gradient over the half where the prompts' gradients
+        are not kept (``max_stored_gradient_gib``).
+
+        Args:
+            attribution: of the update batch, by :meth:`attribute` of this probe.
+            evaluation: the batch the changes are measured on.
+            subsets: how many halves, at least 4.
+            seed: of the random halves.
+
+        Raises:
+            ValueError: as :meth:`run`; with fewer than 4 prompts or subsets; or where a change cannot be measured.
+        """
+        return HalfSteps(self._subject(), attribution, evaluation).validation(subsets, seed)
+
     def sweep(
         self,
         *,
@@ -176,3 +199,12 @@ def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
                 "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "
                 "quantised more coarsely than one step changes them"
             )
+
+
+def _check_device(model: nn.Module) -> None:
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(
+            f"model: expected all parameters on one device and with values, got them on {', '.join(devices)}; load the "
+            "model onto one device, in a lower precision if it is too large for it"
+        )

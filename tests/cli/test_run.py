@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 import signal
 
+import pandas as pd
 import pytest
 import yaml
 
-from entropy_probe import ProbeResult, Rollouts
+from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.sampling import HFGenerator
 from tests.cli.conftest import execute, invoke, start
 
@@ -161,6 +162,45 @@ def test_both_modes_side_by_side(config, tmp_path):
     assert "one batch δH₁" in done.stdout
     assert "predicted δH₁" in done.stdout
     assert "cross-prompt gradients" in result.timing
+
+
+def test_attribution_fills_tables_that_a_later_run_without_it_removes(config, tmp_path):
+    out = tmp_path / "out"
+    shown = run(config, "attribution=true", "attribution_folds=4", "mode=both", "probe.frozen_max_scale=1e9")
+    tables = ("layers.parquet", "prompts.parquet", "tokens.parquet")
+    assert set(tables) < {path.name for path in out.iterdir()}
+    result = ProbeResult.load(out)
+    assert result.attribution is not None
+    assert result.attribution.folds == 4
+    assert result.cross_prompt is not None
+    assert result.realized is not None
+    tokens, prompts = (pd.read_parquet(out / name) for name in ("tokens.parquet", "prompts.parquet"))
+    update = Rollouts.from_parquet(out / "update.parquet")
+    assert tokens.contribution.sum() == pytest.approx(result.components["gradient"].value, rel=1e-6)
+    assert tokens.token_id.tolist() == update.input_ids[update.response_mask].tolist()
+    assert prompts.prompt.str.fullmatch(r"\d\+\d=").all()
+    assert (prompts.standard_error > 0).any()
+    assert "Where the gradient part comes from" in shown
+    again = invoke("report", out).stdout
+    assert again.partition(" Saved in")[0] == shown.partition(" Saved in")[0]
+    run(config, "--overwrite")
+    assert not set(tables) & {path.name for path in out.iterdir()}
+
+
+def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path, refused):
+    out = tmp_path / "out"
+    done = invoke("validate", config, "--subsets", 5, "--seed", 2)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = Validation.load(out)
+    assert len(found.steps) == 5
+    assert found.seed == 2
+    assert "5 real steps on 2 of 4 prompts" in done.stdout
+    assert ProbeResult.load(out).attribution is not None
+    assert (out / "tokens.parquet").is_file()
+    assert "minus covariance terms" in invoke("report", out).stdout
+    assert "two_batch or both" in refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
+    run(config, "--overwrite")
+    assert not (out / "validation.json").exists()
 
 
 def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):

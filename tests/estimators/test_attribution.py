@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from entropy_probe.estimators.attribution import covariance_terms, rank_correlation
+from entropy_probe.estimators.attribution import covariance_terms, rank_correlation, rank_correlation_interval
 
 
 def test_covariance_terms_average_to_the_covariance():
@@ -28,3 +28,18 @@ def test_rank_correlation_with_ties():
     assert rank_correlation(a, -a) == pytest.approx(-1)
     assert rank_correlation(a, 0 * b) is None
     assert rank_correlation(a[:1], b[:1]) is None
+
+
+def test_interval_of_a_rank_correlation():
+    """Covers the correlation of a large sample about as often as it says, also where it is high."""
+    g = torch.Generator().manual_seed(2)
+    for weight, spearman in ((0.0, 0.0), (3.0, 0.9436)):
+        covered = 0
+        for _ in range(400):
+            x, noise = torch.randn(2, 40, generator=g, dtype=torch.float64)
+            low, high = rank_correlation_interval(rank_correlation(weight * x + noise, x), 40)
+            covered += low <= spearman <= high
+        assert 0.92 <= covered / 400 <= 0.98
+    assert rank_correlation_interval(1.0, 5) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="expected at least 4 pairs"):
+        rank_correlation_interval(0.5, 3)

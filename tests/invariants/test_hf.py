@@ -252,6 +252,13 @@ def test_low_precision_is_refused_unless_asked_for():
         EntropyProbe(model, optimizer)
 
 
+def test_a_model_on_several_devices_is_refused():
+    model, optimizer = policy("lora")
+    model.get_output_embeddings().to("meta")
+    with pytest.raises(ValueError, match=r"expected all parameters on one device and with values, got .* cpu, meta"):
+        EntropyProbe(model, optimizer)
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_bfloat16_runs_when_asked_for(kind):
     model, _ = policy(kind)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from entropy_probe import EntropyProbe, ProbeConfig
+from entropy_probe.isolation import _precision_switches, evaluating
 from entropy_probe.scoring.forward import Scorer
 from tests.invariants.test_probe import batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
@@ -39,7 +40,7 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, objec
         out |= {f"o.{i}.{k}": (v.clone() if isinstance(v, torch.Tensor) else v, id(p)) for k, v in s.items()}
     out["groups"] = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     out["rng"] = (torch.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002
-    out["precision"] = torch.get_float32_matmul_precision()
+    out["precision"] = [switch.fp32_precision for switch in _precision_switches()]
     return out
 
 
@@ -158,3 +159,39 @@ EntropyProbe(model, optimizer, ProbeConfig(temperature=0.8)).run(update=update, 
 assert random.getstate() == before
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ALLOW_TF32 = {
+    "matmul precision": lambda: torch.set_float32_matmul_precision("high"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "one switch": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "all switches": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.fixture
+def switches():
+    """Torch's precision switches, none of them set; put back afterwards."""
+    switches = _precision_switches()
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "none"
+    yield switches
+    torch.set_float32_matmul_precision("highest")
+    for switch, value in zip(switches, before, strict=True):
+        switch.fp32_precision = value
+
+
+@pytest.mark.parametrize("how", ALLOW_TF32)
+def test_full_precision_however_less_was_allowed(switches, how):
+    """The Trainer's tf32=True sets the switches of torch 2.9, with which the older interface refuses to work."""
+    ALLOW_TF32[how]()
+    before = [switch.fp32_precision for switch in switches]
+    assert "tf32" in (before[0], before[2])
+    with evaluating(nn.Linear(1, 1)):
+        assert {switch.fp32_precision for switch in switches} <= {"none", "ieee"}
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert [switch.fp32_precision for switch in switches] == before
+    if before[0] == "tf32":  # the others took it from the first, and still do
+        torch.backends.fp32_precision = "none"
+        assert switches[2].fp32_precision == "none"

@@ -17,6 +17,7 @@ from entropy_probe.cli.manifest import manifest
 from entropy_probe.cli.report import report
 from entropy_probe.cli.run import run
 from entropy_probe.cli.sweep import sweep
+from entropy_probe.cli.validate import validate
 
 __all__ = ["app", "main"]
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     cls=ErrorsAsLines,
     add_completion=False,
 )
-for command in (run, sweep, inspect, manifest, report, demo):
+for command in (run, sweep, validate, inspect, manifest, report, demo):
     app.command()(command)
 
 

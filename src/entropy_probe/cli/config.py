@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from entropy_probe.cli.errors import describe
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
@@ -53,6 +53,8 @@ class RunConfig(BaseModel):
         evaluation: the batch that the entropy is measured on.
         rollouts: saved batches to read instead of sampling.
         save_rollouts: whether to save both batches beside the results.
+        attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
+        attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch.
         probe: how to probe.
     """
 
@@ -73,6 +75,8 @@ class RunConfig(BaseModel):
     evaluation: EvaluationSettings | None = None
     rollouts: SavedRollouts = SavedRollouts()
     save_rollouts: bool = True
+    attribution: bool = False
+    attribution_folds: int | None = Field(default=None, ge=2)
     probe: ProbeConfig = ProbeConfig()
 
     @property
@@ -112,6 +116,17 @@ class RunConfig(BaseModel):
                 "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), but "
                 "missing"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_attribution(self) -> RunConfig:
+        if self.attribution and self.needs_no_evaluation:
+            raise ValueError(
+                f"attribution: expected mode two_batch or both, whose prediction it divides, got {self.mode}; change "
+                "the mode, or leave attribution out"
+            )
+        if self.attribution_folds is not None and not self.attribution:
+            raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
         return self
 
     def resolved(self) -> RunConfig:

@@ -22,8 +22,9 @@ def report(
     from rich.console import Console
 
     from entropy_probe.cli.sweep_directory import load_sweeps, unfinished
-    from entropy_probe.report import print_files, print_result, print_sweeps
+    from entropy_probe.report import print_files, print_result, print_sweeps, print_validation, read_tables
     from entropy_probe.results import ProbeResult
+    from entropy_probe.validation_results import VALIDATION_FILE, Validation
 
     where, console = directory if directory.is_dir() else directory.parent, Console()
     sweeps = load_sweeps(directory)
@@ -34,7 +35,9 @@ def report(
         print_sweeps(sweeps, console)
     else:
         result = ProbeResult.load(directory)
-        print_result(result, console)
+        print_result(result, console, tables=read_tables(where))
+        if (where / VALIDATION_FILE).is_file():
+            print_validation(Validation.load(where), console)
     try:
         if sweeps:
             write_sweep_page(where, sweeps)

@@ -12,6 +12,7 @@ import typer
 from entropy_probe.report.numbers import format_percent
 
 if TYPE_CHECKING:
+    from entropy_probe.attribution import Attribution
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.probe import EntropyProbe
@@ -85,12 +86,16 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
     )
 
 
-def probe_checkpoint(config: RunConfig) -> ProbeResult:
+def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -> ProbeResult:
     """Probe as configured and write the run directory.
 
-    The directory gets the resolved ``config.yaml``, ``results.json`` and, with ``save_rollouts``, both batches;
-    all of them or, after an error, none; then ``report.html`` and ``figures``. Rollouts sampled before an error are
-    kept beside the directory.
+    The directory gets the resolved ``config.yaml``, ``results.json``, with ``save_rollouts`` both batches, and with
+    ``attribution`` its tables; all of them or, after an error, none; then ``report.html`` and ``figures``. Rollouts
+    sampled before an error are kept beside the directory.
+
+    Args:
+        config: the settings.
+        halves: validate the attribution on this many random halves, drawn with this seed, into ``validation.json``.
 
     Raises:
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
@@ -136,9 +141,16 @@ def probe_checkpoint(config: RunConfig) -> ProbeResult:
             update.to_parquet(staging / UPDATE_FILE)
             if evaluation is not None and not sampled[0].exists():
                 evaluation.to_parquet(sampled[0])
-        result = _annotate(
-            _run_mode(probe, config.mode, update, evaluation), (*state.report.reasons, *notes), clock.seconds
-        )
+        result, attribution = _run_mode(probe, config, update, evaluation)
+        result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
+        if attribution is not None:
+            attribution.save_tables(staging, state.tokenizer)
+        if halves is not None:
+            subsets, seed = halves
+            validation = probe.validate(
+                _required(attribution), evaluation=_required(evaluation), subsets=subsets, seed=seed
+            )
+            validation.save(staging)
         if not config.save_rollouts:
             sampled[0].unlink(missing_ok=True)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
@@ -164,20 +176,31 @@ def resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
     return lambda rollouts: resample_responses(engine, rollouts, parameters, seed=settings.seed)
 
 
-def _run_mode(probe: EntropyProbe, mode: str, update: Rollouts, evaluation: Rollouts | None) -> ProbeResult:
-    """The probe's result in the configured mode; the one-batch prediction joins a two-batch result or measurement."""
-    if mode == "one_batch":
-        return probe.one_batch(update)
-    if mode == "same_batch":
+def _run_mode(
+    probe: EntropyProbe, config: RunConfig, update: Rollouts, evaluation: Rollouts | None
+) -> tuple[ProbeResult, Attribution | None]:
+    """The probe's result in the configured mode, and its attribution if there is one.
+
+    The one-batch prediction joins a two-batch result or measurement.
+    """
+    attribution = None
+    if config.mode == "one_batch":
+        return probe.one_batch(update), None
+    if config.mode == "same_batch":
         result = probe.measure(update=update)
+    elif config.attribution:
+        attribution = probe.attribute(
+            update=update, evaluation=_required(evaluation), folds=config.attribution_folds, measure=True
+        )
+        result = attribution.result
     else:
         result = probe.run(update=update, evaluation=_required(evaluation))
-    if mode == "two_batch":
-        return result
+    if config.mode == "two_batch":
+        return result, attribution
     one = probe.one_batch(update)
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})
     new = [message for message in one.diagnostics.messages if message not in result.diagnostics.messages]
-    return _annotate(result, tuple(f"one batch: {message}" for message in new), one.timing)
+    return _annotate(result, tuple(f"one batch: {message}" for message in new), one.timing), attribution
 
 
 @dataclass(frozen=True)

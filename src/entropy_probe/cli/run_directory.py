@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from entropy_probe.attribution_tables import TABLES
 from entropy_probe.report.wording import REPORT_FILE, RESULT_FIGURES
 from entropy_probe.results import RESULTS_FILE, ProbeResult
+from entropy_probe.validation_results import VALIDATION_FILE
 
 __all__ = ["CONFIG_FILE", "EVALUATION_FILE", "FIGURES", "SHARDS", "UPDATE_FILE", "check_output_dir", "stage"]
 
@@ -21,7 +23,7 @@ SHARDS = "evaluation"
 FIGURES = "figures"
 _STAGING = ".unfinished-"
 # results.json goes last: where it is, the rest is.
-RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, RESULTS_FILE)
+RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, *TABLES, VALIDATION_FILE, RESULTS_FILE)
 # Drawn from the rest, by this run or by `entropy-probe report` later.
 SHOWN_FILES = (REPORT_FILE, *(f"{FIGURES}/{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")))
 

@@ -93,7 +93,7 @@ class SweepConfig(RunConfig):
         return self
 
     def resolved(self) -> SweepConfig:
-        """As for a run; rates are spelled out."""
+        """As for a run; rates are spelled out, and attribution, which belongs to one rate, is left out."""
         checkpoints = self.sweep.checkpoints
         sweep = self.sweep.model_copy(
             update={
@@ -105,7 +105,8 @@ class SweepConfig(RunConfig):
         config = super().resolved()
         assert isinstance(config, SweepConfig)
         probe = config.probe.model_copy(update={"learning_rate": None})
-        return config.model_copy(update={"sweep": sweep, "probe": probe})
+        plain = {"attribution": False, "attribution_folds": None}
+        return config.model_copy(update={"sweep": sweep, "probe": probe, **plain})
 
     def each(self) -> Iterator[SweepConfig]:
         """The config of every checkpoint on its own, each with a directory of its own inside ``output_dir``."""

@@ -5,13 +5,15 @@ Formulas: ``docs/theory.md``, "Attribution".
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entropy_probe.estimators.uncertainty import ratio
 
-__all__ = ["covariance_terms", "fold_errors", "rank_correlation"]
+__all__ = ["covariance_terms", "fold_errors", "rank_correlation", "rank_correlation_interval"]
 
 
 def covariance_terms(
@@ -39,6 +41,24 @@ def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float | 
     x, y = (torch.from_numpy(rankdata(values.double().numpy())) for values in (a, b))
     x, y = x - x.mean(), y - y.mean()
     return (torch.dot(x, y) / (x.norm() * y.norm())).clamp(-1, 1).item()
+
+
+def rank_correlation_interval(correlation: float, count: int) -> tuple[float, float]:
+    """A 95% interval for Spearman's rank correlation of ``count`` independent pairs.
+
+    ``tanh(atanh r +- 1.96 sqrt((1 + r^2 / 2) / (n - 3)))``. Source: Bonett and Wright (2000), Sample size requirements
+    for estimating Pearson, Kendall and Spearman correlations, Psychometrika 65.
+
+    Raises:
+        ValueError: with fewer than 4 pairs.
+    """
+    if count < 4:
+        raise ValueError(f"rank correlation: expected at least 4 pairs for an interval, got {count}")
+    if abs(correlation) == 1:
+        return correlation, correlation
+    reach = 1.96 * math.sqrt((1 + correlation**2 / 2) / (count - 3))
+    centre = math.atanh(correlation)
+    return math.tanh(centre - reach), math.tanh(centre + reach)
 
 
 def fold_errors(numerators: Float[Tensor, "K B"], weights: Float[Tensor, " K"]) -> Float[Tensor, " B"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from entropy_probe.report.attribution_console import print_validation
 from entropy_probe.report.checkpoint import print_checkpoint
 from entropy_probe.report.console import print_files, print_result
 from entropy_probe.report.page import run_page, sweep_page
@@ -20,6 +21,7 @@ __all__ = [
     "print_files",
     "print_result",
     "print_sweeps",
+    "print_validation",
     "read_tables",
     "result_figures",
     "run_page",

@@ -9,7 +9,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from entropy_probe.report.attribution_console import print_attribution
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent
+from entropy_probe.report.tables import Tables, read_tables
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
 from entropy_probe.report.wording import ESTIMATORS, REPORT_FILE, column_exponent
@@ -27,13 +29,16 @@ STYLES: dict[VerdictKind, str] = {
 }
 
 
-def print_result(result: ProbeResult, console: Console, directory: Path | None = None) -> None:
-    """Print the table, the verdict, the diagnostics and where the files are.
+def print_result(
+    result: ProbeResult, console: Console, directory: Path | None = None, *, tables: Tables | None = None
+) -> None:
+    """Print the table, the verdict, the diagnostics, what the change comes from and where the files are.
 
     Args:
         result: what to show.
         console: where to print.
         directory: the run directory, whose files are listed; None when nothing was saved.
+        tables: the attribution's, in place of those in the directory.
 
     Raises:
         ValueError: if the result holds no change at all.
@@ -43,6 +48,9 @@ def print_result(result: ProbeResult, console: Console, directory: Path | None =
     for message in result.diagnostics.messages:
         console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
     console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
+    if result.attribution is not None:
+        tables = read_tables(directory) if tables is None and directory is not None else tables
+        print_attribution(result.attribution, console, tables and tables.prompts)
     if directory is not None:
         print_files(directory, console)
 

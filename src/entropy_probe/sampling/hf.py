@@ -114,7 +114,7 @@ class HFGenerator:
                     "does not fit the device's memory; lower max_completion_length, or sample on a larger device"
                 ) from error
         # outside the handler, which holds on to the failed batch
-        if torch.cuda.is_available():
+        if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         self._batch_size = len(prompts) // 2
         line = "sampling ran out of memory: the batch size was lowered to"

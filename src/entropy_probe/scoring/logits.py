@@ -19,7 +19,8 @@ __all__ = ["OutputHead", "head_scores", "head_slopes", "head_surrogate", "logit_
 
 # Below the largest logit by this much the probability is exactly 0 in float64, and 0 * floor is 0 where 0 * inf is not.
 _FLOOR = -1e4
-_CHUNK_ELEMENTS = 2**22
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_OFF_CPU = 2**22, 2**26
+"""A chunk of logits that stays in a processor's cache; and one with enough tokens to keep an accelerator busy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,9 @@ class OutputHead:
     temperature: float
 
     def chunk_tokens(self) -> int:
-        """Tokens per chunk, so that one chunk of logits stays around 16 MiB in float32 (at least 64 tokens)."""
-        return max(64, _CHUNK_ELEMENTS // self.weight.shape[0])
+        """Tokens per chunk: logits of around 16 MiB in float32, 256 MiB off the CPU (at least 64 tokens)."""
+        elements = _CHUNK_ELEMENTS if self.weight.device.type == "cpu" else _CHUNK_ELEMENTS_OFF_CPU
+        return max(64, elements // self.weight.shape[0])
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         """Tempered logits in at least float32, as a new tensor."""

@@ -1,4 +1,4 @@
-"""The update gradient of a batch without some of its prompts, block by block."""
+"""The update gradient of a batch without some of its prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import Rollouts, TokenCoefficients
 from entropy_probe.updates.per_unit import UnitGradients, unit_backward
 
-__all__ = ["reduced_gradients", "renormalisation"]
+__all__ = ["kept_gradient", "reduced_gradients", "renormalisation"]
 
 
 def renormalisation(
@@ -68,6 +68,37 @@ def reduced_gradients(
         else:
             (share,) = unit_backward(scorer, parameters, rollouts, (blocks == block).nonzero()[:, 0], [loss])
         yield {name: _without(total, share.get(name), factor) for name, total in whole.total.items()}
+
+
+def kept_gradient(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    units: Tensor,
+    kept: Tensor,
+    loss: TokenCoefficients,
+    whole: UnitGradients,
+) -> dict[str, Tensor | None]:
+    """The gradient of the loss over some units only, every token at the weight that it has in the whole batch.
+
+    Args:
+        scorer: the policy.
+        parameters: what to differentiate with respect to.
+        rollouts: the update batch.
+        units: the unit of each sequence, ``[N]``.
+        kept: which units, ``[K]``.
+        loss: coefficients of the whole batch's loss.
+        whole: its gradient; where it keeps no gradient per unit, the kept units are differentiated again.
+    """
+    if whole.stored is not None:
+        shares: Mapping[str, Tensor] = _by_name(whole.stored[kept].sum(0), parameters)
+    else:
+        rows = torch.isin(units, kept).nonzero()[:, 0]
+        shares = unit_backward(scorer, parameters, rollouts, rows, [loss])[0]
+    return {
+        name: None if total is None else shares[name] if name in shares else torch.zeros_like(total)
+        for name, total in whole.total.items()
+    }
 
 
 def _by_name(flat: Tensor, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:

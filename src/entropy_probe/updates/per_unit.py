@@ -28,8 +28,8 @@ __all__ = ["Side", "UnitGradients", "stored_bytes", "sum_over_columns", "unit_ba
 
 _CACHED_ELEMENTS = 2**26
 """Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
-_COLUMN_ELEMENTS = 2**18
-"""Elements converted to float64 at a time in products of stored gradients."""
+_COLUMN_ELEMENTS, _COLUMN_ELEMENTS_OFF_CPU = 2**18, 2**24
+"""Elements converted to float64 at a time in products of gradients: what a processor's cache holds, or 128 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +77,10 @@ class UnitGradients:
 def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
     """Sum ``products(rows[:, c], *(x[..., c] for x in others))`` in float64 over blocks of columns ``c``.
 
-    A block stays in the processor's cache, and no float64 copy of anything large is made.
+    On the CPU a block stays in the processor's cache; no float64 copy of anything large is made.
     """
-    width = max(1, _COLUMN_ELEMENTS // len(rows))
+    elements = _COLUMN_ELEMENTS if rows.device.type == "cpu" else _COLUMN_ELEMENTS_OFF_CPU
+    width = max(1, elements // len(rows))
     parts = [
         products(*(x[..., start : start + width].double() for x in (rows, *others)))
         for start in range(0, rows.shape[-1], width)

@@ -1,0 +1,46 @@
+"""``entropy-probe validate``: do a run's contributions forecast real steps?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["validate"]
+
+
+def validate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A run's settings; relative paths as for run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
+    ] = None,
+    subsets: Annotated[int, typer.Option(min=4, help="How many random halves of the update prompts.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the random halves.")] = 0,
+    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
+    ] = False,
+) -> None:
+    """Run with attribution, then take real steps on random halves of the update prompts and compare.
+
+    Writes what a run writes, and validation.json.
+    """
+    from rich.console import Console
+
+    from entropy_probe.cli.config import load_config
+    from entropy_probe.cli.run import probe_checkpoint
+    from entropy_probe.report import print_files, print_result, print_validation, read_tables
+    from entropy_probe.validation_results import Validation
+
+    options = {
+        "output_dir": None if output_dir is None else str(output_dir),
+        "overwrite": overwrite or None,
+        "attribution": True,
+    }
+    settings, console = load_config(config, overrides or (), options), Console()
+    result = probe_checkpoint(settings, (subsets, seed))
+    print_result(result, console, tables=read_tables(settings.output_dir))
+    print_validation(Validation.load(settings.output_dir), console)
+    print_files(settings.output_dir, console)

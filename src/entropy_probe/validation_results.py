@@ -1,0 +1,87 @@
+"""How well attributions forecast real steps; the schema of ``validation.json``. Reading it needs no model, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from entropy_probe.records import Record, find_saved, read_record, write_atomically
+
+__all__ = ["VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
+
+SCHEMA_VERSION = 1
+VALIDATION_FILE = "validation.json"
+
+
+class RankCorrelation(Record):
+    """Spearman's rank correlation with its 95% interval.
+
+    Attributes:
+        value: between -1 and 1.
+        low: the interval's lower end.
+        high: the interval's upper end.
+    """
+
+    value: float = Field(ge=-1, le=1)
+    low: float = Field(ge=-1, le=1)
+    high: float = Field(ge=-1, le=1)
+
+
+class SubsetStep(Record):
+    """One real step on a part of the update batch.
+
+    Attributes:
+        kept: ids of the prompts whose advantages were left as they are; those of the others were set to 0.
+        contribution: sum of the kept prompts' contributions, in the validation's unit.
+        covariance: sum of the kept prompts' covariance terms.
+        realized: the entropy change measured after the step, in the validation's unit.
+    """
+
+    kept: tuple[int, ...]
+    contribution: float
+    covariance: float
+    realized: float
+
+
+class Validation(Record):
+    """Rank correlations, over random halves of the update batch, between what was forecast and what was measured.
+
+    Attributes:
+        unit: nats per token or nats per sequence.
+        num_prompts: prompts of the update batch; half of them, rounded down, are kept each time.
+        seed: of the random halves.
+        contributions: of measured changes with the sums of the kept prompts' contributions; 1 is best. Null where
+            all are equal.
+        covariance: of measured changes with minus the sums of the kept prompts' covariance terms (Cui et al., 2025), by
+            which covariance lowers entropy; 1 is best. Null where all are equal.
+        steps: the single steps.
+        messages: what a careful reader should know.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    unit: Literal["nats/token", "nats/sequence"]
+    num_prompts: int
+    seed: int
+    contributions: RankCorrelation | None
+    covariance: RankCorrelation | None
+    steps: tuple[SubsetStep, ...] = Field(repr=False)
+    messages: tuple[str, ...] = ()
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``validation.json`` into ``directory`` (made if missing) and return its path."""
+        path = Path(directory) / VALIDATION_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (self.model_dump_json(indent=2) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Validation:
+        """Read a saved validation from its directory or from the file itself.
+
+        Raises:
+            ValueError: if the file is missing or is not a validation of this schema.
+        """
+        path = find_saved(directory, VALIDATION_FILE, "validation", "validate")
+        return read_record(cls, path, f"a validation of schema {SCHEMA_VERSION}", "validate again")

@@ -1,0 +1,68 @@
+"""An attribution on the terminal."""
+
+import numpy as np
+from rich.console import Console
+
+from entropy_probe.attribution_results import AttributionSummary
+from entropy_probe.report import print_result
+from entropy_probe.report.tables import Tables
+from tests.report.results import make_result
+
+SUMMARY = AttributionSummary(
+    unit="nats/token",
+    method="forward-mode",
+    num_tokens=1535,
+    gradient=-3.34e-4,
+    momentum=-2.2e-3,
+    weight_decay=0.0,
+    positive_advantages=-1.22e-4,
+    negative_advantages=-2.12e-4,
+    rank_correlation_with_covariance=-0.36,
+    seconds=0.5,
+)
+
+
+def show(tables=None, **changes) -> str:
+    console = Console(width=80)
+    with console.capture() as captured:
+        summary = SUMMARY.model_copy(update=changes)
+        print_result(make_result().model_copy(update={"attribution": summary}), console, tables=tables)
+    return captured.get()
+
+
+def test_signs_and_covariance_without_a_directory():
+    text = show()
+    assert "(1535 tokens)" in text
+    assert "-1.22e-4" in text
+    assert "-2.12e-4" in text
+    assert "-0.36" in text
+    assert "lowering" not in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "undefined" in show(rank_correlation_with_covariance=None)
+    assert "reverse-mode (no rule for [x])" in show(method="reverse-mode (no rule for [x])")
+
+
+def test_top_prompts_from_the_table():
+    contributions = [-2e-4, 1e-5, -1e-4, 3e-5, -6e-5, -1.4e-5, 0.0]
+    columns = {
+        "prompt_id": list(range(7)),
+        "prompt": ["1+1=", None, "[bold]\x1b[31m", "x" * 60 + "end", "d", "e", "f"],
+        "num_responses": [4] * 7,
+        "num_tokens": [9] * 7,
+        "mean_reward": np.array([0.5, *[np.nan] * 6]),
+        "contribution": np.array(contributions),
+        "standard_error": np.array([1e-5, *[np.nan] * 6]),
+        "covariance": [0.0] * 7,
+    }
+    lines = show(Tables({}, columns, {})).splitlines()
+    first = next(i for i, line in enumerate(lines) if "lowering entropy most" in line)
+    assert "1+1=" in lines[first + 1]
+    assert "-2.00e-4 ± 0.10e-4" in lines[first + 1]
+    assert "reward 0.50" in lines[first + 1]
+    assert r"[bold]\x1b[31m" in lines[first + 2]
+    assert "d " in lines[first + 3]
+    assert "raising entropy most" in lines[first + 4]
+    assert "…" in lines[first + 5]
+    assert "end" in lines[first + 5]
+    assert "prompt 1" in lines[first + 6]
+    assert all(len(line) <= 80 for line in lines)
