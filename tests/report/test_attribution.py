@@ -49,6 +49,7 @@ def prompts(contributions, **more):
         "contribution": np.array(contributions),
         "standard_error": np.full(count, np.nan),
         "mean_reward": np.full(count, np.nan),
+        "prompt": [None] * count,
     }
     return columns | {name: np.array(values) for name, values in more.items()}
 

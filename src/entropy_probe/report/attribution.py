@@ -13,12 +13,14 @@ from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent, typeset
 from entropy_probe.report.tables import Columns, Tables
 from entropy_probe.results import ProbeResult
+from entropy_probe.validation_results import Validation
 
-__all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence"]
+__all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence", "validation_sentence"]
 
 ENOUGH = 0.5
 ENDS = 8
 LEVELS = 6
+EXCERPT = 60
 COMPONENTS = ("gradient", "momentum", "weight_decay")
 
 
@@ -83,6 +85,20 @@ def token_sentence(tables: Tables, result: ProbeResult) -> str:
     return said
 
 
+def validation_sentence(validation: Validation) -> str:
+    """How well contributions, and covariance terms, rank the changes measured after real steps."""
+    kept = len(validation.steps[0].kept)
+    said = f"Checked by {len(validation.steps)} real steps on {kept} of {validation.num_prompts} prompts each: "
+    parts = []
+    for name, found in (("contributions", validation.contributions), ("covariance terms", validation.covariance)):
+        if found is not None:
+            interval = typeset(f"{found.low:.2f} to {found.high:.2f}")
+            parts.append(f"{name} {typeset(f'{found.value:.2f}')} (95% interval {interval})")
+    if not parts:
+        return f"{said}no rank correlation, since all forecasts or all changes are equal."
+    return f"{said}rank correlation with the measured change, by {', by '.join(parts)}."
+
+
 def prompt_chart(prompts: Columns, unit: str) -> BarChart | None:
     """Prompts from the most negative to the most positive contribution; of many only those at the two ends."""
     order = np.argsort(prompts["contribution"], kind="stable").tolist()
@@ -95,15 +111,22 @@ def _prompt_bar(prompts: Columns, row: int) -> Bar:
     value, error = float(prompts["contribution"][row]), float(prompts["standard_error"][row])
     known = not math.isnan(error)
     text = format_estimate(value, error) if known else format_number(value)
-    reward = float(prompts["mean_reward"][row])
+    mean = float(prompts["mean_reward"][row])
+    reward = "" if math.isnan(mean) else f"mean reward {typeset(format_number(mean, 2))}"
     return Bar(
         f"Prompt {prompts['prompt_id'][row]}",
         value,
         typeset(text),
         error if known else None,
         key=int(prompts["prompt_id"][row]),
-        note="" if math.isnan(reward) else f"mean reward {typeset(format_number(reward, 2))}",
+        note=_excerpt(prompts["prompt"][row]) or reward,
     )
+
+
+def _excerpt(text: str | None) -> str:
+    """The end of a prompt on one line: chat templates begin alike."""
+    line = " ".join((text or "").split())
+    return line if len(line) <= EXCERPT else f"…{line[-EXCERPT:]}"
 
 
 @dataclass(frozen=True)
