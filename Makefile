@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/realized.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/inspect_checkpoint.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv runs examples/tiny

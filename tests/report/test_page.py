@@ -81,7 +81,7 @@ def pages() -> dict[str, str]:
         "one batch": run_page(make_result(None, None, None, cross_prompt=cross)),
         "both": run_page(make_result(cross_prompt=cross)),
         "nothing moves": run_page(make_result(*zero)),
-        "mismatch": run_page(two.model_copy(update={"diagnostics": diagnostics})),
+        "mismatch": run_page(two.model_copy(update={"diagnostics": diagnostics, "config": {"max_mismatch": 0.05}})),
         "sweep": sweep_page({"": make_sweep()}),
         "sweep without a range": sweep_page({"": make_sweep(end=None, fit=None, power_law=None)}),
         "sweeps": sweep_page({"checkpoint-1": make_sweep(), "checkpoint-2": make_sweep(a=4.0)}),
