@@ -56,11 +56,11 @@ def prompts(contributions, **more):
 
 def test_the_sentence_names_who_did_it():
     said = prompt_sentence(prompts([-5e-4, 1e-4, -3e-4, 0.0, -2e-4, 1e-4]))
-    assert said[0] == "One of 6 prompts causes 50.0% of all that pushes entropy down in this batch: 10."
+    assert said[0] == "One of 6 prompts causes 50% of all that pushes entropy down in this batch: 10."
     assert said[1] == "Another 2 prompts push it up, by 2.0×10⁻⁴ together."
     assert said[2].startswith("One prompt contributes nothing")
     both = prompt_sentence(prompts([3.0, 3.0, 2.0, 2.0]))
-    assert both == ["2 of 4 prompts cause 60.0% of all that pushes entropy up in this batch: 10 and 11."]
+    assert both == ["2 of 4 prompts cause 60% of all that pushes entropy up in this batch: 10 and 11."]
     assert "No prompt" in prompt_sentence(prompts([0.0, 0.0]))[0]
 
 

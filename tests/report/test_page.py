@@ -144,7 +144,7 @@ def test_the_numbers_are_those_of_the_result():
         "(−0.912 ± 0.060)×10⁻³", "(0.052 ± 0.030)×10⁻³", "0.964", "6.0×10⁻⁵", "5.4×10⁻⁵", "98.3%", "0.31, at most 0.58",
     ):  # fmt: skip
         assert number in text, number
-    assert "63.7% of that comes from momentum" in text
+    assert "64% of that comes from momentum" in text
     assert "attribution=true" in text
 
 
@@ -189,8 +189,8 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
         steps=steps,
     )
     text = "".join(Checker(run_page(result_of(tables), tables=tables, validation=validation)).text)
-    assert "Checked by 40 real steps on 2 of 4 prompts each" in text
-    assert "by contributions 0.98 (95% interval 0.95 to 0.99), by covariance terms −0.12 (95% interval −0.40" in text
+    assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
+    assert "0.98 (0.95 to 0.99) for contributions and −0.12 (−0.40 to 0.20) for minus the covariance terms (95%" in text
 
 
 def test_the_same_result_gives_the_same_bytes(attributed, tmp_path):

@@ -56,7 +56,7 @@ def prompt_sentence(prompts: Columns) -> list[str]:
     ids = _listed([str(prompts["prompt_id"][row]) for row in rows])
     who = f"{len(rows)} of {number} prompts cause" if len(rows) > 1 else f"One of {number} prompts causes"
     way, back = ("down", "up") if down else ("up", "down")
-    sentences = [f"{who} {format_percent(share)} of all that pushes entropy {way} in this batch: {ids}."]
+    sentences = [f"{who} {format_percent(share, 0)} of all that pushes entropy {way} in this batch: {ids}."]
     against = contributions[contributions > 0 if down else contributions < 0]
     if len(against):
         size = typeset(format_number(abs(float(against.sum())), 2))
@@ -88,15 +88,16 @@ def token_sentence(tables: Tables, result: ProbeResult) -> str:
 def validation_sentence(validation: Validation) -> str:
     """How well contributions, and covariance terms, rank the changes measured after real steps."""
     kept = len(validation.steps[0].kept)
-    said = f"Checked by {len(validation.steps)} real steps on {kept} of {validation.num_prompts} prompts each: "
-    parts = []
-    for name, found in (("contributions", validation.contributions), ("covariance terms", validation.covariance)):
-        if found is not None:
-            interval = typeset(f"{found.low:.2f} to {found.high:.2f}")
-            parts.append(f"{name} {typeset(f'{found.value:.2f}')} (95% interval {interval})")
+    said = f"Checked by {len(validation.steps)} real steps on {kept} of {validation.num_prompts} prompts each:"
+    ours, theirs = validation.contributions, validation.covariance
+    parts = [
+        typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {name}")
+        for name, found in (("contributions", ours), ("minus the covariance terms", theirs))
+        if found is not None
+    ]
     if not parts:
-        return f"{said}no rank correlation, since all forecasts or all changes are equal."
-    return f"{said}rank correlation with the measured change, by {', by '.join(parts)}."
+        return f"{said} no rank correlation, since all forecasts or all changes are equal."
+    return f"{said} rank correlation with the measured change {' and '.join(parts)} (95% intervals)."
 
 
 def prompt_chart(prompts: Columns, unit: str) -> BarChart | None:
