@@ -15,6 +15,12 @@ from entropy_probe.cli.ranks import launched_ranks
 from entropy_probe.distributed import ALONE, Ranks
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Forked processes have this module as it is here."""
+    monkeypatch.setattr("entropy_probe.watch.GRACE_SECONDS", 0.5)
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
