@@ -155,8 +155,6 @@ def test_an_error_in_any_phase_is_one_line(trained, tmp_path, phase, how, code, 
 def test_numbers_do_not_depend_on_ranks_microbatches_or_geometry(trained, tmp_path, size):  # noqa: F811
     sizes, normalizations = (40, 8192), ("token", "sequence")
     variants = [{"max_tokens_per_microbatch": m, "normalization": n} for m, n in product(sizes, normalizations)]
-        {"max_tokens_per_microbatch": m, "normalization": n} for m, n in product((40, 8192), ("token", "sequence"))
-    ]
     for k, changes in enumerate(variants):
         directory = tmp_path / str(k)
         directory.mkdir()
