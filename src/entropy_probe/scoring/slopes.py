@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -118,6 +118,7 @@ def token_slopes(
     direction: NamedVector,
     tolerance: float,
     progress: Progress | None = None,
+    rows: Int[Tensor, " n"] | None = None,
 ) -> TokenSlopes:
     """The derivative of every response token's log-probability at ``theta`` along a direction.
 
@@ -132,12 +133,14 @@ def token_slopes(
         tolerance: how far a method may be off there, relative to what single parameters add to a slope. A wrong rule is
             off by percents.
         progress: called as the work goes on.
+        rows: sequences to do this for, in this order; all by default. The method is chosen by the whole batch.
 
     Raises:
         ValueError: if a slope is not finite.
     """
     narrow = _narrowed(scorer, rollouts)
     name, method = _choose(narrow, rollouts, parameters, direction, tolerance)
+    rollouts = rollouts if rows is None else rollouts.select(rows)
     wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
     logprobs, entropies, slopes = (torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(3))
     done = 0
