@@ -31,7 +31,10 @@ ALLOWED = {
     "config": {"estimators", "losses"},
     "sampling": {"types", "named"},
     "checkpoints": {"checkpoint_results", "types", "results", "named", "moments"},
-    "report": {"attribution_results", "validation_results", "checkpoint_results", "types", "results", "sweep_results"},
+    "report": {
+        "attribution_results", "attribution_tables", "validation_results", "checkpoint_results", "types", "results",
+        "sweep_results",
+    },
     "demo": set(),
     "fingerprint": {"types"},
     "measurement": {"types", "results", "estimators", "config", "distributed", "parts"},
