@@ -57,7 +57,11 @@ class OneBatch(Session):
             rate = max(self.subject.learning_rates)
             relative = {name: s / rate for name, s in scale.items()}
             before = self.reference_scores(batch, "score batch")
-            self.check_sampler(before, batch)
+            if self.check_sampler(before, batch).log_weights is not None:
+                raise ValueError(
+                    "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
+                    "they are, so they cannot be reweighted; predict from two batches"
+                )
             entropy = fo.entropy(before, self.prompts, config.normalization, config.entropy).ratio()
             positions = PositionSums.of(before)
             towards = fo.entropy_coefficients(

@@ -5,7 +5,7 @@ The story, top to bottom: score -> update gradient -> step -> first-order change
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -88,7 +88,7 @@ class TwoBatch(Session):
         predicted: Sampled | None = None
         self.scorer.prepare(self.update, self.evaluation)
         before = self.reference_scores(self.evaluation, "score evaluation")
-        self.check_sampler(before, self.evaluation)
+        before = self.check_sampler(before, self.evaluation)
         positions = PositionSums.of(before)
         entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy).ratio()
         taps = self.choose_taps(self.update) if predict else None
@@ -316,7 +316,7 @@ class TwoBatch(Session):
         count = len(self.evaluation)
         rows = torch.linspace(0, count - 1, min(count, NOISE_SEQUENCES)).long()
         few, units = self.evaluation.select(rows), Units.sequences(len(rows))
-        few_before = before.select(rows)
+        few_before = replace(before.select(rows), log_weights=None)  # rounding has nothing to do with the sampler
         positions = PositionSums.of(few_before)
         plain = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse"})
         spurious = []
