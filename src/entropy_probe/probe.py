@@ -10,6 +10,7 @@ from torch import nn
 from entropy_probe.attributed_batch import AttributedBatch
 from entropy_probe.attribution import Attribution
 from entropy_probe.config import ProbeConfig
+from entropy_probe.distributed import ALONE, joined_ranks
 from entropy_probe.fingerprint import ScoreCache
 from entropy_probe.one_batch import OneBatch
 from entropy_probe.provenance import Phase
@@ -43,11 +44,13 @@ class EntropyProbe:
         progress: called as ``progress(phase, done, total)`` while the probe works.
         resample: called with the evaluation rollouts while the model is at the parameters after the step, for fresh
             responses to the same prompts in the same order; needed for ``on_low_ess="resample"`` only.
+        distributed: share the work among the ranks of torch's default process group. Every rank must hold the whole
+            policy and optimizer, be given whole batches, and call the same methods; every rank returns the result.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
-            precision is below ``config.dtype``, it is spread over several devices, or a ``resample`` function is needed
-            and missing.
+            precision is below ``config.dtype``, it is spread over several devices, a ``resample`` function is needed
+            and missing, or there is no process group to share the work.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class EntropyProbe:
         mapping: str = "live optimizer",
         progress: Phase | None = None,
         resample: Resample | None = None,
+        distributed: bool = False,
     ) -> None:
         config = config or ProbeConfig()
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
@@ -72,6 +76,7 @@ class EntropyProbe:
             )
         self._arguments = (model, optimizer, mapping, config, progress)
         self._resample, self._cache = resample, ScoreCache()
+        self._ranks = joined_ranks() if distributed else ALONE
         self._subject()
 
     def _subject(self, learning_rate: float | None = None) -> Subject:
@@ -81,7 +86,9 @@ class EntropyProbe:
             config = config.model_copy(update={"learning_rate": learning_rate})
         parameters = optimizer_parameters(model, optimizer)
         rates = learning_rates(optimizer, config.learning_rate)
-        return Subject(model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache)
+        return Subject(
+            model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache, self._ranks
+        )
 
     def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.
