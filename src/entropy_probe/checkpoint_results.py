@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from entropy_probe.records import Record
 from entropy_probe.results import OptimizerStateReport
 
@@ -16,17 +18,19 @@ class GroupReport(Record):
     Attributes:
         num_parameters: parameter tensors in the group.
         learning_rate: the rate of the next step.
-        betas: decay rates of the first and second moment.
-        eps: the constant added to the root of the second moment.
+        betas: decay rates of the first and second moment; null for optimizers that have none.
+        eps: the constant added to the root of the second moment; null where there is none, or several.
         weight_decay: the group's weight decay.
+        others: further settings that are one number or word (``momentum``, ``alpha`` …).
         flags: the switches stored with the group (``amsgrad``, ``fused``, ``foreach`` …).
     """
 
     num_parameters: int
     learning_rate: float
-    betas: tuple[float, float]
-    eps: float
+    betas: tuple[float, float] | None
+    eps: float | None
     weight_decay: float
+    others: dict[str, float | str] = Field(default_factory=dict)
     flags: dict[str, bool | None]
 
 
@@ -60,11 +64,12 @@ class CheckpointReport(Record):
         kind: a LoRA adapter or full weights.
         base_model: the base model's directory or hub name; null for full weights.
         global_step: optimizer steps taken, from ``trainer_state.json``.
-        optimizer: ``AdamW`` or ``Adam``.
+        optimizer: the class: ``AdamW``, ``Adam``, ``SGD`` … or ``Adafactor of transformers``.
         groups: the parameter groups.
         num_with_exp_avg_sq: parameter tensors whose entry has a second moment.
         num_with_step: parameter tensors whose entry has a step count.
-        num_zero_elements: elements whose second moment is exactly 0; their Adam scale is ``1 / eps``.
+        num_zero_elements: elements whose second moment is exactly 0; their Adam scale is ``1 / eps``. Null for other
+            optimizers.
         optimizer_state: coverage, mapping, steps and Adam scale over all parameters.
         movement: the check of entries of equal shape; null where ``movement_not_checked`` says why there was none.
         manifest: how the manifest was recorded; null where there is none.
@@ -76,7 +81,7 @@ class CheckpointReport(Record):
     kind: Literal["lora", "full"]
     base_model: str | None = None
     global_step: int | None = None
-    optimizer: Literal["AdamW", "Adam"] | None = None
+    optimizer: str | None = None
     groups: tuple[GroupReport, ...] = ()
     num_with_exp_avg_sq: int | None = None
     num_with_step: int | None = None

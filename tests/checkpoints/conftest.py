@@ -31,6 +31,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "modules_to_save": {"lora": True, "adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}},
     "biases": {"lora": True, "adapter": {"bias": "lora_only"}},
 }
+OTHER_RUNS: dict[str, dict[str, Any]] = {
+    "adafactor": {"lora": False, "optim": "adafactor"},
+    "sgd": {"lora": False, "optim": "sgd", "learning_rate": 0.1},
+    "rmsprop": {"lora": True, "optim": "rmsprop"},
+    "adagrad": {"lora": True, "optim": "adagrad"},
+}
+"""The same with optimizers whose step is taken on a copy."""
 NEEDED: dict[str, dict[str, str]] = {"frozen subset": {"base_model": "base"}, "two adapters": {"adapter": "policy"}}
 """What these runs' directories do not say, to be passed when they are loaded."""
 
@@ -58,7 +65,7 @@ def runs(tmp_path_factory) -> Callable[[str], Run]:
     def get(name: str) -> Run:
         if name not in trained:
             directory, gradients = tmp_path_factory.mktemp(name), {}
-            train_grpo(directory, steps=4, capture=gradients, weight_decay=0.1, **RUNS[name])
+            train_grpo(directory, steps=4, capture=gradients, weight_decay=0.1, **(RUNS | OTHER_RUNS)[name])
             needed = NEEDED.get(name, {})
             if "base_model" in needed:
                 needed = {"base_model": str(directory / needed["base_model"])}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from entropy_probe.checkpoints import CheckpointError, CheckpointReport, inspect_checkpoint, load_checkpoint
-from entropy_probe.checkpoints.libraries import random_state_kept
+from entropy_probe.checkpoints.libraries import collector_paused, random_state_kept
 from entropy_probe.checkpoints.weights import check_loaded
 from entropy_probe.demo.policy import build_tokenizer
 from tests.checkpoints.conftest import edit_json, edit_tensors
@@ -78,6 +79,18 @@ def test_loading_and_inspecting_leave_the_random_states_alone(runs, name):
     inspect_checkpoint(checkpoint)
     after = list(np.random.get_state()[1]), torch.get_rng_state().tolist()  # noqa: NPY002
     assert before == after
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_collector_is_as_it_was_also_after_an_error(running):
+    before = gc.isenabled()
+    try:
+        (gc.enable if running else gc.disable)()
+        with pytest.raises(ZeroDivisionError), collector_paused():
+            1 // gc.isenabled()
+        assert gc.isenabled() == running
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_random_states_are_restored_also_after_an_error():

@@ -68,8 +68,8 @@ def on_ranks(size: int, work: Callable[[ThreadRanks], Any]) -> tuple[list[Any], 
     return [f.result() for f in futures], exchange
 
 
-ROUNDING = ("noise_floor", "step_rounding", "mismatch", "unscaled")
-"""Fields that are nothing but rounding; compared to within themselves."""
+ROUNDING = ("noise_floor", "step_rounding", "mismatch", "rank_correlation_with_covariance")
+"""Fields that are nothing but rounding, or (among equal contributions) decided by it."""
 
 
 def differences(a: Any, b: Any, rel: float, scale: float = 0.0, key: str = "") -> list[str]:

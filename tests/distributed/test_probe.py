@@ -1,9 +1,11 @@
 """The same numbers on any number of ranks: the probe on the enumerable policy in float64, ranks as threads."""
 
+import threading
+
 import pytest
 import torch
 
-from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, attributed_batch, sweep
 from entropy_probe.parts import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
 from tests.invariants.test_probe import TABLE, batches
@@ -62,8 +64,10 @@ CASES = {
         lambda probe: probe.one_batch(batches(groups=8, size=3)[0]),
     ),
     "one batch, nothing kept": ({"max_stored_gradient_gib": 0.0}, lambda probe: probe.one_batch(SEVEN[0])),
-    # without direct curvature, since torch's forward mode knows no threads
-    "sweep": ({}, lambda probe: probe.sweep(update=SEVEN[0], evaluation=SEVEN[1], learning_rates=RATES)),
+    "sweep": (
+        {},
+        lambda probe: probe.sweep(update=SEVEN[0], evaluation=SEVEN[1], learning_rates=RATES, direct_curvature=True),
+    ),
 }
 
 
@@ -76,6 +80,42 @@ def test_results_do_not_depend_on_the_number_of_ranks(case):
         found = [result.model_dump() for result in results]
         assert differences(expected, found[0], 1e-10) == []
         assert all(differences(found[0], other, 0.0) == [] for other in found)
+
+
+@pytest.fixture(autouse=True)
+def forward_mode_by_one_thread_at_a_time(monkeypatch):
+    """Torch's forward mode keeps its levels for the whole process."""
+    lock = threading.Lock()
+
+    def locked(original):
+        def call(*args):
+            with lock:
+                return original(*args)
+
+        return call
+
+    for module, name in (
+        (sweep, "directional_derivatives"),
+        (sweep, "why_not_forward_mode"),
+        (attributed_batch, "token_slopes"),
+    ):
+        monkeypatch.setattr(module, name, locked(getattr(module, name)))
+
+
+@pytest.mark.parametrize(("size", "stored"), [(2, 2.0), (4, 0.0)])
+def test_attributions_and_their_validation_do_not_either(size, stored):
+    def work(ranks: ThreadRanks | None) -> list:
+        probe = probe_on(ranks, max_stored_gradient_gib=stored)
+        found = probe.attribute(update=SEVEN[0], evaluation=SEVEN[1], folds=3)
+        halves = probe.validate(found, evaluation=SEVEN[1], subsets=4)
+        tensors = (found.tokens, found.covariances, found.scores.logprobs, found.prompts, found.standard_errors)
+        layers = [vars(layer) for layer in found.layers]
+        return [*(x.tolist() for x in tensors), layers, found.result.model_dump(), halves.model_dump()]
+
+    expected = work(None)
+    results, _ = on_ranks(size, work)
+    assert differences(expected, results[0], 1e-10) == []
+    assert all(differences(results[0], other, 0.0) == [] for other in results)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -204,26 +244,3 @@ def test_parts_are_balanced():
         best = max(max(sizes), sum(sizes) / parts)
         assert sum(filled) == sum(sizes)
         assert max(filled) <= 4 / 3 * best
-
-
-@pytest.mark.parametrize("stored", [2.0, 0.0])
-def test_attribution_does_not_depend_on_the_number_of_ranks(stored, monkeypatch):
-    """By reverse mode, since torch's forward mode knows no threads."""
-
-    def refused(*_):
-        raise RuntimeError("threads")
-
-    monkeypatch.setattr("entropy_probe.scoring.slopes._forward", refused)
-
-    def work(probe: EntropyProbe):
-        found = probe.attribute(update=SEVEN[0], evaluation=SEVEN[1], folds=3)
-        halves = probe.validate(found, evaluation=SEVEN[1], subsets=4)
-        tensors = (found.tokens, found.covariances, found.scores.logprobs, found.prompts, found.standard_errors)
-        layers = [vars(layer) for layer in found.layers]
-        return [*(x.tolist() for x in tensors), layers, found.result.model_dump(), halves.model_dump()]
-
-    expected = work(probe_on(None, max_stored_gradient_gib=stored))
-    for size in (2, 4):
-        results, _ = on_ranks(size, lambda ranks: work(probe_on(ranks, max_stored_gradient_gib=stored)))
-        assert differences(expected, results[0], 1e-10) == []
-        assert all(differences(results[0], other, 0.0) == [] for other in results)

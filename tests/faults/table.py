@@ -88,6 +88,19 @@ def put(key: str, value: float) -> Callable[[Case], None]:
     return optimizer(change)
 
 
+def factor(key: str, value: float | None) -> Callable[[Case], None]:
+    """Of the first matrix: a value in it, or nothing in its place."""
+
+    def change(saved: dict[str, Any]) -> None:
+        state = next(state for state in saved["state"].values() if key in state)
+        if value is None:
+            del state[key]
+        else:
+            state[key].view(-1)[0] = value
+
+    return optimizer(change)
+
+
 def cut(file: str, keep: float) -> Callable[[Case], None]:
     def make(case: Case) -> None:
         path = case.checkpoint / file
@@ -395,10 +408,35 @@ FAULTS = [
         "lr: expected a finite number, got 1",
     ),
     Fault("groups merged", "full", optimizer(merge_groups), "MappingError", "27 entries .*none does; tried"),
-    Fault("another optimizer", "full", optimizer(as_sgd), "UnsupportedError", "looks like SGD"),
+    Fault("another optimizer", "full", optimizer(as_sgd), "MappingError", "for each of 1 parameters, got none for 1"),
     Fault("nothing trained", "full", optimizer(nothing_trained), "MappingError", "at least one trained parameter"),
     Fault("param_names of another model", "full", optimizer(wrong_names), "MappingError", "27 unknown"),
     Fault("param_names incomplete", "full", optimizer(cut_names), "MappingError", "expected 16 names, got 1"),
+    # --- optimizers other than Adam
+    Fault(
+        "Adafactor, a factor missing", "adafactor", factor("exp_avg_sq_row", None), "UnsupportedError", "expected Ad"
+    ),
+    Fault(
+        "Adafactor, factor NaN", "adafactor", factor("exp_avg_sq_col", float("nan")), "InvalidValueError", "finite v"
+    ),
+    Fault("Adafactor, factor negative", "adafactor", factor("exp_avg_sq_row", -1.0), "InvalidValueError", "at least 0"),
+    Fault(
+        "Adafactor, rates of its own", "adafactor", group(relative_step=True), "UnsupportedError", "relative_step=True"
+    ),
+    Fault("Adafactor, entries of two shapes swapped", "adafactor", exchange(1, 2), "MappingError", "none does; tried"),
+    Fault(
+        "huge factors in a small file",
+        "adafactor",
+        entry(2, exp_avg_sq_row=torch.zeros(1).expand(10**6), exp_avg_sq_col=torch.zeros(1).expand(10**6)),
+        "DamagedFileError",
+        "expected data for each of 1,000,000 elements",
+    ),
+    Fault("SGD that should have momentum", "sgd", group(momentum=0.9), "MappingError", "got none for 27"),
+    Fault("SGD, groups merged", "sgd", optimizer(merge_groups), "MappingError", "27 entries .*none does; tried"),
+    Fault("SGD, kernels exclude each other", "sgd", group(fused=True, foreach=True), "InvalidValueError", "SGD takes"),
+    Fault("RMSprop, mean of squares negative", "rmsprop", put("square_avg", -1.0), "InvalidValueError", "at least 0"),
+    Fault("Adagrad, sum infinite", "adagrad", put("sum", float("inf")), "InvalidValueError", "expected finite"),
+    Fault("keys of bitsandbytes", "adagrad", entry(0, state1=torch.zeros(2)), "UnsupportedError", "of bitsandbytes"),
     # --- an interrupted save
     Fault("scheduler missing", "lora", remove("scheduler.pt"), suspicious="scheduler.pt is missing"),
     Fault("trainer state missing", "lora", remove("trainer_state.json"), suspicious="written last, is missing"),

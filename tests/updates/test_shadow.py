@@ -59,6 +59,7 @@ KINDS = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),
     "sgd momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, dampening=0.1),
     "sgd nesterov": lambda p: optim.SGD(p, lr=torch.tensor(0.1), momentum=0.9, nesterov=True),
+    "sgd nesterov foreach": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
     "sgd fused": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
     "sgd foreach": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
     "rmsprop": lambda p: optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True),
@@ -102,8 +103,9 @@ def test_the_step_of_a_copy_is_the_real_step_bitwise(kind, steps):
     check_optimizer(optimizer)
     live = copy.deepcopy((dict(model.items()), optimizer.state_dict()))
     pointers = {n: p.data_ptr() for n, p in model.items()}
-    random = torch.get_rng_state()
+    random, given = torch.get_rng_state(), copy.deepcopy(gradient)
     stepped = copied_step(parameters, optimizer, gradient)
+    assert all(torch.equal(gradient[n], given[n]) for n in given)
     check_repeatable(parameters, optimizer, gradient, stepped)
     assert all(torch.equal(p, live[0][n]) and p.data_ptr() == pointers[n] for n, p in model.items())
     now = optimizer.state_dict()

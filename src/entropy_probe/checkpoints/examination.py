@@ -7,15 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropy_probe.checkpoint_results import CheckpointReport, MovementReport
 from entropy_probe.checkpoints.adapter import find_base, read_adapter_config, starting_at_zero, trained_adapter
 from entropy_probe.checkpoints.directory import check_contained, read_global_step
 from entropy_probe.checkpoints.errors import UnsupportedError
+from entropy_probe.checkpoints.layout import Layout, layout_of
+from entropy_probe.checkpoints.libraries import collector_paused
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
 from entropy_probe.checkpoints.mapping import ParameterMapping, map_parameters
-from entropy_probe.checkpoints.models import adapter_shapes, base_skeleton, full_skeleton, with_adapter
+from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, full_skeleton
 from entropy_probe.checkpoints.movement import check_movement
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries, read_optimizer
 from entropy_probe.checkpoints.optimizer_state import summarize
@@ -35,6 +37,8 @@ from entropy_probe.results import OptimizerStateReport
 __all__ = ["Examination"]
 
 LARGE_LEARNING_RATE = 0.1
+UNSCALED = ("SGD", "Adadelta")
+"""Optimizers whose learning rate is not about the size of an element's step, so that a large one says nothing."""
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Examination:
         manifest: the manifest, its hashes verified.
         saved: the optimizer file.
         files: the weight files.
+        layout: the model's parameters that train.
         mapping: which parameter each optimizer entry belongs to.
         summary: what the moments cover, and how many second moments are 0.
         movement: the check of entries of equal shape, where the weights' starting point is known.
@@ -72,8 +77,9 @@ class Examination:
     manifest: Manifest | None = None
     saved: SavedOptimizer | None = None
     files: list[Path] = field(default_factory=list)
+    layout: Layout | None = None
     mapping: ParameterMapping | None = None
-    summary: tuple[OptimizerStateReport, int] | None = None
+    summary: tuple[OptimizerStateReport, int | None] | None = None
     movement: MovementReport | None = None
     movement_not_checked: str | None = None
     _config: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +89,7 @@ class Examination:
         self.kind = "full" if whole else "lora"
         self.directory = self.path
 
+    @collector_paused()
     def run(self) -> None:
         """Check everything.
 
@@ -96,22 +103,21 @@ class Examination:
         self.global_step = read_global_step(self.path)
         self.saved = read_optimizer(self.path / "optimizer.pt")
         check_entries(self.saved)
-        skeleton = self._adapter_skeleton() if self.kind == "lora" else self._full_skeleton()
+        self.layout = self._adapter_layout() if self.kind == "lora" else self._full_layout()
         if self.manifest is not None:
             configuration = self.directory / ("adapter_config.json" if self.kind == "lora" else "config.json")
             read = [self.path / "optimizer.pt", configuration, *self.files]
             check_recorded(self.path, read, self.manifest)
-        check_vocabulary(self.path, self.base or self.base_model, skeleton)
         check_finite(self.files)
-        self.mapping = self._map(skeleton)
-        self.summary = summarize(self.saved, self.mapping)
+        self.mapping = self._map(self.layout)
+        self.summary = summarize(self.saved, self.mapping, self.layout)
         movements, reference = self._movements(self.mapping.names)
         if movements:
             self.movement = check_movement(self.saved, self.mapping.names, movements, reference)
         else:
             self.movement_not_checked = reference
 
-    def _adapter_skeleton(self) -> nn.Module:
+    def _adapter_layout(self) -> Layout:
         recorded = self.manifest.adapter if self.manifest is not None else None
         self.adapter, self.directory = trained_adapter(self.path, self.adapter, recorded)
         self._config = read_adapter_config(self.directory)
@@ -120,11 +126,12 @@ class Examination:
         self.files = weight_files(self.directory, "adapter_model")
         base, self.quantization = base_skeleton(self.base, self.given)
         refuse_unmentioned(self.directory, self.quantization)
-        skeleton = with_adapter(base, self.directory, self.adapter)
-        check_shapes(self.files[0], read_shapes(self.files), adapter_shapes(skeleton, self.adapter))
-        return skeleton
+        check_vocabulary(self.path, self.base, base)
+        layout, expected = adapter_layout(base, self.directory, self.adapter)
+        check_shapes(self.files[0], read_shapes(self.files), expected)
+        return layout
 
-    def _full_skeleton(self) -> nn.Module:
+    def _full_layout(self) -> Layout:
         for name, given in (("adapter", self.adapter), ("quantization", self.given)):
             if given is not None:
                 raise UnsupportedError(
@@ -132,29 +139,31 @@ class Examination:
                     "leave it out"
                 )
         self.files = weight_files(self.path, "model")
-        return full_skeleton(str(self.path))
+        skeleton = full_skeleton(str(self.path))
+        check_vocabulary(self.path, self.base_model, skeleton)
+        return layout_of(skeleton)
 
-    def _map(self, skeleton: nn.Module) -> ParameterMapping:
+    def _map(self, layout: Layout) -> ParameterMapping:
         """Match entries to parameters; by recorded names, else by the rules over what was trained.
 
         Full weights of which a part was frozen have fewer entries than parameters. Without recorded names, those that
         are as in the model that training started from are taken as frozen.
         """
         assert self.saved is not None
-        named = dict(skeleton.named_parameters())
         start = self._starting_point()
         recorded = self.manifest is not None or any("param_names" in group for group in self.saved.groups)
-        if self.kind == "lora" or recorded or start is None or self.saved.num_parameters >= len(named):
-            return map_parameters(self.saved, skeleton, self.manifest)
-        frozen = unchanged(self.files, weight_files(start, "model")) & named.keys()
-        for name in frozen:
-            named[name].requires_grad_(False)
-        mapping = map_parameters(self.saved, skeleton)
+        if self.kind == "lora" or recorded or start is None or self.saved.num_parameters >= len(layout.parameters):
+            return map_parameters(self.saved, layout, self.manifest)
+        frozen = unchanged(self.files, weight_files(start, "model")) & layout.parameters.keys()
+        mapping = map_parameters(self.saved, layout.without(frozen))
         how = f"{mapping.how}; {len(frozen)} tensors that are as in {start} were frozen"
         return replace(mapping, how=how, others_frozen=True)
 
     def _movements(self, names: tuple[str, ...]) -> tuple[dict[str, Callable[[], Tensor]], str]:
         """How far each parameter has moved since training started, and from what; where unknown none, and why."""
+        assert self.saved is not None
+        if not self.saved.is_adam:
+            return {}, f"it goes by Adam's moments, {self.saved.kind.name} keeps others"
         read = tensor_readers(self.files)
         if self.kind == "lora":
             assert self.adapter is not None
@@ -198,7 +207,7 @@ class Examination:
             kind=self.kind,
             base_model=self.base,
             global_step=self.global_step,
-            optimizer=saved.kind if saved else None,
+            optimizer=saved.kind.name if saved else None,
             groups=saved.group_reports() if saved else (),
             num_with_exp_avg_sq=saved.count("exp_avg_sq") if saved else None,
             num_with_step=saved.count("step") if saved else None,
@@ -221,9 +230,9 @@ class Examination:
         rates = [group["lr"] for group in self.saved.groups if group["params"]]
         if not any(rates):
             yield "learning rate is 0, as after a finished schedule; give one with --learning-rate"
-        if max(rates) > LARGE_LEARNING_RATE:
+        if max(rates) > LARGE_LEARNING_RATE and self.saved.kind.name not in UNSCALED:
             yield f"learning rate {max(rates):g} is above {LARGE_LEARNING_RATE:g}; check it"
-        if state.coverage < 1:
+        if self.saved.is_adam and state.coverage < 1:
             yield (
                 f"exp_avg_sq is all zero for {1 - state.coverage:.0%} of the elements; normal for lora_A after "
                 "the first step, otherwise these parameters were not trained"
@@ -233,11 +242,13 @@ class Examination:
             yield f"step counts differ between parameters ({low} to {high}); some were not always trained"
         if self.global_step is None:
             yield "trainer_state.json, written last, is missing; the save may be incomplete"
-        elif self.global_step != high:
+        elif self.global_step != high and self.saved.count("step"):
             yield f"optimizer.pt is at step {high}, trainer_state.json at {self.global_step}; files of two saves?"
         if not (self.path / "scheduler.pt").is_file():
             yield "scheduler.pt is missing; the save may be incomplete (the next step's rate is in optimizer.pt)"
-        if any(g["weight_decay"] and "decoupled_weight_decay" not in g for g in self.saved.groups):
+        if self.saved.is_adam and any(
+            g["weight_decay"] and "decoupled_weight_decay" not in g for g in self.saved.groups
+        ):
             yield "the file does not say whether weight decay is decoupled; taken as AdamW, the Trainer's"
         yield from self._doubts_about_base()
 

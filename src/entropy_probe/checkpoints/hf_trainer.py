@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face Trainer and TRL: a LoRA adapter or full weights, with Adam state."""
+"""Checkpoints of the Hugging Face Trainer and TRL: a LoRA adapter or full weights, with the optimizer's state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CheckpointState:
         model: the policy in eval mode; exactly the parameters that were trained require a gradient.
         tokenizer: the checkpoint's tokenizer, else the base model's; None when neither has one (only sampling
             and scoring of text need it).
-        optimizer: ``torch.optim.AdamW`` or ``Adam`` over the model's parameters, holding their moments.
+        optimizer: the checkpoint's optimizer over the model's parameters, holding their state.
         loss: what the checkpoint records about its loss. A Trainer's directory records it only in
             ``training_args.bin``, a pickle that is never loaded, so this is None and the loss comes from the
             config.
@@ -45,7 +45,7 @@ class CheckpointState:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
-    optimizer: torch.optim.AdamW | torch.optim.Adam
+    optimizer: torch.optim.Optimizer
     loss: str | None
     report: CheckpointReport
 

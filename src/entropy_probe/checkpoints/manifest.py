@@ -65,16 +65,17 @@ class FileRecord(_Record):
 
 
 class ParameterRecord(_Record):
-    """One parameter, in the optimizer's order."""
+    """One parameter, in the optimizer's order; ``dtype`` is null where it is not known."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str | None
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> ParameterRecord:
-        """The record of a parameter, from itself or from its first moment."""
-        return cls(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+    def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype | None) -> ParameterRecord:
+        """The record of a parameter."""
+        known = None if dtype is None else str(dtype).removeprefix("torch.")
+        return cls(name=name, shape=tuple(shape), dtype=known)
 
 
 class GroupRecord(_Record):
@@ -189,7 +190,7 @@ def live_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tup
                 f"optimizer: expected parameters of the model, got {strangers} other tensors; the manifest needs an "
                 "optimizer over the model's own parameters (no FSDP, no DeepSpeed)"
             )
-        parameters = tuple(ParameterRecord.of(names[id(p)], p) for p in group["params"])
+        parameters = tuple(ParameterRecord.of(names[id(p)], p.shape, p.dtype) for p in group["params"])
         records.append(GroupRecord(parameters=parameters, settings=plain_settings(group)))
     return tuple(records)
 

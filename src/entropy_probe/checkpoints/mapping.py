@@ -1,6 +1,6 @@
 """Which parameter each entry of an optimizer file belongs to, and what proves it.
 
-A Hugging Face Trainer stores ``{state: {index: {step, exp_avg, exp_avg_sq}}, param_groups}``. Indices count
+A Hugging Face Trainer stores ``{state: {index: {step, exp_avg, …}}, param_groups}``. Indices count
 the trainable parameters of the weight-decay group in ``named_parameters()`` order, then those of the other group.
 Names come, in this order, from the file itself (``param_names`` in its groups), from the manifest, or from replaying
 the rule that decided which parameters decay. That rule changed between versions, so every known one is replayed and
@@ -13,12 +13,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from entropy_probe.checkpoints.errors import MappingError
+from entropy_probe.checkpoints.layout import Layout
 from entropy_probe.checkpoints.manifest import Manifest, plain_name
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
+from entropy_probe.checkpoints.weights import Shape
 
 __all__ = ["ParameterMapping", "grouping_rules", "map_parameters"]
 
@@ -39,12 +38,12 @@ class ParameterMapping:
     others_frozen: bool = False
 
 
-def map_parameters(saved: SavedOptimizer, model: nn.Module, manifest: Manifest | None = None) -> ParameterMapping:
+def map_parameters(saved: SavedOptimizer, layout: Layout, manifest: Manifest | None = None) -> ParameterMapping:
     """Match saved indices to the model's parameters.
 
     Args:
         saved: the optimizer file, entries checked.
-        model: the model or its skeleton on the meta device; only names, shapes and module types are used.
+        layout: the model's parameters that train.
         manifest: the checkpoint's manifest, if it has one.
 
     Raises:
@@ -53,7 +52,7 @@ def map_parameters(saved: SavedOptimizer, model: nn.Module, manifest: Manifest |
     """
     if saved.num_parameters == 0:
         raise MappingError(f"{saved.path}: expected at least one trained parameter, got none; nothing would step")
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = layout.shapes
     recorded: list[tuple[tuple[str, ...], str]] = []
     if any("param_names" in group for group in saved.groups):
         recorded.append((_names_in_file(saved), f"names ({saved.num_parameters} tensors)"))
@@ -71,7 +70,7 @@ def map_parameters(saved: SavedOptimizer, model: nn.Module, manifest: Manifest |
         )
     if recorded:
         return ParameterMapping(*recorded[0], others_frozen=True)
-    return _replay_rules(saved, model, shapes)
+    return _replay_rules(saved, layout)
 
 
 def _names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
@@ -88,7 +87,7 @@ def _names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_names(saved: SavedOptimizer, names: tuple[str, ...], how: str, shapes: Mapping[str, torch.Size]) -> None:
+def _check_names(saved: SavedOptimizer, names: tuple[str, ...], how: str, shapes: Mapping[str, Shape]) -> None:
     """Recorded names are distinct, of the model, and every entry has the shape of its parameter."""
     duplicates = len(names) - len(set(names))
     unknown = sorted(set(names) - shapes.keys())
@@ -106,7 +105,7 @@ def _check_names(saved: SavedOptimizer, names: tuple[str, ...], how: str, shapes
         )
 
 
-def grouping_rules(model: nn.Module) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+def grouping_rules(layout: Layout) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """The trainable parameters that decay and those that do not, in order, by each known rule of the Trainer.
 
     * ``hf-trainer-patterns``, today's: no decay in ``nn.LayerNorm`` and for names that match bias or norm.
@@ -114,17 +113,9 @@ def grouping_rules(model: nn.Module) -> dict[str, tuple[tuple[str, ...], tuple[s
     * ``hf-trainer-registered-norms``, before: the same, with the model's own norm class registered as one.
     """
     patterns = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-    in_layer_norm: set[str] = set()
-    in_any_norm: set[str] = set()
-    for prefix, module in model.named_modules():
-        named_norm = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
-        if module is model or not (named_norm or isinstance(module, nn.LayerNorm)):
-            continue
-        inside = {name for name, _ in module.named_parameters(prefix)}
-        in_any_norm |= inside
-        if isinstance(module, nn.LayerNorm):
-            in_layer_norm |= inside
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = layout.parameters
+    in_layer_norm = {name for name, facts in names.items() if facts.in_layer_norm}
+    in_any_norm = {name for name, facts in names.items() if facts.in_norm}
     undecayed = {
         "hf-trainer-patterns": {n for n in names if n in in_layer_norm or patterns.search(n.lower())},
         "hf-trainer-layer-types": {n for n in names if n in in_layer_norm or "bias" in n},
@@ -136,11 +127,11 @@ def grouping_rules(model: nn.Module) -> dict[str, tuple[tuple[str, ...], tuple[s
     }
 
 
-def _replay_rules(saved: SavedOptimizer, model: nn.Module, shapes: Mapping[str, torch.Size]) -> ParameterMapping:
+def _replay_rules(saved: SavedOptimizer, layout: Layout) -> ParameterMapping:
     fitting: dict[tuple[str, ...], str] = {}
     tried = []
-    for rule, (decay, no_decay) in grouping_rules(model).items():
-        problem = _misfit(saved, decay, no_decay, shapes)
+    for rule, (decay, no_decay) in grouping_rules(layout).items():
+        problem = _misfit(saved, decay, no_decay, layout.shapes)
         tried.append(f"{rule} ({len(decay)} + {len(no_decay)}): {problem or 'fits'}")
         if problem is None:
             fitting.setdefault(decay + no_decay, rule)
@@ -152,11 +143,12 @@ def _replay_rules(saved: SavedOptimizer, model: nn.Module, shapes: Mapping[str, 
             f"{got}; tried {'; '.join(tried)}; pass the model this state was trained with, unedited"
         )
     ((names, rule),) = fitting.items()
-    return ParameterMapping(names, f"rule:{rule} + shapes ({len(names)} tensors)")
+    proof = "shapes" if any(saved.state.values()) else "group sizes, nothing is kept for parameters"
+    return ParameterMapping(names, f"rule:{rule} + {proof} ({len(names)} tensors)")
 
 
 def _misfit(
-    saved: SavedOptimizer, decay: tuple[str, ...], no_decay: tuple[str, ...], shapes: Mapping[str, torch.Size]
+    saved: SavedOptimizer, decay: tuple[str, ...], no_decay: tuple[str, ...], shapes: Mapping[str, Shape]
 ) -> str | None:
     """Why the groups of one rule cannot be those of the file; None when they fit."""
     sizes = (len(decay), len(no_decay))
@@ -167,10 +159,10 @@ def _misfit(
     return _wrong_shape(saved, decay + no_decay, shapes)
 
 
-def _wrong_shape(saved: SavedOptimizer, names: tuple[str, ...], shapes: Mapping[str, torch.Size]) -> str | None:
+def _wrong_shape(saved: SavedOptimizer, names: tuple[str, ...], shapes: Mapping[str, Shape]) -> str | None:
     """The first entry whose moments do not have its parameter's shape."""
     for index, name in enumerate(names):
-        got = saved.state[index]["exp_avg"].shape
-        if got != shapes[name]:
+        got = saved.shape(index)
+        if got is not None and got != shapes[name]:
             return f"index {index} is {list(got)}, {name} is {list(shapes[name])}"
     return None

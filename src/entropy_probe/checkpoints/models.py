@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints.directory import check_layers, refuse_remote_code
+from entropy_probe.checkpoints.directory import check_layers, read_json, refuse_remote_code
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
+from entropy_probe.checkpoints.layout import Layout, layout_of, repeat_layers, thin_out, treats_layers_alike
 from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
 from entropy_probe.checkpoints.quantization import (
     FourBit,
@@ -20,7 +21,7 @@ from entropy_probe.checkpoints.quantization import (
 )
 from entropy_probe.checkpoints.weights import Shape, check_loaded, has_weights, read_dtypes, read_shapes, weight_files
 
-__all__ = ["adapter_shapes", "base_skeleton", "full_skeleton", "load_full", "load_lora", "with_adapter"]
+__all__ = ["adapter_layout", "base_skeleton", "full_skeleton", "load_full", "load_lora"]
 
 
 MOST_LAYERS = 10_000
@@ -94,19 +95,31 @@ def _has_exactly(model: nn.Module, shapes: dict[str, Shape]) -> bool:
     return expected == shapes
 
 
-def with_adapter(model: nn.Module, directory: Path, name: str) -> nn.Module:
-    """The skeleton with the adapter of a directory under its name, still without storage."""
+def adapter_layout(base: nn.Module, directory: Path, name: str) -> tuple[Layout, dict[str, Shape]]:
+    """What trains with the adapter of a directory under its name, and the tensors that its file must hold.
+
+    peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart.
+
+    Args:
+        base: the skeleton of the base model; it is changed.
+        directory: where the adapter is.
+        name: its name.
+
+    Raises:
+        CheckpointError: if peft refuses to build it.
+    """
     from peft import PeftConfig, PeftModel
 
+    config = read_json(directory / "adapter_config.json")
+    stacks = thin_out(base, config) if treats_layers_alike(config) else {}
     with one_line_errors(f"the adapter of {directory}"), quiet(), WithoutInitialization():
         adapter = PeftConfig.from_pretrained(str(directory))
         adapter.inference_mode = False
-        return PeftModel(model, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-
-
-def adapter_shapes(model: nn.Module, name: str) -> dict[str, Shape]:
-    """The tensors that the adapter's file must hold."""
-    return {key: tuple(x.shape) for key, x in _adapter_state(model, name).items()}
+        model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    in_file = {key: tuple(x.shape) for key, x in _adapter_state(model, name).items()}
+    prefix = "base_model.model."
+    whole = Layout(repeat_layers(layout_of(model).parameters, stacks, prefix))
+    return whole, repeat_layers(in_file, stacks, prefix)
 
 
 def _adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:

@@ -1,12 +1,12 @@
-"""Read a saved Adam optimizer without running anything in it, and refuse what is not one."""
+"""Read a saved optimizer without running anything in it, and refuse what cannot be rebuilt."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,47 +20,35 @@ from entropy_probe.checkpoints.errors import (
     MismatchError,
     UnsupportedError,
 )
+from entropy_probe.checkpoints.optimizer_kinds import (
+    ADAM,
+    ADAMW,
+    REMEDY,
+    Content,
+    OptimizerKind,
+    check_settings,
+    number,
+    recognise,
+)
 
-__all__ = ["MOMENTS", "SavedOptimizer", "check_entries", "read_optimizer"]
+__all__ = ["SavedOptimizer", "check_entries", "read_optimizer"]
 
-_FLAGS = ("amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay")
-_NUMBERS = ("lr", "eps", "weight_decay")
-_OPTIONAL = ("initial_lr", "min_lr", "max_lr", "param_names")
-_REQUIRED = {"params", "betas", "amsgrad", *_NUMBERS}
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _OTHER_OPTIMIZERS = {
     "train_mode": "a schedule-free optimizer",
-    "beta2_decay": "Adafactor",
-    "scale_parameter": "Adafactor",
-    "exp_avg_sq_row": "Adafactor",
-    "row_var": "Adafactor",
-    "variance": "Adafactor",
-    "ns_steps": "Muon",
-    "dampening": "SGD",
-    "momentum_buffer": "SGD or Muon",
     "__bnb_optimizer_quant_state__": "an optimizer of bitsandbytes",
     "t_alpha": "an optimizer of bitsandbytes",
     "qmap1": "8-bit Adam of bitsandbytes",
     "absmax1": "8-bit Adam of bitsandbytes",
     "state1": "an optimizer of bitsandbytes",
-    "centered": "RMSprop",
-    "momentum_decay": "NAdam",
-    "lr_decay": "Adagrad",
-    "rho": "Adadelta",
     "lambd": "ASGD",
     "etas": "Rprop",
     "history_size": "L-BFGS",
-    "square_avg": "RMSprop",
-    "mu_product": "NAdam",
-    "exp_inf": "Adamax",
     "correct_bias": "the AdamW that transformers once had",
     "update_proj_gap": "GaLore or APOLLO",
 }
-"""Keys of a parameter group or of a parameter's state that give another optimizer away."""
-
-_REMEDY = "only Adam and AdamW load from files; for another optimizer of torch pass the live one to EntropyProbe"
+"""Keys of a parameter group or of a parameter's state that give an optimizer away which is not rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +57,13 @@ class SavedOptimizer:
 
     Attributes:
         path: the file, for messages.
-        groups: the parameter groups as stored; ``params`` are indices ``0 … n-1`` in order.
-        state: moments and step count by index, as stored.
+        kind: the class of optimizer that it is of.
+        groups: the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order.
+        state: what is kept for each parameter by index, as stored.
     """
 
     path: Path
+    kind: OptimizerKind
     groups: tuple[dict[str, Any], ...]
     state: dict[int, dict[str, Any]]
 
@@ -88,9 +78,36 @@ class SavedOptimizer:
         return tuple(len(group["params"]) for group in self.groups)
 
     @property
-    def kind(self) -> Literal["AdamW", "Adam"]:
-        """The optimizer class; files of torch before 2.7 do not say, and the Trainer only uses AdamW."""
-        return "AdamW" if self.groups[0].get("decoupled_weight_decay", True) else "Adam"
+    def is_adam(self) -> bool:
+        """Whether it is of ``torch.optim.Adam`` or ``AdamW``, whose step is known in parts."""
+        return self.kind in (ADAM, ADAMW)
+
+    def shape(self, index: int) -> tuple[int, ...] | None:
+        """The shape of a parameter, by what is kept for it; None where nothing is."""
+        return self._expected[index][0]
+
+    def dtype(self, index: int) -> torch.dtype | None:
+        """The type of what is kept for a parameter; None where nothing is."""
+        return next((tensor.dtype for _, _, tensor in self.tensors(index)), None)
+
+    def contents(self, index: int) -> dict[str, Content]:
+        """What must be kept for a parameter."""
+        return self._expected[index][1]
+
+    @cached_property
+    def _expected(self) -> dict[int, tuple[tuple[int, ...] | None, dict[str, Content]]]:
+        expected = {}
+        for index, group in self.with_group():
+            shape = self.kind.parameter_shape(self.state.get(index, {}))
+            expected[index] = shape, self.kind.contents(group, shape or ())
+        return expected
+
+    def tensors(self, index: int) -> Iterator[tuple[str, Content, Tensor]]:
+        """What is kept for a parameter besides its step count and single numbers."""
+        entry = self.state.get(index, {})
+        for key, content in self.contents(index).items():
+            if content.form not in ("count", "number"):
+                yield key, content, entry[key]
 
     def group_reports(self) -> tuple[GroupReport, ...]:
         """The groups as plain data."""
@@ -98,10 +115,11 @@ class SavedOptimizer:
             GroupReport(
                 num_parameters=len(group["params"]),
                 learning_rate=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
+                betas=group.get("betas"),
+                eps=group["eps"] if isinstance(group.get("eps"), float) else None,
                 weight_decay=group["weight_decay"],
-                flags={name: group[name] for name in _FLAGS if name in group},
+                others=_settings(group, lambda x: type(x) in (float, int, str)),
+                flags=_settings(group, lambda x: x is None or type(x) is bool),
             )
             for group in self.groups
         )
@@ -122,7 +140,7 @@ def read_optimizer(path: Path) -> SavedOptimizer:
 
     Raises:
         CheckpointError: if the file is missing, damaged, holds anything but tensors and plain values, or its
-            groups are not those of ``torch.optim.Adam`` or ``AdamW`` minimising a loss.
+            groups are not those of one of the optimizers that are rebuilt, minimising a loss.
     """
     saved = read_archive(path)
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
@@ -134,16 +152,23 @@ def read_optimizer(path: Path) -> SavedOptimizer:
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
         raise DamagedFileError(f"{path}: expected state by parameter index, got {type(state).__name__}")
     _refuse_others(path, groups, state)
-    clean = tuple(_check_group(f"{path}: group {i}", group) for i, group in enumerate(groups))
+    for i, group in enumerate(groups):
+        if not (isinstance(group["params"], list) and all(type(index) is int for index in group["params"])):
+            raise DamagedFileError(
+                f"{path}: group {i}: expected a list of parameter indices, got {group['params']!r:.60}"
+            )
+    kind = recognise(str(path), groups, list(state.values()))
+    clean = tuple(check_settings(f"{path}: group {i}", kind, group) for i, group in enumerate(groups))
     indices = [index for group in clean for index in group["params"]]
     if indices != list(range(len(indices))):
         raise MappingError(
             f"{path}: expected the groups to number parameters 0, 1, 2 …, got {str(indices)[:60]} …; "
             "groups were reordered or edited, save the optimizer again"
         )
-    if len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
+    found = SavedOptimizer(path, kind, clean, state)
+    if found.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
         raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
-    return SavedOptimizer(path, clean, state)
+    return found
 
 
 def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
@@ -152,58 +177,18 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
         for index, group in enumerate(groups):
             if key in group:
                 raise UnsupportedError(
-                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {_REMEDY}"
+                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {REMEDY}"
                 )
     for index, entry in state.items():
         for key, name in _OTHER_OPTIMIZERS.items():
             if key in entry:
                 raise UnsupportedError(
-                    f"{path}: not supported: this looks like {name} (parameter {index!r:.60} has {key!r}); {_REMEDY}"
+                    f"{path}: not supported: this looks like {name} (parameter {index!r:.60} has {key!r}); {REMEDY}"
                 )
 
 
-def _check_group(where: str, group: dict[str, Any]) -> dict[str, Any]:
-    """The group with plain numbers, or an error."""
-    unknown = group.keys() - _REQUIRED - {*_FLAGS, *_OPTIONAL}
-    missing = _REQUIRED - group.keys()
-    if unknown or missing:
-        raise UnsupportedError(
-            f"{where}: not supported: expected the settings of torch.optim.Adam or AdamW, missing "
-            f"{sorted(missing)}, unknown {sorted(map(str, unknown))}; {_REMEDY}"
-        )
-    if not (isinstance(group["params"], list) and all(type(index) is int for index in group["params"])):
-        raise DamagedFileError(f"{where}: expected a list of parameter indices, got {group['params']!r:.60}")
-    clean = dict(group)
-    for key in _NUMBERS:
-        clean[key] = _number(f"{where}: {key}", group[key])
-        if clean[key] < 0:
-            raise InvalidValueError(f"{where}: {key}: expected at least 0, got {clean[key]}; the file is damaged")
-    betas = group["betas"]
-    if not (isinstance(betas, tuple | list) and len(betas) == 2):
-        raise InvalidValueError(f"{where}: expected two betas, got {betas!r:.60}; the file is damaged")
-    clean["betas"] = tuple(_number(f"{where}: betas", beta) for beta in betas)
-    if not all(0 <= beta < 1 for beta in clean["betas"]):
-        raise InvalidValueError(f"{where}: expected betas in [0, 1), got {betas}; the file is damaged")
-    for key in _FLAGS:
-        if not (clean.get(key) is None or isinstance(clean[key], bool)):
-            raise InvalidValueError(f"{where}: {key}: expected true, false or nothing, got {clean[key]!r:.60}")
-    if clean.get("maximize"):
-        raise UnsupportedError(f"{where}: not supported: maximize=True; trainers minimise a loss, so the sign is wrong")
-    return clean
-
-
-def _number(where: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if type(value) is int and abs(value) < 2**63:
-        value = float(value)
-    if type(value) is not float or not math.isfinite(value):
-        raise InvalidValueError(f"{where}: expected a finite number, got {value!r:.60}; the file is damaged")
-    return value
-
-
 def check_entries(saved: SavedOptimizer) -> None:
-    """Check that every parameter has the state of Adam, with tensors of one shape and a step count.
+    """Check that every parameter has what its optimizer keeps: tensors that fit one shape, and a step count.
 
     Raises:
         CheckpointError: if an entry is missing, extra, of another optimizer, or malformed, or if tensors claim more
@@ -211,17 +196,17 @@ def check_entries(saved: SavedOptimizer) -> None:
     """
     path = saved.path
     size = path.stat().st_size
-    expected = set(range(saved.num_parameters))
-    missing, extra = sorted(expected - saved.state.keys()), sorted(saved.state.keys() - expected, key=str)
+    expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
+    missing, extra = sorted(expected - saved.state.keys()), sorted(_strangers(saved, expected), key=str)
     if missing or extra:
         raise MappingError(
             f"{path}: expected state for each of {len(expected)} parameters, got none for {len(missing)} "
             f"(index {missing[:5]}) and {len(extra)} entries that belong to no parameter ({extra[:5]}); "
             "a fresh state is never substituted, so save the optimizer again after a full step"
         )
-    for index, group in saved.with_group():
-        _check_entry(f"{path}: parameter {index}", saved.state[index], group, size)
-    declared = sum(entry[key].nbytes for entry in saved.state.values() for key in entry.keys() & {*MOMENTS})
+    for index in sorted(expected):
+        _check_entry(f"{path}: parameter {index}", saved, index, size)
+    declared = sum(x.nbytes for index in expected for _, _, x in saved.tensors(index))
     if declared > size:
         raise DamagedFileError(
             f"{path}: expected moments of at most the file's {size:,} bytes, got {declared:,} bytes declared by "
@@ -229,28 +214,51 @@ def check_entries(saved: SavedOptimizer) -> None:
         )
 
 
-def _check_entry(where: str, entry: dict[str, Any], group: dict[str, Any], size: int) -> None:
-    moments = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-    expected = {"step", *moments}
-    if entry.keys() != expected:
-        raise UnsupportedError(f"{where}: expected Adam's {sorted(expected)}, got {sorted(map(str, entry))}; {_REMEDY}")
-    step = _number(f"{where}: step", entry["step"])
-    if step < 1 or step != int(step):
-        raise InvalidValueError(
-            f"{where}: expected a whole number of steps, at least 1, got {step}; the file is damaged"
+def _strangers(saved: SavedOptimizer, expected: set[int]) -> set[Any]:
+    """Entries of no parameter, or of one of which nothing is kept; one that holds nothing is none."""
+    return {i for i in saved.state.keys() - expected if any(x is not None for x in saved.state[i].values())}
+
+
+def _check_entry(where: str, saved: SavedOptimizer, index: int, size: int) -> None:
+    entry, expected, shape = saved.state[index], saved.contents(index), saved.shape(index)
+    name = saved.kind.name
+    if entry.keys() != expected.keys():
+        raise UnsupportedError(
+            f"{where}: expected {name}'s {sorted(expected)}, got {sorted(map(str, entry))}; save plain {name} state"
         )
-    for key in moments:
-        moment = entry[key]
-        if not (type(moment) is Tensor and moment.layout == torch.strided and moment.dtype in _FLOATS):
-            got = f"{moment.dtype}, {moment.layout}" if isinstance(moment, Tensor) else type(moment).__name__
-            raise UnsupportedError(f"{where}: {key}: expected a dense floating-point tensor, got {got}; use plain Adam")
-        if moment.shape != entry["exp_avg"].shape:
+    for key, content in expected.items():
+        if content.form == "count":
+            step = number(f"{where}: {key}", entry[key])
+            if step < 1 or step != int(step):
+                raise InvalidValueError(
+                    f"{where}: expected a whole number of steps, at least 1, got {step}; the file is damaged"
+                )
+        elif content.form == "number" and number(f"{where}: {key}", entry[key]) < content.low:
+            raise InvalidValueError(f"{where}: {key}: expected at least {content.low:g}, got {entry[key]}")
+    for key, content, tensor in saved.tensors(index):
+        _check_tensor(f"{where}: {key}", tensor, size)
+        if shape is None or tuple(tensor.shape) != saved.kind.shape_of(content, shape):
+            fitting = list(saved.kind.shape_of(content, shape)) if shape is not None else "one"
             raise MismatchError(
-                f"{where}: {key}: expected the shape of exp_avg {list(entry['exp_avg'].shape)}, got "
-                f"{list(moment.shape)}; the file is damaged"
+                f"{where}: {key}: expected the shape {fitting}, as of the entry's others, got {list(tensor.shape)}; "
+                "the file is damaged"
             )
-        if any(n > 1 and stride == 0 for n, stride in zip(moment.shape, moment.stride(), strict=True)):
-            raise DamagedFileError(
-                f"{where}: {key}: expected data for each of {moment.numel():,} elements, got a tensor that repeats "
-                f"its data (strides {list(moment.stride())}) in a file of {size:,} bytes; save the optimizer again"
-            )
+    if saved.kind.matrices_only and len(shape or ()) != 2:
+        raise MismatchError(f"{where}: expected a matrix, as {name} takes no others, got shape {list(shape or ())}")
+
+
+def _check_tensor(where: str, tensor: Any, size: int) -> None:
+    if not (type(tensor) is Tensor and tensor.layout == torch.strided and tensor.dtype in _FLOATS):
+        got = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise UnsupportedError(f"{where}: expected a dense floating-point tensor, got {got}; save plain tensors")
+    if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise DamagedFileError(
+            f"{where}: expected data for each of {tensor.numel():,} elements, got a tensor that repeats "
+            f"its data (strides {list(tensor.stride())}) in a file of {size:,} bytes; save the optimizer again"
+        )
+
+
+def _settings(group: dict[str, Any], wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Settings of one type, without those that every report has."""
+    shown = ("lr", "eps", "weight_decay", "params", "initial_lr", "min_lr", "max_lr")
+    return {key: value for key, value in group.items() if key not in shown and wanted(value)}

@@ -1,49 +1,75 @@
-"""Adam state matched to parameters: read every moment once, and rebuild the optimizer. Nothing is ever filled in."""
+"""State matched to parameters: read every tensor once, and rebuild the optimizer. Nothing is ever filled in."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MappingError
+from entropy_probe.checkpoints.layout import Layout
 from entropy_probe.checkpoints.mapping import ParameterMapping
-from entropy_probe.checkpoints.optimizer_file import MOMENTS, SavedOptimizer
+from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.moments import summarize_moments
 from entropy_probe.results import OptimizerStateReport
 
 __all__ = ["build_optimizer", "summarize"]
 
 
-def summarize(saved: SavedOptimizer, mapping: ParameterMapping) -> tuple[OptimizerStateReport, int]:
-    """Read every moment once: coverage, step counts and the range of the Adam scale.
+def summarize(
+    saved: SavedOptimizer, mapping: ParameterMapping, layout: Layout
+) -> tuple[OptimizerStateReport, int | None]:
+    """Read every tensor once: coverage, step counts and, of Adam, the range of its scale.
 
     The scale is ``1 / (sqrt(v / (1 - beta2^step)) + eps)`` with ``v`` the second moment (for AMSGrad its running
     maximum); it multiplies the gradient. See ``docs/theory.md``, "The step".
 
     Returns:
-        The report, and the number of elements whose second moment is 0.
+        The report, and the number of elements whose second moment is 0; None for optimizers other than Adam.
 
     Raises:
-        CheckpointError: if a moment is not finite or a second moment is negative.
+        CheckpointError: if a value is not finite, or negative where it is a mean of squares.
     """
+    for index in range(saved.num_parameters):
+        for key, content, tensor in saved.tensors(index):
+            where = f"{saved.path}: parameter {index} ({mapping.names[index]}): {key}"
+            _check_values(where, tensor, signed=content.low < 0)
+    rates = tuple(group["lr"] for group in saved.groups)
+    if not saved.is_adam:
+        return _summary_of_another(saved, mapping, layout, rates), None
     zeros = 0
     entries = []
     for index, group in saved.with_group():
         entry = saved.state[index]
-        for key in entry.keys() - {"step"}:
-            where = f"{saved.path}: parameter {index} ({mapping.names[index]}): {key}"
-            _check_moment(where, entry[key], signed=key == "exp_avg")
         v = entry["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         zeros += v.numel() - int(torch.count_nonzero(v))
         entries.append((v.numel(), entry, group))
-    report = summarize_moments(entries, mapping.how, tuple(group["lr"] for group in saved.groups))
-    return report, zeros
+    return summarize_moments(entries, mapping.how, rates), zeros
 
 
-def _check_moment(where: str, moment: Tensor, *, signed: bool) -> None:
+def _summary_of_another(
+    saved: SavedOptimizer, mapping: ParameterMapping, layout: Layout, rates: tuple[float, ...]
+) -> OptimizerStateReport:
+    sizes = [math.prod(layout.parameters[name].shape) for name in mapping.names]
+    covered = sum(size for i, size in enumerate(sizes) if saved.contents(i))
+    steps = [int(saved.state[i]["step"]) if "step" in saved.contents(i) else 0 for i in range(len(sizes))]
+    return OptimizerStateReport(
+        optimizer=saved.kind.public_name,
+        num_parameters=len(sizes),
+        num_elements=sum(sizes),
+        coverage=covered / sum(sizes),
+        mapping=mapping.how,
+        steps=(min(steps), max(steps)),
+        scale_min=None,
+        scale_max=None,
+        learning_rates=rates,
+    )
+
+
+def _check_values(where: str, moment: Tensor, *, signed: bool) -> None:
     if moment.numel() == 0:
         return
     low, high = (x.item() for x in moment.aminmax())
@@ -57,35 +83,41 @@ def _check_moment(where: str, moment: Tensor, *, signed: bool) -> None:
 
 def build_optimizer(
     saved: SavedOptimizer, mapping: ParameterMapping, parameters: Mapping[str, nn.Parameter]
-) -> torch.optim.AdamW | torch.optim.Adam:
-    """The optimizer the file describes, over a model's own parameters, with its moments copied in.
+) -> torch.optim.Optimizer:
+    """The optimizer the file describes, over a model's own parameters, with its state copied in.
 
-    Moments keep the precision of the file or of the parameter, whichever is higher.
+    Tensors keep the precision of the file or of the parameter, whichever is higher.
 
     Raises:
-        CheckpointError: if a parameter is missing or has another shape than its moments.
+        CheckpointError: if a parameter is missing or has another shape than its state.
     """
     for index, name in enumerate(mapping.names):
-        got = parameters[name].shape if name in parameters else None
-        if got != saved.state[index]["exp_avg"].shape:
-            shape = list(saved.state[index]["exp_avg"].shape)
+        got, shape = parameters[name].shape if name in parameters else None, saved.shape(index)
+        if got is None or (shape is not None and got != shape):
             raise MappingError(f"{saved.path}: parameter {index}: expected {name} of shape {shape}, got {got}")
-    kind = torch.optim.AdamW if saved.kind == "AdamW" else torch.optim.Adam
-    optimizer = kind(
+    optimizer = saved.kind.class_()(
         [
             {key: value for key, value in group.items() if key != "param_names"}
             | {"params": [parameters[mapping.names[i]] for i in group["params"]]}
             for group in saved.groups
         ]
     )
+    optimizer.state.clear()  # some classes begin with entries of their own
     for index, group in saved.with_group():
         parameter = parameters[mapping.names[index]]
-        on_device = group.get("fused") or group.get("capturable")
-        entry = saved.state[index]
-        step = torch.tensor(float(entry["step"]), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-        moments: dict[str, Tensor] = {}
-        for key in filter(entry.__contains__, MOMENTS):
-            dtype = torch.promote_types(entry[key].dtype, parameter.dtype)
-            moments[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(entry[key])
-        optimizer.state[parameter] = {"step": step, **moments}
+        kept = {key: _in_place(saved, index, key, group, parameter) for key in saved.contents(index)}
+        if kept:
+            optimizer.state[parameter] = kept
     return optimizer
+
+
+def _in_place(saved: SavedOptimizer, index: int, key: str, group: Mapping[str, Any], parameter: nn.Parameter) -> Any:
+    """What is kept under a key for a parameter, of the type and on the device where the optimizer looks for it."""
+    content, value = saved.contents(index)[key], saved.state[index][key]
+    if content.form in ("count", "number"):
+        if saved.kind.plain_counts and content.form == "count":
+            return int(value)
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.tensor(float(value), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    dtype = torch.promote_types(value.dtype, parameter.dtype)
+    return torch.empty(value.shape, dtype=dtype, device=parameter.device).copy_(value)

@@ -86,10 +86,13 @@ def record_checkpoint(
 def _manifest(found: Examination, written_by: str) -> Manifest:
     assert found.saved is not None
     assert found.mapping is not None
-    saved, names = found.saved, found.mapping.names
+    assert found.layout is not None
+    saved, names, facts = found.saved, found.mapping.names, found.layout.parameters
     groups = tuple(
         GroupRecord(
-            parameters=tuple(ParameterRecord.of(names[i], saved.state[i]["exp_avg"]) for i in group["params"]),
+            parameters=tuple(
+                ParameterRecord.of(names[i], facts[names[i]].shape, saved.dtype(i)) for i in group["params"]
+            ),
             settings=plain_settings(group),
         )
         for group in saved.groups
@@ -101,7 +104,7 @@ def _manifest(found: Examination, written_by: str) -> Manifest:
         mapping=found.mapping.how,
         written_by=written_by,
         global_step=found.global_step,
-        optimizer=saved.kind,
+        optimizer=saved.kind.name,
         adapter=found.adapter,
         groups=groups,
         files=recordable_files(found.path),

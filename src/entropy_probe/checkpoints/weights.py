@@ -19,6 +19,7 @@ from entropy_probe.checkpoints.errors import (
 )
 
 __all__ = [
+    "Shape",
     "check_finite",
     "check_loaded",
     "check_shapes",

@@ -58,18 +58,22 @@ def _state_facts(report: CheckpointReport, state: OptimizerStateReport) -> list[
         else f"{format_number(state.scale_min)} to {format_number(state.scale_max)}"
     )
     total = state.num_parameters
+    parameters = [("parameters", f"{total} tensors, {state.num_elements:,} elements"), ("mapping", state.mapping)]
+    steps = (
+        "step",
+        f"{report.num_with_step} of {total} tensors, " + (f"all at {low}" if low == high else f"{low} to {high}"),
+    )
+    if state.optimizer is not None:
+        kept = ("state", f"covers {format_percent(state.coverage)} of elements")
+        return [*parameters, kept, *([steps] if report.num_with_step else [])]
     return [
-        ("parameters", f"{total} tensors, {state.num_elements:,} elements"),
-        ("mapping", state.mapping),
+        *parameters,
         (
             "exp_avg_sq",
             f"{report.num_with_exp_avg_sq} of {total} tensors, {format_percent(state.coverage)} of elements",
         ),
         ("zero exp_avg_sq", f"{report.num_zero_elements:,} elements"),
-        (
-            "step",
-            f"{report.num_with_step} of {total} tensors, " + (f"all at {low}" if low == high else f"{low} to {high}"),
-        ),
+        steps,
         ("Adam scale", scale),
     ]
 
@@ -86,10 +90,12 @@ def _movement(movement: MovementReport) -> str:
 
 def _groups(groups: tuple[GroupReport, ...]) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    for name in ("group", "tensors", "learning rate", "betas", "eps", "weight decay"):
-        table.add_column(name, justify="right")
+    others = list(dict.fromkeys(name for group in groups for name in group.others))
+    for name in ("group", "tensors", "learning rate", "betas", "eps", "weight decay", *others):
+        table.add_column(name.replace("_", " "), justify="right")
     for i, group in enumerate(groups):
-        betas = ", ".join(f"{beta:g}" for beta in group.betas)
-        rate, eps, decay = (f"{x:g}" for x in (group.learning_rate, group.eps, group.weight_decay))
-        table.add_row(str(i), str(group.num_parameters), rate, betas, eps, decay)
+        betas = "-" if group.betas is None else ", ".join(f"{beta:g}" for beta in group.betas)
+        values = (group.learning_rate, group.eps, group.weight_decay, *(group.others.get(name) for name in others))
+        rate, eps, decay, *more = ("-" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in values)
+        table.add_row(str(i), str(group.num_parameters), rate, betas, eps, decay, *more)
     return table

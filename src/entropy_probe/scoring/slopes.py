@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -202,13 +203,12 @@ def _why_not(
     by_length = rollouts.attention_mask.sum(1).argsort(stable=True)
     middle = max(0, len(by_length) // 2 - 1)
     for row in by_length[middle : middle + NUM_TRIED]:
-        batch = next(scorer.microbatches(rollouts, row[None]))
         try:
-            slopes = method(scorer, parameters, direction, batch)[2]
-        except torch.OutOfMemoryError:
-            raise
+            ((batch, (_, _, slopes)),) = scorer.each(
+                rollouts, partial(method, scorer, parameters, direction), row[None]
+            )
         except RuntimeError as error:  # what torch raises for an operation without a rule
-            return " ".join(str(error).split(". ")[0].rstrip(".").split())
+            return " ".join(re.split(r"\.\s", str(error))[0].rstrip(".").split())
         found = torch.dot(batch.gather(weights), slopes.double()).item()
         (value,) = scorer.surrogates(batch, [TokenCoefficients(weights, None)])
         terms = torch.tensor(_slope_terms(value, parameters, direction), dtype=torch.float64)

@@ -190,6 +190,6 @@ def _step_once(
             group["capturable"] = False  # a flag for graph capture; the arithmetic is the same
     for name, p in parameters.items():
         g = gradient[name]
-        clones[id(p)].grad = None if g is None else g.to(p.dtype)
+        clones[id(p)].grad = None if g is None else g.to(p.dtype, copy=True)  # some kernels work in it
     shadow.step()
     return {name: clones[id(p)].detach() for name, p in parameters.items()}
