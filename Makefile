@@ -37,7 +37,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/one_batch.py
 	$(BIN)/python benchmarks/realized.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/attribution.py
 	$(BIN)/python benchmarks/inspect_checkpoint.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv runs examples/tiny

@@ -88,13 +88,13 @@ def compare(setup: Setup, *, lora: bool, rounds: int) -> dict[str, float | int |
     with evaluating(model):
         scorer.prepare(batch)
         sides = surrogates(scorer, batch)
-    training_gradient(model, batch, setup)
+    training_gradient(model, batch, setup.max_tokens_per_microbatch)
     seconds: dict[str, list[float]] = {"training": [], "exact": [], "straightforward": []}
     cross = None
     expected = 0.0
     for _ in range(rounds):
         start = time.process_time()
-        training_gradient(model, batch, setup)
+        training_gradient(model, batch, setup.max_tokens_per_microbatch)
         seconds["training"].append(time.process_time() - start)
         start = time.process_time()
         # a probe of its own each time: it would remember the scores of the batch

@@ -39,6 +39,7 @@ from entropy_probe.estimators.importance import sequence_importance_weights, seq
 from entropy_probe.estimators.realized import change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import Measurement, measure_change
+from entropy_probe.parts import Part
 from entropy_probe.sampling import (
     EvaluationSettings,
     HFGenerator,
@@ -194,9 +195,9 @@ def estimate_all(probe: EntropyProbe, update: Rollouts, evaluation: Rollouts) ->
     """Value and standard error by every estimator, and of the paired difference, from the scores of one probe."""
     seen: list[tuple[TokenScores, TokenScores, Units]] = []
 
-    def record(before: TokenScores, after: TokenScores, units: Units, *rest: Any) -> Measurement:
-        seen.append((before, after, units))
-        return measure_change(before, after, units, *rest)
+    def record(before: TokenScores, after: TokenScores, part: Part, *rest: Any) -> Measurement:
+        seen.append((before, after, part.units))
+        return measure_change(before, after, part, *rest)
 
     with mock.patch.object(two_batch, "measure_change", record):
         result = probe.run(update=update, evaluation=evaluation)

@@ -34,14 +34,14 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
     update, evaluation = setup.batches()
     rates = [10 ** (-7 + k / 3) for k in range(NUM_RATES)]
     seconds: dict[str, list[float]] = {"training": [], "sweep": [], "direct": []}
-    training_gradient(model, evaluation, setup)  # warm-up
+    training_gradient(model, evaluation, setup.max_tokens_per_microbatch)  # warm-up
     for round_ in range(rounds):
         tasks = ["training", "sweep"][:: 1 if round_ % 2 else -1]
         for task in [*tasks, "direct"] if round_ == 0 else tasks:
             gc.collect()
             start = time.process_time()
             if task == "training":
-                training_gradient(model, evaluation, setup)
+                training_gradient(model, evaluation, setup.max_tokens_per_microbatch)
             else:
                 # a probe of its own each time: it would remember the scores of the evaluation batch
                 probe = EntropyProbe(model, optimizer, setup.config)

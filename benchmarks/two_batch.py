@@ -129,20 +129,21 @@ FULL = Setup()
 QUICK = Setup(2, 32, 64, 512, 4, 2, prompt_tokens=8, response_tokens=8, max_tokens_per_microbatch=64)
 
 
-def training_gradient(model: Any, rollouts: Rollouts, setup: Setup) -> list[Tensor]:
+def training_gradient(model: Any, rollouts: Rollouts, max_tokens: int) -> list[Tensor]:
     """The gradient of one training step as trainers take it: whole logits of a microbatch's response positions."""
-    mask = rollouts.response_mask
-    coefficients = -rollouts.token_advantages / mask.sum()
+    mask, device = rollouts.response_mask, next(model.parameters()).device
+    coefficients = -rollouts.token_advantages * mask / mask.sum()
     trained = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in trained]
-    size = setup.max_tokens_per_microbatch // (setup.prompt_tokens + setup.response_tokens)
-    for rows in torch.arange(len(rollouts)).split(size):
-        input_ids, keep = rollouts.input_ids[rows], setup.response_tokens
-        attention_mask = rollouts.attention_mask[rows].long()
+    length = rollouts.input_ids.shape[1]
+    keep = length - int(mask.any(0).int().argmax())
+    for rows in torch.arange(len(rollouts)).split(max(1, max_tokens // length)):
+        input_ids = rollouts.input_ids[rows].to(device)
+        attention_mask = rollouts.attention_mask[rows].long().to(device)
         output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep + 1)
-        log_p = torch.log_softmax(output.logits[:, :-1], -1)
+        log_p = torch.log_softmax(output.logits[:, :-1].float(), -1)
         logprobs = log_p.gather(-1, input_ids[:, -keep:, None])[..., 0]
-        loss = (coefficients[rows, -keep:].to(logprobs.dtype) * logprobs).sum()
+        loss = (coefficients[rows, -keep:].to(logprobs) * logprobs).sum()
         for sum_, gradient in zip(total, torch.autograd.grad(loss, trained), strict=True):
             sum_ += gradient
     return total
@@ -154,7 +155,8 @@ def cost(setup: Setup, *, lora: bool, rounds: int, clock: Callable[[], float]) -
     update, evaluation = setup.batches()
 
     def gradient_norm() -> float:
-        return float(torch.cat([g.reshape(-1) for g in training_gradient(model, update, setup)]).norm())
+        gradient = training_gradient(model, update, setup.max_tokens_per_microbatch)
+        return float(torch.cat([g.reshape(-1) for g in gradient]).norm())
 
     def whole_probe() -> ProbeResult:
         # a probe of its own each time: it would remember the scores of the evaluation batch
@@ -174,7 +176,7 @@ def cost(setup: Setup, *, lora: bool, rounds: int, clock: Callable[[], float]) -
             gc.collect()
             wall, start = time.perf_counter(), clock()
             if task == "training":
-                training_gradient(model, update, setup)
+                training_gradient(model, update, setup.max_tokens_per_microbatch)
                 training.append(clock() - start)
             else:
                 result = whole_probe()

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from entropy_probe.attribution import Attribution, LayerShare
 from entropy_probe.attribution_results import AttributionSummary
-from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.layer_names import layer_and_module
+from entropy_probe.parts import Part
 from entropy_probe.scoring.precision import precisions
 from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.session import Subject
 from entropy_probe.step import PlannedStep, scaled
 from entropy_probe.two_batch import Start, TwoBatch
-from entropy_probe.types import Rollouts, TokenCoefficients
+from entropy_probe.types import Rollouts, TokenScores
 from entropy_probe.updates.per_unit import Side, UnitGradients
 from entropy_probe.updates.shadow import optimizer_name
 from entropy_probe.updates.taps import Taps
@@ -124,11 +124,17 @@ class AttributedBatch(TwoBatch):
         assert scale is not None
         direction = scaled(found.entropy.total, scale, -step.gradient.factor / found.total_weight)
         trial = max(TRIAL_TOLERANCE, 8 * self._rounding)
-        with self.clock.phase("attribution") as progress:
-            slopes = token_slopes(self.scorer, self.update, self.parameters, direction, trial, progress)
+        part = self.update_part
+        with self.clock.phase("attribution") as progress, self.on_part(part):
+            own = token_slopes(self.scorer, self.update, self.parameters, direction, trial, progress, part.rows)
         # adding 0 turns the -0 of a token without an advantage into 0
-        tokens = self._loss_coefficients().logprobs.double() * slopes.slopes.double() + 0.0
-        return slopes, _reconciled(tokens, self.prompts, found.by_prompt, trial)
+        own_tokens = self._loss_coefficients().logprobs.double() * own.slopes.double() + 0.0
+        slopes, logprobs, entropies, tokens = (
+            self.ranks.sum(part.by_sequence(x.T).T.contiguous())
+            for x in (own.slopes, own.scores.logprobs, own.scores.entropies, own_tokens)
+        )
+        found_slopes = TokenSlopes(slopes, TokenScores(logprobs, entropies, self.update.response_mask), own.method)
+        return found_slopes, _reconciled(tokens, self.prompts, found.by_prompt, trial)
 
     def _layers(self, step: PlannedStep) -> tuple[LayerShare, ...]:
         """Inner products of the entropy gradient with each part of the step, by layer and module."""
@@ -149,25 +155,23 @@ class AttributedBatch(TwoBatch):
 
     def _fold_errors(self, start: Start, folds: int) -> Tensor:
         """Standard errors of the prompts' contributions, from the entropy gradient of one fold at a time."""
-        found, config, batch = self._gradients, self.config, self.evaluation
+        found, part = self._gradients, self.part
         assert found is not None
         assert start.step.gradient_scale is not None
-        surrogate = fo.entropy_coefficients(
-            start.before, batch.prompt_ids, self.units, start.positions, config.normalization, config.entropy
-        )
-        weights = Units(self.units.index % folds, folds).total(fo.sequence_weights(start.before, config.normalization))
+        surrogate = self._entropy_coefficients(start.before)
+        fold_of = torch.arange(self.units.count) % folds
+        weights = torch.zeros(folds, dtype=torch.float64).index_add_(0, fold_of, start.before.sums.size)
         numerators = []
         for fold in range(folds):
-            rows = (self.units.index % folds == fold).nonzero()[:, 0]
-            entropies = None if surrogate.entropies is None else surrogate.entropies[rows]
-            side = Side(TokenCoefficients(surrogate.logprobs[rows], entropies))
+            rows = (fold_of[part.units.index] == fold).nonzero()[:, 0]
+            own = Part(part.rows[rows], part.size, part.units.select(rows))
             with self.clock.phase("attribution folds") as progress:
-                part = self._differentiate(
-                    batch.select(rows), Units.sequences(len(rows)), side, taps=None, progress=progress
+                entropy = self._differentiate(
+                    self.own_evaluation.select(rows), own, Side(surrogate.select(rows)), taps=None, progress=progress
                 )
             numerators.append(
                 super()._by_update_prompt(
-                    found.update, part, 1.0, start.step, start.step.gradient_scale, taps=found.taps
+                    found.update, entropy, 1.0, start.step, start.step.gradient_scale, taps=found.taps
                 )
             )
         return fold_errors(torch.stack(numerators), weights)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.distributed import ALONE, Ranks
+from entropy_probe.estimators.baselines import EntropyKind, PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.estimators.uncertainty import Units, UnitSums
+from entropy_probe.parts import Part, add_up
 from entropy_probe.results import Realized, Unit
 from entropy_probe.types import TokenScores
 
@@ -93,30 +95,36 @@ class Measurement:
 def measure_change(
     before: TokenScores,
     after: TokenScores,
-    units: Units,
+    part: Part,
     batch: PositionSums,
     config: ProbeConfig,
+    ranks: Ranks = ALONE,
     resample: Callable[[], TokenScores] | None = None,
 ) -> Measurement:
     """The realized change from scores of the same responses before and after the step.
 
     Args:
-        before: scores before the step.
-        after: scores after it.
-        units: the sampling units.
-        batch: sums over the batch of scores before the step.
+        before: scores of this rank's part of the batch before the step.
+        after: scores of the same after it.
+        part: which sequences these are, and their sampling units.
+        batch: sums over the whole batch of scores before the step.
         config: the estimator, its options, and what to do when the weights are not trusted.
+        ranks: the ranks that have the other parts.
         resample: scores, after the step, of fresh responses to the same prompts; needed for that fallback only.
     """
-    log_weights = sequence_log_weights(before, after)
+    units, normalization, kind = part.units, config.normalization, config.entropy
+
+    def change_to(new: UnitSums, kind: EntropyKind = kind) -> Change:
+        return change(add_up(ranks, new), add_up(ranks, entropy(before, units, normalization, kind)))
+
+    log_weights = ranks.sum(part.by_sequence(sequence_log_weights(before, after)))
     weights = sequence_importance_weights(
         log_weights,
         config.is_mode,
         log_weight_clamp=config.log_weight_clamp,
         weight_clip=config.weight_clip,
     )
-    normalization, kind = config.normalization, config.entropy
-    old, diagnosis = entropy(before, units, normalization, kind), "ok"
+    diagnosis = "ok"
     if weights.heavy_tailed:
         diagnosis = "high_pareto_k"
     elif weights.ess_fraction < config.min_ess_fraction and config.is_mode != "psis":
@@ -124,19 +132,19 @@ def measure_change(
     if diagnosis != "ok" and config.on_low_ess == "resample":
         assert resample is not None
         fresh = entropy(resample(), units, normalization, kind)
-        return Measurement(change(fresh, old), "resampled", diagnosis, weights)
+        return Measurement(change_to(fresh), "resampled", diagnosis, weights)
     if diagnosis != "ok" and config.on_low_ess == "psis" and weights.pareto_k is not None:
         smoothed = sequence_importance_weights(log_weights, "psis", log_weight_clamp=config.log_weight_clamp)
         if smoothed.heavy_tailed:
             return Measurement(None, "psis", "high_pareto_k", weights)
-        new = snis(after, smoothed.normalized, units, normalization, kind)
-        return Measurement(change(new, old), "psis", diagnosis, weights)
+        new = snis(after, smoothed.normalized[part.rows], units, normalization, kind)
+        return Measurement(change_to(new), "psis", diagnosis, weights)
     estimator = "per_decision" if config.realized == "per_decision" else config.is_mode
     if diagnosis != "ok":
         return Measurement(None, estimator, diagnosis, weights)
     if estimator == "per_decision":
-        # always exact entropies
-        new, old = per_decision(before, after, units, batch, normalization), entropy(before, units, normalization)
-    else:
-        new = snis(after, weights.normalized, units, normalization, kind)
-    return Measurement(change(new, old), estimator, diagnosis, weights)
+        with ranks.agreeing():
+            new = per_decision(before, after, units, batch, normalization)
+        return Measurement(change_to(new, "rao_blackwell"), estimator, diagnosis, weights)
+    new = snis(after, weights.normalized[part.rows], units, normalization, kind)
+    return Measurement(change_to(new), estimator, diagnosis, weights)

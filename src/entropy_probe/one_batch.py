@@ -10,6 +10,7 @@ from entropy_probe.estimators.u_statistic import cross_statistic
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.named import norm
+from entropy_probe.parts import Part, add_up
 from entropy_probe.results import CrossPrompt, ProbeResult
 from entropy_probe.session import Session, Subject
 from entropy_probe.types import Rollouts, TokenCoefficients
@@ -35,6 +36,8 @@ class OneBatch(Session):
         self.prompts = Units.prompts(batch.prompt_ids)
         self.block_size = self._block_size()
         self.units = Units(self.prompts.index // self.block_size, self.prompts.count // self.block_size)
+        self.check_ranks_agree(batch=batch)
+        self.part = Part.of(batch, self.units, self.units, self.ranks)
 
     def cross_prompt(self) -> CrossPrompt:
         """The U-statistic alone."""
@@ -51,26 +54,30 @@ class OneBatch(Session):
                 "sample more, or use entropy='rao_blackwell'"
             )
         with self.isolated():
-            self.scorer.prepare(batch)
+            with self.ranks.agreeing():
+                self.scorer.prepare(batch)
             taps = self.choose_taps(batch)
             scale, report = self.frozen_scale()
             rate = max(self.subject.learning_rates)
             relative = {name: s / rate for name, s in scale.items()}
-            before = self.reference_scores(batch, "score batch")
-            self.check_sampler(before, batch)
-            entropy = fo.entropy(before, self.prompts, config.normalization, config.entropy).ratio()
-            positions = PositionSums.of(before)
+            part, own = self.part, batch.select(self.part.rows)
+            before = self.reference_scores(batch, part, "score batch")
+            self.check_sampler(before, part, batch)
+            mine = self.prompts.select(part.rows)
+            by_prompt = add_up(self.ranks, fo.entropy(before, mine, config.normalization, config.entropy))
+            positions = add_up(self.ranks, PositionSums.of(before))
             towards = fo.entropy_coefficients(
-                before, batch.prompt_ids, self.units, positions, config.normalization, config.entropy
+                before, own.prompt_ids, part.units, positions, config.normalization, config.entropy
             )
-            weights = fo.sequence_weights(before, config.normalization).sum().item()
-            loss = loss_coefficients(batch, config.loss_type, config.max_completion_length)
+            weights = by_prompt.size.sum().item()
+            loss = loss_coefficients(batch, config.loss_type, config.max_completion_length).select(part.rows)
             with self.clock.phase("cross-prompt gradients") as progress:
                 products = cross_products(
                     self.scorer,
                     self.parameters,
-                    batch,
-                    self.units.index,
+                    own,
+                    part.local_units,
+                    self.units.count,
                     # mean X = -grad H and mean Y = -grad loss, over units
                     _times(towards, -self.units.count / weights),
                     _times(loss, -float(self.units.count)),
@@ -78,8 +85,10 @@ class OneBatch(Session):
                     taps=taps,
                     max_bytes=config.max_stored_gradient_gib * 2**30,
                     progress=progress,
+                    ranks=self.ranks,
                 )
-        statistic = cross_statistic(products.left, products.right, products.diagonal)
+        by_unit = part.by_unit(torch.stack([products.left, products.right, products.diagonal]))
+        statistic = cross_statistic(*self.ranks.sum(by_unit))
         cross = CrossPrompt(
             delta_h1=-rate * statistic.value,
             se_plugin=rate * statistic.se_plugin,
@@ -102,7 +111,9 @@ class OneBatch(Session):
         ascent = {name: g / self.units.count for name, g in products.right_total.items()}
         step = {name: scale[name] * g for name, g in ascent.items()}
         diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
-        return self.assemble(entropy, self.prompts, batch, batch, diagnostics, unit="prompt", cross_prompt=cross)
+        return self.assemble(
+            by_prompt.ratio(), self.prompts, batch, batch, diagnostics, unit="prompt", cross_prompt=cross
+        )
 
     def _block_size(self) -> int:
         """Prompts per unit."""

@@ -10,6 +10,7 @@ from torch import nn
 from entropy_probe.attributed_batch import AttributedBatch
 from entropy_probe.attribution import Attribution
 from entropy_probe.config import ProbeConfig
+from entropy_probe.distributed import ALONE, joined_ranks
 from entropy_probe.fingerprint import ScoreCache
 from entropy_probe.one_batch import OneBatch
 from entropy_probe.provenance import Phase
@@ -43,11 +44,13 @@ class EntropyProbe:
         progress: called as ``progress(phase, done, total)`` while the probe works.
         resample: called with the evaluation rollouts while the model is at the parameters after the step, for fresh
             responses to the same prompts in the same order; needed for ``on_low_ess="resample"`` only.
+        distributed: share the work among the ranks of torch's default process group. Every rank must hold the whole
+            policy and optimizer, be given whole batches, and call the same methods; every rank returns the result.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
-            precision is below ``config.dtype``, it is spread over several devices, or a ``resample`` function is needed
-            and missing.
+            precision is below ``config.dtype``, it is spread over several devices, a ``resample`` function is needed
+            and missing, or there is no process group to share the work.
     """
 
     def __init__(
@@ -59,12 +62,14 @@ class EntropyProbe:
         mapping: str = "live optimizer",
         progress: Phase | None = None,
         resample: Resample | None = None,
+        distributed: bool = False,
     ) -> None:
         config = config or ProbeConfig()
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
+        _check_whole(model)
         _check_device(model)
         if config.on_low_ess == "resample" and resample is None:
             raise ValueError(
@@ -72,6 +77,7 @@ class EntropyProbe:
             )
         self._arguments = (model, optimizer, mapping, config, progress)
         self._resample, self._cache = resample, ScoreCache()
+        self._ranks = joined_ranks() if distributed else ALONE
         self._subject()
 
     def _subject(self, learning_rate: float | None = None) -> Subject:
@@ -81,7 +87,9 @@ class EntropyProbe:
             config = config.model_copy(update={"learning_rate": learning_rate})
         parameters = optimizer_parameters(model, optimizer)
         rates = learning_rates(optimizer, config.learning_rate)
-        return Subject(model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache)
+        return Subject(
+            model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache, self._ranks
+        )
 
     def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.
@@ -199,6 +207,17 @@ def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
                 "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "
                 "quantised more coarsely than one step changes them"
             )
+
+
+def _check_whole(model: nn.Module) -> None:
+    """A shard's gradients and inner products are not the model's; taken for them they would give wrong numbers."""
+    kinds = {type(module).__name__ for module in model.modules()} | {type(p).__name__ for p in model.parameters()}
+    sharded = sorted(kinds & {"DTensor", "FullyShardedDataParallel"})
+    if sharded:
+        raise ValueError(
+            f"model: expected whole parameters, got shards ({sharded[0]}), which is not supported; save them with "
+            "torch.distributed.checkpoint and load that checkpoint, or call full_tensor() and pass a plain model"
+        )
 
 
 def _check_device(model: nn.Module) -> None:

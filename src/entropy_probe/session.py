@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.config import ProbeConfig
+from entropy_probe.distributed import ALONE, Ranks
 from entropy_probe.estimators.importance import sampler_gaps, sampler_mismatch
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.isolation import evaluating
 from entropy_probe.moments import summarize_moments
+from entropy_probe.parts import Part
 from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.results import (
     Diagnostics,
@@ -56,6 +58,7 @@ class Subject:
         progress: where progress is reported.
         resample: samples fresh responses after the step, where the config asks for it.
         cache: scores at the policy as it is, of batches seen before.
+        ranks: the processes that share the work.
     """
 
     model: nn.Module
@@ -67,6 +70,7 @@ class Subject:
     progress: Phase | None
     resample: Resample | None
     cache: ScoreCache
+    ranks: Ranks = ALONE
 
 
 class Session:
@@ -74,7 +78,7 @@ class Session:
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.config, self.parameters = subject, subject.config, subject.parameters
-        self.optimizer = subject.optimizer
+        self.optimizer, self.ranks = subject.optimizer, subject.ranks
         self.clock = Clock(subject.progress)
         self.messages: list[str] = []
         self.scorer = Scorer(subject.model, self.config.temperature, self.config.max_tokens_per_microbatch)
@@ -102,33 +106,77 @@ class Session:
         """The model ready to be scored and differentiated, and left as it was."""
         return evaluating(self.subject.model, torch.bfloat16 if self.config.autocast == "bfloat16" else None)
 
-    def reference_scores(self, batch: Rollouts, phase: str) -> TokenScores:
-        """Scores of a batch at the policy as it is; computed once for the same policy and batch.
+    def check_ranks_agree(self, **batches: Rollouts) -> None:
+        """Make sure that all ranks probe the same policy with the same settings and batches.
+
+        Raises:
+            ValueError: if a rank does not.
+        """
+        if self.ranks.size == 1:
+            return
+        model, state = self.subject.model, self.optimizer.state
+        moments = [(f"{name} {key}", x) for name, p in self.parameters.items() for key, x in _tensors(state.get(p, {}))]
+        known = {
+            "policy": fingerprint([*model.named_parameters(), *model.named_buffers()]),
+            "optimizer": fingerprint(moments) + repr(self.optimizer.state_dict()["param_groups"]),
+            "config": repr(self.config),
+            **{name: fingerprint(_tensors(vars(batch))) for name, batch in batches.items()},
+        }
+        seen = self.ranks.gather(known)
+        for what in known:
+            others = [rank for rank, of_rank in enumerate(seen) if of_rank.get(what) != seen[0].get(what)]
+            if others:
+                raise ValueError(
+                    f"{what}: expected the same on every rank, got another on rank {others[0]} than on rank 0; give "
+                    "every rank the same policy, settings and whole batches, which are shared out here"
+                )
+
+    @contextmanager
+    def on_part(self, part: Part) -> Iterator[None]:
+        """Work on this rank's part of a batch; an error there is one on all ranks."""
+        with self.ranks.agreeing():
+            try:
+                yield
+            except (ValueError, MemoryError) as error:
+                if len(part.rows) < part.size:
+                    error.add_note(f"sequences are counted within the share of rank {self.ranks.rank}")
+                raise
+
+    def reference_scores(self, batch: Rollouts, part: Part, phase: str) -> TokenScores:
+        """Scores of part of a batch at the policy as it is; computed once for the same policy and part.
 
         Not all that makes a policy is in its parameters and buffers (which adapter is active, say), so what it makes of
         the shortest sequence is part of what it is recognised by.
 
         Args:
-            batch: the batch; the scorer must have been prepared.
+            batch: the whole batch; the scorer must have been prepared.
+            part: which sequences to score.
             phase: what to report progress under.
         """
         scorer, model = self.scorer, self.subject.model
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
-        with self.clock.phase(phase) as progress:
+        own = batch.select(part.rows)
+        with self.clock.phase(phase) as progress, self.on_part(part):
             seen = scorer.shortest_scores(batch)
             state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
-            key = f"{state} {rollouts_fingerprint(batch)} {how}"
-            return self.subject.cache.get(key, lambda: scorer.score(batch, progress))
+            key = f"{state} {rollouts_fingerprint(own)} {how}"
+            return self.subject.cache.get(key, lambda: scorer.score(own, progress))
 
-    def check_sampler(self, scores: TokenScores, rollouts: Rollouts) -> None:
+    def check_sampler(self, scores: TokenScores, part: Part, rollouts: Rollouts) -> None:
         """Compare the sampler's own log-probabilities, if there are any, with the policy's.
+
+        Args:
+            scores: of part of the batch.
+            part: which sequences these are.
+            rollouts: the whole batch.
 
         Raises:
             ValueError: if they differ by more than the config allows.
         """
         if rollouts.sampled_logprobs is None:
             return
-        found = sampler_mismatch(sampler_gaps(scores, rollouts.sampled_logprobs), int(rollouts.response_mask.sum()))
+        gaps = part.by_sequence(sampler_gaps(scores, rollouts.sampled_logprobs[part.rows]))
+        found = sampler_mismatch(self.ranks.sum(gaps), int(rollouts.response_mask.sum()))
         share = found.ess / len(rollouts)
         self.mismatch = SamplerMismatch(mean=found.mean, max=found.max, ess_fraction=share)
         if found.mean <= self.config.max_mismatch:
@@ -147,7 +195,8 @@ class Session:
 
     def choose_taps(self, rollouts: Rollouts) -> Taps | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
-        taps = tappable(self.scorer, self.parameters, rollouts)
+        with self.ranks.agreeing():
+            taps = tappable(self.scorer, self.parameters, rollouts)
         self.per_unit_gradients = str(taps) if isinstance(taps, Taps) else f"per unit ({taps})"
         return taps if isinstance(taps, Taps) else None
 
@@ -238,6 +287,7 @@ class Session:
             fields: everything else.
         """
         optimizer_state = self.optimizer_report()
+        notes = dict.fromkeys(note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
         return ProbeResult(
             entropy=Estimate(**self.estimate_fields(entropy, units)),
             optimizer_state=optimizer_state,
@@ -250,7 +300,7 @@ class Session:
                 prefix_sharing=self.scorer.prefix_sharing,
                 per_unit_gradients=self.per_unit_gradients,
                 mismatch=self.mismatch,
-                messages=(*self.messages, *self.scorer.messages),
+                messages=(*self.messages, *notes),
                 **step,
             ),
             timing=self.clock.seconds,
@@ -259,3 +309,7 @@ class Session:
             versions=library_versions(),
             **fields,
         )
+
+
+def _tensors(values: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, x) for name, x in values.items() if isinstance(x, Tensor)]

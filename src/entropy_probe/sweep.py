@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators import sweep as curves
 from entropy_probe.estimators.curvature import per_decision_taylor
 from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.parts import add_up
 from entropy_probe.results import Prediction, ProbeResult
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 from entropy_probe.sweep_results import (
@@ -99,11 +99,11 @@ class LearningRateSweep(TwoBatch):
         except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
             return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
         at_rate = Sampled(factor * sampled.value, factor * sampled.influence)
-        realized, difference = self._report(measured, rounding, floor, at_rate, start.entropy)
+        realized, difference = self._report(measured, rounding, floor, at_rate, start.before.entropy)
         point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized, difference=difference)
         if measured.change is None:
             return point
-        gap = measured.change.minus(at_rate, start.entropy)
+        gap = measured.change.minus(at_rate, start.before.entropy)
         return point.model_copy(
             update={
                 "influence": tuple(measured.change.influence.tolist()),
@@ -113,22 +113,22 @@ class LearningRateSweep(TwoBatch):
 
     def _direct_derivatives(self, start: Start, notes: list[str]) -> tuple[Sampled, Sampled] | None:
         """Slope and second derivative along the step by nested forward mode, or a note on why there are none."""
-        rate, before, predicted = self._planned_rate(), start.before, start.predicted
+        rate, predicted = self._planned_rate(), start.predicted
         assert predicted is not None
         direction = {name: move / rate for name, move in start.step.delta.items()}
-        reason = why_not_forward_mode(self.scorer, self.evaluation, self.parameters, direction)
+        # on a few sequences, the same on all ranks
+        reason = self.ranks.broadcast(why_not_forward_mode(self.scorer, self.evaluation, self.parameters, direction))
         if reason is not None:
             notes.append(f"no direct curvature: the model cannot be differentiated twice in forward mode ({reason})")
             return None
-        with self.clock.phase("direct curvature") as progress:
-            first, second = directional_derivatives(self.scorer, self.evaluation, self.parameters, direction, progress)
-        config = self.config
-        c = fo.entropy_coefficients(
-            before, self.evaluation.prompt_ids, self.units, start.positions, config.normalization, config.entropy
-        )
+        with self.clock.phase("direct curvature") as progress, self.on_part(self.part):
+            first, second = directional_derivatives(
+                self.scorer, self.own_evaluation, self.parameters, direction, progress
+            )
+        before, c = start.before, self._entropy_coefficients(start.before)
         d = (c.logprobs * first.logprobs).sum(1)
         d = d if c.entropies is None else d + (c.entropies * first.entropies).sum(1)
-        size = fo.sequence_weights(before, config.normalization).sum()
+        d, size = self.ranks.sum(self.part.by_sequence(d.double())), before.sums.size.sum()
         gap = rate * float(d.sum() / size) - predicted.value
         if abs(gap) > SLOPE_TOLERANCE * rate * float(d.abs().sum() / size):
             notes.append(
@@ -136,9 +136,10 @@ class LearningRateSweep(TwoBatch):
                 f"{predicted.value:.6g} as in backward mode"
             )
             return None
-        return per_decision_taylor(
-            before, first, second, self.units, start.positions, config.normalization
-        ).derivatives()
+        own = per_decision_taylor(
+            before.scores, first, second, self.part.units, before.positions, self.config.normalization
+        )
+        return add_up(self.ranks, own).derivatives()
 
 
 def assemble(

@@ -5,7 +5,7 @@ The story, top to bottom: score -> update gradient -> step -> first-order change
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.realized import noise_floor
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.named import dot, norm
+from entropy_probe.noise import measured_noise_floor
+from entropy_probe.parts import Part, add_up
 from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject
@@ -35,21 +36,34 @@ __all__ = ["TwoBatch"]
 
 
 @dataclass(frozen=True, eq=False)
+class Before:
+    """The evaluation batch at the checkpoint.
+
+    Attributes:
+        scores: of this rank's part of it.
+        positions: sums by response position over the whole batch.
+        sums: entropies and tokens or sequences of every unit.
+        entropy: H.
+    """
+
+    scores: TokenScores
+    positions: PositionSums
+    sums: UnitSums
+    entropy: Sampled
+
+
+@dataclass(frozen=True, eq=False)
 class Start:
     """What is known before anything is measured after the step.
 
     Attributes:
-        before: scores of the evaluation batch at the checkpoint.
-        positions: their sums by response position.
-        entropy: H.
+        before: the evaluation batch at the checkpoint.
         step: the next step.
         predicted: the first-order change; ``None`` unless asked for.
         fields: the result fields that report it.
     """
 
-    before: TokenScores
-    positions: PositionSums
-    entropy: Sampled
+    before: Before
     step: PlannedStep
     predicted: Sampled | None
     fields: dict[str, Any]
@@ -74,6 +88,10 @@ class TwoBatch(Session):
         self.prompts = Units.prompts(update.prompt_ids)
         self.closed_form = self.config.geometry == "frozen" or is_adam(self.optimizer)
         self.shares = self.prompts if self.closed_form else blocks_of(self.prompts)
+        self.check_ranks_agree(update=update, evaluation=evaluation)
+        self.part = Part.of(evaluation, Units.prompts(evaluation.prompt_ids), self.units, self.ranks)
+        self.update_part = Part.of(update, self.shares, self.shares, self.ranks)
+        self.own_evaluation, self.own_update = evaluation.select(self.part.rows), update.select(self.update_part.rows)
 
     def result(self, *, predict: bool, measure: bool) -> ProbeResult:
         """The whole story."""
@@ -86,23 +104,29 @@ class TwoBatch(Session):
         """Everything up to the prediction."""
         fields: dict[str, Any] = {}
         predicted: Sampled | None = None
-        self.scorer.prepare(self.update, self.evaluation)
-        before = self.reference_scores(self.evaluation, "score evaluation")
-        self.check_sampler(before, self.evaluation)
-        positions = PositionSums.of(before)
-        entropy = fo.entropy(before, self.units, self.config.normalization, self.config.entropy).ratio()
+        with self.ranks.agreeing():
+            self.scorer.prepare(self.update, self.evaluation)
+        before = self._before()
         taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)
         step = plan_step(self.parameters, self.optimizer, gradients.total, self.config, self.frozen_scale)
         if predict:
-            predicted, fields = self._first_order(before, positions, gradients, step, taps=taps)
-        return Start(before, positions, entropy, step, predicted, fields)
+            predicted, fields = self._first_order(before, gradients, step, taps=taps)
+        return Start(before, step, predicted, fields)
+
+    def _before(self) -> Before:
+        scores = self.reference_scores(self.evaluation, self.part, "score evaluation")
+        self.check_sampler(scores, self.part, self.evaluation)
+        positions = add_up(self.ranks, PositionSums.of(scores))
+        own = fo.entropy(scores, self.part.units, self.config.normalization, self.config.entropy)
+        sums = add_up(self.ranks, own)
+        return Before(scores, positions, sums, sums.ratio())
 
     def _finish(self, start: Start, **fields: Any) -> ProbeResult:
         """The result with these fields beside those of the prediction."""
         step = start.step
         return self.assemble(
-            start.entropy,
+            start.before.entropy,
             self.units,
             self.evaluation,
             self.update,
@@ -135,43 +159,43 @@ class TwoBatch(Session):
         with self.clock.phase("update gradient") as progress:
             side = Side(self._loss_coefficients(), store=store and fits)
             return self._differentiate(
-                self.update, self.shares, side, taps=taps if side.store else None, progress=progress
+                self.own_update, self.update_part, side, taps=taps if side.store else None, progress=progress
             )
 
     def _loss_coefficients(self) -> TokenCoefficients:
-        return loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
+        """Of this rank's part of the update batch."""
+        whole = loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
+        return whole.select(self.update_part.rows)
 
     def _differentiate(
-        self, batch: Rollouts, units: Units, side: Side, *, taps: Taps | None, progress: Progress
+        self, own: Rollouts, part: Part, side: Side, *, taps: Taps | None, progress: Progress, total: bool = True
     ) -> UnitGradients:
-        (found,) = unit_gradients(
-            self.scorer, self.parameters, batch, units.index, [side], taps=taps, progress=progress
-        )
-        return found
+        """The total, if wanted, over the whole batch; everything else of this rank's units."""
+        with self.on_part(part):
+            (found,) = unit_gradients(
+                self.scorer, self.parameters, own, part.local_units, [side], taps=taps, progress=progress
+            )
+        return replace(found, total=self.ranks.sum_vector(found.total, self.parameters)) if total else found
+
+    def _over_units(self, part: Part, values: Tensor) -> Tensor:
+        """Values of this rank's units, ``[..., u]``, with those of all others in their places, ``[..., U]``."""
+        return self.ranks.sum(part.by_unit(values))
 
     def _first_order(
-        self,
-        before: TokenScores,
-        positions: PositionSums,
-        gradients: UnitGradients,
-        step: PlannedStep,
-        *,
-        taps: Taps | None,
+        self, before: Before, gradients: UnitGradients, step: PlannedStep, *, taps: Taps | None
     ) -> tuple[Sampled, dict[str, Any]]:
         """The prediction with its components, and the result fields that report it."""
-        config, evaluation = self.config, self.evaluation
-        surrogate = fo.entropy_coefficients(
-            before, evaluation.prompt_ids, self.units, positions, config.normalization, config.entropy
-        )
+        surrogate = self._entropy_coefficients(before)
         with self.clock.phase("evaluation gradient") as progress:
             side = Side(surrogate, directions=list(step.components.values()))
-            entropy_side = self._differentiate(evaluation, self.units, side, taps=taps, progress=progress)
-        weights = self.units.total(fo.sequence_weights(before, config.normalization))
-        predicted = fo.first_order(entropy_side.dots.sum(0), weights)
+            entropy_side = self._differentiate(self.own_evaluation, self.part, side, taps=taps, progress=progress)
+        weights = before.sums.size
+        dots = self._over_units(self.part, entropy_side.dots)
+        predicted = fo.first_order(dots.sum(0), weights)
         if step.gradient_scale is None:
             se_update, components = self._jackknife(gradients, entropy_side, weights.sum().item(), step), {}
         else:
-            parts = {name: fo.first_order(entropy_side.dots[k], weights) for k, name in enumerate(step.components)}
+            parts = {name: fo.first_order(dots[k], weights) for k, name in enumerate(step.components)}
             by_prompt = self._by_update_prompt(
                 gradients, entropy_side, weights.sum().item(), step, step.gradient_scale, taps=taps
             )
@@ -190,6 +214,13 @@ class TwoBatch(Session):
         contributions = tuple((predicted.value + predicted.influence).tolist())
         return predicted, {"predicted": prediction, "components": components, "contributions": contributions}
 
+    def _entropy_coefficients(self, before: Before) -> TokenCoefficients:
+        """Of this rank's part of the evaluation batch."""
+        prompts, config = self.own_evaluation.prompt_ids, self.config
+        return fo.entropy_coefficients(
+            before.scores, prompts, self.part.units, before.positions, config.normalization, config.entropy
+        )
+
     def _jackknife(
         self, gradients: UnitGradients, entropy_side: UnitGradients, total_weight: float, step: PlannedStep
     ) -> float:
@@ -201,22 +232,24 @@ class TwoBatch(Session):
             "steps that are not smooth in the gradient, such as signs or Muon's)"
         )
         factors = renormalisation(update, blocks.index, config.loss_type, config.max_completion_length)
-        loss = self._loss_coefficients()
+        part, loss = self.update_part, self._loss_coefficients()
+        own_factors = [factors[block] for block in part.present_units.tolist()]
         direction = {
             name: torch.zeros_like(p) if (x := entropy_side.total[name]) is None else x / total_weight
             for name, p in step.delta.items()
         }
         left_out = []
-        with self.clock.phase("update error") as progress:
+        with self.clock.phase("update error") as progress, self.on_part(part):
             for reduced in reduced_gradients(
-                self.scorer, self.parameters, update, blocks.index, loss, gradients, factors
+                self.scorer, self.parameters, self.own_update, part.local_units, loss, gradients, own_factors
             ):
                 clipped = clip_gradient(reduced, config.max_grad_norm).values
                 stepped = copied_step(self.parameters, self.optimizer, clipped, config.learning_rate)
                 left_out.append(dot(direction, moved(self.parameters, stepped)))
-                progress(len(left_out), blocks.count)
+                progress(len(left_out), len(own_factors))
+        found = self._over_units(part, torch.tensor(left_out, dtype=torch.float64))
         sizes = torch.stack([self.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
-        return jackknife_standard_error(dot(direction, step.delta), torch.tensor(left_out, dtype=torch.float64), sizes)
+        return jackknife_standard_error(dot(direction, step.delta), found, sizes)
 
     def _note_what_the_update_error_holds_fixed(self, step: PlannedStep) -> None:
         if self.config.geometry == "adamw" and any(not self.optimizer.state.get(p) for p in self.parameters.values()):
@@ -244,9 +277,12 @@ class TwoBatch(Session):
         direction = scaled(entropy_side.total, gradient_scale, -step.gradient.factor / total_weight)
         with self.clock.phase("update error") as progress:
             if gradients.stored is not None:
-                return gradients.dot_stored(direction)
+                return self._over_units(self.update_part, gradients.dot_stored(direction))
             side = Side(self._loss_coefficients(), directions=[direction])
-            return self._differentiate(self.update, self.prompts, side, taps=taps, progress=progress).dots[0]
+            found = self._differentiate(
+                self.own_update, self.update_part, side, taps=taps, progress=progress, total=False
+            )
+            return self._over_units(self.update_part, found.dots[0])
 
     def _realized(self, start: Start) -> dict[str, Any]:
         """Score the evaluation batch after the step, and the result fields that report the change."""
@@ -260,7 +296,7 @@ class TwoBatch(Session):
                 "to compare it with the prediction"
             )
         realized, difference = self._report(
-            measured, rounding, self._noise_floor(start.before), start.predicted, start.entropy
+            measured, rounding, self._noise_floor(start.before), start.predicted, start.before.entropy
         )
         return {"realized": realized} if difference is None else {"realized": realized, "difference": difference}
 
@@ -268,11 +304,11 @@ class TwoBatch(Session):
         """The change after the step at the given rate (``None`` for each group's own), and the step's rounding."""
         stepped, rounding = stepped_parameters(self.parameters, self.optimizer, start.step, self.config, learning_rate)
         with parameters_at(self.parameters, stepped):
-            with self.clock.phase(phase) as progress:
-                after = self.scorer.score(self.evaluation, progress)
-            return measure_change(
-                start.before, after, self.units, start.positions, self.config, self._score_fresh
-            ), rounding
+            with self.clock.phase(phase) as progress, self.on_part(self.part):
+                after = self.scorer.score(self.own_evaluation, progress)
+            before, fresh = start.before, self._score_fresh
+            given = (before.scores, after, self.part, before.positions, self.config, self.ranks, fresh)
+            return measure_change(*given), rounding
 
     def _report(
         self,
@@ -301,51 +337,19 @@ class TwoBatch(Session):
                 f"order, got {len(fresh)} for others"
             )
         self.scorer.check_fits(fresh)
-        with self.clock.phase("score resampled") as progress:
-            return self.scorer.score(fresh, progress)
+        self.check_ranks_agree(resampled=fresh)
+        with self.clock.phase("score resampled") as progress, self.on_part(self.part):
+            return self.scorer.score(fresh.select(self.part.rows), progress)
 
-    def _noise_floor(self, before: TokenScores) -> float | None:
-        """What rounding alone does to the realized change, seen on some of the sequences.
-
-        They are scored again in another layout, with every trained parameter rounded differently: moved by a unit in
-        its last place with probability 1/12, which has the variance of a rounding error.
-        """
-        config = self.config
-        if not config.measure_noise_floor:
+    def _noise_floor(self, before: Before) -> float | None:
+        if not self.config.measure_noise_floor:
             return None
-        count = len(self.evaluation)
-        rows = torch.linspace(0, count - 1, min(count, NOISE_SEQUENCES)).long()
-        few, units = self.evaluation.select(rows), Units.sequences(len(rows))
-        few_before = before.select(rows)
-        positions = PositionSums.of(few_before)
-        plain = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse"})
-        spurious = []
         with self.clock.phase("noise floor"):
-            for draw in range(NOISE_DRAWS):
-                with parameters_at(self.parameters, self._rounded_differently(draw)):
-                    again = self.scorer.score_again(few)
-                change = measure_change(few_before, again, units, positions, plain).change
-                if change is None:
-                    raise ValueError(
-                        "noise floor: expected log-probabilities that rounding leaves alone, got a change that "
-                        "importance sampling cannot bridge; compute in a higher precision"
-                    )
-                spurious.append(change)
-        return noise_floor(spurious, count)
-
-    def _rounded_differently(self, seed: int) -> dict[str, Tensor]:
-        nudged = {}
-        sources = {p.device: torch.Generator(p.device).manual_seed(seed) for p in self.parameters.values()}
-        for name, p in self.parameters.items():
-            eps = torch.finfo(torch.bfloat16 if self.config.autocast == "bfloat16" else p.dtype).eps
-            draw = torch.rand(p.shape, generator=sources[p.device], device=p.device)
-            sign = (draw < 1 / 24).to(p.dtype) - (draw > 23 / 24).to(p.dtype)
-            nudged[name] = p.detach() * (1 + eps * sign)
-        return nudged
+            return measured_noise_floor(
+                self.scorer, self.parameters, self.evaluation, self.part, before.scores, self.config, self.ranks
+            )
 
 
-NOISE_SEQUENCES, NOISE_DRAWS = 8, 3
-"""Enough for the size of rounding errors; more would cost time."""
 NOTABLE_ROUNDING = 0.01
 LEAST_PROMPTS = 8
 """Draws with replacement give this many prompts equally often once in thousands of batches."""

@@ -13,7 +13,7 @@ token or nats per sequence, and every :class:`Estimate` says which. A negative c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -133,7 +133,7 @@ class Rollouts:
         return torch.where(self.response_mask, per_token, torch.zeros((), dtype=per_token.dtype))
 
     def select(self, rows: Tensor) -> Rollouts:
-        """The sequences at the given indices or boolean mask, in that order."""
+        """The sequences at the given indices or boolean mask, in that order; there may be none."""
         return self._map(lambda column: column[rows])
 
     def cpu(self) -> Rollouts:
@@ -141,12 +141,11 @@ class Rollouts:
         return self._map(Tensor.cpu)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Rollouts:
-        optional = {
-            name: None if (column := getattr(self, name)) is None else change(column)
-            for name in ("advantages", "rewards", "sampled_logprobs")
-        }
-        required = (self.input_ids, self.attention_mask, self.response_mask, self.prompt_ids)
-        return Rollouts(*map(change, required), **optional)
+        changed = object.__new__(Rollouts)  # valid, as this batch is
+        for field in fields(self):
+            column = getattr(self, field.name)
+            object.__setattr__(changed, field.name, None if column is None else change(column))
+        return changed
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the batch with its token ids, one sequence per row; see :mod:`entropy_probe.sampling.files`."""
@@ -214,3 +213,7 @@ class TokenCoefficients:
 
     logprobs: Float[Tensor, "N L"]
     entropies: Float[Tensor, "N L"] | None
+
+    def select(self, rows: Tensor) -> TokenCoefficients:
+        """The coefficients of the sequences at the given indices, in that order."""
+        return TokenCoefficients(self.logprobs[rows], None if self.entropies is None else self.entropies[rows])

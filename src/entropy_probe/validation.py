@@ -87,9 +87,13 @@ class HalfSteps(TwoBatch):
     def _change(self, start: Start, kept: Tensor, frozen: tuple | None) -> float:
         """The entropy change measured after the step on some of the prompts."""
         assert self._whole is not None
-        gradient = kept_gradient(
-            self.scorer, self.parameters, self.update, self.prompts.index, kept, self._loss_coefficients(), self._whole
-        )
+        part, loss = self.update_part, self._loss_coefficients()
+        own = torch.isin(part.present_units, kept).nonzero()[:, 0]
+        with self.on_part(part):
+            gradient = kept_gradient(
+                self.scorer, self.parameters, self.own_update, part.local_units, own, loss, self._whole
+            )
+        gradient = self.ranks.sum_vector(gradient, self.parameters)
         step = plan_step(self.parameters, self.optimizer, gradient, self.config, lambda: frozen or self.frozen_scale())
         measured, _ = self._measure(replace(start, step=step), self.config.learning_rate, "score after steps")
         if measured.change is None:

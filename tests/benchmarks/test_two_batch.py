@@ -1,25 +1,10 @@
 """The benchmark runs at tiny size, and its figures are of the kind they claim to be."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "two_batch.py"
 
-
-def run(directory, *parts):
-    path = directory / "figures.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "--only", *parts, "--json", str(path)]
-    finished = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout, json.loads(path.read_text())
-
-
-def test_cost(tmp_path):
-    printed, figures = run(tmp_path, "lora", "full")
+def test_cost(run):
+    printed, figures = run("two_batch", "--quick", "--only", "lora", "full")
     assert "LoRA" in printed
     assert "full weights" in printed
     for kind, per_unit in (("lora", "linear-layer taps"), ("full", "taps")):
@@ -44,8 +29,8 @@ def test_cost(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory(tmp_path):
-    printed, figures = run(tmp_path, "memory")
+def test_memory(run):
+    printed, figures = run("two_batch", "--quick", "--only", "memory")
     assert "Peak memory" in printed
     memory = figures["memory"]
     assert memory["fills_a_microbatch"]
@@ -58,8 +43,8 @@ def test_memory(tmp_path):
 
 
 @pytest.mark.slow
-def test_variance(tmp_path):
-    printed, figures = run(tmp_path, "variance")
+def test_variance(run):
+    printed, figures = run("two_batch", "--quick", "--only", "variance")
     assert "Variance ratios" in printed
     variance = figures["variance"]
     for ratio in variance["variance_ratios"].values():

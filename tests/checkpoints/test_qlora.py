@@ -233,3 +233,15 @@ def test_full_weights_in_four_bits_are_refused(run, tmp_path):
     shutil.copy(run.checkpoint(2) / "optimizer.pt", checkpoint)
     with pytest.raises(CheckpointError, match="not supported: quantised weights"):
         load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attribution_adds_up_whatever_rules_the_kernels_have(run, dtype):
+    loaded = load_checkpoint(run.checkpoint(2), quantization=NF4, dtype=dtype)
+    found = EntropyProbe(loaded.model, loaded.optimizer, ProbeConfig(dtype=dtype)).attribute(
+        update=rollouts(0), evaluation=rollouts(1)
+    )
+    gradient = found.result.components["gradient"].value
+    tolerance = 1e-6 if dtype == "float32" else 0.06
+    assert found.tokens.sum().item() == pytest.approx(gradient, abs=tolerance * found.tokens.abs().sum().item())
+    assert found.summary.gradient == gradient

@@ -11,6 +11,7 @@ from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.realized import change, noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import measure_change
+from entropy_probe.parts import Part
 from tests.whole_batch import per_decision, snis
 
 
@@ -124,6 +125,11 @@ def test_options_that_would_change_nothing_are_errors(settings, message):
         ProbeConfig(**settings)
 
 
+def measure(before, after, resample=None, **settings):
+    part = Part.whole(Units.sequences(len(before.response_mask)))
+    return measure_change(before, after, part, PositionSums.of(before), ProbeConfig(**settings), resample=resample)
+
+
 def batch(log_weights):
     generator = torch.Generator().manual_seed(1)
     h = torch.rand(len(log_weights), generator=generator, dtype=torch.float64)
@@ -156,7 +162,7 @@ HEAVY = pareto(1.2, 2000)
 def test_the_path_that_produced_the_number_is_named(log_weights, settings, estimator, diagnosis, measured):
     before, after = batch(log_weights)
     units = Units.sequences(len(log_weights))
-    found = measure_change(before, after, units, PositionSums.of(before), ProbeConfig(**settings), lambda: after)
+    found = measure(before, after, resample=lambda: after, **settings)
     assert (found.estimator, found.diagnosis, found.change is not None) == (estimator, diagnosis, measured)
     assert (found.note is None) == (diagnosis == "ok")
     record = found.report(units, "nats/token", None, "evaluation")
@@ -178,7 +184,7 @@ def test_the_path_that_produced_the_number_is_named(log_weights, settings, estim
 
 def test_few_sequences_are_refused_where_smoothing_has_no_tail_to_fit():
     before, after = batch(torch.tensor([0.0] * 9 + [6.0]))
-    found = measure_change(before, after, Units.sequences(10), PositionSums.of(before), ProbeConfig(on_low_ess="psis"))
+    found = measure(before, after, on_low_ess="psis")
     assert (found.change, found.diagnosis) == (None, "low_ess")
 
 
@@ -191,7 +197,7 @@ def test_noise_floor_separates_systematic_from_random_rounding():
     assert noise_floor(random, 400) == pytest.approx(2 * noise_floor(random, 1600))
     assert noise_floor([Sampled(10.0, influence), Sampled(-10.0, influence)], 10**9) == pytest.approx(20.0, rel=0.01)
     before, after = batch(torch.zeros(30))
-    found = measure_change(before, after, Units.sequences(30), PositionSums.of(before), ProbeConfig())
+    found = measure(before, after)
     value = found.change.value
     assert found.report(Units.sequences(30), "nats/token", abs(value), "evaluation").status == "below_noise_floor"
     assert found.report(Units.sequences(30), "nats/token", abs(value) / 2, "evaluation").status == "ok"

@@ -8,8 +8,8 @@ from entropy_probe.demo.policy import build_model
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, mixed_sums
 from entropy_probe.isolation import parameters_at
+from entropy_probe.noise import _rounded_differently
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.two_batch import TwoBatch
 from tests.invariants.test_probe import TABLE, batches, numbers, probe
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 from tests.whole_batch import per_decision
@@ -213,18 +213,14 @@ def test_a_policy_that_changed_outside_of_its_parameters_is_not_mistaken():
 
 def test_rounding_is_drawn_anew_for_every_parameter():
     """Parameters of one shape must not be nudged in step: their effects would add up instead of averaging out."""
-    model = TinyPolicy()
-    update, evaluation = batches()
-    story = TwoBatch(probe(model, trained_optimizer(model))._subject(), update, evaluation)
     wide = {name: torch.nn.Parameter(torch.ones(4000, dtype=torch.float64)) for name in "ab"}
-    story.parameters = wide
-    nudged = story._rounded_differently(0)
+    nudged = _rounded_differently(wide, "off", 0)
     moves = {name: (x - 1).sign() for name, x in nudged.items()}
     for move in moves.values():
         assert (move != 0).double().mean() == pytest.approx(1 / 12, abs=0.02)
         assert abs(move.sum()) < 60  # up as often as down
     assert abs((moves["a"] * moves["b"]).sum()) < 40
-    assert all(torch.equal(story._rounded_differently(0)[name], x) for name, x in nudged.items())
+    assert all(torch.equal(_rounded_differently(wide, "off", 0)[name], x) for name, x in nudged.items())
 
 
 def test_the_cache_forgets_the_oldest():

@@ -88,3 +88,19 @@ def test_microbatches_are_halved_and_the_numbers_stay(lora, settings, where):
 def test_a_single_sequence_that_does_not_fit_is_one_error(where):
     with pytest.raises(MemoryError, match=r"sequence \d+: its 1[34] tokens alone do not fit the device's memory"):
         run(True, where, tokens=10)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_attribution_in_smaller_microbatches():
+    model, optimizer, update, evaluation = problem(True)
+    probe = EntropyProbe(model, optimizer, ProbeConfig(max_tokens_per_microbatch=400))
+    plain = probe.attribute(update=update, evaluation=evaluation)
+    limited = Limited(model, "forward", 60)
+    small = probe.attribute(update=update, evaluation=evaluation)
+    assert limited.failures >= 2
+    assert small.summary.method == plain.summary.method == "forward-mode"
+    assert any("out of memory" in m for m in small.result.diagnostics.messages)
+    torch.testing.assert_close(small.tokens, plain.tokens, rtol=1e-3, atol=1e-4 * plain.tokens.abs().max().item())
+    limited.tokens = 10
+    with pytest.raises(MemoryError, match="alone do not fit"):
+        probe.attribute(update=update, evaluation=evaluation)

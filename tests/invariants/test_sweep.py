@@ -110,10 +110,10 @@ def test_a_range_that_reaches_the_end_of_the_grid_is_a_lower_bound():
 def test_too_large_rates_are_reported_and_not_fitted(monkeypatch):
     measure = LearningRateSweep._measure
 
-    def overflow(self, before, step, rate, phase):
+    def overflow(self, start, rate, phase):
         if rate > 10:
             raise ValueError("scores: expected finite log-probabilities")
-        return measure(self, before, step, rate, phase)
+        return measure(self, start, rate, phase)
 
     monkeypatch.setattr(LearningRateSweep, "_measure", overflow)
     sweep = swept(*setting(), rates=(1e-1, 1.0, 30.0))

@@ -253,7 +253,7 @@ def test_cross_products(kind, exact_norms):
         for bound, how in ((2 * one_side, "one pass, gradients of 4"), (2 * one_side - 1, "two passes, one side's"),
                            (one_side, "two passes, one side's"), (one_side - 1, "two passes, since")):  # fmt: skip
             for path in (taps, None):
-                got = cross_products(scorer, parameters, batch, batch.prompt_ids, x, y, scale, taps=path,
+                got = cross_products(scorer, parameters, batch, batch.prompt_ids, 4, x, y, scale, taps=path,
                                      max_bytes=float(bound), progress=lambda done, total: None)  # fmt: skip
                 assert got.how.startswith(how)
                 for found, expected in ((got.left, k.sum(1)), (got.right, k.sum(0)), (got.diagonal, k.diagonal())):

@@ -57,12 +57,15 @@ def write_run_report(directory: Path, result: ProbeResult) -> None:
     from entropy_probe.cli.run_directory import FIGURES
     from entropy_probe.records import write_atomically
     from entropy_probe.report import REPORT_FILE, read_tables, result_figures, run_page
+    from entropy_probe.validation_results import VALIDATION_FILE, Validation
 
     tables = read_tables(directory)
     (directory / FIGURES).mkdir(exist_ok=True)
     for name, content in result_figures(result, tables).items():
         write_atomically(directory / FIGURES / name, content)
-    page = run_page(result, tables=tables, **_settings(directory))
+    checked = (directory / VALIDATION_FILE).is_file()
+    validation = Validation.load(directory) if checked else None
+    page = run_page(result, tables=tables, validation=validation, **_settings(directory))
     write_atomically(directory / REPORT_FILE, page.encode())
 
 

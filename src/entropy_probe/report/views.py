@@ -54,7 +54,7 @@ def story(result: ProbeResult) -> str:
         return f"{sentence}."
     largest = max(parts, key=lambda name: abs(parts[name]))
     if all(value * predicted.value > 0 for value in parts.values()):
-        share = format_percent(parts[largest] / predicted.value)
+        share = format_percent(parts[largest] / predicted.value, 0)
         return f"{sentence}; {share} of that comes from {_SOURCES[largest]}."
     against = [_SOURCES[name] for name, value in parts.items() if value * predicted.value < 0]
     return f"{sentence}; {' and '.join(against)} work{'s' * (len(against) == 1)} against it."

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -117,6 +118,7 @@ def token_slopes(
     direction: NamedVector,
     tolerance: float,
     progress: Progress | None = None,
+    rows: Int[Tensor, " n"] | None = None,
 ) -> TokenSlopes:
     """The derivative of every response token's log-probability at ``theta`` along a direction.
 
@@ -131,12 +133,14 @@ def token_slopes(
         tolerance: how far a method may be off there, relative to what single parameters add to a slope. A wrong rule is
             off by percents.
         progress: called as the work goes on.
+        rows: sequences to do this for, in this order; all by default. The method is chosen by the whole batch.
 
     Raises:
         ValueError: if a slope is not finite.
     """
     narrow = _narrowed(scorer, rollouts)
     name, method = _choose(narrow, rollouts, parameters, direction, tolerance)
+    rollouts = rollouts if rows is None else rollouts.select(rows)
     wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
     logprobs, entropies, slopes = (torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(3))
     done = 0
@@ -199,13 +203,12 @@ def _why_not(
     by_length = rollouts.attention_mask.sum(1).argsort(stable=True)
     middle = max(0, len(by_length) // 2 - 1)
     for row in by_length[middle : middle + NUM_TRIED]:
-        batch = next(scorer.microbatches(rollouts, row[None]))
         try:
-            slopes = method(scorer, parameters, direction, batch)[2]
-        except torch.OutOfMemoryError:
-            raise
+            ((batch, (_, _, slopes)),) = scorer.each(
+                rollouts, partial(method, scorer, parameters, direction), row[None]
+            )
         except RuntimeError as error:  # what torch raises for an operation without a rule
-            return " ".join(str(error).split(". ")[0].rstrip(".").split())
+            return " ".join(re.split(r"\.\s", str(error))[0].rstrip(".").split())
         found = torch.dot(batch.gather(weights), slopes.double()).item()
         (value,) = scorer.surrogates(batch, [TokenCoefficients(weights, None)])
         terms = torch.tensor(_slope_terms(value, parameters, direction), dtype=torch.float64)

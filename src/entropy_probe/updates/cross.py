@@ -5,7 +5,7 @@ Nothing of size units x units is formed: three numbers per unit are enough.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
+from entropy_probe.distributed import ALONE, Ranks
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.types import Rollouts, TokenCoefficients
@@ -34,17 +35,17 @@ class CrossProducts:
     """Inner products between units; ``X`` and ``Y`` are the gradients of two surrogates, P a diagonal scale.
 
     Attributes:
-        left: ``<X_u, P sum_w Y_w>``, ``[U]``, float64.
-        right: ``<sum_w X_w, P Y_u>``, ``[U]``, float64.
-        diagonal: ``<X_u, P Y_u>``, ``[U]``, float64.
+        left: ``<X_u, P sum_w Y_w>`` for the units of this rank, ``[u]``, float64.
+        right: ``<sum_w X_w, P Y_u>``, ``[u]``, float64.
+        diagonal: ``<X_u, P Y_u>``, ``[u]``, float64.
         unscaled_total: ``<sum X, sum Y>``, without P.
         right_total: ``sum Y`` by parameter name.
         how: how per-unit gradients were held.
     """
 
-    left: Float[Tensor, " U"]
-    right: Float[Tensor, " U"]
-    diagonal: Float[Tensor, " U"]
+    left: Float[Tensor, " u"]
+    right: Float[Tensor, " u"]
+    diagonal: Float[Tensor, " u"]
     unscaled_total: float
     right_total: dict[str, Tensor]
     how: str
@@ -55,6 +56,7 @@ def cross_products(
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
     units: Tensor,
+    count: int,
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,
@@ -62,6 +64,7 @@ def cross_products(
     taps: Taps | None,
     max_bytes: float,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> CrossProducts:
     """Differentiate both surrogates unit by unit, with one forward pass for the two, and multiply.
 
@@ -72,74 +75,77 @@ def cross_products(
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
-        rollouts: the batch.
-        units: the unit of each sequence, ``[N]``.
+        rollouts: this rank's part of the batch, whole units.
+        units: the unit of each of these sequences, ``[N]``, numbered from 0 without gaps.
+        count: the units of the whole batch.
         x: coefficients of the entropy side.
         y: coefficients of the update side.
         scale: P, by parameter name.
         taps: how to read per-sequence gradients off layers, if they can be.
-        max_bytes: how much the gradients of all units may take.
+        max_bytes: how much the gradients of all units may take, on all ranks together.
         progress: called with sequences done and in all.
+        ranks: the ranks that have the other parts.
     """
-    count = int(units.max()) + 1
+
+    def differentiate(sides: list[Side]) -> list[UnitGradients]:
+        with ranks.agreeing():
+            return unit_gradients(scorer, parameters, rollouts, units, sides, taps=taps, progress=progress)
+
     size = stored_bytes(parameters, count)
     if 2 * size <= max_bytes:
-        sides = [Side(x, store=True), Side(y, store=True)]
-        left, right = unit_gradients(scorer, parameters, rollouts, units, sides, taps=taps, progress=progress)
+        left, right = differentiate([Side(x, store=True), Side(y, store=True)])
         how = f"one pass, gradients of {count} units kept ({2 * size / 2**20:.0f} MiB)"
-        return _from_stored(left, right, scale, how)
+        return _from_stored(left, right, scale, how, ranks)
     if size <= max_bytes:
         how = f"two passes, one side's gradients of {count} units kept ({size / 2**20:.0f} MiB)"
-        return _one_side_stored(scorer, parameters, rollouts, units, x, y, scale, taps, progress, how)
-    return _two_passes(scorer, parameters, rollouts, units, x, y, scale, taps, progress)
+        return _one_side_stored(differentiate, x, y, scale, how, ranks)
+    with ranks.agreeing():
+        totals, diagonal = _totals(scorer, parameters, rollouts, units, x, y, scale)
+    return _two_passes(differentiate, x, y, scale, [_added(t, scale, ranks) for t in totals], diagonal)
 
 
-def _filled(total: Mapping[str, Tensor | None], scale: NamedVector) -> dict[str, Tensor]:
-    """A total with zeros for the parameters the surrogate does not reach."""
-    return {name: torch.zeros_like(s) if (t := total[name]) is None else t for name, s in scale.items()}
+def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks) -> dict[str, Tensor]:
+    """A total over all ranks, with zeros for the parameters the surrogate does not reach."""
+    found = ranks.sum_vector(total, scale)
+    return {name: torch.zeros_like(s) if (t := found[name]) is None else t for name, s in scale.items()}
 
 
-def _from_stored(x: UnitGradients, y: UnitGradients, scale: NamedVector, how: str) -> CrossProducts:
+def _from_stored(x: UnitGradients, y: UnitGradients, scale: NamedVector, how: str, ranks: Ranks) -> CrossProducts:
     assert x.stored is not None
     assert y.stored is not None
     p = torch.cat([scale[name].reshape(-1) for name in x.total]).cpu()
+    x_total, y_total = (_added(side.total, scale, ranks) for side in (x, y))
+    x_sum, y_sum = (torch.cat([t[name].reshape(-1) for name in x.total]).cpu() for t in (x_total, y_total))
 
-    def products(xs: Tensor, ys: Tensor, along: Tensor) -> Tensor:
-        x_sum, y_sum = xs.sum(0), ys.sum(0)
-        unscaled = torch.dot(x_sum, y_sum).expand(len(xs))
-        return torch.stack([xs @ (along * y_sum), ys @ (along * x_sum), (xs * ys) @ along, unscaled])
+    def products(xs: Tensor, ys: Tensor, along: Tensor, to_x: Tensor, to_y: Tensor) -> Tensor:
+        return torch.stack([xs @ (along * to_y), ys @ (along * to_x), (xs * ys) @ along])
 
-    left, right, diagonal, unscaled = sum_over_columns(products, x.stored, y.stored, p)
-    return CrossProducts(left, right, diagonal, unscaled[0].item(), _filled(y.total, scale), how)
+    left, right, diagonal = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
+    return CrossProducts(left, right, diagonal, dot(x_total, y_total), y_total, how)
 
 
 def _one_side_stored(
-    scorer: Scorer,
-    parameters: Mapping[str, Parameter],
-    rollouts: Rollouts,
-    units: Tensor,
+    differentiate: Callable[[list[Side]], list[UnitGradients]],
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,
-    taps: Taps | None,
-    progress: Progress,
     how: str,
+    ranks: Ranks,
 ) -> CrossProducts:
     """With all ``P Y_u`` at hand, each ``X_u`` is multiplied where it arises and dropped."""
-    (right,) = unit_gradients(scorer, parameters, rollouts, units, [Side(y, store=True)], taps=taps, progress=progress)
+    (right,) = differentiate([Side(y, store=True)])
     assert right.stored is not None
-    p = torch.cat([scale[name].reshape(-1) for name in parameters]).to(right.stored)
+    p = torch.cat([scale[name].reshape(-1) for name in right.total]).to(right.stored)
     for row in right.stored:
         row *= p
-    y_total = _filled(right.total, scale)
+    y_total = _added(right.total, scale, ranks)
     toward_y = {name: scale[name] * t for name, t in y_total.items()}
-    side = Side(x, directions=[toward_y], pair_with=right.stored)
-    (left,) = unit_gradients(scorer, parameters, rollouts, units, [side], taps=taps, progress=progress)
-    x_total = _filled(left.total, scale)
+    (left,) = differentiate([Side(x, directions=[toward_y], pair_with=right.stored)])
+    x_total = _added(left.total, scale, ranks)
     return CrossProducts(left.dots[0], right.dot_stored(x_total), left.paired, dot(x_total, y_total), y_total, how)
 
 
-def _two_passes(
+def _totals(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
@@ -147,23 +153,34 @@ def _two_passes(
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,
-    taps: Taps | None,
-    progress: Progress,
-) -> CrossProducts:
-    totals: list[dict[str, Tensor]] = [{}, {}]
-    diagonal = torch.zeros(int(units.max()) + 1, dtype=torch.float64)
-    for unit, rows in enumerate(torch.split(units.argsort(stable=True), units.bincount().tolist())):
+) -> tuple[list[dict[str, Tensor | None]], Tensor]:
+    """``sum X``, ``sum Y`` and the diagonal, unit by unit."""
+    totals: list[dict[str, Tensor | None]] = [dict.fromkeys(scale), dict.fromkeys(scale)]
+    counts = units.bincount().tolist()
+    diagonal = torch.zeros(len(counts), dtype=torch.float64)
+    for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
         gradients = unit_backward(scorer, parameters, rollouts, rows, [x, y])
         for total, side in zip(totals, gradients, strict=True):
             for name, g in side.items():
-                total[name] = total[name] + g if name in total else g
+                seen = total[name]
+                total[name] = g if seen is None else seen + g
         for name in gradients[0].keys() & gradients[1].keys():
             a, b = (side[name].reshape(-1).double() for side in gradients)
             diagonal[unit] += (a @ (scale[name].reshape(-1) * b)).item()
-    x_total, y_total = ({name: t.get(name, torch.zeros_like(s)) for name, s in scale.items()} for t in totals)
+    return totals, diagonal
+
+
+def _two_passes(
+    differentiate: Callable[[list[Side]], list[UnitGradients]],
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+    scale: NamedVector,
+    totals: list[dict[str, Tensor]],
+    diagonal: Tensor,
+) -> CrossProducts:
+    x_total, y_total = totals
     toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
-    sides = [Side(x, directions=[toward_y]), Side(y, directions=[toward_x])]
-    left, right = unit_gradients(scorer, parameters, rollouts, units, sides, taps=taps, progress=progress)
+    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, directions=[toward_x])])
     unscaled = dot(x_total, y_total)
     how = "two passes, since the gradients of all units exceed max_stored_gradient_gib"
     return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, how)

@@ -80,7 +80,7 @@ def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Ten
     On the CPU a block stays in the processor's cache; no float64 copy of anything large is made.
     """
     elements = _COLUMN_ELEMENTS if rows.device.type == "cpu" else _COLUMN_ELEMENTS_OFF_CPU
-    width = max(1, elements // len(rows))
+    width = max(1, elements // max(1, len(rows)))
     parts = [
         products(*(x[..., start : start + width].double() for x in (rows, *others)))
         for start in range(0, rows.shape[-1], width)

@@ -1,0 +1,200 @@
+"""Several processes as one: sums over the ranks of a process group. With one process everything is as it is.
+
+What the ranks hold adds up: every rank has the sums of its own part of a batch, and zeros for the rest. Sums are the
+same on all ranks to the bit, so all take the same decisions from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["ALONE", "ProcessGroup", "Ranks", "joined_ranks"]
+
+T = TypeVar("T")
+BUCKET_ELEMENTS = 2**26
+"""A vector over parameters is summed in pieces of this size, so that no second copy of it is made."""
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """The processes that work on one probe; every method but the properties is called by all of them together."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, of sums, counts and what there is per sequence or unit; not of anything larger."""
+        ...
+
+    def sum_vector(self, vector: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """The sum over ranks of a vector over named parameters.
+
+        Args:
+            vector: ``None`` is 0; what is ``None`` on every rank remains so.
+            like: the parameters.
+        """
+        ...
+
+    def agreeing(self) -> AbstractContextManager[None]:
+        """Work that each rank does on its own; if it fails on any with bad input, it fails on all, with its error.
+
+        Raises:
+            ValueError: what was raised on the first rank that failed.
+            MemoryError: the same.
+        """
+        ...
+
+    def broadcast(self, value: T) -> T:
+        """What rank 0 has; the argument of the others is ignored."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """A small object of every rank."""
+        ...
+
+
+@final
+class _Alone:
+    rank, size = 0, 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def sum_vector(self, vector: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        return dict(vector)
+
+    def agreeing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+
+ALONE: Ranks = _Alone()
+"""One process."""
+
+
+@final
+class ProcessGroup:
+    """The ranks of torch's default process group, which must be initialised."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # NCCL alone cannot take tensors in host memory
+        self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+    def _all_reduce(self, values: Tensor) -> None:
+        """Sum in place; the one collective that tensors go through."""
+        import torch.distributed as dist
+
+        dist.all_reduce(values)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """See :class:`Ranks`."""
+        total = values.to(self._device, copy=True)
+        if total.numel():
+            self._all_reduce(total)
+        return total.to(values.device)
+
+    def sum_vector(self, vector: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """See :class:`Ranks`."""
+        reached = self.sum(torch.tensor([x is not None for x in vector.values()], dtype=torch.float64))
+        total: dict[str, Tensor | None] = dict.fromkeys(vector)
+        bucket: list[tuple[str, Tensor]] = []
+        for (name, x), found in zip(vector.items(), reached.tolist(), strict=True):
+            if not found:
+                continue
+            if x is None:
+                wide = torch.promote_types(like[name].dtype, torch.float32)
+                x = torch.zeros(like[name].shape, dtype=wide, device=like[name].device)
+            if bucket and not _fits(bucket, x):
+                total |= self._sum_bucket(bucket)
+                bucket = []
+            bucket.append((name, x))
+        return total | self._sum_bucket(bucket)
+
+    def _sum_bucket(self, bucket: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        if not bucket:
+            return {}
+        flat = torch.cat([x.reshape(-1) for _, x in bucket])
+        self._all_reduce(flat)
+        pieces = flat.split([x.numel() for _, x in bucket])
+        return {name: piece.view(x.shape) for (name, x), piece in zip(bucket, pieces, strict=True)}
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """See :class:`Ranks`."""
+        failure: ValueError | MemoryError | None = None
+        try:
+            yield
+        except (ValueError, MemoryError) as error:
+            failure = error
+        failed = torch.zeros(self.size, dtype=torch.float64)
+        failed[self.rank] = failure is not None
+        failed = self.sum(failed)
+        if not bool(failed.any()):
+            return
+        first = int(failed.argmax())
+        kind, message, notes = self.gather((type(failure), str(failure), getattr(failure, "__notes__", ())))[first]
+        if failure is not None and self.rank == first:
+            raise failure
+        error = MemoryError(message) if issubclass(kind, MemoryError) else ValueError(message)
+        for note in notes:
+            error.add_note(note)
+        raise error from failure
+
+    def broadcast(self, value: T) -> T:
+        """See :class:`Ranks`."""
+        import torch.distributed as dist
+
+        box: list[Any] = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """See :class:`Ranks`."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+
+def _fits(bucket: list[tuple[str, Tensor]], x: Tensor) -> bool:
+    """Whether a tensor can be summed together with those before it."""
+    first = bucket[0][1]
+    elements = sum(y.numel() for _, y in bucket) + x.numel()
+    return (x.dtype, x.device) == (first.dtype, first.device) and elements <= BUCKET_ELEMENTS
+
+
+def joined_ranks() -> Ranks:
+    """The ranks of the default process group.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "distributed: expected a process group, found none; call torch.distributed.init_process_group first, or "
+            "leave distributed out"
+        )
+    return ProcessGroup() if dist.get_world_size() > 1 else ALONE
