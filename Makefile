@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/attribution.py
 	$(BIN)/python benchmarks/inspect_checkpoint.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv runs examples/tiny

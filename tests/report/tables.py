@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from entropy_probe.attribution_results import AttributionSummary
+from entropy_probe.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TOKENS_FILE, write_table
 from entropy_probe.report.tables import Tables, read_tables
+from entropy_probe.results import Estimate, ProbeResult
+from tests.report.results import COMMON, make_result
+
+UNIT = "nats/token"
 
 WORDS = ("Let", " me", " think", ".", " The", " sum", " of", " 3", " and", " 4", " is", " 7", ",", " so", "\n", " ans")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -54,41 +58,56 @@ def write_tables(
                 rows[name].append(value)
     by_prompt = {prompt: np.array([p == 100 + prompt for p in rows["prompt_id"]]) for prompt in range(prompts)}
     sums = {name: np.array(rows[name]) for name in ("contribution", "covariance")}
-    texts_of_prompts = [(prompt_texts or {}).get(p, f"What is {p} + {p + 1}?") for p in range(prompts)]
-    write(directory / "tokens.parquet", rows, position=pa.int32())
-    write(
-        directory / "prompts.parquet",
+    write_table(directory / TOKENS_FILE, rows, UNIT)
+    write_table(
+        directory / PROMPTS_FILE,
         {
             "prompt_id": [100 + p for p in range(prompts)],
-            "prompt": pa.array(texts_of_prompts, pa.string()),
+            "prompt": [(prompt_texts or {}).get(p, f"What is {p} + {p + 1}?") for p in range(prompts)],
             "num_responses": [group] * prompts,
             "num_tokens": [group * tokens] * prompts,
             "mean_reward": [p / prompts for p in range(prompts)],
             "contribution": [float(sums["contribution"][by_prompt[p]].sum()) for p in range(prompts)],
-            "standard_error": pa.array([None] * prompts, pa.float64()),
+            "standard_error": [None] * prompts,
             "covariance": [float(sums["covariance"][by_prompt[p]].sum()) for p in range(prompts)],
         },
-        num_responses=pa.int32(),
-        num_tokens=pa.int32(),
+        UNIT,
     )
     names = [(f"model.layers.{k}", module) for k in range(layers) for module in MODULES] + [("lm_head", "lm_head")]
     parts = random.normal(size=(len(names), 3)) * [1e-5, 4e-5, 1e-7]
-    write(
-        directory / "layers.parquet",
+    parts[-1, 0] += sums["contribution"].sum() - parts[:, 0].sum()
+    columns = dict(zip(("gradient", "momentum", "weight_decay"), parts.T, strict=True))
+    write_table(
+        directory / LAYERS_FILE,
         {
             "layer": [layer for layer, _ in names],
             "module": [module for _, module in names],
             "num_parameters": [1000] * len(names),
-            **{name: parts[:, k] for k, name in enumerate(("gradient", "momentum", "weight_decay"))},
+            **columns,
             "total": parts.sum(1),
         },
+        UNIT,
     )
     found = read_tables(directory)
     assert found is not None
     return found
 
 
-def write(path: Path, columns: dict, **types: pa.DataType) -> None:
-    """One Parquet file, some columns of another type than Arrow would choose."""
-    arrays = {name: pa.array(values, types.get(name)) for name, values in columns.items()}
-    pq.write_table(pa.table(arrays), path)
+def result_of(tables: Tables, messages: tuple[str, ...] = ()) -> ProbeResult:
+    """A result whose numbers are the tables' sums."""
+    parts = {name: float(tables.layers[name].sum()) for name in ("gradient", "momentum", "weight_decay")}
+    whole, size = sum(parts.values()), 0.05 * abs(sum(parts.values()))
+    result = make_result((whole, size), (1.02 * whole, size), (0.02 * whole, 0.1 * size), messages=messages)
+    components = {name: Estimate(value=value, standard_error=size, **COMMON) for name, value in parts.items()}
+    advantages, contributions = tables.tokens["advantage"], tables.tokens["contribution"]
+    summary = AttributionSummary(
+        unit=UNIT,
+        method="forward-mode",
+        num_tokens=len(advantages),
+        **parts,
+        positive_advantages=float(contributions[advantages > 0].sum()),
+        negative_advantages=float(contributions[advantages < 0].sum()),
+        rank_correlation_with_covariance=-0.43,
+        seconds=0.1,
+    )
+    return result.model_copy(update={"components": components, "attribution": summary})

@@ -1,14 +1,16 @@
 """What the page says of the attribution tables, and that nothing else is read as one."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from entropy_probe.report.attribution import culprits, layer_grid, prompt_chart, prompt_sentence, token_sentence
 from entropy_probe.report.payload import MAX_TOKENS, responses_payload, script_json
-from entropy_probe.report.tables import read_tables
-from tests.report.tables import write, write_tables
+from entropy_probe.report.tables import check_tables, read_tables
+from tests.report.results import make_result
+from tests.report.tables import result_of, write_tables
 
 
 @pytest.mark.parametrize(
@@ -48,17 +50,18 @@ def prompts(contributions, **more):
         "contribution": np.array(contributions),
         "standard_error": np.full(count, np.nan),
         "mean_reward": np.full(count, np.nan),
+        "prompt": [None] * count,
     }
     return columns | {name: np.array(values) for name, values in more.items()}
 
 
 def test_the_sentence_names_who_did_it():
     said = prompt_sentence(prompts([-5e-4, 1e-4, -3e-4, 0.0, -2e-4, 1e-4]))
-    assert said[0] == "One of 6 prompts causes 50.0% of all that pushes entropy down in this batch: 10."
+    assert said[0] == "One of 6 prompts causes 50% of all that pushes entropy down in this batch: 10."
     assert said[1] == "Another 2 prompts push it up, by 2.0×10⁻⁴ together."
     assert said[2].startswith("One prompt contributes nothing")
     both = prompt_sentence(prompts([3.0, 3.0, 2.0, 2.0]))
-    assert both == ["2 of 4 prompts cause 60.0% of all that pushes entropy up in this batch: 10 and 11."]
+    assert both == ["2 of 4 prompts cause 60% of all that pushes entropy up in this batch: 10 and 11."]
     assert "No prompt" in prompt_sentence(prompts([0.0, 0.0]))[0]
 
 
@@ -142,33 +145,43 @@ def test_json_cannot_leave_its_element():
 
 def test_the_sign_split_is_in_the_sentence(tmp_path):
     tables = write_tables(tmp_path, prompts=2, group=2, tokens=2)
+    result = result_of(tables)
     tables.tokens["advantage"][:] = [1, 1, -1, -1, 0, 0, 0, 0]
     tables.tokens["contribution"][:] = [-1e-4, -2e-4, 5e-5, 0, 0, 0, 0, 0]
-    said = token_sentence(tables, "nats/token")
+    said = token_sentence(tables, result)
     assert "8 tokens of 4 responses" in said
     assert "positive advantage add −3.0×10⁻⁴ nats/token" in said
     assert "negative one 5.0×10⁻⁵" in said
+    assert "(2025): −0.43," in said
 
 
 def test_a_run_without_attribution_has_no_tables(tmp_path):
     assert read_tables(tmp_path) is None
 
 
-def test_tables_that_are_not_what_they_should_be(tmp_path):
+def test_an_incomplete_set_of_tables_is_refused(tmp_path):
     write_tables(tmp_path)
-    good = pq.read_table(tmp_path / "layers.parquet")
     (tmp_path / "layers.parquet").unlink()
-    with pytest.raises(ValueError, match=r"layers\.parquet: expected a table of the attribution"):
+    with pytest.raises(ValueError, match=r"layers\.parquet: expected a table of an attribution"):
         read_tables(tmp_path)
     (tmp_path / "layers.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"layers\.parquet: expected a Parquet file"):
+    with pytest.raises(ValueError, match=r"layers\.parquet: expected a table of an attribution"):
         read_tables(tmp_path)
-    pq.write_table(good.drop_columns(["total"]), tmp_path / "layers.parquet")
-    with pytest.raises(ValueError, match="got no total; run again"):
+    shutil.copy(tmp_path / "prompts.parquet", tmp_path / "layers.parquet")
+    with pytest.raises(ValueError, match=r"layers\.parquet: .* got one without layer; attribute again"):
         read_tables(tmp_path)
-    write(tmp_path / "layers.parquet", good.to_pydict() | {"total": pa.array([None] * len(good), pa.float64())})
-    with pytest.raises(ValueError, match="column total: expected a value in every row"):
-        read_tables(tmp_path)
+
+
+def test_tables_of_another_run_are_refused(tmp_path):
+    mine, others = (write_tables(tmp_path, seed=seed) for seed in (0, 1))
+    others.layers["momentum"][:] = 1.5 * mine.layers["momentum"]
+    result = result_of(mine)
+    check_tables(mine, result)
+    for name in ("tokens", "prompts", "layers"):
+        with pytest.raises(ValueError, match=rf"{name}\.parquet: expected sums as in the result, got others"):
+            check_tables(replace(mine, **{name: getattr(others, name)}), result)
+    with pytest.raises(ValueError, match="a result with an attribution beside it, got one without"):
+        check_tables(mine, make_result())
 
 
 def test_a_response_in_two_pieces_is_refused(tmp_path):

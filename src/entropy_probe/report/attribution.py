@@ -12,12 +12,15 @@ import numpy as np
 from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent, typeset
 from entropy_probe.report.tables import Columns, Tables
+from entropy_probe.results import ProbeResult
+from entropy_probe.validation_results import Validation
 
-__all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence"]
+__all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence", "validation_sentence"]
 
 ENOUGH = 0.5
 ENDS = 8
 LEVELS = 6
+EXCERPT = 60
 COMPONENTS = ("gradient", "momentum", "weight_decay")
 
 
@@ -53,7 +56,7 @@ def prompt_sentence(prompts: Columns) -> list[str]:
     ids = _listed([str(prompts["prompt_id"][row]) for row in rows])
     who = f"{len(rows)} of {number} prompts cause" if len(rows) > 1 else f"One of {number} prompts causes"
     way, back = ("down", "up") if down else ("up", "down")
-    sentences = [f"{who} {format_percent(share)} of all that pushes entropy {way} in this batch: {ids}."]
+    sentences = [f"{who} {format_percent(share, 0)} of all that pushes entropy {way} in this batch: {ids}."]
     against = contributions[contributions > 0 if down else contributions < 0]
     if len(against):
         size = typeset(format_number(abs(float(against.sum())), 2))
@@ -66,15 +69,35 @@ def prompt_sentence(prompts: Columns) -> list[str]:
     return sentences
 
 
-def token_sentence(tables: Tables, unit: str) -> str:
-    """How many tokens, and what those of good and of bad responses add."""
+def token_sentence(tables: Tables, result: ProbeResult) -> str:
+    """How many tokens, what those of good and of bad responses add, and how they compare with the covariance term."""
     contributions, advantages = tables.tokens["contribution"], tables.tokens["advantage"]
     sums = [float(contributions[chosen].sum()) for chosen in (advantages > 0, advantages < 0)]
     good, bad = (typeset(format_number(x, 2)) for x in sums)
-    return (
+    said = (
         f"{len(contributions):,} tokens of {len(np.unique(tables.tokens['response_id'])):,} responses. Those with a "
-        f"positive advantage add {good} {unit} to δH₁, those with a negative one {bad}."
+        f"positive advantage add {good} {result.entropy.unit} to δH₁, those with a negative one {bad}."
     )
+    summary = result.attribution
+    if summary is not None and summary.rank_correlation_with_covariance is not None:
+        rank = typeset(f"{summary.rank_correlation_with_covariance:.2f}")
+        said += f" Rank correlation with the covariance term of Cui et al. (2025): {rank}, near −1 where they agree."
+    return said
+
+
+def validation_sentence(validation: Validation) -> str:
+    """How well contributions, and covariance terms, rank the changes measured after real steps."""
+    kept = len(validation.steps[0].kept)
+    said = f"Checked by {len(validation.steps)} real steps on {kept} of {validation.num_prompts} prompts each:"
+    ours, theirs = validation.contributions, validation.covariance
+    parts = [
+        typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {name}")
+        for name, found in (("contributions", ours), ("minus the covariance terms", theirs))
+        if found is not None
+    ]
+    if not parts:
+        return f"{said} no rank correlation, since all forecasts or all changes are equal."
+    return f"{said} rank correlation with the measured change {' and '.join(parts)} (95% intervals)."
 
 
 def prompt_chart(prompts: Columns, unit: str) -> BarChart | None:
@@ -89,15 +112,22 @@ def _prompt_bar(prompts: Columns, row: int) -> Bar:
     value, error = float(prompts["contribution"][row]), float(prompts["standard_error"][row])
     known = not math.isnan(error)
     text = format_estimate(value, error) if known else format_number(value)
-    reward = float(prompts["mean_reward"][row])
+    mean = float(prompts["mean_reward"][row])
+    reward = "" if math.isnan(mean) else f"mean reward {typeset(format_number(mean, 2))}"
     return Bar(
         f"Prompt {prompts['prompt_id'][row]}",
         value,
         typeset(text),
         error if known else None,
         key=int(prompts["prompt_id"][row]),
-        note="" if math.isnan(reward) else f"mean reward {typeset(format_number(reward, 2))}",
+        note=_excerpt(prompts["prompt"][row]) or reward,
     )
+
+
+def _excerpt(text: str | None) -> str:
+    """The end of a prompt on one line: chat templates begin alike."""
+    line = " ".join((text or "").split())
+    return line if len(line) <= EXCERPT else f"…{line[-EXCERPT:]}"
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,10 @@ def common_exponent(*numbers: float) -> int | None:
     return Decimal(f"{largest:.2e}").adjusted() if largest else None
 
 
-def format_percent(fraction: float) -> str:
+def format_percent(fraction: float, decimals: int = 1) -> str:
     """A share as a percentage; 100% only where it is exactly that."""
     percent = 100 * fraction
-    return f"{percent:.0f}%" if percent in (0, 100) else f"{min(percent, 99.9):.1f}%"
+    return f"{percent:.0f}%" if percent in (0, 100) else f"{min(percent, 100 - 10.0**-decimals):.{decimals}f}%"
 
 
 def typeset(number: str) -> str:

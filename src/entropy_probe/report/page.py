@@ -17,11 +17,17 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from entropy_probe.report.advice import advice
-from entropy_probe.report.attribution import layer_grid, prompt_chart, prompt_sentence, token_sentence
+from entropy_probe.report.attribution import (
+    layer_grid,
+    prompt_chart,
+    prompt_sentence,
+    token_sentence,
+    validation_sentence,
+)
 from entropy_probe.report.numbers import format_number, typeset
 from entropy_probe.report.payload import responses_payload, script_json
 from entropy_probe.report.sweep_views import sweep_view
-from entropy_probe.report.tables import Tables
+from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.text import visible_parts
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.views import (
@@ -36,6 +42,7 @@ from entropy_probe.report.views import (
 )
 from entropy_probe.results import ProbeResult
 from entropy_probe.sweep_results import Sweep
+from entropy_probe.validation_results import Validation
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -45,17 +52,25 @@ __all__ = ["run_page", "sweep_page"]
 MEBIBYTE = 2**20
 
 
-def run_page(result: ProbeResult, *, tables: Tables | None = None, config: str | None = None, name: str = "") -> str:
+def run_page(
+    result: ProbeResult,
+    *,
+    tables: Tables | None = None,
+    validation: Validation | None = None,
+    config: str | None = None,
+    name: str = "",
+) -> str:
     """The report of a run.
 
     Args:
         result: what to show.
         tables: the attribution, if there is one.
+        validation: its validation by real steps, if there is one.
         config: the resolved settings as text; those in the result if None.
         name: of the checkpoint.
 
     Raises:
-        ValueError: if the result holds no change at all, or the tables are not of one batch.
+        ValueError: if the result holds no change at all, or the tables are of another run.
     """
     judged = verdict(result)
     kind = judged.kind[0].upper() + judged.kind[1:]
@@ -70,7 +85,7 @@ def run_page(result: ProbeResult, *, tables: Tables | None = None, config: str |
         sweeps=[],
         config=config,
         **_of_result(result),
-        **_of_tables(tables, result),
+        **_of_tables(tables, result, validation),
     )
 
 
@@ -123,9 +138,12 @@ def _of_result(result: ProbeResult) -> dict[str, Any]:
     }
 
 
-def _of_tables(tables: Tables | None, result: ProbeResult | None) -> dict[str, Any]:
+def _of_tables(
+    tables: Tables | None, result: ProbeResult | None, validation: Validation | None = None
+) -> dict[str, Any]:
     if tables is None or result is None:
-        return dict.fromkeys(("prompts", "prompt_story", "prompt_table", "grid", "payload", "token_story"))
+        return dict.fromkeys(("prompts", "prompt_story", "prompt_table", "grid", "payload", "token_story", "validated"))
+    check_tables(tables, result)
     unit, prompts = result.entropy.unit, tables.prompts
     return {
         "prompts": prompt_chart(prompts, unit),
@@ -133,7 +151,8 @@ def _of_tables(tables: Tables | None, result: ProbeResult | None) -> dict[str, A
         "prompt_table": prompts,
         "grid": layer_grid(tables.layers, unit),
         "payload": script_json(responses_payload(tables, unit)),
-        "token_story": token_sentence(tables, unit),
+        "validated": validation_sentence(validation) if validation is not None else "",
+        "token_story": token_sentence(tables, result),
     }
 
 

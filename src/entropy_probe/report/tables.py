@@ -5,34 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+from entropy_probe.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TABLES, TOKENS_FILE
+from entropy_probe.results import ProbeResult
 
-__all__ = ["Tables", "read_tables"]
+__all__ = ["Columns", "Tables", "check_tables", "read_tables"]
 
 Columns = Mapping[str, Any]
 
-TOKENS = (
-    "prompt_id", "response_id", "position", "token_id", "text", "advantage", "logprob", "entropy", "contribution",
-    "covariance",
-)  # fmt: skip
-PROMPTS = (
-    "prompt_id", "prompt", "num_responses", "num_tokens", "mean_reward", "contribution", "standard_error", "covariance",
-)  # fmt: skip
-LAYERS = ("layer", "module", "num_parameters", "gradient", "momentum", "weight_decay", "total")
-_TEXT = ("text", "prompt", "layer", "module")
-_OPTIONAL = ("prompt", "mean_reward", "standard_error")
+EXACT = 1e-6
+"""Of the sum of absolute contributions: these numbers were summed in float64 before they were written."""
+ROUNDED = 0.1
+"""The same for layers, whose sums differ from the parts by the rounding of the policy's precision."""
 
 
 @dataclass(frozen=True)
 class Tables:
     """``tokens.parquet``, ``prompts.parquet`` and ``layers.parquet`` as columns.
 
-    Numbers are float64 or int64 arrays, with NaN for null in optional columns; text is a list, with None for null.
+    Numbers are float64 or int64 arrays, with NaN for null; text is a list, with None for null.
     """
 
     tokens: Columns
@@ -44,38 +38,60 @@ def read_tables(directory: Path) -> Tables | None:
     """The tables of a run with ``attribution: true``, or None if it was without.
 
     Raises:
-        ValueError: if one of the three is missing, cannot be read, lacks a column or has nulls where it must not.
+        ValueError: if one of the three is missing, cannot be read, or lacks a column.
     """
-    if not (directory / "tokens.parquet").is_file():
+    if not (directory / TOKENS_FILE).is_file():
         return None
-    wanted = {"tokens": TOKENS, "prompts": PROMPTS, "layers": LAYERS}
-    return Tables(**{name: _read(directory / f"{name}.parquet", columns) for name, columns in wanted.items()})
+    return Tables(*(_read(directory / name) for name in (TOKENS_FILE, PROMPTS_FILE, LAYERS_FILE)))
 
 
-def _read(path: Path, columns: tuple[str, ...]) -> dict[str, Any]:
+def check_tables(tables: Tables, result: ProbeResult) -> None:
+    """Make sure that the tables are those of this result, not of another run.
+
+    Raises:
+        ValueError: if the tokens are not as many, or do not sum by the sign of the advantage to what the result says;
+            if the prompts are not the tokens' sums; if the layers do not sum to its parts.
+    """
+    summary, tokens, prompts = result.attribution, tables.tokens, tables.prompts
+    if summary is None:
+        raise ValueError(
+            f"{TOKENS_FILE}: expected a result with an attribution beside it, got one without; the table is of another "
+            "run, so delete it or attribute again"
+        )
+    contributions, advantages = tokens["contribution"], tokens["advantage"]
+    signs = [contributions[chosen].sum() for chosen in (advantages > 0, advantages < 0)]
+    ids, rows = np.unique(tokens["prompt_id"], return_inverse=True)
+    sums = np.bincount(rows, contributions, minlength=len(ids))
+    order = np.argsort(prompts["prompt_id"])
+    size = np.abs(contributions).sum()
+    layers = [(tables.layers[part], getattr(summary, part)) for part in ("gradient", "momentum", "weight_decay")]
+    agrees = {
+        TOKENS_FILE: len(contributions) == summary.num_tokens
+        and np.allclose(signs, [summary.positive_advantages, summary.negative_advantages], 0, EXACT * size),
+        PROMPTS_FILE: np.array_equal(ids, prompts["prompt_id"][order])
+        and np.allclose(sums, prompts["contribution"][order], 0, EXACT * size),
+        LAYERS_FILE: all(abs(terms.sum() - whole) <= ROUNDED * np.abs(terms).sum() for terms, whole in layers),
+    }
+    for name, ok in agrees.items():
+        if not ok:
+            raise ValueError(f"{name}: expected sums as in the result, got others; it is of another run, so run again")
+
+
+def _read(path: Path) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    remedy = "run again with attribution: true"
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a table of the attribution, found no such file; {remedy}")
     try:
         table = pq.read_table(path, memory_map=False)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: expected a Parquet file, got one that cannot be read ({str(error).splitlines()[0]}); {remedy}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: expected a table of an attribution, got {reason}; attribute again") from error
+    columns = TABLES[path.name]
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise ValueError(f"{path}: expected columns {', '.join(columns)}, got no {', '.join(missing)}; {remedy}")
-    for name in columns:
-        if table[name].null_count and name not in _OPTIONAL:
-            raise ValueError(f"{path}: column {name}: expected a value in every row, got nulls; {remedy}")
-    return {name: _column(table[name], name) for name in columns}
+        raise ValueError(f"{path}: expected a table of an attribution, got one without {missing[0]}; attribute again")
+    return {name: _column(table[name].to_pylist(), kind) for name, (kind, _, _) in columns.items()}
 
 
-def _column(column: pa.ChunkedArray, name: str) -> Any:
-    if name in _TEXT:
-        return column.to_pylist()
-    kind = np.int64 if name.endswith("_id") or name.startswith("num_") or name == "position" else np.float64
-    return np.array(column.to_numpy(), dtype=kind)
+def _column(values: list[Any], kind: str) -> Any:
+    return values if kind == "string" else np.array(values, dtype=np.float64 if kind == "float64" else np.int64)
