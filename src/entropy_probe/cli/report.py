@@ -74,7 +74,10 @@ def write_sweep_page(directory: Path, sweeps: Mapping[str, Sweep]) -> None:
     from entropy_probe.records import write_atomically
     from entropy_probe.report import REPORT_FILE, sweep_page
 
-    write_atomically(directory / REPORT_FILE, sweep_page(sweeps, **_settings(directory)).encode())
+    settings = _settings(directory)
+    if "" not in sweeps:
+        settings["name"] = directory.absolute().name
+    write_atomically(directory / REPORT_FILE, sweep_page(sweeps, **settings).encode())
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -86,5 +89,11 @@ def _settings(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).is_file():
         return {"config": None, "name": ""}
     config = (directory / CONFIG_FILE).read_text(encoding="utf-8")
-    checkpoint = Path(yaml.safe_load(config)["checkpoint"])
+    try:
+        checkpoint = Path(yaml.safe_load(config)["checkpoint"])
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{directory / CONFIG_FILE}: expected the settings of a run with a checkpoint, got something else; it is "
+            "not a run's, so move it away"
+        ) from error
     return {"config": config, "name": f"{checkpoint.parent.name}/{checkpoint.name}"}

@@ -16,8 +16,10 @@ __all__ = ["Columns", "Tables", "check_tables", "read_tables"]
 
 Columns = Mapping[str, Any]
 
-TOLERANCE = 1e-4
-"""Of the sum of absolute contributions; far above rounding, far below another batch's numbers."""
+EXACT = 1e-6
+"""Of the sum of absolute contributions: these numbers were summed in float64 before they were written."""
+ROUNDED = 0.1
+"""The same for layers, whose sums differ from the parts by the rounding of the policy's precision."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,35 @@ def read_tables(directory: Path) -> Tables | None:
 
 
 def check_tables(tables: Tables, result: ProbeResult) -> None:
-    """Make sure that the tables divide this result's change, not that of another run.
+    """Make sure that the tables are those of this result, not of another run.
 
     Raises:
-        ValueError: if contributions do not sum to the gradient part, or the layers to the prediction.
+        ValueError: if the tokens are not as many, or do not sum by the sign of the advantage to what the result says;
+            if the prompts are not the tokens' sums; if the layers do not sum to its parts.
     """
-    if result.attribution is None or result.predicted is None:
+    summary, tokens, prompts = result.attribution, tables.tokens, tables.prompts
+    if summary is None:
         raise ValueError(
             f"{TOKENS_FILE}: expected a result with an attribution beside it, got one without; the table is of another "
             "run, so delete it or attribute again"
         )
-    sums = [
-        (TOKENS_FILE, tables.tokens["contribution"], result.attribution.gradient),
-        (PROMPTS_FILE, tables.prompts["contribution"], result.attribution.gradient),
-        (LAYERS_FILE, tables.layers["total"], result.predicted.value),
-    ]
-    for name, parts, whole in sums:
-        if abs(parts.sum() - whole) > TOLERANCE * np.abs(parts).sum():
-            raise ValueError(
-                f"{name}: expected parts that sum to {whole:.6g} as in the result, got {parts.sum():.6g}; the table is "
-                "of another run, so attribute again"
-            )
+    contributions, advantages = tokens["contribution"], tokens["advantage"]
+    signs = [contributions[chosen].sum() for chosen in (advantages > 0, advantages < 0)]
+    ids, rows = np.unique(tokens["prompt_id"], return_inverse=True)
+    sums = np.bincount(rows, contributions, minlength=len(ids))
+    order = np.argsort(prompts["prompt_id"])
+    size = np.abs(contributions).sum()
+    layers = [(tables.layers[part], getattr(summary, part)) for part in ("gradient", "momentum", "weight_decay")]
+    agrees = {
+        TOKENS_FILE: len(contributions) == summary.num_tokens
+        and np.allclose(signs, [summary.positive_advantages, summary.negative_advantages], 0, EXACT * size),
+        PROMPTS_FILE: np.array_equal(ids, prompts["prompt_id"][order])
+        and np.allclose(sums, prompts["contribution"][order], 0, EXACT * size),
+        LAYERS_FILE: all(abs(terms.sum() - whole) <= ROUNDED * np.abs(terms).sum() for terms, whole in layers),
+    }
+    for name, ok in agrees.items():
+        if not ok:
+            raise ValueError(f"{name}: expected sums as in the result, got others; it is of another run, so run again")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -66,12 +66,14 @@ def cards(result: ProbeResult) -> list[Card]:
     exponent = column_exponent(result)
     if (predicted := result.predicted) is not None:
         parts = (typeset(format_number(error, 2)) for error in (predicted.se_evaluation, predicted.se_update))
-        note = "error from evaluation rollouts {}, from update rollouts {}".format(*parts)
+        how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
+        note = "error from evaluation rollouts {}, from update rollouts {}".format(*parts) + how
         found.append(Card("Predicted δH₁", _written(predicted, exponent), note))
     if (realized := result.realized) is not None:
         estimate = realized.estimate
         value = "refused" if estimate is None else _written(estimate, exponent)
-        found.append(Card("Realized ΔH", value, ESTIMATORS[realized.estimator]))
+        how = "on the update batch: biased" if realized.batch == "update" else ESTIMATORS[realized.estimator]
+        found.append(Card("Realized ΔH", value, how))
     if (cross := result.cross_prompt) is not None:
         error = max(cross.se_plugin, cross.se_jackknife)
         value = typeset(format_estimate(cross.delta_h1, error, exponent))
