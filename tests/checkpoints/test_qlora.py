@@ -82,6 +82,9 @@ def test_the_policy_is_the_quantised_one(run):
     )
     with quiet():
         expected = PeftModel.from_pretrained(base, run.checkpoint(2)).eval()
+    for module in expected.modules():  # the kernel of training, on processors that have another for inference
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     torch.testing.assert_close(logits(model, batch), logits(expected, batch), rtol=1e-5, atol=1e-6)
     assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules()) == 14
     plain = load_checkpoint(run.checkpoint(2)).model

@@ -118,11 +118,16 @@ def load_arguments(base: str, quantization: FourBit | None, dtype: torch.dtype) 
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Everything but the 4-bit codes in ``dtype``, and the arithmetic with the dequantised weights too."""
+    """Everything but the 4-bit codes in ``dtype``, and the arithmetic with the dequantised weights too.
+
+    On processors with AVX512-BF16 that takes switching off bitsandbytes' repacking of weights on the first evaluation,
+    whose kernel computes in bfloat16 and has no gradient.
+    """
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
             module.compute_dtype, module.compute_type_is_set = dtype, True  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             state.dtype = dtype
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and not hasattr(tensor, "quant_state"):
