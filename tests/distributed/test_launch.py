@@ -167,7 +167,7 @@ def test_numbers_do_not_depend_on_ranks_microbatches_or_geometry(trained, tmp_pa
 
 @pytest.mark.slow
 def test_a_sweep_on_three_ranks_is_resumed_by_one(trained, tmp_path):  # noqa: F811
-    changes = {"sweep": {"min": 1e-4, "max": 1e-3, "num": 4, "direct_curvature": True}}
+    changes = {"sweep": {"smallest": 1e-4, "largest": 1e-3, "num": 4, "direct_curvature": True}}
     config = config_file(tmp_path, trained, mode="two_batch", **changes)
     codes, _, err = on_processes(3, "sweep", config, fault="kill:score at 0.000464", rank=1)
     assert codes[1] == -signal.SIGKILL
