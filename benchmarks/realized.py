@@ -125,7 +125,7 @@ def regression_baseline(
     total = h.cumsum(1)
     previous = torch.nn.functional.pad(h, (1, 0))[:, :-1]
     x = torch.stack([position, position**2, h, h**2, total, total / (position + 1), previous, h * position], -1)
-    mean = position_baseline(values, mask, units, reaching, sums)
+    mean = position_baseline(values, mask, units, reaching, sums, torch.ones(len(mask), dtype=torch.float64))
     residual = torch.where(mask, values.double() - mean, 0.0)
     out = mean.clone()
     for fold in range(folds):

@@ -21,6 +21,7 @@ ALLOWED = {
     "named": set(),
     "moments": {"results"},
     "distributed": set(),
+    "watch": set(),
     "parts": {"types", "estimators", "distributed"},
     "losses": {"types"},
     "scoring": {"types", "named"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "isolation": set(),
     "provenance": set(),
     "config": {"estimators", "losses"},
-    "sampling": {"types", "named"},
+    "sampling": {"types", "named", "distributed"},
     "checkpoints": {"checkpoint_results", "types", "results", "named", "moments"},
     "report": {
         "attribution_results", "attribution_tables", "validation_results", "checkpoint_results", "types", "results",

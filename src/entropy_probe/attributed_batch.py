@@ -8,7 +8,7 @@ Formulas: ``docs/theory.md``, "Attribution".
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,12 @@ from entropy_probe.updates.taps import Taps
 __all__ = ["AttributedBatch"]
 
 PARTS = ("gradient", "momentum", "weight_decay")
-SUM_TOLERANCE = 1e-6
-"""Of the sum of absolute terms; float32 rounding, which averages out over many terms."""
+UNITS_OF_ROUNDING = 8
+"""How far sums may be off, relative to the sum of absolute terms: 1e-6 in float32."""
+SUM_TOLERANCE = 1e-10
+"""The least of that."""
 TRIAL_TOLERANCE = 1e-4
-"""Of the same within one sequence or prompt, where it averages out less. A wrong derivative is off by percents."""
+"""How far forward mode may be off within a sequence or prompt. A wrong derivative is off by percents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +83,7 @@ class AttributedBatch(TwoBatch):
         update = self.update
         covariances = covariance_terms(update.token_advantages, slopes.scores.logprobs, update.response_mask)
         parts = {name: start.fields["components"][name].value for name in start.step.components}
-        _check_sum("tokens", tokens, parts["gradient"], self._sum_tolerance)
-        for part, value in parts.items():
-            terms = torch.tensor([getattr(layer, part) for layer in layers], dtype=torch.float64)
-            _check_sum(f"layers ({part})", terms, value, self._sum_tolerance)
+        self._check_sums(start, tokens, layers, parts)
         summary = self._summary(slopes.method, tokens, covariances, parts, seconds)
         result = self._finish(start, attribution=summary, **realized)
         prompts = self.prompts.total(tokens.sum(1))
@@ -105,17 +104,10 @@ class AttributedBatch(TwoBatch):
         self._gradients = _Gradients(gradients, entropy_side, total_weight, taps, by_prompt)
         return by_prompt
 
-    @property
-    def _rounding(self) -> float:
-        """The relative spacing of numbers in the coarsest precision that the policy computes in."""
-        dtypes = {dtype for _, dtype in precisions(self.subject.model)}
-        if self.config.autocast == "bfloat16":
-            dtypes.add(torch.bfloat16)
-        return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-    @property
-    def _sum_tolerance(self) -> float:
-        return max(SUM_TOLERANCE, 8 * self._rounding)
+    def _rounding(self, dtypes: Iterable[torch.dtype]) -> float:
+        """The relative spacing of numbers in the coarsest of some types, and of autocast."""
+        also = [torch.bfloat16] if self.config.autocast == "bfloat16" else []
+        return max(torch.finfo(dtype).eps for dtype in (*dtypes, *also))
 
     def _tokens(self, step: PlannedStep) -> tuple[TokenSlopes, Tensor]:
         """Slopes of the update batch's log-probabilities along the entropy gradient, and tokens' contributions."""
@@ -123,7 +115,8 @@ class AttributedBatch(TwoBatch):
         assert found is not None
         assert scale is not None
         direction = scaled(found.entropy.total, scale, -step.gradient.factor / found.total_weight)
-        trial = max(TRIAL_TOLERANCE, 8 * self._rounding)
+        computes = (dtype for _, dtype in precisions(self.subject.model))
+        trial = max(TRIAL_TOLERANCE, UNITS_OF_ROUNDING * self._rounding(computes))
         part = self.update_part
         with self.clock.phase("attribution") as progress, self.on_part(part):
             own = token_slopes(self.scorer, self.update, self.parameters, direction, trial, progress, part.rows)
@@ -167,14 +160,29 @@ class AttributedBatch(TwoBatch):
             own = Part(part.rows[rows], part.size, part.units.select(rows))
             with self.clock.phase("attribution folds") as progress:
                 entropy = self._differentiate(
-                    self.own_evaluation.select(rows), own, Side(surrogate.select(rows)), taps=None, progress=progress
+                    self.own_evaluation.select(rows), own, Side(surrogate.select(rows)), taps=None, progress=_unreported
                 )
+                progress(fold + 1, folds)
             numerators.append(
                 super()._by_update_prompt(
                     found.update, entropy, 1.0, start.step, start.step.gradient_scale, taps=found.taps
                 )
             )
         return fold_errors(torch.stack(numerators), weights)
+
+    def _check_sums(
+        self, start: Start, tokens: Tensor, layers: tuple[LayerShare, ...], parts: Mapping[str, float]
+    ) -> None:
+        """Tokens and layers must sum to the parts of the prediction, which are sums over evaluation units."""
+        tolerance = max(SUM_TOLERANCE, UNITS_OF_ROUNDING * self._rounding(p.dtype for p in self.parameters.values()))
+        by_unit = torch.tensor(start.fields["contributions"], dtype=torch.float64).abs().mean()
+        terms = {f"layers ({part})": (_column(layers, part), value) for part, value in parts.items()}
+        for what, (values, total) in (terms | {"tokens": (tokens, parts["gradient"])}).items():
+            found = values.sum().item()
+            if abs(found - total) > tolerance * (values.abs().sum() + by_unit).item():
+                raise RuntimeError(
+                    f"attribution: {what} sum to {found:.9g}, not to {total:.9g} as predicted; please report this"
+                )
 
     def _summary(
         self, method: str, tokens: Tensor, covariances: Tensor, parts: Mapping[str, float], seconds: float
@@ -191,6 +199,10 @@ class AttributedBatch(TwoBatch):
             folds=self.folds,
             seconds=seconds,
         )
+
+
+def _unreported(done: int, total: int) -> None:
+    """Progress within a fold, which nobody needs to see."""
 
 
 def _reconciled(tokens: Tensor, prompts: Units, by_prompt: Tensor, tolerance: float) -> Tensor:
@@ -217,10 +229,5 @@ def _reconciled(tokens: Tensor, prompts: Units, by_prompt: Tensor, tolerance: fl
     return tokens + tokens.abs() * share[prompts.index, None]
 
 
-def _check_sum(what: str, terms: Tensor, total: float, tolerance: float) -> None:
-    """The terms must sum to a part of the prediction, up to rounding of the sum of their absolute values."""
-    error = abs(terms.sum().item() - total)
-    if error > tolerance * terms.abs().sum().item() + 1e-15:
-        raise RuntimeError(
-            f"attribution: {what} sum to {terms.sum().item():.9g}, not to {total:.9g} as predicted; please report this"
-        )
+def _column(layers: tuple[LayerShare, ...], part: str) -> Tensor:
+    return torch.tensor([getattr(layer, part) for layer in layers], dtype=torch.float64)

@@ -35,12 +35,15 @@ class ProbeConfig(BaseModel):
         is_mode: the weights of ``snis``: as they are, capped (``clip``), or Pareto-smoothed (``psis``).
         log_weight_clamp: clamp the log-weights of ``snis`` to plus and minus this, in nats.
         weight_clip: the cap of ``clip`` in units of the mean weight; ``None`` is the root of the number of sequences.
-        min_ess_fraction: below this share of effective samples the weights are not trusted.
+        min_ess_fraction: below this share of effective samples the weights are not trusted; those of a reweighted
+            batch count.
         on_low_ess: what to do then, or when the weights' tail is too heavy (Pareto k above its threshold): ``refuse``
             gives no realized change; ``psis`` gives that of Pareto-smoothed weights if their tail allows it;
             ``resample`` samples fresh responses after the step, for which the probe needs a ``resample`` function.
         on_mismatch: what to do when the sampler's own log-probabilities say that it was not the policy (the mean
-            ``|delta log pi|`` per token exceeds ``max_mismatch``): ``report`` notes it; ``refuse`` is an error.
+            ``|delta log pi|`` per token exceeds ``max_mismatch``): ``report`` notes it; ``refuse`` is an error;
+            ``reweight`` weights each evaluation sequence by ``pi / pi_sampler``, for which the sampler's
+            log-probabilities must be those it really drew with. The update batch is taken as it is, as in training.
         max_mismatch: in nats per token; engines in bfloat16 differ by about a tenth of the default.
         frozen_max_scale: upper clamp on the frozen preconditioner.
         checkpoint_step: Adam's step count for parameters whose state lacks one, in the frozen preconditioner.
@@ -77,7 +80,7 @@ class ProbeConfig(BaseModel):
     weight_clip: float | None = Field(default=None, ge=1)
     min_ess_fraction: float = Field(default=0.5, ge=0, le=1)
     on_low_ess: Literal["refuse", "psis", "resample"] = "refuse"
-    on_mismatch: Literal["report", "refuse"] = "report"
+    on_mismatch: Literal["report", "refuse", "reweight"] = "report"
     max_mismatch: float = Field(default=0.05, ge=0)
     frozen_max_scale: float = Field(default=1e3, gt=0)
     checkpoint_step: int | None = Field(default=None, gt=0)

@@ -6,16 +6,20 @@ same on all ranks to the bit, so all take the same decisions from them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "ProcessGroup", "Ranks", "joined_ranks"]
+__all__ = ["ALONE", "ProcessGroup", "Ranks", "join_ranks", "joined_ranks"]
 
 T = TypeVar("T")
+JOIN_SECONDS = 300
+"""How long to wait for all ranks to start."""
 BUCKET_ELEMENTS = 2**26
 """A vector over parameters is summed in pieces of this size, so that no second copy of it is made."""
 
@@ -198,3 +202,29 @@ def joined_ranks() -> Ranks:
             "leave distributed out"
         )
     return ProcessGroup() if dist.get_world_size() > 1 else ALONE
+
+
+def join_ranks() -> tuple[Ranks, Any]:
+    """Form a process group of the processes that a launcher started, and return it with its key-value store.
+
+    Gloo carries what is in host memory and NCCL what is on a GPU; each rank takes the GPU of its local number.
+
+    Raises:
+        ValueError: if the environment lacks something that launchers set.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"environment: expected {', '.join(missing)} beside the other variables of a launcher, found none; start "
+            "several processes with torchrun or accelerate launch"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return ProcessGroup(), store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ def measured_noise_floor(
     mine = torch.isin(chosen, part.rows).nonzero()[:, 0]
     few = Part(mine, len(chosen), Units.sequences(len(chosen)).select(mine))
     few_rollouts = rollouts.select(chosen[mine])
-    few_before = before.select(torch.searchsorted(part.rows, chosen[mine]))
+    # rounding has nothing to do with who sampled the responses
+    few_before = replace(before.select(torch.searchsorted(part.rows, chosen[mine])), log_weights=None)
     positions = add_up(ranks, PositionSums.of(few_before))
     plain = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse"})
     spurious = []

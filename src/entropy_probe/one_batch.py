@@ -62,7 +62,11 @@ class OneBatch(Session):
             relative = {name: s / rate for name, s in scale.items()}
             part, own = self.part, batch.select(self.part.rows)
             before = self.reference_scores(batch, part, "score batch")
-            self.check_sampler(before, part, batch)
+            if self.check_sampler(before, part, batch).log_weights is not None:
+                raise ValueError(
+                    "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
+                    "they are, so they cannot be reweighted; predict from two batches"
+                )
             mine = self.prompts.select(part.rows)
             by_prompt = add_up(self.ranks, fo.entropy(before, mine, config.normalization, config.entropy))
             positions = add_up(self.ranks, PositionSums.of(before))

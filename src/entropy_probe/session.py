@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import ALONE, Ranks
-from entropy_probe.estimators.importance import sampler_gaps, sampler_mismatch
+from entropy_probe.estimators.importance import sampler_gaps, sampler_mismatch, sequence_importance_weights
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.isolation import evaluating
@@ -162,7 +162,7 @@ class Session:
             key = f"{state} {rollouts_fingerprint(own)} {how}"
             return self.subject.cache.get(key, lambda: scorer.score(own, progress))
 
-    def check_sampler(self, scores: TokenScores, part: Part, rollouts: Rollouts) -> None:
+    def check_sampler(self, scores: TokenScores, part: Part, rollouts: Rollouts) -> TokenScores:
         """Compare the sampler's own log-probabilities, if there are any, with the policy's.
 
         Args:
@@ -170,17 +170,25 @@ class Session:
             part: which sequences these are.
             rollouts: the whole batch.
 
+        Returns:
+            The scores, with weights where another policy sampled the batch and the config says to reweight it.
+
         Raises:
-            ValueError: if they differ by more than the config allows.
+            ValueError: if they differ by more than the config allows, or too much to reweight.
         """
         if rollouts.sampled_logprobs is None:
-            return
-        gaps = part.by_sequence(sampler_gaps(scores, rollouts.sampled_logprobs[part.rows]))
-        found = sampler_mismatch(self.ranks.sum(gaps), int(rollouts.response_mask.sum()))
+            if self.config.on_mismatch == "reweight":
+                raise ValueError(
+                    "on_mismatch reweight: expected sampled_logprobs in the rollouts, got none; record the sampler's "
+                    "log-probabilities, or use on_mismatch: report"
+                )
+            return scores
+        gaps = self.ranks.sum(part.by_sequence(sampler_gaps(scores, rollouts.sampled_logprobs[part.rows])))
+        found = sampler_mismatch(gaps, int(rollouts.response_mask.sum()))
         share = found.ess / len(rollouts)
         self.mismatch = SamplerMismatch(mean=found.mean, max=found.max, ess_fraction=share)
         if found.mean <= self.config.max_mismatch:
-            return
+            return scores
         numbers = (
             f"sampled_logprobs differ from the policy's by {found.mean:.3g} nats per token on "
             f"average, {found.max:.3g} at most (effective sample size of the weights between them {share:.1%}): the "
@@ -191,7 +199,24 @@ class Session:
                 f"{numbers}; expected at most {self.config.max_mismatch:g} on average, so sample from the policy "
                 "itself, or raise max_mismatch"
             )
+        if self.config.on_mismatch == "reweight":
+            return self._reweighted(scores, part, gaps[0], numbers)
         self.messages.append(f"{numbers}, so results are biased")
+        return scores
+
+    def _reweighted(self, scores: TokenScores, part: Part, log_weights: Tensor, numbers: str) -> TokenScores:
+        """The scores with each sequence's weight, from the logarithms of all of them."""
+        weights, least = sequence_importance_weights(log_weights), self.config.min_ess_fraction
+        if weights.heavy_tailed or weights.ess_fraction < least:
+            tail = "" if weights.pareto_k is None else f" (Pareto k {weights.pareto_k:.2f})"
+            raise ValueError(
+                f"{numbers}; to reweight it, expected an effective sample size of at least {least:.0%} and a Pareto k "
+                f"of at most {weights.pareto_k_threshold:.2f}, got {weights.ess_fraction:.1%}{tail}; sample from the "
+                "policy itself"
+            )
+        self.messages.append(f"{numbers}; its sequences are reweighted, which costs that share of them")
+        normalized = log_weights - log_weights.logsumexp(0) + math.log(len(log_weights))
+        return replace(scores, log_weights=normalized[part.rows])
 
     def choose_taps(self, rollouts: Rollouts) -> Taps | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""

@@ -116,7 +116,7 @@ class TwoBatch(Session):
 
     def _before(self) -> Before:
         scores = self.reference_scores(self.evaluation, self.part, "score evaluation")
-        self.check_sampler(scores, self.part, self.evaluation)
+        scores = self.check_sampler(scores, self.part, self.evaluation)
         positions = add_up(self.ranks, PositionSums.of(scores))
         own = fo.entropy(scores, self.part.units, self.config.normalization, self.config.entropy)
         sums = add_up(self.ranks, own)

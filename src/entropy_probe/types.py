@@ -181,15 +181,26 @@ class TokenScores:
         entropies: ``h_t``, the entropy of the next-token distribution that ``y_t`` was drawn from, at response
             tokens, 0 elsewhere, ``[N, L]``.
         response_mask: which entries count, ``[N, L]``.
+        log_weights: logarithm of what each sequence counts, where another policy sampled it: ``pi / pi_sampler`` over
+            its mean in the batch, float64, ``[N]``. ``None`` where all count the same.
     """
 
     logprobs: Float[Tensor, "N L"]
     entropies: Float[Tensor, "N L"]
     response_mask: Bool[Tensor, "N L"]
+    log_weights: Float[Tensor, " N"] | None = None
 
     def select(self, rows: Tensor) -> TokenScores:
         """The scores of the sequences at the given indices, in that order."""
-        return TokenScores(self.logprobs[rows], self.entropies[rows], self.response_mask[rows])
+        log_weights = None if self.log_weights is None else self.log_weights[rows]
+        return TokenScores(self.logprobs[rows], self.entropies[rows], self.response_mask[rows], log_weights)
+
+    @property
+    def weights(self) -> Float[Tensor, " N"]:
+        """What each sequence counts, with mean 1 over the batch, float64."""
+        if self.log_weights is None:
+            return torch.ones(len(self.response_mask), dtype=torch.float64)
+        return self.log_weights.double().exp()
 
     @property
     def sequence_logprobs(self) -> Float[Tensor, " N"]:

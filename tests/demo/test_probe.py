@@ -76,6 +76,19 @@ def assert_linear_over_three_decades(directory, checkpoint, sequences):
     assert abs(curvature.direct.value - curvature.from_fit.value) < curvature.from_fit.standard_error
 
 
+def assert_contributions_forecast_real_steps(directory, checkpoint, sequences):
+    """Ranks of steps on random halves of the update prompts; what is missing is the step's own curvature."""
+    state, both = batches(directory, checkpoint, sequences)
+    found = {}
+    for rate in (3e-4, 3e-5):
+        probe = EntropyProbe(state.model, state.optimizer, ProbeConfig(learning_rate=rate))
+        found[rate] = probe.validate(probe.attribute(**both), evaluation=both["evaluation"], subsets=40)
+    assert found[3e-4].contributions.value >= 0.9
+    assert found[3e-5].contributions.value >= 0.95
+    for validation in found.values():
+        assert validation.contributions.value > validation.covariance.value
+
+
 def test_short_training(tmp_path):
     checkpoint = train_demo(tmp_path / "tiny", **SHORT)
     assert_linear_over_three_decades(tmp_path / "tiny", checkpoint, 256)
@@ -86,4 +99,5 @@ def test_short_training(tmp_path):
 def test_full_training(tmp_path):
     checkpoint = train_demo(tmp_path / "tiny")
     assert_linear_over_three_decades(tmp_path / "tiny", checkpoint, 2048)
+    assert_contributions_forecast_real_steps(tmp_path / "tiny", checkpoint, 2048)
     assert_agree_and_meet(probe_at(tmp_path / "tiny", checkpoint, 2048, (3e-3, 1e-3, 3e-4)), run_rate=3e-4)

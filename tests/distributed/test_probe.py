@@ -9,6 +9,7 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, attributed_batch,
 from entropy_probe.parts import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
 from tests.invariants.test_probe import TABLE, batches
+from tests.invariants.test_reweighting import sampled_elsewhere
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 SEVEN = batches(groups=7, size=3, n=40)
@@ -56,6 +57,10 @@ CASES = {
     "jackknife": (
         {"optimizer": torch.optim.RMSprop, "learning_rate": 1e-4},
         lambda probe: probe.predict(update=batches(groups=18, size=2)[0], evaluation=SEVEN[1]),
+    ),
+    "reweighted": (
+        {"on_mismatch": "reweight"},
+        lambda probe: probe.run(update=SEVEN[0], evaluation=sampled_elsewhere(TinyPolicy(), 40)[0]),
     ),
     "measured on the update batch": ({"learning_rate": 1e-3}, lambda probe: probe.measure(update=SEVEN[0])),
     "one batch": ({}, lambda probe: probe.one_batch(SEVEN[0])),

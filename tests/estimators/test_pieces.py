@@ -21,7 +21,9 @@ def positions(row: int) -> list[int]:
 def test_position_baseline_leaves_the_whole_unit_out(unit):
     units, whole = Units(torch.tensor(unit), max(unit) + 1), PositionSums.of(TokenScores(-VALUES, VALUES, MASK))
     to_go = strictly_after(VALUES, MASK)
-    got = position_baseline(to_go, MASK, units, whole.reaching, whole.of_kind("rao_blackwell"))
+    got = position_baseline(
+        to_go, MASK, units, whole.reaching, whole.of_kind("rao_blackwell"), torch.ones(len(MASK)).double()
+    )
     for i in range(4):
         for t, column in enumerate(positions(i)):
             others = [to_go[j, positions(j)[t]].item() for j in range(4)
@@ -40,9 +42,9 @@ def test_strictly_after_skips_gaps_and_itself():
 
 def test_leave_one_out_mean_is_within_the_prompt_where_it_can_be():
     values, prompts = torch.tensor([1.0, 4.0, 7.0, 100.0]), torch.tensor([5, 5, 5, 9])
-    assert leave_one_out_mean(values, prompts, 112.0, 4).tolist() == [5.5, 4.0, 2.5, 4.0]
+    assert leave_one_out_mean(values, prompts, 112.0, 4.0, torch.ones(4)).tolist() == [5.5, 4.0, 2.5, 4.0]
     with pytest.raises(ValueError, match="at least 2 sequences"):
-        leave_one_out_mean(torch.ones(1), torch.zeros(1, dtype=torch.long), 1.0, 1)
+        leave_one_out_mean(torch.ones(1), torch.zeros(1, dtype=torch.long), 1.0, 1.0, torch.ones(1))
 
 
 def test_ratio_is_the_mean_when_the_denominator_is_one():

@@ -326,6 +326,20 @@ def test_errors_from_folds(gib):
     assert found.summary.folds == 12
 
 
+@pytest.mark.slow
+def test_errors_from_folds_are_the_spread_over_evaluation_batches():
+    model = TinyPolicy()
+    subject = probe(model, trained_optimizer(model))
+    update, _ = batches()
+    found = [subject.attribute(update=update, evaluation=batches(seed=seed, n=80)[1], folds=10) for seed in range(100)]
+    spread = torch.stack([a.prompts for a in found]).var(0)
+    reported = torch.stack([a.standard_errors for a in found]).square().mean(0)
+    assert (spread > 0).sum() >= 4
+    ratio = (reported / spread)[spread > 0]
+    # the spread of 100 batches is known to about 14%
+    assert ((ratio > 0.6) & (ratio < 1.6)).all()
+
+
 def test_folds_outside_their_range_are_refused():
     model = TinyPolicy()
     update, evaluation = batches(n=20)

@@ -80,6 +80,11 @@ class Setting:
         return first_order(d, sequence_weights(before, norm))
 
 
+def scores_at(setting: Setting, parameters: dict[str, Tensor]) -> TokenScores:
+    """Every response under other parameters, differentiable."""
+    return setting.table.token_scores(Bound(setting.model, parameters))
+
+
 class Bound:
     """The policy with other parameters."""
 

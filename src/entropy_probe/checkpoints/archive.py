@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,16 @@ import torch
 
 from entropy_probe.checkpoints.errors import CheckpointError, DamagedFileError, MissingFileError, UnsafeFileError
 
-__all__ = ["read_archive"]
+__all__ = ["UNREADABLE", "read_archive", "read_archived"]
 
 _REMEDY = "train with save_only_model=False, or copy the whole checkpoint again"
 _LOCAL_HEADER = 30  # bytes before an entry's name; the lengths of name and extra field are its last four
 
-# What a damaged or hostile pickle can raise inside torch's restricted unpickler.
-_UNREADABLE = (
+UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
     *(AssertionError, EOFError, OSError, OverflowError, NotImplementedError),
 )
+"""What a damaged or hostile pickle can raise inside a restricted unpickler."""
 
 
 def read_archive(path: Path) -> Any:
@@ -44,16 +47,38 @@ def read_archive(path: Path) -> Any:
             f"{path}: expected an archive written by torch.save, got {size} bytes that are none (empty, cut "
             f"short or another format); {_REMEDY}"
         )
-    try:
-        _check_entries(path)
+    with _one_line(str(path)):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _check_entries(str(path), file, data)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def read_archived(data: bytes, where: str) -> Any:
+    """The same from an archive that is a part of a file.
+
+    Args:
+        data: the archive.
+        where: file and part, for messages.
+
+    Raises:
+        CheckpointError: as :func:`read_archive`.
+    """
+    with _one_line(where):
+        _check_entries(where, io.BytesIO(data), data)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    try:
+        yield
     except zipfile.BadZipFile as error:
-        raise DamagedFileError(f"{path}: expected an intact archive, got: {error}; {_REMEDY}") from error
+        raise DamagedFileError(f"{where}: expected an intact archive, got: {error}; {_REMEDY}") from error
     except CheckpointError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UnsafeFileError(
-            f"{path}: expected tensors and plain values, got data that weights_only=True refuses "
+            f"{where}: expected tensors and plain values, got data that weights_only=True refuses "
             f"({_cause(error)}); nothing in it was run; pass a checkpoint with plain Adam state"
         ) from error
 
@@ -66,18 +91,13 @@ def _cause(error: Exception) -> str:
     return (found.group(1) if found else first)[:160]
 
 
-def _check_entries(path: Path) -> None:
-    """Every entry is stored as it is, lies within the file, and has its checksum."""
-    with (
-        zipfile.ZipFile(path) as archive,
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        memoryview(data) as view,
-    ):
+def _check_entries(where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap) -> None:
+    """Every entry is stored as it is, lies within the data, and has its checksum."""
+    with zipfile.ZipFile(file) as archive, memoryview(data) as view:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                 raise UnsafeFileError(
-                    f"{path}: {entry.filename}: expected data as torch.save stores it, got a compressed or encrypted "
+                    f"{where}: {entry.filename}: expected data as torch.save stores it, got a compressed or encrypted "
                     "entry, which can unpack to any size; save it again with torch.save"
                 )
             start = entry.header_offset + _LOCAL_HEADER
@@ -86,5 +106,5 @@ def _check_entries(path: Path) -> None:
             with view[start : start + entry.file_size] as content:
                 if len(content) != entry.file_size or zlib.crc32(content) != entry.CRC:
                     raise DamagedFileError(
-                        f"{path}: expected intact data, got a wrong checksum in {entry.filename}; {_REMEDY}"
+                        f"{where}: expected intact data, got a wrong checksum in {entry.filename}; {_REMEDY}"
                     )

@@ -13,6 +13,7 @@ from entropy_probe.checkpoints.errors import (
     MismatchError,
     MissingFileError,
     UnsafeFileError,
+    UnsupportedError,
 )
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "read_global_step",
     "read_json",
     "refuse_remote_code",
+    "sharded_model",
+    "sharded_optimizer",
 ]
 
 
@@ -34,7 +37,7 @@ def open_directory(path: Path) -> Path:
     """
     if not path.is_dir():
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
-    if not ((path / "config.json").is_file() or adapters_of(path)):
+    if not ((path / "config.json").is_file() or adapters_of(path) or sharded_model(path)):
         inside = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
         hint = f"pass one of {', '.join(inside[-3:])} inside it" if inside else "pass a checkpoint-N of the Trainer"
         raise MissingFileError(f"{path}: expected adapter_config.json or config.json, found neither; {hint}")
@@ -46,6 +49,22 @@ def adapters_of(path: Path) -> dict[str, Path]:
     found = {"default": path} if (path / "adapter_config.json").is_file() else {}
     folders = [file.parent for file in sorted(path.glob("*/adapter_config.json"))]
     return found | {folder.name: folder for folder in folders if not (folder / "optimizer.pt").is_file()}
+
+
+def sharded_model(path: Path) -> Path | None:
+    """Where ``torch.distributed.checkpoint`` saved a model: in a folder as accelerate names it, or in the directory."""
+    return _sharded(path, "pytorch_model_fsdp")
+
+
+def sharded_optimizer(path: Path) -> Path | None:
+    """The same of an optimizer."""
+    return _sharded(path, "optimizer")
+
+
+def _sharded(path: Path, stem: str) -> Path | None:
+    if (path / f"{stem}_1" / ".metadata").is_file():
+        raise UnsupportedError(f"{path / f'{stem}_1'}: not supported: several models or optimizers; save one")
+    return next((place for place in (path / f"{stem}_0", path) if (place / ".metadata").is_file()), None)
 
 
 def check_contained(path: Path) -> None:

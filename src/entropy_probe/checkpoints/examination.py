@@ -7,21 +7,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from entropy_probe.checkpoint_results import CheckpointReport, MovementReport
 from entropy_probe.checkpoints.adapter import find_base, read_adapter_config, starting_at_zero, trained_adapter
-from entropy_probe.checkpoints.directory import check_contained, read_global_step
-from entropy_probe.checkpoints.errors import UnsupportedError
+from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory
+from entropy_probe.checkpoints.directory import check_contained, read_global_step, sharded_model, sharded_optimizer
+from entropy_probe.checkpoints.errors import MismatchError, MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.layout import Layout, layout_of
 from entropy_probe.checkpoints.libraries import collector_paused
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
 from entropy_probe.checkpoints.mapping import ParameterMapping, map_parameters
-from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, full_skeleton
+from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, embedding_names, full_skeleton
 from entropy_probe.checkpoints.movement import check_movement
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries, read_optimizer
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.quantization import FourBit, Quantization, refuse_unmentioned
+from entropy_probe.checkpoints.sharded_optimizer import read_sharded_optimizer, with_values
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
 from entropy_probe.checkpoints.weights import (
     check_finite,
@@ -83,11 +86,29 @@ class Examination:
     movement: MovementReport | None = None
     movement_not_checked: str | None = None
     _config: dict[str, Any] = field(default_factory=dict)
+    _sharded_optimizer: ShardedDirectory | None = None
+    _embeddings: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        whole = (self.path / "config.json").is_file() and not (self.path / "adapter_config.json").is_file()
-        self.kind = "full" if whole else "lora"
+        whole = (self.path / "config.json").is_file() or sharded_model(self.path) is not None
+        self.kind = "full" if whole and not (self.path / "adapter_config.json").is_file() else "lora"
         self.directory = self.path
+
+    @property
+    def configuration(self) -> str:
+        """The directory of the configuration of full weights; trainers save none with sharded ones.
+
+        Raises:
+            MissingFileError: if it is not known.
+        """
+        if (self.path / "config.json").is_file():
+            return str(self.path)
+        if self.base_model is None:
+            raise MissingFileError(
+                f"{self.path / 'config.json'}: expected the model's configuration, found none beside its shards; pass "
+                "base_model, the model that training started from"
+            )
+        return str(self.base_model)
 
     @collector_paused()
     def run(self) -> None:
@@ -101,7 +122,7 @@ class Examination:
         if self.manifest is not None:
             verify_files(self.path, self.manifest)
         self.global_step = read_global_step(self.path)
-        self.saved = read_optimizer(self.path / "optimizer.pt")
+        self.saved = self._read_optimizer()
         check_entries(self.saved)
         self.layout = self._adapter_layout() if self.kind == "lora" else self._full_layout()
         if self.manifest is not None:
@@ -110,12 +131,23 @@ class Examination:
             check_recorded(self.path, read, self.manifest)
         check_finite(self.files)
         self.mapping = self._map(self.layout)
+        if self._sharded_optimizer is not None:
+            self._check_tied()
+            self.saved = with_values(self.saved, self._sharded_optimizer)
         self.summary = summarize(self.saved, self.mapping, self.layout)
         movements, reference = self._movements(self.mapping.names)
         if movements:
             self.movement = check_movement(self.saved, self.mapping.names, movements, reference)
         else:
             self.movement_not_checked = reference
+
+    def _read_optimizer(self) -> SavedOptimizer:
+        """Of a sharded one the tensors are without storage, until their shapes are known to fit."""
+        place = sharded_optimizer(self.path)
+        if (self.path / "optimizer.pt").is_file() or place is None:
+            return read_optimizer(self.path / "optimizer.pt")
+        self._sharded_optimizer = ShardedDirectory.open(place)
+        return read_sharded_optimizer(self._sharded_optimizer)
 
     def _adapter_layout(self) -> Layout:
         recorded = self.manifest.adapter if self.manifest is not None else None
@@ -139,9 +171,23 @@ class Examination:
                     "leave it out"
                 )
         self.files = weight_files(self.path, "model")
-        skeleton = full_skeleton(str(self.path))
+        skeleton = full_skeleton(self.configuration, self.files)
         check_vocabulary(self.path, self.base_model, skeleton)
+        self._embeddings = embedding_names(skeleton)
         return layout_of(skeleton)
+
+    def _check_tied(self) -> None:
+        """Names say what trained, so a layer that was tied in training would count as frozen if it is not here."""
+        assert self.mapping is not None
+        trained = [name for name in self._embeddings if name in self.mapping.names]
+        read = tensor_readers(self.files)
+        if len(self._embeddings) == 2 and len(trained) == 1 and self._embeddings <= read.keys():
+            first, second = sorted(self._embeddings)
+            if torch.equal(read[first](), read[second]()):
+                raise MismatchError(
+                    f"{self.files[0]}: {first}: expected other values than {second}, or both tied, got equal ones, of "
+                    f"which only {trained[0]} was trained; pass the configuration that the model was trained with"
+                )
 
     def _map(self, layout: Layout) -> ParameterMapping:
         """Match entries to parameters; by recorded names, else by the rules over what was trained.
@@ -240,17 +286,24 @@ class Examination:
         low, high = state.steps
         if low != high:
             yield f"step counts differ between parameters ({low} to {high}); some were not always trained"
-        if self.global_step is None:
-            yield "trainer_state.json, written last, is missing; the save may be incomplete"
-        elif self.global_step != high and self.saved.count("step"):
-            yield f"optimizer.pt is at step {high}, trainer_state.json at {self.global_step}; files of two saves?"
-        if not (self.path / "scheduler.pt").is_file():
-            yield "scheduler.pt is missing; the save may be incomplete (the next step's rate is in optimizer.pt)"
+        yield from self._doubts_about_the_save(high)
         if self.saved.is_adam and any(
             g["weight_decay"] and "decoupled_weight_decay" not in g for g in self.saved.groups
         ):
             yield "the file does not say whether weight decay is decoupled; taken as AdamW, the Trainer's"
         yield from self._doubts_about_base()
+
+    def _doubts_about_the_save(self, steps: int) -> Iterator[str]:
+        """Files that a trainer writes beside the state, missing or of another step."""
+        assert self.saved is not None
+        if (self.path / METADATA).is_file():
+            return  # a directory of torch.distributed.checkpoint alone, whose index is written last
+        if self.global_step is None:
+            yield "trainer_state.json, written last, is missing; the save may be incomplete"
+        elif self.global_step != steps and self.saved.count("step"):
+            yield f"optimizer.pt is at step {steps}, trainer_state.json at {self.global_step}; files of two saves?"
+        if not (self.path / "scheduler.pt").is_file():
+            yield "scheduler.pt is missing; the save may be incomplete (the next step's rate is in optimizer.pt)"
 
     def _doubts_about_base(self) -> Iterator[str]:
         """Another base model of the same shapes loads without an error and gives wrong numbers."""

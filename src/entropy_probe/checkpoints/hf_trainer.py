@@ -111,7 +111,7 @@ def load_checkpoint(
 
 def _load_model(found: Examination, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if found.kind == "full":
-        return load_full(found.path, found.files, dtype, device)
+        return load_full(found.configuration, found.files, dtype, device)
     assert found.base is not None
     assert found.adapter is not None
     if found.manifest is not None:

@@ -19,26 +19,55 @@ from entropy_probe.checkpoints.quantization import (
     quantization_of,
     set_precision,
 )
-from entropy_probe.checkpoints.weights import Shape, check_loaded, has_weights, read_dtypes, read_shapes, weight_files
+from entropy_probe.checkpoints.weights import (
+    Shape,
+    check_loaded,
+    check_shapes,
+    has_weights,
+    is_sharded,
+    read_dtypes,
+    read_shapes,
+    tensor_readers,
+    weight_files,
+)
 
-__all__ = ["adapter_layout", "base_skeleton", "full_skeleton", "load_full", "load_lora"]
+__all__ = ["adapter_layout", "base_skeleton", "embedding_names", "full_skeleton", "load_full", "load_lora"]
 
 
 MOST_LAYERS = 10_000
 """Bound on the layers of a configuration whose weight files are not there to compare with."""
 
 
-def full_skeleton(name: str) -> nn.Module:
-    """The model of a directory with full weights, on the meta device, its weight files checked against it.
+def full_skeleton(name: str, files: list[Path]) -> nn.Module:
+    """The model of full weights, on the meta device, the weight files checked against it.
+
+    Args:
+        name: the directory of its configuration.
+        files: its weight files.
 
     Raises:
         CheckpointError: if the configuration cannot be used, is of quantised weights, which do not train, or the files
             have not exactly its tensors.
     """
-    config, shapes = _read_config(name)
+    shapes = read_shapes(files)
+    config = _read_config(name, shapes)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{name}: not supported: quantised weights; pass unquantised ones")
-    return _skeleton(name, config, shapes, complete=True)
+    if not is_sharded(files):
+        return _skeleton(name, config, shapes, complete=True)
+    model = _skeleton(name, config, None, complete=True)
+    # a sharded checkpoint is of the model's state as it was, in which a tied tensor may be under each of its names
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = every - {name for name, _ in model.named_parameters()}
+    expected = {key: tuple(x.shape) for key, x in model.state_dict().items() if key in shapes or key not in tied}
+    check_shapes(files[0], shapes, expected)
+    return model
+
+
+def embedding_names(model: Any) -> set[str]:
+    """The names of the embedding and of the output layer, which are one tensor where they are tied."""
+    weights = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in weights}
 
 
 def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, FourBit | None]:
@@ -54,7 +83,8 @@ def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, Fou
     Raises:
         CheckpointError: if the configuration cannot be used, or the files miss a tensor or hold one of another shape.
     """
-    config, shapes = _read_config(name)
+    shapes = read_shapes(weight_files(Path(name), "model")) if has_weights(Path(name), "model") else None
+    config = _read_config(name, shapes)
     # quantisation changes how weights are stored, not which there are
     recorded = vars(config).pop("quantization_config", None)
     with one_line_errors(f"{name}: quantization"):
@@ -63,18 +93,16 @@ def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, Fou
     return _skeleton(name, config, None if stored else shapes, complete=False), quantization
 
 
-def _read_config(name: str) -> tuple[Any, dict[str, Shape] | None]:
-    """The configuration, and the tensors of the weight files where they are local."""
+def _read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
+    """The configuration, of no more layers than there are tensors."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     file = Path(name) / "config.json"
     if file.is_file():
         refuse_remote_code(file, CONFIG_MAPPING)
-    shapes = read_shapes(weight_files(Path(name), "model")) if has_weights(Path(name), "model") else None
-    if file.is_file():
         check_layers(file, len(shapes) if shapes else MOST_LAYERS)
     with one_line_errors(name), quiet():
-        return AutoConfig.from_pretrained(name, trust_remote_code=False), shapes
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, complete: bool) -> nn.Module:
@@ -128,11 +156,33 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
-def load_full(path: Path, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A model with full weights, in eval mode, checked to hold every tensor of its files."""
-    model = _from_pretrained(str(path), dtype, device, complete=True)
+def load_full(name: str, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A model with full weights, in eval mode, checked to hold every tensor of its files.
+
+    Args:
+        name: the directory of its configuration, and of its files unless they are sharded.
+        files: its weight files.
+        dtype: its precision.
+        device: where it goes.
+    """
+    if is_sharded(files):
+        return _load_sharded(name, files, dtype, device).eval()
+    model = _from_pretrained(name, dtype, device, complete=True)
     check_loaded(files, model.state_dict(), all_names=False)
     return model.eval()
+
+
+def _load_sharded(name: str, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    config = _read_config(name, read_shapes(files))
+    with one_line_errors(name), quiet(), device, WithoutInitialization():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    state = model.state_dict()
+    for key, read in tensor_readers(files).items():
+        state[key].copy_(read())
+    check_loaded(files, state, all_names=True)
+    return model
 
 
 def load_lora(

@@ -31,7 +31,7 @@ from entropy_probe.checkpoints.optimizer_kinds import (
     recognise,
 )
 
-__all__ = ["SavedOptimizer", "check_entries", "read_optimizer"]
+__all__ = ["SavedOptimizer", "check_entries", "read_optimizer", "saved_optimizer"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -60,12 +60,14 @@ class SavedOptimizer:
         kind: the class of optimizer that it is of.
         groups: the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order.
         state: what is kept for each parameter by index, as stored.
+        size: bytes of the file, or of the files that it is in.
     """
 
     path: Path
     kind: OptimizerKind
     groups: tuple[dict[str, Any], ...]
     state: dict[int, dict[str, Any]]
+    size: int
 
     @property
     def num_parameters(self) -> int:
@@ -142,7 +144,20 @@ def read_optimizer(path: Path) -> SavedOptimizer:
         CheckpointError: if the file is missing, damaged, holds anything but tensors and plain values, or its
             groups are not those of one of the optimizers that are rebuilt, minimising a loss.
     """
-    saved = read_archive(path)
+    return saved_optimizer(path, read_archive(path), path.stat().st_size)
+
+
+def saved_optimizer(path: Path, saved: Any, size: int) -> SavedOptimizer:
+    """Check groups and hyperparameters of what an optimizer's ``state_dict`` saved.
+
+    Args:
+        path: the file, for messages.
+        saved: what is in it; tensors may be without storage.
+        size: bytes of the file or files.
+
+    Raises:
+        CheckpointError: as :func:`read_optimizer`.
+    """
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
         got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
         raise UnsupportedError(f"{path}: expected 'state' and 'param_groups', got {got}; pass a Trainer's checkpoint")
@@ -165,7 +180,7 @@ def read_optimizer(path: Path) -> SavedOptimizer:
             f"{path}: expected the groups to number parameters 0, 1, 2 …, got {str(indices)[:60]} …; "
             "groups were reordered or edited, save the optimizer again"
         )
-    found = SavedOptimizer(path, kind, clean, state)
+    found = SavedOptimizer(path, kind, clean, state, size)
     if found.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
         raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
     return found
@@ -194,8 +209,7 @@ def check_entries(saved: SavedOptimizer) -> None:
         CheckpointError: if an entry is missing, extra, of another optimizer, or malformed, or if tensors claim more
             data than the file has.
     """
-    path = saved.path
-    size = path.stat().st_size
+    path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
     missing, extra = sorted(expected - saved.state.keys()), sorted(_strangers(saved, expected), key=str)
     if missing or extra:

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from entropy_probe.checkpoint_results import CheckpointReport
-from entropy_probe.checkpoints.directory import adapters_of, open_directory
-from entropy_probe.checkpoints.errors import CheckpointError, MappingError
+from entropy_probe.checkpoints.directory import adapters_of, open_directory, sharded_model, sharded_optimizer
+from entropy_probe.checkpoints.errors import CheckpointError, MappingError, UnsupportedError
 from entropy_probe.checkpoints.examination import Examination
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import (
@@ -66,6 +66,11 @@ def record_checkpoint(
         raise CheckpointError(
             f"{directory / MANIFEST_FILE}: expected no manifest yet, got one, which may prove more than a new one; "
             "delete it to write another"
+        )
+    if sharded_optimizer(directory) or sharded_model(directory):
+        raise UnsupportedError(
+            f"{directory}: not supported: a manifest of a sharded checkpoint, which has the parameters' names in "
+            "it; load it without one"
         )
     examination = Examination(directory, base_model, adapter, quantization)
     with random_state_kept():

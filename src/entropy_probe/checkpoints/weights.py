@@ -1,15 +1,20 @@
-"""Model weights of a checkpoint: where they are, whether they fit the model, and whether the model got them."""
+"""Model weights of a checkpoint: where they are, whether they fit the model, and whether the model got them.
+
+A file of weights is safetensors, or the index of a sharded directory (``dcp.py``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.directory import read_json
+from entropy_probe.checkpoints.dcp import METADATA, ShardedWeights
+from entropy_probe.checkpoints.directory import read_json, sharded_model
 from entropy_probe.checkpoints.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -24,6 +29,7 @@ __all__ = [
     "check_loaded",
     "check_shapes",
     "has_weights",
+    "is_sharded",
     "read_dtypes",
     "read_shapes",
     "tensor_readers",
@@ -35,12 +41,13 @@ Shape = tuple[int, ...]
 
 
 def has_weights(directory: Path, stem: str) -> bool:
-    """Whether there are safetensors weights, in one file or with an index."""
-    return any((directory / f"{stem}.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
+    """Whether there are weights: safetensors in one file or with an index, or of a whole model sharded."""
+    safetensors = any((directory / f"{stem}.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
+    return safetensors or (stem == "model" and sharded_model(directory) is not None)
 
 
 def weight_files(directory: Path, stem: str) -> list[Path]:
-    """The safetensors files of ``{stem}.safetensors`` or of its sharded index.
+    """The safetensors files of ``{stem}.safetensors`` or of its index, or the index of a sharded model.
 
     Raises:
         CheckpointError: if there are none, or one named by the index is missing.
@@ -48,6 +55,8 @@ def weight_files(directory: Path, stem: str) -> list[Path]:
     whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if whole.is_file():
         return [whole]
+    if stem == "model" and not index.is_file() and (sharded := sharded_model(directory)) is not None:
+        return [sharded / METADATA]
     if not index.is_file():
         raise MissingFileError(
             f"{whole}: expected safetensors weights, found no such file nor an index; "
@@ -67,9 +76,16 @@ def weight_files(directory: Path, stem: str) -> list[Path]:
     return files
 
 
-def _open(path: Path):
+def is_sharded(files: list[Path]) -> bool:
+    """Whether the files are the index of a sharded directory."""
+    return files[0].name == METADATA
+
+
+def _open(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    if path.name == METADATA:
+        return ShardedWeights(path.parent)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:

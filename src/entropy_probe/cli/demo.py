@@ -22,6 +22,7 @@ def demo() -> None:
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.demo.train import MAX_COMPLETION_LENGTH, quiet_single_thread, train_demo
+    from entropy_probe.distributed import ALONE
     from entropy_probe.report import print_result
 
     with quiet_single_thread():
@@ -43,4 +44,4 @@ def demo() -> None:
                 "probe": {"max_completion_length": MAX_COMPLETION_LENGTH},
             }
         )
-        print_result(probe_checkpoint(config), Console(), OUTPUT_DIR)
+        print_result(probe_checkpoint(config, ALONE), Console(), OUTPUT_DIR)

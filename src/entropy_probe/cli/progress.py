@@ -15,9 +15,11 @@ logger = logging.getLogger("entropy_probe")
 
 
 @contextmanager
-def show_progress() -> Iterator[Phase]:
-    """Show what the yielded function is told, until the block ends."""
-    if sys.stderr.isatty():
+def show_progress(*, visible: bool = True) -> Iterator[Phase]:
+    """Show what the yielded function is told, until the block ends; unless it is another rank's business."""
+    if not visible:
+        yield lambda phase, done, total: None
+    elif sys.stderr.isatty():
         with _bars() as progress:
             yield progress
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
     from entropy_probe.attribution import Attribution
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
+    from entropy_probe.distributed import Ranks
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.provenance import Phase
     from entropy_probe.results import ProbeResult
-    from entropy_probe.sampling import Prompt, Reward, SamplingReport
+    from entropy_probe.sampling import Prompt, Reward, SamplingReport, SequenceGenerator
     from entropy_probe.session import Resample
     from entropy_probe.types import Rollouts
 
 __all__ = [
     "Inputs",
+    "engine_for",
     "open_checkpoint",
     "probe_checkpoint",
     "quiet_transformers",
@@ -57,6 +60,7 @@ def run(
     from rich.console import Console
 
     from entropy_probe.cli.config import load_config
+    from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.report import print_result
 
     options = {
@@ -64,8 +68,11 @@ def run(
         "probe.learning_rate": learning_rate,
         "overwrite": overwrite or None,
     }
-    settings = load_config(config, overrides or (), options)
-    print_result(probe_checkpoint(settings), Console(), settings.output_dir)
+    with launched_ranks() as ranks:
+        settings = load_config(config, overrides or (), options)
+        result = probe_checkpoint(settings, ranks)
+        if ranks.rank == 0:
+            print_result(result, Console(), settings.output_dir)
 
 
 def open_checkpoint(config: RunConfig) -> CheckpointState:
@@ -86,8 +93,8 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
     )
 
 
-def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -> ProbeResult:
-    """Probe as configured and write the run directory.
+def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | None = None) -> ProbeResult:
+    """Probe as configured and, on rank 0, write the run directory.
 
     The directory gets the resolved ``config.yaml``, ``results.json``, with ``save_rollouts`` both batches, and with
     ``attribution`` its tables; all of them or, after an error, none; then ``report.html`` and ``figures``. Rollouts
@@ -95,6 +102,7 @@ def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -
 
     Args:
         config: the settings.
+        ranks: the processes that share the work.
         halves: validate the attribution on this many random halves, drawn with this seed, into ``validation.json``.
 
     Raises:
@@ -112,13 +120,17 @@ def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -
     )
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.provenance import Clock
+    from entropy_probe.sampling import share_engine
 
     config = config.resolved()
-    check_output_dir(config.output_dir, config.overwrite)
+    writing = ranks.rank == 0
+    if writing:
+        check_output_dir(config.output_dir, config.overwrite)
     quiet_transformers()
     inputs = read_inputs(config)
     files = frozenset(path.resolve() for _, path in config.rollouts if path is not None)
-    with stage(config.output_dir, keep=files) as staging, show_progress() as progress:
+    directory = stage(config.output_dir, keep=files) if writing else nullcontext(config.output_dir)
+    with directory as staging, show_progress(visible=writing) as progress:
         clock = Clock(progress)
         with clock.phase("load checkpoint") as step:
             state = open_checkpoint(config)
@@ -132,24 +144,35 @@ def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -
             config.probe,
             mapping=mapping,
             progress=progress,
-            resample=resampler(config, state),
+            resample=resampler(config, state, ranks),
+            distributed=ranks.size > 1,
         )
+
+        def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
+            found = _sample_missing(config, state, inputs, sampled, engine, progress)
+            update, evaluation, _ = found
+            if config.save_rollouts:
+                update.to_parquet(staging / UPDATE_FILE)
+                if evaluation is not None and not sampled[0].exists():
+                    evaluation.to_parquet(sampled[0])
+            return found
+
+        sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
         with clock.phase("sample"):
-            sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
-            update, evaluation, notes = _sample_missing(config, state, inputs, sampled, progress)
-        if config.save_rollouts:
-            update.to_parquet(staging / UPDATE_FILE)
-            if evaluation is not None and not sampled[0].exists():
-                evaluation.to_parquet(sampled[0])
+            update, evaluation, notes = share_engine(ranks, engine_for(config, state), sample)
         result, attribution = _run_mode(probe, config, update, evaluation)
         result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
-        if attribution is not None:
-            attribution.save_tables(staging, state.tokenizer)
+        validation = None
         if halves is not None:
             subsets, seed = halves
             validation = probe.validate(
                 _required(attribution), evaluation=_required(evaluation), subsets=subsets, seed=seed
             )
+        if not writing:
+            return result
+        if attribution is not None:
+            attribution.save_tables(staging, state.tokenizer)
+        if validation is not None:
             validation.save(staging)
         if not config.save_rollouts:
             sampled[0].unlink(missing_ok=True)
@@ -159,21 +182,37 @@ def probe_checkpoint(config: RunConfig, halves: tuple[int, int] | None = None) -
     return result
 
 
-def resampler(config: RunConfig, state: CheckpointState) -> Resample | None:
+def engine_for(config: RunConfig, state: CheckpointState) -> SequenceGenerator | None:
+    """What samples responses of the checkpoint; ``None`` without a tokenizer."""
+    from entropy_probe.sampling import HFGenerator
+
+    if state.tokenizer is None:
+        return None
+    return HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
+
+
+def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resample | None:
     """How to sample the evaluation prompts anew after the step, if that is what low ESS asks for."""
-    from entropy_probe.sampling import EvaluationSettings, HFGenerator, SamplingParameters, resample_responses
+    from entropy_probe.sampling import EvaluationSettings, SamplingParameters, resample_responses, share_engine
 
     if config.probe.on_low_ess != "resample":
         return None
-    if state.tokenizer is None:
+    engine = engine_for(config, state)
+    if engine is None:
         raise ValueError(
             f"{config.checkpoint}: expected a tokenizer for on_low_ess 'resample', found none there or with the base "
             "model; copy its files into the checkpoint, or set on_low_ess to psis or refuse"
         )
     settings = config.evaluation or EvaluationSettings(total_sequences=2)
-    engine = HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
     parameters = SamplingParameters(config.probe.temperature, _required(config.probe.max_completion_length))
-    return lambda rollouts: resample_responses(engine, rollouts, parameters, seed=settings.seed)
+
+    def resample(rollouts: Rollouts) -> Rollouts:
+        def sample(shared: SequenceGenerator | None) -> Rollouts:
+            return resample_responses(_required(shared), rollouts, parameters, seed=settings.seed)
+
+        return share_engine(ranks, engine, sample)
+
+    return resample
 
 
 def _run_mode(
@@ -237,16 +276,17 @@ def _sample_missing(
     state: CheckpointState,
     inputs: Inputs,
     files: tuple[Path, Path],
+    engine: SequenceGenerator | None,
     progress: Phase,
 ) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
     """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
     update, evaluation = inputs.update, inputs.evaluation
     notes: list[str] = []
     if update is None:
-        update, about = sample_batch("update", config, state, inputs, files, progress)
+        update, about = sample_batch("update", config, state, inputs, files, engine, progress)
         notes += about
     if evaluation is None and not config.needs_no_evaluation:
-        evaluation, about = sample_batch("evaluation", config, state, inputs, files, progress)
+        evaluation, about = sample_batch("evaluation", config, state, inputs, files, engine, progress)
         notes += about
     return update, evaluation, tuple(notes)
 
@@ -257,6 +297,7 @@ def sample_batch(
     state: CheckpointState,
     inputs: Inputs,
     files: tuple[Path, Path],
+    engine: SequenceGenerator | None,
     progress: Phase,
 ) -> tuple[Rollouts, list[str]]:
     """Sample one of the two batches as configured, with notes on how that went.
@@ -267,15 +308,14 @@ def sample_batch(
         ValueError: if there is no tokenizer to sample with.
     """
     from entropy_probe.fingerprint import fingerprint
-    from entropy_probe.sampling import HFGenerator, SamplingParameters, sample_evaluation_file, sample_update
+    from entropy_probe.sampling import SamplingParameters, sample_evaluation_file, sample_update
     from entropy_probe.types import Rollouts
 
-    if state.tokenizer is None:
+    if engine is None:
         raise ValueError(
             f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
             "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
         )
-    engine = HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
     parameters = SamplingParameters(config.probe.temperature, _required(config.probe.max_completion_length))
     subject, report_progress = (engine, state.tokenizer, inputs.prompts), partial(progress, f"sample {batch}")
     if batch == "update":

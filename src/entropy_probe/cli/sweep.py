@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from entropy_probe.cli.run import Inputs as Sources
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.cli.sweep_directory import Inputs, SweepDirectory
+    from entropy_probe.distributed import Ranks
     from entropy_probe.provenance import Phase
+    from entropy_probe.sampling import SequenceGenerator
     from entropy_probe.sweep_results import Sweep
 
 __all__ = ["sweep"]
@@ -40,16 +42,20 @@ def sweep(
     from rich.console import Console
 
     from entropy_probe.cli.config import load_config
+    from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.report import print_sweeps
 
     options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
-    settings = load_config(config, overrides or (), options, SweepConfig)
-    assert isinstance(settings, SweepConfig)
-    print_sweeps(sweep_checkpoints(settings), Console(), settings.output_dir)
+    with launched_ranks() as ranks:
+        settings = load_config(config, overrides or (), options, SweepConfig)
+        assert isinstance(settings, SweepConfig)
+        sweeps = sweep_checkpoints(settings, ranks)
+        if ranks.rank == 0:
+            print_sweeps(sweeps, Console(), settings.output_dir)
 
 
-def sweep_checkpoints(config: SweepConfig) -> dict[str, Sweep]:
+def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
     """Sweep the checkpoint, or each of several, as configured; by the checkpoint's name, or "" for a single one.
 
     Raises:
@@ -66,36 +72,42 @@ def sweep_checkpoints(config: SweepConfig) -> dict[str, Sweep]:
     quiet_transformers()
     each = list(config.each())
     if not each:
-        return {"": sweep_checkpoint(config)}
-    open_index(config.output_dir, [one.output_dir.name for one in each], config.overwrite)
-    write_atomically(config.output_dir / CONFIG_FILE, config.to_yaml().encode())
-    sweeps = {one.output_dir.name: sweep_checkpoint(one) for one in each}
+        return {"": sweep_checkpoint(config, ranks)}
+    if ranks.rank == 0:
+        open_index(config.output_dir, [one.output_dir.name for one in each], config.overwrite)
+        write_atomically(config.output_dir / CONFIG_FILE, config.to_yaml().encode())
+    sweeps = {one.output_dir.name: sweep_checkpoint(one, ranks) for one in each}
+    if ranks.rank != 0:
+        return sweeps
     for name, content in figure_files(sweeps).items():
         write_atomically(config.output_dir / name, content)
     write_sweep_page(config.output_dir, sweeps)
     return sweeps
 
 
-def sweep_checkpoint(config: SweepConfig) -> Sweep:
+def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     """One sweep: resume what is there, or start; see :mod:`entropy_probe.cli.sweep_directory` for the protocol."""
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_page
-    from entropy_probe.cli.run import open_checkpoint, read_inputs, resampler
+    from entropy_probe.cli.run import engine_for, open_checkpoint, read_inputs, resampler
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.records import write_atomically
     from entropy_probe.report import figure_files
+    from entropy_probe.sampling import share_engine
     from entropy_probe.sweep_results import SWEEP_FILE, Sweep
     from entropy_probe.types import Rollouts
 
     rates = config.sweep.rates()
     directory = SweepDirectory(config.output_dir, rates)
-    inputs = directory.resume(_inputs_of(config), config.overwrite)
-    if (config.output_dir / SWEEP_FILE).is_file():
+    writing = ranks.rank == 0
+    inputs = ranks.broadcast(directory.resume(_inputs_of(config), config.overwrite) if writing else None)
+    assert inputs is not None
+    if ranks.broadcast((config.output_dir / SWEEP_FILE).is_file()):
         return Sweep.load(config.output_dir)
     there = {batch: config.output_dir / ROLLOUT_FILES[batch] for batch in inputs.rollouts}
     sources = read_inputs(config.model_copy(update={"rollouts": config.rollouts.model_copy(update=there)}))
-    with show_progress() as progress:
+    with show_progress(visible=writing) as progress:
         state = open_checkpoint(config)
         assert state.report.optimizer_state is not None
         mapping = state.report.optimizer_state.mapping
@@ -106,21 +118,29 @@ def sweep_checkpoint(config: SweepConfig) -> Sweep:
             settings,
             mapping=mapping,
             progress=progress,
-            resample=resampler(config, state),
+            resample=resampler(config, state, ranks),
+            distributed=ranks.size > 1,
         )
-        directory.start(inputs, config.to_yaml())
-        inputs = _collect_rollouts(config, directory, inputs, sources, state, progress)
+
+        def collect(engine: SequenceGenerator | None) -> Inputs:
+            directory.start(inputs, config.to_yaml())
+            return _collect_rollouts(config, directory, inputs, sources, state, engine, progress)
+
+        collected = share_engine(ranks, engine_for(config, state), collect)
         # Read back also where they were just sampled, so that a resumed sweep sees the same layout.
         found = probe.sweep(
             update=Rollouts.from_parquet(config.output_dir / ROLLOUT_FILES["update"]),
             evaluation=Rollouts.from_parquet(config.output_dir / ROLLOUT_FILES["evaluation"]),
             learning_rates=rates,
             direct_curvature=config.sweep.direct_curvature,
-            finished=directory.finished(),
-            on_point=directory.save_point,
+            finished=ranks.broadcast(directory.finished()),
+            on_point=directory.save_point if writing else None,
         )
-    notes = [note for record in (inputs.rollouts["update"], inputs.rollouts["evaluation"]) for note in record.notes]
+    records = [collected.rollouts[batch] for batch in ("update", "evaluation")]
+    notes = [note for record in records for note in record.notes]
     found = found.model_copy(update={"messages": (*state.report.reasons, *notes, *found.messages)})
+    if not writing:
+        return found
     for name, content in figure_files({"": found}).items():
         write_atomically(config.output_dir / name, content)
     write_sweep_page(config.output_dir, {"": found})
@@ -162,6 +182,7 @@ def _collect_rollouts(
     inputs: Inputs,
     sources: Sources,
     state: CheckpointState,
+    engine: SequenceGenerator | None,
     progress: Phase,
 ) -> Inputs:
     """Both batches in the directory, given or sampled, each recorded as soon as it is there."""
@@ -176,7 +197,7 @@ def _collect_rollouts(
         path, rollouts, notes = directory.path / file, getattr(sources, batch), []
         path.unlink(missing_ok=True)
         if rollouts is None:
-            rollouts, notes = sample_batch(batch, config, state, sources, (path, shards), progress)
+            rollouts, notes = sample_batch(batch, config, state, sources, (path, shards), engine, progress)
         if not path.exists():  # a sampled evaluation batch is there already, collected from its shards
             rollouts.to_parquet(path)
         inputs = directory.record(inputs, batch, notes)

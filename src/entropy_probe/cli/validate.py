@@ -30,6 +30,7 @@ def validate(
     from rich.console import Console
 
     from entropy_probe.cli.config import load_config
+    from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.report import print_files, print_result, print_validation, read_tables
     from entropy_probe.validation_results import Validation
@@ -39,8 +40,11 @@ def validate(
         "overwrite": overwrite or None,
         "attribution": True,
     }
-    settings, console = load_config(config, overrides or (), options), Console()
-    result = probe_checkpoint(settings, (subsets, seed))
-    print_result(result, console, tables=read_tables(settings.output_dir))
-    print_validation(Validation.load(settings.output_dir), console)
-    print_files(settings.output_dir, console)
+    with launched_ranks() as ranks:
+        settings = load_config(config, overrides or (), options)
+        result = probe_checkpoint(settings, ranks, (subsets, seed))
+        if ranks.rank == 0:
+            console = Console()
+            print_result(result, console, tables=read_tables(settings.output_dir))
+            print_validation(Validation.load(settings.output_dir), console)
+            print_files(settings.output_dir, console)

@@ -20,13 +20,16 @@ from entropy_probe.types import TokenScores
 __all__ = ["EntropyKind", "PositionSums", "leave_one_out_mean", "position_baseline", "strictly_after"]
 
 EntropyKind = Literal["rao_blackwell", "surprisal"]
+LEAST_SHARE = 1e-9
+"""Others whose weight is below this share of all are none: their mean would be the rounding of a difference."""
 
 
 @dataclass(frozen=True, eq=False)
 class PositionSums:
     """Sums over all sequences of a batch at each response position; those of its parts add up to those of the whole.
 
-    Positions count response tokens, so padding does not matter.
+    Positions count response tokens, so padding does not matter. Sequences count by their weights, 1 unless the batch
+    is reweighted.
 
     Attributes:
         table: the number of sequences that reach the position, their entropies ``h`` there, and their surprisals
@@ -40,8 +43,9 @@ class PositionSums:
         """The sums over some sequences; ``P`` is the padded length."""
         mask = scores.response_mask
         flat = torch.stack([mask[mask], scores.entropies[mask], -scores.logprobs[mask]]).double()
+        weighted = flat * scores.weights[:, None].expand_as(mask)[mask]
         table = torch.zeros(3, mask.shape[1], dtype=torch.float64)
-        return cls(table.index_add_(1, _positions(mask), flat))
+        return cls(table.index_add_(1, _positions(mask), weighted))
 
     @property
     def reaching(self) -> Float[Tensor, " P"]:
@@ -74,10 +78,11 @@ def position_baseline(
     units: Units,
     reaching: Float[Tensor, " P"],
     sums: Float[Tensor, " P"],
+    weights: Float[Tensor, " N"],
 ) -> Float[Tensor, "N L"]:
     """At the t-th response token the mean of ``to_go`` there over the sequences of the other units that reach t.
 
-    0 where no other unit reaches t. Float64.
+    0 where no other unit reaches t, or with next to no weight. Float64.
 
     Args:
         to_go: sums over later tokens, of :func:`strictly_after`.
@@ -86,22 +91,28 @@ def position_baseline(
         reaching: sequences of the whole batch that reach each position.
         sums: over the whole batch, at each position, what ``to_go`` adds up. Since a sequence that reaches a later
             position reaches t as well, the sum of ``to_go`` at t is that of ``sums`` after t.
+        weights: what these sequences count in the sums and in the mean.
     """
     position, length = _positions(mask), len(reaching)
     present, local = units.index.unique(return_inverse=True)
     cell = local[:, None].expand_as(mask)[mask] * length + position
-    flat = to_go.double()[mask]
-    own_sum = torch.zeros(len(present) * length, dtype=torch.float64).index_add_(0, cell, flat)
-    own_count = torch.zeros_like(own_sum).index_add_(0, cell, torch.ones_like(flat))
+    own = weights[:, None].expand_as(mask)[mask]
+    own_sum = torch.zeros(len(present) * length, dtype=torch.float64).index_add_(0, cell, own * to_go.double()[mask])
+    own_count = torch.zeros_like(own_sum).index_add_(0, cell, own)
     other_sum = (sums.sum() - sums.cumsum(0))[position] - own_sum[cell]
     other_count = reaching[position] - own_count[cell]
     out = torch.zeros(mask.shape, dtype=torch.float64)
-    out[mask] = torch.where(other_count > 0, other_sum / other_count.clamp(min=1), 0.0)
+    some = other_count > LEAST_SHARE * reaching[position]
+    out[mask] = torch.where(some, other_sum / torch.where(some, other_count, 1.0), 0.0)
     return out
 
 
 def leave_one_out_mean(
-    values: Float[Tensor, " N"], prompt_ids: Int[Tensor, " N"], batch_sum: float, batch_count: int
+    values: Float[Tensor, " N"],
+    prompt_ids: Int[Tensor, " N"],
+    batch_sum: float,
+    batch_count: float,
+    weights: Float[Tensor, " N"],
 ) -> Float[Tensor, " N"]:
     """For each sequence the mean of the others of its prompt, or of the whole batch if its prompt has no other.
 
@@ -110,15 +121,16 @@ def leave_one_out_mean(
         prompt_ids: their prompts, all sequences of a prompt among them.
         batch_sum: of the values over the whole batch.
         batch_count: sequences of the whole batch.
+        weights: what these sequences count in the sum, the number and the mean.
 
     Raises:
         ValueError: for a batch of one sequence.
     """
-    if batch_count < 2:
-        raise ValueError(f"leave-one-out baseline: expected at least 2 sequences, got {batch_count}")
-    values = values.double()
+    if batch_count < 1.5:
+        raise ValueError(f"leave-one-out baseline: expected at least 2 sequences, got {batch_count:.0f}")
+    weighted = weights * values.double()
     group = Units.prompts(prompt_ids)
-    count = group.total(torch.ones_like(values))[group.index]
-    within = (group.total(values)[group.index] - values) / (count - 1).clamp(min=1)
-    across = (batch_sum - values) / (batch_count - 1)
-    return torch.where(count > 1, within, across)
+    count = group.total(weights)[group.index]
+    some = count - weights > LEAST_SHARE * count
+    within = (group.total(weighted)[group.index] - weighted) / torch.where(some, count - weights, 1.0)
+    return torch.where(some, within, (batch_sum - weighted) / (batch_count - weights))

@@ -81,16 +81,16 @@ def per_decision_taylor(
     Returns:
         Sums in nats, per unit of ``eta`` and per squared unit.
     """
-    mask = scores.response_mask
+    mask, weights = scores.response_mask, scores.weights
     s1, s2 = first.logprobs.double(), second.logprobs.double()
     before1, before2 = s1.cumsum(1) - s1, s2.cumsum(1) - s2
     weight2 = before1.square() + before2
     innovation2 = s2 + s1.square() + 2 * before1 * s1
 
     def reweighted(h: Tensor, sums: Tensor, h1: Tensor, h2: Tensor) -> Tensor:
-        baseline = position_baseline(strictly_after(h, mask), mask, units, batch.reaching, sums)
+        baseline = position_baseline(strictly_after(h, mask), mask, units, batch.reaching, sums, weights)
         by_token = (h, h1 + before1 * h - baseline * s1, h2 + 2 * before1 * h1 + weight2 * h - baseline * innovation2)
-        return torch.stack([units.total(torch.where(mask, x, 0.0).sum(1)) for x in by_token])
+        return torch.stack([units.total(weights * torch.where(mask, x, 0.0).sum(1)) for x in by_token])
 
     h = scores.entropies.double()
     numerator = reweighted(h, batch.of_kind("rao_blackwell"), first.entropies.double(), second.entropies.double())
@@ -99,5 +99,5 @@ def per_decision_taylor(
         size = reweighted(mask.double(), batch.reaching, zeros, zeros)
     else:
         size = torch.zeros_like(numerator)
-        size[0] = units.total(torch.ones(len(mask), dtype=torch.float64))
+        size[0] = units.total(weights)
     return TaylorSums(torch.stack([numerator, size]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -35,9 +34,8 @@ Normalization = Literal["token", "sequence"]
 
 
 def sequence_weights(scores: TokenScores, normalization: Normalization) -> Float[Tensor, " N"]:
-    """What each sequence adds to the denominator: its response tokens, or 1 per sequence."""
-    lengths = scores.response_lengths.double()
-    return lengths if normalization == "token" else torch.ones_like(lengths)
+    """What each sequence adds to the denominator: its response tokens, or 1 per sequence, times its weight."""
+    return scores.weights * scores.response_lengths if normalization == "token" else scores.weights
 
 
 def sequence_entropies(scores: TokenScores, kind: EntropyKind) -> Float[Tensor, " N"]:
@@ -52,7 +50,8 @@ def entropy(
     kind: EntropyKind = "rao_blackwell",
 ) -> UnitSums:
     """H in nats per token, ``E[sum_t h_t] / E[T]`` (a ratio of means), or per sequence, ``E[sum_t h_t]``."""
-    return UnitSums.of(units, sequence_entropies(scores, kind), sequence_weights(scores, normalization))
+    numerator = scores.weights * sequence_entropies(scores, kind)
+    return UnitSums.of(units, numerator, sequence_weights(scores, normalization))
 
 
 def entropy_coefficients(
@@ -69,7 +68,7 @@ def entropy_coefficients(
     batch's entropy per token for each of those tokens, under per-token normalisation) and ``b_it`` its mean at
     position t over the other units. Surprisal: ``-(S_i - mean of the others) s_it``, with the same correction for
     length under per-token normalisation. Coefficients are constants: differentiating them too gives another,
-    wrong gradient (about twice the right one for surprisal).
+    wrong gradient (about twice the right one for surprisal). All of it is times the sequence's weight.
 
     Args:
         scores: of all or some sequences of a batch, whole units and prompts.
@@ -82,15 +81,16 @@ def entropy_coefficients(
     Returns:
         Float64 coefficients, 0 off the response.
     """
-    mask, reaching = scores.response_mask, batch.reaching
+    mask, reaching, weights = scores.response_mask, batch.reaching, scores.weights
     per_token = batch.per_token(kind) if normalization == "token" else 0.0
     sums = batch.of_kind(kind) - per_token * reaching
     if kind == "surprisal":
         surprisal = -scores.sequence_logprobs - per_token * scores.response_lengths.double()
-        others = leave_one_out_mean(surprisal, prompt_ids, sums.sum().item(), int(reaching[0]))
-        return TokenCoefficients((surprisal - others)[:, None] * mask, None)
+        others = leave_one_out_mean(surprisal, prompt_ids, sums.sum().item(), reaching[0].item(), weights)
+        return TokenCoefficients((weights * (surprisal - others))[:, None] * mask, None)
     to_go = strictly_after(scores.entropies.double() - per_token, mask)
-    return TokenCoefficients(to_go - position_baseline(to_go, mask, units, reaching, sums), mask.double())
+    centred = to_go - position_baseline(to_go, mask, units, reaching, sums, weights)
+    return TokenCoefficients(weights[:, None] * centred, weights[:, None] * mask)
 
 
 def first_order(contributions: Float[Tensor, " U"], weights: Float[Tensor, " U"]) -> Sampled:

@@ -115,8 +115,12 @@ def sampler_mismatch(gaps: Float[Tensor, "3 N"], num_tokens: int) -> Mismatch:
 
 
 def sequence_log_weights(before: TokenScores, after: TokenScores) -> Float[Tensor, " N"]:
-    """``S+_i - S_i``, nats, float64: scores of the same responses at the new and at the old parameters."""
-    return after.sequence_logprobs - before.sequence_logprobs
+    """``S+_i - S_i``, nats, float64: scores of the same responses at the new and at the old parameters.
+
+    In a reweighted batch plus the logarithm of the sequence's weight: the whole way from the sampler to the new policy.
+    """
+    moved = after.sequence_logprobs - before.sequence_logprobs
+    return moved if before.log_weights is None else moved + before.log_weights
 
 
 def sequence_importance_weights(

@@ -113,9 +113,9 @@ def per_decision(
 
         sum_t [ w_<t h+_t - w_<t (rho_t - 1) b_t ]
 
-    with ``rho_t = exp(s+_t - s_t)``, ``w_<t`` the product of earlier ratios and ``b_t`` the baseline of the entropy
-    gradient at the old parameters. Per token, numerator and denominator (``h+ = 1``) are both estimated this way.
-    Unbiased per sequence; a ratio, with a bias of order ``1 / N``, per token.
+    times the sequence's weight in a reweighted batch, with ``rho_t = exp(s+_t - s_t)``, ``w_<t`` the product of earlier
+    ratios and ``b_t`` the baseline of the entropy gradient at the old parameters. Per token, numerator and denominator
+    (``h+ = 1``) are both estimated this way. Unbiased per sequence; a ratio, with a bias of order ``1 / N``, per token.
 
     Args:
         before: scores at the old parameters of all or some sequences of a batch, whole units.
@@ -138,11 +138,11 @@ def per_decision(
         )
 
     def reweighted(old: Tensor, sums: Tensor, new: Tensor) -> Float[Tensor, " N"]:
-        baseline = position_baseline(strictly_after(old, mask), mask, units, batch.reaching, sums)
-        return (earlier * new - innovation * baseline).sum(1)
+        baseline = position_baseline(strictly_after(old, mask), mask, units, batch.reaching, sums, before.weights)
+        return before.weights * (earlier * new - innovation * baseline).sum(1)
 
     numerator = reweighted(before.entropies, batch.of_kind("rao_blackwell"), after.entropies.double())
     if normalization == "sequence":
-        return UnitSums.of(units, numerator, torch.ones_like(numerator))
+        return UnitSums.of(units, numerator, before.weights)
     ones = mask.double()
     return UnitSums.of(units, numerator, reweighted(ones, batch.reaching, ones))

@@ -73,6 +73,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Right for the Trainer's AdamW; else record a manifest during training.",
     ),
     ("the adapter was trained on", "Give the base model that it was trained on, and record a manifest."),
+    ("sequences are reweighted", "Read the errors, which the weights enlarge; sampling from this checkpoint has none."),
     ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
     ("no direct curvature", "Read the curvature from the fit."),
     (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),

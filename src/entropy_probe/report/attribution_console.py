@@ -61,9 +61,9 @@ def print_validation(validation: Validation, console: Console) -> None:
         console: where to print.
     """
     kept, count = len(validation.steps[0].kept), len(validation.steps)
-    title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: rank correlation with measured ΔH"
+    title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: are they ranked as forecast?"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
-    for heading in ("forecast", " Spearman", "95% interval"):
+    for heading in ("forecast", " rank correlation", "95% interval"):
         table.add_column(heading, no_wrap=True)
     for name, found in (
         ("contributions", validation.contributions),

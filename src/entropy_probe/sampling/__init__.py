@@ -8,6 +8,7 @@ from entropy_probe.sampling.collect import (
     UpdateSettings,
     sample_update,
 )
+from entropy_probe.sampling.divided import share_engine
 from entropy_probe.sampling.evaluation import resample_responses, sample_evaluation, sample_evaluation_file
 from entropy_probe.sampling.files import read_rollouts, write_rollouts
 from entropy_probe.sampling.generator import (
@@ -48,5 +49,6 @@ __all__ = [
     "sample_evaluation_file",
     "sample_update",
     "score_responses",
+    "share_engine",
     "write_rollouts",
 ]

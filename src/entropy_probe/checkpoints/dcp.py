@@ -1,0 +1,310 @@
+"""Directories of ``torch.distributed.checkpoint``: tensors in shards, and an index of them, ``.metadata``.
+
+The index is a pickle. It is read with stand-ins for the few classes it may name, so that nothing in it runs, not even
+torch's own code, and then checked against the files: every tensor is covered by its shards exactly once, and no shard
+claims more data than the file has. No process group is needed. Format: ``torch.distributed.checkpoint.metadata`` and
+``filesystem`` of torch 2.3 and later.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.checkpoints.archive import UNREADABLE, read_archived
+from entropy_probe.checkpoints.errors import (
+    CheckpointError,
+    DamagedFileError,
+    MissingFileError,
+    UnsafeFileError,
+    UnsupportedError,
+)
+
+__all__ = ["METADATA", "Entry", "ShardedDirectory", "ShardedWeights"]
+
+METADATA = ".metadata"
+Place = tuple[Any, ...]
+"""Where an entry is in the nested dictionary that was saved."""
+
+_COPY = "copy the checkpoint again"
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+class _StandIn:
+    """In place of any class that the index names: it holds what was stored and does nothing."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+        else:
+            self.state = state
+
+
+_CLASSES = (
+    *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex"),
+    *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+)
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{("torch.distributed.checkpoint.metadata", name): type(name, (_StandIn,), {}) for name in _CLASSES},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StandIn,
+    ("torch.serialization", "_get_layout"): _StandIn,
+    ("torch", "Size"): tuple,
+    **{("pathlib", name): _StandIn for name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")},
+    **{("pathlib._local", name): _StandIn for name in ("PosixPath", "WindowsPath")},
+    ("collections", "OrderedDict"): dict,
+    **{("torch", name): getattr(torch, name) for name in _DTYPES},
+}
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a class, if an index may name it."""
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
+        return _ALLOWED[module, name]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A box of a tensor, or a whole value, in a part of a file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor, or with ``dtype`` None any other value, and where it is stored."""
+
+    name: str
+    place: Place
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    shards: tuple[_Shard, ...]
+
+
+@dataclass(frozen=True)
+class ShardedDirectory:
+    """A directory whose index was read and checked; ``entries`` by their place in what was saved."""
+
+    path: Path
+    entries: dict[Place, Entry]
+
+    @classmethod
+    def open(cls, path: Path) -> ShardedDirectory:
+        """Read and check the index; of the files with data only their sizes are looked at.
+
+        Raises:
+            CheckpointError: if it is missing, damaged, names anything but its own classes, or does not fit the files.
+        """
+        file = path / METADATA
+        if not file.is_file():
+            raise MissingFileError(f"{file}: expected the index of a sharded checkpoint, found none; {_COPY}")
+        try:
+            with file.open("rb") as stream:
+                index = _Index(stream).load()
+            entries = {entry.place: entry for entry in _entries(index)}
+        except pickle.UnpicklingError as error:
+            raise UnsafeFileError(
+                f"{file}: expected an index of tensors and values, got a pickle that is none ({error}); nothing in it "
+                f"was run; {_COPY}"
+            ) from error
+        except CheckpointError:
+            raise
+        except (*UNREADABLE, RecursionError, MemoryError) as error:
+            raise DamagedFileError(f"{file}: expected an intact index, got: {str(error)[:100]}; {_COPY}") from error
+        found = cls(path, entries)
+        found._check_files()
+        return found
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the files with data."""
+        names = {shard.file for entry in self.entries.values() for shard in entry.shards}
+        return sum((self.path / name).stat().st_size for name in names)
+
+    def _check_files(self) -> None:
+        where = self.path / METADATA
+        sizes: dict[str, int] = {}
+        for shard in (shard for entry in self.entries.values() for shard in entry.shards):
+            if not isinstance(shard.file, str) or Path(shard.file).name != shard.file or shard.file in ("", "..", "."):
+                raise UnsafeFileError(f"{where}: expected files beside it, got {shard.file!r:.100}; it was not read")
+            if shard.file not in sizes:
+                file = self.path / shard.file
+                if not file.is_file():
+                    raise MissingFileError(f"{file}: expected the shard that {METADATA} names; {_COPY}")
+                sizes[shard.file] = file.stat().st_size
+        declared = 0
+        for entry in self.entries.values():
+            _check_cover(f"{where}: {entry.name}", entry)
+            for shard in entry.shards:
+                claimed = 0 if entry.dtype is None else math.prod(shard.sizes) * entry.dtype.itemsize
+                declared += claimed
+                if not (shard.start >= 0 and claimed <= shard.length <= sizes[shard.file] - shard.start):
+                    raise DamagedFileError(
+                        f"{where}: {entry.name}: expected {claimed:,} bytes within the {sizes[shard.file]:,} of "
+                        f"{shard.file}, got {shard.length:,} from {shard.start:,}; {_COPY}"
+                    )
+        if declared > sum(sizes.values()):
+            raise DamagedFileError(
+                f"{where}: expected tensors of at most the files' {sum(sizes.values()):,} bytes, got {declared:,} "
+                f"declared by tensors that share their data; {_COPY}"
+            )
+
+    def read(self, entry: Entry) -> Any:
+        """A tensor put together from its shards, or a plain value.
+
+        Raises:
+            CheckpointError: if a shard is damaged, or not what the index says.
+        """
+        if entry.dtype is None:
+            return self._stored(entry, entry.shards[0])
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for shard in entry.shards:
+            part = self._stored(entry, shard)
+            if not (type(part) is Tensor and part.dtype == entry.dtype and tuple(part.shape) == shard.sizes):
+                got = f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+                raise DamagedFileError(
+                    f"{self.path / shard.file}: {entry.name}: expected {entry.dtype} {list(shard.sizes)}, got {got}; "
+                    f"{_COPY}"
+                )
+            box = tuple(slice(at, at + n) for at, n in zip(shard.offsets, shard.sizes, strict=True))
+            whole[box] = part
+        return whole
+
+    def _stored(self, entry: Entry, shard: _Shard) -> Any:
+        file = self.path / shard.file
+        with file.open("rb") as stream:
+            stream.seek(shard.start)
+            return read_archived(stream.read(shard.length), f"{file}: {entry.name}")
+
+    def model(self) -> dict[str, Entry]:
+        """The model's tensors by name: those under ``model``, or all where nothing is nested.
+
+        Raises:
+            UnsupportedError: if there are none, or several models.
+        """
+        inside = {place: e for place, e in self.entries.items() if e.dtype is not None}
+        parents = {place[:-1] for place in inside if place[-2:-1] in ((), ("model",))}
+        if len(parents) != 1:
+            raise UnsupportedError(
+                f"{self.path}: expected one 'model' with tensors by name, got {len(parents)}; save model and optimizer "
+                "as torch.distributed.checkpoint.state_dict gives them"
+            )
+        (parent,) = parents
+        return {str(place[-1]): entry for place, entry in inside.items() if place[:-1] == parent}
+
+
+def _entries(index: Any) -> Iterator[Entry]:
+    """The entries of an index as it was unpickled, with any error that malformed ones give."""
+    stored: dict[tuple[str, tuple[int, ...] | None], Any] = {}
+    for key, info in index.storage_data.items():
+        offset = getattr(key, "offset", None)  # a value has none
+        at = offset if offset is None else tuple(offset)
+        if (key.fqn, at) in stored:
+            raise ValueError(f"two places for {key.fqn}")
+        if getattr(info, "transform_descriptors", None):
+            raise UnsupportedError("not supported: transformed (compressed) shards; save without extensions")
+        stored[key.fqn, at] = info
+    for name, meta in index.state_dict_metadata.items():
+        place = tuple((index.planner_data or {})[name])
+        if not isinstance(name, str) or ".".join(map(str, place)) != name:
+            raise ValueError(f"place {place} of {name}")
+        if type(meta).__name__ == "BytesStorageMetadata":
+            yield Entry(name, place, None, (), (_shard((), (), stored[name, None]),))
+            continue
+        dtype = meta.properties.state[0]
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype of {name}")
+        chunks = [(_whole_numbers(c.offsets), _whole_numbers(c.sizes)) for c in meta.chunks]
+        shards = tuple(_shard(offsets, sizes, stored[name, offsets]) for offsets, sizes in chunks)
+        yield Entry(name, place, dtype, _whole_numbers(meta.size), shards)
+
+
+def _shard(offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any) -> _Shard:
+    start, length = _whole_numbers((info.offset, info.length))
+    return _Shard(offsets, sizes, info.relative_path, start, length)
+
+
+def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
+    found = tuple(values)
+    if not all(type(x) is int and 0 <= x < 2**48 for x in found):
+        raise ValueError(f"sizes {found!r:.60}")
+    return found
+
+
+def _check_cover(where: str, entry: Entry) -> None:
+    """The shards of a tensor lie in it, do not overlap, and leave nothing out."""
+    boxes = [(shard.offsets, shard.sizes) for shard in entry.shards if 0 not in shard.sizes]
+    dims = len(entry.shape)
+    inside = all(
+        len(offsets) == len(sizes) == dims
+        and all(at + n <= whole for at, n, whole in zip(offsets, sizes, entry.shape, strict=True))
+        for offsets, sizes in boxes
+    )
+    covered = sum(math.prod(sizes) for _, sizes in boxes)
+    if entry.dtype is None:
+        return
+    if not inside or covered != math.prod(entry.shape) or _overlap(boxes):
+        raise DamagedFileError(
+            f"{where}: expected shards that make up {list(entry.shape)}, got {len(boxes)} with {covered:,} elements; "
+            f"{_COPY}"
+        )
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether any two boxes share an element; in order of their offsets it is enough to look at a row's end."""
+    by_lead: dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for box in sorted(boxes):
+        by_lead.setdefault((box[0][:1] or (0,)), []).append(box)
+    ends = [max((o[0] + s[0] for o, s in group if o), default=0) for group in by_lead.values()]
+    starts = [lead[0] for lead in by_lead]
+    rows_apart = all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+    groups = by_lead.values() if rows_apart else [boxes]
+    return any(
+        all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
+        for group in groups
+        for one, other in combinations(group, 2)
+    )
+
+
+class ShardedWeights:
+    """The model's tensors of a directory, read as those of a safetensors file are."""
+
+    def __init__(self, path: Path) -> None:
+        self.directory = ShardedDirectory.open(path)
+        self.entries = self.directory.model()
+
+    def __enter__(self) -> ShardedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def keys(self) -> list[str]:
+        """The tensors' names."""
+        return list(self.entries)
+
+    def get_slice(self, name: str) -> Any:
+        """Shape of a tensor, from the index."""
+        return types.SimpleNamespace(get_shape=lambda: list(self.entries[name].shape))
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor, put together from its shards."""
+        return self.directory.read(self.entries[name])

@@ -1,0 +1,416 @@
+"""Checkpoints that two ranks saved with ``torch.distributed.checkpoint``, loaded into plain models, and faults."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+from entropy_probe.checkpoints import CheckpointError, errors, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory, _overlap
+from entropy_probe.checkpoints.record import record_checkpoint
+from entropy_probe.cli.sweep_directory import hash_directory
+from entropy_probe.updates.adamw import optimizer_parameters, shadow_step
+from tests.cli.conftest import invoke
+from tests.faults.payloads import Payload, raw_pickle
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = ("hf", "plain", "nested")
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory) -> Path:
+    """The directory of ``tests/checkpoints/sharded_run.py``."""
+    directory = tmp_path_factory.mktemp("sharded")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.checkpoints.sharded_run", str(directory)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    return directory
+
+
+@pytest.fixture
+def copy_of(sharded, tmp_path) -> Callable[..., Path]:
+    def copy(layout: str, name: str = "full") -> Path:
+        return Path(shutil.copytree(sharded / name / layout / "checkpoint-2", tmp_path / "checkpoint-2"))
+
+    return copy
+
+
+@pytest.mark.parametrize(("name", "layout"), [("full", "hf"), ("tied", "plain")])
+def test_the_next_step_is_the_next_checkpoint_bitwise(sharded, name, layout):
+    run = sharded / name
+    now, after = (load_checkpoint(run / layout / f"checkpoint-{k}", run / "base") for k in (2, 3))
+    assert not torch.distributed.is_initialized()
+    assert (now.report.verdict, now.report.reasons) == ("healthy", ())
+    assert now.report.optimizer_state.mapping.startswith("names (")
+    parameters = optimizer_parameters(now.model, now.optimizer)
+    gradients = torch.load(run / "step-3.pt", weights_only=True)
+    stepped = shadow_step(parameters, now.optimizer, gradients)
+    expected = optimizer_parameters(after.model, after.optimizer)
+    assert stepped.keys() == expected.keys() == gradients.keys()
+    assert [n for n in stepped if not torch.equal(stepped[n], expected[n])] == []
+    assert not any(torch.equal(parameters[n], expected[n]) for n in stepped)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["full", "tied"])
+def test_weights_and_moments_are_those_of_the_ranks(sharded, name, layout):
+    run = sharded / name
+    state = load_checkpoint(run / layout / "checkpoint-2", run / "base")
+    whole = torch.load(run / "whole-2.pt", weights_only=True)
+    parameters = dict(state.model.named_parameters())
+    assert parameters.keys() == whole["model"].keys()
+    for key, parameter in parameters.items():
+        assert parameter.requires_grad
+        assert torch.equal(parameter, whole["model"][key])
+        entry = state.optimizer.state[parameter]
+        assert all(torch.equal(entry[moment], x) for moment, x in whole["moments"][key].items())
+        assert entry["step"] == 2
+    assert [g["lr"] for g in state.optimizer.param_groups] == [1e-3, 3e-4]
+    assert [g["weight_decay"] for g in state.optimizer.param_groups] == [0.1, 0.0]
+    rotary = state.model.model.rotary_emb.inv_freq
+    assert rotary.isfinite().all()
+    assert rotary[0] == 1.0
+
+
+def test_the_commands_take_it(sharded, tmp_path):
+    run = sharded / "full"
+    inspected = invoke("inspect", run / "hf" / "checkpoint-2", "--base-model", run / "base", "--json")
+    assert inspected.exit_code == 0, inspected.output
+    assert json.loads(inspected.stdout)["movement"]["status"] == "consistent"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{a}+{a}=", "answer": str(2 * a)}) + "\n" for a in range(4)))
+    settings = {
+        "checkpoint": str(run / "plain" / "checkpoint-2"),
+        "base_model": str(run / "base"),
+        "output_dir": str(tmp_path / "out"),
+        "prompts": {"jsonl": str(prompts)},
+        "reward": "tests.cli.rewards:odd_characters",
+        "update": {"num_prompts": 4, "group_size": 4},
+        "evaluation": {"total_sequences": 16},
+        "probe": {"max_completion_length": 6},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = invoke("run", tmp_path / "run.yaml")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert (
+        json.loads((tmp_path / "out" / "results.json").read_text())["optimizer_state"]["mapping"]
+        == "names (27 tensors)"
+    )
+
+
+def test_another_precision_and_what_is_not_for_it(sharded, tmp_path):
+    run = sharded / "full"
+    half = load_checkpoint(run / "hf" / "checkpoint-2", run / "base", dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert {x["exp_avg"].dtype for x in half.optimizer.state.values()} == {torch.float32}
+    with pytest.raises(CheckpointError, match="not supported: a manifest of a sharded checkpoint"):
+        record_checkpoint(run / "hf" / "checkpoint-2", run / "base", written_by="a test")
+    with pytest.raises(CheckpointError, match=r"config\.json: expected the model's configuration.*pass base_model"):
+        load_checkpoint(run / "hf" / "checkpoint-2")
+
+
+@pytest.mark.parametrize("layout", ["hf", "plain"])
+def test_a_sweep_is_computed_from_every_shard(copy_of, layout):
+    checkpoint = copy_of(layout)
+    before = hash_directory(checkpoint)
+    for shard in checkpoint.rglob("*.distcp"):
+        flip(shard)
+        assert hash_directory(checkpoint) != before
+        flip(shard)
+    assert hash_directory(checkpoint) == before
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def index(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Change the index with torch's own classes."""
+
+    def make(checkpoint: Path) -> None:
+        metadata = pickle.loads((checkpoint / METADATA).read_bytes())
+        change(metadata)
+        (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
+
+    return make
+
+
+def again(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Save the same again, changed, from one process."""
+
+    def make(checkpoint: Path) -> None:
+        opened = ShardedDirectory.open(checkpoint)
+        content: dict[str, Any] = {"model": {}, "optimizer": {"state": {}, "param_groups": [{}, {}]}}
+        for place, entry in opened.entries.items():
+            into: Any = content
+            for key in place[:-1]:
+                into = into[key] if isinstance(key, int) else into.setdefault(key, {})
+            into[place[-1]] = opened.read(entry)
+        change(content)
+        shutil.rmtree(checkpoint)
+        dcp.save(content, checkpoint_id=checkpoint, no_dist=True)
+
+    return make
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 8
+    file.write_bytes(data)
+
+
+Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+MOMENT = f"optimizer.state.{Q}.exp_avg"
+
+
+def hostile(checkpoint: Path) -> None:
+    raw_pickle(checkpoint / METADATA, Payload(checkpoint.parent / "ran"))
+
+
+def hostile_inside(checkpoint: Path) -> None:
+    metadata = pickle.loads((checkpoint / METADATA).read_bytes())
+    metadata.planner_data["evil"] = Payload(checkpoint.parent / "ran")
+    (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def hostile_value(checkpoint: Path) -> None:
+    """In the learning rate, which is a pickle of its own."""
+    stream = io.BytesIO()
+    torch.save(Payload(checkpoint.parent / "ran"), stream)
+    (checkpoint / "evil.distcp").write_bytes(stream.getvalue())
+
+    def change(metadata: Any) -> None:
+        info = metadata.storage_data[MetadataIndex("optimizer.param_groups.0.lr")]
+        info.relative_path, info.offset, info.length = "evil.distcp", 0, len(stream.getvalue())
+
+    index(change)(checkpoint)
+
+
+def stored(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Change where one shard of a moment is said to be."""
+    return index(lambda m: change(next(v for k, v in m.storage_data.items() if k.fqn == MOMENT)))
+
+
+def huge(metadata: Any) -> None:
+    meta = metadata.state_dict_metadata[MOMENT]
+    meta.size = torch.Size([10**6, 10**6])
+    meta.chunks[:] = [ChunkStorageMetadata(torch.Size([0, 0]), meta.size)]
+
+
+def one_shard_for_all(metadata: Any) -> None:
+    """Tensors of one shape share the data of one."""
+    first: dict[Any, Any] = {}
+    for key, info in metadata.storage_data.items():
+        meta = metadata.state_dict_metadata[key.fqn]
+        if getattr(meta, "size", None):
+            same = first.setdefault((meta.size, key.offset), info)
+            info.relative_path, info.offset, info.length = same.relative_path, same.offset, same.length
+
+
+def set_moment(value: Any, key: str = "exp_avg", name: str = Q) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        entry = content["optimizer"]["state"][name]
+        if isinstance(value, float):
+            entry[key].view(-1)[5] = value
+        else:
+            entry[key] = value(entry[key])
+
+    return change
+
+
+def transpose(content: dict[str, Any]) -> None:
+    for key in ("exp_avg", "exp_avg_sq"):
+        set_moment(lambda x: x.T.contiguous(), key, Q.replace("q_proj", "k_proj"))(content)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "hostile index": (hostile, "UnsafeFileError", "nothing in it was run"),
+    "hostile entry of the index": (hostile_inside, "UnsafeFileError", "nothing in it was run"),
+    "hostile value": (hostile_value, "UnsafeFileError", "nothing in it was run"),
+    "index empty": (lambda c: (c / METADATA).write_bytes(b""), "DamagedFileError", "expected an intact index"),
+    "index garbage": (lambda c: (c / METADATA).write_bytes(b"\x93" * 99), "UnsafeFileError|DamagedFileError", "index"),
+    "index cut": (
+        lambda c: (c / METADATA).write_bytes((c / METADATA).read_bytes()[:9000]),
+        "UnsafeFileError|DamagedFileError",
+        "index",
+    ),
+    "index nested deeply": (
+        lambda c: (c / METADATA).write_bytes(b"\x80\x04" + b"]" * 10 + b"(" * 10**6 + b"."),
+        "UnsafeFileError|DamagedFileError",
+        "index",
+    ),
+    "index of something else": (lambda c: (c / METADATA).write_bytes(pickle.dumps([1])), "DamagedFileError", "intact"),
+    "shard missing": (
+        lambda c: (c / "__1_0.distcp").unlink(),
+        "MissingFileError",
+        r"__1_0\.distcp: expected the shard",
+    ),
+    "shard cut": (
+        lambda c: (c / "__1_0.distcp").write_bytes((c / "__1_0.distcp").read_bytes()[:-5000]),
+        "DamagedFileError",
+        "bytes within",
+    ),
+    "shard flipped": (lambda c: flip(c / "__0_0.distcp"), "DamagedFileError|UnsafeFileError", "distcp: "),
+    "shard outside": (stored(lambda i: setattr(i, "relative_path", "../evil")), "UnsafeFileError", "files beside it"),
+    "shard absolute": (stored(lambda i: setattr(i, "relative_path", "/etc/passwd")), "UnsafeFileError", "files beside"),
+    "shard before the file": (stored(lambda i: setattr(i, "offset", -1)), "DamagedFileError", "intact index"),
+    "shard beyond the file": (stored(lambda i: setattr(i, "offset", 10**9)), "DamagedFileError", "bytes within"),
+    "shard too short": (stored(lambda i: setattr(i, "length", 100)), "DamagedFileError", "bytes within"),
+    "shard of another tensor": (
+        index(
+            lambda m: m.storage_data[MetadataIndex(MOMENT, torch.Size([0, 0]), 0)].__dict__.update(
+                vars(m.storage_data[MetadataIndex("model.lm_head.weight", torch.Size([0, 0]), 0)])
+            )
+        ),
+        "DamagedFileError",
+        r"exp_avg: expected torch.float32 \[32, 64\], got torch.float32 \[49, 64\]",
+    ),
+    "shards leave a hole": (index(lambda m: m.state_dict_metadata[MOMENT].chunks.pop()), "DamagedFileError", "make up"),
+    "shards overlap": (
+        index(lambda m: m.state_dict_metadata[MOMENT].chunks.__setitem__(1, m.state_dict_metadata[MOMENT].chunks[0])),
+        "DamagedFileError",
+        "make up",
+    ),
+    "huge tensor": (index(huge), "DamagedFileError", "bytes within"),
+    "no planner data": (index(lambda m: setattr(m, "planner_data", None)), "DamagedFileError", "intact index"),
+    "transformed shards": (
+        stored(lambda i: setattr(i, "transform_descriptors", ["zstd"])),
+        "UnsupportedError",
+        "transformed",
+    ),
+    "moment NaN": (again(set_moment(float("nan"))), "InvalidValueError", "q_proj.*exp_avg: expected finite"),
+    "moment negative": (again(set_moment(-1.0, "exp_avg_sq")), "InvalidValueError", "at least 0"),
+    "moments transposed": (
+        again(transpose),
+        "MappingError",
+        r"names \(27 tensors\): expected every entry to have its parameter's shape",
+    ),
+    "moment missing": (
+        again(lambda c: c["optimizer"]["state"][Q].pop("exp_avg")),
+        "UnsupportedError",
+        "expected AdamW's",
+    ),
+    "entry missing": (again(lambda c: c["optimizer"]["state"].pop(Q)), "MappingError", "none for 1"),
+    "entry of no parameter": (
+        again(lambda c: c["optimizer"]["state"].update(x=c["optimizer"]["state"].pop(Q))),
+        "MappingError",
+        "state for 1 in none",
+    ),
+    "parameter in two groups": (
+        again(lambda c: c["optimizer"]["param_groups"][1]["params"].append(Q)),
+        "MappingError",
+        "got 1 in two",
+    ),
+    "names of another model": (
+        again(lambda c: c["model"].update(x=c["model"].pop(Q))),
+        "MismatchError",
+        "1 missing .*1 unknown",
+    ),
+    "weights of another shape": (
+        again(lambda c: c["model"].update({Q: c["model"][Q].T.contiguous()[:3]})),
+        "MismatchError",
+        "expected shape",
+    ),
+    "weights NaN": (
+        again(lambda c: c["model"][NORM].fill_(float("nan"))),
+        "InvalidValueError",
+        "norm.weight: expected",
+    ),
+    "no optimizer": (again(lambda c: c.pop("optimizer")), "UnsupportedError", "expected one optimizer .*got 0"),
+    "no model": (again(lambda c: c.pop("model")), "UnsupportedError", "expected one 'model' with tensors by name"),
+    "beta of 1": (
+        again(lambda c: c["optimizer"]["param_groups"][0].update(betas=(0.9, 1.0))),
+        "InvalidValueError",
+        "betas in",
+    ),
+    "bitsandbytes": (
+        again(lambda c: c["optimizer"]["state"][Q].update(state1=torch.ones(2))),
+        "UnsupportedError",
+        "bitsandbytes",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault(copy_of, sharded, fault):
+    make, kinds, message = FAULTS[fault]
+    checkpoint = copy_of("plain")
+    make(checkpoint)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(checkpoint, sharded / "full" / "base")
+    assert type(caught.value) in [getattr(errors, kind) for kind in kinds.split("|")], str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (checkpoint.parent / "ran").exists()
+    report = inspect_checkpoint(checkpoint, sharded / "full" / "base")
+    assert (report.verdict, report.reasons) == ("unusable", (str(caught.value),))
+
+
+def test_data_that_is_shared_is_refused(copy_of, sharded):
+    checkpoint = copy_of("plain")
+    index(one_shard_for_all)(checkpoint)
+    index(lambda metadata: compact(checkpoint, metadata))(checkpoint)
+    with pytest.raises(CheckpointError, match="declared by tensors that share their data"):
+        load_checkpoint(checkpoint, sharded / "full" / "base")
+
+
+def compact(checkpoint: Path, metadata: Any) -> None:
+    """Leave only the parts of the files that are referred to."""
+    data = {file.name: file.read_bytes() for file in checkpoint.glob("*.distcp")}
+    kept: dict[tuple[str, int], int] = {}
+    fresh = dict.fromkeys(data, b"")
+    for info in metadata.storage_data.values():
+        name, start = info.relative_path, info.offset
+        if (name, start) not in kept:
+            kept[name, start] = len(fresh[name])
+            fresh[name] += data[name][start : start + info.length]
+        info.offset = kept[name, start]
+    for name, content in fresh.items():
+        (checkpoint / name).write_bytes(content)
+
+
+def test_the_payload_does_work_when_it_is_let(copy_of):
+    checkpoint = copy_of("plain")
+    hostile_inside(checkpoint)
+    pickle.loads((checkpoint / METADATA).read_bytes())
+    assert (checkpoint.parent / "ran").exists()
+
+
+def test_a_tied_model_under_an_untied_configuration_is_refused(sharded, copy_of):
+    """By its names alone the output layer would count as frozen."""
+    checkpoint = copy_of("plain", "tied")
+    with pytest.raises(CheckpointError, match=r"1 missing \['lm_head.weight'\]|of which only .* was trained"):
+        load_checkpoint(checkpoint, sharded / "full" / "base")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_overlaps_are_those_of_brute_force(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, high, (n,), generator=generator).tolist())
+
+    for dims in (1, 2, 3):
+        boxes = [(draw(6, dims), tuple(1 + x for x in draw(2, dims))) for _ in range(3)]
+        cells = [set(itertools.product(*(range(a, a + n) for a, n in zip(*box, strict=True)))) for box in boxes]
+        assert _overlap(boxes) == (len(set().union(*cells)) < sum(map(len, cells)))
