@@ -26,8 +26,9 @@ test: lint
 test-full: lint
 	$(BIN)/pytest -n 2 -m 'not gpu'
 
+# warnings are those of whatever versions the machine has
 test-gpu:
-	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -W default -m gpu tests/gpu
 
 bench-gpu:
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py

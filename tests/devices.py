@@ -171,12 +171,16 @@ def attribution(device: torch.device, model: nn.Module, update: Rollouts, evalua
     return out | {f"layer {layer.layer} {layer.module}": largest + layer.total for layer in found.layers}
 
 
-def one_batch(device: torch.device, max_stored_gradient_gib: float) -> Numbers:
-    """The cross-prompt statistic with adapters."""
+def one_batch(device: torch.device, kept: str) -> Numbers:
+    """The cross-prompt statistic with adapters; ``kept`` says of how many sides gradients fit, as the result does."""
     model, optimizer = on_device(hf_policy("lora"), device)
-    settings = {"max_stored_gradient_gib": max_stored_gradient_gib, "learning_rate": 1e-4}
-    found = numbers(_probe(model, optimizer, **settings).one_batch(rollouts(6, 4, 0)))
-    return {key: x for key, x in found.items() if "bars_dot_ratio" not in key}
+    one_side = 6 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sides = {"one pass": 2.0, "two passes, one side": 1.5, "two passes, since": 0.5}[kept]
+    settings = {"max_stored_gradient_gib": sides * one_side / 2**30, "learning_rate": 1e-4}
+    result = _probe(model, optimizer, **settings).one_batch(rollouts(6, 4, 0))
+    assert result.cross_prompt is not None
+    assert result.cross_prompt.gradients.startswith(kept), result.cross_prompt.gradients
+    return {key: x for key, x in numbers(result).items() if "bars_dot_ratio" not in key}
 
 
 def sampling(device: torch.device) -> Numbers:
@@ -238,9 +242,9 @@ SCENARIOS: dict[str, tuple[Callable[[torch.device], Numbers], float]] = {
     "lora, fused kernel": (partial(hugging_face, kind="lora", fused=True), SINGLE),
     "full, tied": (partial(hugging_face, kind="full", tied=True), SINGLE),
     "autocast": (partial(hugging_face, kind="lora", autocast="bfloat16"), 5e-2),
-    "one batch": (partial(one_batch, max_stored_gradient_gib=2.0), SINGLE),
-    "one batch, one side kept": (partial(one_batch, max_stored_gradient_gib=4e-4), SINGLE),
-    "one batch, two passes": (partial(one_batch, max_stored_gradient_gib=0.0), SINGLE),
+    "one batch": (partial(one_batch, kept="one pass"), SINGLE),
+    "one batch, one side kept": (partial(one_batch, kept="two passes, one side"), SINGLE),
+    "one batch, two passes": (partial(one_batch, kept="two passes, since"), SINGLE),
     "attribution": (lambda d: attribution(d, TinyPolicy(), *batches()), EXACT),
     "attribution, lora": (lambda d: attribution(d, hf_policy("lora"), rollouts(6, 4, 0), rollouts(16, 1, 1)), SINGLE),
     "sampling": (sampling, SINGLE),

@@ -69,6 +69,7 @@ class EntropyProbe:
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
+        _check_whole(model)
         _check_device(model)
         if config.on_low_ess == "resample" and resample is None:
             raise ValueError(
@@ -206,6 +207,17 @@ def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
                 "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "
                 "quantised more coarsely than one step changes them"
             )
+
+
+def _check_whole(model: nn.Module) -> None:
+    """A shard's gradients and inner products are not the model's; taken for them they would give wrong numbers."""
+    kinds = {type(module).__name__ for module in model.modules()} | {type(p).__name__ for p in model.parameters()}
+    sharded = sorted(kinds & {"DTensor", "FullyShardedDataParallel"})
+    if sharded:
+        raise ValueError(
+            f"model: expected whole parameters, got shards ({sharded[0]}), which is not supported; save them with "
+            "torch.distributed.checkpoint and load that checkpoint, or call full_tensor() and pass a plain model"
+        )
 
 
 def _check_device(model: nn.Module) -> None:

@@ -214,7 +214,7 @@ class Session:
                 f"of at most {weights.pareto_k_threshold:.2f}, got {weights.ess_fraction:.1%}{tail}; sample from the "
                 "policy itself"
             )
-        self.messages.append(f"{numbers}; its sequences are reweighted, which costs that share of them")
+        self.messages.append(f"{numbers}; its sequences are reweighted, which leaves that share of them effective")
         normalized = log_weights - log_weights.logsumexp(0) + math.log(len(log_weights))
         return replace(scores, log_weights=normalized[part.rows])
 

@@ -19,7 +19,6 @@ from tests.reference.enumeration import TinyPolicy
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here; tests/gpu runs where there is one"),
-    pytest.mark.filterwarnings("default"),  # of the libraries' versions that such a machine happens to have
 ]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -252,6 +252,22 @@ def test_low_precision_is_refused_unless_asked_for():
         EntropyProbe(model, optimizer)
 
 
+def test_a_model_in_shards_is_refused():
+    """Under ``fully_shard``, here by one rank alone; its parameters then are ``DTensor``."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    model, _ = policy("full")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        with pytest.raises(ValueError, match=r"expected whole parameters, got shards \(DTensor\).*not supported"):
+            EntropyProbe(model, optimizer)
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_model_on_several_devices_is_refused():
     model, optimizer = policy("lora")
     model.get_output_embeddings().to("meta")
