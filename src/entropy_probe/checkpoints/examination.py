@@ -134,6 +134,7 @@ class Examination:
         if self._sharded_optimizer is not None:
             self._check_tied()
             self.saved = with_values(self.saved, self._sharded_optimizer)
+        self._check_never_trained(self.saved, self.mapping)
         self.summary = summarize(self.saved, self.mapping, self.layout)
         movements, reference = self._movements(self.mapping.names)
         if movements:
@@ -204,6 +205,31 @@ class Examination:
         mapping = map_parameters(self.saved, layout.without(frozen))
         how = f"{mapping.how}; {len(frozen)} tensors that are as in {start} were frozen"
         return replace(mapping, how=how, others_frozen=True)
+
+    def _check_never_trained(self, saved: SavedOptimizer, mapping: ParameterMapping) -> None:
+        """A parameter may lack an entry only if the loss has never reached it, so that it is as training began.
+
+        Of full weights that is seen beside those that training started from; of an adapter in ``lora_B``, which starts
+        at 0, and which with ``lora_A`` either both have an entry or neither.
+        """
+        missing = sorted(saved.never_trained)
+        if not missing:
+            return
+        lost = {mapping.names[index] for index in missing}
+        if self.kind == "full":
+            start = self._starting_point()
+            if start is None:
+                raise saved.refusal_of(missing, ", and nothing to see by that they never trained; pass base_model")
+            untouched = unchanged(self.files, weight_files(start, "model"))
+        else:
+            assert self.adapter is not None
+            read = tensor_readers(self.files)
+            inside = starting_at_zero(self._config, tuple(lost), self.adapter)
+            untouched = {name for name, key in inside.items() if key in read and not read[key]().any()}
+            untouched |= {name.replace(".lora_B.", ".lora_A.") for name in untouched}
+        if lost - untouched:
+            moved = min(lost - untouched)
+            raise saved.refusal_of(missing, f", of which {moved} is not as training began")
 
     def _movements(self, names: tuple[str, ...]) -> tuple[dict[str, Callable[[], Tensor]], str]:
         """How far each parameter has moved since training started, and from what; where unknown none, and why."""

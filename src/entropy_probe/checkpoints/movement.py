@@ -73,8 +73,8 @@ def check_movement(
     """
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, name in enumerate(names):
-        shape = tuple(saved.state[index]["exp_avg"].shape)
-        if name in movements and math.prod(shape) >= MIN_ELEMENTS:
+        shape = saved.shape(index)
+        if shape is not None and name in movements and math.prod(shape) >= MIN_ELEMENTS:
             by_shape.setdefault(shape, []).append(index)
     sets = [_correlate(saved, names, movements, indices) for indices in by_shape.values()]
     sets = [found for found in sets if found.names]

@@ -93,8 +93,21 @@ class SavedOptimizer:
         return next((tensor.dtype for _, _, tensor in self.tensors(index)), None)
 
     def contents(self, index: int) -> dict[str, Content]:
-        """What must be kept for a parameter."""
-        return self._expected[index][1]
+        """What is kept for a parameter; nothing if the loss has never reached it."""
+        return {} if index in self.never_trained else self._expected[index][1]
+
+    @cached_property
+    def never_trained(self) -> frozenset[int]:
+        """Parameters without the entry that a first gradient would have made."""
+        return frozenset(i for i in range(self.num_parameters) if self._expected[i][1] and i not in self.state)
+
+    def refusal_of(self, missing: list[int], why: str) -> MappingError:
+        """The error for parameters whose entries should be there."""
+        return MappingError(
+            f"{self.path}: expected state for each of {self.num_parameters} parameters, got none for {len(missing)} "
+            f"(index {missing[:5]}){why}; a fresh state is never substituted, so save the optimizer again after a "
+            "full step"
+        )
 
     @cached_property
     def _expected(self) -> dict[int, tuple[tuple[int, ...] | None, dict[str, Content]]]:
@@ -205,19 +218,17 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
 def check_entries(saved: SavedOptimizer) -> None:
     """Check that every parameter has what its optimizer keeps: tensors that fit one shape, and a step count.
 
+    Adam's may lack entries, which the weights then have to explain (``Examination``); not all of them.
+
     Raises:
         CheckpointError: if an entry is missing, extra, of another optimizer, or malformed, or if tensors claim more
             data than the file has.
     """
     path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
-    missing, extra = sorted(expected - saved.state.keys()), sorted(_strangers(saved, expected), key=str)
-    if missing or extra:
-        raise MappingError(
-            f"{path}: expected state for each of {len(expected)} parameters, got none for {len(missing)} "
-            f"(index {missing[:5]}) and {len(extra)} entries that belong to no parameter ({extra[:5]}); "
-            "a fresh state is never substituted, so save the optimizer again after a full step"
-        )
+    missing, extra = sorted(saved.never_trained), sorted(_strangers(saved, expected), key=str)
+    if extra or (missing and not (saved.is_adam and expected)):
+        raise saved.refusal_of(missing, f" and {len(extra)} entries that belong to no parameter ({extra[:5]})")
     for index in sorted(expected):
         _check_entry(f"{path}: parameter {index}", saved, index, size)
     declared = sum(x.nbytes for index in expected for _, _, x in saved.tensors(index))

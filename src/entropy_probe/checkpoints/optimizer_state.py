@@ -43,10 +43,11 @@ def summarize(
     zeros = 0
     entries = []
     for index, group in saved.with_group():
-        entry = saved.state[index]
-        v = entry["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        zeros += v.numel() - int(torch.count_nonzero(v))
-        entries.append((v.numel(), entry, group))
+        entry = saved.state.get(index, {})
+        elements = math.prod(layout.parameters[mapping.names[index]].shape)
+        v = entry.get("max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
+        zeros += elements - (0 if v is None else int(torch.count_nonzero(v)))
+        entries.append((elements, entry, group))
     return summarize_moments(entries, mapping.how, rates), zeros
 
 
