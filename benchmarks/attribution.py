@@ -40,7 +40,7 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
         return EntropyProbe(model, optimizer, setup.config)
 
     tasks = {
-        "training": lambda: training_gradient(model, update, setup),
+        "training": lambda: training_gradient(model, update, setup.max_tokens_per_microbatch),
         "probe": lambda: probe().run(**both),
         "attributed": lambda: probe().attribute(**both, measure=True),
         "folds": lambda: probe().attribute(**both, measure=True, folds=FOLDS),

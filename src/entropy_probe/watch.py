@@ -29,6 +29,8 @@ class _Line:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket, self._rest, self.finished = connection, b"", False
+        self.early: list[dict[str, Any]] = []
+        """Messages that came together with the first, by which the two sides met."""
 
     def send(self, **message: Any) -> None:
         try:
@@ -80,10 +82,10 @@ class Watch:
             connection, _ = listener.accept()
             connection.settimeout(JOIN_SECONDS)
             line = _Line(connection)
-            for hello in line.receive() or []:
-                if hello.get("token") == token:
-                    lines[hello["rank"]] = line
-                    line.send(welcome=True)
+            hello, *line.early = line.receive() or [{}]
+            if hello.get("token") == token:
+                lines[hello["rank"]] = line
+                line.send(welcome=True)
             connection.settimeout(None)
         listener.close()
         return lines
@@ -91,14 +93,21 @@ class Watch:
     def _connect(self, host: str, store: Any) -> _Line:
         port, token = json.loads(store.get("watch"))
         line = _Line(socket.create_connection((host, port), timeout=JOIN_SECONDS))
-        line.socket.settimeout(None)
         line.send(token=token, rank=self.rank)
+        # until rank 0 has answered, what this rank says might be taken for part of its greeting
+        welcome = line.receive()
+        if not welcome:
+            raise ConnectionError("rank 0 ended, or was not reached, while the ranks were joining")
+        line.early = welcome[1:]
+        line.socket.settimeout(None)
         return line
 
     def _listen(self) -> None:
         selector = selectors.DefaultSelector()
         for rank, line in self._lines.items():
             selector.register(line.socket, selectors.EVENT_READ, (rank, line))
+            for message in line.early:
+                self._take(line, message)
         while selector.get_map():
             for key, _ in selector.select():
                 rank, line = key.data
@@ -115,13 +124,14 @@ class Watch:
         if "finished" in message:
             line.finished = True
         elif "failed" in message:  # to rank 0: may the sender say why?
-            line.finished = True
-            with self._lock:
+            with self._lock:  # whoever takes it first tells all the others, before this process can end
                 first = self.outcome is None
                 self.outcome = self.outcome or (None, message["failed"])
-            line.send(**({"speak": True} if first else {"end": self.exit_code}))
+                line.finished = True
+                line.send(**({"speak": True} if first else {"end": self.exit_code}))
+                if first:
+                    self._spread(end=message["failed"])
             if first:
-                self._spread(end=message["failed"])
                 self._settled()
         elif "speak" in message:
             self._answered.set()
@@ -131,8 +141,9 @@ class Watch:
             self._settle(None, message["end"])
 
     def _lost(self, rank: int) -> None:
-        if self.rank == 0 and self.outcome is None:
-            self._spread(lost=rank)
+        with self._lock:
+            if self.rank == 0 and self.outcome is None:
+                self._spread(lost=rank)
         self._settle(_lost(rank), FAILURE)
 
     def _spread(self, **message: Any) -> None:
@@ -186,9 +197,8 @@ class Watch:
                 return False
             if self.rank == 0:
                 self.outcome = (None, code)
-        if self.rank == 0:
-            self._spread(end=code)
-            return True
+                self._spread(end=code)
+                return True
         self._lines[0].send(failed=code)
         self._answered.wait(GRACE_SECONDS)
         return self.outcome is None

@@ -13,6 +13,7 @@ from entropy_probe.checkpoints import inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.libraries import quiet
 from entropy_probe.checkpoints.movement import check_movement
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
+from entropy_probe.checkpoints.optimizer_kinds import ADAM
 from tests.checkpoints.conftest import edit_json, edit_optimizer
 from tests.tiny import LORA_TARGETS, tiny_policy, train_grpo
 
@@ -53,7 +54,8 @@ def check(named, optimizer, swapped: dict[str, str] | None = None):
     names = tuple(named)
     states = {name: optimizer.state[p] for name, p in named.items()}
     state = {i: states[(swapped or {}).get(name, name)] for i, name in enumerate(names)}
-    saved = SavedOptimizer(Path("optimizer.pt"), ({"params": list(range(len(names)))},), state)
+    group = {"params": list(range(len(names))), "amsgrad": False}
+    saved = SavedOptimizer(Path("optimizer.pt"), ADAM, (group,), state, 0)
     moved = {name: p.detach for name, p in named.items() if "lora_B" in name}
     return check_movement(saved, names, moved, "0, where lora_B starts")
 
