@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, final, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "ProcessGroup", "Ranks", "join_ranks", "joined_ranks"]
+__all__ = ["ALONE", "ProcessGroup", "Ranks", "join_ranks", "joined_ranks", "leave_ranks"]
 
 T = TypeVar("T")
 JOIN_SECONDS = 300
@@ -228,3 +228,10 @@ def join_ranks() -> tuple[Ranks, Any]:
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ProcessGroup(), store
+
+
+def leave_ranks() -> None:
+    """End the process group of :func:`join_ranks`; a process that exits with one may be aborted by its threads."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()

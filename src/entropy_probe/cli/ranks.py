@@ -22,7 +22,7 @@ def launched_ranks() -> Iterator[Ranks]:
 
     An error on one rank ends all of them within seconds, and one of them says it; so does the end of a process.
     """
-    from entropy_probe.distributed import ALONE, join_ranks
+    from entropy_probe.distributed import ALONE, join_ranks, leave_ranks
     from entropy_probe.watch import Watch
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -35,6 +35,7 @@ def launched_ranks() -> Iterator[Ranks]:
         yield ranks
         ranks.gather(None)  # nobody leaves before all are done
         watch.finished()
+        leave_ranks()
     except BaseException as error:
         if watch.failed(error, BAD_INPUT if isinstance(error, ValueError) else FAILURE):
             raise
