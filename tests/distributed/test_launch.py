@@ -53,15 +53,19 @@ def saved(directory: Path) -> dict:
 
 
 def check_same(one: Path, many: Path, rel: float = 1e-6) -> None:
-    """Equal to ``rel``, but for what rounding of single scores decides: that stays below the noise floor."""
+    """Equal to ``rel``, but for what rounding of single scores decides, whose size the noise floor says.
+
+    The floor is seen on 8 sequences; in double precision the errors of such runs were up to 2.3 times as large.
+    """
     a, b = saved(one), saved(many)
-    floor = a["realized"]["noise_floor"]
+    floor = 5 * a["realized"]["noise_floor"]
     for name in ("realized", "difference"):
         assert abs(a[name]["value"] - b[name]["value"]) < floor
         assert abs(a[name]["standard_error"] - b[name]["standard_error"]) < floor
         for key in ("value", "standard_error"):
             a[name][key] = b[name][key] = None
-    a["realized"]["pareto_k"] = b["realized"]["pareto_k"] = None
+    for key in ("pareto_k", "max_weight"):  # of single sequences
+        assert a["realized"].pop(key) == pytest.approx(b["realized"].pop(key), rel=1e-3)
     assert differences(a, b, rel) == []
     for batch in ("update", "evaluation"):
         x, y = (Rollouts.from_parquet(directory / f"{batch}.parquet") for directory in (one, many))
@@ -179,6 +183,6 @@ def test_a_sweep_on_three_ranks_is_resumed_by_one(trained, tmp_path):  # noqa: F
     found, expected = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("out", "one"))
     for a, b in zip(expected["points"], found["points"], strict=True):
         assert a["predicted"]["value"] == pytest.approx(b["predicted"]["value"], rel=1e-6)
-        assert abs(a["realized"]["value"] - b["realized"]["value"]) < a["realized"]["noise_floor"]
+        assert abs(a["realized"]["value"] - b["realized"]["value"]) < 5 * a["realized"]["noise_floor"]
     direct = [x["curvature"]["direct"] for x in (found, expected)]
     assert direct[0]["value"] == pytest.approx(direct[1]["value"], rel=1e-4)
