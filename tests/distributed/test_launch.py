@@ -64,8 +64,8 @@ def check_same(one: Path, many: Path, rel: float = 1e-6) -> None:
         assert abs(a[name]["standard_error"] - b[name]["standard_error"]) < floor
         for key in ("value", "standard_error"):
             a[name][key] = b[name][key] = None
-    for key in ("pareto_k", "max_weight"):  # of single sequences
-        assert a["realized"].pop(key) == pytest.approx(b["realized"].pop(key), rel=1e-3)
+    for key, slack in {"pareto_k": 1e-2, "max_weight": 1e-4}.items():  # decided by a few sequences
+        assert a["realized"].pop(key) == pytest.approx(b["realized"].pop(key), abs=slack)
     assert differences(a, b, rel) == []
     for batch in ("update", "evaluation"):
         x, y = (Rollouts.from_parquet(directory / f"{batch}.parquet") for directory in (one, many))
