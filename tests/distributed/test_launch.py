@@ -52,21 +52,18 @@ def saved(directory: Path) -> dict:
     return {key: value for key, value in found.items() if key not in ("timing", "memory")}
 
 
-def check_same(one: Path, many: Path, rel: float = 1e-6) -> None:
-    """Equal to ``rel``, but for what rounding of single scores decides, whose size the noise floor says.
-
-    The floor is seen on 8 sequences; in double precision the errors of such runs were up to 2.3 times as large.
-    """
+def check_same(one: Path, many: Path, *, rounded: bool = False) -> None:
+    """Every field equal to 1e-6; ``rounded``: but for what rounding of scores decides, within the noise floor."""
     a, b = saved(one), saved(many)
-    floor = 5 * a["realized"]["noise_floor"]
-    for name in ("realized", "difference"):
-        assert abs(a[name]["value"] - b[name]["value"]) < floor
-        assert abs(a[name]["standard_error"] - b[name]["standard_error"]) < floor
-        for key in ("value", "standard_error"):
-            a[name][key] = b[name][key] = None
-    for key, slack in {"pareto_k": 1e-2, "max_weight": 1e-4}.items():  # decided by a few sequences
-        assert a["realized"].pop(key) == pytest.approx(b["realized"].pop(key), abs=slack)
-    assert differences(a, b, rel) == []
+    if rounded:
+        floor = a["realized"]["noise_floor"]
+        for name in ("realized", "difference"):
+            assert abs(a[name]["value"] - b[name]["value"]) < floor
+            assert abs(a[name]["standard_error"] - b[name]["standard_error"]) < floor
+            for key in ("value", "standard_error"):
+                a[name][key] = b[name][key] = None
+        a["realized"]["pareto_k"] = b["realized"]["pareto_k"] = None
+    assert differences(a, b, 1e-6) == []
     for batch in ("update", "evaluation"):
         x, y = (Rollouts.from_parquet(directory / f"{batch}.parquet") for directory in (one, many))
         for column in ("input_ids", "attention_mask", "response_mask", "prompt_ids", "advantages", "rewards"):
@@ -84,7 +81,7 @@ def test_seven_prompts_on_three_ranks(trained, tmp_path):  # noqa: F811
     assert invoke("run", config, "--output-dir", tmp_path / "one").exit_code == 0
     codes, out, err = on_processes(3, "run", config)
     assert codes == [0, 0, 0], err
-    check_same(tmp_path / "one", tmp_path / "out")
+    check_same(tmp_path / "one", tmp_path / "out", rounded=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
@@ -157,12 +154,13 @@ def test_an_error_in_any_phase_is_one_line(trained, tmp_path, phase, how, code, 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_numbers_do_not_depend_on_ranks_microbatches_or_geometry(trained, tmp_path, size):  # noqa: F811
+    """In float64, where what shares a microbatch does not show: in float32 it does, in ΔH, by more than 1e-6."""
     sizes, normalizations = (40, 8192), ("token", "sequence")
     variants = [{"max_tokens_per_microbatch": m, "normalization": n} for m, n in product(sizes, normalizations)]
     for k, changes in enumerate(variants):
         directory = tmp_path / str(k)
         directory.mkdir()
-        config = config_file(directory, trained, probe=SETTINGS["probe"] | changes)
+        config = config_file(directory, trained, probe=SETTINGS["probe"] | changes | {"dtype": "float64"})
         assert invoke("run", config, "--output-dir", directory / "one").exit_code == 0
         codes, _, err = on_processes(size, "run", config)
         assert codes == [0] * size, err
@@ -183,6 +181,6 @@ def test_a_sweep_on_three_ranks_is_resumed_by_one(trained, tmp_path):  # noqa: F
     found, expected = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("out", "one"))
     for a, b in zip(expected["points"], found["points"], strict=True):
         assert a["predicted"]["value"] == pytest.approx(b["predicted"]["value"], rel=1e-6)
-        assert abs(a["realized"]["value"] - b["realized"]["value"]) < 5 * a["realized"]["noise_floor"]
+        assert abs(a["realized"]["value"] - b["realized"]["value"]) < a["realized"]["noise_floor"]
     direct = [x["curvature"]["direct"] for x in (found, expected)]
     assert direct[0]["value"] == pytest.approx(direct[1]["value"], rel=1e-4)

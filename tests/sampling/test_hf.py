@@ -182,6 +182,18 @@ def test_dropout_is_off(tokenizer):
     assert _generate(model.train(), tokenizer, ["012"] * 40) == _generate(model.eval(), tokenizer, ["012"] * 40)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_any_precision_is_sampled(tokenizer, dtype, tolerance):
+    model = build_model().to(dtype)
+    for found in _generate(model, tokenizer, ["1+1=", "23"]):
+        prompt, tokens = list(found.prompt_token_ids), list(found.token_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
+        expected = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+        assert found.logprobs is not None
+        assert list(found.logprobs) == pytest.approx(expected.tolist(), abs=tolerance)
+
+
 def test_seeds(model, tokenizer):
     texts = ["012", "2", "01"] * 20
     first = _generate(model, tokenizer, texts, seed=7)

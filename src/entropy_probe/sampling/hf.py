@@ -128,7 +128,7 @@ class HFGenerator:
         uniforms = torch.from_numpy(np.stack([_uniforms(seed, longest) for seed in seeds])).to(device)
         end_tokens = torch.tensor(self._end_tokens, device=device)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-        logprobs = torch.zeros(tokens.shape, device=device)
+        logprobs = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
         lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
         ended = torch.zeros_like(lengths, dtype=torch.bool)
         state = self._prefill(prompts)
@@ -137,7 +137,7 @@ class HFGenerator:
             drawn, s = draw_tokens(state.logits, uniforms[live, t], parameters.temperature)
             going = ~ended[live]
             rows = live[going]
-            tokens[rows, t], logprobs[rows, t], lengths[rows] = drawn[going], s[going], t + 1
+            tokens[rows, t], logprobs[rows, t], lengths[rows] = drawn[going], s[going].double(), t + 1
             ended[rows] = torch.isin(drawn[going], end_tokens)
             open_ = ~ended[live]
             count = int(open_.sum())
