@@ -31,8 +31,8 @@ ALLOWED = {
     "isolation": {"shards"},
     "provenance": set(),
     "config": {"estimators", "losses"},
-    "sampling": {"types", "named", "distributed"},
-    "checkpoints": {"checkpoint_results", "types", "results", "named", "moments"},
+    "sampling": {"types", "named", "distributed", "shards"},
+    "checkpoints": {"checkpoint_results", "types", "results", "named", "moments", "shards"},
     "report": {
         "attribution_results", "attribution_tables", "validation_results", "checkpoint_results", "types", "results",
         "sweep_results",

@@ -60,6 +60,10 @@ class Ranks(Protocol):
         """
         ...
 
+    def of_first(self, values: Tensor) -> Tensor:
+        """The small tensor that rank 0 has; the others give one of its shape."""
+        ...
+
     def broadcast(self, value: T) -> T:
         """What rank 0 has; the argument of the others is ignored."""
         ...
@@ -72,6 +76,9 @@ class Ranks(Protocol):
 @final
 class _Alone:
     rank, size = 0, 1
+
+    def of_first(self, values: Tensor) -> Tensor:
+        return values
 
     def sum(self, values: Tensor) -> Tensor:
         return values
@@ -164,6 +171,14 @@ class ProcessGroup:
             error.add_note(note)
         raise error from failure
 
+    def of_first(self, values: Tensor) -> Tensor:
+        """The values of rank 0, of the same shape on all."""
+        import torch.distributed as dist
+
+        there = values.to(self._device, copy=True)
+        dist.broadcast(there, src=0)
+        return there.to(values.device)
+
     def broadcast(self, value: T) -> T:
         """See :class:`Ranks`."""
         import torch.distributed as dist
@@ -207,6 +222,10 @@ class SameWork:
     def agreeing(self) -> AbstractContextManager[None]:
         """See :class:`Ranks`."""
         return self._ranks.agreeing()
+
+    def of_first(self, values: Tensor) -> Tensor:
+        """See :class:`Ranks`."""
+        return self._ranks.of_first(values)
 
     def broadcast(self, value: T) -> T:
         """See :class:`Ranks`."""

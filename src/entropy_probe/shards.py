@@ -85,9 +85,9 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
 
     target: Any = like
     mesh = target.device_mesh
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
-        placements=target.placements
-    )
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    # a copy, for a view would keep the memory of the whole
+    return take_part(local(everywhere.redistribute(placements=target.placements)).clone(), like)
 
 
 def take_part(part: Tensor, like: Tensor) -> Tensor:

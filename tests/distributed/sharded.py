@@ -104,7 +104,6 @@ def main(cases: Path, out: Path) -> None:
             found[name] = {"error": str(error)}
         except Exception:
             found[name] = {"crash": traceback.format_exc()}
-        print(name, {k: v for k, v in found[name].items() if k != "result"}, flush=True)
         after = trace(model, optimizer)
         if before is not None:
             found[name]["untouched"] = len(before) == len(after) and all(map(torch.equal, before, after))

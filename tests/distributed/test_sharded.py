@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.cli.conftest import start
+from entropy_probe.checkpoints import CheckpointError, load_checkpoint
+from tests.checkpoints.test_sharded import sharded  # noqa: F401  a fixture
+from tests.cli.conftest import invoke, start, trained  # noqa: F401  a fixture
 from tests.distributed.ranks import differences
 from tests.distributed.sharded import probe, subject_of
+from tests.distributed.test_launch import on_processes, saved
 from tests.distributed.test_watch import free_port
+from tests.tiny import train_grpo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
+SCRIPT = ("-m", "tests.distributed.sharded")
 WIDE = {"dtype": "float64"}
+ONE_SIDE = 2e-3
+"""GiB that hold the gradients of one side, on one rank of two and on one of one alike."""
 CASES = {
-    "lora": {"what": "run", "kind": "lora", "config": WIDE},
+    "lora": {"what": "run", "kind": "lora", "model": {"rank": 1}, "config": WIDE},
     "full, tied": {"what": "run", "kind": "full", "model": {"tie_word_embeddings": True}, "config": WIDE},
     "kept nothing": {"what": "run", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "frozen": {"what": "run", "kind": "full", "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9}},
     "gathered before": {"what": "run", "kind": "full", "config": WIDE, "gathered": True, "reshard": False},
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
-    "one batch, one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": 2e-3}},
+    "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "sweep": {"what": "sweep", "kind": "lora", "config": WIDE},
-    "float32": {"what": "run", "kind": "full", "config": {}},
 }  # fmt: skip
 REFUSED = {
     "attribution": ({"what": "attribute", "kind": "lora", "config": {}}, "model: expected whole parameters"),
@@ -41,20 +49,24 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def on_shards(request, tmp_path_factory):
-    """What every case gave on each rank."""
-    out = tmp_path_factory.mktemp("sharded")
-    cases = out / "cases.json"
-    cases.write_text(json.dumps(CASES | {name: case for name, (case, _) in REFUSED.items()}))
-    environment = {"WORLD_SIZE": str(request.param), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = ("-m", "tests.distributed.sharded")
-    processes = [
-        start(str(cases), str(out), command=command, **environment, RANK=str(rank)) for rank in range(request.param)
-    ]
-    ended = [(process.communicate(timeout=240), process.returncode) for process in processes]
-    assert [code for _, code in ended] == [0] * request.param, ended[0][0]
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(request.param)]
+UNEVEN = ("lora", "gathered before", "one batch, kept nothing")
+"""What is tried on three ranks; on one of two, nothing is left of a tensor of one row either."""
+
+
+@pytest.fixture(scope="module")
+def on_shards(tmp_path_factory):
+    """What every case gave on each rank of two."""
+    return probed(2, CASES | {name: case for name, (case, _) in REFUSED.items()}, tmp_path_factory.mktemp("sharded"))
+
+
+def probed(size: int, cases: dict, out: Path) -> list[dict]:
+    (out / "cases.json").write_text(json.dumps(cases))
+    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = (str(out / "cases.json"), str(out))
+    processes = [start(*arguments, command=SCRIPT, **environment, RANK=str(rank)) for rank in range(size)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, errors
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 @cache
@@ -63,8 +75,8 @@ def whole(name: str):
     return json.loads(json.dumps(probe(case, *subject_of(case))))
 
 
-HOW = ("head", "prefix_sharing", "per_unit_gradients", "messages", "gradients", "direct", "slope")
-"""Fields that say how it was computed, which shards change."""
+HOW = ("head", "prefix_sharing", "per_unit_gradients", "messages", "gradients", "direct", "direct_slope")
+"""Fields that say how it was computed, which shards change, and what they cannot have."""
 
 
 def numbers(found):
@@ -73,14 +85,25 @@ def numbers(found):
     return [numbers(x) for x in found] if isinstance(found, list) else found
 
 
+def check(name: str, on_ranks: list[dict]) -> None:
+    first = on_ranks[0][name]
+    assert "result" in first, first.get("error") or first["crash"]
+    assert differences(numbers(whole(name)), numbers(first["result"]), 1e-9) == []
+    for other in on_ranks[1:]:
+        assert differences(numbers(first["result"]), numbers(other[name]["result"]), 0.0) == []
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_shards_give_the_numbers_of_the_whole_model(on_shards, name):
-    first = on_shards[0][name]
-    assert "result" in first, first.get("error") or first["crash"]
-    rel = 1e-9 if CASES[name]["config"] else 2e-3
-    assert differences(numbers(whole(name)), numbers(first["result"]), rel) == []
-    for other in on_shards[1:]:
-        assert differences(numbers(first["result"]), numbers(other[name]["result"]), 0.0) == []
+    check(name, on_shards)
+
+
+@pytest.mark.slow
+def test_shards_may_be_uneven(tmp_path):
+    found = probed(3, {name: CASES[name] for name in UNEVEN}, tmp_path)
+    for name in UNEVEN:
+        check(name, found)
+        assert all(of_rank[name].get("untouched", True) for of_rank in found)
 
 
 @pytest.mark.parametrize("name", [*CASES, *REFUSED])
@@ -94,3 +117,60 @@ def test_a_sharded_model_is_left_as_it_was(on_shards, name):
 def test_what_shards_cannot_do_is_refused(on_shards, name):
     for of_rank in on_shards:
         assert of_rank[name].get("error", of_rank[name].get("crash", "no error")).startswith(REFUSED[name][1])
+
+
+@pytest.fixture(scope="module")
+def full_checkpoint(tmp_path_factory) -> Path:
+    return train_grpo(tmp_path_factory.mktemp("full"), lora=False, steps=2, save_steps=2)
+
+
+def run_whole_and_sharded(directory: Path, **settings) -> tuple[dict, dict]:
+    """The results of the command line in one process and, in shards, in two, on the same rollouts."""
+    settings = {"device": "cpu", "probe": {"max_completion_length": 8, "dtype": "float64"}} | settings
+    one, two = directory / "one", directory / "two"
+    (directory / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert invoke("run", directory / "run.yaml", "--output-dir", one).exit_code == 0
+    codes, _, errors = on_processes(2, "run", str(directory / "run.yaml"), "shard=true", "--output-dir", str(two))
+    assert codes == [0, 0], errors
+    first, second = saved(one), saved(two)
+    assert second["diagnostics"]["per_unit_gradients"] == "per unit (the parameters are sharded)"
+    return numbers(first), numbers(second)
+
+
+@pytest.mark.parametrize("where", ["adapter", pytest.param("full weights", marks=pytest.mark.slow), "DCP"])
+def test_checkpoints_are_loaded_in_shards(where, tmp_path, request):
+    """Sampling included, which all ranks do together."""
+    run = request.getfixturevalue("trained")
+    settings = {
+        "checkpoint": str(run.checkpoint),
+        "prompts": {"jsonl": str(run.prompts)},
+        "reward": "tests.cli.rewards:odd_characters",
+    }
+    if where == "full weights":
+        settings["checkpoint"] = str(request.getfixturevalue("full_checkpoint"))
+    if where == "DCP":
+        run = request.getfixturevalue("sharded") / "tied"
+        settings |= {"checkpoint": str(run / "hf" / "checkpoint-2"), "base_model": str(run / "base")}
+    one, two = run_whole_and_sharded(
+        tmp_path,
+        **settings,
+        update={"num_prompts": 4, "group_size": 3},
+        evaluation={"total_sequences": 8},
+        mode="both" if where == "DCP" else "two_batch",
+    )
+    # norms of the library compute in float32 also here, which the change of a score by a step feels
+    for name in ("realized", "difference"):
+        for key, value in one.pop(name).items():
+            other = two[name][key]
+            if isinstance(value, float):
+                size = 1e-7 if key in ("value", "standard_error") else 1e-5 * abs(value)
+                assert abs(value - other) <= size or key == "noise_floor", (name, key, value, other)
+            else:
+                assert value == other
+        del two[name]
+    assert differences(one, two, 1e-6) == []
+
+
+def test_a_process_alone_has_nothing_to_shard_over(trained):  # noqa: F811
+    with pytest.raises(CheckpointError, match=r"^shard: expected a process group to spread the model over, found none"):
+        load_checkpoint(trained.checkpoint, shard=True)

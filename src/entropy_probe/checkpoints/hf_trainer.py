@@ -11,13 +11,14 @@ from torch import nn
 
 from entropy_probe.checkpoint_results import CheckpointReport
 from entropy_probe.checkpoints.directory import open_directory
-from entropy_probe.checkpoints.errors import CheckpointError, MismatchError
+from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.examination import Examination
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
 from entropy_probe.checkpoints.models import load_full, load_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
 from entropy_probe.checkpoints.quantization import Quantization
+from entropy_probe.checkpoints.shard_model import shard_full, shard_lora
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     adapter: str | None = None,
     quantization: Quantization | None = None,
+    shard: bool = False,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
 
@@ -81,6 +83,8 @@ def load_checkpoint(
         quantization: settings of the ``BitsAndBytesConfig`` with which training quantised the base model while loading
             it (``{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", ...}``). Not needed for a base model that is
             stored in 4 bits.
+        shard: spread model and optimizer state over the ranks of torch's default process group (FSDP2), for a model
+            that does not fit one device. To be called on all ranks.
 
     Raises:
         CheckpointError: if anything is missing, damaged, of another model, unsafe or not supported, as one of its
@@ -89,10 +93,16 @@ def load_checkpoint(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}; choose one of these")
+    if shard and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise CheckpointError(
+            "shard: expected a process group to spread the model over, found none; start several processes with "
+            "torchrun"
+        )
     examination = Examination(open_directory(Path(path)), base_model, adapter, quantization)
     with random_state_kept():
         examination.run()
-        model = _load_model(examination, getattr(torch, dtype), torch.device(device))
+        load = _shard_model if shard else _load_model
+        model = load(examination, getattr(torch, dtype), torch.device(device))
         tokenizer = load_tokenizer(examination.path, examination.base or base_model)
         assert examination.saved is not None
         assert examination.mapping is not None
@@ -117,6 +127,18 @@ def _load_model(found: Examination, dtype: torch.dtype, device: torch.device) ->
     if found.manifest is not None:
         verify_base(Path(found.base), found.manifest)
     return load_lora(found.directory, found.adapter, found.files, found.base, found.quantization, dtype, device)
+
+
+def _shard_model(found: Examination, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if found.kind == "full":
+        return shard_full(found.configuration, found.files, dtype, device)
+    assert found.base is not None
+    assert found.adapter is not None
+    if found.quantization is not None:
+        raise UnsupportedError(f"{found.base}: not supported: a quantised base in shards; load it on one device")
+    if found.manifest is not None:
+        verify_base(Path(found.base), found.manifest)
+    return shard_lora(found.directory, found.adapter, found.files, found.base, dtype, device)
 
 
 def inspect_checkpoint(

@@ -31,7 +31,16 @@ from entropy_probe.checkpoints.weights import (
     weight_files,
 )
 
-__all__ = ["adapter_layout", "base_skeleton", "embedding_names", "full_skeleton", "load_full", "load_lora"]
+__all__ = [
+    "adapter_layout",
+    "attach_adapter",
+    "base_skeleton",
+    "embedding_names",
+    "full_skeleton",
+    "load_full",
+    "load_lora",
+    "read_config",
+]
 
 
 MOST_LAYERS = 10_000
@@ -50,7 +59,7 @@ def full_skeleton(name: str, files: list[Path]) -> nn.Module:
             have not exactly its tensors.
     """
     shapes = read_shapes(files)
-    config = _read_config(name, shapes)
+    config = read_config(name, shapes)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{name}: not supported: quantised weights; pass unquantised ones")
     if not is_sharded(files):
@@ -84,7 +93,7 @@ def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, Fou
         CheckpointError: if the configuration cannot be used, or the files miss a tensor or hold one of another shape.
     """
     shapes = read_shapes(weight_files(Path(name), "model")) if has_weights(Path(name), "model") else None
-    config = _read_config(name, shapes)
+    config = read_config(name, shapes)
     # quantisation changes how weights are stored, not which there are
     recorded = vars(config).pop("quantization_config", None)
     with one_line_errors(f"{name}: quantization"):
@@ -93,7 +102,7 @@ def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, Fou
     return _skeleton(name, config, None if stored else shapes, complete=False), quantization
 
 
-def _read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
+def read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
     """The configuration, of no more layers than there are tensors."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -175,7 +184,7 @@ def load_full(name: str, files: list[Path], dtype: torch.dtype, device: torch.de
 def _load_sharded(name: str, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    config = _read_config(name, read_shapes(files))
+    config = read_config(name, read_shapes(files))
     with one_line_errors(name), quiet(), device, WithoutInitialization():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     state = model.state_dict()
@@ -198,8 +207,6 @@ def load_lora(
 
     Adapters are never held in a lower precision than their file's, and in bfloat16 only if ``dtype`` and the file are.
     """
-    from peft import PeftModel
-
     base = _from_pretrained(base_name, dtype, device, quantization=quantization)
     numbers = ((name, p) for name, p in base.named_parameters() if not hasattr(p, "quant_state"))
     bad = [name for name, p in numbers if not torch.isfinite(p).all()]
@@ -207,6 +214,15 @@ def load_lora(
         raise InvalidValueError(
             f"{base_name}: {bad[0]}: expected finite values, got NaN or infinity; pass another copy"
         )
+    return attach_adapter(base, directory, adapter, files, dtype, device).eval()
+
+
+def attach_adapter(
+    base: Any, directory: Path, adapter: str, files: list[Path], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The base model with the trainable adapter of a directory, checked to hold every tensor of the adapter's file."""
+    from peft import PeftModel
+
     with one_line_errors(str(directory)), quiet():
         model = PeftModel.from_pretrained(
             base, str(directory), adapter_name=adapter, is_trainable=True, torch_device=str(device)
@@ -216,7 +232,7 @@ def load_lora(
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     check_loaded(files, _adapter_state(model, adapter), all_names=True)
-    return model.eval()
+    return model
 
 
 def _from_pretrained(

@@ -15,6 +15,7 @@ from entropy_probe.checkpoints.mapping import ParameterMapping
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.moments import summarize_moments
 from entropy_probe.results import OptimizerStateReport
+from entropy_probe.shards import sharded_as
 
 __all__ = ["build_optimizer", "summarize"]
 
@@ -121,4 +122,5 @@ def _in_place(saved: SavedOptimizer, index: int, key: str, group: Mapping[str, A
         on_device = group.get("fused") or group.get("capturable")
         return torch.tensor(float(value), dtype=torch.float32, device=parameter.device if on_device else "cpu")
     dtype = torch.promote_types(value.dtype, parameter.dtype)
-    return torch.empty(value.shape, dtype=dtype, device=parameter.device).copy_(value)
+    whole = torch.empty(value.shape, dtype=dtype, device=parameter.device).copy_(value)
+    return whole if value.shape != parameter.shape else sharded_as(whole, parameter)

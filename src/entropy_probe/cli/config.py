@@ -43,6 +43,8 @@ class RunConfig(BaseModel):
         output_dir: where the results go; new or empty, unless ``overwrite``.
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
+        shard: spread model and optimizer over the ranks that ``torchrun`` started (FSDP2), for a model that does not
+            fit one device. Every rank then works on the whole batches, so more ranks bring memory, not speed.
         prompts: where prompts come from; not needed when both batches are read from files.
         mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` predicts from the update batch
             alone, by the cross-prompt U-statistic; ``both`` does both; ``same_batch`` predicts from the update batch
@@ -67,6 +69,7 @@ class RunConfig(BaseModel):
     output_dir: Path
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"
+    shard: bool = False
     prompts: PromptSource | None = None
     mode: Literal["two_batch", "one_batch", "both", "same_batch"] = "two_batch"
     reward: str | None = None
@@ -120,6 +123,8 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_attribution(self) -> RunConfig:
+        if self.attribution and self.shard:
+            raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
         if self.attribution and self.needs_no_evaluation:
             raise ValueError(
                 f"attribution: expected mode two_batch or both, whose prediction it divides, got {self.mode}; change "

@@ -36,6 +36,10 @@ def launched_ranks() -> Iterator[Ranks]:
         ranks.gather(None)  # nobody leaves before all are done
         watch.finished()
         leave_ranks()
+        # at once: torch keeps groups of a sharded model alive, and their threads may abort an exit in good order
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     except BaseException as error:
         if watch.failed(error, BAD_INPUT if isinstance(error, ValueError) else FAILURE):
             raise

@@ -90,6 +90,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         device=config.device,
         adapter=config.adapter,
         quantization=config.quantization,
+        shard=config.shard,
     )
 
 
@@ -145,7 +146,7 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
             mapping=mapping,
             progress=progress,
             resample=resampler(config, state, ranks),
-            distributed=ranks.size > 1,
+            distributed=ranks.size > 1 and not config.shard,
         )
 
         def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
@@ -159,7 +160,8 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
 
         sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
         with clock.phase("sample"):
-            update, evaluation, notes = share_engine(ranks, engine_for(config, state), sample)
+            engine = engine_for(config, state, ranks)
+            update, evaluation, notes = share_engine(ranks, engine, sample, together=config.shard)
         result, attribution = _run_mode(probe, config, update, evaluation)
         result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
         validation = None
@@ -182,13 +184,14 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
     return result
 
 
-def engine_for(config: RunConfig, state: CheckpointState) -> SequenceGenerator | None:
-    """What samples responses of the checkpoint; ``None`` without a tokenizer."""
+def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> SequenceGenerator | None:
+    """What samples responses of the checkpoint on this rank; ``None`` without a tokenizer."""
     from entropy_probe.sampling import HFGenerator
 
     if state.tokenizer is None:
         return None
-    return HFGenerator(state.model, state.tokenizer, config.generation.batch_size)
+    agreed = ranks.of_first if config.shard else None
+    return HFGenerator(state.model, state.tokenizer, config.generation.batch_size, agreed)
 
 
 def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resample | None:
@@ -197,7 +200,7 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
 
     if config.probe.on_low_ess != "resample":
         return None
-    engine = engine_for(config, state)
+    engine = engine_for(config, state, ranks)
     if engine is None:
         raise ValueError(
             f"{config.checkpoint}: expected a tokenizer for on_low_ess 'resample', found none there or with the base "
@@ -210,7 +213,7 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
         def sample(shared: SequenceGenerator | None) -> Rollouts:
             return resample_responses(_required(shared), rollouts, parameters, seed=settings.seed)
 
-        return share_engine(ranks, engine, sample)
+        return share_engine(ranks, engine, sample, together=config.shard)
 
     return resample
 

@@ -119,14 +119,14 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
             mapping=mapping,
             progress=progress,
             resample=resampler(config, state, ranks),
-            distributed=ranks.size > 1,
+            distributed=ranks.size > 1 and not config.shard,
         )
 
         def collect(engine: SequenceGenerator | None) -> Inputs:
             directory.start(inputs, config.to_yaml())
             return _collect_rollouts(config, directory, inputs, sources, state, engine, progress)
 
-        collected = share_engine(ranks, engine_for(config, state), collect)
+        collected = share_engine(ranks, engine_for(config, state, ranks), collect, together=config.shard)
         # Read back also where they were just sampled, so that a resumed sweep sees the same layout.
         found = probe.sweep(
             update=Rollouts.from_parquet(config.output_dir / ROLLOUT_FILES["update"]),

@@ -9,7 +9,7 @@ equally valid one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters
+from entropy_probe.shards import reshard
 
 __all__ = ["HFGenerator", "draw_tokens"]
 
@@ -37,12 +38,19 @@ class HFGenerator:
         tokenizer: its tokenizer, whose end-of-sequence token ends a response, as do those of the model's
             generation config.
         batch_size: sequences at a time.
+        agreed: for a sharded model, whose ranks all sample the same: the drawn tokens that all go on with.
 
     Raises:
         ValueError: if the model cannot generate, no token ends a response, or the batch size is not positive.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int = 64,
+        agreed: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if not callable(getattr(model, "generate", None)):
             raise ValueError(
                 "model: expected a Hugging Face causal language model with generate, got "
@@ -54,6 +62,7 @@ class HFGenerator:
             raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
         self._model = model
         self._batch_size = batch_size
+        self._agreed = agreed
         self._end_tokens = _end_tokens(model, tokenizer)
         get_base_model = getattr(model, "get_base_model", None)
         base: Any = get_base_model() if callable(get_base_model) else model
@@ -108,6 +117,9 @@ class HFGenerator:
         try:
             return self._sample(prompts, parameters, seeds)
         except torch.OutOfMemoryError as error:
+            if self._agreed is not None:  # the other ranks wait for this one in the middle of a pass
+                error.add_note("lower generation.batch_size: with a sharded model it is not lowered by itself")
+                raise
             if len(prompts) == 1:
                 raise MemoryError(
                     f"sampling: a single sequence of up to {len(prompts[0]) + parameters.max_completion_length} tokens "
@@ -135,6 +147,8 @@ class HFGenerator:
         live = torch.arange(len(prompts), device=device)
         for t in range(longest):
             drawn, s = draw_tokens(state.logits, uniforms[live, t], parameters.temperature)
+            if self._agreed is not None:
+                drawn = self._agreed(drawn)
             going = ~ended[live]
             rows = live[going]
             tokens[rows, t], logprobs[rows, t], lengths[rows] = drawn[going], s[going].double(), t + 1
@@ -234,11 +248,12 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode for a while; the flags come back on exit."""
+    """Eval mode for a while; the flags come back on exit, and a sharded model gathers its parameters anew after it."""
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
+        reshard(model)
         for module, flag in training:
             module.training = flag

@@ -197,6 +197,7 @@ class Scorer:
 
     def _model_logits(self, batch: Microbatch) -> Tensor:
         """The model's own logits at the positions that predict response tokens, ``[T, V]``."""
+        reshard(self.model)  # whoever called it last may have left what it gathered
         try:
             output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         finally:
