@@ -77,6 +77,12 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
     ("no direct curvature", "Read the curvature from the fit."),
     (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),
+    ("different halves, fewer than", "Use more update prompts: few halves leave the rank correlation uncertain."),
+    (
+        "could not be measured and are left out",
+        "Set a smaller probe.learning_rate, or probe.on_low_ess to resample (fresh responses after the step).",
+    ),
+    ("no rank correlation: expected", "Use more update prompts whose responses have different rewards."),
     ("are below the noise floor", "Set probe.dtype to float64, or start the sweep at a larger rate."),
 )
 

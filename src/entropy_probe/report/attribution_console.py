@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from rich.console import Console
 from rich.padding import Padding
@@ -53,14 +54,15 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
     console.print()
 
 
-def print_validation(validation: Validation, console: Console) -> None:
+def print_validation(validation: Validation, console: Console, said: Collection[str] = ()) -> None:
     """Print how well contributions and covariance terms rank real steps on halves of the update prompts.
 
     Args:
         validation: what to show.
         console: where to print.
+        said: messages that need not be repeated, such as those of the result.
     """
-    kept, count = len(validation.steps[0].kept), len(validation.steps)
+    kept, count = len(validation.steps[0].kept), validation.num_measured
     title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: are they ranked as forecast?"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
     for heading in ("forecast", " rank correlation", "95% interval"):
@@ -69,14 +71,17 @@ def print_validation(validation: Validation, console: Console) -> None:
         ("contributions", validation.contributions),
         ("minus covariance terms", validation.covariance),
     ):
-        table.add_row(name, *_correlation(found))
+        table.add_row(name, *_correlation(found, validation.undefined))
     console.print(table)
+    for message in validation.messages:
+        if message not in said:
+            console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
     console.print()
 
 
-def _correlation(found: RankCorrelation | None) -> tuple[str, str]:
+def _correlation(found: RankCorrelation | None, undefined: str) -> tuple[str, str]:
     if found is None:
-        return " undefined", "all forecasts or all changes are equal"
+        return " undefined", undefined
     return _signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}"
 
 
