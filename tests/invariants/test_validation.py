@@ -106,11 +106,10 @@ def test_too_few_prompts_or_subsets_are_refused():
         subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=3)
 
 
-@pytest.mark.parametrize("rate", [1.0, 1e30], ids=["refused", "overflows"])
-def test_steps_that_cannot_be_measured_are_left_out_and_said(rate, monkeypatch):
+def test_steps_that_cannot_be_measured_are_left_out_and_said(monkeypatch):
     model = TinyPolicy()
     update, evaluation = batches(n=20)
-    subject = probe(model, trained_optimizer(model), learning_rate=rate, min_ess_fraction=0.99)
+    subject = probe(model, trained_optimizer(model), learning_rate=1.0, min_ess_fraction=0.99)
     attribution = subject.attribute(update=update, evaluation=evaluation)
     found = subject.validate(attribution, evaluation=evaluation, subsets=5)
     assert found.num_measured == 0
@@ -122,17 +121,21 @@ def test_steps_that_cannot_be_measured_are_left_out_and_said(rate, monkeypatch):
 
     def sometimes(self, start, learning_rate, phase):
         calls.append(phase)
+        if len(calls) == 5:
+            raise ValueError("scores after the step: not finite")
         return measure(self, start, learning_rate if len(calls) == 3 else 1e-6, phase)
 
     monkeypatch.setattr(HalfSteps, "_measure", sometimes)
     found = subject.validate(attribution, evaluation=evaluation, subsets=8)
-    assert [k for k, step in enumerate(found.steps) if step.realized is None] == [2]
-    assert found.steps[2].failure in next(m for m in found.messages if m.startswith("1 of 8 steps on halves"))
-    assert found.num_measured == 7
+    assert [k for k, step in enumerate(found.steps) if step.realized is None] == [2, 4]
+    assert "effective sample size" in found.steps[2].failure
+    assert found.steps[2].failure in next(m for m in found.messages if m.startswith("2 of 8 steps on halves"))
+    assert found.steps[4].failure == "scores after the step: not finite"
+    assert found.num_measured == 6
     kept = [step for step in found.steps if step.realized is not None]
     expected = spearmanr([step.contribution for step in kept], [step.realized for step in kept]).statistic
     assert found.contributions.value == pytest.approx(expected, rel=1e-12)
-    assert found.contributions.low == pytest.approx(rank_correlation_interval(expected, 7)[0])
+    assert found.contributions.low == pytest.approx(rank_correlation_interval(expected, 6)[0])
 
 
 def test_leaves_no_trace():

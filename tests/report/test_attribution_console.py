@@ -84,7 +84,7 @@ def test_validation_with_its_interval_and_messages():
     found = RankCorrelation(value=0.981, low=0.95, high=0.993)
     shown = show_validation(1.0, 2.0, 3.0, 4.0, None, messages=("new", "known"), said=("known",), found=found)
     assert "4 real steps on 2 of 4 prompts" in shown
-    assert "0.981            0.950 to 0.993" in shown
+    assert "0.981             0.950 to 0.993" in shown
     assert "all forecasts or changes are equal" in shown
     assert "note: new" in shown
     assert "known" not in shown
