@@ -25,23 +25,19 @@ def validate(
 ) -> None:
     """Run with attribution, then take real steps on random halves of the update prompts and compare.
 
-    Writes what a run writes, and validation.json.
+    Writes what a run writes, then validation.json beside it.
     """
     from rich.console import Console
 
-    from entropy_probe.cli.config import load_config
+    from entropy_probe.cli.config import ValidateConfig, load_config
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.report import print_files, print_result, print_validation, read_tables
     from entropy_probe.validation_results import Validation
 
-    options = {
-        "output_dir": None if output_dir is None else str(output_dir),
-        "overwrite": overwrite or None,
-        "attribution": True,
-    }
+    options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
     with launched_ranks() as ranks:
-        settings = load_config(config, overrides or (), options)
+        settings = load_config(config, overrides or (), options, ValidateConfig)
         result = probe_checkpoint(settings, ranks, (subsets, seed))
         if ranks.rank == 0:
             console = Console()
