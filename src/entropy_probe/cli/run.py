@@ -94,7 +94,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
 
 
 def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | None = None) -> ProbeResult:
-    """Probe as configured and, on rank 0, write the run directory.
+    """Probe as configured and, on rank 0, write the run directory, which no other process may write meanwhile.
 
     The directory gets the resolved ``config.yaml``, ``results.json``, with ``save_rollouts`` both batches, and with
     ``attribution`` its tables; all of them or, after an error, none; then ``report.html`` and ``figures``. Rollouts
@@ -104,82 +104,109 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         config: the settings.
         ranks: the processes that share the work.
         halves: validate the attribution on this many random halves, drawn with this seed, into ``validation.json``.
+            That comes after the run is written, which an error in it leaves as it is.
 
     Raises:
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
+    from entropy_probe.cli.lock import locked
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_run_report
-    from entropy_probe.cli.run_directory import (
-        CONFIG_FILE,
-        EVALUATION_FILE,
-        SHARDS,
-        UPDATE_FILE,
-        check_output_dir,
-        stage,
-    )
+    from entropy_probe.cli.run_directory import check_output_dir, stage
+    from entropy_probe.validation import check_halves
+
+    config = config.resolved()
+    writing = ranks.rank == 0
+    with locked(config.output_dir) if writing else nullcontext(), show_progress(visible=writing) as progress:
+        if writing:
+            check_output_dir(config.output_dir, config.overwrite)
+        quiet_transformers()
+        inputs = read_inputs(config)
+        if halves is not None:
+            given = inputs.update
+            check_halves(_required(config.update).num_prompts if given is None else given.num_prompts, halves[0])
+        files = frozenset(path.resolve() for _, path in config.rollouts if path is not None)
+        with stage(config.output_dir, keep=files) if writing else nullcontext(config.output_dir) as staging:
+            run = _probe_into(staging, config, inputs, ranks, progress)
+        try:
+            if halves is not None:
+                _validate(run, config, halves, writing)
+        finally:
+            if writing:
+                write_run_report(config.output_dir, run.result)
+    return run.result
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A finished run, and what it takes to validate its attribution."""
+
+    probe: EntropyProbe
+    result: ProbeResult
+    attribution: Attribution | None
+    evaluation: Rollouts | None
+
+
+def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, progress: Phase) -> _Run:
+    """Load, sample and probe; rank 0 writes what comes of it into a directory."""
+    from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, SHARDS, UPDATE_FILE
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.provenance import Clock
     from entropy_probe.sampling import share_engine
 
-    config = config.resolved()
-    writing = ranks.rank == 0
-    if writing:
-        check_output_dir(config.output_dir, config.overwrite)
-    quiet_transformers()
-    inputs = read_inputs(config)
-    files = frozenset(path.resolve() for _, path in config.rollouts if path is not None)
-    directory = stage(config.output_dir, keep=files) if writing else nullcontext(config.output_dir)
-    with directory as staging, show_progress(visible=writing) as progress:
-        clock = Clock(progress)
-        with clock.phase("load checkpoint") as step:
-            state = open_checkpoint(config)
-            step(1, 1)
-        # Made before sampling, since it checks the optimizer.
-        assert state.report.optimizer_state is not None
-        mapping = state.report.optimizer_state.mapping
-        probe = EntropyProbe(
-            state.model,
-            state.optimizer,
-            config.probe,
-            mapping=mapping,
-            progress=progress,
-            resample=resampler(config, state, ranks),
-            distributed=ranks.size > 1,
-        )
+    clock = Clock(progress)
+    with clock.phase("load checkpoint") as step:
+        state = open_checkpoint(config)
+        step(1, 1)
+    # Made before sampling, since it checks the optimizer.
+    assert state.report.optimizer_state is not None
+    mapping = state.report.optimizer_state.mapping
+    probe = EntropyProbe(
+        state.model,
+        state.optimizer,
+        config.probe,
+        mapping=mapping,
+        progress=progress,
+        resample=resampler(config, state, ranks),
+        distributed=ranks.size > 1,
+    )
 
-        def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
-            found = _sample_missing(config, state, inputs, sampled, engine, progress)
-            update, evaluation, _ = found
-            if config.save_rollouts:
-                update.to_parquet(staging / UPDATE_FILE)
-                if evaluation is not None and not sampled[0].exists():
-                    evaluation.to_parquet(sampled[0])
-            return found
+    def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
+        found = _sample_missing(config, state, inputs, sampled, engine, progress)
+        update, evaluation, _ = found
+        if config.save_rollouts:
+            update.to_parquet(staging / UPDATE_FILE)
+            if evaluation is not None and not sampled[0].exists():
+                evaluation.to_parquet(sampled[0])
+        return found
 
-        sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
-        with clock.phase("sample"):
-            update, evaluation, notes = share_engine(ranks, engine_for(config, state), sample)
-        result, attribution = _run_mode(probe, config, update, evaluation)
-        result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
-        validation = None
-        if halves is not None:
-            subsets, seed = halves
-            validation = probe.validate(
-                _required(attribution), evaluation=_required(evaluation), subsets=subsets, seed=seed
-            )
-        if not writing:
-            return result
+    sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
+    with clock.phase("sample"):
+        update, evaluation, notes = share_engine(ranks, engine_for(config, state), sample)
+    result, attribution = _run_mode(probe, config, update, evaluation)
+    result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
+    if ranks.rank == 0:
         if attribution is not None:
             attribution.save_tables(staging, state.tokenizer)
-        if validation is not None:
-            validation.save(staging)
         if not config.save_rollouts:
             sampled[0].unlink(missing_ok=True)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
-    write_run_report(config.output_dir, result)
-    return result
+    return _Run(probe, result, attribution, evaluation)
+
+
+def _validate(run: _Run, config: RunConfig, halves: tuple[int, int], writing: bool) -> None:
+    """Validate the attribution of a run that is written, and write that beside it."""
+    subsets, seed = halves
+    try:
+        found = run.probe.validate(
+            _required(run.attribution), evaluation=_required(run.evaluation), subsets=subsets, seed=seed
+        )
+    except BaseException as error:
+        error.add_note(f"the run itself is complete in {config.output_dir}, only its validation is missing")
+        raise
+    if writing:
+        found.save(config.output_dir)
 
 
 def engine_for(config: RunConfig, state: CheckpointState) -> SequenceGenerator | None:
