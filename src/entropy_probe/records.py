@@ -47,7 +47,7 @@ def read_record(kind: type[RecordT], path: Path, what: str, remedy: str) -> Reco
         ValueError: if the file does not hold one.
     """
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

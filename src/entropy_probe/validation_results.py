@@ -70,7 +70,7 @@ class Validation(Record):
     seed: int
     contributions: RankCorrelation | None
     covariance: RankCorrelation | None
-    steps: tuple[SubsetStep, ...] = Field(repr=False)
+    steps: tuple[SubsetStep, ...] = Field(min_length=1, repr=False)
     messages: tuple[str, ...] = ()
 
     @property

@@ -116,7 +116,7 @@ def test_learning_rate_0_in_the_checkpoint(config, checkpoint, refused):
     line = refused("run", config, f"checkpoint={checkpoint}", "probe.learning_rate=null")
     assert "learning rate" in line
     assert "got 0" in line
-    assert "--learning-rate" in line
+    assert "set probe.learning_rate" in line
 
 
 def test_prompt_longer_than_the_context(config, refused, tmp_path):
