@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from entropy_probe.records import Record, find_saved, read_record, write_atomically
+from entropy_probe.records import Kept, Record, SavedRecord
 
 __all__ = ["LEAST_STEPS", "VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
 
@@ -49,7 +48,7 @@ class SubsetStep(Record):
     failure: str | None = None
 
 
-class Validation(Record):
+class Validation(SavedRecord):
     """Rank correlations, over random halves of the update batch, between what was forecast and what was measured.
 
     Attributes:
@@ -64,6 +63,7 @@ class Validation(Record):
         messages: what a careful reader should know.
     """
 
+    kept: ClassVar = Kept(VALIDATION_FILE, "validation", "validate", "validate again")
     schema_version: Literal[1] = SCHEMA_VERSION
     unit: Literal["nats/token", "nats/sequence"]
     num_prompts: int
@@ -84,20 +84,3 @@ class Validation(Record):
         if self.num_measured < LEAST_STEPS:
             return f"fewer than {LEAST_STEPS} measured steps"
         return "all forecasts or changes are equal"
-
-    def save(self, directory: str | Path) -> Path:
-        """Write ``validation.json`` into ``directory`` (made if missing) and return its path."""
-        path = Path(directory) / VALIDATION_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (self.model_dump_json(indent=2) + "\n").encode())
-        return path
-
-    @classmethod
-    def load(cls, directory: str | Path) -> Validation:
-        """Read a saved validation from its directory or from the file itself.
-
-        Raises:
-            ValueError: if the file is missing or is not a validation of this schema.
-        """
-        path = find_saved(directory, VALIDATION_FILE, "validation", "validate")
-        return read_record(cls, path, f"a validation of schema {SCHEMA_VERSION}", "validate again")
