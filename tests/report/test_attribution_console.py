@@ -69,10 +69,16 @@ def test_top_prompts_from_the_table():
     assert all(len(line) <= 80 for line in lines)
 
 
-def show_validation(*realized, said=(), messages=(), found=None) -> str:
+def show_validation(*realized, said=(), messages=(), found=None, covariance=None) -> str:
     steps = [SubsetStep(kept=(0, 1), contribution=1.0, covariance=0.0, realized=change) for change in realized]
     validation = Validation(
-        unit="nats/token", num_prompts=4, seed=0, contributions=found, covariance=None, steps=steps, messages=messages
+        unit="nats/token",
+        num_prompts=4,
+        seed=0,
+        contributions=found,
+        covariance=covariance,
+        steps=steps,
+        messages=messages,
     )
     console = Console(width=80)
     with console.capture() as captured:
@@ -89,3 +95,10 @@ def test_validation_with_its_interval_and_messages():
     assert "note: new" in shown
     assert "known" not in shown
     assert "fewer than 4 measured steps" in show_validation(1.0, 2.0, 3.0, None)
+
+
+def test_titles_are_lines_of_their_own_over_narrow_tables():
+    found = RankCorrelation(value=0.981, low=0.95, high=0.993)
+    shown = show_validation(*range(40), found=found, covariance=found)
+    assert " 40 real steps on 2 of 4 prompts: are they ranked as forecast?\n" in shown
+    assert " Where the gradient part comes from (1535 tokens)\n" in show()

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.attribution_results import AttributionSummary
-from entropy_probe.report.numbers import common_exponent, format_estimate, format_number
+from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, signed
 from entropy_probe.report.tables import Columns
+from entropy_probe.report.terminal import print_note, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.validation_results import RankCorrelation, Validation
 
@@ -30,8 +31,7 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
         console: where to print.
         prompts: the table of prompts; None when it was not saved.
     """
-    title = f" Where the gradient part comes from ({summary.num_tokens} tokens)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 1))
     table.add_column("")
     table.add_column(f" {summary.unit}", no_wrap=True)
     table.add_column("", style="dim")
@@ -43,7 +43,7 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
         table.add_row(name, _number(value, exponent), "")
     if prompts is not None:
         _add_prompts(table, prompts, exponent)
-    console.print(table)
+    print_titled(f" Where the gradient part comes from ({summary.num_tokens} tokens)", table, console)
     correlation = summary.rank_correlation_with_covariance
     said = "undefined" if correlation is None else format_number(correlation, 2)
     lines = [f"rank correlation of tokens with the covariance term of Cui et al. (2025): {said} (-1 as theory has it)"]
@@ -64,7 +64,7 @@ def print_validation(validation: Validation, console: Console, said: Collection[
     """
     kept, count = len(validation.steps[0].kept), validation.num_measured
     title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: are they ranked as forecast?"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 1))
     for heading in ("forecast", " rank correlation", "95% interval"):
         table.add_column(heading, no_wrap=True)
     for name, found in (
@@ -72,17 +72,17 @@ def print_validation(validation: Validation, console: Console, said: Collection[
         ("minus covariance terms", validation.covariance),
     ):
         table.add_row(name, *_correlation(found, validation.undefined))
-    console.print(table)
+    print_titled(title, table, console)
     for message in validation.messages:
         if message not in said:
-            console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
+            print_note(message, console)
     console.print()
 
 
 def _correlation(found: RankCorrelation | None, undefined: str) -> tuple[str, str]:
     if found is None:
         return " undefined", undefined
-    return _signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}"
+    return signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}"
 
 
 def _add_prompts(table: Table, prompts: Columns, exponent: int | None) -> None:
@@ -98,7 +98,7 @@ def _add_prompts(table: Table, prompts: Columns, exponent: int | None) -> None:
             value, error, reward = contributions[k], float(prompts["standard_error"][k]), prompts["mean_reward"][k]
             number = _number(value, exponent)
             if not math.isnan(error):
-                number = _signed(format_estimate(value, error, exponent))
+                number = signed(format_estimate(value, error, exponent))
             about = f"{prompts['num_responses'][k]} responses"
             about += "" if math.isnan(reward) else f", reward {format_number(reward, 2)}"
             table.add_row(Text(f"  {_name(prompts, k)}"), number, about)
@@ -112,9 +112,5 @@ def _name(prompts: Columns, k: int) -> str:
 
 def _number(value: float, exponent: int | None) -> str:
     if exponent is None or exponent >= -2:
-        return _signed(format_number(value))
-    return _signed(f"{value / 10**exponent:.2f}e{exponent}")
-
-
-def _signed(number: str) -> str:
-    return number if number.startswith("-") else f" {number}"
+        return signed(format_number(value))
+    return signed(f"{value / 10**exponent:.2f}e{exponent}")
