@@ -127,6 +127,12 @@ class RunConfig(BaseModel):
             )
         if self.attribution_folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
+        drawn = self.evaluation.total_sequences if self.evaluation and self.rollouts.evaluation is None else None
+        if self.attribution_folds is not None and drawn is not None and self.attribution_folds > drawn:
+            raise ValueError(
+                f"attribution_folds: expected at most the {drawn} sequences of the evaluation batch, got "
+                f"{self.attribution_folds}"
+            )
         return self
 
     def resolved(self) -> RunConfig:

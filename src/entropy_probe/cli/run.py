@@ -149,6 +149,7 @@ class _Run:
 
 def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, progress: Phase) -> _Run:
     """Load, sample and probe; rank 0 writes what comes of it into a directory."""
+    from entropy_probe.attributed_batch import check_divides
     from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, SHARDS, UPDATE_FILE
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.provenance import Clock
@@ -158,7 +159,9 @@ def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, 
     with clock.phase("load checkpoint") as step:
         state = open_checkpoint(config)
         step(1, 1)
-    # Made before sampling, since it checks the optimizer.
+    # Before sampling, since both check the optimizer.
+    if config.attribution:
+        check_divides(state.optimizer, config.probe)
     assert state.report.optimizer_state is not None
     mapping = state.report.optimizer_state.mapping
     probe = EntropyProbe(

@@ -17,7 +17,7 @@ def validate(
         typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
     ] = None,
     subsets: Annotated[int, typer.Option(min=4, help="How many random halves of the update prompts.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of the random halves.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random halves.")] = 0,
     output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
