@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from entropy_probe.checkpoints import CheckpointState
-    from entropy_probe.cli.run import Inputs as Sources
+    from entropy_probe.cli.batches import Inputs as Sources
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.cli.sweep_directory import Inputs, SweepDirectory
     from entropy_probe.distributed import Ranks
@@ -103,9 +103,10 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
 
     See :mod:`entropy_probe.cli.sweep_directory` for the protocol.
     """
+    from entropy_probe.cli.batches import engine_for, read_inputs, resampler
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_page
-    from entropy_probe.cli.run import engine_for, open_checkpoint, read_inputs, resampler
+    from entropy_probe.cli.run import open_checkpoint
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.records import write_atomically
@@ -202,7 +203,7 @@ def _collect_rollouts(
     progress: Phase,
 ) -> Inputs:
     """Both batches in the directory, given or sampled, each recorded as soon as it is there."""
-    from entropy_probe.cli.run import sample_batch
+    from entropy_probe.cli.batches import sample_batch
     from entropy_probe.cli.run_directory import SHARDS
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES
 
