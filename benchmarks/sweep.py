@@ -7,22 +7,16 @@ Run ``python benchmarks/sweep.py`` (minutes), or with ``--quick`` at sizes that 
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.table import Table
 
+from by_weights import run_by_weights
 from entropy_probe import EntropyProbe
-from two_batch import FULL, QUICK, Setup, training_gradient
+from two_batch import Setup, training_gradient
 
 NUM_RATES = 12
 TARGET = 2.6 + NUM_RATES * 0.6
@@ -65,28 +59,14 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds")
-    parser.add_argument("--weights", nargs="+", choices=["lora", "full"], default=["lora", "full"])
-    parser.add_argument("--prompts", type=int, help="prompts of the update batch (default: 16)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    setup = QUICK if options.quick else FULL
-    setup = replace(setup, num_prompts=options.prompts or setup.num_prompts)
-    figures = [cost(setup, lora=weights == "lora", rounds=options.rounds) for weights in options.weights]
+def table(figures: list[dict[str, Any]]) -> Table:
     title = f"Sweep over {NUM_RATES} rates / one training gradient (target: at most {TARGET:.1f})"
-    table = Table("weights", "sweep", "rounds", "with direct curvature", title=title, title_justify="left")
+    found = Table("weights", "sweep", "rounds", "with direct curvature", title=title, title_justify="left")
     for f in figures:
         spread = f"{f['ratio_min']:.2f} to {f['ratio_max']:.2f}"
-        table.add_row(f["weights"], f"{f['ratio']:.2f}", spread, f"{f['ratio_with_direct_curvature']:.2f}")
-    Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        found.add_row(f["weights"], f"{f['ratio']:.2f}", spread, f"{f['ratio_with_direct_curvature']:.2f}")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    run_by_weights(__doc__, cost, table)

@@ -59,7 +59,7 @@ ALLOWED = {
     },
     "attributed_batch": {
         "types", "results", "attribution", "attribution_results", "layer_names", "parts", "scoring", "estimators",
-        "updates", "step", "session", "two_batch",
+        "updates", "config", "step", "session", "two_batch",
     },
     "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch", "parts"},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from entropy_probe.attribution import Attribution, LayerShare
 from entropy_probe.attribution_results import AttributionSummary
+from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.layer_names import layer_and_module
@@ -26,11 +27,12 @@ from entropy_probe.session import Subject
 from entropy_probe.step import PlannedStep, scaled
 from entropy_probe.two_batch import Start, TwoBatch
 from entropy_probe.types import Rollouts, TokenScores
+from entropy_probe.updates.adamw import is_adam
 from entropy_probe.updates.per_unit import Side, UnitGradients
 from entropy_probe.updates.shadow import optimizer_name
 from entropy_probe.updates.taps import Taps
 
-__all__ = ["AttributedBatch"]
+__all__ = ["AttributedBatch", "check_divides"]
 
 PARTS = ("gradient", "momentum", "weight_decay")
 UNITS_OF_ROUNDING = 8
@@ -39,6 +41,20 @@ SUM_TOLERANCE = 1e-10
 """The least of that."""
 TRIAL_TOLERANCE = 1e-4
 """How far forward mode may be off within a sequence or prompt. A wrong derivative is off by percents."""
+
+
+def check_divides(optimizer: torch.optim.Optimizer, config: ProbeConfig) -> None:
+    """Make sure that the step of an optimizer divides over gradient, momentum and tokens.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if config.geometry != "frozen" and not is_adam(optimizer):
+        raise ValueError(
+            "attribution: expected torch.optim.AdamW or Adam, whose step divides over gradient, momentum and tokens, "
+            f"got {optimizer_name(optimizer)}; leave attribution out, or set geometry: frozen with "
+            "identity_if_coverage_below"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +73,7 @@ class AttributedBatch(TwoBatch):
 
     def __init__(self, subject: Subject, update: Rollouts, evaluation: Rollouts, folds: int | None = None) -> None:
         super().__init__(subject, update, evaluation)
-        if not self.closed_form:
-            raise ValueError(
-                "attribution: expected torch.optim.AdamW or Adam, whose step divides over gradient, momentum and "
-                f"tokens, got {optimizer_name(self.optimizer)}; leave attribution out, or set geometry: frozen with "
-                "identity_if_coverage_below"
-            )
+        check_divides(self.optimizer, self.config)
         if folds is not None and not 2 <= folds <= self.units.count:
             raise ValueError(
                 f"attribution_folds: expected 2 to {self.units.count}, the number of evaluation units, got {folds}"

@@ -158,11 +158,12 @@ class EntropyProbe:
         Args:
             attribution: of the update batch, by :meth:`attribute` of this probe.
             evaluation: the batch the changes are measured on.
-            subsets: how many halves, at least 4.
+            subsets: how many different halves, at least 4; all there are where the prompts have fewer.
             seed: of the random halves.
 
         Raises:
-            ValueError: as :meth:`run`; with fewer than 4 prompts or subsets; or where a change cannot be measured.
+            ValueError: as :meth:`run`, or with fewer than 4 prompts or subsets. A step whose change cannot be measured
+                is left out of the correlations, with a message.
         """
         return HalfSteps(self._subject(), attribution, evaluation).validation(subsets, seed)
 

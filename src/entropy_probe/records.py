@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Record", "find_saved", "read_record", "write_atomically"]
+__all__ = ["Kept", "Record", "SavedRecord", "read_record", "write_atomically"]
 
 
 class Record(BaseModel):
@@ -18,6 +19,7 @@ class Record(BaseModel):
 
 
 RecordT = TypeVar("RecordT", bound=Record)
+SavedT = TypeVar("SavedT", bound="SavedRecord")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -27,19 +29,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def find_saved(path: str | Path, file: str, what: str, command: str) -> Path:
-    """The file that was saved in a directory, or that was named itself.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    path = Path(path)
-    path = path / file if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a saved {what}, found no such file; run `entropy-probe {command}` first")
-    return path
-
-
 def read_record(kind: type[RecordT], path: Path, what: str, remedy: str) -> RecordT:
     """Read a record from its JSON file.
 
@@ -47,8 +36,58 @@ def read_record(kind: type[RecordT], path: Path, what: str, remedy: str) -> Reco
         ValueError: if the file does not hold one.
     """
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(f"{path}: not {what}: {where}: {first['msg']}; {remedy}") from error
+
+
+class Kept(NamedTuple):
+    """Where a record is saved, and the words for it.
+
+    Attributes:
+        file: its name in a directory.
+        what: what it is, such as ``result``.
+        command: what writes it.
+        remedy: what to do about a file that does not hold one.
+    """
+
+    file: str
+    what: str
+    command: str
+    remedy: str
+
+
+class SavedRecord(Record):
+    """A record with a file of its own in a directory, and a ``schema_version``."""
+
+    kept: ClassVar[Kept]
+    left_out: ClassVar[Mapping[str, Any]] = {}
+    """What the file does without, as pydantic's ``exclude``."""
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the record into ``directory`` (made if missing) and return the file's path.
+
+        The file appears whole or not at all.
+        """
+        path = Path(directory) / self.kept.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (self.model_dump_json(indent=2, exclude=dict(self.left_out)) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls: type[SavedT], directory: str | Path) -> SavedT:
+        """Read a saved record from its directory or from the file itself.
+
+        Raises:
+            ValueError: if the file is missing or does not hold one of this schema.
+        """
+        kept, path = cls.kept, Path(directory)
+        path = path / kept.file if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: expected a saved {kept.what}, found no such file; run `entropy-probe {kept.command}` first"
+            )
+        schema = cls.model_fields["schema_version"].default
+        return read_record(cls, path, f"a {kept.what} of schema {schema}", kept.remedy)

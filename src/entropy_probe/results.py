@@ -5,13 +5,12 @@ Reading a result needs no model and no torch.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from entropy_probe.attribution_results import AttributionSummary
-from entropy_probe.records import Record, find_saved, read_record, write_atomically
+from entropy_probe.records import Kept, Record, SavedRecord
 
 __all__ = [
     "CrossPrompt",
@@ -255,7 +254,7 @@ class Diagnostics(Record):
     messages: tuple[str, ...] = ()
 
 
-class ProbeResult(Record):
+class ProbeResult(SavedRecord):
     """The outcome of a probe, as returned by :class:`entropy_probe.EntropyProbe` and saved in ``results.json``.
 
     Attributes:
@@ -280,6 +279,7 @@ class ProbeResult(Record):
         versions: versions of the libraries involved.
     """
 
+    kept: ClassVar = Kept(RESULTS_FILE, "result", "run", "probe the checkpoint again")
     schema_version: Literal[1] = SCHEMA_VERSION
     entropy: Estimate
     predicted: Prediction | None = None
@@ -296,23 +296,3 @@ class ProbeResult(Record):
     memory: dict[str, int] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
-
-    def save(self, directory: str | Path) -> Path:
-        """Write ``results.json`` into ``directory`` (made if missing) and return its path.
-
-        The file appears whole or not at all.
-        """
-        path = Path(directory) / RESULTS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (self.model_dump_json(indent=2) + "\n").encode())
-        return path
-
-    @classmethod
-    def load(cls, directory: str | Path) -> ProbeResult:
-        """Read a saved result from its directory or from the file itself.
-
-        Raises:
-            ValueError: if the file is missing or is not a result of this schema.
-        """
-        path = find_saved(directory, RESULTS_FILE, "result", "run")
-        return read_record(cls, path, f"a result of schema {SCHEMA_VERSION}", "probe the checkpoint again")

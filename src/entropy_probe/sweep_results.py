@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from entropy_probe.records import Record, find_saved, read_record, write_atomically
+from entropy_probe.records import Kept, Record, SavedRecord, read_record, write_atomically
 from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
@@ -130,7 +130,7 @@ class Curvature(Record):
     direct_slope: Fitted | None = None
 
 
-class Sweep(Record):
+class Sweep(SavedRecord):
     """The outcome of :meth:`entropy_probe.EntropyProbe.sweep`, saved in ``sweep.json``.
 
     Attributes:
@@ -145,6 +145,9 @@ class Sweep(Record):
         messages: one line each for everything about the sweep that a careful reader should know.
     """
 
+    kept: ClassVar = Kept(SWEEP_FILE, "sweep", "sweep", REMEDY)
+    # influences are in the files of the points
+    left_out: ClassVar = {"points": {"__all__": {"influence", "difference_influence"}}}
     schema_version: Literal[1] = SCHEMA_VERSION
     prediction: ProbeResult
     own_learning_rates: tuple[float, ...]
@@ -160,24 +163,3 @@ class Sweep(Record):
     def unit(self) -> str:
         """The unit of all changes."""
         return self.prediction.entropy.unit
-
-    def save(self, directory: str | Path) -> Path:
-        """Write ``sweep.json`` into ``directory`` (made if missing) and return its path.
-
-        Influences are left out: they are in the files of the points. The file appears whole or not at all.
-        """
-        path = Path(directory) / SWEEP_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        left_out = {"points": {"__all__": {"influence", "difference_influence"}}}
-        write_atomically(path, (self.model_dump_json(indent=2, exclude=left_out) + "\n").encode())
-        return path
-
-    @classmethod
-    def load(cls, directory: str | Path) -> Sweep:
-        """Read a saved sweep from its directory or from the file itself.
-
-        Raises:
-            ValueError: if the file is missing or is not a sweep of this schema.
-        """
-        path = find_saved(directory, SWEEP_FILE, "sweep", "sweep")
-        return read_record(cls, path, f"a sweep of schema {SCHEMA_VERSION}", REMEDY)

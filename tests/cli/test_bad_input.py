@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from entropy_probe import Rollouts
+from entropy_probe.sampling import HFGenerator
 from tests.checkpoints.conftest import edit_json, edit_optimizer
 from tests.cli.conftest import execute, invoke
 
@@ -65,6 +66,7 @@ def rollout_file(tmp_path):
         (["rollouts.update=/nowhere.parquet"], "/nowhere.parquet: expected a Parquet file of rollouts"),
         (["update.num_prompts=1"], "num_prompts: expected at least 2"),
         (["evaluation.total_sequences=1"], "greater than or equal to 2, got 1"),
+        (["attribution=true", "attribution_folds=25"], "attribution_folds: expected at most the 24 sequences"),
     ],
 )
 def test_settings(config, refused, args, match):
@@ -116,7 +118,24 @@ def test_learning_rate_0_in_the_checkpoint(config, checkpoint, refused):
     line = refused("run", config, f"checkpoint={checkpoint}", "probe.learning_rate=null")
     assert "learning rate" in line
     assert "got 0" in line
-    assert "--learning-rate" in line
+    assert "set probe.learning_rate" in line
+
+
+def test_attribution_of_another_optimizer_is_refused_before_sampling(config, checkpoint, refused, monkeypatch):
+    def to_sgd(saved):
+        kept = {"momentum": 0.9, "dampening": 0, "nesterov": False, "maximize": False, "foreach": None,
+                "differentiable": False, "fused": None}  # fmt: skip
+        names = ("params", "lr", "initial_lr", "weight_decay")
+        groups = [{name: group[name] for name in names if name in group} | kept for group in saved["param_groups"]]
+        state = {key: {"momentum_buffer": entry["exp_avg"]} for key, entry in saved["state"].items()}
+        saved |= {"param_groups": groups, "state": state}
+
+    edit_optimizer(checkpoint, to_sgd)
+    monkeypatch.setattr(HFGenerator, "generate", lambda *_: pytest.fail("sampled"))
+    for command in ("run", "validate"):
+        line = refused(command, config, f"checkpoint={checkpoint}", "attribution=true")
+        assert line.startswith("attribution: expected torch.optim.AdamW or Adam, whose step divides")
+        assert "got torch.optim.SGD" in line
 
 
 def test_prompt_longer_than_the_context(config, refused, tmp_path):

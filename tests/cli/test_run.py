@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from entropy_probe import ProbeResult, Rollouts, Validation
+from entropy_probe.cli.lock import locked
 from entropy_probe.sampling import HFGenerator
+from entropy_probe.validation import HalfSteps
 from tests.cli.conftest import execute, invoke, start
 
 
@@ -200,9 +204,46 @@ def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path,
     assert ProbeResult.load(out).attribution is not None
     assert (out / "tokens.parquet").is_file()
     assert "minus covariance terms" in invoke("report", out).stdout
-    assert "two_batch or both" in refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
+    line = refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
+    assert "validate: expected mode two_batch or both, whose prediction is attributed, got one_batch" in line
     run(config, "--overwrite")
     assert not (out / "validation.json").exists()
+
+
+def test_too_few_prompts_to_validate_are_refused_before_any_work(config, refused, once, tmp_path, monkeypatch):
+    module = sys.modules["entropy_probe.cli.run"]
+    monkeypatch.setattr(module, "open_checkpoint", lambda config: pytest.fail("loaded the checkpoint"))
+    expected = "validate: expected at least 4 update prompts to take halves of, got 3; use a larger update batch"
+    assert refused("validate", config, "update.num_prompts=3") == expected
+    few = Rollouts.from_parquet(once[0] / "update.parquet").select(torch.arange(12))
+    few.to_parquet(tmp_path / "few.parquet")
+    assert refused("validate", config, f"rollouts.update={tmp_path}/few.parquet") == expected
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_validation_that_fails_leaves_the_finished_run(config, tmp_path, monkeypatch, refused):
+    def fail(self, *arguments):
+        raise ValueError("the power is out")
+
+    monkeypatch.setattr(HalfSteps, "validation", fail)
+    done = invoke("validate", config)
+    assert done.exit_code == 2
+    out = tmp_path / "out"
+    said = f"error: the power is out; the run itself is complete in {out}, only its validation is missing"
+    assert said in done.stderr
+    assert ProbeResult.load(out).attribution is not None
+    names = {path.name for path in out.iterdir()}
+    assert {"tokens.parquet", "update.parquet", "evaluation.parquet", "report.html", "figures"} <= names
+    assert not names & {"validation.json", ".lock"}
+    assert invoke("report", out).exit_code == 0
+
+
+def test_two_runs_do_not_work_in_one_directory(config, tmp_path, refused):
+    """The second would delete what the first has put aside."""
+    with locked(tmp_path / "out"):
+        for command in ("run", "validate"):
+            line = refused(command, config, "--overwrite")
+            assert line.startswith(f"output_dir: another process is working in {tmp_path / 'out'}; wait for it")
 
 
 def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):

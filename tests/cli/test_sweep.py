@@ -15,6 +15,8 @@ import yaml
 from PIL import Image
 
 from entropy_probe import Rollouts, Sweep, SweepPoint
+from entropy_probe.cli.lock import locked
+from entropy_probe.cli.sweep_directory import open_index
 from tests.checkpoints.conftest import edit_optimizer
 from tests.cli.conftest import ENVIRONMENT, execute, invoke
 
@@ -253,3 +255,13 @@ def test_a_directory_of_something_else_is_left_alone(config, refused, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     line = refused("sweep", config, f"rollouts.update={tmp_path}/out/update.parquet")
     assert "rollouts.update: lies in output_dir" in line
+
+
+def test_two_sweeps_do_not_work_in_one_directory(config, trained, tmp_path, refused):
+    several = f"sweep.checkpoints=[{trained.checkpoint}]"
+    (tmp_path / "out").mkdir()
+    open_index(tmp_path / "out", ["checkpoint-2"], overwrite=False)
+    for place, extra in (("out", ()), ("out", (several,)), ("out/checkpoint-2", (several,))):
+        with locked(tmp_path / place):
+            line = refused("sweep", config, *extra)
+        assert line.startswith(f"output_dir: another process is working in {tmp_path / place}; wait for it")

@@ -40,6 +40,20 @@ def test_interval_of_a_rank_correlation():
             low, high = rank_correlation_interval(rank_correlation(weight * x + noise, x), 40)
             covered += low <= spearman <= high
         assert 0.92 <= covered / 400 <= 0.98
-    assert rank_correlation_interval(1.0, 5) == (1.0, 1.0)
     with pytest.raises(ValueError, match="expected at least 4 pairs"):
         rank_correlation_interval(0.5, 3)
+
+
+@pytest.mark.parametrize("n", [4, 6, 40])
+def test_interval_of_a_perfect_rank_correlation(n):
+    """It has a width: that of the next best order, in which two neighbours have changed places."""
+    order = torch.arange(n).double()
+    swapped = order.clone()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    next_best = rank_correlation(order, swapped)
+    low, high = rank_correlation_interval(next_best, n)
+    assert low < next_best < high < 1
+    assert rank_correlation_interval(1.0, n) == pytest.approx((low, 1.0))
+    assert rank_correlation_interval(-1.0, n) == pytest.approx((-1.0, -low))
+    assert rank_correlation_interval(1 - 1e-15, n)[0] == pytest.approx(low), "perfect up to rounding"
+    assert rank_correlation_interval(-next_best, n) == pytest.approx((-high, -low))

@@ -485,6 +485,9 @@ def test_save_and_load_round_trip(tmp_path):
     (tmp_path / "out" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="not a result of schema"):
         ProbeResult.load(tmp_path / "out")
+    (tmp_path / "out" / "results.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"results\.json: not a result of schema"):
+        ProbeResult.load(tmp_path / "out")
     with pytest.raises(ValueError, match="no such file"):
         ProbeResult.load(tmp_path / "nowhere")
 

@@ -161,14 +161,20 @@ def test_a_run_without_attribution_has_no_tables(tmp_path):
 
 def test_an_incomplete_set_of_tables_is_refused(tmp_path):
     write_tables(tmp_path)
-    (tmp_path / "layers.parquet").unlink()
-    with pytest.raises(ValueError, match=r"layers\.parquet: expected a table of an attribution"):
-        read_tables(tmp_path)
+    for name in ("layers.parquet", "tokens.parquet"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        line = (
+            rf"{name}: expected a table of the attribution beside \w+\.parquet, found no such file; put it back or run"
+        )
+        with pytest.raises(ValueError, match=line):
+            read_tables(tmp_path)
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "layers.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"layers\.parquet: expected a table of an attribution"):
         read_tables(tmp_path)
     shutil.copy(tmp_path / "prompts.parquet", tmp_path / "layers.parquet")
-    with pytest.raises(ValueError, match=r"layers\.parquet: .* got one without layer; attribute again"):
+    with pytest.raises(ValueError, match=r"layers\.parquet: .* got one without layer; run again"):
         read_tables(tmp_path)
 
 

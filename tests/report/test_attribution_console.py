@@ -4,8 +4,9 @@ import numpy as np
 from rich.console import Console
 
 from entropy_probe.attribution_results import AttributionSummary
-from entropy_probe.report import print_result
+from entropy_probe.report import print_result, print_validation
 from entropy_probe.report.tables import Tables
+from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_result
 
 SUMMARY = AttributionSummary(
@@ -66,3 +67,38 @@ def test_top_prompts_from_the_table():
     assert "end" in lines[first + 5]
     assert "prompt 1" in lines[first + 6]
     assert all(len(line) <= 80 for line in lines)
+
+
+def show_validation(*realized, said=(), messages=(), found=None, covariance=None) -> str:
+    steps = [SubsetStep(kept=(0, 1), contribution=1.0, covariance=0.0, realized=change) for change in realized]
+    validation = Validation(
+        unit="nats/token",
+        num_prompts=4,
+        seed=0,
+        contributions=found,
+        covariance=covariance,
+        steps=steps,
+        messages=messages,
+    )
+    console = Console(width=80)
+    with console.capture() as captured:
+        print_validation(validation, console, said)
+    return captured.get()
+
+
+def test_validation_with_its_interval_and_messages():
+    found = RankCorrelation(value=0.981, low=0.95, high=0.993)
+    shown = show_validation(1.0, 2.0, 3.0, 4.0, None, messages=("new", "known"), said=("known",), found=found)
+    assert "4 real steps on 2 of 4 prompts" in shown
+    assert "0.981             0.950 to 0.993" in shown
+    assert "all forecasts or changes are equal" in shown
+    assert "note: new" in shown
+    assert "known" not in shown
+    assert "fewer than 4 measured steps" in show_validation(1.0, 2.0, 3.0, None)
+
+
+def test_titles_are_lines_of_their_own_over_narrow_tables():
+    found = RankCorrelation(value=0.981, low=0.95, high=0.993)
+    shown = show_validation(*range(40), found=found, covariance=found)
+    assert " 40 real steps on 2 of 4 prompts: are they ranked as forecast?\n" in shown
+    assert " Where the gradient part comes from (1535 tokens)\n" in show()

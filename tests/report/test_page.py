@@ -187,8 +187,11 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
         contributions=RankCorrelation(value=0.981, low=0.95, high=0.993),
         covariance=RankCorrelation(value=-0.12, low=-0.4, high=0.2),
         steps=steps,
+        messages=("4 update prompts with an advantage have 6 different halves, fewer than the 40 asked for",),
     )
     text = "".join(Checker(run_page(result_of(tables), tables=tables, validation=validation)).text)
+    assert "6 different halves, fewer than the 40 asked for" in text
+    assert "Use more update prompts: few halves" in text
     assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
     assert "0.98 (0.95 to 0.99) for contributions and −0.12 (−0.40 to 0.20) for minus the covariance terms (95%" in text
 

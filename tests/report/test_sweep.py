@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import io
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
-from entropy_probe.report import figure_files, print_sweeps
+from entropy_probe.report import figure_files, plots, print_sweeps, result_figures
 from entropy_probe.report.sweep import sweep_sentence
 from entropy_probe.results import Estimate, Prediction, Realized
 from entropy_probe.sweep_results import Curvature, Fitted, LinearRange, PowerLawFit, QuadraticFit, Sweep, SweepPoint
 from tests.report.results import COMMON, make_result
+from tests.report.tables import result_of, write_tables
 
 RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -117,3 +119,30 @@ def test_figures_without_a_single_usable_point():
     sweep = make_sweep(end=None, fit=None, power_law=None, learning_rate_star=None)
     sweep = sweep.model_copy(update={"points": sweep.points[-1:]})
     assert figure_files({"": sweep}).keys() == {"sweep.png", "sweep.svg"}
+
+
+NAMES = ["a$b$c", r"x$\frac", r"\$y$", "_last", "a\x1b[2J", "[red]"]
+
+
+def drawn(svg: bytes) -> set[str]:
+    return {text.strip() for node in ElementTree.fromstring(svg).iter() if (text := node.text)}
+
+
+def test_names_are_drawn_letter_by_letter(monkeypatch, tmp_path):
+    monkeypatch.setitem(plots.SETTINGS, "svg.fonttype", "none")  # text as text, not as outlines
+    expected = {*NAMES, r"a\x1b[2J"} - {"a\x1b[2J"}
+    sweeps = {name: make_sweep() for name in NAMES}
+    svg = figure_files(sweeps)["sweeps.svg"]
+    assert expected <= drawn(svg)
+    assert svg.count(b"_last") >= 2  # at the axis and in the legend
+    tables = write_tables(tmp_path)
+    tables.layers["layer"][:2] = NAMES[:2]
+    tables.layers["module"][:2] = NAMES[2:4]
+    assert set(NAMES[:4]) <= drawn(result_figures(result_of(tables), tables)["layers.svg"])
+
+
+def test_a_summary_shows_names_as_they_are():
+    shown = show({name: make_sweep() for name in NAMES})
+    assert all(name in shown for name in NAMES if "\x1b" not in name)
+    assert r"a\x1b[2J" in shown
+    assert "\x1b" not in shown

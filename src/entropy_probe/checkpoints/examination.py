@@ -301,7 +301,7 @@ class Examination:
         state, _ = self.summary
         rates = [group["lr"] for group in self.saved.groups if group["params"]]
         if not any(rates):
-            yield "learning rate is 0, as after a finished schedule; give one with --learning-rate"
+            yield "learning rate is 0, as after a finished schedule; set probe.learning_rate"
         if max(rates) > LARGE_LEARNING_RATE and self.saved.kind.name not in UNSCALED:
             yield f"learning rate {max(rates):g} is above {LARGE_LEARNING_RATE:g}; check it"
         if self.saved.is_adam and state.coverage < 1:

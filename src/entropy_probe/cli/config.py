@@ -15,7 +15,7 @@ from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yam
 from entropy_probe.config import ProbeConfig
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
-__all__ = ["RunConfig", "SavedRollouts", "load_config"]
+__all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config"]
 
 
 class SavedRollouts(BaseModel):
@@ -132,6 +132,12 @@ class RunConfig(BaseModel):
             )
         if self.attribution_folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
+        drawn = self.evaluation.total_sequences if self.evaluation and self.rollouts.evaluation is None else None
+        if self.attribution_folds is not None and drawn is not None and self.attribution_folds > drawn:
+            raise ValueError(
+                f"attribution_folds: expected at most the {drawn} sequences of the evaluation batch, got "
+                f"{self.attribution_folds}"
+            )
         return self
 
     def resolved(self) -> RunConfig:
@@ -166,6 +172,20 @@ class RunConfig(BaseModel):
     def to_yaml(self) -> str:
         """The settings as a YAML file that gives the same run; ``overwrite`` has to be asked for each time."""
         return dump_yaml(self.model_dump(mode="json", exclude={"overwrite"}))
+
+
+class ValidateConfig(RunConfig):
+    """A run's settings with attribution switched on, for ``validate`` to check."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _attributed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if settings.get("mode") in ("one_batch", "same_batch"):
+            raise ValueError(
+                f"validate: expected mode two_batch or both, whose prediction is attributed, got {settings['mode']}; "
+                "change the mode"
+            )
+        return settings | {"attribution": True}
 
 
 def load_config(

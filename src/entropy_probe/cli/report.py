@@ -37,7 +37,7 @@ def report(
         result = ProbeResult.load(directory)
         print_result(result, console, tables=read_tables(where))
         if (where / VALIDATION_FILE).is_file():
-            print_validation(Validation.load(where), console)
+            print_validation(Validation.load(where), console, result.diagnostics.messages)
     try:
         if sweeps:
             write_sweep_page(where, sweeps)
@@ -88,10 +88,10 @@ def _settings(directory: Path) -> dict[str, Any]:
 
     if not (directory / CONFIG_FILE).is_file():
         return {"config": None, "name": ""}
-    config = (directory / CONFIG_FILE).read_text(encoding="utf-8")
     try:
+        config = (directory / CONFIG_FILE).read_text(encoding="utf-8")
         checkpoint = Path(yaml.safe_load(config)["checkpoint"])
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
         raise ValueError(
             f"{directory / CONFIG_FILE}: expected the settings of a run with a checkpoint, got something else; it is "
             "not a run's, so move it away"

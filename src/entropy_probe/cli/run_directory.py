@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from entropy_probe.attribution_tables import TABLES
+from entropy_probe.cli.lock import LOCK_FILE
 from entropy_probe.report.wording import REPORT_FILE, RESULT_FIGURES
 from entropy_probe.results import RESULTS_FILE, ProbeResult
 from entropy_probe.validation_results import VALIDATION_FILE
@@ -22,22 +23,19 @@ SHARDS = "evaluation"
 """Where the evaluation batch is collected while it is sampled; gone once the run is complete."""
 FIGURES = "figures"
 _STAGING = ".unfinished-"
-# results.json goes last: where it is, the rest is.
+# results.json goes last: where it is, the rest is, but for the validation, which comes later.
 RUN_FILES = (CONFIG_FILE, UPDATE_FILE, EVALUATION_FILE, *TABLES, VALIDATION_FILE, RESULTS_FILE)
 # Drawn from the rest, by this run or by `entropy-probe report` later.
 SHOWN_FILES = (REPORT_FILE, *(f"{FIGURES}/{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")))
 
 
 def check_output_dir(directory: Path, overwrite: bool) -> None:
-    """Refuse a directory that a run must not write into.
+    """Refuse a directory, which is locked, that a run must not write into.
 
     Raises:
-        ValueError: if it is a file, or holds something and ``overwrite`` is off, or holds files named like a
-            run's without being one.
+        ValueError: if it holds something and ``overwrite`` is off, or holds files named like a run's without being one.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir: expected a directory, {directory} is a file; choose another one")
-    if not directory.exists() or all(_left_by_a_killed_run(entry) for entry in directory.iterdir()):
+    if all(_left_by_a_killed_run(entry) for entry in directory.iterdir() if entry.name != LOCK_FILE):
         return
     if not overwrite:
         raise ValueError(
@@ -61,22 +59,14 @@ def _left_by_a_killed_run(entry: Path) -> bool:
 
 @contextmanager
 def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """A temporary directory whose files move into ``directory`` when the block ends without an error.
+    """A temporary directory in a locked one, into which its files move when the block ends without an error.
 
     Files of an earlier run that this one did not write are removed, except the resolved paths in ``keep``;
     other files stay. After an error everything is as it was, but rollouts sampled by then are kept in a directory
     beside it, which a note on the error names. An evaluation batch that was sampled in part stays as it is, in
     shards, as it does when the process is killed: the next run goes on with it.
-
-    Raises:
-        ValueError: if the directory cannot be made or written into.
     """
-    existed = directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
-    except OSError as error:
-        raise ValueError(f"output_dir: cannot write into {directory}: {error.strerror}; choose another one") from error
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
     try:
         yield staging
         written = [name for name in RUN_FILES if (staging / name).exists()]
@@ -85,7 +75,6 @@ def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path
                 (directory / name).unlink(missing_ok=True)
         for name in written:
             (staging / name).replace(directory / name)
-        existed = True
         for entry in directory.iterdir():
             if _left_by_a_killed_run(entry):
                 shutil.rmtree(entry)
@@ -94,8 +83,6 @@ def stage(directory: Path, keep: frozenset[Path] = frozenset()) -> Iterator[Path
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if not existed and not (directory / SHARDS).exists():
-            directory.rmdir()
 
 
 def _rescue_rollouts(staging: Path, directory: Path, error: BaseException) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from entropy_probe.checkpoints import CheckpointState
-    from entropy_probe.cli.run import Inputs as Sources
+    from entropy_probe.cli.batches import Inputs as Sources
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.cli.sweep_directory import Inputs, SweepDirectory
     from entropy_probe.distributed import Ranks
@@ -61,23 +63,34 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
     Raises:
         ValueError: if the output directory, a checkpoint, the prompts or the rollouts cannot be used.
     """
-    from entropy_probe.cli.report import write_sweep_page
+    from entropy_probe.cli.lock import locked
     from entropy_probe.cli.run import quiet_transformers
+
+    config = config.resolved()
+    quiet_transformers()
+    each = list(config.each())
+    with locked(config.output_dir) if ranks.rank == 0 else nullcontext():
+        return _sweep_each(config, each, ranks) if each else {"": sweep_checkpoint(config, ranks)}
+
+
+def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) -> dict[str, Sweep]:
+    """A sweep for each of several checkpoints, and what compares them."""
+    from entropy_probe.cli.lock import locked
+    from entropy_probe.cli.report import write_sweep_page
     from entropy_probe.cli.run_directory import CONFIG_FILE
     from entropy_probe.cli.sweep_directory import open_index
     from entropy_probe.records import write_atomically
     from entropy_probe.report import figure_files
 
-    config = config.resolved()
-    quiet_transformers()
-    each = list(config.each())
-    if not each:
-        return {"": sweep_checkpoint(config, ranks)}
-    if ranks.rank == 0:
+    writing = ranks.rank == 0
+    if writing:
         open_index(config.output_dir, [one.output_dir.name for one in each], config.overwrite)
         write_atomically(config.output_dir / CONFIG_FILE, config.to_yaml().encode())
-    sweeps = {one.output_dir.name: sweep_checkpoint(one, ranks) for one in each}
-    if ranks.rank != 0:
+    sweeps = {}
+    for one in each:
+        with locked(one.output_dir) if writing else nullcontext():
+            sweeps[one.output_dir.name] = sweep_checkpoint(one, ranks)
+    if not writing:
         return sweeps
     for name, content in figure_files(sweeps).items():
         write_atomically(config.output_dir / name, content)
@@ -86,10 +99,14 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
 
 
 def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
-    """One sweep: resume what is there, or start; see :mod:`entropy_probe.cli.sweep_directory` for the protocol."""
+    """One sweep, in a locked directory: resume what is there, or start.
+
+    See :mod:`entropy_probe.cli.sweep_directory` for the protocol.
+    """
+    from entropy_probe.cli.batches import engine_for, read_inputs, resampler
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_page
-    from entropy_probe.cli.run import engine_for, open_checkpoint, read_inputs, resampler
+    from entropy_probe.cli.run import open_checkpoint
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.records import write_atomically
@@ -186,7 +203,7 @@ def _collect_rollouts(
     progress: Phase,
 ) -> Inputs:
     """Both batches in the directory, given or sampled, each recorded as soon as it is there."""
-    from entropy_probe.cli.run import sample_batch
+    from entropy_probe.cli.batches import sample_batch
     from entropy_probe.cli.run_directory import SHARDS
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES
 

@@ -1,7 +1,8 @@
 """The directory a sweep writes and resumes from: every file appears whole, and nothing is mixed with other inputs.
 
 ``inputs.json`` comes first and says what the sweep is computed from, by content. Then come the rollouts, each recorded
-in ``inputs.json`` once it is there, one file per finished point, the figures and, last of all, ``sweep.json``.
+in ``inputs.json`` once it is there, one file per finished point, the figures and, last of all, ``sweep.json``. The
+process that writes holds the directory locked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from entropy_probe.cli.lock import LOCK_FILE
 from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE
 from entropy_probe.records import Record, read_record, write_atomically
 from entropy_probe.report.wording import REPORT_FILE
@@ -108,7 +110,7 @@ class SweepDirectory:
     """One sweep on disk.
 
     Args:
-        path: where.
+        path: where; a directory, which is locked.
         rates: its learning rates, in increasing order.
     """
 
@@ -152,7 +154,7 @@ class SweepDirectory:
             ValueError: if the directory cannot be made or written into.
         """
         try:
-            (self.path / POINTS).mkdir(parents=True, exist_ok=True)
+            (self.path / POINTS).mkdir(exist_ok=True)
             for left in (*self.path.glob(".*.tmp"), *(self.path / POINTS).glob(".*.tmp")):
                 left.unlink()  # of a sweep that was killed while writing
             inputs.save(self.path / INPUTS_FILE)
@@ -197,7 +199,7 @@ class SweepDirectory:
 
 
 def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> None:
-    """Write ``sweeps.json`` into a directory that is new, empty, or holds the same.
+    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same.
 
     Raises:
         ValueError: if it holds something else.
@@ -212,7 +214,6 @@ def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> 
             )
         if read_record(SweepIndex, file, *UNREADABLE) != index and not overwrite:
             raise _refusal(directory, "holds sweeps of other checkpoints")
-    directory.mkdir(parents=True, exist_ok=True)
     index.save(file)
 
 
@@ -242,9 +243,7 @@ def unfinished(directory: Path) -> str | None:
 
 
 def _occupied(directory: Path) -> bool:
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir: expected a directory, {directory} is a file; choose another one")
-    return directory.exists() and any(directory.iterdir())
+    return any(entry.name != LOCK_FILE for entry in directory.iterdir())
 
 
 def _refusal(directory: Path, what: str) -> ValueError:

@@ -17,7 +17,7 @@ def validate(
         typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
     ] = None,
     subsets: Annotated[int, typer.Option(min=4, help="How many random halves of the update prompts.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of the random halves.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random halves.")] = 0,
     output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
@@ -25,26 +25,22 @@ def validate(
 ) -> None:
     """Run with attribution, then take real steps on random halves of the update prompts and compare.
 
-    Writes what a run writes, and validation.json.
+    Writes what a run writes, then validation.json beside it.
     """
     from rich.console import Console
 
-    from entropy_probe.cli.config import load_config
+    from entropy_probe.cli.config import ValidateConfig, load_config
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.report import print_files, print_result, print_validation, read_tables
     from entropy_probe.validation_results import Validation
 
-    options = {
-        "output_dir": None if output_dir is None else str(output_dir),
-        "overwrite": overwrite or None,
-        "attribution": True,
-    }
+    options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
     with launched_ranks() as ranks:
-        settings = load_config(config, overrides or (), options)
+        settings = load_config(config, overrides or (), options, ValidateConfig)
         result = probe_checkpoint(settings, ranks, (subsets, seed))
         if ranks.rank == 0:
             console = Console()
             print_result(result, console, tables=read_tables(settings.output_dir))
-            print_validation(Validation.load(settings.output_dir), console)
+            print_validation(Validation.load(settings.output_dir), console, result.diagnostics.messages)
             print_files(settings.output_dir, console)

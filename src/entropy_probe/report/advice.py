@@ -62,8 +62,8 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ),
     ("the batch size was lowered", f"{NOTHING} Set generation.batch_size to save the retries."),
     ("seems exchanged", "Do not use these numbers: record a manifest during training, which maps entries by name."),
-    ("learning rate is 0", "Pass --learning-rate with the rate of the step you ask about."),
-    (r"learning rate .* is above", "Make sure that the rate is meant; --learning-rate sets another."),
+    ("learning rate is 0", "Set probe.learning_rate to that of the step you ask about; a sweep has rates of its own."),
+    (r"learning rate .* is above", "Make sure that the rate is meant; probe.learning_rate sets another."),
     ("exp_avg_sq is all zero", "Compare with a later checkpoint; frozen or unused parts may be left out of training."),
     ("step counts differ between parameters", "Make sure that the late starters were unfrozen on purpose."),
     ("is missing; the save may be incomplete", "Use a checkpoint that was saved to its end, or make sure of this one."),
@@ -77,6 +77,12 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
     ("no direct curvature", "Read the curvature from the fit."),
     (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),
+    ("different halves, fewer than", "Use more update prompts: few halves leave the rank correlation uncertain."),
+    (
+        "could not be measured and are left out",
+        "Set a smaller probe.learning_rate, or probe.on_low_ess to resample (fresh responses after the step).",
+    ),
+    ("no rank correlation: expected", "Use more update prompts whose responses have different rewards."),
     ("are below the noise floor", "Set probe.dtype to float64, or start the sweep at a larger rate."),
 )
 

@@ -88,7 +88,7 @@ def token_sentence(tables: Tables, result: ProbeResult) -> str:
 def validation_sentence(validation: Validation) -> str:
     """How well contributions, and covariance terms, rank the changes measured after real steps."""
     kept = len(validation.steps[0].kept)
-    said = f"Checked by {len(validation.steps)} real steps on {kept} of {validation.num_prompts} prompts each:"
+    said = f"Checked by {validation.num_measured} real steps on {kept} of {validation.num_prompts} prompts each:"
     ours, theirs = validation.contributions, validation.covariance
     parts = [
         typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {name}")
@@ -96,7 +96,7 @@ def validation_sentence(validation: Validation) -> str:
         if found is not None
     ]
     if not parts:
-        return f"{said} no rank correlation, since all forecasts or all changes are equal."
+        return f"{said} no rank correlation ({validation.undefined})."
     return f"{said} rank correlation with the measured change {' and '.join(parts)} (95% intervals)."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from rich.console import Console
 from rich.padding import Padding
@@ -10,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.attribution_results import AttributionSummary
-from entropy_probe.report.numbers import common_exponent, format_estimate, format_number
+from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, signed
 from entropy_probe.report.tables import Columns
+from entropy_probe.report.terminal import print_note, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.validation_results import RankCorrelation, Validation
 
@@ -29,8 +31,7 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
         console: where to print.
         prompts: the table of prompts; None when it was not saved.
     """
-    title = f" Where the gradient part comes from ({summary.num_tokens} tokens)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 1))
     table.add_column("")
     table.add_column(f" {summary.unit}", no_wrap=True)
     table.add_column("", style="dim")
@@ -42,7 +43,7 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
         table.add_row(name, _number(value, exponent), "")
     if prompts is not None:
         _add_prompts(table, prompts, exponent)
-    console.print(table)
+    print_titled(f" Where the gradient part comes from ({summary.num_tokens} tokens)", table, console)
     correlation = summary.rank_correlation_with_covariance
     said = "undefined" if correlation is None else format_number(correlation, 2)
     lines = [f"rank correlation of tokens with the covariance term of Cui et al. (2025): {said} (-1 as theory has it)"]
@@ -53,31 +54,35 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
     console.print()
 
 
-def print_validation(validation: Validation, console: Console) -> None:
+def print_validation(validation: Validation, console: Console, said: Collection[str] = ()) -> None:
     """Print how well contributions and covariance terms rank real steps on halves of the update prompts.
 
     Args:
         validation: what to show.
         console: where to print.
+        said: messages that need not be repeated, such as those of the result.
     """
-    kept, count = len(validation.steps[0].kept), len(validation.steps)
+    kept, count = len(validation.steps[0].kept), validation.num_measured
     title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: are they ranked as forecast?"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 1))
     for heading in ("forecast", " rank correlation", "95% interval"):
         table.add_column(heading, no_wrap=True)
     for name, found in (
         ("contributions", validation.contributions),
         ("minus covariance terms", validation.covariance),
     ):
-        table.add_row(name, *_correlation(found))
-    console.print(table)
+        table.add_row(name, *_correlation(found, validation.undefined))
+    print_titled(title, table, console)
+    for message in validation.messages:
+        if message not in said:
+            print_note(message, console)
     console.print()
 
 
-def _correlation(found: RankCorrelation | None) -> tuple[str, str]:
+def _correlation(found: RankCorrelation | None, undefined: str) -> tuple[str, str]:
     if found is None:
-        return " undefined", "all forecasts or all changes are equal"
-    return _signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}"
+        return " undefined", undefined
+    return signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}"
 
 
 def _add_prompts(table: Table, prompts: Columns, exponent: int | None) -> None:
@@ -93,7 +98,7 @@ def _add_prompts(table: Table, prompts: Columns, exponent: int | None) -> None:
             value, error, reward = contributions[k], float(prompts["standard_error"][k]), prompts["mean_reward"][k]
             number = _number(value, exponent)
             if not math.isnan(error):
-                number = _signed(format_estimate(value, error, exponent))
+                number = signed(format_estimate(value, error, exponent))
             about = f"{prompts['num_responses'][k]} responses"
             about += "" if math.isnan(reward) else f", reward {format_number(reward, 2)}"
             table.add_row(Text(f"  {_name(prompts, k)}"), number, about)
@@ -107,9 +112,5 @@ def _name(prompts: Columns, k: int) -> str:
 
 def _number(value: float, exponent: int | None) -> str:
     if exponent is None or exponent >= -2:
-        return _signed(format_number(value))
-    return _signed(f"{value / 10**exponent:.2f}e{exponent}")
-
-
-def _signed(number: str) -> str:
-    return number if number.startswith("-") else f" {number}"
+        return signed(format_number(value))
+    return signed(f"{value / 10**exponent:.2f}e{exponent}")

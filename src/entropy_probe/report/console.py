@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.report.attribution_console import print_attribution
-from entropy_probe.report.numbers import format_estimate, format_number, format_percent
+from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
 from entropy_probe.report.tables import Tables, read_tables
+from entropy_probe.report.terminal import print_note, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
 from entropy_probe.report.wording import ESTIMATORS, REPORT_FILE, column_exponent
@@ -44,9 +45,9 @@ def print_result(
         ValueError: if the result holds no change at all.
     """
     judged = verdict(result)
-    console.print(_table(result))
+    print_titled(_title(result), _table(result), console)
     for message in result.diagnostics.messages:
-        console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
+        print_note(message, console)
     console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
     if result.attribution is not None:
         tables = read_tables(directory) if tables is None and directory is not None else tables
@@ -64,7 +65,7 @@ def print_files(directory: Path, console: Console) -> None:
 
 
 def _table(result: ProbeResult) -> Table:
-    table = Table(title=_title(result), title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    table = Table(box=None, padding=(0, 1))
     table.add_column("")
     table.add_column(f" {result.entropy.unit}", no_wrap=True)
     table.add_column("", style="dim")
@@ -74,7 +75,7 @@ def _table(result: ProbeResult) -> Table:
     mismatch = result.diagnostics.mismatch
     if mismatch is not None:
         sizes = f"|Δ log π|, at most {format_number(mismatch.max, 2)}; ESS {format_percent(mismatch.ess_fraction)}"
-        table.add_row("sampler", _signed(format_number(mismatch.mean, 2)), sizes)
+        table.add_row("sampler", signed(format_number(mismatch.mean, 2)), sizes)
     exponent = column_exponent(result)
     if result.predicted is not None:
         _add_prediction(table, result, result.predicted, exponent)
@@ -102,7 +103,7 @@ def _add_prediction(table: Table, result: ProbeResult, predicted: Prediction, ex
 
 def _add_cross_prompt(table: Table, cross: CrossPrompt, exponent: int | None) -> None:
     errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"
-    value = _signed(format_estimate(cross.delta_h1, cross.se_jackknife, exponent))
+    value = signed(format_estimate(cross.delta_h1, cross.se_jackknife, exponent))
     table.add_row("one batch δH₁", Text(value, "bold"), errors)
     units = (
         f"{cross.num_units} prompts"
@@ -120,25 +121,20 @@ def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponen
     table.add_row("realized ΔH", Text(_pair(estimate, exponent) if estimate else " refused", "bold"), how)
     if result.predicted is not None and result.difference is not None and estimate is not None:
         value = result.predicted.value
-        ratio = _signed(format_number(estimate.value / value)) if value else " undefined"
+        ratio = signed(format_number(estimate.value / value)) if value else " undefined"
         table.add_row("ΔH / δH₁", ratio, "ratio")
         table.add_row("ΔH − δH₁", _pair(result.difference, exponent), "paired difference")
     weight = f"{realized.ess:.1f} sequences; largest weight {format_number(realized.max_weight)}"
     table.add_row("ESS", f" {format_percent(realized.ess_fraction)}", weight)
     if realized.pareto_k is not None:
         allowed = f"tail of the weights; at most {format_number(realized.pareto_k_threshold, 2)}"
-        table.add_row("Pareto k", _signed(format_number(realized.pareto_k, 2)), allowed)
+        table.add_row("Pareto k", signed(format_number(realized.pareto_k, 2)), allowed)
     if realized.noise_floor is not None:
-        table.add_row("noise floor", _signed(format_number(realized.noise_floor, 2)), "of ΔH, by rounding")
+        table.add_row("noise floor", signed(format_number(realized.noise_floor, 2)), "of ΔH, by rounding")
 
 
 def _pair(estimate: Estimate, exponent: int | None = None) -> str:
-    return _signed(format_estimate(estimate.value, estimate.standard_error, exponent))
-
-
-def _signed(number: str) -> str:
-    """Leave room for a minus sign, so that digits line up."""
-    return number if number.startswith("-") else f" {number}"
+    return signed(format_estimate(estimate.value, estimate.standard_error, exponent))
 
 
 def _sentence_case(text: str) -> str:

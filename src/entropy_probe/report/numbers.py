@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-__all__ = ["common_exponent", "format_estimate", "format_number", "format_percent", "typeset"]
+__all__ = ["common_exponent", "format_estimate", "format_number", "format_percent", "signed", "typeset"]
 
 PLAIN_EXPONENTS = range(-2, 5)
 MAX_DIGITS = 7
@@ -57,6 +57,11 @@ def format_percent(fraction: float, decimals: int = 1) -> str:
     """A share as a percentage; 100% only where it is exactly that."""
     percent = 100 * fraction
     return f"{percent:.0f}%" if percent in (0, 100) else f"{min(percent, 100 - 10.0**-decimals):.{decimals}f}%"
+
+
+def signed(number: str) -> str:
+    """A formatted number with room for a minus sign, so that digits line up."""
+    return number if number.startswith("-") else f" {number}"
 
 
 def typeset(number: str) -> str:

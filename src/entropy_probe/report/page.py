@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def run_page(
         result=result,
         sweeps=[],
         config=config,
-        **_of_result(result),
+        **_of_result(result, () if validation is None else validation.messages),
         **_of_tables(tables, result, validation),
     )
 
@@ -125,7 +125,7 @@ STATES = {
 _RESULT_KEYS = ("cards", "changes", "comparison", "waterfall", "checks", "state", "notes", "how")
 
 
-def _of_result(result: ProbeResult) -> dict[str, Any]:
+def _of_result(result: ProbeResult, more: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "cards": cards(result),
         "changes": changes(result),
@@ -133,7 +133,7 @@ def _of_result(result: ProbeResult) -> dict[str, Any]:
         "waterfall": waterfall(result),
         "checks": checks(result),
         "state": optimizer_checks(result.optimizer_state),
-        "notes": [(message, advice(message)) for message in result.diagnostics.messages],
+        "notes": [(said, advice(said)) for said in dict.fromkeys((*result.diagnostics.messages, *more))],
         "how": how_computed(result),
     }
 

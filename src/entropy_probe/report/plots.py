@@ -11,6 +11,7 @@ import numpy as np
 from entropy_probe.report.attribution import prompt_chart
 from entropy_probe.report.charts import COVERAGE_95, BarChart
 from entropy_probe.report.tables import Columns, Tables
+from entropy_probe.report.text import printable
 from entropy_probe.report.views import changes, waterfall
 from entropy_probe.results import ProbeResult
 from entropy_probe.sweep_results import Sweep, SweepPoint
@@ -93,7 +94,7 @@ def _bars(chart: BarChart, unit: str) -> Figure:
             axes.errorbar(bar.end, row, xerr=COVERAGE_95 * bar.error, color="black", linewidth=1, capsize=2)
         if bar.linked:
             axes.plot([bar.start] * 2, [row - 1, row], ":", color=GREY, linewidth=0.8)
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+    axes.set_yticks(range(len(bars)), [_plain(bar.label) for bar in bars])
     axes.invert_yaxis()
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
     axes.set_xlabel(f"entropy change ({unit})")
@@ -113,8 +114,8 @@ def _layers(layers: Columns, unit: str) -> Figure:
     figure = Figure(figsize=(max(4.5, size[0]), size[1]), dpi=150, layout="constrained")
     axes, largest = figure.subplots(), float(np.nanmax(np.abs(grid))) or 1.0
     drawn = axes.imshow(grid, cmap=_diverging(), vmin=-largest, vmax=largest, aspect="auto")
-    axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(modules)), [_plain(name) for name in modules], rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     figure.colorbar(drawn, label=f"part of δH₁ ({unit})", format="%.1e")
@@ -205,7 +206,7 @@ def _draw_several(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
             x, y, error = zip(*found, strict=True)
             scaled = [v / r for r, v in zip(x, y, strict=True)]
             _band(left, x, scaled, [e / r for r, e in zip(x, error, strict=True)], color)
-            left.plot(x, scaled, color=color, marker=marker, markersize=3.5, label=name)
+            left.plot(x, scaled, color=color, marker=marker, markersize=3.5, label=_plain(name))
         end = sweep.linear_range
         if end.learning_rate is not None:
             face = "none" if end.at_least else color
@@ -217,10 +218,20 @@ def _draw_several(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
     left.legend(frameon=False, fontsize=8)
     left.set_title("bands: ±1.96 standard errors", fontsize=8, loc="left")
     right.set_yscale("log")
-    right.set_xticks(range(len(sweeps)), list(sweeps), rotation=30, ha="right")
+    right.set_xticks(range(len(sweeps)), [_plain(name) for name in sweeps], rotation=30, ha="right")
     right.set_xlim(-0.5, len(sweeps) - 0.5)
     right.set_ylabel("end of the linear range")
     right.set_title("hollow: at least", fontsize=8, loc="left")
+
+
+def _plain(name: str) -> str:
+    """A name to be drawn letter by letter.
+
+    Matplotlib takes what is between dollar signs for a formula, and leaves labels with a leading underscore out of the
+    legend; control characters it cannot draw.
+    """
+    name = printable(name).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def _shade(axes: Axes, sweep: Sweep, start: float) -> None:

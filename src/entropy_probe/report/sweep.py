@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.report.console import print_files
-from entropy_probe.report.numbers import format_estimate, format_number, format_percent
+from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
+from entropy_probe.report.terminal import print_note, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.sweep_results import Fitted, Sweep, SweepPoint
 
@@ -31,26 +32,27 @@ def print_sweeps(sweeps: Mapping[str, Sweep], console: Console, directory: Path 
     if len(sweeps) == 1 and "" in sweeps:
         _print_sweep(sweeps[""], console)
     else:
-        console.print(_summary(sweeps))
+        unit = next(iter(sweeps.values())).unit
+        print_titled(f" Learning-rate sweeps of {len(sweeps)} checkpoints, {unit}", _summary(sweeps), console)
         for name, sweep in sweeps.items():
             for message in sweep.messages:
-                console.print(Padding(Text(printable(f"note: {name}: {message}"), style="yellow"), (0, 1)))
+                print_note(f"{name}: {message}", console)
     if directory is not None:
         print_files(directory, console)
 
 
 def _print_sweep(sweep: Sweep, console: Console) -> None:
-    table = _table(f" Entropy change in {sweep.unit}, step at different learning rates")
+    table = _table(header=True)
     for name in ("rate η", " realized ΔH", " predicted δH₁", " ΔH/δH₁", "ESS"):
         table.add_column(name, no_wrap=True)
     end = sweep.linear_range.learning_rate
     for point in sweep.points:
         linear = end is not None and point.learning_rate <= end
         table.add_row(f"{point.learning_rate:.3g}", *point_row(point), style="" if linear else "dim")
-    console.print(table)
+    print_titled(f" Entropy change in {sweep.unit}, step at different learning rates", table, console)
     console.print(_fits(sweep))
     for message in (*sweep.prediction.diagnostics.messages, *sweep.messages):
-        console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
+        print_note(message, console)
     console.print(Padding(Text(sweep_sentence(sweep)), 1))
 
 
@@ -66,13 +68,13 @@ def point_row(point: SweepPoint) -> tuple[str, str, str, str]:
     return (
         _pair(point.estimate.value, point.estimate.standard_error),
         predicted,
-        " undefined" if ratio is None else _signed(format_number(ratio, 4)),
+        " undefined" if ratio is None else signed(format_number(ratio, 4)),
         f"{format_percent(point.realized.ess_fraction)}{marks}",
     )
 
 
 def _fits(sweep: Sweep) -> Table:
-    table = _table(None)
+    table = _table(header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("", style="dim")
@@ -129,15 +131,14 @@ def _star_sentence(sweep: Sweep) -> str:
 
 
 def _summary(sweeps: Mapping[str, Sweep]) -> Table:
-    unit = next(iter(sweeps.values())).unit
-    table = _table(f" Learning-rate sweeps of {len(sweeps)} checkpoints, {unit}")
+    table = _table(header=True)
     for name in ("checkpoint", "entropy", " slope at 0", "linear up to", " star rate"):
         table.add_column(name, no_wrap=True)
     for name, sweep in sweeps.items():
         end, star = sweep.linear_range, sweep.learning_rate_star
         bound = "none" if end.learning_rate is None else f"{'≥ ' if end.at_least else ''}{end.learning_rate:.3g}"
         table.add_row(
-            name,
+            Text(printable(name)),
             f"{format_estimate(sweep.prediction.entropy.value, sweep.prediction.entropy.standard_error)}",
             " no fit" if sweep.fit is None else _fitted(sweep.fit.linear),
             bound,
@@ -146,15 +147,8 @@ def _summary(sweeps: Mapping[str, Sweep]) -> Table:
     return table
 
 
-def _table(title: str | None) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 0, 0, 1),
-        show_header=title is not None,
-    )
+def _table(*, header: bool) -> Table:
+    return Table(box=None, padding=(0, 0, 0, 1), show_header=header)
 
 
 def _fitted(fitted: Fitted) -> str:
@@ -162,9 +156,4 @@ def _fitted(fitted: Fitted) -> str:
 
 
 def _pair(value: float, standard_error: float) -> str:
-    return _signed(format_estimate(value, standard_error))
-
-
-def _signed(number: str) -> str:
-    """Leave room for a minus sign, so that digits line up."""
-    return number if number.startswith("-") else f" {number}"
+    return signed(format_estimate(value, standard_error))

@@ -40,9 +40,17 @@ def read_tables(directory: Path) -> Tables | None:
     Raises:
         ValueError: if one of the three is missing, cannot be read, or lacks a column.
     """
-    if not (directory / TOKENS_FILE).is_file():
+    names = (TOKENS_FILE, PROMPTS_FILE, LAYERS_FILE)
+    there = [name for name in names if (directory / name).is_file()]
+    if not there:
         return None
-    return Tables(*(_read(directory / name) for name in (TOKENS_FILE, PROMPTS_FILE, LAYERS_FILE)))
+    for name in names:
+        if name not in there:
+            raise ValueError(
+                f"{directory / name}: expected a table of the attribution beside {there[0]}, found no such file; put "
+                "it back or run again"
+            )
+    return Tables(*(_read(directory / name) for name in names))
 
 
 def check_tables(tables: Tables, result: ProbeResult) -> None:
@@ -85,11 +93,14 @@ def _read(path: Path) -> dict[str, Any]:
         table = pq.read_table(path, memory_map=False)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: expected a table of an attribution, got {reason}; attribute again") from error
+        raise ValueError(
+            f"{path}: expected a table of an attribution, got a file that cannot be read ({reason}); put back the one "
+            "that the run wrote, or run again"
+        ) from error
     columns = TABLES[path.name]
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise ValueError(f"{path}: expected a table of an attribution, got one without {missing[0]}; attribute again")
+        raise ValueError(f"{path}: expected a table of an attribution, got one without {missing[0]}; run again")
     return {name: _column(table[name].to_pylist(), kind) for name, (kind, _, _) in columns.items()}
 
 

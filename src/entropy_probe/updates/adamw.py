@@ -123,7 +123,7 @@ def learning_rates(optimizer: torch.optim.Optimizer, override: float | None = No
     if not any(rates):
         raise ValueError(
             "learning rate: expected a positive value, got 0 in every optimizer group (a finished linear schedule "
-            "stores 0); give the rate to probe with --learning-rate or ProbeConfig(learning_rate=...)"
+            "stores 0); set probe.learning_rate (in Python ProbeConfig.learning_rate) to the rate to probe"
         )
     return rates
 

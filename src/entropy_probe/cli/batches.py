@@ -1,0 +1,169 @@
+"""The batches of a run: read from files, or sampled from the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from entropy_probe.report.numbers import format_percent
+
+if TYPE_CHECKING:
+    from entropy_probe.checkpoints import CheckpointState
+    from entropy_probe.cli.config import RunConfig
+    from entropy_probe.distributed import Ranks
+    from entropy_probe.provenance import Phase
+    from entropy_probe.sampling import Prompt, Reward, SamplingReport, SequenceGenerator
+    from entropy_probe.session import Resample
+    from entropy_probe.types import Rollouts
+
+__all__ = ["Inputs", "engine_for", "read_inputs", "required", "resampler", "sample_batch", "sample_missing"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before the checkpoint, so that a wrong path does not cost the loading of a model."""
+
+    update: Rollouts | None
+    evaluation: Rollouts | None
+    prompts: list[Prompt]
+    reward: Reward | None
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """The saved rollouts, and what sampling the others takes.
+
+    Raises:
+        ValueError: if a file, the prompts or the reward cannot be used.
+    """
+    from entropy_probe.sampling import load_prompts, load_reward
+    from entropy_probe.types import Rollouts
+
+    update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
+    complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
+    return Inputs(
+        update=update,
+        evaluation=evaluation,
+        prompts=[] if complete else load_prompts(required(config.prompts)),
+        reward=load_reward(required(config.reward)) if update is None else None,
+    )
+
+
+def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> SequenceGenerator | None:
+    """What samples responses of the checkpoint on this rank; ``None`` without a tokenizer."""
+    from entropy_probe.sampling import HFGenerator
+
+    if state.tokenizer is None:
+        return None
+    agreed = ranks.of_first if config.shard else None
+    return HFGenerator(state.model, state.tokenizer, config.generation.batch_size, agreed)
+
+
+def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resample | None:
+    """How to sample the evaluation prompts anew after the step, if that is what low ESS asks for."""
+    from entropy_probe.sampling import EvaluationSettings, SamplingParameters, resample_responses, share_engine
+
+    if config.probe.on_low_ess != "resample":
+        return None
+    engine = engine_for(config, state, ranks)
+    if engine is None:
+        raise ValueError(
+            f"{config.checkpoint}: expected a tokenizer for on_low_ess 'resample', found none there or with the base "
+            "model; copy its files into the checkpoint, or set on_low_ess to psis or refuse"
+        )
+    settings = config.evaluation or EvaluationSettings(total_sequences=2)
+    parameters = SamplingParameters(config.probe.temperature, required(config.probe.max_completion_length))
+
+    def resample(rollouts: Rollouts) -> Rollouts:
+        def sample(shared: SequenceGenerator | None) -> Rollouts:
+            return resample_responses(required(shared), rollouts, parameters, seed=settings.seed)
+
+        return share_engine(ranks, engine, sample, together=config.shard)
+
+    return resample
+
+
+def sample_missing(
+    config: RunConfig,
+    state: CheckpointState,
+    inputs: Inputs,
+    files: tuple[Path, Path],
+    engine: SequenceGenerator | None,
+    progress: Phase,
+) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
+    """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
+    update, evaluation = inputs.update, inputs.evaluation
+    notes: list[str] = []
+    if update is None:
+        update, about = sample_batch("update", config, state, inputs, files, engine, progress)
+        notes += about
+    if evaluation is None and not config.needs_no_evaluation:
+        evaluation, about = sample_batch("evaluation", config, state, inputs, files, engine, progress)
+        notes += about
+    return update, evaluation, tuple(notes)
+
+
+def sample_batch(
+    batch: Literal["update", "evaluation"],
+    config: RunConfig,
+    state: CheckpointState,
+    inputs: Inputs,
+    files: tuple[Path, Path],
+    engine: SequenceGenerator | None,
+    progress: Phase,
+) -> tuple[Rollouts, list[str]]:
+    """Sample one of the two batches as configured, with notes on how that went.
+
+    A sampled evaluation batch goes into ``files``: shard by shard into the second, a directory, then into the first.
+
+    Raises:
+        ValueError: if there is no tokenizer to sample with.
+    """
+    from entropy_probe.fingerprint import fingerprint
+    from entropy_probe.sampling import SamplingParameters, sample_evaluation_file, sample_update
+    from entropy_probe.types import Rollouts
+
+    if engine is None:
+        raise ValueError(
+            f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
+            "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
+        )
+    parameters = SamplingParameters(config.probe.temperature, required(config.probe.max_completion_length))
+    subject, report_progress = (engine, state.tokenizer, inputs.prompts), partial(progress, f"sample {batch}")
+    if batch == "update":
+        reward, settings = required(inputs.reward), required(config.update)
+        rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
+        return rollouts, _describe(batch, report)
+    path, shards = files
+    report = sample_evaluation_file(
+        *subject,
+        required(config.evaluation),
+        parameters,
+        path,
+        shards=shards,
+        policy=fingerprint([*state.model.named_parameters(), *state.model.named_buffers()]),
+        progress=report_progress,
+    )
+    return Rollouts.from_parquet(path), _describe(batch, report)
+
+
+def required(value: T | None) -> T:
+    """A setting that the config's validation has made sure of."""
+    assert value is not None
+    return value
+
+
+def _describe(batch: str, report: SamplingReport) -> list[str]:
+    """What a reader should know about a sampled batch, one line each."""
+    notes = [f"{batch}: {message}" for message in report.messages]
+    if report.prompts_dropped:
+        notes.append(
+            f"{batch}: {report.prompts_dropped} of {report.prompts_tried} prompts had equal rewards and were dropped "
+            f"in {report.rounds} rounds"
+        )
+    if report.truncated_fraction:
+        notes.append(f"{batch}: {format_percent(report.truncated_fraction)} of the responses hit the largest length")
+    return notes

@@ -1,0 +1,23 @@
+"""What the tables of every result look like on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from entropy_probe.report.text import printable
+
+__all__ = ["print_note", "print_titled"]
+
+
+def print_titled(title: str, table: Table, console: Console) -> None:
+    """Print a table below its title, which stays on one line: as the table's own it would wrap at the table's width."""
+    console.print(Text(printable(title), "bold"), soft_wrap=True)
+    console.print(table)
+
+
+def print_note(message: str, console: Console) -> None:
+    """Print what a careful reader should know."""
+    console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
