@@ -105,8 +105,8 @@ class SavedOptimizer:
         """The error for parameters whose entries should be there."""
         return MappingError(
             f"{self.path}: expected state for each of {self.num_parameters} parameters, got none for {len(missing)} "
-            f"(index {missing[:5]}){why}; a fresh state is never substituted, so save the optimizer again after a "
-            "full step"
+            f"(index {missing[:5]}){why}; a fresh state is never substituted: save again after a step that reaches and "
+            "moves every parameter, or freeze those that the loss does not reach"
         )
 
     @cached_property
