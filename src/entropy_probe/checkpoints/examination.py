@@ -41,8 +41,8 @@ from entropy_probe.results import OptimizerStateReport
 __all__ = ["Examination"]
 
 LARGE_LEARNING_RATE = 0.1
-UNSCALED = ("SGD", "Adadelta")
-"""Optimizers whose learning rate is not about the size of an element's step, so that a large one says nothing."""
+LARGE_UNSCALED = {"SGD": 100.0, "Adadelta": 100.0}
+"""Optimizers whose learning rate is not about the size of an element's step, so that only a far larger one is odd."""
 
 
 @dataclass
@@ -286,8 +286,9 @@ class Examination:
         rates = [group["lr"] for group in self.saved.groups if group["params"]]
         if not any(rates):
             yield "learning rate is 0, as after a finished schedule; give one with --learning-rate"
-        if max(rates) > LARGE_LEARNING_RATE and self.saved.kind.name not in UNSCALED:
-            yield f"learning rate {max(rates):g} is above {LARGE_LEARNING_RATE:g}; check it"
+        large = LARGE_UNSCALED.get(self.saved.kind.name, LARGE_LEARNING_RATE)
+        if max(rates) > large:
+            yield f"learning rate {max(rates):g} is above {large:g}; check it"
         if self.saved.is_adam and state.coverage < 1:
             yield (
                 f"exp_avg_sq is all zero for {1 - state.coverage:.0%} of the elements; normal for lora_A after "
