@@ -17,6 +17,7 @@ __all__ = [
     "MissingFileError",
     "UnsafeFileError",
     "UnsupportedError",
+    "first_line",
     "shown",
 ]
 
@@ -37,6 +38,11 @@ class _Repr(reprlib.Repr):
 
 
 _REPR = _Repr()
+
+
+def first_line(error: Exception, most: int = 200) -> str:
+    """What an error of a library says first, or its class where it says nothing, for a message of one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
 
 
 def shown(value: Any, most: int = 60) -> str:

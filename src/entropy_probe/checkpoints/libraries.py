@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.errors import CheckpointError, first_line
 
 __all__ = ["WithoutInitialization", "collector_paused", "one_line_errors", "quiet", "random_state_kept"]
 
@@ -46,8 +46,9 @@ def one_line_errors(where: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except (*_BAD_FILES, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{where}: could not be loaded: {first[:300]}; check the path and the files") from error
+        raise CheckpointError(
+            f"{where}: could not be loaded: {first_line(error, 300)}; check the path and the files"
+        ) from error
 
 
 @contextmanager

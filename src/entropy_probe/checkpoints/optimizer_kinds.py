@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, shown
+from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, first_line, shown
 
 __all__ = ["ADAM", "ADAMW", "KINDS", "REMEDY", "Content", "OptimizerKind", "check_settings", "number", "recognise"]
 
@@ -337,7 +337,6 @@ def _ask_the_class(where: str, kind: OptimizerKind, group: Settings) -> None:
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         # ValueError for a value that the class rules out, RuntimeError for kernels that exclude each other; the other
         # two only from a class of another version, that expects other types than those checked above
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InvalidValueError(
-            f"{where}: expected settings that {kind.name} takes, got: {first[:200]}; the file is damaged"
+            f"{where}: expected settings that {kind.name} takes, got: {first_line(error)}; the file is damaged"
         ) from error
