@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from entropy_probe.checkpoints import CheckpointError, errors, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints import CheckpointError, UnsupportedError, errors, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints import dcp as sharded_directory
 from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory, _overlap
 from entropy_probe.checkpoints.record import record_checkpoint
@@ -139,6 +139,16 @@ def test_a_sweep_is_computed_from_every_shard(copy_of, layout):
         assert hash_directory(checkpoint) != before
         flip(shard)
     assert hash_directory(checkpoint) == before
+
+
+@pytest.mark.parametrize("layout", ["hf", "plain"])
+def test_an_adapter_on_a_sharded_base_model_is_refused(runs, sharded, tmp_path, layout):
+    base = shutil.copytree(sharded / "full" / layout / "checkpoint-2", tmp_path / "base")
+    shutil.copy(sharded / "full" / "base" / "config.json", base)
+    checkpoint = runs("lora").checkpoint(2)
+    with pytest.raises(UnsupportedError, match=r"a base model in shards of torch\.distributed\.checkpoint; save its"):
+        load_checkpoint(checkpoint, base)
+    assert inspect_checkpoint(checkpoint, base).verdict == "unusable"
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
