@@ -124,3 +124,12 @@ def test_values_are_shown_in_one_short_line():
         "0.5", "None", "True", "3", "'a'", "(1, 2.5)", "[None]",
     ]  # fmt: skip
     assert shown(torch.ones(3)) == "a value of Tensor"
+
+
+def test_messages_are_one_line_whatever_they_quote():
+    found = str(CheckpointError("a\nb\x1b[2J\ud800\u202e: " + "x" * 10**5 + "; do this"))
+    assert found.startswith(r"a\nb\x1b[2J\ud800\u202e: xxx")
+    assert found.endswith("xxx; do this")
+    assert len(found) < 2000
+    assert found.isprintable()
+    assert found.encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ __all__ = ["WithoutInitialization", "collector_paused", "one_line_errors", "quie
 # What the libraries raise about files with impossible contents, besides errors of their own.
 _BAD_FILES = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
-    *(AssertionError, ImportError, MemoryError),
+    *(AssertionError, ImportError, MemoryError, re.error),
 )
 
 
@@ -39,13 +40,17 @@ class WithoutInitialization(TorchFunctionMode):
 @contextmanager
 def one_line_errors(where: str) -> Iterator[None]:
     """Turn what the libraries raise about bad files into one line."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
     except CheckpointError:
         raise
-    except (*_BAD_FILES, SafetensorError) as error:
+    except Exception as error:
+        # tokenizers has no class of its own for what it finds in a file
+        if not (isinstance(error, (*_BAD_FILES, SafetensorError, StrictDataclassError)) or type(error) is Exception):
+            raise
         raise CheckpointError(
             f"{where}: could not be loaded: {first_line(error, 300)}; check the path and the files"
         ) from error

@@ -231,10 +231,10 @@ def recognise(where: str, groups: Sequence[Settings], entries: Sequence[Mapping[
         index, (missing, unknown) = next((i, x) for i, g in enumerate(groups) if any(x := _amiss(nearest, g)))
         raise UnsupportedError(
             f"{where}: group {index}: not supported: expected the settings of one of the optimizers that are rebuilt, "
-            f"of which {nearest.name} is nearest; missing {missing}, unknown {unknown}; {REMEDY}"
+            f"of which {nearest.name} is nearest; missing {missing}, unknown {shown(unknown, 200)}; {REMEDY}"
         )
     if len(fitting) > 1:
-        keys = {str(key) for entry in entries for key in entry}
+        keys = {key for entry in entries for key in entry}
         fitting = [kind for kind in fitting if keys <= kind.contents(groups[0], ()).keys()]
     if len(fitting) != 1:
         could = [kind.name for kind in KINDS if kind.fits(groups)]
@@ -244,13 +244,14 @@ def recognise(where: str, groups: Sequence[Settings], entries: Sequence[Mapping[
         )
     (kind,) = fitting
     # files of torch before 2.7 do not say, and the Trainer only uses AdamW
-    return ADAM if kind is ADAMW and not groups[0].get("decoupled_weight_decay", True) else kind
+    decoupled = groups[0].get("decoupled_weight_decay", True)
+    return ADAM if kind is ADAMW and (decoupled is None or decoupled is False) else kind
 
 
 def _amiss(kind: OptimizerKind, group: Settings) -> tuple[list[str], list[str]]:
     """Settings that a group lacks, and those that the class does not have."""
     unknown = group.keys() - _ANY - kind.settings - kind.optional
-    return sorted(kind.settings - group.keys()), sorted(map(str, unknown))
+    return sorted(kind.settings - group.keys()), sorted(key if type(key) is str else shown(key) for key in unknown)
 
 
 _AT_LEAST_0 = (0.0, math.inf)
