@@ -29,7 +29,7 @@ class _Repr(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         """As it is, unless it is so large that writing it down would take long or be refused."""
-        return repr(x) if abs(x) < 2**63 else f"a whole number of {x.bit_length()} bits"
+        return repr(x) if x.bit_length() < 500 else f"a whole number of {x.bit_length()} bits"
 
     def repr_instance(self, x: Any, level: int) -> str:
         """Plain values as they are, of any other only the class."""
