@@ -9,7 +9,7 @@ import torch
 
 from entropy_probe.checkpoints import CheckpointError
 from entropy_probe.checkpoints.archive import read_archived
-from entropy_probe.checkpoints.errors import shown
+from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.pickles import MOST_VALUES, PLAIN, check_pickle
 
 

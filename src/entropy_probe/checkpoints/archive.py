@@ -16,13 +16,8 @@ from typing import Any
 
 import torch
 
-from entropy_probe.checkpoints.errors import (
-    CheckpointError,
-    DamagedFileError,
-    MissingFileError,
-    UnsafeFileError,
-    first_line,
-)
+from entropy_probe.checkpoints.errors import CheckpointError, DamagedFileError, MissingFileError, UnsafeFileError
+from entropy_probe.checkpoints.messages import first_line
 from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
 
 __all__ = ["UNREADABLE", "read_archive", "read_archived"]

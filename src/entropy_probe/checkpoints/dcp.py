@@ -30,9 +30,8 @@ from entropy_probe.checkpoints.errors import (
     MissingFileError,
     UnsafeFileError,
     UnsupportedError,
-    first_line,
-    shown,
 )
+from entropy_probe.checkpoints.messages import first_line, shown
 from entropy_probe.checkpoints.pickles import check_pickle
 
 __all__ = ["METADATA", "Entry", "ShardedDirectory", "ShardedWeights"]

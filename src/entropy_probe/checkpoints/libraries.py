@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe.checkpoints.errors import CheckpointError, first_line
+from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.messages import first_line
 
 __all__ = ["WithoutInitialization", "collector_paused", "one_line_errors", "quiet", "random_state_kept"]
 

@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from entropy_probe.checkpoints.errors import MappingError, shown
+from entropy_probe.checkpoints.errors import MappingError
 from entropy_probe.checkpoints.layout import Layout
 from entropy_probe.checkpoints.manifest import Manifest, plain_name
+from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.weights import Shape
 

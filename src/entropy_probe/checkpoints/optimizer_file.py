@@ -19,8 +19,8 @@ from entropy_probe.checkpoints.errors import (
     MappingError,
     MismatchError,
     UnsupportedError,
-    shown,
 )
+from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.optimizer_kinds import (
     ADAM,
     ADAMW,

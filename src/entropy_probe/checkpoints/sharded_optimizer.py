@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from entropy_probe.checkpoints.dcp import METADATA, Entry, ShardedDirectory
-from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, UnsupportedError, shown
+from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, UnsupportedError
+from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 
 __all__ = ["read_sharded_optimizer", "with_values"]
