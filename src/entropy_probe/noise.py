@@ -18,6 +18,7 @@ from entropy_probe.isolation import parameters_at
 from entropy_probe.measurement import measure_change
 from entropy_probe.parts import Part, add_up
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.shards import sharded_as
 from entropy_probe.types import Rollouts, TokenScores
 
 __all__ = ["measured_noise_floor"]
@@ -81,5 +82,5 @@ def _rounded_differently(parameters: Mapping[str, Parameter], autocast: str, see
         eps = torch.finfo(torch.bfloat16 if autocast == "bfloat16" else p.dtype).eps
         draw = torch.rand(p.shape, generator=sources[p.device], device=p.device)
         sign = (draw < 1 / 24).to(p.dtype) - (draw > 23 / 24).to(p.dtype)
-        nudged[name] = p.detach() * (1 + eps * sign)
+        nudged[name] = p.detach() * (1 + eps * sharded_as(sign, p))
     return nudged
