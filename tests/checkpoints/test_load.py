@@ -183,6 +183,16 @@ def _nan(tensors):
     tensors[sorted(tensors)[-1]].view(-1)[3] = float("nan")
 
 
+def _eight_bits(tensors):
+    name = sorted(tensors)[-1]
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def _complex(tensors):
+    name = sorted(tensors)[-1]
+    tensors[name] = tensors[name].to(torch.complex64)
+
+
 def _extra(tensors):
     tensors["stranger.weight"] = torch.ones(2)
 
@@ -192,12 +202,40 @@ def _transpose(tensors):
     tensors[name] = tensors[name].T.contiguous()
 
 
+def _json(**fields):
+    return lambda checkpoint: edit_json(checkpoint / "tokenizer.json", **fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_json(padding=1), "tokenizer: could not be loaded: invalid type: integer `1`"),
+        (lambda c: edit_json(c / "adapter_config.json", target_modules="[x"), "could not be loaded: unterminated"),
+    ],
+    ids=["tokenizers", "an expression"],
+)
+def test_what_the_libraries_raise_is_one_line(copy_of, make, message):
+    checkpoint = copy_of("lora")
+    make(checkpoint)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_of_other_types_is_one_line(copy_of):
+    checkpoint = copy_of("full")
+    edit_json(checkpoint / "config.json", tie_word_embeddings="5.23.0")
+    _refused(checkpoint, "could not be loaded: Validation error for field 'tie_word_embeddings'")
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("lora", _rename_one, r"expected 28 tensors, 1 missing \[.*layers\.0.*1 unknown \[.*layers\.7"),
         ("lora", _drop_half, "expected 28 tensors, 14 missing"),
         ("lora", _nan, "expected finite values, got NaN"),
+        ("lora", _eight_bits, r"weights in torch\.float8_e4m3fn; save them in float32"),
+        ("full", _complex, r"weights in torch\.complex64; save them in float32"),
         ("lora", _extra, r"0 missing \[\], 1 unknown \['stranger"),
         ("lora", _transpose, r"lora_A.*: expected shape \[4, 64\], got \[64, 4\]"),
         ("full", _rename_one, r"expected weights for exactly the model .* 1 missing keys \['model\.layers\.0"),

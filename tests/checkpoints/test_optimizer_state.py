@@ -117,7 +117,11 @@ def _adafactor(saved):
         (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr: expected a finite number, got nan"),
         (lambda s: s["param_groups"][0].update(lr=-1e-3), "lr: expected at least 0, got -0.001"),
         (lambda s: s["param_groups"][0].update(betas=(0.9, 1.0)), r"expected betas in \[0, 1\)"),
-        (lambda s: s["param_groups"][0].update(betas=0.9), "expected two betas, got 0.9"),
+        (
+            lambda s: s["param_groups"][0].update(decoupled_weight_decay=torch.ones(2)),
+            "decoupled_weight_decay: expected true, false or nothing",
+        ),
+        (lambda s: s["param_groups"][0].update(betas=0.9), "betas: expected two numbers, got 0.9"),
         (lambda s: s["param_groups"][0].update(fused="yes"), "fused: expected true, false or nothing, got 'yes'"),
         (lambda s: s["param_groups"][0].update(decoupled_weight_decay=False), "groups that mix Adam and AdamW"),
     ],

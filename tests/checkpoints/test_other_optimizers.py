@@ -174,6 +174,16 @@ def test_what_inspect_says(trained, runs):
     assert bare.mapping == "rule:hf-trainer-patterns + group sizes, nothing is kept for parameters (27 tensors)"
 
 
+@pytest.mark.parametrize(("name", "bound"), [("SGD", 100), ("Adadelta", 100), ("RMSprop", 0.1)])
+def test_a_rate_that_no_run_has_is_suspicious(trained, tmp_path, name, bound):
+    checkpoint = Path(shutil.copytree(trained(name).checkpoint(2), tmp_path / "checkpoint-2"))
+    edit_optimizer(checkpoint, settings(lr=float(bound)))
+    assert inspect_checkpoint(checkpoint).verdict == "healthy"
+    edit_optimizer(checkpoint, settings(lr=1e6))
+    report = inspect_checkpoint(checkpoint)
+    assert (report.verdict, report.reasons) == ("suspicious", (f"learning rate 1e+06 is above {bound}; check it",))
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adafactor", "Adafactor of transformers"])
 def test_a_manifest_of_another_optimizer(trained, tmp_path, name):
     checkpoint = Path(shutil.copytree(trained(name).checkpoint(2), tmp_path / "checkpoint-2"))
@@ -223,7 +233,7 @@ BAD = [
     ("RMSprop", settings(alpha=1.0), r"alpha in \[0, 1\)"),
     ("NAdam", put("mu_product", torch.tensor(float("nan"))), "mu_product: expected a finite number"),
     ("NAdam", put("mu_product", torch.tensor(-0.1)), "mu_product: expected at least 0"),
-    ("NAdam", put("mu_product", torch.ones(3)), "mu_product: expected a finite number, got tensor"),
+    ("NAdam", put("mu_product", torch.ones(3)), "mu_product: expected a finite number, got a value of T"),
     ("RAdam", put("step", torch.tensor(0.0)), "at least 1, got 0"),
     ("Adamax", put("exp_inf", -1.0), "exp_inf: expected values of at least 0"),
     ("Adagrad", put("sum", float("nan")), "sum: expected finite"),
@@ -238,12 +248,27 @@ BAD = [
     ("Adafactor", put("variance", torch.ones(2, 2)), "expected Adafactor's"),
     ("Adafactor", settings(eps=(None, -1.0)), r"eps: expected at least 0, got \(None, -1.0\)"),
     ("Adafactor", settings(beta2_decay=0.5), "beta2_decay in|beta2_decay: expected"),
+    ("Adafactor", settings(eps=1e-3), "eps: expected two numbers, got 0.001"),
+    ("Adafactor", settings(eps=(None,)), "eps: expected two numbers"),
+    ("Adafactor", settings(eps=(None, 1e-3, 1.0)), "eps: expected two numbers"),
+    ("Adafactor", settings(eps=(1e-3, None)), "eps: expected a finite number, got None"),
+    ("Adafactor", settings(weight_decay=(0.1, 0.1)), r"weight_decay: expected one number, got \(0.1, 0.1\)"),
+    ("Adafactor of transformers", settings(eps=1e-3), "eps: expected two numbers, got 0.001"),
+    ("Adafactor of transformers", settings(eps=(1e-30,)), "eps: expected two numbers"),
+    ("Adafactor of transformers", settings(eps=(None, 1e-3)), "eps: expected a finite number, got None"),
+    ("Adafactor of transformers", settings(lr=(1e-3,)), r"lr: expected one number, got \(0.001,\)"),
+    ("Adafactor of transformers", settings(weight_decay=[0.1]), r"weight_decay: expected one number, got \[0.1\]"),
+    ("Adafactor of transformers", settings(beta1=(None,)), r"beta1: expected one number, got \(None,\)"),
     ("Adafactor of transformers", settings(relative_step=True), "relative_step=True"),
     ("Adafactor of transformers", settings(lr=None), "lr: not supported: expected a rate, got none"),
     ("Adafactor of transformers", settings(beta1=0.9), "expected Adafactor of transformers's .*'exp_avg'"),
     ("Adafactor of transformers", put("exp_avg_sq_row", torch.ones(31)), r"index 2 is \[31, 64\]"),
     ("Adafactor of transformers", put("step", 1.5), "a whole number of steps"),
-    ("Muon", settings(ns_coefficients=(1.0, 2.0)), "expected three ns_coefficients"),
+    ("Muon", settings(ns_coefficients=(1.0, 2.0)), "ns_coefficients: expected three numbers"),
+    ("Muon", settings(eps=None), "eps: expected a finite number, got None"),
+    ("Muon", settings(ns_coefficients=3.0), "ns_coefficients: expected three numbers, got 3.0"),
+    ("Muon", settings(adjust_lr_fn=[torch.ones(2)]), "adjust_lr_fn: expected a name, got .a value of Tensor"),
+    ("Muon", settings(adjust_lr_fn="evil\n" * 999), "settings that Muon takes, got: Adjust .* evil; the file"),
     ("Muon", settings(adjust_lr_fn="evil"), "settings that Muon takes, got"),
     ("Muon", settings(ns_steps=100), "ns_steps: expected 1 to 99, got 100"),
     ("Muon", put("momentum_buffer", torch.ones(5)), r"parameter 2: expected a matrix, as Muon .* shape \[5\]"),

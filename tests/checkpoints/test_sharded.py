@@ -20,7 +20,8 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from entropy_probe.checkpoints import CheckpointError, errors, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints import CheckpointError, UnsupportedError, errors, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints import dcp as sharded_directory
 from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory, _overlap
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.cli.sweep_directory import hash_directory
@@ -140,6 +141,16 @@ def test_a_sweep_is_computed_from_every_shard(copy_of, layout):
     assert hash_directory(checkpoint) == before
 
 
+@pytest.mark.parametrize("layout", ["hf", "plain"])
+def test_an_adapter_on_a_sharded_base_model_is_refused(runs, sharded, tmp_path, layout):
+    base = shutil.copytree(sharded / "full" / layout / "checkpoint-2", tmp_path / "base")
+    shutil.copy(sharded / "full" / "base" / "config.json", base)
+    checkpoint = runs("lora").checkpoint(2)
+    with pytest.raises(UnsupportedError, match=r"a base model in shards of torch\.distributed\.checkpoint; save its"):
+        load_checkpoint(checkpoint, base)
+    assert inspect_checkpoint(checkpoint, base).verdict == "unusable"
+
+
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +237,42 @@ def one_shard_for_all(metadata: Any) -> None:
             info.relative_path, info.offset, info.length = same.relative_path, same.offset, same.length
 
 
+HELD = "held for what unfolds"
+
+
+def unfolding(change: Callable[[Any], Any], empty: bytes = b")", close: bytes = b"t") -> Callable[[Path], None]:
+    """Put a container that holds itself twice, 60 times over, in the place of ``HELD``; built by hand."""
+    begin = b"" if close == b"t" else empty
+    put, get = b"r" + (10**6).to_bytes(4, "little"), b"j" + (10**6).to_bytes(4, "little")
+    unfolds = empty + put + 60 * (b"0" + begin + b"(" + 2 * get + close + put)
+
+    def make(checkpoint: Path) -> None:
+        index(change)(checkpoint)
+        pickled = pickle.dumps(pickle.loads((checkpoint / METADATA).read_bytes()), 2)
+        text = b"X" + len(HELD).to_bytes(4, "little") + HELD.encode()
+        assert pickled.count(text) == 1
+        (checkpoint / METADATA).write_bytes(pickled.replace(text, unfolds))
+
+    return make
+
+
+def empty_shard(*offsets: int) -> Callable[[Any], None]:
+    """A shard of no elements, at a place where none can be or of too many dimensions."""
+
+    def change(metadata: Any) -> None:
+        at = torch.Size((*offsets, 0) if offsets[0] == 3 else offsets)
+        metadata.state_dict_metadata[MOMENT].chunks.append(ChunkStorageMetadata(at, torch.Size([0] * len(at))))
+        first = next(info for key, info in metadata.storage_data.items() if key.fqn == MOMENT)
+        metadata.storage_data[MetadataIndex(MOMENT, at, 9)] = first
+
+    return change
+
+
+def empty_tensor(metadata: Any) -> None:
+    meta = metadata.state_dict_metadata[MOMENT]
+    meta.size, meta.chunks[:] = torch.Size([0, 2**40, 2**40]), []
+
+
 def set_moment(value: Any, key: str = "exp_avg", name: str = Q) -> Callable[[dict[str, Any]], None]:
     def change(content: dict[str, Any]) -> None:
         entry = content["optimizer"]["state"][name]
@@ -295,8 +342,49 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "transformed shards": (
         stored(lambda i: setattr(i, "transform_descriptors", ["zstd"])),
         "UnsupportedError",
-        "transformed",
+        rf"\.metadata: {MOMENT}: not supported: transformed",
     ),
+    "place that unfolds": (unfolding(lambda m: setattr(m, "planner_data", HELD)), "UnsafeFileError", "a tuple of 1000"),
+    "place of lists that unfold": (
+        unfolding(lambda m: m.planner_data.update({MOMENT: HELD}), b"]", b"e"),
+        "DamagedFileError",
+        rf"got: place \[\[.* of {MOMENT}",
+    ),
+    "sizes that unfold": (
+        unfolding(lambda m: setattr(m.state_dict_metadata[MOMENT], "size", HELD), b"]", b"e"),
+        "DamagedFileError",
+        r"got: sizes \(\[\[",
+    ),
+    "offset that unfolds": (
+        stored(lambda i: setattr(i, "offset", [[1]])),
+        "DamagedFileError",
+        r"got: sizes \(\[\[",
+    ),
+    "name of many lines": (
+        index(lambda m: m.storage_data.update({MetadataIndex("a\n" * 99): None})),
+        "DamagedFileError",
+        "got: the name 'a.na",
+    ),
+    "place of nothing": (index(lambda m: m.planner_data.update({MOMENT: ()})), "DamagedFileError", r"place \(\) of"),
+    "place of another": (index(lambda m: m.planner_data.update({MOMENT: ("a", 1)})), "DamagedFileError", "place "),
+    "shard of a long name": (
+        stored(lambda i: setattr(i, "relative_path", "x" * 5000)),
+        "UnsafeFileError",
+        "files beside",
+    ),
+    "shard of a name in other letters": (
+        stored(lambda i: setattr(i, "relative_path", "\xe9" * 200)),
+        "UnsafeFileError",
+        "files beside",
+    ),
+    "shard of no name": (
+        stored(lambda i: setattr(i, "relative_path", [["x"]])),
+        "DamagedFileError",
+        "got: the file ..",
+    ),
+    "empty shard of other dimensions": (index(empty_shard(3, 0)), "DamagedFileError", "make up"),
+    "empty shard beyond the tensor": (index(empty_shard(10**6, 0)), "DamagedFileError", "make up"),
+    "empty tensor of any size": (index(empty_tensor), "DamagedFileError", "dtype or size of"),
     "moment NaN": (again(set_moment(float("nan"))), "InvalidValueError", "q_proj.*exp_avg: expected finite"),
     "moment negative": (again(set_moment(-1.0, "exp_avg_sq")), "InvalidValueError", "at least 0"),
     "moments transposed": (
@@ -410,7 +498,34 @@ def test_overlaps_are_those_of_brute_force(seed):
     def draw(high: int, n: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, high, (n,), generator=generator).tolist())
 
-    for dims in (1, 2, 3):
-        boxes = [(draw(6, dims), tuple(1 + x for x in draw(2, dims))) for _ in range(3)]
+    for dims, n, most in itertools.product((1, 2, 3), (1, 2, 3, 8), (1, 2, 4)):
+        boxes = [(draw(8, dims), tuple(1 + x for x in draw(most, dims))) for _ in range(n)]
         cells = [set(itertools.product(*(range(a, a + n) for a, n in zip(*box, strict=True)))) for box in boxes]
-        assert _overlap(boxes) == (len(set().union(*cells)) < sum(map(len, cells)))
+        assert _overlap("here", boxes) == (len(set().union(*cells)) < sum(map(len, cells)))
+
+
+def no_pairs(*_: Any) -> bool:
+    raise AssertionError("a pair was compared")
+
+
+@pytest.mark.parametrize("grid", [(1, 60_000), (60_000, 1), (30, 40, 50), (1, 245, 245), (60_000,)])
+def test_a_grid_of_many_shards_is_checked_without_comparing_pairs(grid, monkeypatch):
+    boxes = [(tuple(3 * at for at in place), (3,) * len(grid)) for place in itertools.product(*map(range, grid))]
+    with monkeypatch.context() as patched:
+        patched.setattr(sharded_directory, "_shared", no_pairs)
+        assert not _overlap("here", boxes)
+    # one reaches into its neighbour
+    offsets, sizes = boxes[-1]
+    boxes[-1] = tuple(max(0, at - 1) for at in offsets), sizes
+    assert _overlap("here", boxes)
+
+
+def test_a_tiling_without_a_plane_between_is_compared_up_to_a_bound():
+    pinwheel = [((0, 0), (2, 1)), ((0, 1), (1, 2)), ((1, 2), (2, 1)), ((2, 0), (1, 2)), ((1, 1), (1, 1))]
+    assert not _overlap("here", pinwheel)
+    assert _overlap("here", [*pinwheel[:-1], ((1, 1), (1, 2))])
+    with pytest.raises(CheckpointError, match=r"here: not supported: 60,000 shards that overlap or are not in rows"):
+        _overlap("here", [((0, 0), (5, 5))] * 60_000)
+    staircase = [((i, i), (1, 10**4 - i)) if i % 2 else ((i, i), (10**4 - i, 1)) for i in range(10**4)]
+    with pytest.raises(CheckpointError, match="not supported: 10,000 shards"):
+        _overlap("here", staircase)

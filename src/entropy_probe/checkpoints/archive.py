@@ -6,6 +6,7 @@ import io
 import mmap
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 from entropy_probe.checkpoints.errors import CheckpointError, DamagedFileError, MissingFileError, UnsafeFileError
+from entropy_probe.checkpoints.messages import first_line
+from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
 
 __all__ = ["UNREADABLE", "read_archive", "read_archived"]
 
@@ -24,7 +27,7 @@ _LOCAL_HEADER = 30  # bytes before an entry's name; the lengths of name and extr
 
 UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
-    *(AssertionError, EOFError, OSError, OverflowError, NotImplementedError),
+    *(AssertionError, EOFError, OSError, OverflowError, MemoryError, struct.error),
 )
 """What a damaged or hostile pickle can raise inside a restricted unpickler."""
 
@@ -32,7 +35,8 @@ UNREADABLE = (
 def read_archive(path: Path) -> Any:
     """Tensors and plain values from an archive written by ``torch.save``.
 
-    Every checksum is verified first: torch does not, so that a flipped bit would go unnoticed. Tensors stay in the
+    Every checksum is verified first: torch does not, so that a flipped bit would go unnoticed. Then the pickle is gone
+    through, since torch would let it call more than tensors and plain values need. Tensors stay in the
     file, mapped into memory, until they are used. ``weights_only=True`` is passed explicitly, which the environment
     variable ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` does not override.
 
@@ -85,14 +89,12 @@ def _one_line(where: str) -> Iterator[None]:
 
 def _cause(error: Exception) -> str:
     """What torch objected to, without its advice to load the file the unsafe way."""
-    text = str(error).strip()
-    found = re.search(r"WeightsUnpickler error: (.+)", text)
-    first = next(iter(text.splitlines()), type(error).__name__)
-    return (found.group(1) if found else first)[:160]
+    found = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return found.group(1)[:160] if found else first_line(error, 160)
 
 
 def _check_entries(where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap) -> None:
-    """Every entry is stored as it is, lies within the data, and has its checksum."""
+    """Every entry is stored as it is, lies within the data, and has its checksum; the pickle is plain."""
     with zipfile.ZipFile(file) as archive, memoryview(data) as view:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -108,3 +110,5 @@ def _check_entries(where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap)
                     raise DamagedFileError(
                         f"{where}: expected intact data, got a wrong checksum in {entry.filename}; {_REMEDY}"
                     )
+                if entry.filename.lower().endswith("data.pkl"):  # torch does not look at the case
+                    check_pickle(bytes(content), PLAIN)

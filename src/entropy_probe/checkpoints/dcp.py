@@ -8,7 +8,9 @@ claims more data than the file has. No process group is needed. Format: ``torch.
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import pickle
 import types
 from collections.abc import Iterable, Iterator
@@ -29,14 +31,20 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
+from entropy_probe.checkpoints.messages import first_line, shown
+from entropy_probe.checkpoints.pickles import check_pickle
 
 __all__ = ["METADATA", "Entry", "ShardedDirectory", "ShardedWeights"]
 
 METADATA = ".metadata"
 Place = tuple[Any, ...]
 """Where an entry is in the nested dictionary that was saved."""
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes of a part of a tensor."""
 
 _COPY = "copy the checkpoint again"
+_MOST_PAIRS = 10**6
+"""Pairs of shards of one tensor that are compared one by one."""
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
@@ -53,6 +61,14 @@ class _StandIn:
             self.state = state
 
 
+def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
+    """Offsets or sizes, with any error that others give."""
+    found = tuple(values)
+    if len(found) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in found):
+        raise ValueError(f"sizes {shown(found)}")
+    return found
+
+
 _CLASSES = (
     *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex"),
     *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
@@ -61,7 +77,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch.distributed.checkpoint.metadata", name): type(name, (_StandIn,), {}) for name in _CLASSES},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StandIn,
     ("torch.serialization", "_get_layout"): _StandIn,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _whole_numbers,
     **{("pathlib", name): _StandIn for name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")},
     **{("pathlib._local", name): _StandIn for name in ("PosixPath", "WindowsPath")},
     ("collections", "OrderedDict"): dict,
@@ -117,18 +133,18 @@ class ShardedDirectory:
         if not file.is_file():
             raise MissingFileError(f"{file}: expected the index of a sharded checkpoint, found none; {_COPY}")
         try:
-            with file.open("rb") as stream:
-                index = _Index(stream).load()
-            entries = {entry.place: entry for entry in _entries(index)}
+            data = file.read_bytes()
+            check_pickle(data)
+            entries = {entry.place: entry for entry in _entries(file, _Index(io.BytesIO(data)).load())}
         except pickle.UnpicklingError as error:
             raise UnsafeFileError(
-                f"{file}: expected an index of tensors and values, got a pickle that is none ({error}); nothing in it "
-                f"was run; {_COPY}"
+                f"{file}: expected an index of tensors and values, got a pickle that is none "
+                f"({first_line(error, 100)}); nothing in it was run; {_COPY}"
             ) from error
         except CheckpointError:
             raise
-        except (*UNREADABLE, RecursionError, MemoryError) as error:
-            raise DamagedFileError(f"{file}: expected an intact index, got: {str(error)[:100]}; {_COPY}") from error
+        except UNREADABLE as error:
+            raise DamagedFileError(f"{file}: expected an intact index, got: {first_line(error)}; {_COPY}") from error
         found = cls(path, entries)
         found._check_files()
         return found
@@ -141,22 +157,13 @@ class ShardedDirectory:
 
     def _check_files(self) -> None:
         where = self.path / METADATA
-        sizes: dict[str, int] = {}
-        for shard in (shard for entry in self.entries.values() for shard in entry.shards):
-            if not isinstance(shard.file, str) or Path(shard.file).name != shard.file or shard.file in ("", "..", "."):
-                raise UnsafeFileError(f"{where}: expected files beside it, got {shard.file!r:.100}; it was not read")
-            if shard.file not in sizes:
-                file = self.path / shard.file
-                if not file.is_file():
-                    raise MissingFileError(f"{file}: expected the shard that {METADATA} names; {_COPY}")
-                sizes[shard.file] = file.stat().st_size
+        sizes = self._file_sizes()
         declared = 0
         for entry in self.entries.values():
-            _check_cover(f"{where}: {entry.name}", entry)
             for shard in entry.shards:
                 claimed = 0 if entry.dtype is None else math.prod(shard.sizes) * entry.dtype.itemsize
                 declared += claimed
-                if not (shard.start >= 0 and claimed <= shard.length <= sizes[shard.file] - shard.start):
+                if not claimed <= shard.length <= sizes[shard.file] - shard.start:
                     raise DamagedFileError(
                         f"{where}: {entry.name}: expected {claimed:,} bytes within the {sizes[shard.file]:,} of "
                         f"{shard.file}, got {shard.length:,} from {shard.start:,}; {_COPY}"
@@ -166,6 +173,23 @@ class ShardedDirectory:
                 f"{where}: expected tensors of at most the files' {sum(sizes.values()):,} bytes, got {declared:,} "
                 f"declared by tensors that share their data; {_COPY}"
             )
+        for entry in self.entries.values():
+            _check_cover(f"{where}: {entry.name}", entry)
+
+    def _file_sizes(self) -> dict[str, int]:
+        """Bytes of each file that the index names, all of them files beside it."""
+        sizes: dict[str, int] = {}
+        for shard in (shard for entry in self.entries.values() for shard in entry.shards):
+            if not _is_file_name(shard.file):
+                raise UnsafeFileError(
+                    f"{self.path / METADATA}: expected files beside it, got {shown(shard.file, 100)}; it was not read"
+                )
+            if shard.file not in sizes:
+                file = self.path / shard.file
+                if not file.is_file():
+                    raise MissingFileError(f"{file}: expected the shard that {METADATA} names; {_COPY}")
+                sizes[shard.file] = file.stat().st_size
+        return sizes
 
     def read(self, entry: Entry) -> Any:
         """A tensor put together from its shards, or a plain value.
@@ -211,47 +235,61 @@ class ShardedDirectory:
         return {str(place[-1]): entry for place, entry in inside.items() if place[:-1] == parent}
 
 
-def _entries(index: Any) -> Iterator[Entry]:
+def _entries(file: Path, index: Any) -> Iterator[Entry]:
     """The entries of an index as it was unpickled, with any error that malformed ones give."""
     stored: dict[tuple[str, tuple[int, ...] | None], Any] = {}
     for key, info in index.storage_data.items():
-        offset = getattr(key, "offset", None)  # a value has none
-        at = offset if offset is None else tuple(offset)
-        if (key.fqn, at) in stored:
-            raise ValueError(f"two places for {key.fqn}")
+        name, offset = _name(key.fqn), getattr(key, "offset", None)  # a value has none
+        at = None if offset is None else _whole_numbers(offset)
+        if (name, at) in stored:
+            raise ValueError(f"two places for {name}")
         if getattr(info, "transform_descriptors", None):
-            raise UnsupportedError("not supported: transformed (compressed) shards; save without extensions")
-        stored[key.fqn, at] = info
+            raise UnsupportedError(
+                f"{file}: {name}: not supported: transformed (compressed) shards; save without extensions"
+            )
+        stored[name, at] = info
     for name, meta in index.state_dict_metadata.items():
-        place = tuple((index.planner_data or {})[name])
-        if not isinstance(name, str) or ".".join(map(str, place)) != name:
-            raise ValueError(f"place {place} of {name}")
+        place = (index.planner_data or {})[_name(name)]
+        if not (type(place) is tuple and place and all(type(part) in (str, int) for part in place)):
+            raise TypeError(f"place {shown(place)} of {name}")
+        if ".".join(map(str, place)) != name:
+            raise ValueError(f"place {shown(place)} of {name}")
         if type(meta).__name__ == "BytesStorageMetadata":
             yield Entry(name, place, None, (), (_shard((), (), stored[name, None]),))
             continue
-        dtype = meta.properties.state[0]
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype of {name}")
+        dtype, shape = meta.properties.state[0], _whole_numbers(meta.size)
+        if not isinstance(dtype, torch.dtype) or math.prod(max(n, 1) for n in shape) >= 2**60:
+            raise TypeError(f"dtype or size of {name}")
         chunks = [(_whole_numbers(c.offsets), _whole_numbers(c.sizes)) for c in meta.chunks]
         shards = tuple(_shard(offsets, sizes, stored[name, offsets]) for offsets, sizes in chunks)
-        yield Entry(name, place, dtype, _whole_numbers(meta.size), shards)
+        yield Entry(name, place, dtype, shape, shards)
+
+
+def _name(value: Any) -> str:
+    if not (type(value) is str and value.isprintable()):
+        raise TypeError(f"the name {shown(value)}")
+    return value
 
 
 def _shard(offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any) -> _Shard:
     start, length = _whole_numbers((info.offset, info.length))
+    if type(info.relative_path) is not str:
+        raise TypeError(f"the file {shown(info.relative_path)}")
     return _Shard(offsets, sizes, info.relative_path, start, length)
 
 
-def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
-    found = tuple(values)
-    if not all(type(x) is int and 0 <= x < 2**48 for x in found):
-        raise ValueError(f"sizes {found!r:.60}")
-    return found
+def _is_file_name(value: str) -> bool:
+    """Whether it can be that of a file in the directory, and nothing else."""
+    if not value.isprintable() or value in ("", ".", ".."):
+        return False
+    return Path(value).name == value and len(os.fsencode(value)) <= 255
 
 
 def _check_cover(where: str, entry: Entry) -> None:
     """The shards of a tensor lie in it, do not overlap, and leave nothing out."""
-    boxes = [(shard.offsets, shard.sizes) for shard in entry.shards if 0 not in shard.sizes]
+    if entry.dtype is None:
+        return
+    boxes = [(shard.offsets, shard.sizes) for shard in entry.shards]
     dims = len(entry.shape)
     inside = all(
         len(offsets) == len(sizes) == dims
@@ -259,29 +297,48 @@ def _check_cover(where: str, entry: Entry) -> None:
         for offsets, sizes in boxes
     )
     covered = sum(math.prod(sizes) for _, sizes in boxes)
-    if entry.dtype is None:
-        return
-    if not inside or covered != math.prod(entry.shape) or _overlap(boxes):
+    if not inside or covered != math.prod(entry.shape) or _overlap(where, [box for box in boxes if 0 not in box[1]]):
         raise DamagedFileError(
             f"{where}: expected shards that make up {list(entry.shape)}, got {len(boxes)} with {covered:,} elements; "
             f"{_COPY}"
         )
 
 
-def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether any two boxes share an element; in order of their offsets it is enough to look at a row's end."""
-    by_lead: dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-    for box in sorted(boxes):
-        by_lead.setdefault((box[0][:1] or (0,)), []).append(box)
-    ends = [max((o[0] + s[0] for o, s in group if o), default=0) for group in by_lead.values()]
-    starts = [lead[0] for lead in by_lead]
-    rows_apart = all(end <= start for end, start in zip(ends, starts[1:], strict=False))
-    groups = by_lead.values() if rows_apart else [boxes]
-    return any(
-        all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
-        for group in groups
-        for one, other in combinations(group, 2)
-    )
+def _overlap(where: str, boxes: list[_Box]) -> bool:
+    """Whether any two boxes share an element.
+
+    They are divided between every two planes that cut none of them, which leaves each of a grid's alone. Those that
+    cannot be divided are compared pair by pair.
+
+    Raises:
+        UnsupportedError: if that would take too long.
+    """
+    groups = [boxes]
+    for _ in range(8):  # once is enough for rows and columns; each time takes about as long as sorting
+        for dim in range(len(boxes[0][0]) if boxes else 0):
+            groups = [part for group in groups for part in _apart(group, dim) if len(part) > 1]
+    if sum(len(group) ** 2 for group in groups) > 2 * _MOST_PAIRS:
+        raise UnsupportedError(
+            f"{where}: not supported: {len(boxes):,} shards that overlap or are not in rows and columns; save it from "
+            "fewer ranks"
+        )
+    return any(_shared(*pair) for group in groups for pair in combinations(group, 2))
+
+
+def _apart(boxes: list[_Box], dim: int) -> list[list[_Box]]:
+    """Boxes in groups that one dimension keeps apart."""
+    groups: list[list[_Box]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box[0][dim]):
+        if box[0][dim] >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = max(end, box[0][dim] + box[1][dim])
+    return groups
+
+
+def _shared(one: _Box, other: _Box) -> bool:
+    return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
 
 
 class ShardedWeights:

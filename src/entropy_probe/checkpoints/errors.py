@@ -18,7 +18,15 @@ __all__ = [
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line: where, expected, got, remedy."""
+    """A checkpoint that cannot be used; the message is one line: where, expected, got, remedy.
+
+    What messages quote from files may hold any character and be of any length: characters that cannot be printed are
+    escaped, and of more than 2000 characters the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = message if len(message) <= 2000 else f"{message[:1500]} … {message[-400:]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class MissingFileError(CheckpointError):

@@ -21,6 +21,7 @@ from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_ma
 from entropy_probe.checkpoints.mapping import ParameterMapping, map_parameters
 from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, embedding_names, full_skeleton
 from entropy_probe.checkpoints.movement import check_movement
+from entropy_probe.checkpoints.never_trained import check_adapter_never_trained, check_weights_never_trained
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries, read_optimizer
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.quantization import FourBit, Quantization, refuse_unmentioned
@@ -40,8 +41,8 @@ from entropy_probe.results import OptimizerStateReport
 __all__ = ["Examination"]
 
 LARGE_LEARNING_RATE = 0.1
-UNSCALED = ("SGD", "Adadelta")
-"""Optimizers whose learning rate is not about the size of an element's step, so that a large one says nothing."""
+LARGE_UNSCALED = {"SGD": 100.0, "Adadelta": 100.0}
+"""Optimizers whose learning rate is not about the size of an element's step, so that only a far larger one is odd."""
 
 
 @dataclass
@@ -207,29 +208,12 @@ class Examination:
         return replace(mapping, how=how, others_frozen=True)
 
     def _check_never_trained(self, saved: SavedOptimizer, mapping: ParameterMapping) -> None:
-        """A parameter may lack an entry only if the loss has never reached it, so that it is as training began.
-
-        Of full weights that is seen beside those that training started from; of an adapter in ``lora_B``, which starts
-        at 0, and which with ``lora_A`` either both have an entry or neither.
-        """
-        missing = sorted(saved.never_trained)
-        if not missing:
-            return
-        lost = {mapping.names[index] for index in missing}
         if self.kind == "full":
-            start = self._starting_point()
-            if start is None:
-                raise saved.refusal_of(missing, ", and nothing to see by that they never trained; pass base_model")
-            untouched = unchanged(self.files, weight_files(start, "model"))
+            check_weights_never_trained(saved, mapping.names, self.files, self._starting_point())
         else:
             assert self.adapter is not None
-            read = tensor_readers(self.files)
-            inside = starting_at_zero(self._config, tuple(lost), self.adapter)
-            untouched = {name for name, key in inside.items() if key in read and not read[key]().any()}
-            untouched |= {name.replace(".lora_B.", ".lora_A.") for name in untouched}
-        if lost - untouched:
-            moved = min(lost - untouched)
-            raise saved.refusal_of(missing, f", of which {moved} is not as training began")
+            starting = starting_at_zero(self._config, mapping.names, self.adapter)
+            check_adapter_never_trained(saved, mapping.names, self.files, starting)
 
     def _movements(self, names: tuple[str, ...]) -> tuple[dict[str, Callable[[], Tensor]], str]:
         """How far each parameter has moved since training started, and from what; where unknown none, and why."""
@@ -302,8 +286,9 @@ class Examination:
         rates = [group["lr"] for group in self.saved.groups if group["params"]]
         if not any(rates):
             yield "learning rate is 0, as after a finished schedule; set probe.learning_rate"
-        if max(rates) > LARGE_LEARNING_RATE and self.saved.kind.name not in UNSCALED:
-            yield f"learning rate {max(rates):g} is above {LARGE_LEARNING_RATE:g}; check it"
+        large = LARGE_UNSCALED.get(self.saved.kind.name, LARGE_LEARNING_RATE)
+        if max(rates) > large:
+            yield f"learning rate {max(rates):g} is above {large:g}; check it"
         if self.saved.is_adam and state.coverage < 1:
             yield (
                 f"exp_avg_sq is all zero for {1 - state.coverage:.0%} of the elements; normal for lora_A after "

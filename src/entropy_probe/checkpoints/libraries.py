@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.messages import first_line
 
 __all__ = ["WithoutInitialization", "collector_paused", "one_line_errors", "quiet", "random_state_kept"]
 
 # What the libraries raise about files with impossible contents, besides errors of their own.
 _BAD_FILES = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
-    *(AssertionError, ImportError, MemoryError),
+    *(AssertionError, ImportError, MemoryError, re.error),
 )
 
 
@@ -39,15 +41,20 @@ class WithoutInitialization(TorchFunctionMode):
 @contextmanager
 def one_line_errors(where: str) -> Iterator[None]:
     """Turn what the libraries raise about bad files into one line."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
     except CheckpointError:
         raise
-    except (*_BAD_FILES, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{where}: could not be loaded: {first[:300]}; check the path and the files") from error
+    except Exception as error:
+        # tokenizers has no class of its own for what it finds in a file
+        if not (isinstance(error, (*_BAD_FILES, SafetensorError, StrictDataclassError)) or type(error) is Exception):
+            raise
+        raise CheckpointError(
+            f"{where}: could not be loaded: {first_line(error, 300)}; check the path and the files"
+        ) from error
 
 
 @contextmanager

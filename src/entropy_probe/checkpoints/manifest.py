@@ -206,7 +206,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         return _plain(value.item())
     if isinstance(value, tuple | list):
-        items = [_plain(x) for x in value]
+        items = [... if isinstance(x, tuple | list) else _plain(x) for x in value]
         return items if all(type(x) is float for x in items) else ...
     if value is None or type(value) in (bool, str):
         return value

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from entropy_probe.checkpoints.errors import MappingError
 from entropy_probe.checkpoints.layout import Layout
 from entropy_probe.checkpoints.manifest import Manifest, plain_name
+from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.weights import Shape
 
@@ -78,12 +79,14 @@ def _names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
     for i, group in enumerate(saved.groups):
         found = group.get("param_names")
         if not (isinstance(found, list | tuple) and len(found) == len(group["params"])):
-            got = "nothing" if found is None else f"{len(found)}" if isinstance(found, list | tuple) else repr(found)
+            got = len(found) if isinstance(found, list | tuple) else shown(found)
             raise MappingError(
-                f"{saved.path}: group {i}: param_names: expected {len(group['params'])} names, got {got:.60}; "
+                f"{saved.path}: group {i}: param_names: expected {len(group['params'])} names, got {got}; "
                 "save the optimizer again"
             )
-        names += [plain_name(str(name)) for name in found]
+        if not all(type(name) is str for name in found):
+            raise MappingError(f"{saved.path}: group {i}: param_names: expected names, got {shown(found)}")
+        names += map(plain_name, found)
     return tuple(names)
 
 

@@ -90,9 +90,16 @@ def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, Fou
         given: the quantization with which training loaded plain weights, if any.
 
     Raises:
-        CheckpointError: if the configuration cannot be used, or the files miss a tensor or hold one of another shape.
+        CheckpointError: if the configuration cannot be used, the weights are sharded, or the files miss a tensor or
+            hold one of another shape.
     """
-    shapes = read_shapes(weight_files(Path(name), "model")) if has_weights(Path(name), "model") else None
+    files = weight_files(Path(name), "model") if has_weights(Path(name), "model") else None
+    if files and is_sharded(files):
+        raise UnsupportedError(
+            f"{files[0].parent}: not supported: a base model in shards of torch.distributed.checkpoint; save its "
+            "weights as safetensors (save_pretrained) and pass that"
+        )
+    shapes = read_shapes(files) if files else None
     config = read_config(name, shapes)
     # quantisation changes how weights are stored, not which there are
     recorded = vars(config).pop("quantization_config", None)

@@ -20,6 +20,7 @@ from entropy_probe.checkpoints.errors import (
     MismatchError,
     UnsupportedError,
 )
+from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.optimizer_kinds import (
     ADAM,
     ADAMW,
@@ -105,8 +106,8 @@ class SavedOptimizer:
         """The error for parameters whose entries should be there."""
         return MappingError(
             f"{self.path}: expected state for each of {self.num_parameters} parameters, got none for {len(missing)} "
-            f"(index {missing[:5]}){why}; a fresh state is never substituted, so save the optimizer again after a "
-            "full step"
+            f"(index {missing[:5]}){why}; a fresh state is never substituted: save again after a step that reaches and "
+            "moves every parameter, or freeze those that the loss does not reach"
         )
 
     @cached_property
@@ -172,25 +173,26 @@ def saved_optimizer(path: Path, saved: Any, size: int) -> SavedOptimizer:
         CheckpointError: as :func:`read_optimizer`.
     """
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
-        got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+        got = shown(list(saved)) if isinstance(saved, dict) else type(saved).__name__
         raise UnsupportedError(f"{path}: expected 'state' and 'param_groups', got {got}; pass a Trainer's checkpoint")
     groups, state = saved["param_groups"], saved["state"]
     if not (isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups)):
-        raise DamagedFileError(f"{path}: expected a list of parameter groups, got {groups!r:.80}; the file is damaged")
+        raise DamagedFileError(f"{path}: expected a list of parameter groups, got {shown(groups)}; the file is damaged")
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
         raise DamagedFileError(f"{path}: expected state by parameter index, got {type(state).__name__}")
     _refuse_others(path, groups, state)
     for i, group in enumerate(groups):
         if not (isinstance(group["params"], list) and all(type(index) is int for index in group["params"])):
             raise DamagedFileError(
-                f"{path}: group {i}: expected a list of parameter indices, got {group['params']!r:.60}"
+                f"{path}: group {i}: expected a list of parameter indices, got {shown(group['params'])}; the file is "
+                "damaged"
             )
     kind = recognise(str(path), groups, list(state.values()))
     clean = tuple(check_settings(f"{path}: group {i}", kind, group) for i, group in enumerate(groups))
     indices = [index for group in clean for index in group["params"]]
     if indices != list(range(len(indices))):
         raise MappingError(
-            f"{path}: expected the groups to number parameters 0, 1, 2 …, got {str(indices)[:60]} …; "
+            f"{path}: expected the groups to number parameters 0, 1, 2 …, got {shown(indices)}; "
             "groups were reordered or edited, save the optimizer again"
         )
     found = SavedOptimizer(path, kind, clean, state, size)
@@ -211,7 +213,7 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
         for key, name in _OTHER_OPTIMIZERS.items():
             if key in entry:
                 raise UnsupportedError(
-                    f"{path}: not supported: this looks like {name} (parameter {index!r:.60} has {key!r}); {REMEDY}"
+                    f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); {REMEDY}"
                 )
 
 
@@ -226,9 +228,9 @@ def check_entries(saved: SavedOptimizer) -> None:
     """
     path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
-    missing, extra = sorted(saved.never_trained), sorted(_strangers(saved, expected), key=str)
+    missing, extra = sorted(saved.never_trained), list(_strangers(saved, expected))
     if extra or (missing and not (saved.is_adam and expected)):
-        raise saved.refusal_of(missing, f" and {len(extra)} entries that belong to no parameter ({extra[:5]})")
+        raise saved.refusal_of(missing, f" and {len(extra)} entries that belong to no parameter ({shown(extra)})")
     for index in sorted(expected):
         _check_entry(f"{path}: parameter {index}", saved, index, size)
     declared = sum(x.nbytes for index in expected for _, _, x in saved.tensors(index))
@@ -249,7 +251,7 @@ def _check_entry(where: str, saved: SavedOptimizer, index: int, size: int) -> No
     name = saved.kind.name
     if entry.keys() != expected.keys():
         raise UnsupportedError(
-            f"{where}: expected {name}'s {sorted(expected)}, got {sorted(map(str, entry))}; save plain {name} state"
+            f"{where}: expected {name}'s {sorted(expected)}, got {shown(list(entry), 200)}; save plain {name} state"
         )
     for key, content in expected.items():
         if content.form == "count":

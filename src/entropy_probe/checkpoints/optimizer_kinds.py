@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError
+from entropy_probe.checkpoints.messages import first_line, shown
 
 __all__ = ["ADAM", "ADAMW", "KINDS", "REMEDY", "Content", "OptimizerKind", "check_settings", "number", "recognise"]
 
@@ -58,6 +59,7 @@ class OptimizerKind:
         keeps_ones: whether factors over rows and columns keep the dimension they were averaged over, of size 1.
         matrices_only: whether every parameter must have two dimensions.
         plain_counts: whether step counts are plain numbers, not tensors.
+        eps: how many numbers ``eps`` has, and of those how many, from the first, may be absent.
     """
 
     name: str
@@ -68,6 +70,7 @@ class OptimizerKind:
     keeps_ones: bool = False
     matrices_only: bool = False
     plain_counts: bool = False
+    eps: tuple[int, int] = (1, 0)
 
     @property
     def public_name(self) -> str:
@@ -184,7 +187,7 @@ KINDS = (
         _CAPTURE,
         _always({"step": COUNT, "square_avg": SQUARES, "acc_delta": SQUARES}),
     ),
-    _torch("Adafactor", _BASE | {"beta2_decay", "eps", "d"}, frozenset(), _adafactor, keeps_ones=True),
+    _torch("Adafactor", _BASE | {"beta2_decay", "eps", "d"}, frozenset(), _adafactor, keeps_ones=True, eps=(2, 1)),
     _torch(
         "Muon",
         frozenset({"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}),
@@ -202,6 +205,7 @@ KINDS = (
         frozenset(),
         _adafactor_of_transformers,
         plain_counts=True,
+        eps=(2, 0),
     ),
 )
 
@@ -228,10 +232,10 @@ def recognise(where: str, groups: Sequence[Settings], entries: Sequence[Mapping[
         index, (missing, unknown) = next((i, x) for i, g in enumerate(groups) if any(x := _amiss(nearest, g)))
         raise UnsupportedError(
             f"{where}: group {index}: not supported: expected the settings of one of the optimizers that are rebuilt, "
-            f"of which {nearest.name} is nearest; missing {missing}, unknown {unknown}; {REMEDY}"
+            f"of which {nearest.name} is nearest; missing {missing}, unknown {shown(unknown, 200)}; {REMEDY}"
         )
     if len(fitting) > 1:
-        keys = {str(key) for entry in entries for key in entry}
+        keys = {key for entry in entries for key in entry}
         fitting = [kind for kind in fitting if keys <= kind.contents(groups[0], ()).keys()]
     if len(fitting) != 1:
         could = [kind.name for kind in KINDS if kind.fits(groups)]
@@ -241,13 +245,14 @@ def recognise(where: str, groups: Sequence[Settings], entries: Sequence[Mapping[
         )
     (kind,) = fitting
     # files of torch before 2.7 do not say, and the Trainer only uses AdamW
-    return ADAM if kind is ADAMW and not groups[0].get("decoupled_weight_decay", True) else kind
+    decoupled = groups[0].get("decoupled_weight_decay", True)
+    return ADAM if kind is ADAMW and (decoupled is None or decoupled is False) else kind
 
 
 def _amiss(kind: OptimizerKind, group: Settings) -> tuple[list[str], list[str]]:
     """Settings that a group lacks, and those that the class does not have."""
     unknown = group.keys() - _ANY - kind.settings - kind.optional
-    return sorted(kind.settings - group.keys()), sorted(map(str, unknown))
+    return sorted(kind.settings - group.keys()), sorted(key if type(key) is str else shown(key) for key in unknown)
 
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -261,7 +266,9 @@ _RANGES = {
     "d": (1.0, math.inf),
 }
 """Of each setting that is a number or several, the smallest value and the first that is too large."""
-_COUNTS = {"betas": "two", "ns_coefficients": "three"}
+_SEVERAL = {"betas": 2, "ns_coefficients": 3}
+"""Settings that have several numbers; ``eps`` has as many as the class says, every other one."""
+_WORDS = {1: "one number", 2: "two numbers", 3: "three numbers"}
 _FLAGS = _ADAM_OPTIONAL | {"amsgrad", "centered", "nesterov", "scale_parameter", "relative_step", "warmup_init"}
 
 
@@ -272,35 +279,37 @@ def check_settings(where: str, kind: OptimizerKind, group: Settings) -> dict[str
         CheckpointError: if a setting has no value that a run could leave, or the class itself refuses it.
     """
     clean = dict(group)
-    for key, (low, high) in _RANGES.items():
+    for key, bounds in _RANGES.items():
         if key in group:
-            clean[key] = _checked(f"{where}: {key}", key, group[key], low, high)
+            count, absent = kind.eps if key == "eps" else (_SEVERAL.get(key, 1), key == "beta1")
+            clean[key] = _checked(f"{where}: {key}", key, group[key], bounds, count, absent)
     for key in _FLAGS & group.keys():
         if not (group[key] is None or isinstance(group[key], bool)):
-            raise InvalidValueError(f"{where}: {key}: expected true, false or nothing, got {group[key]!r:.60}")
+            raise InvalidValueError(f"{where}: {key}: expected true, false or nothing, got {shown(group[key])}")
     if group.get("maximize"):
         raise UnsupportedError(f"{where}: not supported: maximize=True; trainers minimise a loss, so the sign is wrong")
     if not (type(group.get("ns_steps", 1)) is int and 0 < group.get("ns_steps", 1) < 100):
-        raise InvalidValueError(f"{where}: ns_steps: expected 1 to 99, got {group['ns_steps']!r:.60}")
+        raise InvalidValueError(f"{where}: ns_steps: expected 1 to 99, got {shown(group['ns_steps'])}")
+    if not isinstance(group.get("adjust_lr_fn"), str | None):
+        raise InvalidValueError(f"{where}: adjust_lr_fn: expected a name, got {shown(group['adjust_lr_fn'])}")
     if group.get("relative_step"):
         raise UnsupportedError(f"{where}: not supported: relative_step=True, which sets rates of its own; use lr")
     _ask_the_class(where, kind, clean)
     return clean
 
 
-def _checked(where: str, key: str, value: Any, low: float, high: float) -> Any:
-    """A number, or the numbers of a setting that has several, some of which may be absent."""
-    if key == "beta1" and value is None:
-        return None
+def _checked(where: str, key: str, value: Any, bounds: tuple[float, float], count: int, absent: int) -> Any:
+    """The number of a setting, or its ``count`` numbers as a tuple, of which the first ``absent`` may be None."""
     if key == "lr" and value is None:
         raise UnsupportedError(f"{where}: not supported: expected a rate, got none; use lr with relative_step=False")
     several = isinstance(value, tuple | list)
-    if key in _COUNTS and not (several and len(value) == {"two": 2, "three": 3}[_COUNTS[key]]):
-        raise InvalidValueError(f"{where.removesuffix(f': {key}')}: expected {_COUNTS[key]} {key}, got {value!r:.60}")
-    numbers = tuple(None if x is None and key == "eps" else number(where, x) for x in (value if several else [value]))
+    if several != (count > 1) or (several and len(value) != count):
+        raise InvalidValueError(f"{where}: expected {_WORDS[count]}, got {shown(value)}; the file is damaged")
+    values, (low, high) = value if several else [value], bounds
+    numbers = tuple(None if x is None and i < absent else number(where, x) for i, x in enumerate(values))
     if not all(x is None or low <= x < high for x in numbers):
         expected = f"{key} in [{low:g}, {high:g})" if math.isfinite(high) else f"at least {low:g}"
-        got = value if several else numbers[0]
+        got = numbers if several else numbers[0]
         raise InvalidValueError(f"{where}: expected {expected}, got {got}; the file is damaged")
     return numbers if several else numbers[0]
 
@@ -316,7 +325,7 @@ def number(where: str, value: Any) -> float:
     if type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not float or not math.isfinite(value):
-        raise InvalidValueError(f"{where}: expected a finite number, got {value!r:.60}; the file is damaged")
+        raise InvalidValueError(f"{where}: expected a finite number, got {shown(value)}; the file is damaged")
     return value
 
 
@@ -327,7 +336,9 @@ def _ask_the_class(where: str, kind: OptimizerKind, group: Settings) -> None:
         settings.pop("decoupled_weight_decay", None)
     try:
         kind.class_()([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        # ValueError for a value that the class rules out, RuntimeError for kernels that exclude each other; the other
+        # two only from a class of another version, that expects other types than those checked above
         raise InvalidValueError(
-            f"{where}: expected settings that {kind.name} takes, got: {error}; the file is damaged"
+            f"{where}: expected settings that {kind.name} takes, got: {first_line(error)}; the file is damaged"
         ) from error

@@ -9,6 +9,7 @@ import torch
 
 from entropy_probe.checkpoints.dcp import METADATA, Entry, ShardedDirectory
 from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, UnsupportedError
+from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 
 __all__ = ["read_sharded_optimizer", "with_values"]
@@ -37,7 +38,7 @@ def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
                 in_place = entry.dtype is None or not entry.shape
                 state.setdefault(name, {})[key] = directory.read(entry) if in_place else _without_storage(entry)
             case other:
-                raise UnsupportedError(f"{where}: optimizer: expected state and param_groups, got {str(other)[:80]}")
+                raise UnsupportedError(f"{where}: optimizer: expected state and param_groups, got {shown(other, 80)}")
     if sorted(found) != list(range(len(found))):
         raise DamagedFileError(f"{where}: expected parameter groups numbered from 0, got {sorted(found)[:5]}")
     groups = [found[i] for i in sorted(found)]
@@ -45,7 +46,7 @@ def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
     for i, group in enumerate(groups):
         own = group.get("params")
         if not (isinstance(own, list) and all(isinstance(name, str) for name in own)):
-            raise DamagedFileError(f"{where}: group {i}: expected a list of parameter names, got {own!r:.60}")
+            raise DamagedFileError(f"{where}: group {i}: expected a list of parameter names, got {shown(own)}")
         group["param_names"] = own
         group["params"] = list(range(len(names), len(names) + len(own)))
         names += own

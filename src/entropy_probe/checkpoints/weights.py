@@ -21,6 +21,7 @@ from entropy_probe.checkpoints.errors import (
     MismatchError,
     MissingFileError,
     UnsafeFileError,
+    UnsupportedError,
 )
 
 __all__ = [
@@ -145,9 +146,11 @@ def check_finite(files: list[Path]) -> None:
     """Check every floating-point tensor of the files, one at a time.
 
     Raises:
-        CheckpointError: naming the first tensor with NaN or infinity.
+        CheckpointError: naming the first tensor with NaN or infinity, of complex numbers, or of less than 16 bits.
     """
     for path, name, tensor in _tensors(files):
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+            raise UnsupportedError(f"{path}: {name}: not supported: weights in {tensor.dtype}; save them in float32")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InvalidValueError(
                 f"{path}: {name}: expected finite values, got NaN or infinity; training diverged before the save"
