@@ -197,7 +197,8 @@ def test_derivatives_are_those_of_the_reweighted_change(other, norm):
 def test_the_product_of_weights_is_what_a_change_is_judged_by(other):
     rows = other.draw(60, torch.Generator().manual_seed(5))
     before, after = weighted(other.before.select(rows), other.base[rows]), other.after.select(rows)
-    found = sequence_importance_weights(sequence_log_weights(before, after))
+    log_weights, base = sequence_log_weights(before, after)
+    found = sequence_importance_weights(log_weights, base=base)
     product = (after.sequence_logprobs - before.sequence_logprobs + other.base[rows]).exp()
     assert found.ess == pytest.approx((product.sum() ** 2 / product.square().sum()).item())
 
@@ -238,6 +239,34 @@ def test_the_probe_reweights(settings):
     assert result.realized.ess_fraction < 0.95 < as_it_is.realized.ess_fraction
     # what the step does to the batch is of second order beside what it is predicted to do, weights or not
     assert abs(result.difference.value) < 0.2 * abs(result.predicted.value) + 4 * result.difference.standard_error
+
+
+@pytest.mark.parametrize(
+    "cut", [{"is_mode": "clip", "weight_clip": 1.2}, {"is_mode": "psis"}, {"log_weight_clamp": 0.1}], ids=str
+)
+def test_what_is_cut_off_the_weights_vanishes_with_the_step(cut):
+    """Caps and the like act on what the step does to the weights, not on those that the batch is reweighted by."""
+    model = TinyPolicy()
+    update, _ = batches()
+    given, _ = sampled_elsewhere(model, 400, away=0.3)
+    settings = {"realized": "snis", "learning_rate": 1e-6, "on_mismatch": "reweight"} | cut
+    result = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    assert result.realized.value == pytest.approx(result.predicted.value, rel=0.05)
+
+
+def test_the_fallback_smooths_what_the_step_does_to_the_weights():
+    model = TinyPolicy()
+    update, _ = batches()
+    update = replace(update, advantages=-10 * update.advantages)
+    given, _ = sampled_elsewhere(model, 400, away=0.3)
+    settings = {"learning_rate": 1e-5, "max_grad_norm": None, "on_mismatch": "reweight"}
+    plain = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    between = (plain.realized.ess_fraction + plain.diagnostics.mismatch.ess_fraction) / 2
+    assert plain.realized.ess_fraction < between
+    settings |= {"on_low_ess": "psis", "min_ess_fraction": between}
+    smoothed = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    assert smoothed.realized.estimator == "psis"
+    assert smoothed.realized.value == pytest.approx(plain.realized.value, rel=0.05)
 
 
 def test_a_batch_of_the_policy_itself_is_left_alone():
