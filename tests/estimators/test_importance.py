@@ -8,7 +8,7 @@ from entropy_probe import ProbeConfig, TokenScores
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import change, noise_floor
+from entropy_probe.estimators.realized import change, noise_floor, rounding_of
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import measure_change
 from entropy_probe.parts import Part
@@ -186,6 +186,14 @@ def test_few_sequences_are_refused_where_smoothing_has_no_tail_to_fit():
     before, after = batch(torch.tensor([0.0] * 9 + [6.0]))
     found = measure(before, after, on_low_ess="psis")
     assert (found.change, found.diagnosis) == (None, "low_ess")
+
+
+def test_rounding_of_opposite_moves_is_that_of_one_change():
+    g = torch.Generator().manual_seed(0)
+    here, there, opposite, move = torch.randn(4, 5000, generator=g, dtype=torch.float64)
+    pair = [Sampled(0.0, 100 * move + there - here), Sampled(0.0, -100 * move + opposite - here)]
+    assert rounding_of(*pair).influence.std() == pytest.approx((there - here).std().item(), rel=0.05)
+    assert rounding_of(Sampled(5.0, move), Sampled(-2.0, move)).value == pytest.approx(3 / 3**0.5)
 
 
 def test_noise_floor_separates_systematic_from_random_rounding():
