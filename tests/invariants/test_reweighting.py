@@ -158,6 +158,23 @@ def test_a_weight_of_three_is_a_sequence_three_times(other, norm):
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence"])
+def test_surprisal_coefficients_equal_a_loop(other, norm):
+    """With groups of several sequences and of one, whose baseline is the rest of the batch."""
+    rows = other.draw(9, torch.Generator().manual_seed(7))
+    prompts = [0, 0, 0, 1, 1, 2, 3, 3, 4]
+    scores = weighted(other.before.select(rows), other.base[rows])
+    v, s, t = scores.weights.tolist(), scores.sequence_logprobs.tolist(), scores.response_lengths.tolist()
+    per_token = -sum(a * b for a, b in zip(v, s, strict=True)) / sum(a * b for a, b in zip(v, t, strict=True))
+    x = [-s[i] - (per_token * t[i] if norm == "token" else 0.0) for i in range(9)]
+    found = coefficients(scores, torch.tensor(prompts), Units.sequences(9), norm, "surprisal")
+    for i in range(9):
+        others = [j for j in range(9) if j != i and prompts[j] == prompts[i]] or [j for j in range(9) if j != i]
+        mean = sum(v[j] * x[j] for j in others) / sum(v[j] for j in others)
+        expected = v[i] * (x[i] - mean) * scores.response_mask[i].double()
+        torch.testing.assert_close(found.logprobs[i], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence"])
 def test_derivatives_are_those_of_the_reweighted_change(other, norm):
     """Slope and second derivative against differences of the estimate itself; the slope is the first-order change."""
     rows, eta = other.draw(40, torch.Generator().manual_seed(4)), 1e-3
@@ -252,6 +269,18 @@ def test_what_is_cut_off_the_weights_vanishes_with_the_step(cut):
     settings = {"realized": "snis", "learning_rate": 1e-6, "on_mismatch": "reweight"} | cut
     result = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
     assert result.realized.value == pytest.approx(result.predicted.value, rel=0.05)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence"])
+def test_what_a_small_step_leaves_of_the_difference_is_of_second_order(norm):
+    """Sequence by sequence, so the errors of both changes are the same to first order."""
+    model = TinyPolicy()
+    update, _ = batches()
+    given, _ = sampled_elsewhere(model, 200)
+    settings = {"normalization": norm, "learning_rate": 1e-6, "on_mismatch": "reweight"}
+    result = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    assert result.difference.standard_error < 1e-4 * result.realized.standard_error
+    assert abs(result.difference.value) < 1e-4 * abs(result.predicted.value)
 
 
 def test_the_fallback_smooths_what_the_step_does_to_the_weights():
