@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, final, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "ProcessGroup", "Ranks", "join_ranks", "joined_ranks", "leave_ranks"]
+__all__ = ["ALONE", "ProcessGroup", "Ranks", "SameWork", "join_ranks", "joined_ranks", "leave_ranks"]
 
 T = TypeVar("T")
 JOIN_SECONDS = 300
@@ -179,6 +179,42 @@ class ProcessGroup:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+
+@final
+class SameWork:
+    """Ranks that all do the same work on the same data, as those that hold the shards of one model: counted as one.
+
+    What there is per sequence or unit is whole on each of them, and gradients come summed from the model.
+
+    Args:
+        ranks: all of them.
+    """
+
+    rank, size = 0, 1
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def sum(self, values: Tensor) -> Tensor:
+        """What was given."""
+        return values
+
+    def sum_vector(self, vector: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """What was given."""
+        return dict(vector)
+
+    def agreeing(self) -> AbstractContextManager[None]:
+        """See :class:`Ranks`."""
+        return self._ranks.agreeing()
+
+    def broadcast(self, value: T) -> T:
+        """See :class:`Ranks`."""
+        return self._ranks.broadcast(value)
+
+    def gather(self, value: T) -> list[T]:
+        """See :class:`Ranks`."""
+        return self._ranks.gather(value)
 
 
 def _fits(bucket: list[tuple[str, Tensor]], x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from entropy_probe.shards import local
 from entropy_probe.types import Rollouts, TokenScores
 
 __all__ = ["ScoreCache", "fingerprint", "mixed_sums", "rollouts_fingerprint"]
@@ -22,12 +23,13 @@ _MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9)
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A 128-bit digest of named tensors: names, shapes, types and every bit of their values.
 
-    Equal content on the same kind of device gives an equal digest, whatever object holds it.
+    Equal content on the same kind of device gives an equal digest, whatever object holds it. Of a sharded tensor, this
+    rank's part counts.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        flat = tensor.detach().contiguous().reshape(-1)
+        flat = local(tensor.detach()).contiguous().reshape(-1)
         if flat.device.type == "cpu":
             digest.update(flat.view(torch.uint8).numpy().data)
         else:

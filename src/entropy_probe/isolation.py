@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from entropy_probe.shards import local
+
 __all__ = ["evaluating", "parameters_at"]
 
 
@@ -89,18 +91,28 @@ def _precision_switches() -> list[Any]:
 def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Give the parameters other values for a while; the original storage comes back on exit.
 
+    Sharded parameters are gathered from memory of their own, so their values are written into it, and the original
+    ones back.
+
     Raises:
         ValueError: if names or shapes differ.
     """
     if parameters.keys() != values.keys():
         raise ValueError(f"parameters: expected values for {len(parameters)} names, got {len(values)} that differ")
-    originals = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        if values[name].shape != parameter.shape:
+            raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(values[name].shape)}")
+    whole = {name: parameter.data for name, parameter in parameters.items() if local(parameter) is parameter}
+    parts = {name: local(parameter).clone() for name, parameter in parameters.items() if name not in whole}
     try:
         for name, parameter in parameters.items():
-            if values[name].shape != parameter.shape:
-                raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(values[name].shape)}")
-            parameter.data = values[name]
+            if name in whole:
+                parameter.data = values[name]
+            else:
+                local(parameter).copy_(local(values[name]))
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = originals[name]
+        for name, value in whole.items():
+            parameters[name].data = value
+        for name, part in parts.items():
+            local(parameters[name]).copy_(part)

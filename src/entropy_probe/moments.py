@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.results import OptimizerStateReport
+from entropy_probe.shards import count, extremes
 
 __all__ = ["step_count", "summarize_moments", "usable_second_moment"]
 
@@ -20,7 +21,7 @@ def usable_second_moment(state: Mapping[str, Any], amsgrad: bool = False) -> Ten
     With AMSGrad that is its running maximum.
     """
     v = state.get("max_exp_avg_sq" if amsgrad else "exp_avg_sq")
-    if not isinstance(v, Tensor) or not bool(torch.isfinite(v).all()) or not bool(v.any()):
+    if not isinstance(v, Tensor) or count(~torch.isfinite(v)) or not count(v != 0):
         return None
     return v
 
@@ -36,7 +37,7 @@ def step_count(state: Mapping[str, Any]) -> float | None:
     if "step" not in state:
         return None
     step = float(state["step"])
-    if not step > 0 and bool(state["exp_avg_sq"].any()):
+    if not step > 0 and count(state["exp_avg_sq"] != 0):
         raise ValueError(
             f"optimizer state: expected a positive step count where there are moments, got {step:g}; the state is not "
             "of one training run"
@@ -67,7 +68,7 @@ def summarize_moments(
             continue
         covered += numel
         correction = 1 - float(group["betas"][1]) ** step if step else 1.0
-        denominators = [math.sqrt(x.item() / correction) + float(group["eps"]) for x in v.aminmax()]
+        denominators = [math.sqrt(x / correction) + float(group["eps"]) for x in extremes(v)]
         scales += [1 / d for d in denominators if d > 0]
     return OptimizerStateReport(
         num_parameters=len(steps),

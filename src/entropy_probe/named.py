@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from entropy_probe.shards import local, sum_of_shards
+
 __all__ = ["NamedVector", "add", "dot", "norm", "scale", "zeros_like"]
 
 NamedVector = Mapping[str, Tensor]
@@ -32,8 +34,8 @@ def dot(a: NamedVector, b: NamedVector) -> float:
     _same_names(a, b)
     total = 0.0
     for name, x in a.items():
-        total += torch.dot(x.reshape(-1).double(), b[name].reshape(-1).double()).item()
-    return total
+        total += torch.dot(local(x).reshape(-1).double(), local(b[name]).reshape(-1).double()).item()
+    return sum_of_shards(torch.tensor([total], dtype=torch.float64), a.values()).item()
 
 
 def norm(a: NamedVector) -> float:

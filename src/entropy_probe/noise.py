@@ -18,12 +18,14 @@ from entropy_probe.isolation import parameters_at
 from entropy_probe.measurement import measure_change
 from entropy_probe.parts import Part, add_up
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.shards import sharded_as
 from entropy_probe.types import Rollouts, TokenScores
 
 __all__ = ["measured_noise_floor"]
 
-NOISE_SEQUENCES, NOISE_PAIRS = 32, 2
-"""Enough for the size of rounding errors; more would cost time."""
+NOISE_SEQUENCES, NOISE_PAIRS = 24, 2
+"""Enough for the size of rounding errors; more would cost time. And fewer than a Pareto tail is fitted to, which would
+refuse changes that are not to be trusted by themselves, but whose size is all that is asked here."""
 SHARE_OF_ROOT = 1 / 16
 """How far parameters are moved, relative to themselves, in units of the root of their precision: far enough for
 everything computed from them to be rounded anew, near enough for the second order to stay below rounding."""
@@ -101,9 +103,9 @@ def _moved(parameters: Mapping[str, Parameter], autocast: str, draw: int, sign: 
         own = torch.finfo(p.dtype).eps
         eps = torch.finfo(torch.bfloat16).eps if autocast == "bfloat16" else own
         move, rounding = (
-            2 * torch.rand(p.shape, generator=source[p.device], device=p.device, dtype=torch.float64) - 1
+            (2 * torch.rand(p.shape, generator=source[p.device], device=p.device) - 1).to(p.dtype)
             for source in (moves, roundings)
         )
         relative = sign * SHARE_OF_ROOT * eps**0.5 * move + LAST_PLACE * own / 2 * rounding
-        moved[name] = (p.detach().double() * (1 + relative)).to(p.dtype)
+        moved[name] = p.detach() + sharded_as(relative, p) * p.detach()
     return moved

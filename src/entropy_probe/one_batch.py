@@ -54,8 +54,7 @@ class OneBatch(Session):
                 "sample more, or use entropy='rao_blackwell'"
             )
         with self.isolated():
-            with self.ranks.agreeing():
-                self.scorer.prepare(batch)
+            self.prepare(batch)
             taps = self.choose_taps(batch)
             scale, report = self.frozen_scale()
             rate = max(self.subject.learning_rates)

@@ -10,19 +10,20 @@ from torch import nn
 from entropy_probe.attributed_batch import AttributedBatch
 from entropy_probe.attribution import Attribution
 from entropy_probe.config import ProbeConfig
-from entropy_probe.distributed import ALONE, joined_ranks
+from entropy_probe.distributed import ALONE, SameWork, joined_ranks
 from entropy_probe.fingerprint import ScoreCache
 from entropy_probe.one_batch import OneBatch
 from entropy_probe.provenance import Phase
 from entropy_probe.results import CrossPrompt, ProbeResult
 from entropy_probe.scoring.precision import precisions
 from entropy_probe.session import Resample, Subject
+from entropy_probe.shards import check_shards, is_sharded, reshard
 from entropy_probe.sweep import LearningRateSweep, check_learning_rates
 from entropy_probe.sweep_results import Sweep, SweepPoint
 from entropy_probe.two_batch import TwoBatch
 from entropy_probe.types import Rollouts
-from entropy_probe.updates.adamw import learning_rates, optimizer_parameters
-from entropy_probe.updates.shadow import check_optimizer
+from entropy_probe.updates.adamw import is_adam, learning_rates, optimizer_parameters
+from entropy_probe.updates.shadow import check_optimizer, optimizer_name
 from entropy_probe.validation import HalfSteps
 from entropy_probe.validation_results import Validation
 
@@ -45,12 +46,13 @@ class EntropyProbe:
         resample: called with the evaluation rollouts while the model is at the parameters after the step, for fresh
             responses to the same prompts in the same order; needed for ``on_low_ess="resample"`` only.
         distributed: share the work among the ranks of torch's default process group. Every rank must hold the whole
-            policy and optimizer, be given whole batches, and call the same methods; every rank returns the result.
+            policy and optimizer, be given whole batches, and call the same methods; every rank returns the result. A
+            model sharded by FSDP2 (``fully_shard``) needs no such asking; there every rank works on the whole batches.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
-            precision is below ``config.dtype``, it is spread over several devices, a ``resample`` function is needed
-            and missing, or there is no process group to share the work.
+            precision is below ``config.dtype``, it is spread over several devices other than by FSDP2, a ``resample``
+            function is needed and missing, or there is no process group to share the work.
     """
 
     def __init__(
@@ -69,7 +71,6 @@ class EntropyProbe:
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
         _check_dtype(model, config)
-        _check_whole(model)
         _check_device(model)
         if config.on_low_ess == "resample" and resample is None:
             raise ValueError(
@@ -77,7 +78,9 @@ class EntropyProbe:
             )
         self._arguments = (model, optimizer, mapping, config, progress)
         self._resample, self._cache = resample, ScoreCache()
-        self._ranks = joined_ranks() if distributed else ALONE
+        self._ranks = joined_ranks() if distributed or is_sharded(model) else ALONE
+        if is_sharded(model):
+            self._ranks = SameWork(self._ranks)
         self._subject()
 
     def _subject(self, learning_rate: float | None = None) -> Subject:
@@ -85,7 +88,14 @@ class EntropyProbe:
         model, optimizer, mapping, config, progress = self._arguments
         if learning_rate is not None:
             config = config.model_copy(update={"learning_rate": learning_rate})
+        reshard(model)
         parameters = optimizer_parameters(model, optimizer)
+        check_shards(model, parameters.items())
+        if is_sharded(model) and not (is_adam(optimizer) or config.geometry == "frozen"):
+            raise ValueError(
+                f"optimizer: expected torch.optim.AdamW or Adam for a sharded model, got {optimizer_name(optimizer)}; "
+                "its own step is taken on whole parameters only"
+            )
         rates = learning_rates(optimizer, config.learning_rate)
         return Subject(
             model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache, self._ranks
@@ -128,8 +138,13 @@ class EntropyProbe:
             measure: also measure the change, as :meth:`run` does.
 
         Raises:
-            ValueError: as :meth:`run`, for an optimizer other than Adam, or for unusable folds.
+            ValueError: as :meth:`run`, for an optimizer other than Adam, a sharded model, or unusable folds.
         """
+        if is_sharded(self._arguments[0]):
+            raise ValueError(
+                "model: expected whole parameters, which attribution differentiates along, got a sharded model, for "
+                "which it is not built; load the checkpoint into a model on one device"
+            )
         return AttributedBatch(self._subject(), update, evaluation, folds).attribution(measure=measure)
 
     def validate(
@@ -207,17 +222,6 @@ def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
                 "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "
                 "quantised more coarsely than one step changes them"
             )
-
-
-def _check_whole(model: nn.Module) -> None:
-    """A shard's gradients and inner products are not the model's; taken for them they would give wrong numbers."""
-    kinds = {type(module).__name__ for module in model.modules()} | {type(p).__name__ for p in model.parameters()}
-    sharded = sorted(kinds & {"DTensor", "FullyShardedDataParallel"})
-    if sharded:
-        raise ValueError(
-            f"model: expected whole parameters, got shards ({sharded[0]}), which is not supported; save them with "
-            "torch.distributed.checkpoint and load that checkpoint, or call full_tensor() and pass a plain model"
-        )
 
 
 def _check_device(model: nn.Module) -> None:

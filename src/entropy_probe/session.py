@@ -36,10 +36,18 @@ from entropy_probe.types import Rollouts, TokenScores
 from entropy_probe.updates.adamw import is_adam
 from entropy_probe.updates.preconditioner import frozen_preconditioner
 from entropy_probe.updates.shadow import optimizer_name
+from entropy_probe.updates.sharded import check_gradient, gathered_precisions
 from entropy_probe.updates.taps import Taps, tappable
 
 __all__ = ["Resample", "Session", "Subject"]
 
+LOW_PRECISIONS = (torch.bfloat16, torch.float16)
+LOW = (
+    "computed in {}: log-probabilities are quantised; measured on small models, that costs the realized change tens of "
+    "percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
+)
+SHARDED = "the parameters are sharded"
+"""Why single units take a backward pass each: a layer's call does not show where its gradient is summed."""
 Resample = Callable[[Rollouts], Rollouts]
 """Fresh responses of the policy as it is now, to the prompts of the given rollouts, in the same order."""
 
@@ -85,15 +93,11 @@ class Session:
         self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
         self.per_unit_gradients = "not needed"
         self.mismatch: SamplerMismatch | None = None
-        low = (torch.bfloat16, torch.float16)
-        narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in low}))
+        narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in LOW_PRECISIONS}))
         if self.config.autocast != "off":
             narrow = f"{narrow + ' and ' if narrow else ''}autocast in {self.config.autocast}"
         if narrow:
-            self.messages.append(
-                f"computed in {narrow}: log-probabilities are quantised; measured on small models, that costs the "
-                "realized change tens of percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
-            )
+            self.messages.append(LOW.format(narrow))
         held = {id(p) for p in self.parameters.values()}
         strays = sum(p.requires_grad and id(p) not in held for p in subject.model.parameters())
         if strays:
@@ -106,22 +110,49 @@ class Session:
         """The model ready to be scored and differentiated, and left as it was."""
         return evaluating(self.subject.model, torch.bfloat16 if self.config.autocast == "bfloat16" else None)
 
+    def prepare(self, *batches: Rollouts) -> None:
+        """Check batches against the model, choose how to compute, and see what shards make of it.
+
+        Raises:
+            ValueError: as :meth:`~entropy_probe.scoring.forward.Scorer.prepare`; or if a sharded model computes in a
+                lower precision than configured, or its gradients are not summed as they should be.
+        """
+        with self.ranks.agreeing():
+            self.scorer.prepare(*batches)
+            if not self.scorer.sharded:
+                return
+            used, wanted = gathered_precisions(self.scorer, batches[0]), getattr(torch, self.config.dtype)
+            lowest = min(used, key=lambda dtype: torch.finfo(dtype).bits)
+            if torch.promote_types(lowest, wanted) != lowest:
+                raise ValueError(
+                    f"model: expected computation in at least {self.config.dtype}, got {lowest}, to which FSDP's "
+                    "MixedPrecisionPolicy lowers gathered parameters; shard the model without it, or lower "
+                    "ProbeConfig.dtype"
+                )
+            if lowest in LOW_PRECISIONS:
+                self.messages.append(LOW.format(lowest) + "; sharded gradients were not compared with differences")
+            else:
+                check_gradient(self.scorer, self.parameters, batches[0])
+
     def check_ranks_agree(self, **batches: Rollouts) -> None:
         """Make sure that all ranks probe the same policy with the same settings and batches.
 
         Raises:
             ValueError: if a rank does not.
         """
-        if self.ranks.size == 1:
+        if self.ranks is ALONE:
             return
         model, state = self.subject.model, self.optimizer.state
-        moments = [(f"{name} {key}", x) for name, p in self.parameters.items() for key, x in _tensors(state.get(p, {}))]
         known = {
-            "policy": fingerprint([*model.named_parameters(), *model.named_buffers()]),
-            "optimizer": fingerprint(moments) + repr(self.optimizer.state_dict()["param_groups"]),
             "config": repr(self.config),
+            "optimizer": repr(self.optimizer.state_dict()["param_groups"]),
             **{name: fingerprint(_tensors(vars(batch))) for name, batch in batches.items()},
         }
+        if not self.scorer.sharded:  # else every rank has another part
+            named = self.parameters.items()
+            moments = [(f"{name} {key}", x) for name, p in named for key, x in _tensors(state.get(p, {}))]
+            known["policy"] = fingerprint([*model.named_parameters(), *model.named_buffers()])
+            known["optimizer"] += fingerprint(moments)
         seen = self.ranks.gather(known)
         for what in known:
             others = [rank for rank, of_rank in enumerate(seen) if of_rank.get(what) != seen[0].get(what)]
@@ -159,6 +190,8 @@ class Session:
         with self.clock.phase(phase) as progress, self.on_part(part):
             seen = scorer.shortest_scores(batch)
             state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
+            if scorer.sharded:
+                state = " ".join(self.ranks.gather(state))  # all score, or none does
             key = f"{state} {rollouts_fingerprint(own)} {how}"
             return self.subject.cache.get(key, lambda: scorer.score(own, progress))
 
@@ -221,7 +254,7 @@ class Session:
     def choose_taps(self, rollouts: Rollouts) -> Taps | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
         with self.ranks.agreeing():
-            taps = tappable(self.scorer, self.parameters, rollouts)
+            taps = tappable(self.scorer, self.parameters, rollouts) if not self.scorer.sharded else SHARDED
         self.per_unit_gradients = str(taps) if isinstance(taps, Taps) else f"per unit ({taps})"
         return taps if isinstance(taps, Taps) else None
 

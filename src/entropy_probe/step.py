@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from entropy_probe.config import ProbeConfig
 from entropy_probe.named import add, norm
 from entropy_probe.results import PreconditionerReport
+from entropy_probe.shards import count, extremes
 from entropy_probe.updates.adamw import ClippedGradient, adamw_step, clip_gradient, is_adam, shadow_step
 from entropy_probe.updates.shadow import check_repeatable, copied_step, moved, optimizer_name
 
@@ -103,9 +104,9 @@ def stepped_parameters(
     added: dict[str, Tensor] = {}
     for name, p in parameters.items():
         eps = torch.finfo(p.dtype).eps
-        slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * delta[name].abs().max()
+        slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * max(map(abs, extremes(delta[name])))
         added[name] = stepped[name] - p.detach() - delta[name]
-        if bool((added[name].abs() > slack).any()):
+        if count(added[name].abs() > slack):
             if step.stepped is not None:
                 raise ValueError(
                     f"learning rate: expected a step in proportion to it, but {optimizer_name(optimizer)} takes "

@@ -104,8 +104,7 @@ class TwoBatch(Session):
         """Everything up to the prediction."""
         fields: dict[str, Any] = {}
         predicted: Sampled | None = None
-        with self.ranks.agreeing():
-            self.scorer.prepare(self.update, self.evaluation)
+        self.prepare(self.update, self.evaluation)
         before = self._before()
         taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)

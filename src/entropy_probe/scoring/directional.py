@@ -109,6 +109,8 @@ def why_not_forward_mode(
         parameters: what the direction moves, by name.
         direction: with the same names.
     """
+    if scorer.sharded:
+        return "its parameters are sharded"
     shortest = rollouts.attention_mask.sum(1).argsort(stable=True)[:NUM_TRIED]
     batch = next(scorer.microbatches(rollouts, shortest, share=False))
     line = _Line(scorer, batch, parameters, direction)

@@ -17,6 +17,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from entropy_probe.scoring.logits import OutputHead, head_scores, head_slopes, head_surrogate, logit_scores
 from entropy_probe.scoring.packing import Microbatch, bounded_groups, pack, pack_shared, shared_prompts, shared_rows
+from entropy_probe.shards import is_sharded, reshard
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 
 __all__ = ["Progress", "Scorer"]
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 def _plain_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | str:
     """The trunk and output layer of a Hugging Face causal language model, or why they cannot be separated."""
+    if is_sharded(model):
+        return "a sharded model gathers its parameters when it is called as a whole"
     get_base_model = getattr(model, "get_base_model", None)
     inner = get_base_model() if callable(get_base_model) else model
     get_head = getattr(inner, "get_output_embeddings", None)
@@ -70,6 +73,7 @@ class Scorer:
         self.max_tokens = max_tokens_per_microbatch
         self.messages: tuple[str, ...] = ()
         self.device = next(model.parameters()).device
+        self.sharded = is_sharded(model)
         self._split: tuple[nn.Module, nn.Linear] | None = None
         self._width: int | None = None
         self.head_path = "logits (not prepared)"
@@ -193,7 +197,10 @@ class Scorer:
 
     def _model_logits(self, batch: Microbatch) -> Tensor:
         """The model's own logits at the positions that predict response tokens, ``[T, V]``."""
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        try:
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        finally:
+            reshard(self.model)
         if output.logits.shape[:2] != batch.input_ids.shape:
             raise ValueError(
                 f"model: expected logits for each of {list(batch.input_ids.shape)} tokens, got "
@@ -263,6 +270,9 @@ class Scorer:
         try:
             return (work(batch),)
         except torch.OutOfMemoryError as error:
+            if self.sharded:  # the other ranks wait for this one in the middle of the pass
+                error.add_note("lower max_tokens_per_microbatch: on a sharded model it is not lowered by itself")
+                raise
             if len(batch.rows) == 1:
                 raise MemoryError(
                     f"sequence {int(batch.rows[0])}: its {size} tokens alone do not fit the device's memory; drop or "

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from entropy_probe.moments import step_count
 from entropy_probe.named import add, norm
+from entropy_probe.shards import count
 
 __all__ = [
     "ClippedGradient",
@@ -242,7 +243,7 @@ def _parameter_step(name: str, theta: Tensor, g: Tensor, state: Mapping[str, Any
     if s.amsgrad and "max_exp_avg_sq" in state:
         v = torch.maximum(v, state["max_exp_avg_sq"])
     denominator = (v / (1 - s.beta2**k)).sqrt_().add_(s.eps)
-    if not bool(torch.isfinite(denominator).all()):
+    if count(~torch.isfinite(denominator)):
         raise ValueError(
             f"update gradient: expected squares within range, got an overflow in {name}; check the advantages"
         )

@@ -5,7 +5,7 @@ Nothing of size units x units is formed: three numbers per unit are enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from entropy_probe.distributed import ALONE, Ranks
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.shards import local, sum_of_shards
 from entropy_probe.types import Rollouts, TokenCoefficients
 from entropy_probe.updates.per_unit import (
     Side,
@@ -110,17 +111,22 @@ def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks)
     return {name: torch.zeros_like(s) if (t := found[name]) is None else t for name, s in scale.items()}
 
 
+def _flat(vector: NamedVector, names: Iterable[str]) -> Tensor:
+    """The vector as stored gradients are laid out, on the CPU."""
+    return torch.cat([local(vector[name]).reshape(-1) for name in names]).cpu()
+
+
 def _from_stored(x: UnitGradients, y: UnitGradients, scale: NamedVector, how: str, ranks: Ranks) -> CrossProducts:
     assert x.stored is not None
     assert y.stored is not None
-    p = torch.cat([scale[name].reshape(-1) for name in x.total]).cpu()
     x_total, y_total = (_added(side.total, scale, ranks) for side in (x, y))
-    x_sum, y_sum = (torch.cat([t[name].reshape(-1) for name in x.total]).cpu() for t in (x_total, y_total))
+    p, x_sum, y_sum = (_flat(vector, x.total) for vector in (scale, x_total, y_total))
 
     def products(xs: Tensor, ys: Tensor, along: Tensor, to_x: Tensor, to_y: Tensor) -> Tensor:
         return torch.stack([xs @ (along * to_y), ys @ (along * to_x), (xs * ys) @ along])
 
-    left, right, diagonal = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
+    found = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
+    left, right, diagonal = sum_of_shards(found, scale.values())
     return CrossProducts(left, right, diagonal, dot(x_total, y_total), y_total, how)
 
 
@@ -135,7 +141,7 @@ def _one_side_stored(
     """With all ``P Y_u`` at hand, each ``X_u`` is multiplied where it arises and dropped."""
     (right,) = differentiate([Side(y, store=True)])
     assert right.stored is not None
-    p = torch.cat([scale[name].reshape(-1) for name in right.total]).to(right.stored)
+    p = _flat(scale, right.total).to(right.stored)
     for row in right.stored:
         row *= p
     y_total = _added(right.total, scale, ranks)
@@ -165,9 +171,9 @@ def _totals(
                 seen = total[name]
                 total[name] = g if seen is None else seen + g
         for name in gradients[0].keys() & gradients[1].keys():
-            a, b = (side[name].reshape(-1).double() for side in gradients)
-            diagonal[unit] += (a @ (scale[name].reshape(-1) * b)).item()
-    return totals, diagonal
+            a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
+            diagonal[unit] += (a @ (p * b)).item()
+    return totals, sum_of_shards(diagonal, scale.values())
 
 
 def _two_passes(

@@ -2,7 +2,9 @@
 
 Two paths give the same numbers. With ``taps`` one backward pass over a microbatch of many sequences is enough, since
 what each sequence adds is read off the layers. ``per unit``: for any module, one backward pass per unit. Only one
-microbatch's graph is alive at a time, and ``.grad`` is never touched.
+microbatch's graph is alive at a time, and ``.grad`` is left as it was.
+
+Of sharded parameters every rank keeps its part of each gradient; inner products are summed over the parts at the end.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.nn import Parameter
 from entropy_probe.named import NamedVector
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.packing import Microbatch
+from entropy_probe.shards import local, reshard, sum_of_shards, take_part
 from entropy_probe.types import Rollouts, TokenCoefficients
 from entropy_probe.updates.layers import Sink
 from entropy_probe.updates.taps import Taps, tapped_backward
@@ -70,8 +73,9 @@ class UnitGradients:
     def dot_stored(self, direction: NamedVector) -> Float[Tensor, " U"]:
         """Inner products of the stored gradients with one more direction, in float64."""
         assert self.stored is not None
-        flat = torch.cat([direction[name].reshape(-1) for name in self.total]).cpu()
-        return sum_over_columns(lambda rows, along: rows @ along, self.stored, flat)
+        flat = torch.cat([local(direction[name]).reshape(-1) for name in self.total]).cpu()
+        products = sum_over_columns(lambda rows, along: rows @ along, self.stored, flat)
+        return sum_of_shards(products, direction.values())
 
 
 def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Ten
     width = max(1, elements // max(1, len(rows)))
     parts = [
         products(*(x[..., start : start + width].double() for x in (rows, *others)))
-        for start in range(0, rows.shape[-1], width)
+        for start in range(0, max(1, rows.shape[-1]), width)  # a rank's part of a parameter may be empty
     ]
     return torch.stack(parts).sum(0)
 
@@ -95,17 +99,20 @@ class _Sums(Sink):
         self.total: dict[str, Tensor | None] = dict.fromkeys(parameters)
         self.dots = torch.zeros(len(side.directions), num_units, dtype=torch.float64)
         self.paired = torch.zeros(num_units, dtype=torch.float64)
-        sizes = [p.numel() for p in parameters.values()]
+        sizes = [local(p).numel() for p in parameters.values()]
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
         self._slices = {name: slice(a, b) for name, a, b in zip(parameters, starts[:-1], starts[1:], strict=True)}
-        self._shapes = {name: p.shape for name, p in parameters.items()}
+        self._shapes = {name: local(p).shape for name, p in parameters.items()}
+        self._parameters = parameters
         self.stored = torch.zeros(num_units, starts[-1], dtype=_stored_dtype(parameters)) if side.store else None
         self._directions, self._pair_with, self._units = side.directions, side.pair_with, list(range(num_units))
         small = len(side.directions) * starts[-1] <= _CACHED_ELEMENTS
         self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
 
     def outcome(self) -> UnitGradients:
-        return UnitGradients(self.total, self.dots, self.stored, self.paired)
+        total = {name: None if x is None else take_part(x, self._parameters[name]) for name, x in self.total.items()}
+        dots, paired = (sum_of_shards(x, self._parameters.values()) for x in (self.dots, self.paired))
+        return UnitGradients(total, dots, self.stored, paired)
 
     def part(self, units: Tensor) -> _Sums:
         """Empty sums for one microbatch with these units, for :meth:`merge` once it is known to be complete."""
@@ -129,7 +136,7 @@ class _Sums(Sink):
 
     def _stack(self, name: str) -> Tensor:
         """The directions of one parameter in float64, ``[K, p]``."""
-        return torch.stack([d[name].reshape(-1).double() for d in self._directions])
+        return torch.stack([local(d[name]).reshape(-1).double() for d in self._directions])
 
     def add_total(self, name: str, gradient: Tensor) -> None:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -181,8 +188,8 @@ def _stored_dtype(parameters: Mapping[str, Parameter]) -> torch.dtype:
 
 
 def stored_bytes(parameters: Mapping[str, Parameter], num_units: int) -> int:
-    """What the stored gradients of one side take in host memory."""
-    return num_units * sum(p.numel() for p in parameters.values()) * _stored_dtype(parameters).itemsize
+    """What the stored gradients of one side take in host memory, on this rank where parameters are sharded."""
+    return num_units * sum(local(p).numel() for p in parameters.values()) * _stored_dtype(parameters).itemsize
 
 
 def unit_gradients(
@@ -243,14 +250,14 @@ def unit_gradients(
                 sums, unit_backward(scorer, parameters, rollouts, rows, coefficients), strict=True
             ):
                 for name, gradient in gradients.items():
-                    side.add_units(name, index, gradient[None])
+                    side.add_units(name, index, local(gradient)[None])
             report(rows)
     else:
         work = partial(_backward, scorer, parameters, coefficients)
         for batch, gradients_by_side in scorer.each(rollouts, work):
             for side, gradients in zip(sums, gradients_by_side, strict=True):
                 for name, gradient in gradients.items():
-                    side.add_total(name, gradient)
+                    side.add_total(name, local(gradient))
             report(batch.rows)
     return [side.outcome() for side in sums]
 
@@ -282,6 +289,8 @@ def _backward(
     scorer: Scorer, parameters: Mapping[str, Parameter], coefficients: Sequence[TokenCoefficients], batch: Microbatch
 ) -> list[dict[str, Tensor]]:
     """One forward pass over a microbatch, then one backward pass per surrogate."""
+    if scorer.sharded:
+        return [_backward_into_grad(scorer, parameters, each, batch) for each in coefficients]
     values, found = scorer.surrogates(batch, coefficients), []
     for k, value in enumerate(values):
         gradients = torch.autograd.grad(
@@ -289,3 +298,22 @@ def _backward(
         )
         found.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
     return found
+
+
+def _backward_into_grad(
+    scorer: Scorer, parameters: Mapping[str, Parameter], coefficients: TokenCoefficients, batch: Microbatch
+) -> dict[str, Tensor]:
+    """The gradient where FSDP2 spreads it over the ranks, which it does into ``.grad`` only; that is put back."""
+    all_parameters = list(scorer.model.parameters())
+    before = [p.grad for p in all_parameters]
+    try:
+        for p in all_parameters:
+            p.grad = None
+        (value,) = scorer.surrogates(batch, [coefficients])
+        value.backward()
+        reshard(scorer.model)
+        return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    finally:
+        reshard(scorer.model)
+        for p, gradient in zip(all_parameters, before, strict=True):
+            p.grad = gradient

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from entropy_probe.moments import step_count, usable_second_moment
 from entropy_probe.results import PreconditionerReport
+from entropy_probe.shards import count, extremes
 from entropy_probe.updates.adamw import is_adam
 from entropy_probe.updates.shadow import optimizer_name
 
@@ -96,9 +97,9 @@ def frozen_preconditioner(
         step = own if own is not None else checkpoint_step
         correction = 1.0 if step is None else 1 - float(group["betas"][1]) ** step
         denominator = (v / correction).sqrt_().add_(float(group["eps"]))
-        smallest = min(smallest, denominator.min().item())
+        smallest = min(smallest, extremes(denominator)[0])
         scale = denominator.reciprocal_()
-        clamped += int((scale > max_scale).sum())
+        clamped += count(scale > max_scale)
         scales[name] = scale.clamp_(max=max_scale)
     report = PreconditionerReport(
         coverage=coverage,
@@ -106,7 +107,7 @@ def frozen_preconditioner(
         num_identity=sum(parameters[name].numel() for name in identity),
         identity_parameters=tuple(identity),
         num_clamped=clamped,
-        max_scale=max(s.max().item() for s in scales.values()),
+        max_scale=max(extremes(s)[1] for s in scales.values()),
         min_denominator=None if smallest == float("inf") else smallest,
     )
     return Preconditioner(scale=scales, report=report)
