@@ -99,6 +99,17 @@ def test_smoothing_keeps_the_order_and_tames_the_largest_weights():
         weights(torch.randn(24), "psis")
 
 
+@pytest.mark.parametrize("options", [{"mode": "clip", "weight_clip": 1.5}, {"mode": "clip"}, {"log_weight_clamp": 0.4}])
+def test_a_base_of_three_is_a_weight_three_times(options):
+    g = torch.Generator().manual_seed(4)
+    x, times = 3 * torch.randn(12, generator=g, dtype=torch.float64), torch.randint(1, 4, (12,), generator=g)
+    once = weights(x, base=times.double().log(), **options)
+    copies = weights(x.repeat_interleave(times), **{"weight_clip": 12**0.5 if "mode" in options else None, **options})
+    summed = torch.zeros(12, dtype=torch.float64)
+    summed.index_add_(0, torch.arange(12).repeat_interleave(times), copies.normalized)
+    torch.testing.assert_close(once.normalized * times.double().mean(), summed)
+
+
 def test_caps_and_clamps():
     log_weights = torch.tensor([0.0] * 99 + [5.0])
     raw = weights(log_weights)
