@@ -214,6 +214,9 @@ def test_noise_floor_separates_systematic_from_random_rounding():
     random = [Sampled(0.0, influence), Sampled(0.0, influence)]
     assert noise_floor(random, 1600) == pytest.approx(2 * influence.std().item() / 40)
     assert noise_floor(random, 400) == pytest.approx(2 * noise_floor(random, 1600))
+    # means as large as such a spread leaves them
+    by_chance = [Sampled(0.9 * influence.std().item() / 4, influence)] * 2
+    assert noise_floor(by_chance, 1600) == pytest.approx(noise_floor(random, 1600))
     assert noise_floor([Sampled(10.0, influence), Sampled(-10.0, influence)], 10**9) == pytest.approx(20.0, rel=0.01)
     before, after = batch(torch.zeros(30))
     found = measure(before, after)

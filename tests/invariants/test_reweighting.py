@@ -10,7 +10,9 @@ from torch.func import jvp
 from entropy_probe import Rollouts, TokenScores
 from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
+from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.measurement import measure_change
 from tests.invariants.test_probe import TABLE, batches, numbers, probe, same
 from tests.invariants.test_unbiased import TARGET, Bound, Setting, scores_at
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -281,6 +283,28 @@ def test_what_a_small_step_leaves_of_the_difference_is_of_second_order(norm):
     result = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
     assert result.difference.standard_error < 1e-4 * result.realized.standard_error
     assert abs(result.difference.value) < 1e-4 * abs(result.predicted.value)
+
+
+def test_rounding_averages_out_over_the_effective_sequences(monkeypatch):
+    """And is seen with the baselines of the whole batch."""
+    model = TinyPolicy()
+    update, _ = batches()
+    given, _ = sampled_elsewhere(model, 200)
+    numbers_of_sequences, tokens = [], []
+
+    def floor(spurious, number):
+        numbers_of_sequences.append(number)
+        return noise_floor(spurious, number)
+
+    def change(*args):
+        tokens.append(args[3].reaching.sum().item())
+        return measure_change(*args)
+
+    monkeypatch.setattr("entropy_probe.noise.noise_floor", floor)
+    monkeypatch.setattr("entropy_probe.noise.measure_change", change)
+    result = probe(model, trained_optimizer(model), on_mismatch="reweight").measure(update=update, evaluation=given)
+    assert numbers_of_sequences == [pytest.approx(200 * result.diagnostics.mismatch.ess_fraction)]
+    assert set(tokens) == {float(given.response_mask.sum())}
 
 
 def test_the_fallback_smooths_what_the_step_does_to_the_weights():
