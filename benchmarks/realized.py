@@ -81,7 +81,7 @@ def weighted(mode: Any, kind: Any) -> Estimator:
     """Self-normalised importance sampling with the given weights and entropies."""
 
     def estimate(before: TokenScores, after: TokenScores, units: Units) -> Sampled:
-        weights = sequence_importance_weights(sequence_log_weights(before, after), mode)
+        weights = sequence_importance_weights(sequence_log_weights(before, after)[0], mode)
         return change(snis(after, weights.normalized, units, "token", kind), entropy(before, units, "token", kind))
 
     return estimate

@@ -29,7 +29,8 @@ def per_decision(before: TokenScores, after: TokenScores, units: Units, norm: st
 def snis(
     before: TokenScores, after: TokenScores, mode: str, units: Units, norm: str = "token", kind: str = "rao_blackwell"
 ) -> Change:
-    weights = sequence_importance_weights(sequence_log_weights(before, after), mode)
+    log_weights, base = sequence_log_weights(before, after)
+    weights = sequence_importance_weights(log_weights, mode, base=base)
     new = realized.snis(after, weights.normalized, units, norm, kind)
     return realized.change(new, fo.entropy(before, units, norm, kind))
 

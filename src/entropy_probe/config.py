@@ -59,7 +59,7 @@ class ProbeConfig(BaseModel):
         dtype: the least precision of the model's parameters; a model in a lower one is refused.
         autocast: run the model under autocast in ``bfloat16``, as some trainers do. Realized changes of small steps
             drown in its rounding.
-        measure_noise_floor: score some evaluation sequences a second time in another layout, to learn what rounding
+        measure_noise_floor: score some evaluation sequences again after tiny opposite moves, to learn what rounding
             does to the realized change.
     """
 

@@ -117,10 +117,11 @@ def measure_change(
     def change_to(new: UnitSums, kind: EntropyKind = kind) -> Change:
         return change(add_up(ranks, new), add_up(ranks, entropy(before, units, normalization, kind)))
 
-    log_weights = ranks.sum(part.by_sequence(sequence_log_weights(before, after)))
+    log_weights, base = ranks.sum(part.by_sequence(sequence_log_weights(before, after)))
     weights = sequence_importance_weights(
         log_weights,
         config.is_mode,
+        base=base,
         log_weight_clamp=config.log_weight_clamp,
         weight_clip=config.weight_clip,
     )
@@ -134,7 +135,7 @@ def measure_change(
         fresh = entropy(resample(), units, normalization, kind)
         return Measurement(change_to(fresh), "resampled", diagnosis, weights)
     if diagnosis != "ok" and config.on_low_ess == "psis" and weights.pareto_k is not None:
-        smoothed = sequence_importance_weights(log_weights, "psis", log_weight_clamp=config.log_weight_clamp)
+        smoothed = sequence_importance_weights(log_weights, "psis", base=base, log_weight_clamp=config.log_weight_clamp)
         if smoothed.heavy_tailed:
             return Measurement(None, "psis", "high_pareto_k", weights)
         new = snis(after, smoothed.normalized[part.rows], units, normalization, kind)

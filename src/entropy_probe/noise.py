@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import Ranks
 from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.estimators.realized import noise_floor
+from entropy_probe.estimators.realized import Change, noise_floor, rounding_of
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.isolation import parameters_at
 from entropy_probe.measurement import measure_change
@@ -23,8 +23,17 @@ from entropy_probe.types import Rollouts, TokenScores
 
 __all__ = ["measured_noise_floor"]
 
-NOISE_SEQUENCES, NOISE_DRAWS = 8, 3
-"""Enough for the size of rounding errors; more would cost time."""
+NOISE_SEQUENCES, NOISE_PAIRS = 24, 2
+"""Enough for the size of rounding errors; more would cost time. And fewer than a Pareto tail is fitted to, which would
+refuse changes that are not to be trusted by themselves, but whose size is all that is asked here."""
+SHARE_OF_ROOT = 1 / 16
+"""How far parameters are moved, relative to themselves, in units of the root of their precision: far enough for
+everything computed from them to be rounded anew, near enough for the second order to stay below rounding."""
+LAST_PLACE = 0.72
+"""A unit in the last place of a number, relative to the number, in units of its type's precision, on average."""
+
+ENOUGH_EFFECTIVE = 0.5
+"""A share of effective sequences that no small move may fall below, whatever is asked of the step."""
 
 
 def measured_noise_floor(
@@ -38,8 +47,8 @@ def measured_noise_floor(
 ) -> float:
     """Two standard deviations of what rounding does to the realized change, in its unit.
 
-    Some sequences are scored again in another layout, with every trained parameter rounded differently: moved by a
-    unit in its last place with probability 1/12, which has the variance of a rounding error.
+    Some sequences are scored again in another layout, with every trained parameter moved a little, and moved as much
+    the other way: the two changes cancel but for rounding. Source: ``docs/theory.md``, "Rounding".
 
     Args:
         scorer: the policy.
@@ -58,29 +67,45 @@ def measured_noise_floor(
     few = Part(mine, len(chosen), Units.sequences(len(chosen)).select(mine))
     few_rollouts = rollouts.select(chosen[mine])
     # rounding has nothing to do with who sampled the responses
-    few_before = replace(before.select(torch.searchsorted(part.rows, chosen[mine])), log_weights=None)
-    positions = add_up(ranks, PositionSums.of(few_before))
-    plain = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse"})
-    spurious = []
-    for draw in range(NOISE_DRAWS):
-        with ranks.agreeing(), parameters_at(parameters, _rounded_differently(parameters, config.autocast, draw)):
+    plain = replace(before, log_weights=None)
+    few_before = plain.select(torch.searchsorted(part.rows, chosen[mine]))
+    positions = add_up(ranks, PositionSums.of(plain))
+    least = min(config.min_ess_fraction, ENOUGH_EFFECTIVE)
+    uncut = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse", "min_ess_fraction": least})
+
+    def change_at(draw: int, sign: int) -> Change:
+        with ranks.agreeing(), parameters_at(parameters, _moved(parameters, config.autocast, draw, sign)):
             again = scorer.score_again(few_rollouts)
-        change = measure_change(few_before, again, few, positions, plain, ranks).change
+        change = measure_change(few_before, again, few, positions, uncut, ranks).change
         if change is None:
             raise ValueError(
                 "noise floor: expected log-probabilities that rounding leaves alone, got a change that importance "
                 "sampling cannot bridge; compute in a higher precision"
             )
-        spurious.append(change)
-    return noise_floor(spurious, len(rollouts))
+        return change
+
+    spurious = [rounding_of(change_at(draw, 1), change_at(draw, -1)) for draw in range(NOISE_PAIRS)]
+    weights = ranks.sum(part.by_sequence(before.weights))
+    return noise_floor(spurious, (weights.sum().square() / weights.square().sum()).item())
 
 
-def _rounded_differently(parameters: Mapping[str, Parameter], autocast: str, seed: int) -> dict[str, Tensor]:
-    nudged = {}
-    sources = {p.device: torch.Generator(p.device).manual_seed(seed) for p in parameters.values()}
+def _moved(parameters: Mapping[str, Parameter], autocast: str, draw: int, sign: int) -> dict[str, Tensor]:
+    """Every parameter moved at random by up to a small share of itself; ``sign`` -1 gives the opposite move.
+
+    Rounding to the nearest would be equal and opposite as well, and cancel. So it is random, and another for each sign.
+    """
+    moved = {}
+    moves, roundings = (
+        {p.device: torch.Generator(p.device).manual_seed(seed) for p in parameters.values()}
+        for seed in (2 * draw, 4 * draw + 2 + sign)
+    )
     for name, p in parameters.items():
-        eps = torch.finfo(torch.bfloat16 if autocast == "bfloat16" else p.dtype).eps
-        draw = torch.rand(p.shape, generator=sources[p.device], device=p.device)
-        sign = (draw < 1 / 24).to(p.dtype) - (draw > 23 / 24).to(p.dtype)
-        nudged[name] = p.detach() * (1 + eps * sharded_as(sign, p))
-    return nudged
+        own = torch.finfo(p.dtype).eps
+        eps = torch.finfo(torch.bfloat16).eps if autocast == "bfloat16" else own
+        move, rounding = (
+            (2 * torch.rand(p.shape, generator=source[p.device], device=p.device) - 1).to(p.dtype)
+            for source in (moves, roundings)
+        )
+        relative = sign * SHARE_OF_ROOT * eps**0.5 * move + LAST_PLACE * own / 2 * rounding
+        moved[name] = p.detach() + sharded_as(relative, p) * p.detach()
+    return moved

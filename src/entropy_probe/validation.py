@@ -21,6 +21,7 @@ from entropy_probe.two_batch import Start, TwoBatch
 from entropy_probe.types import Rollouts
 from entropy_probe.updates.leave_out import kept_gradient
 from entropy_probe.updates.per_unit import UnitGradients
+from entropy_probe.updates.shadow import optimizer_name
 from entropy_probe.updates.taps import Taps
 from entropy_probe.validation_results import LEAST_STEPS, RankCorrelation, SubsetStep, Validation
 
@@ -80,6 +81,11 @@ class HalfSteps(TwoBatch):
         # progress is that of the halves, not of each one's scoring
         super().__init__(replace(subject, progress=None), attribution.update, evaluation)
         self.progress = subject.progress
+        if not self.closed_form:
+            raise ValueError(
+                "validate: expected the optimizer of the attribution, Adam or AdamW, got "
+                f"{optimizer_name(self.optimizer)}; validate with the probe that attributed"
+            )
         self.attribution = attribution
         self._whole: UnitGradients | None = None
 

@@ -40,6 +40,8 @@ def test_interval_of_a_rank_correlation():
             low, high = rank_correlation_interval(rank_correlation(weight * x + noise, x), 40)
             covered += low <= spearman <= high
         assert 0.92 <= covered / 400 <= 0.98
+    # tanh(atanh 0.5 +- 1.96 sqrt(1.125 / 3)), worked out by hand
+    assert rank_correlation_interval(0.5, 6) == pytest.approx((-0.5723, 0.9413), abs=1e-4)
     with pytest.raises(ValueError, match="expected at least 4 pairs"):
         rank_correlation_interval(0.5, 3)
 

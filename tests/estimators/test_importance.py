@@ -8,7 +8,7 @@ from entropy_probe import ProbeConfig, TokenScores
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.realized import change, noise_floor
+from entropy_probe.estimators.realized import change, noise_floor, rounding_of
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import measure_change
 from entropy_probe.parts import Part
@@ -97,6 +97,17 @@ def test_smoothing_keeps_the_order_and_tames_the_largest_weights():
     assert error("psis") < 0.95 * error("snis")
     with pytest.raises(ValueError, match="at least 25 evaluation sequences"):
         weights(torch.randn(24), "psis")
+
+
+@pytest.mark.parametrize("options", [{"mode": "clip", "weight_clip": 1.5}, {"mode": "clip"}, {"log_weight_clamp": 0.4}])
+def test_a_base_of_three_is_a_weight_three_times(options):
+    g = torch.Generator().manual_seed(4)
+    x, times = 3 * torch.randn(12, generator=g, dtype=torch.float64), torch.randint(1, 4, (12,), generator=g)
+    once = weights(x, base=times.double().log(), **options)
+    copies = weights(x.repeat_interleave(times), **{"weight_clip": 12**0.5 if "mode" in options else None, **options})
+    summed = torch.zeros(12, dtype=torch.float64)
+    summed.index_add_(0, torch.arange(12).repeat_interleave(times), copies.normalized)
+    torch.testing.assert_close(once.normalized * times.double().mean(), summed)
 
 
 def test_caps_and_clamps():
@@ -188,6 +199,14 @@ def test_few_sequences_are_refused_where_smoothing_has_no_tail_to_fit():
     assert (found.change, found.diagnosis) == (None, "low_ess")
 
 
+def test_rounding_of_opposite_moves_is_that_of_one_change():
+    g = torch.Generator().manual_seed(0)
+    here, there, opposite, move = torch.randn(4, 5000, generator=g, dtype=torch.float64)
+    pair = [Sampled(0.0, 100 * move + there - here), Sampled(0.0, -100 * move + opposite - here)]
+    assert rounding_of(*pair).influence.std() == pytest.approx((there - here).std().item(), rel=0.05)
+    assert rounding_of(Sampled(5.0, move), Sampled(-2.0, move)).value == pytest.approx(3 / 3**0.5)
+
+
 def test_noise_floor_separates_systematic_from_random_rounding():
     generator = torch.Generator().manual_seed(3)
     influence = torch.randn(16, generator=generator, dtype=torch.float64)
@@ -195,6 +214,9 @@ def test_noise_floor_separates_systematic_from_random_rounding():
     random = [Sampled(0.0, influence), Sampled(0.0, influence)]
     assert noise_floor(random, 1600) == pytest.approx(2 * influence.std().item() / 40)
     assert noise_floor(random, 400) == pytest.approx(2 * noise_floor(random, 1600))
+    # means as large as such a spread leaves them
+    by_chance = [Sampled(0.9 * influence.std().item() / 4, influence)] * 2
+    assert noise_floor(by_chance, 1600) == pytest.approx(noise_floor(random, 1600))
     assert noise_floor([Sampled(10.0, influence), Sampled(-10.0, influence)], 10**9) == pytest.approx(20.0, rel=0.01)
     before, after = batch(torch.zeros(30))
     found = measure(before, after)

@@ -40,7 +40,7 @@ def test_parts_make_up_the_whole(norm, kind, grouped):
         b, a, d, e = (s.select(rows) for s in (before, after, first, second))
         own = units.select(rows)
         c = fo.entropy_coefficients(b, PROMPTS[rows], own, whole, norm, kind)
-        by_sequence = [c.logprobs, sequence_log_weights(b, a)[:, None], sampler_gaps(b, a.logprobs).T]
+        by_sequence = [c.logprobs, sequence_log_weights(b, a).T, sampler_gaps(b, a.logprobs).T]
         placed = [torch.zeros(N, x.shape[1], dtype=x.dtype).index_copy(0, rows, x) for x in by_sequence]
         by_unit = [
             fo.entropy(b, own, norm, kind).table,

@@ -176,18 +176,29 @@ def test_prediction_agrees_with_measurement_as_the_step_shrinks(kind, config):
     assert gaps[1] < 0.4 * gaps[0]
 
 
+def to_float64(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The same policy and moments; float32 scores leave 1e-7 of noise in the change after a small step."""
+    model.double()
+    for state in optimizer.state.values():
+        state |= {name: x.double() for name, x in state.items() if name != "step"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
-def test_taps_equal_one_backward_per_unit(kind, config, monkeypatch):
+def test_taps_equal_one_backward_per_unit(kind, config, dtype, monkeypatch):
     model, optimizer = policy(kind, **config)
     update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
+    if dtype == "float64":
+        to_float64(model, optimizer)
     fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     assert fast.diagnostics.per_unit_gradients == ("linear-layer taps" if kind == "lora" else "taps")
     monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off by a test")
-    generic = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
+    generic = numbers(EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation))
     for key, value in numbers(fast).items():
-        # float32 scores before and after a small step leave a few 1e-7 of noise in measured changes
-        noise = 5e-7 if "realized" in key or "difference" in key else 1e-9
-        assert numbers(generic)[key] == pytest.approx(value, rel=1e-4, abs=noise), key
+        if dtype == "float64":
+            assert generic[key] == pytest.approx(value, rel=1e-10, abs=1e-14), key
+        elif "realized" not in key and "difference" not in key:
+            assert generic[key] == pytest.approx(value, rel=1e-4, abs=1e-9), key
 
 
 def test_a_weight_that_acts_outside_its_layer_is_noticed():

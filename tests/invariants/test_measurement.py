@@ -5,14 +5,11 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
 from entropy_probe.demo.policy import build_model
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, mixed_sums
-from entropy_probe.isolation import parameters_at
-from entropy_probe.noise import _rounded_differently
+from entropy_probe.noise import _moved
 from entropy_probe.scoring.forward import Scorer
 from tests.invariants.test_probe import TABLE, batches, numbers, probe
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
-from tests.whole_batch import per_decision
 
 LARGE = 0.5
 
@@ -149,18 +146,27 @@ def test_the_noise_floor_tells_a_real_change_from_rounding():
     assert realized(measure_noise_floor=False).realized.noise_floor is None
 
 
-def test_rounding_is_what_the_noise_floor_says():
-    """A change of the weights far below what float32 scores resolve: all that is seen is rounding."""
-    model, optimizer, update, evaluation = float32_problem()
-    floor = EntropyProbe(model, optimizer).measure(update=update, evaluation=evaluation).realized.noise_floor
-    scorer = Scorer(model, 1.0, 8192)
-    scorer.prepare(update, evaluation)
-    before = scorer.score(evaluation)
-    parameters = dict(model.named_parameters())
-    with parameters_at(parameters, {n: p.detach() * (1 + 2e-7) for n, p in parameters.items()}):
-        after = scorer.score(evaluation)
-    error = abs(per_decision(before, after, Units.sequences(len(evaluation))).value)
-    assert 0.03 * floor < error < 30 * floor
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_errors_against_float64_are_what_the_noise_floor_says(normalization):
+    model, optimizer, update, _ = float32_problem()
+    precise, its_optimizer, *_ = float32_problem()
+    precise.double()
+    for state in its_optimizer.state.values():
+        state |= {name: x.double() for name, x in state.items() if name != "step"}
+    ratios = []
+    for seed in range(12):
+        # parameters after another step are rounded differently
+        config = ProbeConfig(normalization=normalization, learning_rate=3e-5 * 1.1**seed)
+        ids = torch.randint(2, 30, (40, 14), generator=torch.Generator().manual_seed(seed))
+        evaluation = Rollouts(ids, torch.ones_like(ids), (torch.arange(14) >= 4).expand(40, -1), torch.arange(40))
+        a, b = (
+            EntropyProbe(m, o, config).measure(update=update, evaluation=evaluation).realized
+            for m, o in ((model, optimizer), (precise, its_optimizer))
+        )
+        assert a.value != b.value
+        assert b.noise_floor < 0.3 * a.noise_floor  # of norms, which stay in float32
+        ratios.append((a.value - b.value) / (a.noise_floor / 2))
+    assert 0.4 < torch.tensor(ratios).square().mean().sqrt() < 2.5
 
 
 def test_reference_scores_are_computed_once_per_policy_and_batch(monkeypatch):
@@ -211,16 +217,30 @@ def test_a_policy_that_changed_outside_of_its_parameters_is_not_mistaken():
     assert again.predicted == fresh.predicted
 
 
-def test_rounding_is_drawn_anew_for_every_parameter():
-    """Parameters of one shape must not be nudged in step: their effects would add up instead of averaging out."""
-    wide = {name: torch.nn.Parameter(torch.ones(4000, dtype=torch.float64)) for name in "ab"}
-    nudged = _rounded_differently(wide, "off", 0)
-    moves = {name: (x - 1).sign() for name, x in nudged.items()}
-    for move in moves.values():
-        assert (move != 0).double().mean() == pytest.approx(1 / 12, abs=0.02)
-        assert abs(move.sum()) < 60  # up as often as down
-    assert abs((moves["a"] * moves["b"]).sum()) < 40
-    assert all(torch.equal(_rounded_differently(wide, "off", 0)[name], x) for name, x in nudged.items())
+def test_moves_are_drawn_anew_for_every_parameter_and_have_an_opposite():
+    """Parameters of one shape must not move in step: their effects would add up instead of averaging out."""
+    wide = {name: torch.nn.Parameter(torch.randn(4000)) for name in "ab"}
+    moves, opposite = (
+        {name: x.double() / wide[name].detach().double() - 1 for name, x in _moved(wide, "off", 0, sign).items()}
+        for sign in (1, -1)
+    )
+    for name, move in moves.items():
+        assert move.abs().max() == pytest.approx(2**-4 * 2**-11.5, rel=0.01)
+        assert abs(move.mean()) < 0.1 * move.abs().max()
+        # opposite but for two roundings, each twice that of a nearest one
+        error = (move + opposite[name]) * wide[name].detach().double() / last_place_of(wide[name])
+        assert error.square().mean() == pytest.approx(4 / 12, rel=0.2)
+        assert abs(error.mean()) < 0.05
+    assert abs((moves["a"] * moves["b"]).sum()) < 0.1 * moves["a"].square().sum()
+    assert all(torch.equal(_moved(wide, "off", 0, 1)[name], x) for name, x in _moved(wide, "off", 0, 1).items())
+    coarse = wide["a"].detach().bfloat16()
+    assert (_moved({"a": torch.nn.Parameter(coarse)}, "off", 0, 1)["a"] != coarse).double().mean() > 0.4
+
+
+def last_place_of(x: torch.Tensor) -> torch.Tensor:
+    """A unit in the last place of float32 numbers."""
+    size = x.detach().abs()
+    return (torch.nextafter(size, torch.tensor(9.0)) - size).double()
 
 
 def test_the_cache_forgets_the_oldest():

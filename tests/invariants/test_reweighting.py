@@ -10,7 +10,9 @@ from torch.func import jvp
 from entropy_probe import Rollouts, TokenScores
 from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
+from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.measurement import measure_change
 from tests.invariants.test_probe import TABLE, batches, numbers, probe, same
 from tests.invariants.test_unbiased import TARGET, Bound, Setting, scores_at
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -158,6 +160,23 @@ def test_a_weight_of_three_is_a_sequence_three_times(other, norm):
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence"])
+def test_surprisal_coefficients_equal_a_loop(other, norm):
+    """With groups of several sequences and of one, whose baseline is the rest of the batch."""
+    rows = other.draw(9, torch.Generator().manual_seed(7))
+    prompts = [0, 0, 0, 1, 1, 2, 3, 3, 4]
+    scores = weighted(other.before.select(rows), other.base[rows])
+    v, s, t = scores.weights.tolist(), scores.sequence_logprobs.tolist(), scores.response_lengths.tolist()
+    per_token = -sum(a * b for a, b in zip(v, s, strict=True)) / sum(a * b for a, b in zip(v, t, strict=True))
+    x = [-s[i] - (per_token * t[i] if norm == "token" else 0.0) for i in range(9)]
+    found = coefficients(scores, torch.tensor(prompts), Units.sequences(9), norm, "surprisal")
+    for i in range(9):
+        others = [j for j in range(9) if j != i and prompts[j] == prompts[i]] or [j for j in range(9) if j != i]
+        mean = sum(v[j] * x[j] for j in others) / sum(v[j] for j in others)
+        expected = v[i] * (x[i] - mean) * scores.response_mask[i].double()
+        torch.testing.assert_close(found.logprobs[i], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence"])
 def test_derivatives_are_those_of_the_reweighted_change(other, norm):
     """Slope and second derivative against differences of the estimate itself; the slope is the first-order change."""
     rows, eta = other.draw(40, torch.Generator().manual_seed(4)), 1e-3
@@ -197,7 +216,8 @@ def test_derivatives_are_those_of_the_reweighted_change(other, norm):
 def test_the_product_of_weights_is_what_a_change_is_judged_by(other):
     rows = other.draw(60, torch.Generator().manual_seed(5))
     before, after = weighted(other.before.select(rows), other.base[rows]), other.after.select(rows)
-    found = sequence_importance_weights(sequence_log_weights(before, after))
+    log_weights, base = sequence_log_weights(before, after)
+    found = sequence_importance_weights(log_weights, base=base)
     product = (after.sequence_logprobs - before.sequence_logprobs + other.base[rows]).exp()
     assert found.ess == pytest.approx((product.sum() ** 2 / product.square().sum()).item())
 
@@ -238,6 +258,68 @@ def test_the_probe_reweights(settings):
     assert result.realized.ess_fraction < 0.95 < as_it_is.realized.ess_fraction
     # what the step does to the batch is of second order beside what it is predicted to do, weights or not
     assert abs(result.difference.value) < 0.2 * abs(result.predicted.value) + 4 * result.difference.standard_error
+
+
+@pytest.mark.parametrize(
+    "cut", [{"is_mode": "clip", "weight_clip": 1.2}, {"is_mode": "psis"}, {"log_weight_clamp": 0.1}], ids=str
+)
+def test_what_is_cut_off_the_weights_vanishes_with_the_step(cut):
+    """Caps and the like act on what the step does to the weights, not on those that the batch is reweighted by."""
+    model = TinyPolicy()
+    update, _ = batches()
+    given, _ = sampled_elsewhere(model, 400, away=0.3)
+    settings = {"realized": "snis", "learning_rate": 1e-6, "on_mismatch": "reweight"} | cut
+    result = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    assert result.realized.value == pytest.approx(result.predicted.value, rel=0.05)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence"])
+def test_what_a_small_step_leaves_of_the_difference_is_of_second_order(norm):
+    """Sequence by sequence, so the errors of both changes are the same to first order."""
+    model = TinyPolicy()
+    update, _ = batches()
+    given, _ = sampled_elsewhere(model, 200)
+    settings = {"normalization": norm, "learning_rate": 1e-6, "on_mismatch": "reweight"}
+    result = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    assert result.difference.standard_error < 1e-4 * result.realized.standard_error
+    assert abs(result.difference.value) < 1e-4 * abs(result.predicted.value)
+
+
+def test_rounding_averages_out_over_the_effective_sequences(monkeypatch):
+    """And is seen with the baselines of the whole batch."""
+    model = TinyPolicy()
+    update, _ = batches()
+    given, _ = sampled_elsewhere(model, 200)
+    numbers_of_sequences, tokens = [], []
+
+    def floor(spurious, number):
+        numbers_of_sequences.append(number)
+        return noise_floor(spurious, number)
+
+    def change(*args):
+        tokens.append(args[3].reaching.sum().item())
+        return measure_change(*args)
+
+    monkeypatch.setattr("entropy_probe.noise.noise_floor", floor)
+    monkeypatch.setattr("entropy_probe.noise.measure_change", change)
+    result = probe(model, trained_optimizer(model), on_mismatch="reweight").measure(update=update, evaluation=given)
+    assert numbers_of_sequences == [pytest.approx(200 * result.diagnostics.mismatch.ess_fraction)]
+    assert set(tokens) == {float(given.response_mask.sum())}
+
+
+def test_the_fallback_smooths_what_the_step_does_to_the_weights():
+    model = TinyPolicy()
+    update, _ = batches()
+    update = replace(update, advantages=-10 * update.advantages)
+    given, _ = sampled_elsewhere(model, 400, away=0.3)
+    settings = {"learning_rate": 1e-5, "max_grad_norm": None, "on_mismatch": "reweight"}
+    plain = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    between = (plain.realized.ess_fraction + plain.diagnostics.mismatch.ess_fraction) / 2
+    assert plain.realized.ess_fraction < between
+    settings |= {"on_low_ess": "psis", "min_ess_fraction": between}
+    smoothed = probe(model, trained_optimizer(model), **settings).run(update=update, evaluation=given)
+    assert smoothed.realized.estimator == "psis"
+    assert smoothed.realized.value == pytest.approx(plain.realized.value, rel=0.05)
 
 
 def test_a_batch_of_the_policy_itself_is_left_alone():

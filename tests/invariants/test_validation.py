@@ -106,6 +106,15 @@ def test_too_few_prompts_or_subsets_are_refused():
         subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=3)
 
 
+def test_another_optimizer_than_that_of_the_attribution_is_refused():
+    model = TinyPolicy()
+    update, evaluation = batches(groups=20, n=20)
+    attribution = probe(model, trained_optimizer(model)).attribute(update=update, evaluation=evaluation)
+    other = probe(model, trained_optimizer(model, cls=torch.optim.RMSprop))
+    with pytest.raises(ValueError, match=r"optimizer of the attribution, .* got torch.optim.RMSprop"):
+        other.validate(attribution, evaluation=evaluation, subsets=4)
+
+
 def test_steps_that_cannot_be_measured_are_left_out_and_said(monkeypatch):
     model = TinyPolicy()
     update, evaluation = batches(n=20)

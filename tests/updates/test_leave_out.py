@@ -1,11 +1,14 @@
 """The update gradient without a block."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.updates.leave_out import reduced_gradients
+from entropy_probe.updates.cross import _totals
+from entropy_probe.updates.leave_out import kept_gradient, reduced_gradients
 from entropy_probe.updates.per_unit import UnitGradients
 from tests.invariants.test_probe import batches
 from tests.reference.enumeration import TinyPolicy
@@ -30,3 +33,36 @@ def test_what_only_the_left_out_block_reaches_becomes_zero_exactly():
     assert without[1]["a"][2] == 0
     unreached = UnitGradients({"a": None, "b": total[3:]}, torch.zeros(0, 2), shares, torch.zeros(2))
     assert next(reduced_gradients(*given, unreached, [1.0]))["a"] is None
+
+
+class Bigrams(nn.Embedding):
+    """A policy in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, dtype=torch.bfloat16)
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=super().forward(input_ids))
+
+
+def test_what_is_kept_has_one_precision_on_every_rank():
+    """Backward passes in bfloat16 where a rank has some of the kept units, zeros where it has none: both are summed."""
+    model = Bigrams()
+    update, _ = batches(groups=2)
+    scorer, loss = Scorer(model, 1.0, 100), loss_coefficients(update, "dapo")
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros(p.shape) for name, p in parameters.items()}
+    whole = UnitGradients(dict(total), torch.zeros(0, 2), None, torch.zeros(2))
+    for kept in (torch.tensor([0]), torch.tensor([], dtype=torch.long)):
+        found = kept_gradient(scorer, parameters, update, update.prompt_ids, kept, loss, whole)
+        assert {g.dtype for g in found.values()} == {torch.float32}
+        assert any(bool(g.any()) for g in found.values()) == bool(len(kept))
+
+
+def test_totals_of_one_batch_are_in_float32():
+    model = Bigrams()
+    update, _ = batches(groups=2)
+    parameters, loss = dict(model.named_parameters()), loss_coefficients(update, "dapo")
+    scale = {name: torch.ones(p.shape) for name, p in parameters.items()}
+    totals, _ = _totals(Scorer(model, 1.0, 100), parameters, update, update.prompt_ids, loss, loss, scale)
+    assert {g.dtype for total in totals for g in total.values()} == {torch.float32}

@@ -114,29 +114,35 @@ def sampler_mismatch(gaps: Float[Tensor, "3 N"], num_tokens: int) -> Mismatch:
     )
 
 
-def sequence_log_weights(before: TokenScores, after: TokenScores) -> Float[Tensor, " N"]:
-    """``S+_i - S_i``, nats, float64: scores of the same responses at the new and at the old parameters.
+def sequence_log_weights(before: TokenScores, after: TokenScores) -> Float[Tensor, "2 N"]:
+    """``S+_i - S_i``, and the logarithm of what each sequence counts before the step (0 unless reweighted), float64.
 
-    In a reweighted batch plus the logarithm of the sequence's weight: the whole way from the sampler to the new policy.
+    In nats; scores of the same responses at the old and at the new parameters. The two add up to the whole way from the
+    sampler to the new policy.
     """
-    moved = after.sequence_logprobs - before.sequence_logprobs
-    return moved if before.log_weights is None else moved + before.log_weights
+    step = after.sequence_logprobs - before.sequence_logprobs
+    return torch.stack([step, torch.zeros_like(step) if before.log_weights is None else before.log_weights])
 
 
 def sequence_importance_weights(
     log_weights: Float[Tensor, " N"],
     mode: ImportanceMode = "snis",
     *,
+    base: Float[Tensor, " N"] | None = None,
     log_weight_clamp: float | None = None,
     weight_clip: float | None = None,
 ) -> SequenceWeights:
     """``w_i = exp(S+_i - S_i)`` divided by their mean, computed with the largest log-weight subtracted.
+
+    In a reweighted batch times ``v_i``, what the sequence counts before the step. Clamping, capping and smoothing act
+    on ``w`` alone: they vanish with the step, as the change does. The health of the weights is that of the products.
 
     Args:
         log_weights: ``S+_i - S_i`` of every sequence of the batch, from :func:`sequence_log_weights`.
         mode: ``snis`` leaves the weights as they are; ``clip`` caps them, which adds a bias and bounds the
             variance; ``psis`` replaces the largest ``min(N / 5, 3 sqrt N)`` by quantiles of a fitted Pareto tail,
             none above the largest weight.
+        base: ``log v_i``, from :func:`sequence_log_weights`; ``None`` where all sequences count the same.
         log_weight_clamp: clamp ``S+_i - S_i`` to plus and minus this, in nats, before anything else.
         weight_clip: for ``clip``, the cap in units of the mean weight; ``None`` is ``sqrt N`` (Ionides, 2008).
 
@@ -156,14 +162,18 @@ def sequence_importance_weights(
             f"is_mode psis: expected at least {_LEAST_FOR_TAIL} evaluation sequences to fit a tail to, got {count}; "
             "give more, or use is_mode snis"
         )
-    raw = (log_weights - log_weights.max()).exp()
+    base = torch.zeros_like(log_weights) if base is None else base
+    whole = log_weights + base
+    raw = (whole - whole.max()).exp()
     normalized = raw / raw.mean()
-    smoothed, k = _pareto_smoothed(log_weights)
+    _, k = _pareto_smoothed(whole)
     used = normalized
     if mode == "clip":
-        used = normalized.clamp(max=count**0.5 if weight_clip is None else weight_clip)
+        w = (log_weights - log_weights.max()).exp()
+        most = count**0.5 if weight_clip is None else weight_clip
+        used = base.exp() * w.clamp(max=most * ((base.exp() * w).sum() / base.exp().sum()).item())
     elif mode == "psis":
-        used = smoothed
+        used = base.exp() * _pareto_smoothed(log_weights)[0]
     ess = raw.sum().square() / raw.square().sum()
     return SequenceWeights(used / used.mean(), ess.item(), normalized.max().item(), k)
 

@@ -19,7 +19,7 @@ from entropy_probe.estimators.first_order import Normalization, sequence_entropi
 from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums
 from entropy_probe.types import TokenScores
 
-__all__ = ["Change", "change", "noise_floor", "per_decision", "snis"]
+__all__ = ["Change", "change", "noise_floor", "per_decision", "rounding_of", "snis"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +85,23 @@ def snis(
     return UnitSums.of(units, w * sequence_entropies(after, kind), w * sequence_weights(after, normalization))
 
 
-def noise_floor(spurious: Sequence[Sampled], num_sequences: int) -> float:
+def rounding_of(there: Sampled, opposite: Sampled) -> Sampled:
+    """What rounding does to a change, from those after a small move of the parameters and after the opposite one.
+
+    To first order the two are equal and opposite. Their sum is the rounding of three scorings, one of them twice, whose
+    variance is three times that of a difference of two.
+    """
+    return Sampled((there.value + opposite.value) / 3**0.5, (there.influence + opposite.influence) / 3**0.5)
+
+
+def noise_floor(spurious: Sequence[Sampled], num_sequences: int | float) -> float:
     """What rounding alone can do to a realized change: two standard deviations of it, in the unit of the change.
 
-    The change estimated between two computations that differ by rounding only is really 0. Its mean over sequences
-    is systematic; its spread averages out over the sequences of the whole batch.
+    Its mean over sequences is systematic; its spread averages out over the sequences of the whole batch.
 
     Args:
-        spurious: such changes for several draws of the rounding, with single sequences as units.
-        num_sequences: sequences in the batch that the floor is for.
+        spurious: what rounding did to a change, several times, with single sequences as units.
+        num_sequences: sequences in the batch that the floor is for; of a reweighted batch the effective number.
     """
     variance = fmean(s.influence.var().item() for s in spurious)
     systematic = fmean(s.value**2 - s.influence.var().item() / s.influence.numel() for s in spurious)

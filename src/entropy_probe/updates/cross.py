@@ -168,8 +168,8 @@ def _totals(
         gradients = unit_backward(scorer, parameters, rollouts, rows, [x, y])
         for total, side in zip(totals, gradients, strict=True):
             for name, g in side.items():
-                seen = total[name]
-                total[name] = g if seen is None else seen + g
+                wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
+                total[name] = wide if seen is None else seen + wide
         for name in gradients[0].keys() & gradients[1].keys():
             a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
             diagonal[unit] += (a @ (p * b)).item()

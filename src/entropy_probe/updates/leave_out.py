@@ -96,7 +96,7 @@ def kept_gradient(
         rows = torch.isin(units, kept).nonzero()[:, 0]
         shares = unit_backward(scorer, parameters, rollouts, rows, [loss])[0]
     return {
-        name: None if total is None else shares[name] if name in shares else torch.zeros_like(total)
+        name: None if total is None else shares[name].to(total.dtype) if name in shares else torch.zeros_like(total)
         for name, total in whole.total.items()
     }
 
