@@ -134,6 +134,23 @@ def test_adam_and_groups_with_rates_of_their_own():
     assert_adds_up(found, 1e-10)
 
 
+@pytest.mark.parametrize("moving", ["embed", "inner", "out"])
+def test_only_layers_that_move_contribute(moving):
+    model = TinyPolicy()
+    history = trained_optimizer(model)
+    groups = [
+        {"params": list(layer.parameters()), "lr": 1e-3 if name == moving else 0.0}
+        for name, layer in model.named_children()
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    optimizer.state.update(history.state)
+    update, evaluation = batches()
+    found = probe(model, optimizer).attribute(update=update, evaluation=evaluation)
+    assert [layer.layer for layer in found.layers if layer.total != 0] == [moving]
+    sizes = {name: sum(p.numel() for p in layer.parameters()) for name, layer in model.named_children()}
+    assert {layer.layer: layer.num_parameters for layer in found.layers} == sizes
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize(("kind", "config"), hf.KINDS, ids=hf.IDS)
 def test_adds_up_on_hugging_face_models(architecture, kind, config):
