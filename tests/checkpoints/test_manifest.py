@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from entropy_probe.checkpoints import (
     inspect_checkpoint,
     load_checkpoint,
 )
-from entropy_probe.checkpoints.manifest import MANIFEST_FILE, plain_name, read_manifest
+from entropy_probe.checkpoints.examination import Examination
+from entropy_probe.checkpoints.manifest import MANIFEST_FILE, plain_name, read_manifest, write_manifest
+from entropy_probe.checkpoints.quantization import live_settings
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.integrations.trl import ManifestCallback
 from tests.checkpoints.conftest import edit_optimizer
@@ -148,6 +152,41 @@ def test_a_doubtful_order_is_not_recorded(copy_of):
     with pytest.raises(MappingError, match="got a doubtful one: the optimizer state of"):
         record_checkpoint(checkpoint, written_by="a test")
     assert not (checkpoint / MANIFEST_FILE).exists()
+
+
+def test_a_manifest_knows_how_training_quantised_the_base(trained, tmp_path):
+    """No other file does, and the plain weights are another policy."""
+    if not (trained / "checkpoint-2" / "adapter_config.json").is_file():
+        pytest.skip("full weights are not quantised")
+    checkpoint = Path(shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2"))
+    config = SimpleNamespace(
+        to_dict=lambda: {
+            "quant_method": SimpleNamespace(value="bitsandbytes"),
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": torch.float32,
+            "llm_int8_threshold": 6.0,
+        }
+    )
+    model = torch.nn.Linear(1, 1)
+    assert live_settings(model) is None
+    model.config = SimpleNamespace(quantization_config=config)
+    settings = live_settings(model)
+    manifest = read_manifest(checkpoint)
+    assert manifest.quantization is None
+    (checkpoint / MANIFEST_FILE).unlink()
+    write_manifest(checkpoint, manifest.model_copy(update={"quantization": settings}))
+    expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+
+    def examined(given=None):
+        examination = Examination(checkpoint, trained / "base", None, given)
+        examination.run()
+        return examination.quantization.settings
+
+    assert examined() == expected
+    assert examined(expected | {"bnb_4bit_use_double_quant": True})["bnb_4bit_use_double_quant"]
+    with pytest.raises(MismatchError, match=r"expected what training used, bnb_4bit_quant_type 'nf4', got 'fp4'"):
+        examined({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"})
 
 
 def test_a_failing_callback_warns_once_and_leaves_training_alone(tmp_path):

@@ -11,7 +11,9 @@ import torch
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.libraries import quiet
+from entropy_probe.checkpoints.manifest import MANIFEST_FILE
 from entropy_probe.checkpoints.record import record_checkpoint
+from entropy_probe.integrations.trl import ManifestCallback
 from entropy_probe.updates.adamw import adamw_step, optimizer_parameters, shadow_step
 from tests.checkpoints.conftest import Run, edit_json
 from tests.invariants.test_untouched import assert_same, state
@@ -216,6 +218,17 @@ def test_movement_and_manifest_work_as_on_plain_weights(run, tmp_path):
     record_checkpoint(checkpoint, written_by="a test", **run.needed)
     report = load_checkpoint(checkpoint, **run.needed).report
     assert (report.verdict, report.manifest) == ("healthy", "inspection")
+
+
+def test_a_manifest_from_training_has_the_settings(run, tmp_path):
+    """Without them the adapter would stand on plain weights, and no file but the manifest says that it did not."""
+    train_grpo(tmp_path, lora=True, steps=2, quantization=TRAINED, callbacks=[ManifestCallback()])
+    checkpoint, batch = tmp_path / "checkpoint-2", rollouts(0)
+    recorded, given = (load_checkpoint(checkpoint, **arguments) for arguments in ({}, {"quantization": TRAINED}))
+    assert recorded.report.verdict == "healthy"
+    assert torch.equal(logits(recorded.model, batch), logits(given.model, batch))
+    (checkpoint / MANIFEST_FILE).unlink()
+    assert not torch.equal(logits(recorded.model, batch), logits(load_checkpoint(checkpoint).model, batch))
 
 
 def test_an_adapter_whose_card_speaks_of_quantisation_is_not_put_on_plain_weights(run, tmp_path):

@@ -142,6 +142,21 @@ def test_a_rank_may_be_killed_in_any_phase(trained, tmp_path, phase, rank):  # n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["load checkpoint", "second shard", "update gradient", "score after step"])
+def test_a_rank_that_holds_shards_may_be_killed(trained, tmp_path, phase, rank):  # noqa: F811
+    """The others are in the middle of a pass that they make together."""
+    config = config_file(tmp_path, trained, shard=True)
+    codes, _, err = on_processes(2, "run", config, fault=f"kill:{phase}", rank=rank)
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == 1
+    (said,) = lines(err[1 - rank])
+    assert said.startswith(f"error: rank {rank} ended without saying why")
+    codes, _, err = on_processes(2, "run", config)
+    assert codes == [0, 0], err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("how", "code"), [("refuse", 2), ("raise", 1)])
 @pytest.mark.parametrize("phase", ["load checkpoint", "second shard", "score evaluation", "score after step"])
 def test_an_error_in_any_phase_is_one_line(trained, tmp_path, phase, how, code, rank):  # noqa: F811

@@ -158,7 +158,8 @@ class Examination:
         named = self._config.get("base_model_name_or_path")
         self.base = find_base(self.path, self.directory, self.base_model, named)
         self.files = weight_files(self.directory, "adapter_model")
-        base, self.quantization = base_skeleton(self.base, self.given)
+        trained = self.manifest.quantization if self.manifest is not None else None
+        base, self.quantization = base_skeleton(self.base, self.given, trained)
         refuse_unmentioned(self.directory, self.quantization)
         check_vocabulary(self.path, self.base, base)
         layout, expected = adapter_layout(base, self.directory, self.adapter)

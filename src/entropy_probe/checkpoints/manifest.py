@@ -107,6 +107,8 @@ class Manifest(_Record):
         groups: its parameter groups.
         files: the files of the directory by name, those of an adapter in a folder of its own as ``folder/name``.
         base_model: see :class:`BaseModelRecord`.
+        quantization: the settings with which the base model was quantised in training; null for plain weights, and by
+            inspection, which cannot know.
     """
 
     format: Literal["entropy-probe-manifest"] = "entropy-probe-manifest"
@@ -120,6 +122,7 @@ class Manifest(_Record):
     groups: tuple[GroupRecord, ...]
     files: dict[str, FileRecord]
     base_model: BaseModelRecord | None = None
+    quantization: dict[str, Any] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -79,7 +79,9 @@ def embedding_names(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in weights}
 
 
-def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, FourBit | None]:
+def base_skeleton(
+    name: str, given: Quantization | None, trained: Quantization | None = None
+) -> tuple[nn.Module, FourBit | None]:
     """The base model of an adapter, on the meta device, and how it is quantised.
 
     Its weight files are checked against it where they are local, except 4-bit ones: codes have other names and shapes,
@@ -88,6 +90,7 @@ def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, Fou
     Args:
         name: directory or hub name.
         given: the quantization with which training loaded plain weights, if any.
+        trained: the same as the manifest has it.
 
     Raises:
         CheckpointError: if the configuration cannot be used, the weights are sharded, or the files miss a tensor or
@@ -104,7 +107,7 @@ def base_skeleton(name: str, given: Quantization | None) -> tuple[nn.Module, Fou
     # quantisation changes how weights are stored, not which there are
     recorded = vars(config).pop("quantization_config", None)
     with one_line_errors(f"{name}: quantization"):
-        quantization = quantization_of(name, recorded, given)
+        quantization = quantization_of(name, recorded, given, trained)
     stored = quantization is not None and quantization.stored
     return _skeleton(name, config, None if stored else shapes, complete=False), quantization
 

@@ -17,7 +17,15 @@ from torch import nn
 
 from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, UnsupportedError
 
-__all__ = ["FourBit", "Quantization", "load_arguments", "quantization_of", "refuse_unmentioned", "set_precision"]
+__all__ = [
+    "FourBit",
+    "Quantization",
+    "live_settings",
+    "load_arguments",
+    "quantization_of",
+    "refuse_unmentioned",
+    "set_precision",
+]
 
 Quantization = Mapping[str, Any]
 """The settings of a ``BitsAndBytesConfig``, as in a model's ``config.json``."""
@@ -42,17 +50,49 @@ class FourBit:
     stored: bool
 
 
-def quantization_of(base: str, recorded: Any, given: Quantization | None) -> FourBit | None:
+def live_settings(model: nn.Module) -> dict[str, Any] | None:
+    """The settings with which the base of a model in training is quantised, as plain values; None for plain weights."""
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    settings = _plain(config)
+    return {key: settings[key] for key in sorted(_SETTINGS | {"quant_method"}) if settings.get(key) is not None}
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Settings as JSON holds them."""
+    found = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    return {
+        key: value
+        if isinstance(value, bool | list | None)
+        else str(getattr(value, "value", value)).removeprefix("torch.")
+        for key, value in found.items()
+    }
+
+
+def quantization_of(
+    base: str, recorded: Any, given: Quantization | None, trained: Quantization | None = None
+) -> FourBit | None:
     """The 4-bit settings of a base model: those in its configuration, else those given; None for plain weights.
 
     Args:
         base: the base model, for messages.
         recorded: ``quantization_config`` of its ``config.json``.
         given: what training passed when it quantised the base model while loading it.
+        trained: the same as the manifest has it.
 
     Raises:
         CheckpointError: for another method than 4-bit bitsandbytes, both sources at once, or unknown settings.
     """
+    if given is not None and trained is not None:
+        ours, theirs = _plain(given), _plain(trained)
+        other = sorted(key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key])
+        if other:
+            raise MismatchError(
+                f"{base}: quantization: expected what training used, {other[0]} {theirs[other[0]]!r:.40}, got "
+                f"{ours[other[0]]!r:.40}; leave quantization out, the manifest has it"
+            )
+    given = trained if given is None and recorded is None else given
     if recorded is not None and given is not None:
         raise MismatchError(f"{base}: is stored quantised already; leave out the quantization that was given")
     chosen = given if recorded is None else recorded

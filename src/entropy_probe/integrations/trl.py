@@ -11,6 +11,7 @@ from transformers import TrainerCallback  # noqa: TID253  a callback must be a s
 from entropy_probe import __version__
 from entropy_probe.checkpoints.adapter import adapters_trained
 from entropy_probe.checkpoints.manifest import GroupRecord, Manifest, base_record, live_groups, write_manifest
+from entropy_probe.checkpoints.quantization import live_settings
 from entropy_probe.checkpoints.record import recordable_files
 from entropy_probe.checkpoints.weights import has_weights, weight_files
 
@@ -62,6 +63,7 @@ class ManifestCallback(TrainerCallback):
             groups=groups,
             files=recordable_files(directory, hashes=self.hashes),
             base_model=self._base,
+            quantization=live_settings(model),
         )
         write_manifest(directory, manifest)
 
