@@ -62,6 +62,27 @@ def test_fresh_responses_measure_a_step_of_any_size():
     assert any("sampled anew" in m for m in result.diagnostics.messages)
 
 
+def test_fresh_responses_are_measured_by_the_surprisal_that_was_asked_for():
+    model, mean = TinyPolicy(), []
+    update, evaluation = batches()
+
+    def surprisal(rollouts: Rollouts) -> float:
+        scorer = Scorer(model, TEMPERATURE, 8192)
+        scorer.prepare(rollouts)
+        return -(scorer.score(rollouts).logprobs.double().sum() / rollouts.response_mask.sum()).item()
+
+    def resample(rollouts: Rollouts) -> Rollouts:
+        fresh = sampler(model, torch.Generator().manual_seed(3))(rollouts)
+        mean.append(surprisal(fresh))
+        return fresh
+
+    config = ProbeConfig(temperature=TEMPERATURE, learning_rate=LARGE, on_low_ess="resample", entropy="surprisal")
+    subject = EntropyProbe(model, trained_optimizer(model), config, resample=resample)
+    realized = subject.measure(update=update, evaluation=evaluation).realized
+    assert realized.estimator == "resampled"
+    assert realized.value == pytest.approx(mean[0] - surprisal(evaluation), rel=1e-9)
+
+
 def stepped_entropy(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rollouts) -> float:
     """The exact entropy after the step that a training loop would take."""
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

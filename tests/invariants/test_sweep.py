@@ -154,6 +154,22 @@ def test_resumed_points_are_taken_as_they_are_and_give_the_same_sweep(tmp_path):
     assert resumed.model_dump_json() == whole.model_dump_json()
 
 
+def test_rounding_of_half_the_noise_floor_joins_the_errors_of_the_fit():
+    """The floor is two standard deviations."""
+    plain: list[SweepPoint] = []
+    without = swept(*setting(), on_point=plain.append, config={"measure_noise_floor": False})
+    changes = {"noise_floor": 1e-3}
+    noisy = [p.model_copy(update={"realized": p.realized.model_copy(update=changes)}) for p in plain]
+    fit = swept(*setting(), finished=noisy, config={"measure_noise_floor": False}).fit
+    rates = torch.tensor(fit.learning_rates, dtype=torch.float64)
+    weights = torch.linalg.pinv(torch.stack([rates, rates**2], 1))
+    for found, before, w in zip(
+        (fit.linear, fit.quadratic), (without.fit.linear, without.fit.quadratic), weights, strict=True
+    ):
+        expected = (before.standard_error**2 + (0.5e-3 * w.norm().item()) ** 2) ** 0.5
+        assert found.standard_error == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_saved_sweep_is_read_back_without_influences(tmp_path):
     sweep = swept(*setting(), rates=RATES[:3])
     sweep.save(tmp_path)
