@@ -176,7 +176,8 @@ class ProcessGroup:
         import torch.distributed as dist
 
         there = values.to(self._device, copy=True)
-        dist.broadcast(there, src=0)
+        if there.numel():
+            dist.broadcast(there, src=0)
         return there.to(values.device)
 
     def broadcast(self, value: T) -> T:
@@ -200,7 +201,8 @@ class ProcessGroup:
 class SameWork:
     """Ranks that all do the same work on the same data, as those that hold the shards of one model: counted as one.
 
-    What there is per sequence or unit is whole on each of them, and gradients come summed from the model.
+    What there is per sequence or unit is whole on each of them, and gradients come summed from the model. Rank 0's
+    numbers count, so that rounding cannot make the ranks decide differently.
 
     Args:
         ranks: all of them.
@@ -212,8 +214,8 @@ class SameWork:
         self._ranks = ranks
 
     def sum(self, values: Tensor) -> Tensor:
-        """What was given."""
-        return values
+        """What rank 0 gave."""
+        return self._ranks.of_first(values)
 
     def sum_vector(self, vector: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """What was given."""

@@ -40,7 +40,7 @@ REFUSED = {
     "SGD": ({"what": "run", "kind": "full", "config": {}, "optimizer": "SGD"}, "optimizer: expected torch.optim.AdamW"),
     "summed twice": (
         {"what": "run", "kind": "lora", "config": {}, "gradients_times": 2.0},
-        "model: expected gradients summed",
+        "model: expected log-probabilities to change along",
     ),
     "bfloat16 inside": (
         {"what": "run", "kind": "lora", "config": {}, "mixed": True},
