@@ -174,7 +174,16 @@ class TwoBatch(Session):
             (found,) = unit_gradients(
                 self.scorer, self.parameters, own, part.local_units, [side], taps=taps, progress=progress
             )
-        return replace(found, total=self.ranks.sum_vector(found.total, self.parameters)) if total else found
+        if not total:
+            return found
+        if found.stored is None:
+            return replace(found, total=self.ranks.sum_vector(found.total, self.parameters))
+        # in float64, so that the step does not depend on which sequences share a microbatch or a rank
+        named = self.parameters.items()
+        double = {name: torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape) for name, p in named}
+        exact = self.ranks.sum_vector(found.total_of_stored(self.parameters), double)
+        dtypes = {name: torch.promote_types(p.dtype, torch.float32) for name, p in named}
+        return replace(found, total={name: None if x is None else x.to(dtypes[name]) for name, x in exact.items()})
 
     def _over_units(self, part: Part, values: Tensor) -> Tensor:
         """Values of this rank's units, ``[..., u]``, with those of all others in their places, ``[..., U]``."""

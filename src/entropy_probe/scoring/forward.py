@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from entropy_probe.scoring.logits import OutputHead, head_scores, head_slopes, head_surrogate, logit_scores
-from entropy_probe.scoring.packing import Microbatch, bounded_groups, pack, pack_shared, shared_prompts, shared_rows
+from entropy_probe.scoring.packing import (
+    Microbatch,
+    bounded_groups,
+    pack,
+    pack_shared,
+    padded,
+    shared_prompts,
+    shared_rows,
+)
 from entropy_probe.shards import is_sharded, reshard
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 
@@ -223,12 +231,12 @@ class Scorer:
         shared = shared_prompts(rollouts, rows, self._width, self.max_tokens) if share and self._width else None
         lengths = rollouts.attention_mask.sum(1)
         if shared is None:
-            for group in bounded_groups(lengths[rows].tolist(), self.max_tokens):
+            for group in bounded_groups([padded(n) for n in lengths[rows].tolist()], self.max_tokens):
                 yield pack(rollouts, rows[group], self.device)
             return
         prompt = (rollouts.response_mask.int().argmax(1) - rollouts.attention_mask.int().argmax(1)).tolist()
-        sizes = [int(lengths[row].sum()) - (len(row) - 1) * prompt[int(row[0])] - len(row) for row in shared]
-        for group in bounded_groups(sizes, self.max_tokens):
+        tokens = [int(lengths[row].sum()) - (len(row) - 1) * prompt[int(row[0])] - len(row) for row in shared]
+        for group in bounded_groups([padded(n) for n in tokens], self.max_tokens):
             yield pack_shared(rollouts, [shared[i] for i in group], self.device, self._dtype())
 
     def each(
@@ -276,8 +284,8 @@ class Scorer:
                 raise
             if len(batch.rows) == 1:
                 raise MemoryError(
-                    f"sequence {int(batch.rows[0])}: its {size} tokens alone do not fit the device's memory; drop or "
-                    "shorten it, or probe on a larger device"
+                    f"sequence {int(batch.rows[0])}: its tokens alone, {size} with padding, do not fit the device's "
+                    "memory; drop or shorten it, or probe on a larger device"
                 ) from error
         # outside the handler, which holds on to the failed pass
         if self.device.type == "cuda":

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from entropy_probe.types import Rollouts
 
-__all__ = ["Microbatch", "bounded_groups", "pack", "pack_shared", "shared_prompts", "shared_rows"]
+__all__ = ["Microbatch", "bounded_groups", "pack", "pack_shared", "padded", "shared_prompts", "shared_rows"]
+
+
+ROW_MULTIPLE = 16
+"""Rows are padded to a multiple of this many tokens. Sums over tokens inside the model are then taken in the same order
+however long the other rows are: on the CPU a sequence's scores do not depend, to the bit, on what else is in its
+microbatch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +60,11 @@ class Microbatch:
         out[self.rows] = block
 
 
+def padded(length: int) -> int:
+    """The length of a row that is to hold so many tokens."""
+    return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
 def bounded_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Group items of similar length so that each group padded to its longest holds at most ``max_tokens``.
 
@@ -76,7 +87,7 @@ def pack(rollouts: Rollouts, rows: Tensor, device: torch.device) -> Microbatch:
     """Pack sequences one to a row."""
     attention = rollouts.attention_mask[rows]
     lengths = attention.sum(1)
-    column = torch.arange(int(lengths.max()))
+    column = torch.arange(padded(int(lengths.max())))
     source = (attention.int().argmax(1)[:, None] + column).clamp(max=attention.shape[1] - 1)
     real = column < lengths[:, None]
     ids = torch.where(real, rollouts.input_ids[rows].gather(1, source), 0)
@@ -143,7 +154,7 @@ def pack_shared(rollouts: Rollouts, groups: list[Tensor], device: torch.device, 
     The last token of a response predicts nothing and is left out.
     """
     built = [_shared_row(rollouts, group) for group in groups]
-    length = max(len(row.ids) for row in built)
+    length = padded(max(len(row.ids) for row in built))
     ids, positions, segments = (
         torch.stack([torch.nn.functional.pad(torch.tensor(x), (0, length - len(x)), value=fill) for x in columns])
         for columns, fill in (

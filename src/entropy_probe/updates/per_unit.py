@@ -70,6 +70,18 @@ class UnitGradients:
     stored: Float[Tensor, "U P"] | None
     paired: Float[Tensor, " U"]
 
+    def total_of_stored(self, parameters: Mapping[str, Parameter]) -> dict[str, Tensor | None]:
+        """The total from the stored gradients in float64, which does not depend on the order of the units."""
+        assert self.stored is not None
+        sizes = [local(p).numel() for p in parameters.values()]
+        pieces = zip(parameters.items(), self.stored.split(sizes, 1), strict=True)
+        return {
+            name: None
+            if self.total[name] is None
+            else take_part(piece.sum(0, dtype=torch.float64).view(local(p).shape).to(p.device), p)
+            for (name, p), piece in pieces
+        }
+
     def dot_stored(self, direction: NamedVector) -> Float[Tensor, " U"]:
         """Inner products of the stored gradients with one more direction, in float64."""
         assert self.stored is not None

@@ -81,5 +81,6 @@ def check_gradient(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts
             return
     raise ValueError(
         f"model: expected log-probabilities to change along their gradient as it says, got {found:.3g} times that; "
-        "leave FSDP's gradient divide factor, reduction and hooks as they are by default, with gradient synchronisation on"
+        "leave FSDP's gradient divide factor, reduction and hooks as they are by default, with gradient "
+        "synchronisation on"
     )
