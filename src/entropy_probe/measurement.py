@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import ALONE, Ranks
 from entropy_probe.estimators.baselines import EntropyKind, PositionSums
@@ -13,7 +15,7 @@ from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Units, UnitSums
-from entropy_probe.parts import Part, add_up
+from entropy_probe.parts import Part, add_up, in_chunks
 from entropy_probe.results import Realized, Unit
 from entropy_probe.types import TokenScores
 
@@ -145,7 +147,10 @@ def measure_change(
         return Measurement(None, estimator, diagnosis, weights)
     if estimator == "per_decision":
         with ranks.agreeing():
-            new = per_decision(before, after, units, batch, normalization)
-        return Measurement(change_to(new, "rao_blackwell"), estimator, diagnosis, weights)
+            table = torch.zeros(2, units.count, dtype=torch.float64)
+            for rows in in_chunks(units):
+                own = units.select(rows)
+                table += per_decision(before.select(rows), after.select(rows), own, batch, normalization).table
+        return Measurement(change_to(UnitSums(table), "rao_blackwell"), estimator, diagnosis, weights)
     new = snis(after, weights.normalized[part.rows], units, normalization, kind)
     return Measurement(change_to(new), estimator, diagnosis, weights)

@@ -59,7 +59,7 @@ class OneBatch(Session):
             scale, report = self.frozen_scale()
             rate = max(self.subject.learning_rates)
             relative = {name: s / rate for name, s in scale.items()}
-            part, own = self.part, batch.select(self.part.rows)
+            part, own = self.part, self.part.select(batch)
             before = self.reference_scores(batch, part, "score batch")
             if self.check_sampler(before, part, batch).log_weights is not None:
                 raise ValueError(

@@ -186,7 +186,7 @@ class Session:
         """
         scorer, model = self.scorer, self.subject.model
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
-        own = batch.select(part.rows)
+        own = part.select(batch)
         with self.clock.phase(phase) as progress, self.on_part(part):
             seen = scorer.shortest_scores(batch)
             state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])

@@ -20,7 +20,7 @@ from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.named import dot, norm
 from entropy_probe.noise import measured_noise_floor
-from entropy_probe.parts import Part, add_up
+from entropy_probe.parts import Part, add_up, in_chunks
 from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject
@@ -91,7 +91,7 @@ class TwoBatch(Session):
         self.check_ranks_agree(update=update, evaluation=evaluation)
         self.part = Part.of(evaluation, Units.prompts(evaluation.prompt_ids), self.units, self.ranks)
         self.update_part = Part.of(update, self.shares, self.shares, self.ranks)
-        self.own_evaluation, self.own_update = evaluation.select(self.part.rows), update.select(self.update_part.rows)
+        self.own_evaluation, self.own_update = self.part.select(evaluation), self.update_part.select(update)
 
     def result(self, *, predict: bool, measure: bool) -> ProbeResult:
         """The whole story."""
@@ -224,10 +224,15 @@ class TwoBatch(Session):
 
     def _entropy_coefficients(self, before: Before) -> TokenCoefficients:
         """Of this rank's part of the evaluation batch."""
-        prompts, config = self.own_evaluation.prompt_ids, self.config
-        return fo.entropy_coefficients(
-            before.scores, prompts, self.part.units, before.positions, config.normalization, config.entropy
-        )
+        prompts, scores, config = self.own_evaluation.prompt_ids, before.scores, self.config
+        of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
+        for rows in in_chunks(Units.prompts(prompts)):
+            some, ids, units = scores.select(rows), prompts[rows], self.part.units.select(rows)
+            found = fo.entropy_coefficients(some, ids, units, before.positions, config.normalization, config.entropy)
+            of_logprobs[rows] = found.logprobs
+            if found.entropies is not None:
+                of_entropies[rows] = found.entropies
+        return TokenCoefficients(of_logprobs, of_entropies if config.entropy == "rao_blackwell" else None)
 
     def _jackknife(
         self, gradients: UnitGradients, entropy_side: UnitGradients, total_weight: float, step: PlannedStep

@@ -205,7 +205,7 @@ class TokenScores:
     @property
     def sequence_logprobs(self) -> Float[Tensor, " N"]:
         """``S``, the log-probability of each response in nats, summed in float64."""
-        return self.logprobs.double().sum(1)
+        return self.logprobs.sum(1, dtype=torch.float64)
 
     @property
     def response_lengths(self) -> Int[Tensor, " N"]:

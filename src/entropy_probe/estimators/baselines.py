@@ -41,11 +41,15 @@ class PositionSums:
     @classmethod
     def of(cls, scores: TokenScores) -> PositionSums:
         """The sums over some sequences; ``P`` is the padded length."""
-        mask = scores.response_mask
-        flat = torch.stack([mask[mask], scores.entropies[mask], -scores.logprobs[mask]]).double()
-        weighted = flat * scores.weights[:, None].expand_as(mask)[mask]
-        table = torch.zeros(3, mask.shape[1], dtype=torch.float64)
-        return cls(table.index_add_(1, _positions(mask), weighted))
+        table = torch.zeros(3, scores.response_mask.shape[1], dtype=torch.float64)
+        for rows in torch.arange(len(scores.response_mask)).split(
+            2048
+        ):  # the flat copies take several times the scores
+            some = scores.select(rows)
+            mask = some.response_mask
+            flat = torch.stack([mask[mask], some.entropies[mask], -some.logprobs[mask]]).double()
+            table.index_add_(1, _positions(mask), flat * some.weights[:, None].expand_as(mask)[mask])
+        return cls(table)
 
     @property
     def reaching(self) -> Float[Tensor, " P"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def sequence_weights(scores: TokenScores, normalization: Normalization) -> Float
 
 def sequence_entropies(scores: TokenScores, kind: EntropyKind) -> Float[Tensor, " N"]:
     """``sum_t h_t`` or ``-S`` per sequence, nats: two unbiased estimates of the same expectation."""
-    return scores.entropies.double().sum(1) if kind == "rao_blackwell" else -scores.sequence_logprobs
+    return scores.entropies.sum(1, dtype=torch.float64) if kind == "rao_blackwell" else -scores.sequence_logprobs
 
 
 def entropy(
