@@ -84,6 +84,8 @@ class Scorer:
         self.sharded = is_sharded(model)
         self._split: tuple[nn.Module, nn.Linear] | None = None
         self._width: int | None = None
+        context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        self._context = context if isinstance(context, int) else None
         self.head_path = "logits (not prepared)"
         self.prefix_sharing = "off (not prepared)"
 
@@ -106,7 +108,7 @@ class Scorer:
         else:
             self._split = split
             shortest = batches[0].attention_mask.sum(1).argmin()[None]
-            attempt = self._attempt(pack(batches[0], shortest, self.device), self._head_is_final)
+            attempt = self._attempt(self._pack(batches[0], shortest), self._head_is_final)
             assert attempt is not None
             if attempt[0]:
                 self.head_path = "chunked"
@@ -115,6 +117,9 @@ class Scorer:
                 self.head_path = "logits (the model changes logits after its output layer)"
         unshared = self._why_not_shared(batches)
         self.prefix_sharing = "on" if unshared is None else f"off ({unshared})"
+
+    def _pack(self, rollouts: Rollouts, rows: Tensor) -> Microbatch:
+        return pack(rollouts, rows, self.device, self._context)
 
     @torch.no_grad()
     def _why_not_shared(self, batches: Sequence[Rollouts]) -> str | None:
@@ -134,7 +139,7 @@ class Scorer:
                 continue
             try:
                 together = self._hidden(pack_shared(batch, [pair], self.device, self._dtype()))
-                alone = self._hidden(pack(batch, pair, self.device))
+                alone = self._hidden(self._pack(batch, pair))
             except torch.OutOfMemoryError:
                 return "two responses of a prompt do not fit the device's memory together"
             tolerance = 2e-2 if alone.dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -164,10 +169,9 @@ class Scorer:
 
     def check_fits(self, rollouts: Rollouts) -> None:
         """Check a batch against the model's context and vocabulary; raises as :meth:`prepare` does."""
-        config = getattr(self.model, "config", None)
-        context = getattr(config, "max_position_embeddings", None)
+        config, context = getattr(self.model, "config", None), self._context
         lengths = rollouts.attention_mask.sum(1)
-        if isinstance(context, int) and int(lengths.max()) > context:
+        if context is not None and int(lengths.max()) > context:
             raise ValueError(
                 f"rollouts: expected at most {context} tokens per sequence (the model's context), got "
                 f"{int(lengths.max())} at index {int(lengths.argmax())}; drop or shorten long prompts"
@@ -232,7 +236,7 @@ class Scorer:
         lengths = rollouts.attention_mask.sum(1)
         if shared is None:
             for group in bounded_groups([padded(n) for n in lengths[rows].tolist()], self.max_tokens):
-                yield pack(rollouts, rows[group], self.device)
+                yield self._pack(rollouts, rows[group])
             return
         prompt = (rollouts.response_mask.int().argmax(1) - rollouts.attention_mask.int().argmax(1)).tolist()
         tokens = [int(lengths[row].sum()) - (len(row) - 1) * prompt[int(row[0])] - len(row) for row in shared]
@@ -310,7 +314,7 @@ class Scorer:
     def shortest_scores(self, rollouts: Rollouts) -> list[tuple[str, Tensor]]:
         """What the policy makes of the shortest sequence, unchecked: log-probabilities and entropies, ``[T]``."""
         shortest = rollouts.attention_mask.sum(1).argmin()[None]
-        s, h = self._score_microbatch(pack(rollouts, shortest, self.device))
+        s, h = self._score_microbatch(self._pack(rollouts, shortest))
         return [("logprobs", s), ("entropies", h)]
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ __all__ = ["Microbatch", "bounded_groups", "pack", "pack_shared", "padded", "sha
 
 ROW_MULTIPLE = 16
 """Rows are padded to a multiple of this many tokens. Sums over tokens inside the model are then taken in the same order
-however long the other rows are: on the CPU a sequence's scores do not depend, to the bit, on what else is in its
-microbatch."""
+however long the other rows are: on the CPU a sequence's scores then do not depend on what else is in its microbatch, to
+the bit but where a product has a single row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +83,20 @@ def bounded_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def pack(rollouts: Rollouts, rows: Tensor, device: torch.device) -> Microbatch:
-    """Pack sequences one to a row."""
+def pack(rollouts: Rollouts, rows: Tensor, device: torch.device, context: int | None = None) -> Microbatch:
+    """Pack sequences one to a row.
+
+    Args:
+        rollouts: the batch.
+        rows: which sequences.
+        device: where they go.
+        context: how many positions the model has; rows are padded to a multiple of 16 tokens where it is known, and no
+            further than that.
+    """
     attention = rollouts.attention_mask[rows]
     lengths = attention.sum(1)
-    column = torch.arange(padded(int(lengths.max())))
+    longest = int(lengths.max())
+    column = torch.arange(max(longest, min(padded(longest), context or 0)))
     source = (attention.int().argmax(1)[:, None] + column).clamp(max=attention.shape[1] - 1)
     real = column < lengths[:, None]
     ids = torch.where(real, rollouts.input_ids[rows].gather(1, source), 0)
