@@ -154,10 +154,9 @@ def test_a_doubtful_order_is_not_recorded(copy_of):
     assert not (checkpoint / MANIFEST_FILE).exists()
 
 
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_a_manifest_knows_how_training_quantised_the_base(trained, tmp_path):
     """No other file does, and the plain weights are another policy."""
-    if not (trained / "checkpoint-2" / "adapter_config.json").is_file():
-        pytest.skip("full weights are not quantised")
     checkpoint = Path(shutil.copytree(trained / "checkpoint-2", tmp_path / "checkpoint-2"))
     config = SimpleNamespace(
         to_dict=lambda: {

@@ -23,7 +23,7 @@ from entropy_probe.scoring.packing import (
     pack_shared,
     padded,
     shared_prompts,
-    shared_rows,
+    two_of_one_prompt,
 )
 from entropy_probe.shards import is_sharded, reshard
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
@@ -53,14 +53,6 @@ def _plain_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | str:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt-learning adapters change the model's inputs"
     return trunk, head
-
-
-def _two_of_one_prompt(rollouts: Rollouts) -> Tensor | None:
-    """Two short sequences of one prompt whose responses are long enough, 3 tokens, to disturb each other."""
-    lengths = rollouts.attention_mask.sum(1)
-    candidates = (rollouts.response_lengths >= 3).nonzero()[:, 0]
-    pairs = [members[:2] for _, members in shared_rows(rollouts, candidates) if len(members) > 1]
-    return torch.tensor(min(pairs, key=lambda pair: int(lengths[pair].sum()))) if pairs else None
 
 
 class Scorer:
@@ -134,7 +126,7 @@ class Scorer:
         if getattr(config, "sliding_window", None) or layers != {"full_attention"}:
             return "the model does not attend to the whole context"
         for batch in batches:
-            pair = _two_of_one_prompt(batch)
+            pair = two_of_one_prompt(batch)
             if pair is None:
                 continue
             try:

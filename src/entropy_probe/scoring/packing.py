@@ -16,7 +16,16 @@ from torch import Tensor
 
 from entropy_probe.types import Rollouts
 
-__all__ = ["Microbatch", "bounded_groups", "pack", "pack_shared", "padded", "shared_prompts", "shared_rows"]
+__all__ = [
+    "Microbatch",
+    "bounded_groups",
+    "pack",
+    "pack_shared",
+    "padded",
+    "shared_prompts",
+    "shared_rows",
+    "two_of_one_prompt",
+]
 
 
 ROW_MULTIPLE = 16
@@ -123,6 +132,14 @@ def shared_rows(rollouts: Rollouts, rows: Tensor) -> list[tuple[int, list[int]]]
         key = (int(rollouts.prompt_ids[row]), *rollouts.input_ids[row, start:end].tolist())
         groups.setdefault(key, []).append(row)
     return [(len(key) - 1, members) for key, members in groups.items()]
+
+
+def two_of_one_prompt(rollouts: Rollouts) -> Tensor | None:
+    """Two short sequences of one prompt whose responses are long enough, 3 tokens, to disturb each other."""
+    lengths = rollouts.attention_mask.sum(1)
+    candidates = (rollouts.response_lengths >= 3).nonzero()[:, 0]
+    pairs = [members[:2] for _, members in shared_rows(rollouts, candidates) if len(members) > 1]
+    return torch.tensor(min(pairs, key=lambda pair: int(lengths[pair].sum()))) if pairs else None
 
 
 def shared_prompts(rollouts: Rollouts, rows: Tensor, width: int, max_tokens: int) -> list[Tensor] | None:
