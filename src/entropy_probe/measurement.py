@@ -14,8 +14,8 @@ from entropy_probe.estimators.baselines import EntropyKind, PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
-from entropy_probe.estimators.uncertainty import Units, UnitSums
-from entropy_probe.parts import Part, add_up, in_chunks
+from entropy_probe.estimators.uncertainty import Units, UnitSums, in_chunks
+from entropy_probe.parts import Part, add_up
 from entropy_probe.results import Realized, Unit
 from entropy_probe.types import TokenScores
 

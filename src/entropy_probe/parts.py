@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -16,12 +16,9 @@ from entropy_probe.distributed import Ranks
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.types import Rollouts
 
-__all__ = ["Part", "add_up", "balanced", "in_chunks"]
+__all__ = ["Part", "add_up", "balanced"]
 
 S = TypeVar("S")
-CHUNK_SEQUENCES = 2048
-"""Estimators are given about so many sequences at a time: what they compute per token takes several times the memory of
-the scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,25 +81,6 @@ class Part:
     def by_unit(self, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
         """Values by local units at the units' places in the batch, 0 elsewhere."""
         return values.new_zeros(*values.shape[:-1], self.units.count).index_copy_(-1, self.present_units, values)
-
-
-def in_chunks(uncut: Units) -> Iterator[Int[Tensor, " n"]]:
-    """The places of sequences, a chunk at a time; once, with none, if there are none.
-
-    Args:
-        uncut: of the sequences; what is never spread over two chunks.
-    """
-    order = uncut.index.argsort(stable=True)
-    _, counts = uncut.index.unique(return_counts=True)
-    ends = counts.cumsum(0)
-    start = 0
-    while True:
-        fitting = ends[ends <= start + CHUNK_SEQUENCES]
-        end = int(fitting[-1]) if len(fitting) and int(fitting[-1]) > start else int(ends[ends > start][:1].sum())
-        yield order[start:end].sort().values
-        start = end
-        if start >= len(order):
-            return
 
 
 def balanced(sizes: Sequence[float], parts: int) -> list[int]:

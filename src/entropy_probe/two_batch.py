@@ -14,13 +14,13 @@ from torch import Tensor
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.named import dot, norm
 from entropy_probe.noise import measured_noise_floor
-from entropy_probe.parts import Part, add_up, in_chunks
+from entropy_probe.parts import Part, add_up
 from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.session import Session, Subject

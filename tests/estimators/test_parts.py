@@ -5,11 +5,12 @@ import torch
 
 from entropy_probe import TokenScores
 from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators import uncertainty
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.curvature import per_decision_taylor
 from entropy_probe.estimators.importance import sampler_gaps, sequence_log_weights
 from entropy_probe.estimators.realized import per_decision, snis
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.estimators.uncertainty import Units, in_chunks
 
 N, L = 21, 9
 PROMPTS = torch.tensor([4, 7, 1, 4, 4, 9, 7, 1, 3, 9, 9, 3, 5, 4, 1, 6, 6, 8, 2, 2, 7])
@@ -52,3 +53,14 @@ def test_parts_make_up_the_whole(norm, kind, grouped):
 
     for got, expected in zip(zip(*map(on, parts), strict=True), on(torch.arange(N)), strict=True):
         torch.testing.assert_close(sum(got), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 20, 21, 100])
+def test_chunks_are_whole_units_and_all_sequences_once(monkeypatch, size):
+    monkeypatch.setattr(uncertainty, "CHUNK_SEQUENCES", size)
+    chunks = list(in_chunks(Units.prompts(PROMPTS)))
+    assert torch.cat(chunks).sort().values.tolist() == list(range(N))
+    prompts = [set(PROMPTS[rows].tolist()) for rows in chunks]
+    assert sum(map(len, prompts)) == len(set(PROMPTS.tolist())), "no prompt is in two chunks"
+    assert all(len(rows) <= size or len(ids) == 1 for rows, ids in zip(chunks, prompts, strict=True))
+    assert [rows.tolist() for rows in in_chunks(Units.sequences(0))] == [[]]

@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call, jvp
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores, step
+from entropy_probe.estimators import uncertainty
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
 from entropy_probe.updates.per_unit import UnitGradients
@@ -512,3 +513,17 @@ def test_a_prediction_that_does_not_add_up_over_prompts_is_noticed(monkeypatch):
     monkeypatch.setattr(UnitGradients, "dot_stored", lambda self, direction: 1.1 * real(self, direction))
     with pytest.raises(RuntimeError, match="summed over evaluation units but"):
         probe(model, trained_optimizer(model)).predict(update=update, evaluation=evaluation)
+
+
+@pytest.mark.parametrize("unit", ["sequence", "prompt"])
+@pytest.mark.parametrize("settings", [{}, {"entropy": "surprisal"}, {"normalization": "sequence"}], ids=str)
+def test_numbers_do_not_depend_on_how_estimators_are_fed(monkeypatch, settings, unit):
+    """A large batch is given to them in chunks, of which no prompt may be in two."""
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches(n=80)
+    subject = probe(model, optimizer, evaluation_unit=unit, **settings)
+    whole = numbers(subject.run(update=update, evaluation=evaluation))
+    monkeypatch.setattr(uncertainty, "CHUNK_SEQUENCES", 7)
+    again = probe(model, optimizer, evaluation_unit=unit, **settings).run(update=update, evaluation=evaluation)
+    assert numbers(again) == pytest.approx(whole, rel=1e-10)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.estimators.uncertainty import Units, in_chunks
 from entropy_probe.types import TokenScores
 
 __all__ = ["EntropyKind", "PositionSums", "leave_one_out_mean", "position_baseline", "strictly_after"]
@@ -42,9 +42,7 @@ class PositionSums:
     def of(cls, scores: TokenScores) -> PositionSums:
         """The sums over some sequences; ``P`` is the padded length."""
         table = torch.zeros(3, scores.response_mask.shape[1], dtype=torch.float64)
-        for rows in torch.arange(len(scores.response_mask)).split(
-            2048
-        ):  # the flat copies take several times the scores
+        for rows in in_chunks(Units.sequences(len(scores.response_mask))):
             some = scores.select(rows)
             mask = some.response_mask
             flat = torch.stack([mask[mask], some.entropies[mask], -some.logprobs[mask]]).double()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Sampled", "UnitSums", "Units", "ratio"]
+__all__ = ["Sampled", "UnitSums", "Units", "in_chunks", "ratio"]
+
+CHUNK_SEQUENCES = 2048
+"""Estimators are given about so many sequences at a time: what they compute per token takes several times the memory of
+the scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,25 @@ class Units:
     def total(self, values: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
         """Sum over the sequences of each unit, in float64; 0 for units without any here, so that parts add up."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.index, values.double())
+
+
+def in_chunks(uncut: Units) -> Iterator[Int[Tensor, " n"]]:
+    """The places of sequences, a chunk at a time; once, with none, if there are none.
+
+    Args:
+        uncut: of the sequences; what is never spread over two chunks.
+    """
+    order = uncut.index.argsort(stable=True)
+    _, counts = uncut.index.unique(return_counts=True)
+    ends = counts.cumsum(0)
+    start = 0
+    while True:
+        fitting = ends[ends <= start + CHUNK_SEQUENCES]
+        end = int(fitting[-1]) if len(fitting) and int(fitting[-1]) > start else int(ends[ends > start][:1].sum())
+        yield order[start:end].sort().values
+        start = end
+        if start >= len(order):
+            return
 
 
 @dataclass(frozen=True, eq=False)
