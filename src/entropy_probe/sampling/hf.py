@@ -34,7 +34,7 @@ class HFGenerator:
     found, also after an error; its generation config is read for its end tokens only.
 
     Args:
-        model: called as ``model(input_ids=..., attention_mask=..., past_key_values=...)``.
+        model: called as ``model(input_ids=..., attention_mask=...)`` with its cache.
         tokenizer: its tokenizer, whose end-of-sequence token ends a response, as do those of the model's
             generation config.
         batch_size: sequences at a time.
@@ -69,6 +69,8 @@ class HFGenerator:
         accepted = inspect.signature(base.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        # transformers 5.24 renamed the argument
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self._messages: list[str] = []
 
     @property
@@ -194,8 +196,8 @@ class HFGenerator:
         output = self._model(
             input_ids=input_ids,
             attention_mask=state.attention_mask,
-            past_key_values=state.cache,
             use_cache=True,
+            **{self._cache_name: state.cache},
             **positions,
             **self._last_logits,
         )
