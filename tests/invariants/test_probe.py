@@ -404,7 +404,7 @@ def test_a_sampler_that_is_not_the_policy_is_noted():
         given = Rollouts(evaluation.input_ids, evaluation.attention_mask, evaluation.response_mask,
                          evaluation.prompt_ids, sampled_logprobs=sampled)  # fmt: skip
         result = probe(model, trained_optimizer(model)).predict(update=update, evaluation=given)
-        assert any("sampled from another policy" in m for m in result.diagnostics.messages) == noted
+        assert any("evaluation: sampled_logprobs differ" in m for m in result.diagnostics.messages) == noted
         found = result.diagnostics.mismatch
         assert found.mean == pytest.approx(shift, abs=1e-12)
         assert found.max == pytest.approx(shift, abs=1e-12)

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from entropy_probe.scoring.logits import OutputHead, head_scores, head_slopes, head_surrogate, logit_scores
+from entropy_probe.scoring.logits import (
+    FlatScores,
+    OutputHead,
+    head_scores,
+    head_slopes,
+    head_surrogate,
+    logit_scores,
+    plain_scores,
+)  # fmt: skip
 from entropy_probe.scoring.packing import (
     Microbatch,
     bounded_groups,
@@ -25,6 +33,7 @@ from entropy_probe.scoring.packing import (
     shared_prompts,
     two_of_one_prompt,
 )
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.shards import is_sharded, reshard
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 
@@ -304,36 +313,23 @@ class Scorer:
 
     @torch.no_grad()
     def shortest_scores(self, rollouts: Rollouts) -> list[tuple[str, Tensor]]:
-        """What the policy makes of the shortest sequence, unchecked: log-probabilities and entropies, ``[T]``."""
+        """What the policy makes of the shortest sequence, unchecked: each of its scores, ``[T]``."""
         shortest = rollouts.attention_mask.sum(1).argmin()[None]
-        s, h = self._score_microbatch(self._pack(rollouts, shortest))
-        return [("logprobs", s), ("entropies", h)]
+        return list(self._score_microbatch(self._pack(rollouts, shortest))._asdict().items())
 
     @torch.no_grad()
     def _score(self, rollouts: Rollouts, *, share: bool = True, progress: Progress | None = None) -> TokenScores:
-        wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-        logprobs = torch.zeros(rollouts.input_ids.shape, dtype=wide)
-        entropies = torch.zeros_like(logprobs)
-        done = 0
-        for batch, (s, h) in self.each(rollouts, self._score_microbatch, share=share):
-            batch.scatter(s, logprobs)
-            batch.scatter(h, entropies)
+        sheet, done = ScoreSheet(rollouts, self.model), 0
+        for batch, found in self.each(rollouts, self._score_microbatch, share=share):
+            sheet.write(batch, found)
             done += len(batch.rows)
             if progress:
                 progress(done, len(rollouts))
-        for name, values in (("log-probabilities", logprobs), ("entropies", entropies)):
-            bad = ~torch.isfinite(values).all(1)
-            if bool(bad.any()):
-                raise ValueError(
-                    f"scores: expected finite {name}, got non-finite ones in {int(bad.sum())} sequences (first index "
-                    f"{int(bad.nonzero()[0])}); look for non-finite weights, or responses the policy cannot produce"
-                )
-        return TokenScores(logprobs, entropies, rollouts.response_mask)
+        return sheet.read()
 
-    def _score_microbatch(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies, ``[T]`` each."""
+    def _score_microbatch(self, batch: Microbatch) -> FlatScores:
         if self._split is None:
-            return logit_scores(self._model_logits(batch), batch.targets, self.temperature)
+            return plain_scores(self._model_logits(batch), batch.targets, self.temperature)
         return head_scores(self._head(), self._hidden(batch), batch.targets)
 
     def token_scores(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
@@ -364,6 +360,7 @@ class Scorer:
         batch: Microbatch,
         sides: Sequence[TokenCoefficients],
         consume_head: Callable[[int, slice, Tensor, Tensor], None] | None = None,
+        sheet: ScoreSheet | None = None,
     ) -> list[Tensor]:
         """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
@@ -372,22 +369,26 @@ class Scorer:
             sides: coefficients for every token of the whole batch, ``[N, L]``.
             consume_head: takes the place of gradients of :attr:`head`: called with a side's number and what
                 :func:`~entropy_probe.scoring.logits.head_surrogate` says of each chunk of tokens.
+            sheet: gets the scores of the tokens, which are computed on the way.
 
         Raises:
             ValueError: if a value is not finite.
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
         if self._split is not None:
-            hidden = self._hidden(batch)
-            values = [
-                head_surrogate(
-                    self._head(), hidden, batch.targets, a, c, partial(consume_head, k) if consume_head else None
-                )
-                for k, (a, c) in enumerate(terms)
-            ]
+            head, hidden, found = self._head(), self._hidden(batch), []
+            values = []
+            for k, (a, c) in enumerate(terms):
+                consume, scores = partial(consume_head, k) if consume_head else None, None if k else found.append
+                values.append(head_surrogate(head, hidden, batch.targets, a, c, consume, scores if sheet else None))
+            if sheet:
+                sheet.write(batch, FlatScores.joined(found))
         else:
-            s, h = self.token_scores(batch)
+            logits = self._model_logits(batch)
+            s, h = logit_scores(logits, batch.targets, self.temperature)
             values = [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]
+            if sheet:
+                sheet.write(batch, plain_scores(logits.detach(), batch.targets, self.temperature))
         if not all(bool(torch.isfinite(value)) for value in values):
             raise ValueError(
                 f"rollouts: expected finite log-probabilities, got others among sequences {batch.rows.tolist()[:5]}; "
