@@ -27,9 +27,9 @@ from entropy_probe.types import Rollouts, TokenScores
 __all__ = ["Checked", "PolicyCheck", "Role"]
 
 Role = Literal["evaluation", "update", "batch"]
-FEW = 48
+FEW = 96
 """Sequences that are scored at other temperatures, once something is wrong."""
-NEWTON_STEPS = 6
+NEWTON_STEPS = 5
 WIDEST = 5.0
 """A temperature this many times off is no temperature."""
 EXPLAINED = 0.2
@@ -68,7 +68,7 @@ class _Found:
     share: float
     differ: bool
     amiss: str | None = None
-    of_tokens: float | None = None
+    of_tokens: tuple[float, float] | None = None
     of_logprobs: float | None = None
 
     @property
@@ -123,7 +123,7 @@ class PolicyCheck:
             share=1.0 if record is None else record.ess_fraction,
             differ=mismatch is not None and mismatch.mean > config.max_mismatch,
         )
-        checked = Checked(scores, _record(fit), record)
+        checked = Checked(scores, _record(fit, selected=selected), record)
         if not (found.strange or found.differ):
             return checked
         found = self._investigated(found, scores, part, rollouts)
@@ -184,20 +184,27 @@ class PolicyCheck:
         own = Part(part.rows[keep], part.size, part.units.select(keep))
         some = own.select(rollouts)
         if found.mismatch is not None and sampled is not None and found.differ:
-            amiss = recorded_amiss(self._sum(part, mistake_sums(scores, sampled[part.rows])), found.mismatch.mean)
+            amiss = recorded_amiss(self._sum(part, mistake_sums(scores, sampled[part.rows])), found.mismatch)
             if amiss is None:
                 of_logprobs = self._temperature_of_logprobs(some, own, found.mismatch.mean)
         of_tokens = self._temperature_of_tokens(some, own) if found.strange else None
         return replace(found, amiss=amiss, of_tokens=of_tokens, of_logprobs=of_logprobs)
 
-    def _temperature_of_tokens(self, few: Rollouts, part: Part) -> float | None:
-        """The temperature at which the tokens are likeliest, which is where surprisal minus entropy sums to 0."""
+    def _temperature_of_tokens(self, few: Rollouts, part: Part) -> tuple[float, float] | None:
+        """The temperature at which the tokens are likeliest, with its error, if there is one.
+
+        It is where surprisal minus entropy sums to 0.
+        """
+
+        def sums(scores: TokenScores) -> Tensor:
+            return self._sum(part, excess_sums(scores)).sum(1)
 
         def step(scores: TokenScores) -> float:
-            x, _, variance, _ = self._sum(part, excess_sums(scores)).sum(1)
+            x, _, variance, _ = sums(scores)
             return (-x / variance).item()
 
-        return self._temperature(few, step)[0]
+        found, scores = self._temperature(few, step)
+        return None if found is None else (found, found / sums(scores)[2].sqrt().item())
 
     def _temperature_of_logprobs(self, few: Rollouts, part: Part, mismatch: float) -> float | None:
         """The temperature at which the policy has the sampler's log-probabilities, if there is one."""
@@ -238,8 +245,9 @@ def _at(scorer: Scorer, temperature: float) -> Scorer:
     return other
 
 
-def _record(fit: Fit) -> BatchFit:
-    return BatchFit(z=fit.z, excess=fit.excess, num_sequences=fit.num_sequences)
+def _record(fit: Fit, *, selected: bool = False) -> BatchFit:
+    status = "ok" if fit.holds else "selected" if selected else "off_policy"
+    return BatchFit(z=fit.z, excess=fit.excess, num_sequences=fit.num_sequences, status=status)
 
 
 def _only_logprobs(found: _Found) -> bool:
@@ -297,7 +305,9 @@ def _cause_of_logprobs(found: _Found, temperature: float) -> str:
 
 def _cause_of_tokens(found: _Found) -> str:
     agree = found.mismatch is not None and not found.differ
-    as_at = "" if found.of_tokens is None else f"; the tokens are likeliest at temperature {found.of_tokens:.2g}"
+    as_at = ""
+    if found.of_tokens is not None:
+        as_at = "; the tokens are likeliest at temperature {:.2f} ± {:.2f}".format(*found.of_tokens)
     if found.fit.z < 0:
         if agree:
             return (

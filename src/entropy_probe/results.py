@@ -231,11 +231,14 @@ class BatchFit(Record):
             surprising than that, negative where they are less. Of a reweighted batch, with its weights.
         excess: its mean, nats per token.
         num_sequences: sequences of the batch.
+        status: ``ok``; ``off_policy``: further from 0 than chance explains (``|z|`` above 4); ``selected``: likewise,
+            but expected of responses that were selected by what they are (``update_selected``).
     """
 
     z: float
     excess: float
     num_sequences: int
+    status: Literal["ok", "off_policy", "selected"] = "ok"
 
 
 class PolicyFit(Record):

@@ -93,6 +93,8 @@ MISTAKES = (
     "probabilities, not their logarithms",
 )
 """What log-probabilities are where recording them went wrong in a known way."""
+_MOVED = slice(1, 5)
+"""Those of them that mix up tokens."""
 
 
 def mistake_sums(scores: TokenScores, sampled_logprobs: Float[Tensor, "N L"]) -> Float[Tensor, "k N"]:
@@ -143,15 +145,20 @@ def _distances(q: Tensor, s: Tensor, mistaken: Tensor, telling: Bool[Tensor, "N 
     return ((q - mistaken).abs() * telling).sum(1), ((q - s).abs() * telling).sum(1), telling.sum(1).double()
 
 
-def recorded_amiss(sums: Float[Tensor, "k N"], mismatch: float) -> str | None:
+def recorded_amiss(sums: Float[Tensor, "k N"], mismatch: Mismatch) -> str | None:
     """The mistake that explains a mismatch: undone, at most a fifth of it is left; ``None`` if none does.
+
+    Sums and shifts move log-probabilities between the tokens of a response, which makes these tokens less likely on
+    average than under the policy; numbers that make them likelier are a sampler's (a uniform one's are all equal, say).
 
     Args:
         sums: of every sequence, from :func:`mistake_sums`.
-        mismatch: the mean distance as it is, nats per token.
+        mismatch: as it is.
     """
     undone, as_is, tokens = sums.sum(1).view(3, len(MISTAKES))
     left = undone / tokens.clamp(min=1)
-    fits = (undone <= _EXPLAINED * as_is) & (left <= _EXPLAINED * mismatch) & (tokens > 0)
+    fits = (undone <= _EXPLAINED * as_is) & (left <= _EXPLAINED * mismatch.mean) & (tokens > 0)
+    if mismatch.z <= 0:
+        fits[_MOVED] = False
     best = int(torch.where(fits, left, torch.inf).argmin())
     return MISTAKES[best] if bool(fits[best]) else None
