@@ -314,7 +314,7 @@ def _cause_of_tokens(found: _Found) -> str:
                 "sampled_logprobs agree with the policy's, so the sampler took a part of the distribution (top_p, "
                 "top_k or greedy) after computing them" + as_at
             )
-        return "sampled at a lower temperature, or with top_p, top_k or greedily" + as_at
+        return "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
     if found.fit.excess > FOREIGN:
         return "so far above the entropy are the ids of another tokenizer, or prompts cut off or changed"
     if agree:
