@@ -18,7 +18,14 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import Ranks
 from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.policy_fit import LARGEST_Z, Fit, excess_sums, policy_fit
-from entropy_probe.estimators.sampler import Mismatch, mistake_sums, recorded_amiss, sampler_gaps, sampler_mismatch
+from entropy_probe.estimators.sampler import (
+    MISTAKES,
+    Mismatch,
+    mistake_sums,
+    recorded_amiss,
+    sampler_gaps,
+    sampler_mismatch,
+)
 from entropy_probe.parts import Part
 from entropy_probe.results import BatchFit, SamplerMismatch
 from entropy_probe.scoring.forward import Scorer
@@ -185,6 +192,8 @@ class PolicyCheck:
         some = own.select(rollouts)
         if found.mismatch is not None and sampled is not None and found.differ:
             amiss = recorded_amiss(self._sum(part, mistake_sums(scores, sampled[part.rows])), found.mismatch)
+            if amiss == MISTAKES[0] and found.strange and found.fit.z < 0:
+                amiss = None  # of greedy decoding they are 0
             if amiss is None:
                 of_logprobs = self._temperature_of_logprobs(some, own, found.mismatch.mean)
         of_tokens = self._temperature_of_tokens(some, own) if found.strange else None
@@ -293,13 +302,13 @@ def _cause_of_logprobs(found: _Found, temperature: float) -> str:
         return "the log-probabilities themselves are amiss: " + (
             at or "the tokens are likelier under the policy, so they were not drawn with these"
         )
-    if at:
-        return f"the log-probabilities are {at}: the batch was sampled at that temperature"
     if found.mismatch.never_lower:
         return (
             "no token is less likely under the sampler than under the policy, as where the batch was sampled from a "
             "part of the distribution (top_p, top_k or greedy)"
         )
+    if at:
+        return f"the log-probabilities are {at}: the batch was sampled at that temperature"
     return "the batch was sampled from another policy (other weights, such as an older policy's, or changed logits)"
 
 
@@ -314,7 +323,9 @@ def _cause_of_tokens(found: _Found) -> str:
                 "sampled_logprobs agree with the policy's, so the sampler took a part of the distribution (top_p, "
                 "top_k or greedy) after computing them" + as_at
             )
-        return "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
+        return (
+            "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
+        )
     if found.fit.excess > FOREIGN:
         return "so far above the entropy are the ids of another tokenizer, or prompts cut off or changed"
     if agree:

@@ -93,8 +93,8 @@ MISTAKES = (
     "probabilities, not their logarithms",
 )
 """What log-probabilities are where recording them went wrong in a known way."""
-_MOVED = slice(1, 5)
-"""Those of them that mix up tokens."""
+_MOVED = slice(1, 3)
+"""Those of them that spread a response over its tokens."""
 
 
 def mistake_sums(scores: TokenScores, sampled_logprobs: Float[Tensor, "N L"]) -> Float[Tensor, "k N"]:
@@ -148,7 +148,7 @@ def _distances(q: Tensor, s: Tensor, mistaken: Tensor, telling: Bool[Tensor, "N 
 def recorded_amiss(sums: Float[Tensor, "k N"], mismatch: Mismatch) -> str | None:
     """The mistake that explains a mismatch: undone, at most a fifth of it is left; ``None`` if none does.
 
-    Sums and shifts move log-probabilities between the tokens of a response, which makes these tokens less likely on
+    Sums and means move log-probabilities between the tokens of a response, which makes these tokens less likely on
     average than under the policy; numbers that make them likelier are a sampler's (a uniform one's are all equal, say).
 
     Args:
