@@ -219,15 +219,9 @@ class Session:
             self.not_modelled.append(checked.not_modelled)
         return checked.scores
 
-    def _policy_fit(self) -> dict[str, Any]:
-        """The diagnostics that say how the batches fit the policy."""
-        both = self.checked.get("batch")
-        evaluation, update = self.checked.get("evaluation", both), self.checked.get("update", both)
-        return {
-            "policy_fit": PolicyFit(evaluation=evaluation and evaluation.fit, update=update and update.fit),
-            "mismatch": evaluation and evaluation.mismatch,
-            "update_mismatch": update and update.mismatch,
-        }
+    def _checked(self, role: Role) -> Checked | None:
+        """What the check of a batch found, under its own role or as the batch that is both."""
+        return self.checked.get(role, self.checked.get("batch"))
 
     def choose_taps(self, rollouts: Rollouts) -> Taps | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
@@ -323,6 +317,7 @@ class Session:
             fields: everything else.
         """
         optimizer_state = self.optimizer_report()
+        judged, given = self._checked("evaluation"), self._checked("update")
         notes = dict.fromkeys(note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
         return ProbeResult(
             entropy=Estimate(**self.estimate_fields(entropy, units)),
@@ -335,7 +330,9 @@ class Session:
                 head=self.scorer.head_path,
                 prefix_sharing=self.scorer.prefix_sharing,
                 per_unit_gradients=self.per_unit_gradients,
-                **self._policy_fit(),
+                policy_fit=PolicyFit(evaluation=judged and judged.fit, update=given and given.fit),
+                mismatch=judged and judged.mismatch,
+                update_mismatch=given and given.mismatch,
                 messages=(*self.messages, *notes),
                 **step,
             ),

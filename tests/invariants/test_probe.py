@@ -483,6 +483,10 @@ def test_save_and_load_round_trip(tmp_path):
     loaded = ProbeResult.load(tmp_path / "out")
     assert loaded == result.model_copy(update={"contributions": None})
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
+    file = tmp_path / "out" / "results.json"
+    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(ValueError, match=r"not a result of schema 2: schema_version: .* 2; probe the checkpoint again"):
+        ProbeResult.load(tmp_path / "out")
     (tmp_path / "out" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="not a result of schema"):
         ProbeResult.load(tmp_path / "out")
