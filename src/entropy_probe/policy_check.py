@@ -327,7 +327,9 @@ def _cause_of_tokens(found: _Found) -> str:
             "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
         )
     if found.fit.excess > FOREIGN:
-        return "so far above the entropy are the ids of another tokenizer, or prompts cut off or changed"
+        return (
+            "so far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
+        )
     if agree:
         return (
             "sampled_logprobs agree with the policy's, so they were not computed by the sampler, or it changed the "
@@ -348,6 +350,8 @@ def _consequence(role: Role, found: _Found) -> str:
     biased = "so results are biased" if found.strange or not found.fit.holds else "so results may be biased"
     if role == "evaluation":
         return biased
+    if role == "update" and found.strange and found.fit.excess > FOREIGN:
+        return "the step is taken on it as given"
     as_given = (
         "the step is taken on it as given; importance weights of the trainer's loss are not modelled (advantages per "
         "token times the weight are)"
