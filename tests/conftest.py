@@ -1,14 +1,27 @@
-"""Shapes are checked at run time in every test; one torch thread, since tiny models only lose by more."""
+"""Shapes are checked at run time wherever a test is about functions; one torch thread, since tiny models only lose by
+more."""
 
 import os
 from pathlib import Path
 
+import jaxtyping
+import pytest
 import torch
-from jaxtyping import install_import_hook
 
 # Processes that tests start import this source tree, whatever is installed.
 PATHS = [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 
-install_import_hook("entropy_probe", "beartype.beartype")
+jaxtyping.install_import_hook("entropy_probe", "beartype.beartype")
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.trained"]
+
+UNCHECKED = Path(__file__).parent / "invariants"
+"""Whole probes, many of them: the check would take 40% of their time and see what the unit tests have shown it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    jaxtyping.config.update("jaxtyping_disable", UNCHECKED in item.path.parents)
+    return (yield)

@@ -1,14 +1,12 @@
-"""A LoRA checkpoint trained once, a config that probes it, and the command line in process and out."""
+"""A config that probes the trained checkpoint, and the command line in process and out."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +15,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from entropy_probe.cli import app
-from tests.tiny import train_grpo
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run's directory (``base/``, ``checkpoint-2/``) and a JSONL file of prompts."""
-
-    directory: Path
-    checkpoint: Path
-    prompts: Path
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Trained:
-    directory = tmp_path_factory.mktemp("trained")
-    checkpoint = train_grpo(directory, lora=True, steps=2, save_steps=2)
-    prompts = directory / "prompts.jsonl"
-    lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a in range(10) for b in range(5)]
-    prompts.write_text("\n".join(lines))
-    return Trained(directory, checkpoint, prompts)
 
 
 @pytest.fixture

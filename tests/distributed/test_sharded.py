@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from entropy_probe.checkpoints import CheckpointError, load_checkpoint
-from tests.checkpoints.test_sharded import sharded  # noqa: F401  a fixture
-from tests.cli.conftest import invoke, start, trained  # noqa: F401  a fixture
+from tests.cli.conftest import invoke, start
 from tests.distributed.ranks import differences
 from tests.distributed.sharded import probe, subject_of
 from tests.distributed.test_launch import on_processes, saved
@@ -171,6 +170,6 @@ def test_checkpoints_are_loaded_in_shards(where, tmp_path, request):
     assert differences(one, two, 1e-6) == []
 
 
-def test_a_process_alone_has_nothing_to_shard_over(trained):  # noqa: F811
+def test_a_process_alone_has_nothing_to_shard_over(trained):
     with pytest.raises(CheckpointError, match=r"^shard: expected a process group to spread the model over, found none"):
         load_checkpoint(trained.checkpoint, shard=True)
