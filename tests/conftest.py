@@ -4,12 +4,15 @@ more."""
 import os
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import jaxtyping
 import pytest
 import torch
 
-# Processes that tests start import this source tree, whatever is installed.
-PATHS = [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+# Processes that tests start import this source tree and the tests, whatever is installed.
+ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 
 jaxtyping.install_import_hook("entropy_probe", "beartype.beartype")

@@ -9,8 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -21,11 +19,11 @@ import pytest
 import torch
 
 from entropy_probe.checkpoints import CheckpointState, load_checkpoint
+from tests.checkpoints.sharded_run import one_rank
+from tests.processes import Process, run_all
 from tests.tiny import train_grpo
 
 __all__ = ["OTHER_RUNS", "RUNS", "Run", "Trained", "made_once", "runs", "sharded", "trained"]
-
-ROOT = Path(__file__).parents[1]
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "full": {"lora": False, "lr_scheduler_type": "linear"},
@@ -138,14 +136,4 @@ def trained(made_once) -> Trained:
 def sharded(made_once) -> Path:
     """The directory of ``tests/checkpoints/sharded_run.py``."""
 
-    def make(directory: Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.checkpoints.sharded_run", str(directory)]
-        ranks = [
-            subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-            for rank in (0, 1)
-        ]
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], errors
-
-    return made_once("sharded", make)
+    return made_once("sharded", lambda directory: run_all(*(Process(one_rank, directory, rank) for rank in (0, 1))))

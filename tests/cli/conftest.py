@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from entropy_probe.cli import app
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+from entropy_probe.cli import app, main
+from tests.processes import Process
 
 
 @pytest.fixture
@@ -49,22 +46,27 @@ def invoke(*args: Any) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-def start(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own, with this repository importable."""
-    return subprocess.Popen(
-        [sys.executable, *command, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | environment,
-    )
+def start(*args: Any, **environment: str) -> Process:
+    """The command line in a process of its own."""
+    return Process(command_line, *map(str, args), **environment)
 
 
-def execute(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str):
+def command_line(*args: str) -> None:
+    sys.argv = ["entropy-probe", *args]
+    main()
+
+
+def execute(*args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     """:func:`start` and wait for the end."""
-    process = start(*args, command=command, **environment)
+    process = start(*args, **environment)
     stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+
+def execute_anew(*command: Any) -> subprocess.CompletedProcess[str]:
+    """A command in a new interpreter, as users start it: for what is about that, since it takes seconds."""
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.cli.lock import locked
 from entropy_probe.sampling import HFGenerator
 from entropy_probe.validation import HalfSteps
-from tests.cli.conftest import execute, invoke, start
+from tests.cli.conftest import execute, execute_anew, invoke, start
 
 
 def run(*args) -> str:
@@ -43,7 +43,8 @@ def once(trained, tmp_path_factory):
         "probe": {"max_completion_length": 8},
     }
     (directory / "run.yaml").write_text(yaml.safe_dump(settings))
-    done = execute("run", directory / "run.yaml", "--output-dir", directory / "out", "--learning-rate", "8e-7")
+    options = ("--output-dir", directory / "out", "--learning-rate", "8e-7")
+    done = execute_anew("-m", "entropy_probe", "run", directory / "run.yaml", *options)
     assert done.returncode == 0, done.stderr
     return directory / "out", done
 
@@ -273,9 +274,9 @@ def test_rollouts_sampled_before_a_failure_are_kept(config, tmp_path):
 
 
 def test_help_loads_nothing_heavy():
-    done = execute(
-        command=("-c", "import sys; import entropy_probe.cli; print([m for m in sys.modules if m in "
-        "('transformers', 'peft', 'pyarrow', 'entropy_probe.cli.config', 'rich.progress')])")
+    done = execute_anew(
+        "-c", "import sys; import entropy_probe.cli; print([m for m in sys.modules if m in "
+        "('transformers', 'peft', 'pyarrow', 'entropy_probe.cli.config', 'rich.progress')])"
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
     done = execute("--help")
@@ -287,7 +288,7 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.slow
 def test_demo_trains_probes_and_reuses_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = execute("demo")
+    first = execute_anew("-m", "entropy_probe", "demo")
     assert first.returncode == 0, first.stderr
     assert "Open in a browser: runs/demo/report.html" in first.stdout
     before = numbers(tmp_path / "runs" / "demo")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,7 +16,7 @@ from entropy_probe import Rollouts, Sweep, SweepPoint
 from entropy_probe.cli.lock import locked
 from entropy_probe.cli.sweep_directory import open_index
 from tests.checkpoints.conftest import edit_optimizer
-from tests.cli.conftest import ENVIRONMENT, execute, invoke
+from tests.cli.conftest import execute, invoke, start
 
 RATES = [1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 FILES = [
@@ -52,13 +50,12 @@ def sweep(*args) -> str:
 
 def kill_when(path: Path, *args) -> None:
     """Start the command, and end it with SIGKILL as soon as the file is there."""
-    command = [sys.executable, "-m", "entropy_probe", "sweep", *map(str, args)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while not path.exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-        process.kill()
-        process.wait()
-        assert process.returncode == -9, "it had finished before it was killed"
+    process = start("sweep", *args)
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9, "it had finished before it was killed"
 
 
 @pytest.mark.parametrize(

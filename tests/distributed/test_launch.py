@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from entropy_probe import Rollouts
-from tests.cli.conftest import ROOT, invoke, start
+from tests.cli.conftest import invoke
+from tests.distributed.launch import on_processes, saved
 from tests.distributed.ranks import differences
-from tests.distributed.test_watch import free_port
 
 SETTINGS = {
     "device": "cpu",
@@ -34,22 +34,6 @@ def config_file(directory: Path, trained, **changes) -> Path:
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(settings | changes))
     return path
-
-
-def on_processes(size: int, *arguments, fault: str = "none", rank: int = 0) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, standard output and standard error of the command line on each rank."""
-    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = (str(ROOT / "tests/distributed/launch.py"), fault, str(rank))
-    processes = [start(*arguments, command=command, **environment, RANK=str(k)) for k in range(size)]
-    outputs = [process.communicate(timeout=240) for process in processes]
-    return [p.returncode for p in processes], [out for out, _ in outputs], [err for _, err in outputs]
-
-
-def saved(directory: Path) -> dict:
-    """A result without what names its own directory."""
-    found = json.loads((directory / "results.json").read_text())
-    found["config"].pop("max_tokens_per_microbatch")
-    return {key: value for key, value in found.items() if key not in ("timing", "memory")}
 
 
 def check_same(one: Path, many: Path) -> None:

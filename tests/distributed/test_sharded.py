@@ -10,16 +10,15 @@ import pytest
 import yaml
 
 from entropy_probe.checkpoints import CheckpointError, load_checkpoint
-from tests.cli.conftest import invoke, start
+from tests.cli.conftest import invoke
+from tests.distributed.launch import on_processes, rank_environment, saved
 from tests.distributed.ranks import differences
-from tests.distributed.sharded import probe, subject_of
-from tests.distributed.test_launch import on_processes, saved
-from tests.distributed.test_watch import free_port
+from tests.distributed.sharded import one_rank, probe, subject_of
+from tests.processes import Process, run_all
 from tests.tiny import train_grpo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-SCRIPT = ("-m", "tests.distributed.sharded")
 WIDE = {"dtype": "float64"}
 ONE_SIDE = 2e-3
 """GiB that hold the gradients of one side, on one rank of two and on one of one alike."""
@@ -60,11 +59,7 @@ def on_shards(tmp_path_factory):
 
 def probed(size: int, cases: dict, out: Path) -> list[dict]:
     (out / "cases.json").write_text(json.dumps(cases))
-    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = (str(out / "cases.json"), str(out))
-    processes = [start(*arguments, command=SCRIPT, **environment, RANK=str(rank)) for rank in range(size)]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size, errors
+    run_all(*(Process(one_rank, out / "cases.json", out, **environment) for environment in rank_environment(size)))
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
