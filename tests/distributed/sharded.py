@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from entropy_probe import EntropyProbe, ProbeConfig
-from tests.invariants.test_hf import policy, rollouts
+from tests.invariants.hf_problems import policy, rollouts
 
 RATES = (1e-4, 1e-3)
 

@@ -8,8 +8,8 @@ import torch
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, attributed_batch, sweep
 from entropy_probe.parts import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
-from tests.invariants.test_probe import TABLE, batches
-from tests.invariants.test_reweighting import sampled_elsewhere
+from tests.invariants.exact import sampled_elsewhere
+from tests.invariants.problems import TABLE, batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 SEVEN = batches(groups=7, size=3, n=40)

@@ -13,18 +13,13 @@ from entropy_probe.losses import token_weights
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
-from tests.invariants import test_hf as hf
-from tests.invariants.test_probe import batches, pad, probe
-from tests.invariants.test_untouched import WithState, assert_same, state
+from tests.invariants import hf_problems as hf
+from tests.invariants.problems import batches, pad, probe, with_advantages
+from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TEMPERATURE, VOCABULARY, TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-
-def with_advantages(update: Rollouts, advantages: torch.Tensor) -> Rollouts:
-    return Rollouts(update.input_ids, update.attention_mask, update.response_mask, update.prompt_ids,
-                    advantages=advantages, rewards=update.rewards)  # fmt: skip
 
 
 def assert_adds_up(found, rel: float) -> None:

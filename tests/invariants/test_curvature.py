@@ -13,8 +13,8 @@ from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import evaluating, parameters_at
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 from entropy_probe.scoring.forward import Scorer
-from tests.invariants.test_hf import policy, rollouts
-from tests.invariants.test_unbiased import Bound, Setting
+from tests.invariants.exact import Bound, Setting
+from tests.invariants.hf_problems import policy, rollouts
 from tests.reference.enumeration import TEMPERATURE, Table, TinyPolicy
 from tests.whole_batch import derivatives, per_decision
 

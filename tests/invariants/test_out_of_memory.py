@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.demo.policy import build_model
-from tests.invariants.test_measurement import float32_problem
+from tests.invariants.problems import float32_problem
 from tests.reference.enumeration import trained_optimizer
 
 NUMBERS = ("entropy", "predicted", "components", "realized", "difference")
