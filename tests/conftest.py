@@ -21,10 +21,12 @@ torch.set_num_threads(1)
 pytest_plugins = ["tests.trained"]
 
 UNCHECKED = Path(__file__).parent / "invariants"
-"""Whole probes, many of them: the check would take 40% of their time and see what the unit tests have shown it."""
+"""Whole probes, many of them: the check would take 40% of their time and see what the unit tests have shown it.
+Elsewhere the marker ``unchecked`` does the same for a test."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    jaxtyping.config.update("jaxtyping_disable", UNCHECKED in item.path.parents)
+    unchecked = UNCHECKED in item.path.parents or item.get_closest_marker("unchecked") is not None
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
     return (yield)
