@@ -4,6 +4,8 @@ BIN := .venv/bin
 # an interpreter whose torch finds a CUDA device
 GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
+# two processes that keep to neighbouring tests, which share what they prepare; then the slowest tests
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=20 --durations-min=0.5
 
 .PHONY: demo test test-full test-gpu lint bench bench-gpu clean
 
@@ -21,10 +23,10 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(PYTEST)
 
 test-full: lint
-	$(BIN)/pytest -n 2 -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 # warnings are those of whatever versions the machine has
 test-gpu:
