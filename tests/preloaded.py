@@ -1,4 +1,5 @@
 """What processes of ``tests/processes.py`` find imported; nothing here computes, starts a thread or opens a file."""
+# ruff: noqa: F401
 
 import arviz_stats.base.array
 import matplotlib.backends.backend_agg
@@ -22,6 +23,6 @@ import entropy_probe.cli.run_directory
 import entropy_probe.integrations.trl
 import entropy_probe.probe
 import entropy_probe.sampling.hf
-import entropy_probe.shards  # noqa: F401
+import entropy_probe.shards
 
 torch.set_num_threads(1)
