@@ -16,7 +16,6 @@ PATHS = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH
 os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 
 
-
 def jaxtyped(typechecker, decorate=jaxtyping.jaxtyped):
     """As the import hook uses it, but for functions within functions: making their check anew takes milliseconds."""
     return lambda f: f if "<locals>" in getattr(f, "__qualname__", "") else decorate(f, typechecker=typechecker)
