@@ -1,5 +1,4 @@
-"""Shapes are checked at run time wherever a test is about functions; one torch thread, since tiny models only lose by
-more."""
+"""Shapes are checked at run time in tests of functions; one torch thread, since tiny models only lose by more."""
 
 import os
 from pathlib import Path
@@ -27,13 +26,16 @@ torch.set_num_threads(1)
 
 pytest_plugins = ["tests.trained"]
 
-UNCHECKED = Path(__file__).parent / "invariants"
-"""Whole probes, many of them: the check would take 40% of their time and see what the unit tests have shown it.
-Elsewhere the marker ``unchecked`` does the same for a test."""
+UNCHECKED = [Path(__file__).parent / name for name in ("invariants", "cli", "demo")]
+"""Whole probes, many of them: the check would take 40% of their time and see what unit tests have shown it. The marker
+``checked`` is for those that alone reach a function, ``unchecked`` for what takes long elsewhere.
+"""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    unchecked = UNCHECKED in item.path.parents or item.get_closest_marker("unchecked") is not None
-    jaxtyping.config.update("jaxtyping_disable", unchecked)
+    checked = not any(place in item.path.parents for place in UNCHECKED)
+    if item.get_closest_marker("checked" if not checked else "unchecked"):
+        checked = not checked
+    jaxtyping.config.update("jaxtyping_disable", not checked)
     return (yield)

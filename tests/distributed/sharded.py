@@ -22,7 +22,7 @@ RATES = (1e-4, 1e-3)
 def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """What the case asks for, of a whole or a sharded model."""
     subject = EntropyProbe(model, optimizer, ProbeConfig(**{"learning_rate": 1e-3} | case["config"]))
-    update, evaluation = rollouts(12, group=3), rollouts(12, seed=2, group=1)
+    update, evaluation = rollouts(9, group=3), rollouts(8, seed=2, group=1)
     if case["what"] == "run":
         return subject.run(update=update, evaluation=evaluation).model_dump(mode="json")
     if case["what"] == "one_batch":

@@ -107,6 +107,7 @@ def test_advantages_per_token():
     assert_adds_up(found, 1e-10)
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize("settings", [{"geometry": "frozen"}, {"max_stored_gradient_gib": 0}], ids=["frozen", "passes"])
 def test_adds_up_in_other_settings(settings):
     model = TinyPolicy()
@@ -162,6 +163,7 @@ def test_adds_up_on_hugging_face_models(architecture, kind, config):
     torch.testing.assert_close(found.scores.entropies, scores.entropies, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.checked
 def test_planted_causes_come_out_on_top():
     model = TinyPolicy()
     optimizer = trained_optimizer(model)
@@ -253,6 +255,7 @@ class WithRule(TinyPolicy):
         return SimpleNamespace(logits=self.out(self.rule.apply(self.inner(mean + self.embed(input_ids)))))
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize(
     ("rule", "method"),
     [

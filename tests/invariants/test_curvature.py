@@ -165,6 +165,7 @@ def random_direction(model: nn.Module, size: float) -> dict[str, Tensor]:
     return {n: size * torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in named(model).items()}
 
 
+@pytest.mark.checked
 def test_scores_of_the_enumerable_policy(line):
     """The model path, on every response, against the differentiated reference."""
     model, batch = TinyPolicy(), Table.build().rollouts
@@ -226,6 +227,7 @@ class DirectLayerNorm(nn.Module):
         return torch.layer_norm(x, (8,))
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize(
     ("operation", "reason"),
     [

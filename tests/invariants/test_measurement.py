@@ -256,6 +256,7 @@ def test_the_cache_forgets_the_oldest():
     assert computed == ["a", "b", "c", "a"]
 
 
+@pytest.mark.checked
 def test_fingerprints_see_every_bit_name_and_place():
     x = torch.randn(1000)
     same = [("x", x.clone())]
