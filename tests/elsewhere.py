@@ -111,7 +111,7 @@ def _refused(func: Any, args: Any, tensors: list[Tensor], here: list[Tensor]) ->
 
 
 def _mapped(f: Any, x: Any) -> Any:
-    """Every element of lists and tuples; operations take and return nothing else, so torch's own is slow for nothing."""
+    """Every element of lists and tuples; operations take no other containers, and torch's own is slow."""
     return type(x)([_mapped(f, y) for y in x]) if type(x) in (list, tuple) else f(x)
 
 
