@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -56,17 +57,15 @@ def command_line(*args: str) -> None:
     main()
 
 
-def execute(*args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """:func:`start` and wait for the end."""
+def execute(*args: Any, command: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """:func:`start` and wait for the end; with a command of Python's in a new interpreter, which takes seconds."""
+    if command:
+        line = [sys.executable, *command, *map(str, args)]
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | environment)
     process = start(*args, **environment)
     stdout, stderr = process.communicate()
     assert process.returncode is not None
     return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
-
-
-def execute_anew(*command: Any) -> subprocess.CompletedProcess[str]:
-    """A command in a new interpreter, as users start it: for what is about that, since it takes seconds."""
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

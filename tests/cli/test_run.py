@@ -14,8 +14,10 @@ from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.cli.lock import locked
 from entropy_probe.sampling import HFGenerator
 from entropy_probe.validation import HalfSteps
-from tests.cli.conftest import command_line, execute, execute_anew, invoke, start
+from tests.cli.conftest import command_line, execute, invoke, start
 from tests.processes import Process
+
+AS_USERS_DO = ("-m", "entropy_probe")
 
 
 def run(*args) -> str:
@@ -46,7 +48,7 @@ def once(trained, tmp_path_factory):
     }
     (directory / "run.yaml").write_text(yaml.safe_dump(settings))
     options = ("--output-dir", directory / "out", "--learning-rate", "8e-7")
-    done = execute_anew("-m", "entropy_probe", "run", directory / "run.yaml", *options)
+    done = execute("run", directory / "run.yaml", *options, command=AS_USERS_DO)
     assert done.returncode == 0, done.stderr
     return directory / "out", done
 
@@ -276,9 +278,9 @@ def test_rollouts_sampled_before_a_failure_are_kept(config, tmp_path):
 
 
 def test_help_loads_nothing_heavy():
-    done = execute_anew(
-        "-c", "import sys; import entropy_probe.cli; print([m for m in sys.modules if m in "
-        "('transformers', 'peft', 'pyarrow', 'entropy_probe.cli.config', 'rich.progress')])"
+    done = execute(
+        command=("-c", "import sys; import entropy_probe.cli; print([m for m in sys.modules if m in "
+        "('transformers', 'peft', 'pyarrow', 'entropy_probe.cli.config', 'rich.progress')])")
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
     done = execute("--help")
@@ -290,7 +292,7 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.slow
 def test_demo_trains_probes_and_reuses_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = execute_anew("-m", "entropy_probe", "demo")
+    first = execute("demo", command=AS_USERS_DO)
     assert first.returncode == 0, first.stderr
     assert "Open in a browser: runs/demo/report.html" in first.stdout
     before = numbers(tmp_path / "runs" / "demo")
