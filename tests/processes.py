@@ -25,7 +25,9 @@ class Process:
 
     def __init__(self, work: Callable[..., Any], *arguments: Any, **environment: str) -> None:
         self._place = tempfile.TemporaryDirectory()
-        self._process = FORKS.Process(target=_run, args=(work, arguments, environment, self._place.name))
+        arguments = (work, arguments, environment, self._place.name)
+        # one that a failed test leaves behind ends with this process
+        self._process = FORKS.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
 
     def poll(self) -> int | None:
