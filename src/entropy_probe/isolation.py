@@ -128,9 +128,7 @@ def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tens
 
 
 @contextmanager
-def substituted(
-    model: nn.Module, parameters: Mapping[str, Parameter], values: Mapping[str, Tensor]
-) -> Iterator[None]:
+def substituted(model: nn.Module, parameters: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Let modules find other tensors, dual or on a graph, where they hold the parameters; these come back on exit.
 
     Unlike ``torch.func.functional_call`` this goes by the identity of modules and parameters, not by their names, of

@@ -57,9 +57,7 @@ class TokenSlopes:
 
 def _forward(scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch) -> Found:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        moved = {
-            name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype)) for name, p in parameters.items()
-        }
+        moved = {name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype)) for name, p in parameters.items()}
         with substituted(scorer.model, parameters, moved):
             return scorer.token_slopes(batch)
 
