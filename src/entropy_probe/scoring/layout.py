@@ -74,6 +74,11 @@ class _Sample:
     parameters: Mapping[str, Parameter]
     expected: _Seen
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each of the sequences, which are shorter than they were where the memory was too small."""
+        return self.rollouts.attention_mask[self.rows].sum(1)
+
 
 @dataclass(frozen=True, eq=False)
 class Trials:
@@ -294,8 +299,8 @@ def _check_plain(calls: PolicyCalls, samples: Sequence[_Sample], tolerance: _Tol
     """
     calls.lay_out(None, alone=True)
     name = type(getattr(calls.model, "get_base_model", lambda: calls.model)()).__name__
-    sample = max(samples, key=lambda sample: int(sample.rollouts.attention_mask.sum(1).max()))
-    shortest, longest = sample.rows[:1], int(sample.rollouts.attention_mask.sum(1).argmax())
+    sample = max(samples, key=lambda sample: int(sample.lengths.max()))
+    shortest, longest = sample.rows[sample.lengths.argmin()][None], int(sample.rows[sample.lengths.argmax()])
     before = _Seen({int(shortest): sample.expected.scores[int(shortest)]})
     why = _difference(before, _look(calls, sample.rollouts, shortest, {}), tolerance)
     if why:
