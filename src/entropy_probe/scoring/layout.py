@@ -193,10 +193,10 @@ def _name(calls: PolicyCalls) -> str:
     return type(getattr(calls.model, "get_base_model", lambda: calls.model)()).__name__
 
 
-def _content(parameter: Parameter) -> tuple[int, float]:
+def _content(parameter: Parameter) -> tuple[int, str]:
     """Enough of a parameter to notice that it was replaced or written into."""
     own = local(parameter.detach())
-    return own.data_ptr(), float(own.sum(dtype=torch.float64))
+    return own.data_ptr(), float(own.sum(dtype=torch.float64)).hex()  # as text, in which NaN equals itself
 
 
 def _sample(calls: PolicyCalls, rollouts: Rollouts, parameters: Mapping[str, Parameter], width: int | None) -> _Sample:
