@@ -134,12 +134,14 @@ def test_rollouts_inside_the_overwritten_directory_survive(config, tmp_path):
     assert not (out / "evaluation.parquet").exists()
 
 
-def test_dropped_prompts_and_other_notes_reach_the_reader(config, tmp_path):
+def test_dropped_prompts_and_other_notes_reach_the_reader(config, tmp_path, refused):
     # no random response is the right answer, so that every advantage is 0
-    shown = run(config, "reward=exact_match")
-    assert "4 of 4 prompts have equal rewards" in " ".join(shown.split())
+    line = refused("run", config, "reward=exact_match")
+    assert "expected different rewards within a prompt, got equal ones for each of 4 prompts" in line
+    shown = run(config, "reward=exact_match", "update.allow_zero_advantages=true")
+    assert "every prompt has equal rewards" in " ".join(shown.split())
     messages = ProbeResult.load(tmp_path / "out").diagnostics.messages
-    assert any(message.startswith("update: 4 of 4 prompts") for message in messages)
+    assert any(message.startswith("update: every prompt has equal rewards") for message in messages)
 
 
 def test_one_batch_needs_no_evaluation(config, tmp_path):
@@ -246,15 +248,16 @@ def test_two_runs_do_not_work_in_one_directory(config, tmp_path, refused):
             assert line.startswith(f"output_dir: another process is working in {tmp_path / 'out'}; wait for it")
 
 
-def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):
+def test_a_reward_that_fails_is_one_line_and_leaves_nothing(config, tmp_path):
     done = execute("run", config, "reward=tests.cli.rewards:broken")
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert lines == ["error: KeyError: 'no such\\nreference'; set ENTROPY_PROBE_DEBUG=1 to see the traceback"]
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "reward tests.cli.rewards:broken, called with prompts, responses: raised KeyError: 'no such" in line
+    assert "(rewards.py:12)" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     debug = execute("run", config, "reward=tests.cli.rewards:broken", ENTROPY_PROBE_DEBUG="1")
-    assert debug.returncode == 1
+    assert debug.returncode == 2
     assert "Traceback" in debug.stderr
     assert not (tmp_path / "out").exists()
 
