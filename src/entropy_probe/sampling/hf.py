@@ -121,7 +121,7 @@ class HFGenerator:
         longest = min(9, room - max(lengths))
         # two of each, most of which end early, so that rows are repeated and dropped
         tried = _Request(
-            prompts=[tuple((tokens * n)[k : k + n]) for k, n in enumerate(lengths) for _ in range(2)],
+            prompts=[tuple((tokens * (n + k))[k : k + n]) for k, n in enumerate(lengths) for _ in range(2)],
             seeds=list(range(6)),
             limits=[max(1, longest * part // 9) for part in (2, 9, 2, 4, 2, 4)],
             temperature=1.0,
@@ -233,7 +233,7 @@ class HFGenerator:
     def _rule_out(self, fault: str) -> None:
         """Go on to the next way of decoding, and say why if it is a slower one; raise if there is none."""
         failed = self._ways.pop(0)
-        self._faults.append(f"{failed} {fault}")
+        self._faults.append(f"{failed}, {fault}")
         if not self._ways:
             raise ValueError(
                 f"model: expected log-probabilities of {type(self._model).__name__} that depend on the tokens before "
