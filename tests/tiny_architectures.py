@@ -142,7 +142,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 UNBUILT = {
     "dots3_note": "its text part sets layers by number; dots3_note_text is the same class",
     "gemma3n": "needs the package timm; gemma3n_text is its text part",
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, from its hidden states"),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, from its hidden states"
+    ),
 }
 
 

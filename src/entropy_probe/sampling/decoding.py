@@ -29,10 +29,13 @@ class Way:
     Attributes:
         select: the cache's method that keeps, drops and repeats rows; ``None`` to do without a cache.
         pads: whether prompts of different lengths share a batch, padded on the left.
+        masks: whether the attention mask is given with every token, or with the prompts only: Mamba, whose states know
+            what was masked, would take its length for that of the new tokens.
     """
 
     select: str | None
     pads: bool
+    masks: bool = True
 
     def __str__(self) -> str:
         if self.select is None:
@@ -44,8 +47,10 @@ class Way:
 WAYS = (
     Way("reorder_cache", pads=True),
     Way("batch_select_indices", pads=True),
+    Way("reorder_cache", pads=True, masks=False),
     Way("reorder_cache", pads=False),
     Way("batch_select_indices", pads=False),
+    Way("reorder_cache", pads=False, masks=False),
     Way(None, pads=False),
 )
 
@@ -137,9 +142,9 @@ class Decoding:
             assert name is not None
             # on the first call the model makes a cache of the class that it needs
             given = {} if self._cache is None else {name: self._cache}
-            output = self._call(
-                input_ids, 1, attention_mask=self._mask, position_ids=position_ids, use_cache=True, **given
-            )
+            if self._cache is None or self._way.masks:
+                given["attention_mask"] = self._mask
+            output = self._call(input_ids, 1, position_ids=position_ids, use_cache=True, **given)
             if self._cache is None:
                 self._cache = getattr(output, name, None)
             if self._cache is None:
