@@ -198,4 +198,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     for row in walk(tuple(sys.argv[1:])):
-        print(row, flush=True)
+        print(row, flush=True)  # noqa: T201

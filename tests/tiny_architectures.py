@@ -51,7 +51,6 @@ SIZES = _sizes(
 
 
 MLA = {"num_key_value_heads": 4}
-DECODER = {"is_decoder": True}
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "per_layer_config": {}}
 INDEXED = {"layer_types": ["linear_attention", "indexed_attention"], "hc_lowrank": 4, "ple_embed_dim": 8,
            "ngram_vocab_size_base": 50, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
@@ -60,17 +59,14 @@ LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 
 # What the table above does not settle.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 sarvam_mla youtu "
-        "dots3_note_text".split(),
-        MLA,
-    ),
-    **dict.fromkeys(
-        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-        "roberta-prelayernorm roformer xlm-roberta xlm-roberta-xl".split(),
-        DECODER,
-    ),
-    **dict.fromkeys("kimi_linear qwen3_5_text qwen3_5_moe_text qwen3_next bailing_hybrid".split(), LINEAR),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu", "dots3_note_text"), MLA),
+    **{name: {"is_decoder": True} for name in (
+        "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+        "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
+    )},
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), LINEAR),
+    **{name: {"text_config": LINEAR} for name in ("qwen3_5", "qwen3_5_moe")},
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), WINDOWED),
     "bailing_hybrid": LINEAR | MLA,
     "kimi_linear": LINEAR | MLA,
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
@@ -90,7 +86,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 48,
                      "layer_types": ["sliding_attention", "full_attention"] * 2,
                      "activation_sparsity_pattern": [0.0] * 4},
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), WINDOWED),
     "gemma4": {"text_config": WINDOWED, "vision_config": {"position_embedding_size": 64}},
     "gemma4_unified": {"text_config": WINDOWED, "vision_config": {"mm_embed_dim": 16, "mm_posemb_size": 16}},
     "got_ocr2": {"vision_config": {"output_channels": 16}},
@@ -108,7 +103,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "olmo_hybrid": LINEAR,
     "phi4_multimodal": {"audio_config": {"nemo_conv_channels": 16, "depthwise_separable_out_channel": 16,
                                          "ext_pw_out_channel": 32}},
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"text_config": LINEAR}),
     "qwen4_exp": {"text_config": INDEXED},
     "qwen4_exp_text": INDEXED,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -129,10 +123,12 @@ ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24
 # Other settings of a class that its layout depends on: name, model type, settings.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, is_decoder: false": ("bert", {"is_decoder": False}),
-    "falcon, alibi": ("falcon", {"alibi": True, "num_kv_heads": 4, "new_decoder_architecture": False, "multi_query": False}),
+    "falcon, alibi": ("falcon", {
+        "alibi": True, "num_kv_heads": 4, "new_decoder_architecture": False, "multi_query": False}),
     "falcon, new_decoder_architecture": ("falcon", {"new_decoder_architecture": True}),
     "gemma3n_text, activation sparsity": ("gemma3n_text", {"activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]}),
-    "llama, dynamic NTK": ("llama", {"rope_parameters": {"rope_type": "dynamic", **ROPE}, "max_position_embeddings": 24}),
+    "llama, dynamic NTK": ("llama", {
+        "rope_parameters": {"rope_type": "dynamic", **ROPE}, "max_position_embeddings": 24}),
     "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", **ROPE}}),
     "mistral, sliding_window: 8": ("mistral", {"sliding_window": 8}),
     "phi3, LongRoPE": ("phi3", {"original_max_position_embeddings": 24, "rope_parameters": {

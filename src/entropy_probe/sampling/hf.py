@@ -236,8 +236,8 @@ class HFGenerator:
         self._faults.append(f"{failed}, {fault}")
         if not self._ways:
             raise ValueError(
-                f"model: expected log-probabilities of {type(self._model).__name__} that depend on the tokens before "
-                f"alone, got others: {self._faults[-1]}; probe rollouts that training's own engine sampled"
+                f"model: expected a {type(self._model).__name__} whose log-probabilities depend on the tokens before "
+                f"alone, got one that cannot be sampled: even without a cache, {fault}; give rollouts instead"
             )
         if str(failed) != str(self._ways[0]):
             # that a method is missing is not the reason if another one is there
