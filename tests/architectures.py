@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -123,8 +125,10 @@ def by_hand(model: nn.Module, update: Rollouts, evaluation: Rollouts) -> tuple[f
     return entropy / int(evaluation.response_mask.sum()), norm
 
 
-def one_line(error: BaseException) -> str:
-    """The error as a user sees it."""
+def refusal(error: ValueError) -> str:
+    """The line that a user sees; an error of the model's own code is no refusal and goes on."""
+    if "entropy_probe" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
+        raise error
     return " ".join(str(error).split())
 
 
@@ -134,7 +138,7 @@ def scored(name: str, update: Rollouts, evaluation: Rollouts) -> tuple[tuple[str
     try:
         found = EntropyProbe(model, optimizer_of(model), CONFIG).run(update=update, evaluation=evaluation)
     except ValueError as error:
-        return ("–", "–", "–"), [], one_line(error)
+        return ("–", "–", "–"), [], refusal(error)
     entropy, norm = by_hand(tiny_model(name), update, evaluation)
     wrapped = Plain(tiny_model(name))
     plain = EntropyProbe(wrapped, optimizer_of(wrapped), CONFIG).run(update=update, evaluation=evaluation)
@@ -163,7 +167,7 @@ def sampled(name: str) -> tuple[str, list[str], str | None]:
     try:
         completions = engine.generate(prompts, SamplingParameters(1.0, 10), range(len(prompts)))
     except ValueError as error:
-        return "–", [], one_line(error)
+        return "–", [], refusal(error)
     model = tiny_model(name)
     worst = 0.0
     for completion in completions:
@@ -180,10 +184,10 @@ def sampled(name: str) -> tuple[str, list[str], str | None]:
 def examine(name: str) -> Row:
     """Try a model type; an error that is no refusal is not caught."""
     update, evaluation = batch(3, 4, 1), batch(4, 2, 2)
-    (head, sharing, gradients), wrong, refusal = scored(name, update, evaluation)
+    (head, sharing, gradients), wrong, unscored = scored(name, update, evaluation)
     how, off, unsampled = sampled(name)
-    wrong, refusals = [*wrong, *off], [line for line in (refusal, unsampled) if line is not None]
-    verdict = WRONG if wrong else REFUSED if refusal is not None else RIGHT
+    wrong, refusals = [*wrong, *off], [line for line in (unscored, unsampled) if line is not None]
+    verdict = WRONG if wrong else REFUSED if unscored is not None else RIGHT
     return Row(name, head, sharing, gradients, how, verdict, "; ".join(wrong or refusals))
 
 

@@ -59,7 +59,10 @@ LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 
 # What the table above does not settle.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu", "dots3_note_text"), MLA),
+    **dict.fromkeys((
+        "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3",
+        "sarvam_mla", "youtu", "dots3_note_text",
+    ), MLA),
     **{name: {"is_decoder": True} for name in (
         "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
         "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
@@ -120,6 +123,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+
+
+def _longrope(original: int) -> dict[str, Any]:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = ROPE | factors | {"rope_type": "longrope", "original_max_position_embeddings": original}
+    return {"original_max_position_embeddings": original, "rope_parameters": rope}
+
+
 # Other settings of a class that its layout depends on: name, model type, settings.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, is_decoder: false": ("bert", {"is_decoder": False}),
@@ -131,8 +142,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_parameters": {"rope_type": "dynamic", **ROPE}, "max_position_embeddings": 24}),
     "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", **ROPE}}),
     "mistral, sliding_window: 8": ("mistral", {"sliding_window": 8}),
-    "phi3, LongRoPE": ("phi3", {"original_max_position_embeddings": 24, "rope_parameters": {
-        "rope_type": "longrope", **ROPE, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}),
+    "phi3, LongRoPE": ("phi3", _longrope(24)),
+    "phi3, LongRoPE, crossed": ("phi3", _longrope(14)),
     "rwkv, 8 layers": ("rwkv", {"num_hidden_layers": 8, "pad_token_id": None}),
 }  # fmt: skip
 UNBUILT = {
