@@ -25,7 +25,7 @@ ALLOWED = {
     "watch": set(),
     "parts": {"types", "estimators", "distributed"},
     "losses": {"types"},
-    "scoring": {"types", "named", "shards"},
+    "scoring": {"types", "named", "shards", "isolation"},
     "estimators": {"types"},
     "updates": {"types", "results", "named", "moments", "scoring", "losses", "distributed", "shards", "isolation"},
     "isolation": {"shards"},

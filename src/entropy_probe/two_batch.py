@@ -349,7 +349,7 @@ class TwoBatch(Session):
                 f"resample: expected a response to each of the {len(self.evaluation)} evaluation prompts, in the same "
                 f"order, got {len(fresh)} for others"
             )
-        self.scorer.check_fits(fresh)
+        self.scorer.check_also(fresh)
         self.check_ranks_agree(resampled=fresh)
         with self.clock.phase("score resampled") as progress, self.on_part(self.part):
             return self.scorer.score(fresh.select(self.part.rows), progress)
