@@ -54,8 +54,6 @@ def test_every_message_has_advice(file, message):
         "the step moves the policy too far for these rollouts: effective sample size 5 of 256; no change is given",
         "out of memory: max_tokens_per_microbatch was lowered to 512",
         "sampling ran out of memory: the batch size was lowered to 8",
-        "sampling goes on recomputing whole sequences at every token, which is slow: with the model's cache, it fails",
-        "sampling goes on with the model's cache and prompts of one length to a batch: with the model's cache, it fails",
         "no fit: expected at least 3 rates up to 0.1, got 1; add smaller rates",
         "sampled_logprobs differ from the policy's by 0.2 nats per token on average, 3 at most, so results are biased",
         "one batch: the preconditioner scales the product of the mean gradients by 1e+05: a few elements may dominate",

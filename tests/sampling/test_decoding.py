@@ -160,7 +160,7 @@ MIXED = (
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("architecture", ["qwen2", "falcon_h1", "minimax", "mamba"] if LAYERED else [])
+@pytest.mark.parametrize("architecture", MIXED)
 def test_each_way_is_right_or_found_out(architecture, way):
     """Which of a cache's methods moves all that it holds is different for each; the comparison tells."""
     model = tiny_model(architecture)

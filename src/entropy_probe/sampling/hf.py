@@ -26,7 +26,7 @@ from entropy_probe.shards import reshard
 
 __all__ = ["HFGenerator", "draw_tokens"]
 
-_CHANGED, _DIFFER = "sampling goes on", "log-probabilities differ from a plain call's"
+_DIFFER = "log-probabilities differ from a plain call's"
 _COMPARED = 512
 """Tokens of a response that are compared with a plain call, which bounds the logits that it holds."""
 
@@ -242,8 +242,8 @@ class HFGenerator:
         if str(failed) != str(self._ways[0]):
             # that a method is missing is not the reason if another one is there
             reason = next((f for f in reversed(self._faults) if _DIFFER in f), self._faults[-1])
-            self._messages = [m for m in self._messages if not m.startswith(_CHANGED)]
-            self._messages.append(f"{_CHANGED} {self._ways[0]}: {reason}")
+            self._messages = [m for m in self._messages if not m.startswith("sampling goes on")]
+            self._messages.append(f"sampling goes on {self._ways[0]}: {reason}")
 
     def _sample(self, batch: _Request) -> list[Completion]:
         longest, device = max(batch.limits), self._model.device
