@@ -190,7 +190,7 @@ def examine(name: str) -> Row:
     (head, sharing, gradients), wrong, unscored = scored(name, update, evaluation)
     how, off, unsampled = sampled(name)
     wrong, refusals = [*wrong, *off], [line for line in (unscored, unsampled) if line is not None]
-    verdict = WRONG if wrong else REFUSED if unscored is not None else RIGHT
+    verdict = WRONG if wrong else REFUSED if refusals else RIGHT
     return Row(name, head, sharing, gradients, how, verdict, "; ".join(wrong or refusals))
 
 

@@ -182,7 +182,7 @@ def test_each_way_is_right_or_found_out(architecture, way):
             for token in response:
                 drawn.append(float(state.logits.log_softmax(-1)[1, token]))
                 state.advance(torch.tensor([token, token]))
-        plain = plain_logprobs(call, prompts[0], response, 1.0, 10).tolist()
+        plain = plain_logprobs(call, prompts[0], response, 1.0, 10)[0].tolist()
         found = drawn == pytest.approx(plain, abs=1e-4)
     except (AttributeError, TypeError, RuntimeError):
         found = False

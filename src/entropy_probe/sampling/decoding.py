@@ -16,10 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["FAULTS", "WAYS", "Decoding", "ModelCall", "Way", "plain_logprobs"]
+__all__ = ["FAULTS", "HALF", "WAYS", "Decoding", "ModelCall", "Way", "plain_logprobs"]
 
 FAULTS = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, AssertionError)
 """What foreign code raises where a model or a cache does not do what is asked of it."""
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class ModelCall:
         self._takes = frozenset(inspect.signature(base.forward).parameters)
         # `cache` since transformers 5.24, `past_key_values` before it, `cache_params` in the state-space models of old
         self.cache_name = next((n for n in ("cache", "past_key_values", "cache_params") if n in self._takes), None)
+
+    @property
+    def half(self) -> bool:
+        """Whether anything in it is held or computed in half precision, as by layers with 4-bit weights."""
+        held = (x.dtype for x in self.model.parameters())
+        return any(dtype in HALF for dtype in (*held, *(getattr(m, "compute_dtype", 0) for m in self.model.modules())))
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +164,7 @@ class Decoding:
 @torch.no_grad()
 def plain_logprobs(
     call: ModelCall, prompt: Sequence[int], response: Sequence[int], temperature: float, most: int
-) -> Float[Tensor, " t"]:
+) -> tuple[Float[Tensor, " t"], torch.dtype]:
     """Log-probabilities of a response's last tokens as the scorer has them: one call on the sequence alone, no cache.
 
     Args:
@@ -166,10 +175,10 @@ def plain_logprobs(
         most: how many tokens at most, which bounds the logits held.
 
     Returns:
-        In nats, of the last ``min(most, len(response))`` tokens.
+        Those of the last ``min(most, len(response))`` tokens, in nats, and the type that the model gives logits in.
     """
     keep = min(most, len(response))
     ids = torch.tensor([[*prompt, *response]], device=call.device)
     logits = call(ids, keep + 1, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -keep - 1 : -1]
     log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
-    return log_p.gather(-1, ids[0, -keep:, None])[:, 0]
+    return log_p.gather(-1, ids[0, -keep:, None])[:, 0], logits.dtype

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_probe.sampling.decoding import FAULTS, WAYS, Decoding, ModelCall, plain_logprobs
+from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
 from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters
 from entropy_probe.shards import reshard
 
@@ -108,7 +108,7 @@ class HFGenerator:
         whole = [tuple(prompt) for prompt in prompts]
         limits = [parameters.max_completion_length] * len(whole)
         with _evaluating(self._model):
-            if self._verified is None:
+            if whole and self._verified is None:
                 self._settle(whole, parameters)
             return self._run(_Request(whole, list(seeds), limits, parameters.temperature, self._end_tokens), progress)
 
@@ -116,7 +116,7 @@ class HFGenerator:
         """Find the first way to decode that agrees with plain calls on six short sequences, which then stays."""
         tokens = [token for prompt in dict.fromkeys(prompts) for token in prompt]
         room = max(map(len, prompts)) + parameters.max_completion_length
-        short = min(5, *map(len, prompts))
+        short = min(5, min(map(len, prompts)))
         lengths = [min(short + more, max(short, room // 2)) for more in (0, 2, 7)]
         longest = min(9, room - max(lengths))
         # two of each, most of which end early, so that rows are repeated and dropped
@@ -198,7 +198,7 @@ class HFGenerator:
         While no way is settled on, all are compared; then two of a batch that has longer sequences, or more padding,
         than those compared before: its longest sequence, and the longest response to its shortest prompt.
         """
-        compared = completions
+        compared, reached = completions, (0, 0)
         if self._verified is not None:
             sizes = [(len(c.prompt_token_ids), len(c.token_ids)) for c in completions]
             longest = max(range(len(sizes)), key=lambda i: sum(sizes[i]))
@@ -208,37 +208,35 @@ class HFGenerator:
                 return None
             compared = [completions[i] for i in {longest, padded}]
         for completion in compared:
-            gap = self._gap(completion, temperature)
+            prompt, response = completion.prompt_token_ids, completion.token_ids
+            plain, dtype = plain_logprobs(self._call, prompt, response, temperature, _COMPARED)
+            drawn = torch.tensor(completion.logprobs, dtype=torch.float64, device=plain.device)
             # in half precision a token may go to other experts by rounding, and one token says little
-            half = self._model.dtype in (torch.float16, torch.bfloat16)
-            typical = float(gap.quantile(0.5 if half else 0.9))
-            if not temperature * typical <= (0.05 if half else 1e-3):
+            half = dtype in HALF or self._call.half
+            typical = float((plain.double() - drawn[-len(plain) :]).abs().quantile(0.5 if half else 0.9))
+            # off the CPU, convolutions round to TF32
+            allowed = 0.05 if half else 1e-3 if plain.device.type == "cpu" else 5e-3
+            if not temperature * typical <= allowed:
                 return f"{_DIFFER} by {typical:.2g} nats per token"
         if self._verified is not None:
-            self._verified = tuple(map(max, reached, self._verified))
+            self._verified = max(reached[0], self._verified[0]), max(reached[1], self._verified[1])
         return None
-
-    def _gap(self, completion: Completion, temperature: float) -> Tensor:
-        """How far log-probabilities of its last tokens are from a plain call's, in nats."""
-        plain = plain_logprobs(self._call, completion.prompt_token_ids, completion.token_ids, temperature, _COMPARED)
-        drawn = torch.tensor(completion.logprobs, dtype=torch.float64, device=plain.device)
-        return (plain.double() - drawn[-len(plain) :]).abs()
 
     def _all_agree(self, here: bool) -> bool:
         """Rank 0's verdict, for a sharded model whose ranks must go the same way."""
-        return (
-            here if self._agreed is None else bool(self._agreed(torch.tensor([int(here)], device=self._model.device)))
-        )
+        if self._agreed is None:
+            return here
+        return bool(self._agreed(torch.tensor([int(here)], device=self._model.device)))
 
     def _rule_out(self, fault: str) -> None:
         """Go on to the next way of decoding, and say why if it is a slower one; raise if there is none."""
-        failed = self._ways.pop(0)
-        self._faults.append(f"{failed}, {fault}")
-        if not self._ways:
+        if len(self._ways) == 1:
             raise ValueError(
                 f"model: expected a {type(self._model).__name__} whose log-probabilities depend on the tokens before "
                 f"alone, got one that cannot be sampled: even without a cache, {fault}; give rollouts instead"
             )
+        failed = self._ways.pop(0)
+        self._faults.append(f"{failed}, {fault}")
         if str(failed) != str(self._ways[0]):
             # that a method is missing is not the reason if another one is there
             reason = next((f for f in reversed(self._faults) if _DIFFER in f), self._faults[-1])
@@ -292,8 +290,8 @@ class _Request:
 
     def of(self, rows: list[int]) -> _Request:
         """Some of the sequences."""
-        columns = (self.prompts, self.seeds, self.limits)
-        return _Request(*([column[i] for i in rows] for column in columns), self.temperature, self.end_tokens)
+        prompts, seeds, limits = ([column[i] for i in rows] for column in (self.prompts, self.seeds, self.limits))
+        return _Request(prompts, seeds, limits, self.temperature, self.end_tokens)
 
 
 def draw_tokens(
