@@ -61,7 +61,7 @@ LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys((
         "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
-        "sarvam_mla", "youtu", "dots3_note_text",
+        "sarvam_mla", "youtu",
     ), MLA),
     **{name: {"is_decoder": True} for name in (
         "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
@@ -85,6 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
     "dory": {"num_hidden_layers": 6},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": MLA | {"index_topk": 64},  # the index of a tiny model has ties
     "dots3_note": {"text_config": MLA | {"per_layer_config": {}}},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 48,
                      "layer_types": ["sliding_attention", "full_attention"] * 2,

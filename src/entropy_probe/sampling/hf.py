@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,9 @@ class HFGenerator:
 
     @property
     def context_length(self) -> int | None:
-        """The model's own bound on positions."""
-        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        """The model's own bound on positions; ``None`` where it has none, which XLNet says with a negative number."""
+        bound = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return bound if isinstance(bound, int) and bound > 0 else None
 
     @property
     def messages(self) -> tuple[str, ...]:
@@ -290,8 +291,12 @@ class _Request:
 
     def of(self, rows: list[int]) -> _Request:
         """Some of the sequences."""
-        prompts, seeds, limits = ([column[i] for i in rows] for column in (self.prompts, self.seeds, self.limits))
-        return _Request(prompts, seeds, limits, self.temperature, self.end_tokens)
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in rows],
+            seeds=[self.seeds[i] for i in rows],
+            limits=[self.limits[i] for i in rows],
+        )
 
 
 def draw_tokens(
