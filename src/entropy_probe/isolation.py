@@ -27,6 +27,7 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     """
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    versions = [(parameter, parameter._version) for parameter in model.parameters()]
     # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
     repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     device = next(model.parameters()).device
@@ -48,9 +49,15 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            changed = {id(parameter) for parameter, version in versions if parameter._version != version}
             for module, bound, held in attributes:
-                _rebind(vars(module), bound)
-                _rebind(module._buffers, held)
+                module.training = bound["training"]
+                # what a module says of parameters that it has changed in place (RWKV does) stays true of them
+                if changed.isdisjoint(map(id, module.parameters())):
+                    _rebind(vars(module), bound)
+                    _rebind(module._buffers, held)
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):

@@ -7,6 +7,7 @@ The attention mask is always passed. How sequences are laid out for the model is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
@@ -54,7 +55,10 @@ class PolicyCalls:
         self._width: int | None = None
         self._alone = False
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        self.context = context if isinstance(context, int) else None
+        self.context = context if isinstance(context, int) and context > 0 else None
+        # a cache is of no use here, and some models cannot make theirs
+        inner = getattr(model, "get_base_model", lambda: model)()
+        self._no_cache = {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
 
     @property
     def head(self) -> nn.Linear | None:
@@ -95,7 +99,7 @@ class PolicyCalls:
         """The model's own logits at the positions that predict response tokens, ``[T, V]``."""
         reshard(self.model)  # whoever called it last may have left what it gathered
         try:
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **self._no_cache)
         finally:
             reshard(self.model)
         if output.logits.shape[:2] != batch.input_ids.shape:

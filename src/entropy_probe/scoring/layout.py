@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from entropy_probe.scoring.calls import PolicyCalls
 from entropy_probe.scoring.packing import Microbatch, bounded_groups, padded, row_tokens, shared_groups
 from entropy_probe.scoring.precision import precisions
-from entropy_probe.shards import is_sharded
+from entropy_probe.shards import is_sharded, local
 from entropy_probe.types import Rollouts
 
 __all__ = ["Trials"]
@@ -103,13 +103,21 @@ class Trials:
         """Sequences of some batches, called alone, and their gradients if they are to be compared, too.
 
         Raises:
-            ValueError: if the model's scores depend on later tokens, or on what it was called on before.
+            ValueError: if the model cannot be called, changes its parameters, or has scores that depend on later tokens
+                or on what it was called on before.
         """
         named = calls.model.named_parameters() if gradients and not calls.sharded else ()
         trained = {name: p for name, p in named if p.requires_grad and p.is_floating_point()}
         width = getattr(getattr(calls.model, "config", None), "hidden_size", None)
         width = width if isinstance(width, int) else None
+        before = [_content(p) for p in calls.model.parameters()]
         samples = [_sample(calls, batch, {} if k else trained, width) for k, batch in enumerate(batches)]
+        for (name, p), content in zip(calls.model.named_parameters(), before, strict=True):
+            if _content(p) != content:
+                raise ValueError(
+                    f"model: expected a forward pass that leaves parameters as they are, but that of {_name(calls)} "
+                    f"changes {name}; it cannot be probed without a trace"
+                )
         trials = cls(calls, samples, width, _Tolerance.of(calls))
         if trials.finite:
             _check_plain(calls, samples, trials.tolerance)
@@ -182,6 +190,16 @@ class Trials:
         return None
 
 
+def _name(calls: PolicyCalls) -> str:
+    return type(getattr(calls.model, "get_base_model", lambda: calls.model)()).__name__
+
+
+def _content(parameter: Parameter) -> tuple[int, float]:
+    """Enough of a parameter to notice that it was replaced or written into."""
+    own = local(parameter.detach())
+    return own.data_ptr(), float(own.sum(dtype=torch.float64))
+
+
 def _sample(calls: PolicyCalls, rollouts: Rollouts, parameters: Mapping[str, Parameter], width: int | None) -> _Sample:
     """The shortest and the longest sequence and the last one of the most packed row, each called alone.
 
@@ -198,6 +216,13 @@ def _sample(calls: PolicyCalls, rollouts: Rollouts, parameters: Mapping[str, Par
             try:
                 _add(expected, _look(calls, rollouts, row[None], parameters))
                 break
+            except (torch.OutOfMemoryError, ValueError):
+                raise
+            except REFUSALS as error:
+                raise ValueError(
+                    "model: expected one to call as model(input_ids=..., attention_mask=...) and to differentiate, but "
+                    f"{_name(calls)} raises {_words(error)}; see that it runs on a sequence by itself"
+                ) from error
             except MemoryError:
                 shorter = _without_later_half(rollouts, int(row))
                 if shorter is None:
@@ -298,7 +323,7 @@ def _check_plain(calls: PolicyCalls, samples: Sequence[_Sample], tolerance: _Tol
         ValueError: if they depend on later tokens or on earlier calls.
     """
     calls.lay_out(None, alone=True)
-    name = type(getattr(calls.model, "get_base_model", lambda: calls.model)()).__name__
+    name = _name(calls)
     sample = max(samples, key=lambda sample: int(sample.lengths.max()))
     shortest, longest = sample.rows[sample.lengths.argmin()][None], int(sample.rows[sample.lengths.argmax()])
     before = _Seen({int(shortest): sample.expected.scores[int(shortest)]})

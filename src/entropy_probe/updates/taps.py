@@ -208,13 +208,15 @@ class _Weighted(Sink):
 def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> Taps | str:
     """How per-sequence gradients of the parameters can be read off layers, or why they cannot.
 
-    On the two shortest sequences, the tapped gradients of both, weighted differently, are compared with autograd's
-    own: a gradient given to the wrong sequence, or a weight that also acts outside its layer's forward pass, would
-    show there. A layer that fails with its formula is called again in place of it, one that fails then is a reason.
+    On the shortest and the longest sequence, the tapped gradients of both, weighted differently, are compared with
+    autograd's own: a gradient given to the wrong sequence, or a weight that also acts outside its layer's forward pass,
+    would show there. A layer that fails with its formula is called again in place of it, one that fails then is a
+    reason.
     """
     layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
-    few = rollouts.select(rollouts.attention_mask.sum(1).argsort(stable=True)[:2])
+    by_length = rollouts.attention_mask.sum(1).argsort(stable=True)
+    few = rollouts.select(by_length[[0, -1]] if len(rollouts) > 1 else by_length)
     expected = _autograd(scorer, parameters, few)
     while True:
         taps = Taps({layer: (rules[layer], names) for layer, names in layers.items()}, head)
