@@ -73,7 +73,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": LINEAR | MLA,
     "kimi_linear": LINEAR | MLA,
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 32, "encoder_hash_byte_group_size": [3]},
+    "blt": {"encoder_hash_byte_group_vocab": 32, "encoder_hash_byte_group_size": [3],
+            "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32}},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
