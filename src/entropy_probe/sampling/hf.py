@@ -209,19 +209,32 @@ class HFGenerator:
                 return None
             compared = [completions[i] for i in {longest, padded}]
         for completion in compared:
-            prompt, response = completion.prompt_token_ids, completion.token_ids
-            plain, dtype = plain_logprobs(self._call, prompt, response, temperature, _COMPARED)
-            drawn = torch.tensor(completion.logprobs, dtype=torch.float64, device=plain.device)
-            # in half precision a token may go to other experts by rounding, and one token says little
-            half = dtype in HALF or self._call.half
-            typical = float((plain.double() - drawn[-len(plain) :]).abs().quantile(0.5 if half else 0.9))
-            # off the CPU, convolutions round to TF32
-            allowed = 0.05 if half else 1e-3 if plain.device.type == "cpu" else 5e-3
-            if not temperature * typical <= allowed:
-                return f"{_DIFFER} by {typical:.2g} nats per token"
+            gap, allowed = self._gap(completion, temperature)
+            if not gap <= allowed:
+                return f"{_DIFFER} by {gap:.2g} nats per token"
         if self._verified is not None:
             self._verified = max(reached[0], self._verified[0]), max(reached[1], self._verified[1])
         return None
+
+    def _gap(self, completion: Completion, temperature: float) -> tuple[float, float]:
+        """How far log-probabilities are from a plain call's, at temperature 1, and how far rounding may bring them.
+
+        On the CPU the model's own rounding is the measure: what a plain call makes of the same tokens when the last one
+        is left out, in sums of another shape. Elsewhere convolutions round to TF32. In half precision a token may go to
+        other experts by rounding, so one token says little and the median counts.
+        """
+        prompt, response = completion.prompt_token_ids, completion.token_ids
+        plain, dtype = plain_logprobs(self._call, prompt, response, temperature, _COMPARED)
+        drawn = torch.tensor(completion.logprobs, dtype=torch.float64, device=plain.device)[-len(plain) :]
+        half = dtype in HALF or self._call.half
+        gap = temperature * float((plain.double() - drawn).abs().quantile(0.5 if half else 0.9))
+        if half or plain.device.type != "cpu":
+            return gap, 0.05 if half else 5e-3
+        if len(plain) == 1:
+            return gap, 1e-3
+        shorter, _ = plain_logprobs(self._call, prompt, response[:-1], temperature, len(plain) - 1)
+        rounding = temperature * float((plain[:-1] - shorter).abs().max())
+        return gap, min(1e-3, max(2e-5, 20 * rounding))
 
     def _all_agree(self, here: bool) -> bool:
         """Rank 0's verdict, for a sharded model whose ranks must go the same way."""
