@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -382,15 +381,22 @@ def _head_is_final(calls: PolicyCalls, sample: _Sample) -> bool:
     head = calls.head
     assert head is not None
     batch = calls.pack(sample.rollouts, sample.rows[:1])
-    output = torch.nn.functional.linear(calls.hidden(batch), head.weight, head.bias)
-    factor = 100 / output.abs().max().clamp(min=1e-6)
-    handle = head.register_forward_hook(lambda module, args, out: cast(Tensor, out) * factor)
+    seen: list[Tensor] = []
+
+    def scaled(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append(output * (100 / output.abs().max().clamp(min=1e-6)))
+        return seen[-1]
+
+    handle = head.register_forward_hook(scaled)
     try:
         logits = calls.model_logits(batch)
     finally:
         handle.remove()
+    if len(seen) != 1 or seen[0].shape[:2] != batch.input_ids.shape:
+        return False
+    output = seen[0].flatten(0, 1)[batch.source]
     tolerance = 2e-2 if output.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    return bool(((logits - output * factor).abs() <= 100 * tolerance).all())
+    return bool(((logits - output).abs() <= 100 * tolerance).all())
 
 
 def _shared_difference(calls: PolicyCalls, sample: _Sample, width: int, tolerance: _Tolerance) -> str | None:
