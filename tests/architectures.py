@@ -26,6 +26,13 @@ from tests.tiny_architectures import UNBUILT, VARIANTS, register, tiny_model
 CONFIG = ProbeConfig(measure_noise_floor=False, learning_rate=1e-4, evaluation_unit="sequence")
 RIGHT, REFUSED, WRONG = "right", "refused", "WRONG"
 
+SHORT = {
+    "sampling goes on ": "",
+    "recomputing whole sequences at every token, which is slow": "recomputed",
+    "with the model's cache and prompts of one length to a batch": "cache, one prompt length",
+    "with the model's cache": "cache",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -180,7 +187,9 @@ def sampled(name: str) -> tuple[str, list[str], str | None]:
             log_p = plain_logits(model, ids)[start - 1 : -1].double().log_softmax(-1)
         gap = log_p.gather(-1, ids[start:, None])[:, 0] - torch.tensor(completion.logprobs, dtype=torch.float64)
         worst = max(worst, float(gap.abs().max()))
-    how = "; ".join(engine.messages).removeprefix("sampling goes on ") or "with the model's cache"
+    how = "; ".join(engine.messages) or "cache"
+    for long, short in SHORT.items():
+        how = how.replace(long, short)
     return how, [f"sampled log-probabilities off by {worst:.2g}"] if not worst < 1e-3 else [], None
 
 
