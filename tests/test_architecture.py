@@ -114,6 +114,15 @@ def test_nothing_imports_the_command_line():
             assert "cli" not in imported(path), path
 
 
+def test_tests_import_no_other_tests():
+    """What two of them need lies in a module beside them, so that each may change on its own."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests"):
+                names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+                assert not any(name.startswith("test_") for name in names), path
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = f"import sys, entropy_probe; sys.exit(' '.join(m for m in {HEAVY!r} if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,8 +8,8 @@ import torch
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, attributed_batch, sweep
 from entropy_probe.parts import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
-from tests.invariants.test_probe import TABLE, batches
-from tests.invariants.test_reweighting import sampled_elsewhere
+from tests.invariants.exact import sampled_elsewhere
+from tests.invariants.problems import TABLE, batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 SEVEN = batches(groups=7, size=3, n=40)
@@ -76,15 +76,15 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_results_do_not_depend_on_the_number_of_ranks(case):
+def test_results_do_not_depend_on_the_number_of_ranks(case, size):
     settings, work = CASES[case]
     expected = work(probe_on(None, **settings)).model_dump()
-    for size in (2, 3, 4):
-        results, _ = on_ranks(size, lambda ranks: work(probe_on(ranks, **settings)))
-        found = [result.model_dump() for result in results]
-        assert differences(expected, found[0], 1e-10) == []
-        assert all(differences(found[0], other, 0.0) == [] for other in found)
+    results, _ = on_ranks(size, lambda ranks: work(probe_on(ranks, **settings)))
+    found = [result.model_dump() for result in results]
+    assert differences(expected, found[0], 1e-10) == []
+    assert all(differences(found[0], other, 0.0) == [] for other in found)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from torch import nn
 from entropy_probe import EntropyProbe, ProbeConfig, Sweep, SweepPoint, TokenScores
 from entropy_probe.scoring.directional import directional_derivatives
 from entropy_probe.sweep import LearningRateSweep
-from tests.invariants.test_probe import batches, probe
-from tests.invariants.test_untouched import assert_same, state
+from tests.invariants.problems import batches, probe
+from tests.invariants.traces import assert_same, state
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 RATES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

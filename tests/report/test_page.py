@@ -16,8 +16,8 @@ from entropy_probe.report.charts import Axis, Bar, bar_chart
 from entropy_probe.results import SamplerMismatch
 from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_cross_prompt, make_result
+from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables
-from tests.report.test_sweep import make_sweep
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br", "input", "img", "hr"}

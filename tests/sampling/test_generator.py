@@ -58,7 +58,7 @@ def test_any_engine_fits_behind_the_interface(tokenizer, tmp_path):
     assert isinstance(engine, SequenceGenerator)
     settings = UpdateSettings(num_prompts=4, group_size=3)
     update, report = sample_update(
-        engine, tokenizer, PROMPTS, lambda p, r: [float(len(x)) for x in r], settings, PARAMETERS
+        engine, tokenizer, PROMPTS, lambda responses: [float(len(x)) for x in responses], settings, PARAMETERS
     )
     assert len(update) == 12
     assert "the coin is fair" in report.messages

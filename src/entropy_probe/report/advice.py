@@ -52,6 +52,22 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("scales the product of the mean gradients", "Lower probe.frozen_max_scale and see whether the number moves."),
     ("filter_zero_advantage: asked for", "Raise update.max_resampling_rounds, or give more prompts."),
     (
+        "every prompt has equal rewards",
+        "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing.",
+    ),
+    (
+        "end at a stop text",
+        "Right only if the trainer samples with the same stop texts; else leave generation.stop out.",
+    ),
+    (
+        "here rewards get the whole text as content",
+        "Make sure that the reward finds what it looks for in the whole text, thoughts included.",
+    ),
+    (
+        "second one was left out",
+        "TRL adds the second one: set prompts.add_special_tokens to true for prompts that it tokenized as text.",
+    ),
+    (
         "have equal rewards, so their advantages are 0",
         "They cost memory and add nothing; set update.filter_zero_advantage to draw others in their place.",
     ),
