@@ -93,6 +93,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "hit the largest length",
         "Make sure that probe.max_completion_length is the one of training.",
     ),
+    ("sampling goes on", f"{NOTHING} Where sampling takes too long, give rollouts that another engine sampled."),
     ("the batch size was lowered", f"{NOTHING} Set generation.batch_size to save the retries."),
     ("seems exchanged", "Do not use these numbers: record a manifest during training, which maps entries by name."),
     ("learning rate is 0", "Set probe.learning_rate to that of the step you ask about; a sweep has rates of its own."),
