@@ -99,7 +99,7 @@ class Scorer:
             self.head_path = f"logits ({split})"
         else:
             self._split = split
-            shortest = batches[0].attention_mask.sum(1).argmin()[None]
+            shortest = batches[0].shortest_first[:1]
             attempt = self._attempt(self._pack(batches[0], shortest), self._head_is_final)
             assert attempt is not None
             if attempt[0]:
@@ -216,7 +216,7 @@ class Scorer:
     def microbatches(
         self, rollouts: Rollouts, rows: Tensor | None = None, *, share: bool = True
     ) -> Iterator[Microbatch]:
-        """The batch, or some rows of it, cut into microbatches, one at a time.
+        """The batch, or some rows of it, cut into microbatches, one at a time; sequences without response are left out.
 
         Args:
             rollouts: the batch.
@@ -224,6 +224,7 @@ class Scorer:
             share: whether responses to one prompt may share a row.
         """
         rows = torch.arange(len(rollouts)) if rows is None else rows
+        rows = rows[rollouts.response_mask[rows].any(1)]
         shared = shared_prompts(rollouts, rows, self._width, self.max_tokens) if share and self._width else None
         lengths = rollouts.attention_mask.sum(1)
         if shared is None:
@@ -243,7 +244,7 @@ class Scorer:
         *,
         share: bool = True,
     ) -> Iterator[tuple[Microbatch, T]]:
-        """Work on the batch, or some rows of it, microbatch by microbatch.
+        """Work on the batch, or some rows of it, microbatch by microbatch; on none without response tokens.
 
         A microbatch that does not fit the device's memory is cut again, with half its size as the bound from there
         on. Nothing but the size of microbatches changes, and they are free to choose.
@@ -259,6 +260,7 @@ class Scorer:
         """
         left = torch.zeros(len(rollouts), dtype=torch.bool)
         left[slice(None) if rows is None else rows] = True
+        left &= rollouts.response_mask.any(1)
         waiting = rows
         while bool(left.any()):
             for batch in self.microbatches(rollouts, waiting, share=share):
@@ -305,7 +307,7 @@ class Scorer:
     @torch.no_grad()
     def shortest_scores(self, rollouts: Rollouts) -> list[tuple[str, Tensor]]:
         """What the policy makes of the shortest sequence, unchecked: log-probabilities and entropies, ``[T]``."""
-        shortest = rollouts.attention_mask.sum(1).argmin()[None]
+        shortest = rollouts.shortest_first[:1]
         s, h = self._score_microbatch(self._pack(rollouts, shortest))
         return [("logprobs", s), ("entropies", h)]
 

@@ -214,7 +214,7 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     """
     layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
-    few = rollouts.select(rollouts.attention_mask.sum(1).argsort(stable=True)[:2])
+    few = rollouts.select(rollouts.shortest_first[:2])
     expected = _autograd(scorer, parameters, few)
     while True:
         taps = Taps({layer: (rules[layer], names) for layer, names in layers.items()}, head)
