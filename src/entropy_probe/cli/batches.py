@@ -31,6 +31,7 @@ class Inputs:
     evaluation: Rollouts | None
     prompts: list[Prompt]
     reward: Reward | None
+    notes: tuple[str, ...] = ()
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -39,17 +40,29 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
         ValueError: if a file, the prompts or the reward cannot be used.
     """
-    from entropy_probe.sampling import load_prompts, load_reward
+    from entropy_probe.sampling import load_prompts, load_reward, unused_columns
     from entropy_probe.types import Rollouts
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
+    unused = {batch: unused_columns(path) for batch, path in config.rollouts if path}
     complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
     return Inputs(
         update=update,
         evaluation=evaluation,
         prompts=[] if complete else load_prompts(required(config.prompts)),
         reward=load_reward(required(config.reward)) if update is None else None,
+        notes=tuple(
+            f"{batch}: of the file's columns, {', '.join(columns)} are not used"
+            for batch, columns in unused.items()
+            if columns
+        ),
     )
+
+
+def end_ids(state: CheckpointState) -> list[int]:
+    """What the checkpoint's tokenizer ends a text with, if it has one."""
+    found = getattr(state.tokenizer, "eos_token_id", None)
+    return [] if found is None else [found]
 
 
 def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> SequenceGenerator | None:

@@ -148,12 +148,14 @@ def read_rollouts(path: Path) -> Rollouts:
         absent = torch.from_numpy(table[name].is_null().to_numpy())
         _same_lengths(response_lengths, torch.where(absent, response_lengths, counts), name, path)
         there = is_response & ~absent[:, None]
-        return torch.full(there.shape, torch.nan, dtype=values.dtype).masked_scatter_(there, values)
+        found = torch.full(there.shape, torch.nan, dtype=values.dtype).masked_scatter_(there, values)
+        return torch.where(sampled, found, 0.0)
 
+    sampled = at_response(mask)
     values = {
         "input_ids": at_response(response).masked_scatter_(is_prompt, prompt),
         "attention_mask": is_prompt | is_response,
-        "response_mask": at_response(mask),
+        "response_mask": sampled,
         "prompt_ids": _scalars(table, "prompt_id", path),
         "advantages": optional("advantage"),
         "rewards": optional("reward"),
@@ -253,8 +255,9 @@ def _lists(table: pa.Table, name: str, path: Path) -> tuple[Tensor, Tensor]:
     if not _is_list(table.schema.field(name).type):
         raise ValueError(f"{path}: column {name}: expected lists, got {table.schema.field(name).type}")
     column = table[name].combine_chunks()
-    lengths = torch.from_numpy(pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64))
-    return _tensor(pc.list_flatten(column), name, path), lengths
+    counts = pc.call_function("list_value_length", [column])
+    lengths = torch.from_numpy(pc.fill_null(counts, 0).to_numpy(zero_copy_only=False).astype(np.int64))
+    return _tensor(pc.call_function("list_flatten", [column]), name, path), lengths
 
 
 def _tensor(array: pa.Array, name: str, path: Path) -> Tensor:
@@ -265,10 +268,16 @@ def _tensor(array: pa.Array, name: str, path: Path) -> Tensor:
         array = array.dictionary_decode()
     kind, is_id = array.type, name in ("prompt_id", _TRAJECTORY)
     is_number = name in _OPTIONAL
-    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind) and not name.endswith(("_id", "_ids"))
-    if is_id and str(kind) in ("string", "large_string", "string_view"):
+    fits = pa.types.is_integer(kind)
+    if is_number:
+        fits |= pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    elif array.null_count:
+        fits = False
+    elif name == "response_mask":
+        fits |= pa.types.is_boolean(kind)
+    if is_id and not array.null_count and str(kind) in ("string", "large_string", "string_view"):
         array = array.dictionary_encode().indices
-    elif not (whole or is_number and pa.types.is_floating(kind)) or array.null_count and not is_number:
+    elif not fits:
         expected = "numbers" if is_number else "true or false" if name == "response_mask" else "integers"
         also = " or strings" if is_id else ""
         raise ValueError(
