@@ -76,8 +76,9 @@ class TwoBatch(Session):
 
     def __init__(self, subject: Subject, update: Rollouts, evaluation: Rollouts) -> None:
         super().__init__(subject)
-        self.given_update, self.same_batch = update.cpu(), torch.equal(update.input_ids, evaluation.input_ids)
-        update = self.update = self.admit(update, "update")
+        self.given_update, evaluation = update.cpu(), evaluation.cpu()
+        self.same_batch = torch.equal(self.given_update.input_ids, evaluation.input_ids)
+        update = self.update = self.admit(self.given_update, "update")
         evaluation = self.admit(evaluation, "update and evaluation" if self.same_batch else "evaluation")
         answered = evaluation.response_mask.any(1)
         evaluation = self.evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
@@ -115,10 +116,10 @@ class TwoBatch(Session):
         taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)
         step = plan_step(self.parameters, self.optimizer, gradients.total, self.config, self.frozen_scale)
-        self.not_modelled += of_rounding(self.parameters, self.optimizer, step.delta)
+        trained = (self.parameters, self.optimizer)
+        self.not_modelled += of_rounding(*trained, step.delta)
         if self.config.geometry == "frozen":
-            norm_and_limit = (step.gradient.norm, self.config.max_grad_norm)
-            self.not_modelled += of_frozen_geometry(self.parameters, self.optimizer, *norm_and_limit)
+            self.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, self.config.max_grad_norm)
         if predict:
             predicted, fields = self._first_order(before, gradients, step, taps=taps)
         return Start(before, step, predicted, fields)

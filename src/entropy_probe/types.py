@@ -16,13 +16,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = ["Rollouts", "TokenCoefficients", "TokenScores"]
+
+if TYPE_CHECKING:
+    Ids = Tensor
+else:
+    Ids = Any  # given as a tensor, an array or a list, of integers or strings; kept as a tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +60,11 @@ class Rollouts:
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
-    prompt_ids: Tensor
+    prompt_ids: Ids
     advantages: Tensor | None = None
     rewards: Tensor | None = None
     sampled_logprobs: Tensor | None = None
-    trajectory_ids: Tensor | None = None
+    trajectory_ids: Ids | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "trajectory_ids"):

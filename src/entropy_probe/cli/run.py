@@ -182,10 +182,10 @@ def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, 
             attribution.save_tables(staging, state.tokenizer)
         if not config.save_rollouts:
             sampled[0].unlink(missing_ok=True)
-        elif inputs.update is not None:
-            update.to_parquet(staging / UPDATE_FILE)
-        if config.save_rollouts and inputs.evaluation is not None:
-            inputs.evaluation.to_parquet(sampled[0])
+        else:  # given batches join the run's files at its end: what fails before it leaves no copy of them
+            for given, file in ((inputs.update, staging / UPDATE_FILE), (inputs.evaluation, sampled[0])):
+                if given is not None:
+                    given.to_parquet(file)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
     return _Run(probe, result, attribution, evaluation)

@@ -15,7 +15,6 @@ from entropy_probe.sampling.collect import (
     SamplingReport,
     check_prompts,
     numpy_generator,
-    repeated_prompts,
 )
 from entropy_probe.sampling.files import merge_rollouts, read_note, write_rollouts
 from entropy_probe.sampling.generator import (
@@ -68,7 +67,7 @@ def sample_evaluation(
     seeds = sequence_seeds(settings.seed, EVALUATION_STREAM, 0, range(len(drawn)))
     completions = respond(engine, tokenizer, drawn, parameters, seeds, progress)
     rollouts = completed_rollouts([prompt.id for prompt in drawn], completions)
-    return rollouts, _report(drawn, [_counts(completions)], (*engine.messages, *repeated_prompts(prompts)))
+    return rollouts, _report(drawn, [_counts(completions)], engine)
 
 
 def sample_evaluation_file(
@@ -128,7 +127,7 @@ def sample_evaluation_file(
         if progress is not None:
             progress(start + len(of_shard), len(drawn))
     merge_rollouts(files, path)
-    return _report(drawn, counts, (*engine.messages, *repeated_prompts(prompts)))
+    return _report(drawn, counts, engine)
 
 
 def resample_responses(
@@ -169,7 +168,7 @@ def _counts(completions: Sequence[Completion]) -> tuple[int, int]:
     return sum(c.truncated for c in completions), sum(len(c.token_ids) for c in completions)
 
 
-def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int]], messages: tuple[str, ...]) -> SamplingReport:
+def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int]], engine: SequenceGenerator) -> SamplingReport:
     distinct = len({prompt.id for prompt in drawn})
     truncated, tokens = map(sum, zip(*counts, strict=True))
     return SamplingReport(
@@ -181,5 +180,5 @@ def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int]], messages
         reward_mean=None,
         truncated_fraction=truncated / len(drawn),
         mean_response_length=tokens / len(drawn),
-        messages=messages,
+        messages=engine.messages,
     )
