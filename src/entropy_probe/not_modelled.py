@@ -1,7 +1,7 @@
 """What of the trainer's step is not in the numbers, where something that is at hand shows it.
 
-Each is one line for :attr:`entropy_probe.results.Diagnostics.not_modelled`. What a checkpoint's log shows is found by
-:mod:`entropy_probe.checkpoints.trainer_log`.
+Each is one line for :attr:`entropy_probe.results.Diagnostics.not_modelled`; ``docs/theory.md``, "What is not modelled".
+What a checkpoint's log shows is found by :mod:`entropy_probe.checkpoints.trainer_log`.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ class Diagnostics(Record):
         mismatch: the evaluation batch's sampler against the policy; null if the sampler reported no log-probabilities.
         messages: one line each for everything a careful reader should know.
         not_modelled: one line each for what is part of the trainer's step, as far as anything at hand shows, and not of
-            these numbers.
+            these numbers; ``docs/theory.md``, "What is not modelled".
     """
 
     evaluation_unit: Literal["sequence", "prompt", "trajectory"]

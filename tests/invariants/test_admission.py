@@ -63,6 +63,7 @@ def test_the_trainers_groups_stay_as_given():
     """The longest response of a group, which per_prompt_max divides by, is that of the trainer's group."""
     model = TinyPolicy()
     update, evaluation = batches(groups=18, size=2)
+    update = replace(update, advantages=torch.randn(36, generator=torch.Generator().manual_seed(0)))
     norms = [
         probe(model, trained_optimizer(model), loss_type="per_prompt_max", merge_equal_prompts=merge)
         .predict(update=given, evaluation=evaluation)
@@ -79,7 +80,13 @@ def test_a_masked_out_response_counts_in_the_denominator_and_nowhere_else(loss):
     model, optimizer = policy("full")
     update, evaluation = tiny_rollouts(), tiny_rollouts(40, seed=2, group=1)
     update = masked_out(update, [0, 1, 2, 3, 6])
-    config = ProbeConfig(loss_type=loss, max_completion_length=9, max_grad_norm=None)
+    config = ProbeConfig(
+        loss_type=loss,
+        max_completion_length=9,
+        max_grad_norm=None,
+        merge_equal_prompts=False,
+        measure_noise_floor=False,
+    )
     result = EntropyProbe(model, optimizer, config).run(update=update, evaluation=evaluation)
     logits = model(input_ids=update.input_ids, attention_mask=update.attention_mask.long()).logits[:, :-1]
     s = logits.log_softmax(-1).gather(-1, update.input_ids[:, 1:, None])[..., 0]

@@ -59,7 +59,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ),
     (
         "columns, .* are not used",
-        f"{NOTHING} The columns that are read are in the documentation of the rollouts' files.",
+        f"{NOTHING} The columns that are read are in docs/rollouts.md.",
     ),
     ("exceed max_stored_gradient_gib", f"{NOTHING} Raise probe.max_stored_gradient_gib to pass over the batch once."),
     ("its own code takes the step on copies", "Use more update prompts for a sharper error; the prediction is exact."),
