@@ -1,5 +1,6 @@
 """Rollouts refuse what would give plausible wrong numbers."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,7 +64,7 @@ def test_advantages_per_token_may_be_anything_off_the_response():
 
 
 def test_ids_may_be_text():
-    batch = Rollouts(**fields() | {"prompt_ids": ["u-9", "u-1", "u-9"]}, trajectory_ids=[5, 6, 5])
+    batch = Rollouts(**fields() | {"prompt_ids": ["u-9", "u-1", "u-9"]}, trajectory_ids=list(np.array([5, 6, 5])))
     assert batch.prompt_ids.tolist() == [0, 1, 0]
     assert batch.trajectory_ids.tolist() == [5, 6, 5]
     assert batch.select(torch.tensor([1])).trajectory_ids.tolist() == [6]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,10 +203,10 @@ def _numbered(name: str, ids: Tensor | Sequence[Any] | None) -> Tensor | None:
     if all(isinstance(value, str) for value in values):
         number = {value: k for k, value in enumerate(dict.fromkeys(values))}
         values = [number[value] for value in values]
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        other = next(v for v in values if not isinstance(v, int) or isinstance(v, bool))
+    other = next((value for value in values if not isinstance(value, Integral)), None)
+    if other is not None:
         raise ValueError(f"{name}: expected integers, or strings for all sequences, got {other!r}; give each an id")
-    return torch.tensor(values, dtype=torch.long)
+    return torch.tensor([int(value) for value in values], dtype=torch.long)
 
 
 def _refuse_rows(bad: Tensor, what: str, remedy: str) -> None:

@@ -13,6 +13,7 @@ from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.cli.lock import locked
 from entropy_probe.sampling import HFGenerator
 from entropy_probe.validation import HalfSteps
+from tests.checkpoints.conftest import edit_json
 from tests.cli.conftest import execute, invoke, start
 
 
@@ -134,12 +135,15 @@ def test_rollouts_inside_the_overwritten_directory_survive(config, tmp_path):
     assert not (out / "evaluation.parquet").exists()
 
 
-def test_dropped_prompts_and_other_notes_reach_the_reader(config, tmp_path):
+def test_dropped_prompts_and_other_notes_reach_the_reader(config, checkpoint, tmp_path):
+    edit_json(checkpoint / "trainer_state.json", log_history=[{"reward": 0.5, "kl": 0.25}])
     # no random response is the right answer, so that every advantage is 0
-    shown = run(config, "reward=exact_match")
-    assert "4 of 4 prompts have equal rewards" in " ".join(shown.split())
-    messages = ProbeResult.load(tmp_path / "out").diagnostics.messages
-    assert any(message.startswith("update: 4 of 4 prompts") for message in messages)
+    shown = " ".join(run(config, "reward=exact_match", f"checkpoint={checkpoint}").split())
+    assert "4 of 4 prompts have equal rewards" in shown
+    assert "not modelled: the KL term to a reference policy (the log has kl, 0.25 last)" in shown
+    diagnostics = ProbeResult.load(tmp_path / "out").diagnostics
+    assert any(message.startswith("update: 4 of 4 prompts") for message in diagnostics.messages)
+    assert len(diagnostics.not_modelled) == 1
 
 
 def test_one_batch_needs_no_evaluation(config, tmp_path):
