@@ -39,19 +39,21 @@ ALLOWED = {
     },
     "demo": set(),
     "fingerprint": {"types", "shards"},
+    "admission": {"types", "estimators"},
+    "not_modelled": {"shards"},
     "measurement": {"types", "results", "estimators", "config", "distributed", "parts"},
     "noise": {
         "types", "scoring", "estimators", "isolation", "config", "distributed", "parts", "measurement", "shards",
     },
     "step": {"results", "named", "updates", "config", "shards"},
-    "policy_check": {"types", "results", "scoring", "estimators", "config", "distributed", "parts"},
+    "policy_check": {"admission", "types", "results", "scoring", "estimators", "config", "distributed", "parts"},
     "session": {
         "types", "results", "moments", "scoring", "estimators", "updates", "isolation", "fingerprint", "provenance",
-        "config", "distributed", "parts", "policy_check",
+        "config", "distributed", "parts", "policy_check", "admission", "not_modelled",
     },
     "two_batch": {
         "types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "measurement", "step",
-        "session", "noise", "parts",
+        "session", "noise", "parts", "admission", "not_modelled",
     },
     "attribution": {"types", "results", "attribution_results", "attribution_tables"},
     "validation_results": {"records"},
@@ -64,7 +66,9 @@ ALLOWED = {
     },
     "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch", "parts"},
-    "one_batch": {"types", "results", "named", "losses", "estimators", "updates", "session", "parts"},
+    "one_batch": {
+        "types", "results", "named", "losses", "estimators", "updates", "session", "parts", "admission", "not_modelled",
+    },
     "probe": {
         "types", "results", "scoring", "updates", "fingerprint", "provenance", "config", "session", "two_batch",
         "one_batch", "attribution", "attributed_batch", "validation",

@@ -98,7 +98,8 @@ class AttributedBatch(TwoBatch):
         summary = self._summary(slopes.method, tokens, covariances, parts, seconds)
         result = self._finish(start, attribution=summary, **realized)
         prompts = self.prompts.total(tokens.sum(1))
-        return Attribution(result, update, slopes.scores, tokens, covariances, prompts, errors, layers)
+        given, prompt_of = self.given_update, update.prompt_ids
+        return Attribution(result, given, prompt_of, slopes.scores, tokens, covariances, prompts, errors, layers)
 
     def _by_update_prompt(
         self,

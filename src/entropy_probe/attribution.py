@@ -53,7 +53,9 @@ class Attribution:
 
     Attributes:
         result: the prediction (and the measurement, if asked for), with :attr:`summary` in it.
-        update: the update batch.
+        update: the update batch, as given.
+        prompt_of_sequence: the prompt that each of its sequences counts for, ``[N]``: its id, but equal prompts and
+            those of one trajectory under the smallest of theirs.
         scores: its log-probabilities and entropies, nats.
         tokens: each response token's contribution, 0 off the response, float64, ``[N, L]``.
         covariances: each token's covariance term of Cui et al. (2025), float64, ``[N, L]``.
@@ -64,6 +66,7 @@ class Attribution:
 
     result: ProbeResult
     update: Rollouts
+    prompt_of_sequence: Int[Tensor, " N"]
     scores: TokenScores
     tokens: Float[Tensor, "N L"]
     covariances: Float[Tensor, "N L"]
@@ -85,7 +88,7 @@ class Attribution:
     @property
     def prompt_ids(self) -> Int[Tensor, " B"]:
         """The distinct prompt ids, in the order of :attr:`prompts`."""
-        return self.update.prompt_ids.unique()
+        return self.prompt_of_sequence.unique()
 
     def save(self, directory: str | Path, tokenizer: Any = None) -> None:
         """Write the result and the three tables into ``directory`` (made if missing).
@@ -114,9 +117,9 @@ def _tables(attribution: Attribution, tokenizer: Any) -> dict[str, dict[str, Any
     distinct = token_ids.unique().tolist()
     texts = dict(zip(distinct, _token_texts(distinct, tokenizer), strict=True))
     tokens = {
-        "prompt_id": update.prompt_ids[rows],
+        "prompt_id": attribution.prompt_of_sequence[rows],
         "response_id": rows,
-        "position": (mask.cumsum(1) - 1)[rows, columns],
+        "position": columns - mask.int().argmax(1)[rows],
         "token_id": token_ids,
         "text": [texts[token] for token in token_ids.tolist()],
         "advantage": update.token_advantages[rows, columns].double(),
@@ -131,12 +134,14 @@ def _tables(attribution: Attribution, tokenizer: Any) -> dict[str, dict[str, Any
 
 def _prompt_columns(attribution: Attribution, tokenizer: Any) -> dict[str, Any]:
     update = attribution.update
-    members = [(update.prompt_ids == prompt).nonzero()[:, 0] for prompt in attribution.prompt_ids]
+    members = [(attribution.prompt_of_sequence == prompt).nonzero()[:, 0] for prompt in attribution.prompt_ids]
+    # the first with a response, which says where the prompt ends
+    first = [int(m[update.response_mask[m].any(1).int().argmax()]) for m in members]
     lengths, covariances = update.response_lengths, attribution.covariances.sum(1)
     none = [None] * len(members)
     return {
         "prompt_id": attribution.prompt_ids,
-        "prompt": none if tokenizer is None else [_prompt_text(attribution, int(m[0]), tokenizer) for m in members],
+        "prompt": none if tokenizer is None else [_prompt_text(attribution, row, tokenizer) for row in first],
         "num_responses": [len(m) for m in members],
         "num_tokens": [int(lengths[m].sum()) for m in members],
         "mean_reward": none if update.rewards is None else [update.rewards[m].double().mean().item() for m in members],

@@ -21,9 +21,13 @@ RUN_UNIT = "run"
 # file -> column -> type, unit, description
 TABLES: dict[str, dict[str, tuple[str, str, str]]] = {
     TOKENS_FILE: {
-        "prompt_id": ("int64", "", "prompt that the response answers"),
+        "prompt_id": ("int64", "", "prompt that the response counts for; of equal prompts the smallest id"),
         "response_id": ("int64", "", "row of the update batch"),
-        "position": ("int32", "", "place among the response's tokens, from 0"),
+        "position": (
+            "int32",
+            "",
+            "place in response_token_ids of the row (the tool's tokens count too), from 0 at the first sampled token",
+        ),
         "token_id": ("int64", "", "token id"),
         "text": ("string", "", "the token, decoded; its id in angle brackets if there was no tokenizer"),
         "advantage": ("float64", "reward", "advantage as given"),

@@ -75,6 +75,7 @@ class CheckpointReport(Record):
         manifest: how the manifest was recorded; null where there is none.
         verdict: ``healthy``; ``suspicious``: loads, but read the reasons first; ``unusable``: loading raises.
         reasons: one line for everything that speaks against the checkpoint.
+        not_modelled: one line for each part of the trainer's loss that its log shows and a probe leaves out.
     """
 
     path: str
@@ -92,3 +93,4 @@ class CheckpointReport(Record):
     manifest: Literal["training", "inspection"] | None = None
     verdict: Literal["healthy", "suspicious", "unusable"]
     reasons: tuple[str, ...] = ()
+    not_modelled: tuple[str, ...] = ()

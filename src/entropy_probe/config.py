@@ -31,7 +31,10 @@ class ProbeConfig(BaseModel):
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in
-            consecutive rows); else ``sequence``.
+            consecutive rows); else ``sequence``. Rows of one trajectory (``Rollouts.trajectory_ids``) are one sequence.
+        merge_equal_prompts: prompts with the same tokens are one prompt, whatever their ids. Responses to one prompt
+            depend on each other through it, so counting them as several makes errors too small, and a one-batch
+            prediction keeps products of a prompt with itself. The trainer's groups (``per_prompt_max``) stay as given.
         is_mode: the weights of ``snis``: as they are, capped (``clip``), or Pareto-smoothed (``psis``).
         log_weight_clamp: clamp the log-weights of ``snis`` to plus and minus this, in nats.
         weight_clip: the cap of ``clip`` in units of the mean weight; ``None`` is the root of the number of sequences.
@@ -78,6 +81,7 @@ class ProbeConfig(BaseModel):
     entropy: EntropyKind = "rao_blackwell"
     realized: Literal["per_decision", "snis"] = "per_decision"
     evaluation_unit: Literal["auto", "sequence", "prompt"] = "auto"
+    merge_equal_prompts: bool = True
     is_mode: ImportanceMode = "snis"
     log_weight_clamp: float | None = Field(default=None, gt=0)
     weight_clip: float | None = Field(default=None, ge=1)

@@ -31,8 +31,10 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
     repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     # RWKV divides weights in place on the first evaluation
-    dividing = [
-        (m.config, m.config.rescale_every) for m in model.modules() if vars(m).get("layers_are_rescaled") is False
+    dividing: list[tuple[Any, int]] = [
+        (config := vars(m)["config"], config.rescale_every)
+        for m in model.modules()
+        if vars(m).get("layers_are_rescaled") is False
     ]
     device = next(model.parameters()).device
     devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
@@ -50,7 +52,7 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             for module in repacking:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             for config, _ in dividing:
-                config.rescale_every = 0  # pyright: ignore[reportAttributeAccessIssue]
+                config.rescale_every = 0
             yield
         finally:
             random.setstate(python_state)
@@ -58,7 +60,7 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             for module in repacking:
                 module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
             for config, every in dividing:
-                config.rescale_every = every  # pyright: ignore[reportAttributeAccessIssue]
+                config.rescale_every = every
             changed = {id(parameter) for parameter, version in versions if parameter._version != version}
             for module, bound, held in attributes:
                 module.training = bound["training"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from entropy_probe.admission import draws_of
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import cross_statistic
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.named import norm
+from entropy_probe.not_modelled import of_frozen_geometry
 from entropy_probe.parts import Part, add_up
 from entropy_probe.results import CrossPrompt, ProbeResult
 from entropy_probe.session import Session, Subject
@@ -31,8 +33,8 @@ class OneBatch(Session):
 
     def __init__(self, subject: Subject, batch: Rollouts) -> None:
         super().__init__(subject)
-        batch = batch.cpu()
-        self.batch = batch
+        self.given = batch.cpu()
+        batch = self.batch = self.admit(batch, "batch")
         self.prompts = Units.prompts(batch.prompt_ids)
         self.block_size = self._block_size()
         self.units = Units(self.prompts.index // self.block_size, self.prompts.count // self.block_size)
@@ -48,7 +50,8 @@ class OneBatch(Session):
     def result(self) -> ProbeResult:
         """The U-statistic with H and the diagnostics."""
         config, batch = self.config, self.batch
-        if config.entropy == "surprisal" and bool((torch.bincount(self.prompts.index) < 2).any()):
+        answered = self.prompts.index[batch.response_mask.any(1)]
+        if config.entropy == "surprisal" and bool((answered.bincount(minlength=self.prompts.count) < 2).any()):
             raise ValueError(
                 "one batch: expected at least 2 responses per prompt for the surprisal baseline, got a prompt with 1; "
                 "sample more, or use entropy='rao_blackwell'"
@@ -69,11 +72,10 @@ class OneBatch(Session):
             mine = self.prompts.select(part.rows)
             by_prompt = add_up(self.ranks, fo.entropy(before, mine, config.normalization, config.entropy))
             positions = add_up(self.ranks, PositionSums.of(before))
-            towards = fo.entropy_coefficients(
-                before, own.prompt_ids, part.units, positions, config.normalization, config.entropy
-            )
+            how = (config.normalization, config.entropy, draws_of(batch).select(part.rows))
+            towards = fo.entropy_coefficients(before, own.prompt_ids, part.units, positions, *how)
             weights = by_prompt.size.sum().item()
-            loss = loss_coefficients(batch, config.loss_type, config.max_completion_length).select(part.rows)
+            loss = loss_coefficients(self.given, config.loss_type, config.max_completion_length).select(part.rows)
             with self.clock.phase("cross-prompt gradients") as progress:
                 products = cross_products(
                     self.scorer,
@@ -114,6 +116,7 @@ class OneBatch(Session):
         ascent = {name: g / self.units.count for name, g in products.right_total.items()}
         step = {name: scale[name] * g for name, g in ascent.items()}
         diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
+        self.not_modelled += of_frozen_geometry(self.parameters, self.optimizer, norm(ascent), config.max_grad_norm)
         return self.assemble(
             by_prompt.ratio(), self.prompts, batch, batch, diagnostics, unit="prompt", cross_prompt=cross
         )

@@ -9,11 +9,11 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from entropy_probe.admission import Role
 from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import Ranks
 from entropy_probe.estimators.importance import sequence_importance_weights
@@ -31,9 +31,8 @@ from entropy_probe.results import BatchFit, SamplerMismatch
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import Rollouts, TokenScores
 
-__all__ = ["Checked", "PolicyCheck", "Role"]
+__all__ = ["Checked", "PolicyCheck"]
 
-Role = Literal["evaluation", "update", "batch"]
 FEW = 96
 """Sequences that are scored at other temperatures, once something is wrong."""
 NEWTON_STEPS = 5

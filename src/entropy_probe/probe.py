@@ -48,6 +48,8 @@ class EntropyProbe:
         distributed: share the work among the ranks of torch's default process group. Every rank must hold the whole
             policy and optimizer, be given whole batches, and call the same methods; every rank returns the result. A
             model sharded by FSDP2 (``fully_shard``) needs no such asking; there every rank works on the whole batches.
+        end_token_ids: tokens that end a response, besides those of the model's generation config (or its config).
+            Rollouts are checked against them.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
@@ -65,6 +67,7 @@ class EntropyProbe:
         progress: Phase | None = None,
         resample: Resample | None = None,
         distributed: bool = False,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         config = config or ProbeConfig()
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
@@ -77,7 +80,7 @@ class EntropyProbe:
                 "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
             )
         self._arguments = (model, optimizer, mapping, config, progress)
-        self._resample, self._cache = resample, ScoreCache()
+        self._resample, self._cache, self._end_ids = resample, ScoreCache(), tuple(end_token_ids)
         self._ranks = joined_ranks() if distributed or is_sharded(model) else ALONE
         if is_sharded(model):
             self._ranks = SameWork(self._ranks)
@@ -97,9 +100,8 @@ class EntropyProbe:
                 "its own step is taken on whole parameters only"
             )
         rates = learning_rates(optimizer, config.learning_rate)
-        return Subject(
-            model, optimizer, parameters, rates, mapping, config, progress, self._resample, self._cache, self._ranks
-        )
+        given = (model, optimizer, parameters, rates, mapping, config, progress)
+        return Subject(*given, self._resample, self._cache, self._ranks, self._end_ids)
 
     def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.

@@ -257,10 +257,11 @@ class Diagnostics(Record):
     """How the numbers came about.
 
     Attributes:
-        evaluation_unit: what was treated as independent on the evaluation side.
+        evaluation_unit: what was treated as independent on the evaluation side; ``trajectory`` where the rollouts say
+            which sequences are parts of one.
         num_evaluation_sequences: sequences in the evaluation batch.
         num_update_sequences: sequences in the update batch.
-        num_update_prompts: prompts in the update batch.
+        num_update_prompts: prompts in the update batch, equal ones and those of one trajectory counted once.
         gradient_norm: norm of the update gradient before clipping.
         clip_factor: what clipping multiplied it by, 1 when it did not act.
         step_norm: Euclidean norm of the parameter change.
@@ -272,9 +273,11 @@ class Diagnostics(Record):
         mismatch: the evaluation batch's sampler against the policy; null if the sampler reported no log-probabilities.
         update_mismatch: the update batch's; null likewise.
         messages: one line each for everything a careful reader should know.
+        not_modelled: one line each for what is part of the trainer's step, as far as anything at hand shows, and not of
+            these numbers; ``docs/theory.md``, "What is not modelled".
     """
 
-    evaluation_unit: Literal["sequence", "prompt"]
+    evaluation_unit: Literal["sequence", "prompt", "trajectory"]
     num_evaluation_sequences: int
     num_update_sequences: int
     num_update_prompts: int
@@ -288,6 +291,7 @@ class Diagnostics(Record):
     mismatch: SamplerMismatch | None = None
     update_mismatch: SamplerMismatch | None = None
     messages: tuple[str, ...] = ()
+    not_modelled: tuple[str, ...] = ()
 
 
 class ProbeResult(SavedRecord):

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from entropy_probe.admission import Role, admit, end_tokens
 from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import ALONE, Ranks
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.isolation import evaluating
 from entropy_probe.moments import summarize_moments
+from entropy_probe.not_modelled import of_model
 from entropy_probe.parts import Part
-from entropy_probe.policy_check import Checked, PolicyCheck, Role
+from entropy_probe.policy_check import Checked, PolicyCheck
 from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.results import (
     Diagnostics,
@@ -67,6 +69,7 @@ class Subject:
         resample: samples fresh responses after the step, where the config asks for it.
         cache: scores at the policy as it is, of batches seen before.
         ranks: the processes that share the work.
+        end_ids: tokens that end a response.
     """
 
     model: nn.Module
@@ -79,6 +82,7 @@ class Subject:
     resample: Resample | None
     cache: ScoreCache
     ranks: Ranks = ALONE
+    end_ids: tuple[int, ...] = ()
 
 
 class Session:
@@ -89,11 +93,11 @@ class Session:
         self.optimizer, self.ranks = subject.optimizer, subject.ranks
         self.clock = Clock(subject.progress)
         self.messages: list[str] = []
+        self.not_modelled = of_model(subject.model)
         self.scorer = Scorer(subject.model, self.config.temperature, self.config.max_tokens_per_microbatch)
         self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
         self.per_unit_gradients = "not needed"
         self.checked: dict[Role, Checked] = {}
-        self.not_modelled: list[str] = []
         narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in LOW_PRECISIONS}))
         if self.config.autocast != "off":
             narrow = f"{narrow + ' and ' if narrow else ''}autocast in {self.config.autocast}"
@@ -106,6 +110,14 @@ class Session:
                 f"{strays} tensors require a gradient but are not in the optimizer: they do not move, and are left out "
                 "of the norm that clipping uses"
             )
+
+    def admit(self, batch: Rollouts, role: Role) -> Rollouts:
+        """A batch as this run counts it; see :func:`~entropy_probe.admission.admit`."""
+        config, end_ids = self.config, end_tokens(self.subject.model, self.subject.end_ids)
+        found = admit(batch, role, config.merge_equal_prompts, end_ids, config.max_completion_length)
+        self.messages += found.messages
+        self.not_modelled += found.not_modelled
+        return found.rollouts
 
     def isolated(self) -> AbstractContextManager[None]:
         """The model ready to be scored and differentiated, and left as it was."""
@@ -302,7 +314,7 @@ class Session:
         update: Rollouts,
         step: dict[str, float],
         *,
-        unit: Literal["sequence", "prompt"],
+        unit: Literal["sequence", "prompt", "trajectory"],
         **fields: Any,
     ) -> ProbeResult:
         """The result: what every run reports, and the fields of this one.
@@ -334,6 +346,7 @@ class Session:
                 mismatch=judged and judged.mismatch,
                 update_mismatch=given and given.mismatch,
                 messages=(*self.messages, *notes),
+                not_modelled=tuple(self.not_modelled),
                 **step,
             ),
             timing=self.clock.seconds,

@@ -6,20 +6,22 @@ The story, top to bottom: score -> update gradient -> step -> first-order change
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from entropy_probe.admission import UnitName, draws_of, evaluation_units
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks, is_grouped
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.named import dot, norm
 from entropy_probe.noise import measured_noise_floor
+from entropy_probe.not_modelled import of_frozen_geometry, of_rounding
 from entropy_probe.parts import Part, add_up
 from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
@@ -75,11 +77,16 @@ class TwoBatch(Session):
 
     def __init__(self, subject: Subject, update: Rollouts, evaluation: Rollouts) -> None:
         super().__init__(subject)
-        update, evaluation = update.cpu(), evaluation.cpu()
-        self.update, self.evaluation = update, evaluation
-        self.unit_name: Literal["sequence", "prompt"]
-        self.unit_name, self.units = self._evaluation_units()
-        self.same_batch = torch.equal(update.input_ids, evaluation.input_ids)
+        self.given_update, evaluation = update.cpu(), evaluation.cpu()
+        self.same_batch = torch.equal(self.given_update.input_ids, evaluation.input_ids)
+        update = self.update = self.admit(self.given_update, "update")
+        evaluation = self.admit(evaluation, "batch" if self.same_batch else "evaluation")
+        answered = evaluation.response_mask.any(1)
+        evaluation = self.evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
+        self.draws = draws_of(evaluation)
+        self.unit_name: UnitName
+        self.unit_name, self.units, notes = evaluation_units(evaluation, self.config.evaluation_unit)
+        self.messages += notes
         if self.same_batch:
             self.messages.append(
                 "update and evaluation are the same sequences: the step is fitted to the responses that it is judged "
@@ -110,6 +117,10 @@ class TwoBatch(Session):
         taps = self.choose_taps(self.update) if predict else None
         gradients = self._update_gradient(store=predict, taps=taps)
         step = plan_step(self.parameters, self.optimizer, gradients.total, self.config, self.frozen_scale)
+        trained = (self.parameters, self.optimizer)
+        self.not_modelled += of_rounding(*trained, step.delta)
+        if self.config.geometry == "frozen":
+            self.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, self.config.max_grad_norm)
         if predict:
             predicted, fields = self._first_order(before, gradients, step, taps=taps)
         return Start(before, step, predicted, fields)
@@ -137,18 +148,6 @@ class TwoBatch(Session):
             **fields,
         )
 
-    def _evaluation_units(self) -> tuple[Literal["sequence", "prompt"], Units]:
-        ids = self.evaluation.prompt_ids
-        unit = self.config.evaluation_unit
-        if unit == "auto":
-            unit = "prompt" if is_grouped(ids) else "sequence"
-            if unit == "sequence" and self.evaluation.num_prompts < len(ids):
-                self.messages.append(
-                    "evaluation prompts repeat and are taken as drawn with replacement: every sequence counts as "
-                    "independent (set evaluation_unit to change this)"
-                )
-        return unit, Units.sequences(len(ids)) if unit == "sequence" else Units.prompts(ids)
-
     def _update_gradient(self, *, store: bool, taps: Taps | None) -> UnitGradients:
         """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits."""
         fits = stored_bytes(self.parameters, self.shares.count) <= self.config.max_stored_gradient_gib * 2**30
@@ -174,7 +173,8 @@ class TwoBatch(Session):
 
     def _loss_coefficients(self) -> TokenCoefficients:
         """Of this rank's part of the update batch."""
-        whole = loss_coefficients(self.update, self.config.loss_type, self.config.max_completion_length)
+        # by the trainer's own groups
+        whole = loss_coefficients(self.given_update, self.config.loss_type, self.config.max_completion_length)
         return whole.select(self.update_part.rows)
 
     def _differentiate(
@@ -247,7 +247,8 @@ class TwoBatch(Session):
         of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
         for rows in in_chunks(Units.prompts(prompts)):
             some, ids, units = scores.select(rows), prompts[rows], self.part.units.select(rows)
-            found = fo.entropy_coefficients(some, ids, units, before.positions, config.normalization, config.entropy)
+            how = (config.normalization, config.entropy, self.draws.select(self.part.rows[rows]))
+            found = fo.entropy_coefficients(some, ids, units, before.positions, *how)
             of_logprobs[rows] = found.logprobs
             if found.entropies is not None:
                 of_entropies[rows] = found.entropies
@@ -257,7 +258,7 @@ class TwoBatch(Session):
         self, gradients: UnitGradients, entropy_side: UnitGradients, total_weight: float, step: PlannedStep
     ) -> float:
         """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
-        config, blocks, update = self.config, self.shares, self.update
+        config, blocks, update = self.config, self.shares, self.given_update
         self.messages.append(
             f"{optimizer_name(self.optimizer)}: its own code takes the step on copies, so the prediction has no "
             f"components, and se_update is a jackknife over {blocks.count} blocks of update prompts (too large for "

@@ -12,16 +12,23 @@ token or nats per sequence, and every :class:`Estimate` says which. A negative c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = ["Rollouts", "TokenCoefficients", "TokenScores"]
+
+if TYPE_CHECKING:
+    Ids = Tensor
+else:
+    Ids = Any  # given as a tensor, an array or a list, of integers or strings; kept as a tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,29 +39,37 @@ class Rollouts:
         input_ids: token ids, prompt followed by response, ``[N, L]``.
         attention_mask: true for real tokens, one contiguous run per sequence, ``[N, L]``.
         response_mask: true for the tokens the policy sampled, the end-of-sequence token included and nothing
-            after it, ``[N, L]``. Gaps are allowed (tool output inside a response); an empty response is not.
-        prompt_ids: which prompt a sequence answers, ``[N]``; equal ids share a prompt.
+            after it, ``[N, L]``. Gaps are allowed (tool output inside a response). All false: a response that the
+            trainer masks out of its loss, where it still counts in what the loss divides by; in update batches only.
+        prompt_ids: which prompt a sequence answers, ``[N]``; equal ids share a prompt. Strings are numbered in the
+            order of their first sequence.
         advantages: per sequence ``[N]`` or per token ``[N, L]``, used as given. Needed for the update batch only.
         rewards: the scalar reward of each sequence, ``[N]``.
         sampled_logprobs: the sampler's own log-probabilities in nats, ``[N, L]``.
+        trajectory_ids: which rollout a sequence is a part of, ``[N]``, where one is spread over several sequences, such
+            as the turns of a conversation whose prompts hold the earlier turns. What has one id was sampled together.
+            Strings as for ``prompt_ids``.
 
     Masks of any integer or boolean type are accepted and stored as booleans.
 
     Raises:
-        ValueError: if shapes disagree, a mask is inconsistent, a response is empty or has no token before it, or
-            a number is not finite.
+        ValueError: if shapes disagree, a mask is inconsistent, there is no response token at all or none before a
+            response, or a number is not finite at a response token.
     """
 
     # Plain tensors, checked by hand below: masks of any type are accepted, and a user's mistake gets one clear line.
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
-    prompt_ids: Tensor
+    prompt_ids: Ids
     advantages: Tensor | None = None
     rewards: Tensor | None = None
     sampled_logprobs: Tensor | None = None
+    trajectory_ids: Ids | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt_ids", "trajectory_ids"):
+            object.__setattr__(self, name, _numbered(name, getattr(self, name)))
         for name in ("attention_mask", "response_mask"):
             object.__setattr__(self, name, getattr(self, name).bool())
         self._check_shapes()
@@ -75,19 +90,25 @@ class Rollouts:
             "advantages": [(n,), (n, length)],
             "rewards": [(n,)],
             "sampled_logprobs": [(n, length)],
+            "trajectory_ids": [(n,)],
         }
         for name, shapes in allowed.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) not in shapes:
                 expected = " or ".join(str(list(shape)) for shape in shapes)
                 raise ValueError(f"{name}: expected shape {expected} to match input_ids, got {list(value.shape)}")
-        for name in ("input_ids", "prompt_ids"):
-            if getattr(self, name).is_floating_point():
-                raise ValueError(f"{name}: expected integers, got {getattr(self, name).dtype}")
+        for name in ("input_ids", "prompt_ids", "trajectory_ids"):
+            value = getattr(self, name)
+            if value is not None and value.is_floating_point():
+                raise ValueError(f"{name}: expected integers, got {value.dtype}")
 
     def _check_masks(self) -> None:
         attention, response = self.attention_mask, self.response_mask
-        _refuse_rows(~response.any(1), "response is empty", "drop the sequence; a response has at least its end token")
+        if not bool(response.any()):
+            raise ValueError(
+                "rollouts: expected response tokens, got a response_mask that is false everywhere; set it where the "
+                "policy sampled (all false in single sequences: the trainer masks these out)"
+            )
         _refuse_rows((response & ~attention).any(1), "response_mask covers padding", "mask only real tokens")
         starts = attention & ~torch.nn.functional.pad(attention, (1, 0))[:, :-1]
         _refuse_rows(starts.sum(1) != 1, "attention_mask is not one contiguous run", "pad on one side only")
@@ -105,7 +126,10 @@ class Rollouts:
             bad = ~torch.isfinite(value)
             if value.dim() == 2:
                 bad = (bad & self.response_mask).any(1)
-            _refuse_rows(bad, f"{name} are not finite", "recompute them; NaN or infinite values are never dropped")
+            elif name == "advantages":
+                bad &= self.response_mask.any(1)
+            where = "" if value.dim() == 1 else " (or missing) at response tokens"
+            _refuse_rows(bad, f"{name} are not finite{where}", "recompute them; they are never dropped or filled in")
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -119,6 +143,12 @@ class Rollouts:
     def response_lengths(self) -> Int[Tensor, " N"]:
         """Response tokens per sequence."""
         return self.response_mask.sum(1)
+
+    @property
+    def shortest_first(self) -> Int[Tensor, " n"]:
+        """The sequences with a response, by their number of tokens; at least one, unless this is a part of a batch."""
+        order = self.attention_mask.sum(1).argsort(stable=True)
+        return order[self.response_mask.any(1)[order]]
 
     @cached_property
     def token_advantages(self) -> Float[Tensor, "N L"]:
@@ -165,6 +195,20 @@ class Rollouts:
         return read_rollouts(Path(path))
 
 
+def _numbered(name: str, ids: Tensor | Sequence[Any] | None) -> Tensor | None:
+    """Ids as a tensor; strings by the order in which they first appear."""
+    if ids is None or isinstance(ids, Tensor):
+        return ids
+    values = list(getattr(ids, "tolist", lambda: ids)())
+    if all(isinstance(value, str) for value in values):
+        number = {value: k for k, value in enumerate(dict.fromkeys(values))}
+        values = [number[value] for value in values]
+    other = next((value for value in values if not isinstance(value, Integral)), None)
+    if other is not None:
+        raise ValueError(f"{name}: expected integers, or strings for all sequences, got {other!r}; give each an id")
+    return torch.tensor([int(value) for value in values], dtype=torch.long)
+
+
 def _refuse_rows(bad: Tensor, what: str, remedy: str) -> None:
     if bool(bad.any()):
         rows = bad.nonzero()[:, 0].tolist()
@@ -198,6 +242,11 @@ class TokenScores:
         log_weights = None if self.log_weights is None else self.log_weights[rows]
         variances = None if self.variances is None else self.variances[rows]
         return TokenScores(self.logprobs[rows], self.entropies[rows], self.response_mask[rows], log_weights, variances)
+
+    @property
+    def answered(self) -> Bool[Tensor, " N"]:
+        """Which sequences have a response."""
+        return self.response_mask.any(1)
 
     @property
     def weights(self) -> Float[Tensor, " N"]:

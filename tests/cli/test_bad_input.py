@@ -163,7 +163,11 @@ def test_tokenizer_without_an_end_token(config, checkpoint, refused):
 @pytest.mark.parametrize(
     ("column", "change", "match"),
     [
-        ("response_mask", lambda rows: [[False] * len(rows[0]), *rows[1:]], "response is empty in 1 of 8 sequences"),
+        (
+            "response_mask",
+            lambda rows: [[False] * len(row) for row in rows],
+            "a response_mask that is false everywhere",
+        ),
         ("advantage", lambda rows: [np.nan, *rows[1:]], "advantages are not finite in 1 of 8 sequences"),
         ("advantage", lambda rows: [*rows[1:], np.inf], "advantages are not finite"),
     ],
@@ -173,6 +177,20 @@ def test_saved_rollouts(config, refused, rollout_file, column, change, match):
     line = refused("run", config, f"rollouts.update={path}")
     assert str(path) in line
     assert match in line
+
+
+def test_a_given_batch_that_cannot_be_probed_leaves_no_copy(config, refused, rollout_file, tmp_path):
+    """Token ids beyond the vocabulary are seen after the model is loaded; the other batch is sampled, and is kept."""
+    path = rollout_file("response_token_ids", lambda rows: [[90_000] * len(row) for row in rows])
+    line = refused("run", config, f"rollouts.update={path}")
+    assert "expected token ids below" in line
+    (kept,) = tmp_path.glob("out.rollouts-*")
+    assert [file.name for file in kept.iterdir()] == ["evaluation.parquet"]
+    assert "rollouts.update=" not in line
+    shutil.rmtree(kept)
+    line = refused("run", config, f"rollouts.update={path}", f"rollouts.evaluation={path}")
+    assert "the rollouts are kept" not in line
+    assert list(tmp_path.glob("out.rollouts-*")) == []
 
 
 def test_saved_update_without_advantages(config, refused, rollout_file):

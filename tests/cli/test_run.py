@@ -14,6 +14,7 @@ from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.cli.lock import locked
 from entropy_probe.sampling import HFGenerator
 from entropy_probe.validation import HalfSteps
+from tests.checkpoints.conftest import edit_json
 from tests.cli.conftest import command_line, execute, invoke, start
 from tests.processes import Process
 
@@ -139,14 +140,18 @@ def test_rollouts_inside_the_overwritten_directory_survive(config, tmp_path):
     assert not (out / "evaluation.parquet").exists()
 
 
-def test_dropped_prompts_and_other_notes_reach_the_reader(config, tmp_path, refused):
+def test_dropped_prompts_and_other_notes_reach_the_reader(config, checkpoint, tmp_path, refused):
     # no random response is the right answer, so that every advantage is 0
+    edit_json(checkpoint / "trainer_state.json", log_history=[{"reward": 0.5, "kl": 0.25}])
     line = refused("run", config, "reward=exact_match")
     assert "expected different rewards within a prompt, got equal ones for each of 4 prompts" in line
-    shown = run(config, "reward=exact_match", "update.allow_zero_advantages=true")
-    assert "every prompt has equal rewards" in " ".join(shown.split())
-    messages = ProbeResult.load(tmp_path / "out").diagnostics.messages
-    assert any(message.startswith("update: every prompt has equal rewards") for message in messages)
+    given = ("reward=exact_match", "update.allow_zero_advantages=true", f"checkpoint={checkpoint}")
+    shown = " ".join(run(config, *given).split())
+    assert "every prompt has equal rewards" in shown
+    assert "not modelled: the KL term to a reference policy (the log has kl, 0.25 last)" in shown
+    diagnostics = ProbeResult.load(tmp_path / "out").diagnostics
+    assert any(message.startswith("update: every prompt has equal rewards") for message in diagnostics.messages)
+    assert len(diagnostics.not_modelled) == 1
 
 
 def test_one_batch_needs_no_evaluation(config, tmp_path):

@@ -18,7 +18,8 @@ def batches(seed: int = 0, groups: int = 9, size: int = 4, n: int = 60) -> tuple
 
 
 def probe(model: torch.nn.Module, optimizer: torch.optim.Optimizer, **settings: object) -> EntropyProbe:
-    return EntropyProbe(model, optimizer, ProbeConfig(**({"temperature": TEMPERATURE} | settings)))
+    defaults = {"temperature": TEMPERATURE, "merge_equal_prompts": False}
+    return EntropyProbe(model, optimizer, ProbeConfig(**(defaults | settings)))
 
 
 def numbers(result: ProbeResult) -> dict[str, float]:

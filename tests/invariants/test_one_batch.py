@@ -19,7 +19,7 @@ def batch(seed: int, prompts: int = 8, group: int = GROUP) -> Rollouts:
 
 
 def cross(model, optimizer, rollouts, **settings):
-    config = ProbeConfig(**({"temperature": TEMPERATURE} | SETTINGS | settings))
+    config = ProbeConfig(**({"temperature": TEMPERATURE, "merge_equal_prompts": False} | SETTINGS | settings))
     return EntropyProbe(model, optimizer, config).cross_prompt(rollouts)
 
 

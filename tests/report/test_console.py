@@ -160,6 +160,17 @@ def test_showing_a_result_imports_no_heavy_library():
     assert json.loads(done.stdout) == []
 
 
+def test_what_is_not_modelled_stands_below_the_notes():
+    result = make_result(messages=("a note",))
+    assert "not modelled" not in show(print_result, result)
+    diagnostics = result.diagnostics.model_copy(
+        update={"not_modelled": ("dropout of up to 0.1", "momentum"), "evaluation_unit": "trajectory"}
+    )
+    text = " ".join(show(print_result, result.model_copy(update={"diagnostics": diagnostics})).split())
+    assert "note: a note not modelled: dropout of up to 0.1 not modelled: momentum" in text
+    assert "256 trajectories on the evaluation side" in text
+
+
 def test_the_sampler_is_compared_with_the_policy():
     result = make_result()
     assert "sampler" not in show(print_result, result)

@@ -168,6 +168,16 @@ def test_every_problem_comes_with_advice():
     assert pages()["mismatch"].count('class="check look"') == pages()["two batches"].count('class="check look"') + 1
 
 
+def test_what_is_not_modelled_is_on_the_page():
+    assert "Not modelled" not in run_page(make_result())
+    result = make_result()
+    diagnostics = result.diagnostics.model_copy(update={"not_modelled": ("dropout of up to 0.1", "<b>")})
+    page = run_page(result.model_copy(update={"diagnostics": diagnostics}))
+    assert "<h3>Not modelled</h3>" in page
+    assert "<li><p>dropout of up to 0.1</p></li>" in page
+    assert "&lt;b&gt;" in page
+
+
 def test_text_of_files_is_escaped_and_made_visible():
     bad = "<script>alert(1)</script>\x1b[2J\u202e\x00&"
     result = make_result(messages=(bad,))

@@ -17,6 +17,7 @@ from entropy_probe.sampling import (
     sample_evaluation,
     sample_update,
 )
+from entropy_probe.sampling.collect import repeated_prompts
 
 PROMPTS = [Prompt(10 * i, text, answer=text) for i, text in enumerate(["0", "012", "11", "2101", "20", "1"])]
 BATCH = 7
@@ -290,3 +291,13 @@ def test_resampling_an_unchanged_model_gives_the_batch_again(model, tokenizer):
     columns = [torch.nn.functional.pad(getattr(rollouts, name), (3, 0)) for name in names]
     padded = resample_responses(engine, type(rollouts)(*columns, rollouts.prompt_ids), parameters, seed=3)
     assert torch.equal(padded.input_ids, rollouts.input_ids)
+
+
+def test_a_source_that_repeats_its_prompts_says_so():
+    """Copies are drawn as in training on that source; a probe counts them as one prompt."""
+    once = [Prompt(k, f"{k}=") for k in range(3)]
+    assert repeated_prompts(once) == ()
+    copies = [*once, Prompt(3, "1="), Prompt(4, ({"role": "user", "content": "1="},)), Prompt(5, "1=", answer="1")]
+    assert repeated_prompts(copies) == (
+        "the source holds 6 prompts, 4 of them distinct: copies are drawn as they are there",
+    )

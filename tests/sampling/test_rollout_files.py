@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from entropy_probe import Rollouts
+from entropy_probe.sampling import unused_columns
 
 
 def _rollouts(side="right", dtype=torch.float32, **changes):
@@ -169,18 +172,37 @@ def test_missing_column(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: t.append_column("step", pa.array([1, 2, 3])), "got also step"),
+        (lambda t: t.rename_columns({"advantage": "advantages"}), "got also advantages and no advantage; rename it"),
+        (
+            lambda t: t.append_column("trajectory_ids", pa.array([1, 2, 3])),
+            "got also trajectory_ids and no trajectory_id",
+        ),
         (lambda t: t.slice(0, 0), "at least one sequence, got an empty file"),
         (_set("reward", pa.array([1.0, None, 2.0])), "column reward: expected a value in every row, got 1 nulls"),
-        (_set("reward", pa.array(["a", "b", "c"])), "column reward: expected float or double without nulls, got str"),
+        (_set("reward", pa.array(["a", "b", "c"])), "column reward: expected numbers without nulls, got string"),
         (_set("reward", pa.array([1.0, float("nan"), 2.0])), "rewards are not finite in 1 of 3 sequences"),
         (_set("reward", pa.array([[1.0] * n for n in (2, 4, 3)])), "rewards: expected shape"),
-        (_set("prompt_id", pa.array([1.0, 2.0, 3.0])), "column prompt_id: expected int64 without nulls, got double"),
+        (_set("prompt_id", pa.array([1.0, 2.0, 3.0])), "column prompt_id: expected integers or strings without nulls"),
         (_set("prompt_token_ids", pa.array([1, 2, 3])), "column prompt_token_ids: expected lists, got int64"),
         (_set("prompt_token_ids", pa.array([[1], [None], [2]])), "column prompt_token_ids: .* with 1 nulls"),
         (_set("prompt_token_ids", pa.array([[1], [], [2]], pa.list_(pa.int64()))), "response starts at the first"),
         (_set("response_mask", pa.array([[True], [True], [True]])), "response_mask: expected 2 entries in row 0"),
-        (_set("response_mask", pa.array([[False] * n for n in (2, 4, 3)])), "response is empty in 3 of 3"),
+        (_set("response_mask", pa.array([[False] * n for n in (2, 4, 3)])), "a response_mask that is false everywhere"),
+        (
+            _set("response_mask", pa.array([[2] * n for n in (2, 4, 3)])),
+            "response_mask: expected 0 and 1, got numbers up to 2",
+        ),
+        (_set("response_token_ids", pa.array([[7.0] * n for n in (2, 4, 3)])), "response_token_ids: expected integers"),
+        (_set("prompt_id", pa.array(["a", None, "b"])), "column prompt_id: expected a value in every row, got 1 nulls"),
+        (_set("advantage", pa.array([1.0, None, 2.0])), r"advantages are not finite in 1 of 3 sequences \(index 1\)"),
+        (
+            _set("sampled_logprobs", pa.array([[-0.1, None], [-0.1, None, -0.2, -0.3], [-0.1, -0.2, None]])),
+            r"sampled_logprobs are not finite \(or missing\) at response tokens in 1 of 3 sequences \(index 0\)",
+        ),
+        (
+            lambda t: pa.table({"prompt": ["a"], "completion": ["b"], "advantage": [0.1], "step": [3]}),
+            "expected token ids .* got texts, as in the completions that TRL logs",
+        ),
         (_set("sampled_logprobs", pa.array([[0.0] * n for n in (2, 4, 2)])), "sampled_logprobs: expected 3 .* row 2"),
     ],
 )
@@ -191,8 +213,65 @@ def test_inconsistent_files(tmp_path, change, match):
     _read_error(path, match)
 
 
-def test_other_schema(tmp_path):
+def test_a_later_schema_is_refused_and_the_first_is_read(tmp_path):
     path = tmp_path / "r.parquet"
     _rollouts().to_parquet(path)
-    _rewrite(path, lambda t: t, metadata=False)
-    _read_error(path, "expected rollouts of schema 1, got none")
+    for version, match in (("1", None), ("3", "expected rollouts of schema 2 at most, got 3")):
+        table = pq.read_table(path)
+        pq.write_table(table.replace_schema_metadata({"entropy_probe.rollouts_schema": version}), path)
+        if match is None:
+            _assert_equivalent(Rollouts.from_parquet(path), _rollouts())
+        else:
+            _read_error(path, match)
+
+
+def test_a_plain_file_with_these_columns_is_read(tmp_path):
+    """As pandas or an engine's exporter would write them: other widths, other lists, text ids, null off the mask."""
+    path, expected = tmp_path / "r.parquet", _rollouts()
+    row = pa.array([[5, 6], [8], [3, 4, 5]], pa.large_list(pa.int32()))
+    columns = {
+        "group": pa.array(["x", "y", "x"]),
+        "prompt_id": pa.array(["7f-b", "03-a", "7f-b"]).dictionary_encode(),
+        "prompt_token_ids": row,
+        "response_token_ids": pa.array([[7, 1], [9, 10, 11, 1], [6, 1, 12]], pa.list_(pa.uint16())),
+        "response_mask": pa.array([[1, 1], [1, 0, 1, 1], [1, 1, 0]], pa.list_(pa.int8())),
+        "advantage": pa.array([0.1, -0.3, 2.0], pa.float64()),
+        "reward": pa.array([1, 0, 1]),
+        "sampled_logprobs": pa.array(
+            [[-0.5, -0.25], [-1.0, None, -1.0, -2.0], [-0.5, -0.5, None]], pa.list_(pa.float32())
+        ),
+        "trajectory_id": pa.array([4, 4, 2], pa.int16()),
+    }
+    pq.write_table(pa.table(columns), path)
+    back = Rollouts.from_parquet(path)
+    assert back.prompt_ids.tolist() == [0, 1, 0]
+    assert back.trajectory_ids is not None
+    assert back.trajectory_ids.tolist() == [4, 4, 2]
+    same = replace(
+        back, prompt_ids=expected.prompt_ids, trajectory_ids=None, rewards=None, advantages=None, sampled_logprobs=None
+    )
+    _assert_equivalent(same, _rollouts(rewards=None, advantages=None, sampled_logprobs=None))
+    assert back.sampled_logprobs is not None
+    assert back.sampled_logprobs.dtype == torch.float32
+    assert back.sampled_logprobs[back.response_mask].tolist() == [-0.5, -0.25, -1.0, -1.0, -2.0, -0.5, -0.5]
+    assert (back.sampled_logprobs[~back.response_mask] == 0).all()
+    assert unused_columns(path) == ("group",)
+    back.to_parquet(tmp_path / "again.parquet")
+    _assert_equivalent(Rollouts.from_parquet(tmp_path / "again.parquet"), back)
+    assert torch.equal(Rollouts.from_parquet(tmp_path / "again.parquet").trajectory_ids, back.trajectory_ids)
+
+
+def test_masked_out_responses_are_kept_as_rows(tmp_path):
+    rollouts = _rollouts()
+    rollouts = replace(rollouts, response_mask=rollouts.response_mask & (torch.arange(3) != 1)[:, None],
+                       advantages=torch.tensor([0.1, torch.nan, 2.0]))  # fmt: skip
+    path = tmp_path / "r.parquet"
+    rollouts.to_parquet(path)
+    row = pq.read_table(path).to_pylist()[1]
+    # nothing says where its response began
+    assert (row["prompt_token_ids"], row["response_token_ids"]) == ([8, 9, 10, 11, 1], [])
+    back = Rollouts.from_parquet(path)
+    assert back.response_lengths.tolist() == [2, 0, 2]
+    assert back.token_advantages.isfinite().all()
+    _rewrite(path, _set("sampled_logprobs", pa.array([[-0.5, -0.5], None, [-0.5, -0.5, -0.5]])))
+    assert Rollouts.from_parquet(path).sampled_logprobs[back.response_mask].tolist() == [-0.5] * 4

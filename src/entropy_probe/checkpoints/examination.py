@@ -27,6 +27,7 @@ from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.quantization import FourBit, Quantization, refuse_unmentioned
 from entropy_probe.checkpoints.sharded_optimizer import read_sharded_optimizer, with_values
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
+from entropy_probe.checkpoints.trainer_log import not_modelled_by_log
 from entropy_probe.checkpoints.weights import (
     check_finite,
     check_shapes,
@@ -275,6 +276,7 @@ class Examination:
             manifest=self.manifest.recorded if self.manifest else None,
             verdict="unusable" if unusable else "suspicious" if reasons else "healthy",
             reasons=reasons,
+            not_modelled=() if unusable else not_modelled_by_log(self.path),
         )
 
     def _doubts(self) -> Iterator[str]:

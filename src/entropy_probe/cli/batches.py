@@ -32,6 +32,7 @@ class Inputs:
     evaluation: Rollouts | None
     prompts: list[Prompt]
     reward: Rewards | None
+    notes: tuple[str, ...] = ()
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -40,17 +41,23 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
         ValueError: if a file, the prompts or the reward cannot be used.
     """
-    from entropy_probe.sampling import load_prompts, load_rewards
+    from entropy_probe.sampling import load_prompts, load_rewards, unused_columns
     from entropy_probe.types import Rollouts
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
+    unused = {batch: unused_columns(path) for batch, path in config.rollouts if path}
     complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
     prompts = [] if complete else load_prompts(required(config.prompts))
     reward = None
     if update is None:
         reward = load_rewards(required(config.reward), config.reward_weights, _trainer_state(config.checkpoint))
         reward.check(prompts)
-    return Inputs(update, evaluation, prompts, reward)
+    notes = (
+        f"{batch}: of the file's columns, {', '.join(columns)} are not used"
+        for batch, columns in unused.items()
+        if columns
+    )
+    return Inputs(update, evaluation, prompts, reward, tuple(notes))
 
 
 def _trainer_state(checkpoint: Path) -> SimpleNamespace | None:
@@ -66,6 +73,12 @@ def _parameters(config: RunConfig) -> SamplingParameters:
 
     longest = required(config.probe.max_completion_length)
     return SamplingParameters(config.probe.temperature, longest, config.generation.stop)
+
+
+def end_ids(state: CheckpointState) -> list[int]:
+    """What the checkpoint's tokenizer ends a text with, if it has one."""
+    found = getattr(state.tokenizer, "eos_token_id", None)
+    return [] if found is None else [found]
 
 
 def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> SequenceGenerator | None:

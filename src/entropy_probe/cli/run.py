@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entropy_probe.cli.batches import engine_for, read_inputs, required, resampler, sample_missing
+from entropy_probe.cli.batches import end_ids, engine_for, read_inputs, required, resampler, sample_missing
 
 if TYPE_CHECKING:
     from entropy_probe.attribution import Attribution
@@ -159,15 +159,14 @@ def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, 
         progress=progress,
         resample=resampler(config, state, ranks),
         distributed=ranks.size > 1 and not config.shard,
+        end_token_ids=end_ids(state),
     )
 
     def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
         found = sample_missing(config, state, inputs, sampled, engine, progress)
-        update, evaluation, _ = found
-        if config.save_rollouts:
+        update, _, _ = found
+        if config.save_rollouts and inputs.update is None:  # sampling can take hours: kept from here on
             update.to_parquet(staging / UPDATE_FILE)
-            if evaluation is not None and not sampled[0].exists():
-                evaluation.to_parquet(sampled[0])
         return found
 
     sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
@@ -175,12 +174,17 @@ def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, 
         engine = engine_for(config, state, ranks)
         update, evaluation, notes = share_engine(ranks, engine, sample, together=config.shard)
     result, attribution = _run_mode(probe, config, update, evaluation)
-    result = _annotate(result, (*state.report.reasons, *notes), clock.seconds)
+    notes = (*state.report.reasons, *inputs.notes, *notes)
+    result = _annotate(result, notes, state.report.not_modelled, clock.seconds)
     if ranks.rank == 0:
         if attribution is not None:
             attribution.save_tables(staging, state.tokenizer)
         if not config.save_rollouts:
             sampled[0].unlink(missing_ok=True)
+        else:  # given batches join the run's files at its end: what fails before it leaves no copy of them
+            for given, file in ((inputs.update, staging / UPDATE_FILE), (inputs.evaluation, sampled[0])):
+                if given is not None:
+                    given.to_parquet(file)
         (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
         result.save(staging)
     return _Run(probe, result, attribution, evaluation)
@@ -223,12 +227,19 @@ def _run_mode(
         return result, attribution
     one = probe.one_batch(update)
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})
-    new = [message for message in one.diagnostics.messages if message not in result.diagnostics.messages]
-    return _annotate(result, tuple(f"one batch: {message}" for message in new), one.timing), attribution
+
+    def new(said: str) -> tuple[str, ...]:
+        lines = getattr(one.diagnostics, said)
+        return tuple(f"one batch: {line}" for line in lines if line not in getattr(result.diagnostics, said))
+
+    return _annotate(result, new("messages"), new("not_modelled"), one.timing), attribution
 
 
-def _annotate(result: ProbeResult, notes: tuple[str, ...], seconds: dict[str, float]) -> ProbeResult:
-    """The result with what happened before the probe."""
-    messages = (*result.diagnostics.messages, *notes)
-    diagnostics = result.diagnostics.model_copy(update={"messages": messages})
+def _annotate(
+    result: ProbeResult, notes: tuple[str, ...], not_modelled: tuple[str, ...], seconds: dict[str, float]
+) -> ProbeResult:
+    """The result with what is known from elsewhere."""
+    said = result.diagnostics
+    more = {"messages": (*said.messages, *notes), "not_modelled": (*said.not_modelled, *not_modelled)}
+    diagnostics = said.model_copy(update=more)
     return result.model_copy(update={"diagnostics": diagnostics, "timing": seconds | result.timing})

@@ -101,7 +101,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
 
     See :mod:`entropy_probe.cli.sweep_directory` for the protocol.
     """
-    from entropy_probe.cli.batches import engine_for, read_inputs, resampler
+    from entropy_probe.cli.batches import end_ids, engine_for, read_inputs, resampler
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_page
     from entropy_probe.cli.run import open_checkpoint
@@ -135,6 +135,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
             progress=progress,
             resample=resampler(config, state, ranks),
             distributed=ranks.size > 1 and not config.shard,
+            end_token_ids=end_ids(state),
         )
 
         def collect(engine: SequenceGenerator | None) -> Inputs:
@@ -153,7 +154,14 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
         )
     records = [collected.rollouts[batch] for batch in ("update", "evaluation")]
     notes = [note for record in records for note in record.notes]
-    found = found.model_copy(update={"messages": (*state.report.reasons, *notes, *found.messages)})
+    left_out = (*found.prediction.diagnostics.not_modelled, *state.report.not_modelled)
+    diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
+    found = found.model_copy(
+        update={
+            "prediction": found.prediction.model_copy(update={"diagnostics": diagnostics}),
+            "messages": (*state.report.reasons, *notes, *found.messages),
+        }
+    )
     if not writing:
         return found
     for name, content in figure_files({"": found}).items():

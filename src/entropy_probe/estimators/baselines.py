@@ -115,8 +115,11 @@ def leave_one_out_mean(
     batch_sum: float,
     batch_count: float,
     weights: Float[Tensor, " N"],
+    draws: Units | None = None,
 ) -> Float[Tensor, " N"]:
     """For each sequence the mean of the others of its prompt, or of the whole batch if its prompt has no other.
+
+    Others are those that were not sampled together with it.
 
     Args:
         values: of these sequences.
@@ -124,15 +127,21 @@ def leave_one_out_mean(
         batch_sum: of the values over the whole batch.
         batch_count: sequences of the whole batch.
         weights: what these sequences count in the sum, the number and the mean.
+        draws: which of them were sampled together, all of a draw among them and under one prompt id; by default each by
+            itself.
 
     Raises:
         ValueError: for a batch of one sequence.
     """
     if batch_count < 1.5:
         raise ValueError(f"leave-one-out baseline: expected at least 2 sequences, got {batch_count:.0f}")
-    weighted = weights * values.double()
+    own_count, own_sum = weights, weights * values.double()
     group = Units.prompts(prompt_ids)
-    count = group.total(weights)[group.index]
-    some = count - weights > LEAST_SHARE * count
-    within = (group.total(weighted)[group.index] - weighted) / torch.where(some, count - weights, 1.0)
-    return torch.where(some, within, (batch_sum - weighted) / (batch_count - weights))
+    count, total = group.total(own_count)[group.index], group.total(own_sum)[group.index]
+    if draws is not None:
+        own_count, own_sum = draws.total(own_count)[draws.index], draws.total(own_sum)[draws.index]
+    some = count - own_count > LEAST_SHARE * count
+    within = (total - own_sum) / torch.where(some, count - own_count, 1.0)
+    rest = batch_count - own_count
+    outside = torch.where(rest > LEAST_SHARE * batch_count, (batch_sum - own_sum) / rest, 0.0)
+    return torch.where(some, within, outside)

@@ -35,8 +35,8 @@ Normalization = Literal["token", "sequence"]
 
 
 def sequence_weights(scores: TokenScores, normalization: Normalization) -> Float[Tensor, " N"]:
-    """What each sequence adds to the denominator: its response tokens, or 1 per sequence, times its weight."""
-    return scores.weights * scores.response_lengths if normalization == "token" else scores.weights
+    """What each sequence adds to the denominator: its response tokens, or 1 per response, times its weight."""
+    return scores.weights * (scores.response_lengths if normalization == "token" else scores.answered)
 
 
 def sequence_entropies(scores: TokenScores, kind: EntropyKind) -> Float[Tensor, " N"]:
@@ -62,6 +62,7 @@ def entropy_coefficients(
     batch: PositionSums,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
+    draws: Units | None = None,
 ) -> TokenCoefficients:
     """Coefficients of the entropy-gradient surrogate, before division by the tokens or sequences of the batch.
 
@@ -78,6 +79,7 @@ def entropy_coefficients(
         batch: sums over the whole batch.
         normalization: per token or per sequence.
         kind: how the entropy of a sequence is estimated.
+        draws: which of these sequences were sampled together, whole; by default each by itself.
 
     Returns:
         Float64 coefficients, 0 off the response.
@@ -87,7 +89,8 @@ def entropy_coefficients(
     sums = batch.of_kind(kind) - per_token * reaching
     if kind == "surprisal":
         surprisal = -scores.sequence_logprobs - per_token * scores.response_lengths.double()
-        others = leave_one_out_mean(surprisal, prompt_ids, sums.sum().item(), reaching[0].item(), weights)
+        counted = weights * scores.answered
+        others = leave_one_out_mean(surprisal, prompt_ids, sums.sum().item(), reaching[0].item(), counted, draws)
         return TokenCoefficients((weights * (surprisal - others))[:, None] * mask, None)
     to_go = strictly_after(scores.entropies.double() - per_token, mask)
     centred = to_go - position_baseline(to_go, mask, units, reaching, sums, weights)

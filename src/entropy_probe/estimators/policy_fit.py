@@ -28,7 +28,7 @@ class Fit:
     Attributes:
         z: the sum of surprisal minus entropy over its own error; about standard normal on policy.
         excess: mean of surprisal minus entropy, nats per token.
-        num_sequences: sequences of the batch.
+        num_sequences: sequences of the batch with response tokens.
     """
 
     z: float
@@ -84,4 +84,4 @@ def policy_fit(sums: Float[Tensor, "4 N"], log_weights: Float[Tensor, " N"] | No
         error = x.square().sum()
     excess = x.sum() / count.clamp(min=1)
     z = x.sum() / (error + (_ROUNDING * count.clamp(min=1)).square()).sqrt()
-    return Fit(z.item(), excess.item(), len(x))
+    return Fit(z.item(), excess.item(), int((tokens > 0).sum()))

@@ -23,13 +23,13 @@ LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 
 
 def _sequence_mean(mask: Tensor, prompt_ids: Tensor, max_completion_length: int | None) -> Tensor:
-    """``1 / (N T_i)``: the mean over sequences of each sequence's token mean (Shao et al., 2024)."""
-    return (1 / (mask.shape[0] * mask.sum(1, dtype=torch.float64)))[:, None]
+    """``1 / (N T_i)``: the mean over sequences of each sequence's token mean, 0 if masked out (Shao et al., 2024)."""
+    return (1 / (mask.shape[0] * mask.sum(1, dtype=torch.float64).clamp(min=1)))[:, None]
 
 
 def _token_mean(mask: Tensor, prompt_ids: Tensor, max_completion_length: int | None) -> Tensor:
     """``1 / sum_i T_i``: the mean over all response tokens of the step (Yu et al., 2025)."""
-    return (1 / mask.sum(dtype=torch.float64))[None, None]
+    return (1 / mask.sum(dtype=torch.float64).clamp(min=1))[None, None]
 
 
 def _constant_length(mask: Tensor, prompt_ids: Tensor, max_completion_length: int | None) -> Tensor:
@@ -47,7 +47,7 @@ def _per_prompt_max(mask: Tensor, prompt_ids: Tensor, max_completion_length: int
     _, group = prompt_ids.unique(return_inverse=True)
     lengths = mask.sum(1)
     longest = torch.zeros(int(group.max()) + 1, dtype=lengths.dtype).scatter_reduce(0, group, lengths, "amax")
-    return (1 / (mask.shape[0] * longest[group].double()))[:, None]
+    return (1 / (mask.shape[0] * longest[group].double().clamp(min=1)))[:, None]
 
 
 _WEIGHTS: dict[str, Callable[[Tensor, Tensor, int | None], Tensor]] = {
@@ -69,11 +69,12 @@ def token_weights(
     """The weight ``omega_it`` of every response token in the loss of one whole optimizer step.
 
     Normalised over all sequences of the step. A trainer that normalises each microbatch by itself (TRL's ``bnpo``)
-    agrees when a step is one microbatch. 0 off the response.
+    agrees when a step is one microbatch. 0 off the response. A sequence without response tokens, which the trainer
+    masks out, counts in N; that is all it does.
 
     Args:
         response_mask: which tokens count.
-        prompt_ids: the prompt of each sequence.
+        prompt_ids: the prompt of each sequence, by which the trainer groups them.
         loss_type: the trainer's name of the loss.
         max_completion_length: the trainer's generation limit in tokens; needed by ``dr_grpo``.
 

@@ -54,6 +54,30 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "taken as drawn with replacement",
         "Set probe.evaluation_unit to prompt if responses to one prompt were drawn together.",
     ),
+    (
+        "equal prompts are one",
+        "Right where a data set holds a prompt several times. Set probe.merge_equal_prompts to false where ids with "
+        "equal tokens are different prompts (images, say).",
+    ),
+    ("copies are drawn as they are there", "Leave copies out of the source, unless training draws from it as it is."),
+    ("counts as sampled together", f"{NOTHING} Leave trajectory_ids out to count every sequence by itself."),
+    (
+        "follow an end token",
+        "Let response_mask end with the end token: padding and the next turn's template are not the policy's.",
+    ),
+    (
+        "no response has an end token",
+        "Keep the end token that the policy sampled, in the ids and in the mask. Right as it is only where stop "
+        "strings end the responses.",
+    ),
+    (
+        "entropy is that of the others",
+        "Read the entropy as that of the responses the trainer keeps, or give evaluation rollouts with full masks.",
+    ),
+    (
+        "columns, .* are not used",
+        f"{NOTHING} The columns that are read are in docs/rollouts.md.",
+    ),
     ("exceed max_stored_gradient_gib", f"{NOTHING} Raise probe.max_stored_gradient_gib to pass over the batch once."),
     ("its own code takes the step on copies", "Use more update prompts for a sharper error; the prediction is exact."),
     (

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from entropy_probe.checkpoint_results import CheckpointReport, GroupReport, MovementReport
 from entropy_probe.report.numbers import format_number, format_percent
+from entropy_probe.report.terminal import print_not_modelled
 from entropy_probe.report.text import printable
 from entropy_probe.results import OptimizerStateReport
 
@@ -30,6 +31,7 @@ def print_checkpoint(report: CheckpointReport, console: Console) -> None:
     console.print(Padding(Text.assemble("Verdict: ", (report.verdict, STYLES[report.verdict])), (1, 1, 0, 1)))
     for reason in report.reasons:
         console.print(Padding(Text(printable(f"- {reason}")), (0, 1)))
+    print_not_modelled(report.not_modelled, console)
 
 
 def _facts(report: CheckpointReport) -> list[tuple[str, str]]:

@@ -12,10 +12,10 @@ from rich.text import Text
 from entropy_probe.report.attribution_console import print_attribution
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
 from entropy_probe.report.tables import Tables, read_tables
-from entropy_probe.report.terminal import print_note, print_titled
+from entropy_probe.report.terminal import print_not_modelled, print_note, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
-from entropy_probe.report.wording import ESTIMATORS, REPORT_FILE, column_exponent
+from entropy_probe.report.wording import ESTIMATORS, REPORT_FILE, UNITS, column_exponent
 from entropy_probe.results import CrossPrompt, Diagnostics, Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["print_files", "print_result"]
@@ -49,6 +49,7 @@ def print_result(
     print_titled(_title(result), _table(result), console)
     for message in result.diagnostics.messages:
         print_note(message, console)
+    print_not_modelled(result.diagnostics.not_modelled, console)
     console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
     if result.attribution is not None:
         tables = read_tables(directory) if tables is None and directory is not None else tables
@@ -71,7 +72,7 @@ def _table(result: ProbeResult) -> Table:
     table.add_column(f" {result.entropy.unit}", no_wrap=True)
     table.add_column("", style="dim")
     entropy = result.entropy
-    units = f"{entropy.num_units} {result.diagnostics.evaluation_unit}s"
+    units = f"{entropy.num_units} {UNITS[result.diagnostics.evaluation_unit]}"
     table.add_row("entropy H(θ)", _pair(entropy), f"{units} on the evaluation side")
     _add_policy_fit(table, result.diagnostics)
     exponent = column_exponent(result)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from entropy_probe.report.console import print_files
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
-from entropy_probe.report.terminal import print_note, print_titled
+from entropy_probe.report.terminal import print_not_modelled, print_note, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.sweep_results import Fitted, Sweep, SweepPoint
 
@@ -53,6 +53,7 @@ def _print_sweep(sweep: Sweep, console: Console) -> None:
     console.print(_fits(sweep))
     for message in (*sweep.prediction.diagnostics.messages, *sweep.messages):
         print_note(message, console)
+    print_not_modelled(sweep.prediction.diagnostics.not_modelled, console)
     console.print(Padding(Text(sweep_sentence(sweep)), 1))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -9,13 +11,19 @@ from rich.text import Text
 
 from entropy_probe.report.text import printable
 
-__all__ = ["print_note", "print_titled"]
+__all__ = ["print_not_modelled", "print_note", "print_titled"]
 
 
 def print_titled(title: str, table: Table, console: Console) -> None:
     """Print a table below its title, which stays on one line: as the table's own it would wrap at the table's width."""
     console.print(Text(printable(title), "bold"), soft_wrap=True)
     console.print(table)
+
+
+def print_not_modelled(parts: Sequence[str], console: Console) -> None:
+    """Print what of the trainer's step is not in the numbers, a line each."""
+    for part in parts:
+        console.print(Padding(Text(printable(f"not modelled: {part}"), style="yellow"), (0, 1)))
 
 
 def print_note(message: str, console: Console) -> None:

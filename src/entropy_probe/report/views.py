@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, typeset
-from entropy_probe.report.wording import ESTIMATORS, column_exponent
+from entropy_probe.report.wording import ESTIMATORS, UNITS, column_exponent
 from entropy_probe.results import Estimate, OptimizerStateReport, ProbeResult, Realized
 
 __all__ = [
@@ -78,8 +78,8 @@ def cards(result: ProbeResult) -> list[Card]:
         error = max(cross.se_plugin, cross.se_jackknife)
         value = typeset(format_estimate(cross.delta_h1, error, exponent))
         found.append(Card("One batch δH₁", value, f"from {cross.num_units} units of the update batch, frozen geometry"))
-    unit = result.diagnostics.evaluation_unit
-    found.append(Card("Entropy H(θ)", _written(result.entropy), f"{result.entropy.num_units} {unit}s"))
+    units = UNITS[result.diagnostics.evaluation_unit]
+    found.append(Card("Entropy H(θ)", _written(result.entropy), f"{result.entropy.num_units} {units}"))
     return found
 
 

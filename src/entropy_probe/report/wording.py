@@ -5,10 +5,12 @@ from __future__ import annotations
 from entropy_probe.report.numbers import common_exponent
 from entropy_probe.results import ProbeResult
 
-__all__ = ["ESTIMATORS", "REPORT_FILE", "RESULT_FIGURES", "column_exponent"]
+__all__ = ["ESTIMATORS", "REPORT_FILE", "RESULT_FIGURES", "UNITS", "column_exponent"]
 
 REPORT_FILE = "report.html"
 RESULT_FIGURES = ("change", "parts", "prompts", "layers")
+
+UNITS = {"sequence": "sequences", "prompt": "prompts", "trajectory": "trajectories"}
 
 ESTIMATORS = {
     "per_decision": "per-decision importance weights",

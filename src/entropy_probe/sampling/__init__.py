@@ -10,7 +10,7 @@ from entropy_probe.sampling.collect import (
 )
 from entropy_probe.sampling.divided import share_engine
 from entropy_probe.sampling.evaluation import resample_responses, sample_evaluation, sample_evaluation_file
-from entropy_probe.sampling.files import read_rollouts, write_rollouts
+from entropy_probe.sampling.files import read_rollouts, unused_columns, write_rollouts
 from entropy_probe.sampling.generator import (
     Completion,
     Progress,
@@ -53,5 +53,6 @@ __all__ = [
     "sample_update",
     "score_responses",
     "share_engine",
+    "unused_columns",
     "write_rollouts",
 ]

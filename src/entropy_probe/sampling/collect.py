@@ -112,7 +112,7 @@ class SamplingReport:
 
     Attributes:
         num_sequences: sequences in the batch.
-        num_prompts: distinct prompts in the batch.
+        num_prompts: prompts in the batch, by their ids.
         prompts_tried: distinct prompts that responses were sampled for.
         prompts_dropped: of those, the ones dropped because their rewards were all equal.
         rounds: rounds of sampling, 1 without resampling.
@@ -158,7 +158,7 @@ def sample_update(
     parameters: SamplingParameters,
     progress: Progress | None = None,
 ) -> tuple[Rollouts, SamplingReport]:
-    """Sample an update batch: distinct prompts, a group of responses each, with rewards and advantages.
+    """Sample an update batch: prompts with distinct ids, a group of responses each, with rewards and advantages.
 
     Args:
         engine: samples the responses.
@@ -198,7 +198,8 @@ def sample_update(
         kept += [g for g in groups if not (settings.filter_zero_advantage and g.has_equal_rewards)]
         rounds += 1
     _check_differences(kept, tried, rounds, settings)
-    return _update_rollouts(kept, settings), _update_report(kept, tried, rounds, settings, engine.messages)
+    notes = (*engine.messages, *repeated_prompts(prompts))
+    return _update_rollouts(kept, settings), _update_report(kept, tried, rounds, settings, notes)
 
 
 def _score(
@@ -280,6 +281,16 @@ def _update_report(
         mean_response_length=fmean(len(c.token_ids) for group in kept for c in group.completions),
         stopped_fraction=fmean(c.stopped for group in tried for c in group.completions),
         messages=tuple(messages),
+    )
+
+
+def repeated_prompts(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """A line where a source holds a prompt several times; each copy can be drawn, as in training on that source."""
+    distinct = len({repr(prompt.prompt) for prompt in prompts})
+    if distinct == len(prompts):
+        return ()
+    return (
+        f"the source holds {len(prompts)} prompts, {distinct} of them distinct: copies are drawn as they are there",
     )
 
 

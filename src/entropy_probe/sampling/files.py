@@ -2,20 +2,25 @@
 
 One row per sequence, padding not stored. Columns:
 
-* ``prompt_id`` (int64): which prompt the sequence answers;
+* ``prompt_id`` (int64): which prompt the sequence answers; strings are numbered in the order of their first row;
 * ``prompt_token_ids`` (list of int64): the tokens before the first response token, at least one;
 * ``response_token_ids`` (list of int64): the tokens from the first response token to the end of the sequence;
-* ``response_mask`` (list of bool): per entry of ``response_token_ids``, whether the policy sampled it;
-* ``advantage`` (float, or list of float per entry of ``response_token_ids``), ``reward`` (float) and
-  ``sampled_logprobs`` (list of float in nats per entry of ``response_token_ids``): each absent when the batch
-  has none.
+* ``response_mask`` (list of bool): per entry of ``response_token_ids``, whether the policy sampled it; all false, or no
+  entry, for a response that the trainer masks out of its loss;
+* ``advantage`` (float, or list of float per entry of ``response_token_ids``), ``reward`` (float),
+  ``sampled_logprobs`` (list of float in nats per entry of ``response_token_ids``) and ``trajectory_id`` (int64, or
+  strings): each absent when the batch has none.
 
-Per-token numbers are kept where ``response_mask`` is true and are 0 elsewhere. Numbers are float64 if the
-batch holds float64, else float32 (exact for half precisions).
+Per-token numbers are kept where ``response_mask`` is true and are 0 elsewhere; in a file of other origin they may be
+anything there, null included. Numbers are float64 if the batch holds float64, else float32 (exact for half precisions).
+
+Any Parquet file with these columns is read, whoever wrote it: token ids of any integer type, lists of any kind, numbers
+of any precision, a mask of 0 and 1. Further columns are left alone (:func:`unused_columns`).
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -32,13 +37,17 @@ from entropy_probe.types import Rollouts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["SCHEMA_VERSION", "merge_rollouts", "read_note", "read_rollouts", "write_rollouts"]
+__all__ = ["SCHEMA_VERSION", "merge_rollouts", "read_note", "read_rollouts", "unused_columns", "write_rollouts"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had no ``trajectory_id`` and no responses without tokens; it is read as before."""
 _SCHEMA_KEY = b"entropy_probe.rollouts_schema"
 _NOTE_KEY = b"entropy_probe.note"
 _REQUIRED = ("prompt_id", "prompt_token_ids", "response_token_ids", "response_mask")
 _OPTIONAL = ("advantage", "reward", "sampled_logprobs")
+_TRAJECTORY = "trajectory_id"
+_KNOWN = (*_REQUIRED, *_OPTIONAL, _TRAJECTORY)
+_READABLE = ("none", "1", "2")
 
 
 def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | None = None) -> None:
@@ -69,6 +78,8 @@ def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | Non
             columns[name] = _ragged(value.masked_fill(~rollouts.response_mask, 0.0), is_response)
         else:
             columns[name] = pa.array(_numpy(value))
+    if rollouts.trajectory_ids is not None:
+        columns[_TRAJECTORY] = pa.array(_numpy(rollouts.trajectory_ids.long()))
     metadata = {_SCHEMA_KEY: str(SCHEMA_VERSION)} | ({} if note is None else {_NOTE_KEY: json.dumps(note)})
     table = pa.table(columns).replace_schema_metadata(metadata)
     with _whole(path) as temporary:
@@ -105,13 +116,13 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def read_rollouts(path: Path) -> Rollouts:
-    """Read a batch written by :func:`write_rollouts`.
+    """Read a batch written by :func:`write_rollouts`, or a plain file with its columns.
 
     The batch comes back on the CPU in the same order and in one canonical layout: prompt first, right-padded
     to the longest sequence with token id 0.
 
     Raises:
-        ValueError: if the file is missing, is not Parquet, is truncated, is of another schema, lacks a
+        ValueError: if the file is missing, is not Parquet, is truncated, is of a later schema, lacks a
             column, or its columns disagree.
     """
     table = _read_table(path)
@@ -131,25 +142,37 @@ def read_rollouts(path: Path) -> Rollouts:
     def optional(name: str) -> Tensor | None:
         if name not in table.column_names:
             return None
-        if not _is_list(table, name):
+        if not _is_list(table.schema.field(name).type):
             return _scalars(table, name, path)
         values, counts = _lists(table, name, path)
-        _same_lengths(response_lengths, counts, name, path)
-        return at_response(values)
+        absent = torch.from_numpy(table[name].is_null().to_numpy())
+        _same_lengths(response_lengths, torch.where(absent, response_lengths, counts), name, path)
+        there = is_response & ~absent[:, None]
+        found = torch.full(there.shape, torch.nan, dtype=values.dtype).masked_scatter_(there, values)
+        return torch.where(sampled, found, 0.0)
 
+    sampled = at_response(mask)
     values = {
         "input_ids": at_response(response).masked_scatter_(is_prompt, prompt),
         "attention_mask": is_prompt | is_response,
-        "response_mask": at_response(mask),
+        "response_mask": sampled,
         "prompt_ids": _scalars(table, "prompt_id", path),
         "advantages": optional("advantage"),
         "rewards": optional("reward"),
         "sampled_logprobs": optional("sampled_logprobs"),
+        "trajectory_ids": optional(_TRAJECTORY),
     }
     try:
         return Rollouts(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def unused_columns(path: Path) -> tuple[str, ...]:
+    """The columns of a file of rollouts that are not read."""
+    import pyarrow.parquet as pq
+
+    return tuple(name for name in pq.read_schema(path).names if name not in _KNOWN)
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -179,31 +202,46 @@ def _read_table(path: Path) -> pa.Table:
             "Parquet or is truncated, so write it again with Rollouts.to_parquet"
         ) from error
     found = (table.schema.metadata or {}).get(_SCHEMA_KEY, b"none").decode()
-    if found != str(SCHEMA_VERSION):
+    if found not in _READABLE:
         raise ValueError(
-            f"{path}: expected rollouts of schema {SCHEMA_VERSION}, got {found}; write the file with "
+            f"{path}: expected rollouts of schema {SCHEMA_VERSION} at most, got {found}; write the file with "
             "Rollouts.to_parquet of this version"
         )
-    missing = [name for name in _REQUIRED if name not in table.column_names]
-    if missing:
-        raise ValueError(f"{path}: expected columns {', '.join(_REQUIRED)}, got a file without {', '.join(missing)}")
-    unknown = sorted(set(table.column_names) - {*_REQUIRED, *_OPTIONAL})
-    if unknown:
-        raise ValueError(f"{path}: expected columns {', '.join(_REQUIRED + _OPTIONAL)}, got also {', '.join(unknown)}")
+    _check_columns(table.column_names, path)
     if table.num_rows == 0:
         raise ValueError(f"{path}: expected at least one sequence, got an empty file; sample again")
-    for name in table.column_names:
-        if table[name].null_count:
+    for name in (*_REQUIRED, "reward", _TRAJECTORY):
+        if name in table.column_names and table[name].null_count:
             raise ValueError(
                 f"{path}: column {name}: expected a value in every row, got {table[name].null_count} nulls"
             )
     return table
 
 
-def _is_list(table: pa.Table, name: str) -> bool:
+def _check_columns(names: Sequence[str], path: Path) -> None:
+    missing = [name for name in _REQUIRED if name not in names]
+    if missing and {"prompt", "completion"} <= set(names):
+        raise ValueError(
+            f"{path}: expected token ids (columns {', '.join(_REQUIRED)}), got texts, as in the completions that TRL "
+            "logs: tokenized again they lack end tokens, so record the ids in training, or let entropy-probe sample "
+            "(prompts, reward and update in place of rollouts.update)"
+        )
+    if missing:
+        raise ValueError(f"{path}: expected columns {', '.join(_REQUIRED)}, got a file without {', '.join(missing)}")
+    absent = [name for name in _KNOWN if name not in names]
+    for name in sorted(set(names) - set(_KNOWN)):
+        meant = difflib.get_close_matches(name, absent, n=1, cutoff=0.85)
+        if meant:
+            raise ValueError(
+                f"{path}: expected columns {', '.join(_KNOWN)}, got also {name} and no {meant[0]}; rename it if it is "
+                "that, or leave it out"
+            )
+
+
+def _is_list(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    return pa.types.is_list(table.schema.field(name).type)
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _scalars(table: pa.Table, name: str, path: Path) -> Tensor:
@@ -211,27 +249,50 @@ def _scalars(table: pa.Table, name: str, path: Path) -> Tensor:
 
 
 def _lists(table: pa.Table, name: str, path: Path) -> tuple[Tensor, Tensor]:
-    """All entries of a list column one after the other, and the length of each row's list ``[N]``."""
-    if not _is_list(table, name):
+    """All entries of a list column one after the other, and the length of each row's list ``[N]``, 0 for null."""
+    import pyarrow.compute as pc
+
+    if not _is_list(table.schema.field(name).type):
         raise ValueError(f"{path}: column {name}: expected lists, got {table.schema.field(name).type}")
     column = table[name].combine_chunks()
-    lengths = torch.from_numpy(column.value_lengths().to_numpy().astype(np.int64))
-    return _tensor(column.flatten(), name, path), lengths
+    counts = pc.call_function("list_value_length", [column])
+    lengths = torch.from_numpy(pc.fill_null(counts, 0).to_numpy(zero_copy_only=False).astype(np.int64))
+    return _tensor(pc.call_function("list_flatten", [column]), name, path), lengths
 
 
 def _tensor(array: pa.Array, name: str, path: Path) -> Tensor:
+    """A column's entries: ids as int64, the mask as bool, numbers as they are or as float32, null as NaN."""
     import pyarrow as pa
 
-    kinds = {
-        "response_mask": (pa.bool_(),),
-        **dict.fromkeys(("prompt_id", "prompt_token_ids", "response_token_ids"), (pa.int64(),)),
-    }.get(name, (pa.float32(), pa.float64()))
-    if array.null_count or array.type not in kinds:
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind, is_id = array.type, name in ("prompt_id", _TRAJECTORY)
+    is_number = name in _OPTIONAL
+    fits = pa.types.is_integer(kind)
+    if is_number:
+        fits |= pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    elif array.null_count:
+        fits = False
+    elif name == "response_mask":
+        fits |= pa.types.is_boolean(kind)
+    if is_id and not array.null_count and str(kind) in ("string", "large_string", "string_view"):
+        array = array.dictionary_encode().indices
+    elif not fits:
+        expected = "numbers" if is_number else "true or false" if name == "response_mask" else "integers"
+        also = " or strings" if is_id else ""
         raise ValueError(
-            f"{path}: column {name}: expected {' or '.join(map(str, kinds))} without nulls, got {array.type} "
-            f"with {array.null_count} nulls"
+            f"{path}: column {name}: expected {expected}{also} without nulls, got {kind} with {array.null_count} nulls"
         )
-    return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy())
+    if is_number:
+        wide = array.cast(pa.float64())
+        values = torch.from_numpy(wide.to_numpy(zero_copy_only=False).copy())
+        return values.float() if pa.types.is_floating(kind) and kind != pa.float64() else values
+    values = torch.from_numpy(array.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False).copy())
+    if name != "response_mask":
+        return values
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) <= 1:
+        raise ValueError(f"{path}: column {name}: expected 0 and 1, got numbers up to {int(values.abs().max())}")
+    return values.bool()
 
 
 def _same_lengths(expected: Tensor, got: Tensor, name: str, path: Path) -> None:

@@ -129,7 +129,7 @@ class PolicyCalls:
     def microbatches(
         self, rollouts: Rollouts, rows: Tensor | None = None, *, share: bool = True
     ) -> Iterator[Microbatch]:
-        """The batch, or some rows of it, cut into microbatches, one at a time.
+        """The batch, or some rows of it, cut into microbatches, one at a time; sequences without response are left out.
 
         Args:
             rollouts: the batch.
@@ -137,6 +137,7 @@ class PolicyCalls:
             share: whether responses to one prompt may share a row.
         """
         rows = torch.arange(len(rollouts)) if rows is None else rows
+        rows = rows[rollouts.response_mask[rows].any(1)]
         if self._alone:
             yield from (self.pack(rollouts, row[None]) for row in rows)
             return
@@ -160,7 +161,7 @@ class PolicyCalls:
         *,
         share: bool = True,
     ) -> Iterator[tuple[Microbatch, T]]:
-        """Work on the batch, or some rows of it, microbatch by microbatch.
+        """Work on the batch, or some rows of it, microbatch by microbatch; on none without response tokens.
 
         A microbatch that does not fit the device's memory is cut again, with half its size as the bound from there
         on. Nothing but the size of microbatches changes, and they are free to choose.
@@ -176,6 +177,7 @@ class PolicyCalls:
         """
         left = torch.zeros(len(rollouts), dtype=torch.bool)
         left[slice(None) if rows is None else rows] = True
+        left &= rollouts.response_mask.any(1)
         waiting = rows
         while bool(left.any()):
             for batch in self.microbatches(rollouts, waiting, share=share):

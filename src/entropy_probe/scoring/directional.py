@@ -100,7 +100,7 @@ def why_not_forward_mode(
     """
     if scorer.sharded:
         return "its parameters are sharded"
-    shortest = rollouts.attention_mask.sum(1).argsort(stable=True)[:NUM_TRIED]
+    shortest = rollouts.shortest_first[:NUM_TRIED]
     batch = next(scorer.microbatches(rollouts, shortest, share=False))
     line = _Line(scorer, batch, parameters, direction)
     try:

@@ -113,8 +113,7 @@ class Scorer(PolicyCalls):
     @torch.no_grad()
     def shortest_scores(self, rollouts: Rollouts) -> list[tuple[str, Tensor]]:
         """What the policy makes of the shortest sequence, unchecked: each of its scores, ``[T]``."""
-        shortest = rollouts.attention_mask.sum(1).argmin()[None]
-        return list(self.scores(self.pack(rollouts, shortest))._asdict().items())
+        return list(self.scores(self.pack(rollouts, rollouts.shortest_first[:1]))._asdict().items())
 
     @torch.no_grad()
     def _score(self, rollouts: Rollouts, *, share: bool = True, progress: Progress | None = None) -> TokenScores:

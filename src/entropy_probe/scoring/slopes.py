@@ -186,7 +186,7 @@ def _why_not(
     one with a wrong rule does not. Tokens have different weights, so that their errors do not cancel.
     """
     weights = torch.rand(rollouts.input_ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    by_length = rollouts.attention_mask.sum(1).argsort(stable=True)
+    by_length = rollouts.shortest_first
     middle = max(0, len(by_length) // 2 - 1)
     for row in by_length[middle : middle + NUM_TRIED]:
         try:

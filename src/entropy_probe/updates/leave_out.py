@@ -35,7 +35,8 @@ def renormalisation(
     for block in range(int(blocks.max()) + 1):
         kept = blocks != block
         reduced = token_weights(mask[kept], prompts[kept], loss_type, max_completion_length)
-        factors.append((reduced.sum() / whole[kept].sum()).item())
+        before = whole[kept].sum().item()
+        factors.append(reduced.sum().item() / before if before else 1.0)  # nothing is left where all are masked out
     return factors
 
 

@@ -58,7 +58,7 @@ def check_gradient(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts
     Raises:
         ValueError: if they differ.
     """
-    shortest = rollouts.select(rollouts.attention_mask.sum(1).argmin()[None])
+    shortest = rollouts.select(rollouts.shortest_first[:1])
     first = shortest.input_ids[shortest.attention_mask][0]
     tried = replace(shortest, input_ids=shortest.input_ids.masked_fill(shortest.response_mask, int(first)))
     everything = TokenCoefficients(tried.response_mask.double(), None)

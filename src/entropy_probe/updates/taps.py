@@ -218,8 +218,7 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     """
     layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
-    by_length = rollouts.attention_mask.sum(1).argsort(stable=True)
-    few = rollouts.select(by_length[[0, -1]] if len(rollouts) > 1 else by_length)
+    few = rollouts.select(rollouts.shortest_first[[0, -1] if len(rollouts.shortest_first) > 1 else [0]])
     expected = _autograd(scorer, parameters, few)
     while True:
         taps = Taps({layer: (rules[layer], names) for layer, names in layers.items()}, head)
