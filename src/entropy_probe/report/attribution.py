@@ -13,6 +13,7 @@ from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent, typeset
 from entropy_probe.report.tables import Columns, Tables
 from entropy_probe.results import ProbeResult
+from entropy_probe.student import critical_value
 from entropy_probe.validation_results import Validation
 
 __all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence", "validation_sentence"]
@@ -100,15 +101,21 @@ def validation_sentence(validation: Validation) -> str:
     return f"{said} rank correlation with the measured change {' and '.join(parts)} (95% intervals)."
 
 
-def prompt_chart(prompts: Columns, unit: str) -> BarChart | None:
-    """Prompts from the most negative to the most positive contribution; of many only those at the two ends."""
+def prompt_chart(prompts: Columns, unit: str, folds: int | None) -> BarChart | None:
+    """Prompts from the most negative to the most positive contribution; of many only those at the two ends.
+
+    Args:
+        prompts: the table.
+        unit: of the contributions.
+        folds: how many folds the standard errors are from, if there are any.
+    """
     order = np.argsort(prompts["contribution"], kind="stable").tolist()
     if len(order) > 2 * ENDS:
         order = order[:ENDS] + order[-ENDS:]
-    return bar_chart([_prompt_bar(prompts, row) for row in order], unit)
+    return bar_chart([_prompt_bar(prompts, row, folds) for row in order], unit)
 
 
-def _prompt_bar(prompts: Columns, row: int) -> Bar:
+def _prompt_bar(prompts: Columns, row: int, folds: int | None) -> Bar:
     value, error = float(prompts["contribution"][row]), float(prompts["standard_error"][row])
     known = not math.isnan(error)
     text = format_estimate(value, error) if known else format_number(value)
@@ -118,7 +125,7 @@ def _prompt_bar(prompts: Columns, row: int) -> Bar:
         f"Prompt {prompts['prompt_id'][row]}",
         value,
         typeset(text),
-        error if known else None,
+        critical_value(folds - 1) * error if known and folds else None,
         key=int(prompts["prompt_id"][row]),
         note=_excerpt(prompts["prompt"][row]) or reward,
     )
