@@ -41,7 +41,7 @@ ALLOWED = {
     "demo": set(),
     "fingerprint": {"types", "shards"},
     "measurement": {"types", "results", "estimators", "config", "distributed", "parts"},
-    "before": {"types", "named", "estimators", "updates", "distributed", "parts"},
+    "before": {"types", "named", "config", "estimators", "updates", "distributed", "parts"},
     "noise": {
         "types", "scoring", "estimators", "isolation", "config", "distributed", "parts", "measurement", "shards",
     },

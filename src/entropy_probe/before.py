@@ -15,17 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import Ranks
+from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.estimators.first_order import length_coefficients, sequence_weights
 from entropy_probe.estimators.realized import per_decision
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.parts import Part
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 from entropy_probe.updates.per_unit import UnitGradients
 
-__all__ = ["Before", "LengthSample", "chosen_sequences"]
+__all__ = ["Before", "LengthSample", "chosen_sequences", "entropy_coefficients"]
 
 SHARE, LEAST = 1 / 16, 8
 """A gradient over that share costs a sixteenth of the evaluation gradient at most; see the theory for its error."""
@@ -82,11 +83,11 @@ class LengthSample:
     @property
     def tokens(self) -> float:
         """Their response tokens, each times its sequence's weight."""
-        return sequence_weights(self.before, "token").sum().item()
+        return fo.sequence_weights(self.before, "token").sum().item()
 
     def coefficients(self) -> TokenCoefficients:
         """Of the surrogate whose gradient is that of their number of tokens."""
-        return length_coefficients(self.before, self.part.units, self.positions)
+        return fo.length_coefficients(self.before, self.part.units, self.positions)
 
     def along(self, steps: Sequence[NamedVector], found: UnitGradients, ranks: Ranks) -> Float[Tensor, " K"]:
         """The relative first-order change of the mean length by each of some steps.
@@ -131,3 +132,25 @@ class Before:
     sums: UnitSums
     entropy: Sampled
     lengths: LengthSample | None
+
+
+def entropy_coefficients(
+    scores: TokenScores, prompt_ids: Int[Tensor, " n"], units: Units, positions: PositionSums, config: ProbeConfig
+) -> TokenCoefficients:
+    """The entropy-gradient surrogate of some sequences of a batch, a chunk of them at a time.
+
+    Args:
+        scores: of the sequences, whole units and prompts.
+        prompt_ids: their prompts.
+        units: their units.
+        positions: sums over the whole batch.
+        config: the estimator.
+    """
+    of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
+    for rows in in_chunks(Units.prompts(prompt_ids)):
+        some, ids, own = scores.select(rows), prompt_ids[rows], units.select(rows)
+        found = fo.entropy_coefficients(some, ids, own, positions, config.normalization, config.entropy)
+        of_logprobs[rows] = found.logprobs
+        if found.entropies is not None:
+            of_entropies[rows] = found.entropies
+    return TokenCoefficients(of_logprobs, of_entropies if config.entropy == "rao_blackwell" else None)

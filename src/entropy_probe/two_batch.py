@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_probe.before import Before, LengthSample
+from entropy_probe.before import Before, LengthSample, entropy_coefficients
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.uncertainty import Sampled, Units, in_chunks
+from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
@@ -226,15 +226,8 @@ class TwoBatch(Session):
 
     def _entropy_coefficients(self, before: Before) -> TokenCoefficients:
         """Of this rank's part of the evaluation batch."""
-        prompts, scores, config = self.own_evaluation.prompt_ids, before.scores, self.config
-        of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
-        for rows in in_chunks(Units.prompts(prompts)):
-            some, ids, units = scores.select(rows), prompts[rows], self.part.units.select(rows)
-            found = fo.entropy_coefficients(some, ids, units, before.positions, config.normalization, config.entropy)
-            of_logprobs[rows] = found.logprobs
-            if found.entropies is not None:
-                of_entropies[rows] = found.entropies
-        return TokenCoefficients(of_logprobs, of_entropies if config.entropy == "rao_blackwell" else None)
+        ids, units = self.own_evaluation.prompt_ids, self.part.units
+        return entropy_coefficients(before.scores, ids, units, before.positions, self.config)
 
     def _jackknife(
         self, gradients: UnitGradients, entropy_side: UnitGradients, total_weight: float, step: PlannedStep

@@ -237,7 +237,7 @@ def test_bars_lie_where_their_values_are():
         assert float(found[3]) == pytest.approx(100 * (axis.at(right) - axis.at(left)), abs=2e-3)
         assert found[1].split()[0] == ("up" if bar.value > 0 else "down")
     whiskers = re.findall(r'<line class="whisker" x1="([\d.]+)%" x2="([\d.]+)%"', chart.rows[0][1])
-    ends = [100 * axis.at(-2.0 + k * 1.96 * 0.5) for k in (-1, 1)]
+    ends = [100 * axis.at(-2.0 + k * 0.5) for k in (-1, 1)]
     assert [float(x) for x in whiskers[0]] == pytest.approx(ends, abs=2e-3)
     assert bar_chart([Bar("zero", 0.0, "")], "nats") is None
 
