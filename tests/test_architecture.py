@@ -41,7 +41,7 @@ ALLOWED = {
     "demo": set(),
     "fingerprint": {"types", "shards"},
     "measurement": {"types", "results", "estimators", "config", "distributed", "parts"},
-    "before": {"types", "named", "config", "estimators", "updates", "distributed", "parts"},
+    "before": {"types", "named", "config", "fingerprint", "estimators", "updates", "distributed", "parts"},
     "noise": {
         "types", "scoring", "estimators", "isolation", "config", "distributed", "parts", "measurement", "shards",
     },
@@ -56,12 +56,14 @@ ALLOWED = {
     },
     "attribution": {"types", "results", "attribution_results", "attribution_tables"},
     "validation_results": {"records"},
+    "evaluation_half": {"types", "estimators", "distributed", "parts"},
     "validation": {
-        "types", "attribution", "validation_results", "estimators", "updates", "step", "session", "two_batch",
+        "types", "attribution", "validation_results", "estimators", "updates", "step", "session", "two_batch", "before",
+        "evaluation_half", "fingerprint", "measurement",
     },
     "attributed_batch": {
         "types", "results", "attribution", "attribution_results", "layer_names", "parts", "scoring", "estimators",
-        "updates", "config", "step", "session", "two_batch",
+        "updates", "config", "step", "session", "two_batch", "fingerprint",
     },
     "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch", "parts"},

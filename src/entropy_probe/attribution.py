@@ -54,6 +54,7 @@ class Attribution:
     Attributes:
         result: the prediction (and the measurement, if asked for), with :attr:`summary` in it.
         update: the update batch.
+        evaluation: what the evaluation batch is recognised by, whatever its order and padding.
         scores: its log-probabilities and entropies, nats.
         tokens: each response token's contribution, 0 off the response, float64, ``[N, L]``.
         covariances: each token's covariance term of Cui et al. (2025), float64, ``[N, L]``.
@@ -64,6 +65,7 @@ class Attribution:
 
     result: ProbeResult
     update: Rollouts
+    evaluation: str
     scores: TokenScores
     tokens: Float[Tensor, "N L"]
     covariances: Float[Tensor, "N L"]

@@ -6,7 +6,6 @@ enough for it: ``docs/theory.md``, "Error from the evaluation batch".
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.realized import per_decision
 from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
+from entropy_probe.fingerprint import digest, sequence_digests
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.parts import Part
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
@@ -34,25 +34,18 @@ SHARE, LEAST = 1 / 16, 8
 
 def chosen_sequences(rollouts: Rollouts, units: Units) -> Int[Tensor, " n"]:
     """The places of some sequences of a batch, at random, by what is in the batch and not by its order or padding."""
-    contents = [
-        _digest(ids[real].numpy().tobytes() + response[real].numpy().tobytes())
-        for ids, real, response in zip(rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, strict=True)
-    ]
+    contents = sequence_digests(rollouts)
     members: dict[int, list[bytes]] = {}
     for unit, content in zip(units.index.tolist(), contents, strict=True):
         members.setdefault(unit, []).append(content)
-    in_unit = {unit: _digest(b"".join(sorted(of_unit))) for unit, of_unit in members.items()}
-    seed, copies, keys = _digest(b"".join(sorted(contents))), Counter[bytes](), []
+    in_unit = {unit: digest(b"".join(sorted(of_unit))) for unit, of_unit in members.items()}
+    seed, copies, keys = digest(b"".join(sorted(contents))), Counter[bytes](), []
     for unit, content in zip(units.index.tolist(), contents, strict=True):
         key = seed + content + in_unit[unit]
         copies[key] += 1
-        keys.append(_digest(b"%b%d" % (key, copies[key])))
+        keys.append(digest(b"%b%d" % (key, copies[key])))
     count = min(len(keys), max(LEAST, round(SHARE * len(keys))))
     return torch.tensor(sorted(sorted(range(len(keys)), key=keys.__getitem__)[:count]))
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,6 +69,6 @@ def combined_degrees(parts: Iterable[tuple[float, int | float]]) -> float:
     parts = list(parts)
     largest = max(error for error, _ in parts)
     if largest == 0:
-        return min(degrees for _, degrees in parts)
+        return float(min(degrees for _, degrees in parts))
     shares = [((error / largest) ** 2, degrees) for error, degrees in parts]
     return sum(share for share, _ in shares) ** 2 / sum(share**2 / degrees for share, degrees in shares)

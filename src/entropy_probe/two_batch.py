@@ -5,6 +5,8 @@ The story, top to bottom: score -> update gradient -> step -> first-order change
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -310,13 +312,19 @@ class TwoBatch(Session):
 
     def _measure(self, start: Start, learning_rate: float | None, phase: str) -> tuple[Measurement, float]:
         """The change after the step at the given rate (``None`` for each group's own), and the step's rounding."""
+        with self._after(start, learning_rate, phase) as (after, rounding):
+            before, fresh = start.before, self._score_fresh
+            given = (before.scores, after, self.part, before.positions, self.config, self.ranks, fresh)
+            return measure_change(*given), rounding
+
+    @contextmanager
+    def _after(self, start: Start, learning_rate: float | None, phase: str) -> Iterator[tuple[TokenScores, float]]:
+        """The policy after the step, for as long as this lasts: scores of this rank's part, and the step's rounding."""
         stepped, rounding = stepped_parameters(self.parameters, self.optimizer, start.step, self.config, learning_rate)
         with parameters_at(self.parameters, stepped):
             with self.clock.phase(phase) as progress, self.on_part(self.part):
                 after = self.scorer.score(self.own_evaluation, progress)
-            before, fresh = start.before, self._score_fresh
-            given = (before.scores, after, self.part, before.positions, self.config, self.ranks, fresh)
-            return measure_change(*given), rounding
+            yield after, rounding
 
     def _report(
         self,

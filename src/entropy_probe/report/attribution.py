@@ -16,7 +16,17 @@ from entropy_probe.results import ProbeResult
 from entropy_probe.student import critical_value
 from entropy_probe.validation_results import Validation
 
-__all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence", "validation_sentence"]
+__all__ = [
+    "Grid",
+    "culprits",
+    "forecast_name",
+    "layer_grid",
+    "measured_on",
+    "prompt_chart",
+    "prompt_sentence",
+    "token_sentence",
+    "validation_sentence",
+]
 
 ENOUGH = 0.5
 ENDS = 8
@@ -86,19 +96,39 @@ def token_sentence(tables: Tables, result: ProbeResult) -> str:
     return said
 
 
+FORECASTS = {"covariance": "minus covariance terms", "advantages": "minus sum of advantages"}
+
+
+def forecast_name(name: str) -> str:
+    """What a forecast of a validation is called."""
+    return FORECASTS.get(name, name)
+
+
+def measured_on(validation: Validation) -> str:
+    """Which rollouts the changes of a validation were measured on, and how reliably."""
+    number = f"{validation.num_sequences:,} evaluation sequences"
+    if validation.measured_on == "halves":
+        said = f"measured on one half of {number} what is forecast from the other, both ways"
+    else:
+        said = f"measured on {number} that the contributions do not come from"
+    known = validation.reliability
+    return said if known is None else f"{said}; reliability of the measured changes: {known:.2f}"
+
+
 def validation_sentence(validation: Validation) -> str:
-    """How well contributions, and covariance terms, rank the changes measured after real steps."""
+    """How well contributions, and simpler forecasts, rank the changes measured after real steps."""
     kept = len(validation.steps[0].kept)
     said = f"Checked by {validation.num_measured} real steps on {kept} of {validation.num_prompts} prompts each:"
-    ours, theirs = validation.contributions, validation.covariance
     parts = [
-        typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {name}")
-        for name, found in (("contributions", ours), ("minus the covariance terms", theirs))
+        typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {forecast_name(name)}")
+        for name, found in validation.correlations.items()
         if found is not None
     ]
     if not parts:
         return f"{said} no rank correlation ({validation.undefined})."
-    return f"{said} rank correlation with the measured change {' and '.join(parts)} (95% intervals)."
+    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    how = measured_on(validation)
+    return f"{said} rank correlation with the measured change {listed} (95% intervals). {how[0].upper()}{how[1:]}."
 
 
 def prompt_chart(prompts: Columns, unit: str, folds: int | None) -> BarChart | None:
