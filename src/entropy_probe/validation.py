@@ -139,7 +139,7 @@ class HalfSteps(TwoBatch):
             "contributions": self.attribution.prompts,
             "covariance": -self.prompts.total(self.attribution.covariances.sum(1)),
             # what centring leaves of a sum over equal lengths is rounding
-            "advantages": -torch.where(sums.abs() > ROUNDING * sizes, sums, 0.0),
+            "advantages": torch.where(sums.abs() > ROUNDING * sizes, sums, 0.0),
         }
 
     def _contributions(self, step: PlannedStep, half: EvaluationHalf) -> Tensor:

@@ -76,8 +76,8 @@ class Validation(SavedRecord):
             steps.
         correlations: with measured changes, of: ``contributions``, the sums of the kept prompts' contributions;
             ``covariance``, minus the sums of their covariance terms (Cui et al., 2025), by which covariance lowers
-            entropy; ``advantages``, minus the sums of their tokens' advantages, a control that knows nothing of the
-            policy. 1 is best. Null where all forecasts are equal, or with fewer than 4 measured steps.
+            entropy; ``advantages``, the sums of their tokens' advantages, a control that knows nothing of the policy.
+            1 is best. Null where all forecasts are equal, or with fewer than 4 measured steps.
         steps: the single steps, on different halves.
         messages: what a careful reader should know.
     """

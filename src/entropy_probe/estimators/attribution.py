@@ -48,9 +48,9 @@ def rank_correlation_interval(correlation: float, count: int, more: float = 0.0)
 
     ``tanh(atanh r +- 1.96 sqrt((1 + r^2 / 2) / (n - 3) + more))``, with ``more`` the variance that ``atanh r`` has from
     anything else than the choice of the pairs. Source: Bonett and Wright (2000), Sample size requirements for
-    estimating Pearson, Kendall and Spearman correlations, Psychometrika 65. At 1 that has no width: the end towards 0 is then that
-    of the largest correlation below 1 without ties, ``1 - 12 / (n^3 - n)``, where two neighbours have changed places;
-    at -1 likewise.
+    estimating Pearson, Kendall and Spearman correlations, Psychometrika 65. At 1 that has no width: the end towards 0
+    is then that of the largest correlation below 1 without ties, ``1 - 12 / (n^3 - n)``, where two neighbours have
+    changed places; at -1 likewise.
 
     Raises:
         ValueError: with fewer than 4 pairs.

@@ -36,16 +36,16 @@ class Changes:
     halves: Float[Tensor, "2 S"]
     influences: tuple[Float[Tensor, "S _"], Float[Tensor, "S _"]]
 
-    def redrawn(self, generator: torch.Generator, times: float = 1.0) -> Float[Tensor, "2 S"]:
-        """What another draw of each half's units, ``times`` as many, would add to its changes, to first order."""
-        return torch.stack([_redrawn(of_half, generator, times) for of_half in self.influences])
+    def redrawn(self, generator: torch.Generator, times: float = 1.0) -> Float[Tensor, "R 2 S"]:
+        """What other draws of each half's units, ``times`` as many, would add to its changes, to first order."""
+        return torch.stack([_redrawn(of_half, generator, times) for of_half in self.influences], 1)
 
 
 def _redrawn(influences: Tensor, generator: torch.Generator, times: float) -> Tensor:
     units = influences.shape[1]
     count = max(2, round(times * units))
-    drawn = torch.randint(units, (count,), generator=generator).bincount(minlength=units).double()
-    return influences @ drawn / count
+    drawn = [torch.randint(units, (count,), generator=generator).bincount(minlength=units) for _ in range(BOOTSTRAPS)]
+    return torch.stack(drawn).double() @ influences.T / count
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Score:
     ceiling: float | None
 
 
-def spearman_brown(correlation: float, times: float) -> float:
+def spearman_brown(correlation: float, times: int | float) -> float:
     """The reliability of ``times`` as much data, from the correlation of two equal parts: ``t r / (1 + (t - 1) r)``.
 
     Source: Spearman (1910); Brown (1910).
@@ -129,30 +129,37 @@ def score(forecast: Forecast, changes: Changes, *, crossed: bool, seed: int) -> 
     Returns:
         ``None`` where all forecasts or all changes are equal.
     """
-    generator, none = torch.Generator().manual_seed(seed), torch.zeros(2, len(changes.whole), dtype=torch.float64)
-    value = _correlation(forecast, changes, none, none, crossed=crossed)
-    if value is None:
+    held = (forecast, changes)
+    none = torch.zeros(1, 2, len(changes.whole), dtype=torch.float64)
+    value = _correlations(*held, none, none, crossed=crossed)
+    if bool(value.isnan()):
         return None
-    redrawn = []
-    for _ in range(BOOTSTRAPS):
-        moves, others = changes.redrawn(generator), changes.redrawn(generator, (forecast.times or 2.0) / 2)
-        found = _correlation(forecast, changes, moves, moves if crossed else others, crossed=crossed)
-        redrawn.append(math.atanh(max(-LARGEST, min(LARGEST, 0.0 if found is None else found))))
-    variance = torch.tensor(redrawn, dtype=torch.float64).var().item()
-    low, high = rank_correlation_interval(value, len(changes.whole), variance)
+    generator = torch.Generator().manual_seed(seed)
+    moves = changes.redrawn(generator)
+    others = moves if crossed else changes.redrawn(generator, (forecast.times or 2.0) / 2)
+    redrawn = _correlations(*held, moves, others, crossed=crossed).clamp(-LARGEST, LARGEST).atanh()
+    low, high = rank_correlation_interval(value.item(), len(changes.whole), redrawn.var().item())
     of_changes = reliability(changes.halves, 1.0 if crossed else 2.0)
     of_forecast = 1.0 if forecast.halves is None else reliability(forecast.halves, forecast.times or 1.0)
     known = of_changes is not None and of_forecast is not None and of_changes * of_forecast > 0
-    return Score(value, low, high, math.sqrt(of_changes * of_forecast) if known else None)
+    return Score(value.item(), low, high, math.sqrt(of_changes * of_forecast) if known else None)
 
 
-def _correlation(
+def _correlations(
     forecast: Forecast, changes: Changes, moves: Tensor, forecast_moves: Tensor, *, crossed: bool
-) -> float | None:
-    """The rank correlation after the changes, and what is forecast from rollouts, have moved, ``[2, S]`` each."""
+) -> Float[Tensor, " R"]:
+    """Rank correlations after the changes, and what is forecast from rollouts, have moved, ``[R, 2, S]`` each."""
+    given = forecast.given.expand(len(moves), 2, -1)
     if not crossed:
-        given = forecast.given if forecast.halves is None else forecast.given + forecast_moves.mean(0)
-        return rank_correlation(given, changes.whole + moves.mean(0))
-    halves = torch.stack([forecast.given] * 2) if forecast.halves is None else forecast.halves + forecast_moves
-    found = [rank_correlation(halves[k], changes.halves[1 - k] + moves[1 - k]) for k in (0, 1)]
-    return None if None in found else sum(r for r in found if r is not None) / 2
+        given = given[:, 0] if forecast.halves is None else given[:, 0] + forecast_moves.mean(1)
+        return _spearman(given, changes.whole + moves.mean(1))
+    halves = given if forecast.halves is None else forecast.halves + forecast_moves
+    return _spearman(halves, (changes.halves + moves).flip(1)).mean(1)
+
+
+def _spearman(a: Float[Tensor, "*R S"], b: Float[Tensor, "*R S"]) -> Float[Tensor, "*R"]:
+    """Spearman's rank correlation along the last axis, tied values at their mean rank; NaN where all are equal."""
+    x, y = (
+        ((v[..., None] > v[..., None, :]).double() - (v[..., None] < v[..., None, :]).double()).sum(-1) for v in (a, b)
+    )
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()

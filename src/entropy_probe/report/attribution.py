@@ -96,7 +96,7 @@ def token_sentence(tables: Tables, result: ProbeResult) -> str:
     return said
 
 
-FORECASTS = {"covariance": "minus covariance terms", "advantages": "minus sum of advantages"}
+FORECASTS = {"covariance": "minus covariance terms", "advantages": "sum of advantages"}
 
 
 def forecast_name(name: str) -> str:
