@@ -208,7 +208,7 @@ class HalfSteps(TwoBatch):
                 forecasts={name: sums[k].item() for name, sums in summed.items()},
                 contributions_by_half=tuple(halves[k].tolist()),
                 realized=None if isinstance(each, str) else each.whole.value,
-                realized_by_half=None if isinstance(each, str) else tuple(half.value for half in each.halves),
+                realized_by_half=None if isinstance(each, str) else (each.halves[0].value, each.halves[1].value),
                 failure=each if isinstance(each, str) else None,
             )
             for k, (rows, each) in enumerate(zip(kept_prompts, found, strict=True))
@@ -271,7 +271,7 @@ class HalfSteps(TwoBatch):
         needed = times_as_many(known, WANTED_RELIABILITY) * len(self.evaluation)
         self.messages.append(
             f"the measured changes have a reliability of {known:.2f}, which bounds what any forecast of them reaches; "
-            f"about {needed:.2g} evaluation sequences would bring it to {WANTED_RELIABILITY:g}"
+            f"about {float(f'{needed:.2g}'):,.0f} evaluation sequences would bring it to {WANTED_RELIABILITY:g}"
         )
 
 

@@ -103,5 +103,5 @@ class Validation(SavedRecord):
     def undefined(self) -> str:
         """Why a rank correlation is null, where it is."""
         if self.num_measured < LEAST_STEPS:
-            return f"fewer than {LEAST_STEPS} measured steps"
+            return f"fewer than {LEAST_STEPS} steps were measured"
         return "all forecasts or changes are equal"

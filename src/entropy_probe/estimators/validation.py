@@ -141,8 +141,8 @@ def score(forecast: Forecast, changes: Changes, *, crossed: bool, seed: int) -> 
     low, high = rank_correlation_interval(value.item(), len(changes.whole), redrawn.var().item())
     of_changes = reliability(changes.halves, 1.0 if crossed else 2.0)
     of_forecast = 1.0 if forecast.halves is None else reliability(forecast.halves, forecast.times or 1.0)
-    known = of_changes is not None and of_forecast is not None and of_changes * of_forecast > 0
-    return Score(value.item(), low, high, math.sqrt(of_changes * of_forecast) if known else None)
+    product = (of_changes or 0.0) * (of_forecast or 0.0)
+    return Score(value.item(), low, high, math.sqrt(product) if product > 0 else None)
 
 
 def _correlations(
@@ -159,7 +159,7 @@ def _correlations(
 
 def _spearman(a: Float[Tensor, "*R S"], b: Float[Tensor, "*R S"]) -> Float[Tensor, "*R"]:
     """Spearman's rank correlation along the last axis, tied values at their mean rank; NaN where all are equal."""
-    x, y = (
-        ((v[..., None] > v[..., None, :]).double() - (v[..., None] < v[..., None, :]).double()).sum(-1) for v in (a, b)
-    )
+    # how many are below less how many are above: twice the rank, from its mean
+    pairs = ((v[..., None], v[..., None, :]) for v in (a, b))
+    x, y = (((own > other).double() - (own < other).double()).sum(-1) for own, other in pairs)
     return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()

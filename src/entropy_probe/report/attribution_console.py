@@ -69,18 +69,22 @@ def print_validation(validation: Validation, console: Console, said: Collection[
     for heading in ("forecast", " rank correlation", "95% interval", "without noise"):
         table.add_column(heading, no_wrap=True)
     for name, found in validation.correlations.items():
-        table.add_row(forecast_name(name), *_correlation(found, validation.undefined))
+        table.add_row(forecast_name(name), *_correlation(found))
     print_titled(title, table, console)
-    console.print(Padding(Text(measured_on(validation), style="dim"), (0, 1)))
+    lines = [measured_on(validation)]
+    if None in validation.correlations.values():
+        lines.append(f"undefined where {validation.undefined}")
+    for line in lines:
+        console.print(Padding(Text(line, style="dim"), (0, 1)))
     for message in validation.messages:
         if message not in said:
             print_note(message, console)
     console.print()
 
 
-def _correlation(found: RankCorrelation | None, undefined: str) -> tuple[str, str, str]:
+def _correlation(found: RankCorrelation | None) -> tuple[str, str, str]:
     if found is None:
-        return " undefined", undefined, ""
+        return " undefined", "", ""
     corrected = "unknown" if found.corrected is None else f"{found.corrected:.2f}"
     return signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}", corrected
 
