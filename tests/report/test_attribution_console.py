@@ -101,9 +101,9 @@ def test_validation_with_its_interval_and_messages():
     found = RankCorrelation(value=0.981, low=0.95, high=0.993, ceiling=0.99)
     shown = show_validation(1.0, 2.0, 3.0, 4.0, None, messages=("new", "known"), said=("known",), found=found)
     assert "4 real steps on 2 of 4 prompts" in shown
-    assert "0.981             0.950 to 0.993   0.99" in shown
+    assert "0.981             0.950 to 0.993  0.99" in shown
     assert "on one half of 1,024 evaluation sequences what is forecast from the other" in shown
-    assert "reliability of the measured changes: 0.81" in " ".join(shown.split())
+    assert "reliability of the measured changes: 0.810" in " ".join(shown.split())
     assert "that the contributions do not come from" in show_validation(1.0, measured_on="others")
     lost = RankCorrelation(value=0.1, low=-0.95, high=0.993, ceiling=None)
     assert "unknown" in show_validation(*range(4), found=lost)

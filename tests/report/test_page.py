@@ -203,7 +203,7 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
     assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
     assert "0.98 (0.95 to 0.99) for contributions and −0.12 (−0.40 to 0.20) for minus covariance terms (95%" in text
     assert "Measured on one half of 2,048 evaluation sequences what is forecast from the other, both ways" in text
-    assert "reliability of the measured changes: 0.97" in text
+    assert "reliability of the measured changes: 0.970" in text
 
 
 def test_the_same_result_gives_the_same_bytes(attributed, tmp_path):

@@ -112,7 +112,7 @@ def measured_on(validation: Validation) -> str:
     else:
         said = f"measured on {number} that the contributions do not come from"
     known = validation.reliability
-    return said if known is None else f"{said}; reliability of the measured changes: {known:.2f}"
+    return said if known is None else f"{said}; reliability of the measured changes: {known:.3f}"
 
 
 def validation_sentence(validation: Validation) -> str:
