@@ -72,6 +72,18 @@ def read_archived(data: bytes, where: str) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
+_MAKERS = {
+    "galore_torch": "GaLore",
+    "apollo_torch": "APOLLO",
+    "torchao": "an optimizer of torchao",
+    "bitsandbytes": "bitsandbytes",
+    "deepspeed": "DeepSpeed",
+    "torch.distributed": "an optimizer sharded over ranks, saved as DTensors",
+    "megatron": "Megatron",
+}
+"""Libraries whose objects an optimizer's file may hold, by a part of their name."""
+
+
 @contextmanager
 def _one_line(where: str) -> Iterator[None]:
     try:
@@ -81,9 +93,11 @@ def _one_line(where: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except UNREADABLE as error:
+        cause = _cause(error)
+        maker = next((f"; this is state of {name}" for word, name in _MAKERS.items() if word in cause), "")
         raise UnsafeFileError(
             f"{where}: expected tensors and plain values, got data that weights_only=True refuses "
-            f"({_cause(error)}); nothing in it was run; pass a checkpoint with plain Adam state"
+            f"({cause}); nothing in it was run{maker}; pass a checkpoint with plain Adam state"
         ) from error
 
 

@@ -15,12 +15,14 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
+from entropy_probe.checkpoints.other_trainers import checkpoints_below, whose_directory
 
 __all__ = [
     "adapters_of",
     "check_contained",
     "check_layers",
     "open_directory",
+    "optimizer_file",
     "read_global_step",
     "read_json",
     "refuse_remote_code",
@@ -37,10 +39,22 @@ def open_directory(path: Path) -> Path:
     """
     if not path.is_dir():
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
-    if not ((path / "config.json").is_file() or adapters_of(path) or sharded_model(path)):
-        inside = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
-        hint = f"pass one of {', '.join(inside[-3:])} inside it" if inside else "pass a checkpoint-N of the Trainer"
-        raise MissingFileError(f"{path}: expected adapter_config.json or config.json, found neither; {hint}")
+    if any((path / name).is_file() for name in ("config.json", "model.safetensors")):
+        return path
+    if not (adapters_of(path) or sharded_model(path)):
+        inside = [str(place.relative_to(path)) for place in checkpoints_below(path)]
+        if inside:
+            raise MissingFileError(
+                f"{path}: expected a checkpoint, got a directory of checkpoints; pass one of "
+                f"{', '.join(inside[-3:])} inside it"
+            )
+        whose = whose_directory(path)
+        if whose is not None:
+            raise UnsupportedError(f"{path}: expected a checkpoint that is read, {whose}")
+        raise MissingFileError(
+            f"{path}: expected adapter_config.json, config.json or weights, found none; pass a checkpoint-N of the "
+            "Trainer, or a directory of torch.distributed.checkpoint"
+        )
     return path
 
 
@@ -52,19 +66,42 @@ def adapters_of(path: Path) -> dict[str, Path]:
 
 
 def sharded_model(path: Path) -> Path | None:
-    """Where ``torch.distributed.checkpoint`` saved a model: in a folder as accelerate names it, or in the directory."""
-    return _sharded(path, "pytorch_model_fsdp")
+    """Where ``torch.distributed.checkpoint`` saved a model: in a folder of its own, or in the directory.
+
+    The folder is called ``pytorch_model_fsdp_0`` (accelerate), ``model`` (Miles, slime) or ``weights`` (NeMo-RL).
+    """
+    return _sharded(path, "pytorch_model_fsdp", "model", "weights")
 
 
 def sharded_optimizer(path: Path) -> Path | None:
-    """The same of an optimizer."""
-    return _sharded(path, "optimizer")
+    """The same of an optimizer, in ``optimizer_0`` or ``optimizer``."""
+    return _sharded(path, "optimizer", "optimizer")
 
 
-def _sharded(path: Path, stem: str) -> Path | None:
+def _sharded(path: Path, stem: str, *others: str) -> Path | None:
     if (path / f"{stem}_1" / ".metadata").is_file():
         raise UnsupportedError(f"{path / f'{stem}_1'}: not supported: several models or optimizers; save one")
-    return next((place for place in (path / f"{stem}_0", path) if (place / ".metadata").is_file()), None)
+    places = [path / f"{stem}_0", *(path / name for name in others), path]
+    return next((place for place in places if (place / ".metadata").is_file()), None)
+
+
+def optimizer_file(path: Path) -> Path:
+    """The optimizer's file: ``optimizer.pt``, or ``optimizer.bin`` as accelerate calls it.
+
+    Raises:
+        CheckpointError: if there is neither; where another trainer wrote the directory, its name.
+    """
+    places = [path / "optimizer.pt", path / "optimizer.bin"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is not None:
+        return found
+    whose = whose_directory(path)
+    if whose is not None:
+        raise UnsupportedError(f"{path}: expected optimizer.pt, {whose}")
+    raise MissingFileError(
+        f"{places[0]}: expected the optimizer's state, found no such file; train with save_only_model=False, or copy "
+        "the whole checkpoint again"
+    )
 
 
 def check_contained(path: Path) -> None:

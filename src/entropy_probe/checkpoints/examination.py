@@ -12,8 +12,8 @@ from torch import Tensor
 
 from entropy_probe.checkpoint_results import CheckpointReport, MovementReport
 from entropy_probe.checkpoints.adapter import find_base, read_adapter_config, starting_at_zero, trained_adapter
-from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory
-from entropy_probe.checkpoints.directory import check_contained, read_global_step, sharded_model, sharded_optimizer
+from entropy_probe.checkpoints.dcp import ShardedDirectory
+from entropy_probe.checkpoints.directory import check_contained, optimizer_file, read_global_step, sharded_optimizer
 from entropy_probe.checkpoints.errors import MismatchError, MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.layout import Layout, layout_of
 from entropy_probe.checkpoints.libraries import collector_paused
@@ -91,7 +91,7 @@ class Examination:
     _embeddings: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        whole = (self.path / "config.json").is_file() or sharded_model(self.path) is not None
+        whole = (self.path / "config.json").is_file() or has_weights(self.path, "model")
         self.kind = "full" if whole and not (self.path / "adapter_config.json").is_file() else "lora"
         self.directory = self.path
 
@@ -106,7 +106,7 @@ class Examination:
             return str(self.path)
         if self.base_model is None:
             raise MissingFileError(
-                f"{self.path / 'config.json'}: expected the model's configuration, found none beside its shards; pass "
+                f"{self.path / 'config.json'}: expected the model's configuration, found none beside its weights; pass "
                 "base_model, the model that training started from"
             )
         return str(self.base_model)
@@ -128,7 +128,7 @@ class Examination:
         self.layout = self._adapter_layout() if self.kind == "lora" else self._full_layout()
         if self.manifest is not None:
             configuration = self.directory / ("adapter_config.json" if self.kind == "lora" else "config.json")
-            read = [self.path / "optimizer.pt", configuration, *self.files]
+            read = [self.saved.path, configuration, *self.files]
             check_recorded(self.path, read, self.manifest)
         check_finite(self.files)
         self.mapping = self._map(self.layout)
@@ -147,7 +147,7 @@ class Examination:
         """Of a sharded one the tensors are without storage, until their shapes are known to fit."""
         place = sharded_optimizer(self.path)
         if (self.path / "optimizer.pt").is_file() or place is None:
-            return read_optimizer(self.path / "optimizer.pt")
+            return read_optimizer(optimizer_file(self.path))
         self._sharded_optimizer = ShardedDirectory.open(place)
         return read_sharded_optimizer(self._sharded_optimizer)
 
@@ -308,8 +308,8 @@ class Examination:
     def _doubts_about_the_save(self, steps: int) -> Iterator[str]:
         """Files that a trainer writes beside the state, missing or of another step."""
         assert self.saved is not None
-        if (self.path / METADATA).is_file():
-            return  # a directory of torch.distributed.checkpoint alone, whose index is written last
+        if self.global_step is None and self.saved.path.name != "optimizer.pt":
+            return  # not a Trainer's: torch.distributed.checkpoint, which writes its index last, or accelerate
         if self.global_step is None:
             yield "trainer_state.json, written last, is missing; the save may be incomplete"
         elif self.global_step != steps and self.saved.count("step"):

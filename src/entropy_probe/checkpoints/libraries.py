@@ -52,9 +52,13 @@ def one_line_errors(where: str) -> Iterator[None]:
         # tokenizers has no class of its own for what it finds in a file
         if not (isinstance(error, (*_BAD_FILES, SafetensorError, StrictDataclassError)) or type(error) is Exception):
             raise
-        raise CheckpointError(
-            f"{where}: could not be loaded: {first_line(error, 300)}; check the path and the files"
-        ) from error
+        said = first_line(error, 300)
+        if "connect to" in said and "couldn't find" in said:  # of the hub's client, which has several classes for it
+            raise CheckpointError(
+                f"{where}: expected a directory or a model of the hub that is in the cache or can be fetched, got no "
+                "connection; pass base_model with a local copy, or fetch it first"
+            ) from error
+        raise CheckpointError(f"{where}: could not be loaded: {said}; check the path and the files") from error
 
 
 @contextmanager

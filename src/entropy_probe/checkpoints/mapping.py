@@ -114,6 +114,7 @@ def grouping_rules(layout: Layout) -> dict[str, tuple[tuple[str, ...], tuple[str
     * ``hf-trainer-patterns``, today's: no decay in ``nn.LayerNorm`` and for names that match bias or norm.
     * ``hf-trainer-layer-types``, before: no decay in ``nn.LayerNorm`` and for names that contain bias.
     * ``hf-trainer-registered-norms``, before: the same, with the model's own norm class registered as one.
+    * ``named-parameters``: one group in the model's order, as ``AdamW(model.parameters())`` makes.
     """
     patterns = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
     names = layout.parameters
@@ -124,10 +125,11 @@ def grouping_rules(layout: Layout) -> dict[str, tuple[tuple[str, ...], tuple[str
         "hf-trainer-layer-types": {n for n in names if n in in_layer_norm or "bias" in n},
         "hf-trainer-registered-norms": {n for n in names if n in in_any_norm or "bias" in n},
     }
-    return {
+    rules = {
         rule: (tuple(n for n in names if n not in no_decay), tuple(n for n in names if n in no_decay))
         for rule, no_decay in undecayed.items()
     }
+    return rules | {"named-parameters": (tuple(names), ())}
 
 
 def _replay_rules(saved: SavedOptimizer, layout: Layout) -> ParameterMapping:
@@ -138,16 +140,48 @@ def _replay_rules(saved: SavedOptimizer, layout: Layout) -> ParameterMapping:
         tried.append(f"{rule} ({len(decay)} + {len(no_decay)}): {problem or 'fits'}")
         if problem is None:
             fitting.setdefault(decay + no_decay, rule)
+    if len(saved.sizes) == 1 and fitting:
+        # the Trainer's two groups merged into one, as a hand might do, must not pass for the model's order
+        for rule, (decay, no_decay) in grouping_rules(layout).items():
+            if len(decay + no_decay) == saved.num_parameters and not _wrong_shape(
+                saved, decay + no_decay, layout.shapes
+            ):
+                fitting.setdefault(decay + no_decay, f"{rule}, merged")
     if len(fitting) != 1:
         got = "none does" if not fitting else f"{len(fitting)} different ones do"
-        sizes = " + ".join(map(str, saved.sizes))
+        sizes = " + ".join(map(str, saved.sizes)) if len(saved.sizes) <= 8 else f"{len(saved.sizes)} groups of"
         raise MappingError(
             f"{saved.path}: expected one assignment of its {sizes} entries to the model's parameters to fit, "
-            f"{got}; tried {'; '.join(tried)}; pass the model this state was trained with, unedited"
+            f"{got}; tried {'; '.join(tried)}; {_what_to_do(saved, len(layout.parameters), bool(fitting))}"
         )
     ((names, rule),) = fitting.items()
     proof = "shapes" if any(saved.state.values()) else "group sizes, nothing is kept for parameters"
     return ParameterMapping(names, f"rule:{rule} + {proof} ({len(names)} tensors)")
+
+
+def _what_to_do(saved: SavedOptimizer, trainable: int, several: bool) -> str:
+    """What the numbers of entries and of parameters suggest, as a remedy."""
+    record = (
+        "record the names while training, with integrations.trl.ManifestCallback or an optimizer made from "
+        "named_parameters()"
+    )
+    if several:
+        return f"shapes do not tell which, and the names are not in the file: {record}"
+    if saved.num_parameters == trainable:
+        return (
+            f"as many entries as trainable parameters, so its groups are others than the Trainer's (LoRA+, a rate for "
+            f"embeddings or for each layer), and their names are not in the file: {record}"
+        )
+    if saved.num_parameters > trainable:
+        return (
+            f"{saved.num_parameters - trainable} entries more than the {trainable} trainable parameters: with PPO, one "
+            "optimizer over policy and value model, which is not supported (step the value model with an optimizer of "
+            "its own); otherwise pass the model this state was trained with, unedited"
+        )
+    return (
+        f"{trainable - saved.num_parameters} entries fewer than the {trainable} trainable parameters: if a part was "
+        f"frozen, pass base_model, the model that training started from, or {record}"
+    )
 
 
 def _misfit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,12 @@ def _from_pretrained(
     for what in wrong:
         if info[what]:
             shown = sorted(map(str, info[what]))
+            heads = [key for key in shown if re.match(r"(v_head|value_head|score|summary)\b", key)]
+            if what == "unexpected_keys" and heads == shown:
+                raise UnsupportedError(
+                    f"{name}: not supported: a value head ({shown[0]}) beside the policy, whose entries the "
+                    "optimizer's state holds too; train it as a model of its own with an optimizer of its own"
+                )
             raise MismatchError(
                 f"{name}: expected weights for exactly the model of config.json, got {len(shown)} "
                 f"{what.replace('_', ' ')} {shown[:2]}; pass intact weights with their own configuration"

@@ -24,6 +24,7 @@ from entropy_probe.checkpoints.messages import shown
 from entropy_probe.checkpoints.optimizer_kinds import (
     ADAM,
     ADAMW,
+    BITSANDBYTES_REMEDY,
     REMEDY,
     Content,
     OptimizerKind,
@@ -178,6 +179,7 @@ def saved_optimizer(path: Path, saved: Any, size: int) -> SavedOptimizer:
     groups, state = saved["param_groups"], saved["state"]
     if not (isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups)):
         raise DamagedFileError(f"{path}: expected a list of parameter groups, got {shown(groups)}; the file is damaged")
+    groups, state = _numbered(groups, state)
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
         raise DamagedFileError(f"{path}: expected state by parameter index, got {type(state).__name__}")
     _refuse_others(path, groups, state)
@@ -201,20 +203,38 @@ def saved_optimizer(path: Path, saved: Any, size: int) -> SavedOptimizer:
     return found
 
 
+def _numbered(groups: list[dict[str, Any]], state: Any) -> tuple[list[dict[str, Any]], Any]:
+    """Groups and state by index where they go by name, as accelerate writes the gathered state of FSDP."""
+    names = [name for group in groups if isinstance(group["params"], list) for name in group["params"]]
+    if not names or not isinstance(state, dict) or not all(isinstance(name, str) for name in names):
+        return groups, state
+    number = {name: index for index, name in enumerate(names)}
+    named = [
+        group | {"params": [number[name] for name in group["params"]], "param_names": list(group["params"])}
+        for group in groups
+    ]
+    return named, {number.get(name, name): entry for name, entry in state.items()}
+
+
 def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
     """Name the optimizer if its groups or its state give it away."""
     for key, name in _OTHER_OPTIMIZERS.items():
         for index, group in enumerate(groups):
             if key in group:
                 raise UnsupportedError(
-                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {REMEDY}"
+                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {_remedy(name)}"
                 )
     for index, entry in state.items():
         for key, name in _OTHER_OPTIMIZERS.items():
             if key in entry:
                 raise UnsupportedError(
-                    f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); {REMEDY}"
+                    f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); "
+                    f"{_remedy(name)}"
                 )
+
+
+def _remedy(name: str) -> str:
+    return BITSANDBYTES_REMEDY if "bitsandbytes" in name else REMEDY
 
 
 def check_entries(saved: SavedOptimizer) -> None:

@@ -20,7 +20,18 @@ from torch import Tensor
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError
 from entropy_probe.checkpoints.messages import first_line, shown
 
-__all__ = ["ADAM", "ADAMW", "KINDS", "REMEDY", "Content", "OptimizerKind", "check_settings", "number", "recognise"]
+__all__ = [
+    "ADAM",
+    "ADAMW",
+    "BITSANDBYTES_REMEDY",
+    "KINDS",
+    "REMEDY",
+    "Content",
+    "OptimizerKind",
+    "check_settings",
+    "number",
+    "recognise",
+]
 
 Shape = tuple[int, ...]
 Settings = Mapping[str, Any]
@@ -212,6 +223,10 @@ KINDS = (
 REMEDY = (
     f"only {', '.join(kind.name for kind in (ADAM, *KINDS))} load from files; for another optimizer of torch pass the "
     "live one to EntropyProbe"
+)
+BITSANDBYTES_REMEDY = (
+    "its 8-bit and paged states are not read yet, live or from a file; train with optim: adamw_torch (in the Trainer) "
+    "for as long as the probe is wanted: Adam's moments in float32"
 )
 
 

@@ -25,6 +25,7 @@ from entropy_probe.types import TokenCoefficients, TokenScores
 __all__ = [
     "FirstOrder",
     "Normalization",
+    "check_sums",
     "entropy",
     "entropy_coefficients",
     "first_order",
@@ -175,3 +176,17 @@ def update_standard_error(contributions: Float[Tensor, " B"]) -> float:
     if prompts < 2:
         raise ValueError(f"update batch: expected at least 2 prompts for a standard error, got {prompts}")
     return (prompts * contributions.double().std() / prompts**0.5).item()
+
+
+def check_sums(by_prompt: Float[Tensor, " B"], gradient_part: float, tolerance: float) -> None:
+    """The gradient part, summed over evaluation units, must equal its sum over update prompts.
+
+    Raises:
+        RuntimeError: if it does not, by more than this share of the sum of absolute contributions.
+    """
+    error = abs(by_prompt.sum().item() - gradient_part)
+    if error > tolerance * by_prompt.abs().sum().item() + 1e-12:
+        raise RuntimeError(
+            f"gradient part: {gradient_part:.6g} summed over evaluation units but {by_prompt.sum().item():.6g} summed "
+            "over update prompts; please report this"
+        )

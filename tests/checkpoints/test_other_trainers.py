@@ -1,0 +1,161 @@
+"""What other trainers leave is called by its name, and what is a Trainer's checkpoint but for a name is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from entropy_probe.checkpoints import CheckpointError, MappingError, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.other_trainers import checkpoints_below, whose_directory
+from tests.checkpoints.conftest import edit_optimizer, edit_tensors
+
+LAYOUTS = {
+    "verl, SkyRL or AReaL": ["optim_world_size_4_rank_3.pt", "model_world_size_4_rank_3.pt", "huggingface/config.json"],
+    "DeepSpeed": ["global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt", "latest"],
+    "Megatron": ["mp_rank_01/distrib_optim.pt"],
+    "torchtune": ["recipe_state/recipe_state.pt", "model-00001.safetensors"],
+    "FULL_STATE_DICT": ["pytorch_model_fsdp.bin", "optimizer.bin"],
+}
+
+
+def touch(root: Path, names: list[str]) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize("maker", LAYOUTS)
+@pytest.mark.parametrize("above", ["", "step_2", "run/step_2"])
+def test_a_directory_of_another_trainer_is_named(tmp_path, maker, above):
+    touch(tmp_path / "x" / above, LAYOUTS[maker])
+    if maker == "FULL_STATE_DICT" and above:
+        assert checkpoints_below(tmp_path / "x") == [tmp_path / "x" / above]  # for its optimizer's sake
+        return
+    with pytest.raises(CheckpointError, match=f"expected a checkpoint that is read, got .*{maker}.*; what is|{maker}"):
+        inspect_checkpoint(tmp_path / "x")
+
+
+def test_a_folder_beside_the_files_of_another_trainer_is_named_too(tmp_path):
+    touch(tmp_path, LAYOUTS["verl, SkyRL or AReaL"])
+    assert "verl" in (whose_directory(tmp_path / "huggingface") or "")
+
+
+def test_a_directory_without_a_name_that_tells_is_of_nobody(tmp_path):
+    assert whose_directory(touch(tmp_path / "a", ["notes.txt", "optimizer_world.pt"])) is None
+
+
+def test_directories_above_lead_to_their_checkpoints(tmp_path):
+    for step in (2, 10, 9):
+        touch(tmp_path / "v0-1/runs" / f"checkpoint-{step}", ["optimizer.pt"])
+    with pytest.raises(CheckpointError, match=r"pass one of .*checkpoint-2, .*checkpoint-9, .*checkpoint-10 inside it"):
+        inspect_checkpoint(tmp_path)
+
+
+def parameter_names(state) -> list[str]:
+    """Of the optimizer's parameters, in the order of its groups."""
+    name = {id(p): n for n, p in state.model.named_parameters()}
+    return [name[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def first_moments(state) -> dict[str, torch.Tensor]:
+    name = {id(p): n for n, p in state.model.named_parameters()}
+    return {name[id(p)]: entry["exp_avg"] for p, entry in state.optimizer.state.items()}
+
+
+def assert_same_moments(checkpoint: Path, expected) -> None:
+    found, wanted = first_moments(load_checkpoint(checkpoint)), first_moments(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_state_that_accelerate_calls_optimizer_bin_is_read(copy_of, runs, by_name):
+    checkpoint, original = copy_of("full"), runs("full").load(2)
+    names = parameter_names(original)
+
+    def rename(saved):
+        saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
+        for group in saved["param_groups"]:
+            group["params"] = [names[i] for i in group["params"]]
+
+    if by_name:
+        edit_optimizer(checkpoint, rename)
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
+    assert_same_moments(checkpoint, original)
+
+
+def flatten(order: list[int]):
+    """One group, whose i-th parameter is the ``order[i]``-th of the two groups."""
+
+    def change(saved):
+        saved["state"] = {i: saved["state"][k] for i, k in enumerate(order) if k in saved["state"]}
+        saved["param_groups"] = [saved["param_groups"][0] | {"params": list(range(len(order)))}]
+
+    return change
+
+
+def test_one_group_in_the_order_of_the_model_is_read(copy_of, runs):
+    checkpoint, original = copy_of("full"), runs("full").load(2)
+    names = parameter_names(original)
+    edit_optimizer(checkpoint, flatten([names.index(n) for n, _ in original.model.named_parameters()]))
+    assert_same_moments(checkpoint, original)
+    assert "named-parameters" in load_checkpoint(checkpoint).report.optimizer_state.mapping
+
+
+def test_one_group_whose_order_shapes_do_not_tell_is_refused(copy_of):
+    checkpoint = copy_of("sgd")  # keeps nothing for a parameter, so any order fits
+    edit_optimizer(checkpoint, flatten(list(range(27))))
+    with pytest.raises(MappingError, match="different ones do; tried"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("extra", "remedy"),
+    [(1, "1 entries more than the 27 .* value model"), (-1, "1 entries fewer than the 27 .*frozen, pass base_model")],
+)
+def test_another_number_of_entries_leads_on(copy_of, extra, remedy):
+    checkpoint = copy_of("full")
+
+    def change(saved):
+        group = saved["param_groups"][1]
+        if extra > 0:
+            saved["state"][27] = saved["state"][26]
+            group["params"].append(27)
+        else:
+            del saved["state"][group["params"].pop()]
+
+    edit_optimizer(checkpoint, change)
+    with pytest.raises(MappingError, match=remedy):
+        load_checkpoint(checkpoint)
+
+
+def test_groups_of_ones_own_lead_to_recorded_names(copy_of):
+    checkpoint = copy_of("lora")
+
+    def split(saved):
+        first = saved["param_groups"][0]
+        saved["param_groups"] = [first | {"params": list(range(14))}, first | {"params": list(range(14, 28))}]
+
+    edit_optimizer(checkpoint, split)
+    with pytest.raises(MappingError, match=r"as many entries as trainable parameters.*ManifestCallback"):
+        load_checkpoint(checkpoint)
+
+
+def test_a_value_head_beside_the_policy_is_named(copy_of):
+    checkpoint = copy_of("full")
+    edit_tensors(checkpoint / "model.safetensors", lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 8)}))
+    with pytest.raises(CheckpointError, match=r"not supported: a value head \(v_head.weight\) beside the policy"):
+        load_checkpoint(checkpoint)
+
+
+def test_embeddings_saved_along_with_an_adapter_are_named(copy_of):
+    checkpoint = copy_of("lora")
+    edit_tensors(
+        checkpoint / "adapter_model.safetensors",
+        lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(120, 64)}),
+    )
+    with pytest.raises(CheckpointError, match=r"peft saved the embeddings along \(120 rows\).*take them out"):
+        load_checkpoint(checkpoint)
