@@ -9,6 +9,7 @@ from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators import realized
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.curvature import per_decision_taylor
+from entropy_probe.estimators.first_order import FirstOrder
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.uncertainty import Sampled, Units
@@ -19,6 +20,23 @@ def coefficients(
     scores: TokenScores, prompt_ids: Tensor, units: Units, norm: str = "token", kind: str = "rao_blackwell"
 ) -> TokenCoefficients:
     return fo.entropy_coefficients(scores, prompt_ids, units, PositionSums.of(scores), norm, kind)
+
+
+def predicted(
+    before: TokenScores,
+    slope: TokenScores,
+    prompt_ids: Tensor,
+    units: Units,
+    norm: str = "token",
+    kind: str = "rao_blackwell",
+) -> FirstOrder:
+    """The first-order change from derivatives of the scores along the step."""
+    c, sums = coefficients(before, prompt_ids, units, norm, kind), fo.entropy(before, units, norm, kind)
+    d = (c.logprobs * slope.logprobs).sum(1)
+    d = d if c.entropies is None else d + (c.entropies * slope.entropies).sum(1)
+    to_go = fo.length_coefficients(before, units, PositionSums.of(before)).logprobs
+    longer = (to_go * slope.logprobs).sum().item() / sums.size.sum().item() if norm == "token" else 0.0
+    return fo.first_order(units.total(d), sums.size, sums.ratio(), longer)
 
 
 def per_decision(before: TokenScores, after: TokenScores, units: Units, norm: str = "token") -> Change:

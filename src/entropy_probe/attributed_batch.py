@@ -19,6 +19,7 @@ from entropy_probe.attribution_results import AttributionSummary
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
 from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.fingerprint import batch_digest
 from entropy_probe.layer_names import layer_and_module
 from entropy_probe.parts import Part
 from entropy_probe.scoring.precision import precisions
@@ -98,8 +99,8 @@ class AttributedBatch(TwoBatch):
         summary = self._summary(slopes.method, tokens, covariances, parts, seconds)
         result = self._finish(start, attribution=summary, **realized)
         prompts = self.prompts.total(tokens.sum(1))
-        given, prompt_of = self.given_update, update.prompt_ids
-        return Attribution(result, given, prompt_of, slopes.scores, tokens, covariances, prompts, errors, layers)
+        given, of = self.given_update, (update.prompt_ids, batch_digest(self.evaluation))
+        return Attribution(result, given, *of, slopes.scores, tokens, covariances, prompts, errors, layers)
 
     def _by_update_prompt(
         self,

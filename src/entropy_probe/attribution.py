@@ -56,6 +56,7 @@ class Attribution:
         update: the update batch, as given.
         prompt_of_sequence: the prompt that each of its sequences counts for, ``[N]``: its id, but equal prompts and
             those of one trajectory under the smallest of theirs.
+        evaluation: what the evaluation batch is recognised by, whatever its order and padding.
         scores: its log-probabilities and entropies, nats.
         tokens: each response token's contribution, 0 off the response, float64, ``[N, L]``.
         covariances: each token's covariance term of Cui et al. (2025), float64, ``[N, L]``.
@@ -67,6 +68,7 @@ class Attribution:
     result: ProbeResult
     update: Rollouts
     prompt_of_sequence: Int[Tensor, " N"]
+    evaluation: str
     scores: TokenScores
     tokens: Float[Tensor, "N L"]
     covariances: Float[Tensor, "N L"]

@@ -11,7 +11,15 @@ from torch import Tensor
 from entropy_probe.shards import local
 from entropy_probe.types import Rollouts, TokenScores
 
-__all__ = ["ScoreCache", "fingerprint", "mixed_sums", "rollouts_fingerprint"]
+__all__ = [
+    "ScoreCache",
+    "batch_digest",
+    "digest",
+    "fingerprint",
+    "mixed_sums",
+    "rollouts_fingerprint",
+    "sequence_digests",
+]
 
 _CHUNK = 2**22
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,6 +65,25 @@ def rollouts_fingerprint(rollouts: Rollouts) -> str:
     """The fingerprint of what scores depend on: tokens and masks."""
     names = ("input_ids", "attention_mask", "response_mask", "prompt_ids")
     return fingerprint((name, getattr(rollouts, name)) for name in names)
+
+
+def digest(content: bytes) -> bytes:
+    """A digest of 16 bytes."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def sequence_digests(rollouts: Rollouts) -> list[bytes]:
+    """A digest of each sequence: its tokens and which of them are the response, whatever the padding."""
+    masks = (rollouts.attention_mask.cpu(), rollouts.response_mask.cpu())
+    return [
+        digest(ids[real].numpy().tobytes() + response[real].numpy().tobytes())
+        for ids, real, response in zip(rollouts.input_ids.cpu(), *masks, strict=True)
+    ]
+
+
+def batch_digest(rollouts: Rollouts) -> str:
+    """A digest of the sequences of a batch, whatever their order and padding."""
+    return digest(b"".join(sorted(sequence_digests(rollouts)))).hex()
 
 
 class ScoreCache:

@@ -31,12 +31,14 @@ class Measurement:
         estimator: which path produced it, or would have.
         diagnosis: whether the weights can be trusted.
         weights: of the sequences, after the step.
+        after: scores of this rank's part of the batch after the step.
     """
 
     change: Change | None
     estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
     diagnosis: Literal["ok", "low_ess", "high_pareto_k"]
     weights: SequenceWeights
+    after: TokenScores
 
     @property
     def note(self) -> str | None:
@@ -135,22 +137,22 @@ def measure_change(
     if diagnosis != "ok" and config.on_low_ess == "resample":
         assert resample is not None
         fresh = entropy(resample(), units, normalization, kind)
-        return Measurement(change_to(fresh), "resampled", diagnosis, weights)
+        return Measurement(change_to(fresh), "resampled", diagnosis, weights, after)
     if diagnosis != "ok" and config.on_low_ess == "psis" and weights.pareto_k is not None:
         smoothed = sequence_importance_weights(log_weights, "psis", base=base, log_weight_clamp=config.log_weight_clamp)
         if smoothed.heavy_tailed:
-            return Measurement(None, "psis", "high_pareto_k", weights)
+            return Measurement(None, "psis", "high_pareto_k", weights, after)
         new = snis(after, smoothed.normalized[part.rows], units, normalization, kind)
-        return Measurement(change_to(new), "psis", diagnosis, weights)
+        return Measurement(change_to(new), "psis", diagnosis, weights, after)
     estimator = "per_decision" if config.realized == "per_decision" else config.is_mode
     if diagnosis != "ok":
-        return Measurement(None, estimator, diagnosis, weights)
+        return Measurement(None, estimator, diagnosis, weights, after)
     if estimator == "per_decision":
         with ranks.agreeing():
             table = torch.zeros(2, units.count, dtype=torch.float64)
             for rows in in_chunks(units):
                 own = units.select(rows)
                 table += per_decision(before.select(rows), after.select(rows), own, batch, normalization).table
-        return Measurement(change_to(UnitSums(table), "rao_blackwell"), estimator, diagnosis, weights)
+        return Measurement(change_to(UnitSums(table), "rao_blackwell"), estimator, diagnosis, weights, after)
     new = snis(after, weights.normalized[part.rows], units, normalization, kind)
-    return Measurement(change_to(new), estimator, diagnosis, weights)
+    return Measurement(change_to(new), estimator, diagnosis, weights, after)

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from entropy_probe.attribution_results import AttributionSummary
 from entropy_probe.records import Kept, Record, SavedRecord
+from entropy_probe.student import critical_value
 
 __all__ = [
     "BatchFit",
@@ -41,6 +42,7 @@ class Estimate(Record):
         num_units: independent sampling units behind the standard error (sequences, or prompts).
         unit: nats per token or nats per sequence.
         status: ``ok``, or ``below_noise_floor`` if rounding alone could have made the number.
+        degrees_of_freedom: of the standard error; null where that is one fewer than ``num_units``.
     """
 
     value: float
@@ -48,6 +50,23 @@ class Estimate(Record):
     num_units: int
     unit: Unit
     status: Literal["ok", "below_noise_floor"] = "ok"
+    degrees_of_freedom: float | None = Field(default=None, gt=0)
+
+    @property
+    def margin(self) -> float:
+        """How far the 95% interval reaches to either side, by Student's t, in ``unit``."""
+        degrees = self.num_units - 1 if self.degrees_of_freedom is None else self.degrees_of_freedom
+        return critical_value(degrees) * self.standard_error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval, in ``unit``."""
+        return self.value - self.margin, self.value + self.margin
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the 95% interval excludes 0."""
+        return abs(self.value) > self.margin
 
 
 class Prediction(Estimate):
@@ -206,6 +225,12 @@ class CrossPrompt(Record):
     learning_rate: float
     gradients: str
     preconditioner: PreconditionerReport
+
+    @property
+    def estimate(self) -> Estimate:
+        """``delta_h1`` with the larger of its two errors."""
+        error = max(self.se_plugin, self.se_jackknife)
+        return Estimate(value=self.delta_h1, standard_error=error, num_units=self.num_units, unit=self.unit)
 
 
 class SamplerMismatch(Record):

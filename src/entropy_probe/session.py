@@ -34,6 +34,7 @@ from entropy_probe.results import (
 )
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.precision import precisions
+from entropy_probe.student import combined_degrees
 from entropy_probe.types import Rollouts, TokenScores
 from entropy_probe.updates.adamw import is_adam
 from entropy_probe.updates.preconditioner import frozen_preconditioner
@@ -267,14 +268,23 @@ class Session:
         rates = {id(p): rate for group, rate in groups for p in group["params"]}
         return {name: frozen.scale[name] * rates[id(p)] for name, p in self.parameters.items()}, report
 
-    def estimate_fields(self, sampled: Sampled, units: Units, se_update: float = 0.0) -> dict[str, Any]:
-        """What every estimate over evaluation units has, with the update batch's error added in quadrature."""
-        return {
-            "value": sampled.value,
-            "standard_error": math.hypot(sampled.standard_error, se_update),
-            "num_units": units.count,
-            "unit": self.unit,
-        }
+    def estimate_fields(
+        self, sampled: Sampled, units: Units, update: tuple[float, int] | None = None
+    ) -> dict[str, Any]:
+        """What every estimate over evaluation units has, with the update batch's error added in quadrature.
+
+        Args:
+            sampled: the estimate.
+            units: the evaluation units.
+            update: error from the update batch, and how many units of it that is from.
+        """
+        own = sampled.standard_error
+        fields = {"value": sampled.value, "standard_error": own, "num_units": units.count, "unit": self.unit}
+        if update is None:
+            return fields
+        error, number = update
+        degrees = combined_degrees([(own, units.count - 1), (error, number - 1)])
+        return fields | {"standard_error": math.hypot(own, error), "degrees_of_freedom": degrees}
 
     def optimizer_report(self) -> OptimizerStateReport:
         """What the moments cover, with a message where they leave something open."""

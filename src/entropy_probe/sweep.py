@@ -98,12 +98,11 @@ class LearningRateSweep(TwoBatch):
             measured, rounding = self._measure(start, rate, f"score at {rate:.3g}")
         except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
             return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
-        at_rate = Sampled(factor * sampled.value, factor * sampled.influence)
-        realized, difference = self._report(measured, rounding, floor, at_rate, start.before.entropy)
+        gap = self._gap(measured, sampled.times(factor), start.before)
+        realized, difference = self._report(measured, rounding, floor, gap)
         point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized, difference=difference)
-        if measured.change is None:
+        if measured.change is None or gap is None:
             return point
-        gap = measured.change.minus(at_rate, start.before.entropy)
         return point.model_copy(
             update={
                 "influence": tuple(measured.change.influence.tolist()),

@@ -5,6 +5,8 @@ The story, top to bottom: score -> update gradient -> step -> first-order change
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 
 from entropy_probe.admission import UnitName, draws_of, evaluation_units
+from entropy_probe.before import Before, LengthSample, entropy_coefficients
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
+from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
@@ -39,23 +42,6 @@ __all__ = ["TwoBatch"]
 
 
 @dataclass(frozen=True, eq=False)
-class Before:
-    """The evaluation batch at the checkpoint.
-
-    Attributes:
-        scores: of this rank's part of it.
-        positions: sums by response position over the whole batch.
-        sums: entropies and tokens or sequences of every unit.
-        entropy: H.
-    """
-
-    scores: TokenScores
-    positions: PositionSums
-    sums: UnitSums
-    entropy: Sampled
-
-
-@dataclass(frozen=True, eq=False)
 class Start:
     """What is known before anything is measured after the step.
 
@@ -68,7 +54,7 @@ class Start:
 
     before: Before
     step: PlannedStep
-    predicted: Sampled | None
+    predicted: fo.FirstOrder | None
     fields: dict[str, Any]
 
 
@@ -111,7 +97,7 @@ class TwoBatch(Session):
     def _start(self, *, predict: bool) -> Start:
         """Everything up to the prediction."""
         fields: dict[str, Any] = {}
-        predicted: Sampled | None = None
+        predicted: fo.FirstOrder | None = None
         self.prepare(self.update, self.evaluation)
         before = self._before()
         taps = self.choose_taps(self.update) if predict else None
@@ -131,7 +117,9 @@ class TwoBatch(Session):
         positions = add_up(self.ranks, PositionSums.of(scores))
         own = fo.entropy(scores, self.part.units, self.config.normalization, self.config.entropy)
         sums = add_up(self.ranks, own)
-        return Before(scores, positions, sums, sums.ratio())
+        whole, per_token = (self.evaluation, self.units), self.config.normalization == "token"
+        lengths = LengthSample.of(*whole, self.part, scores, positions) if per_token else None
+        return Before(scores, positions, sums, sums.ratio(), lengths)
 
     def _finish(self, start: Start, **fields: Any) -> ProbeResult:
         """The result with these fields beside those of the prediction."""
@@ -210,7 +198,7 @@ class TwoBatch(Session):
 
     def _first_order(
         self, before: Before, gradients: UnitGradients, step: PlannedStep, *, taps: Taps | None
-    ) -> tuple[Sampled, dict[str, Any]]:
+    ) -> tuple[fo.FirstOrder, dict[str, Any]]:
         """The prediction with its components, and the result fields that report it."""
         surrogate = self._entropy_coefficients(before)
         with self.clock.phase("evaluation gradient") as progress:
@@ -218,22 +206,27 @@ class TwoBatch(Session):
             entropy_side = self._differentiate(self.own_evaluation, self.part, side, taps=taps, progress=progress)
         weights = before.sums.size
         dots = self._over_units(self.part, entropy_side.dots)
-        predicted = fo.first_order(dots.sum(0), weights)
+        lengths = self._length_changes(before, step)
+        predicted = fo.first_order(dots.sum(0), weights, before.entropy, float(lengths.sum()))
         if step.gradient_scale is None:
             se_update, components = self._jackknife(gradients, entropy_side, weights.sum().item(), step), {}
         else:
-            parts = {name: fo.first_order(dots[k], weights) for k, name in enumerate(step.components)}
+            parts = {
+                name: fo.first_order(dots[k], weights, before.entropy, float(lengths[k]))
+                for k, name in enumerate(step.components)
+            }
             by_prompt = self._by_update_prompt(
                 gradients, entropy_side, weights.sum().item(), step, step.gradient_scale, taps=taps
             )
             coarsest = max(torch.finfo(p.dtype).eps for p in self.parameters.values())
-            _check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
+            fo.check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
             self._note_what_the_update_error_holds_fixed(step)
             se_update = fo.update_standard_error(by_prompt)
+            update = (se_update, self.shares.count)
             components = {name: Estimate(**self.estimate_fields(part, self.units)) for name, part in parts.items()}
-            components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, se_update))
+            components["gradient"] = Estimate(**self.estimate_fields(parts["gradient"], self.units, update))
         prediction = Prediction(
-            **self.estimate_fields(predicted, self.units, se_update),
+            **self.estimate_fields(predicted, self.units, (se_update, self.shares.count)),
             se_evaluation=predicted.standard_error,
             se_update=se_update,
             se_update_method="linear" if self.closed_form else "jackknife",
@@ -241,18 +234,21 @@ class TwoBatch(Session):
         contributions = tuple((predicted.value + predicted.influence).tolist())
         return predicted, {"predicted": prediction, "components": components, "contributions": contributions}
 
+    def _length_changes(self, before: Before, step: PlannedStep) -> Tensor:
+        """The relative first-order change of the mean length by each part of the step, ``[K]``; 0 per sequence."""
+        lengths = before.lengths
+        if lengths is None:
+            return torch.zeros(len(step.components), dtype=torch.float64)
+        own = self.own_evaluation.select(lengths.rows)
+        with self.clock.phase("length gradient") as progress:
+            side = Side(lengths.coefficients())
+            found = self._differentiate(own, lengths.part, side, taps=None, progress=progress, total=False)
+        return lengths.along(list(step.components.values()), found, self.ranks)
+
     def _entropy_coefficients(self, before: Before) -> TokenCoefficients:
         """Of this rank's part of the evaluation batch."""
-        prompts, scores, config = self.own_evaluation.prompt_ids, before.scores, self.config
-        of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
-        for rows in in_chunks(Units.prompts(prompts)):
-            some, ids, units = scores.select(rows), prompts[rows], self.part.units.select(rows)
-            how = (config.normalization, config.entropy, self.draws.select(self.part.rows[rows]))
-            found = fo.entropy_coefficients(some, ids, units, before.positions, *how)
-            of_logprobs[rows] = found.logprobs
-            if found.entropies is not None:
-                of_entropies[rows] = found.entropies
-        return TokenCoefficients(of_logprobs, of_entropies if config.entropy == "rao_blackwell" else None)
+        ids, own = self.own_evaluation.prompt_ids, (self.part.units, self.draws.select(self.part.rows))
+        return entropy_coefficients(before.scores, ids, *own, before.positions, self.config)
 
     def _jackknife(
         self, gradients: UnitGradients, entropy_side: UnitGradients, total_weight: float, step: PlannedStep
@@ -329,34 +325,46 @@ class TwoBatch(Session):
                 "to compare it with the prediction"
             )
         realized, difference = self._report(
-            measured, rounding, self._noise_floor(start.before), start.predicted, start.before.entropy
+            measured, rounding, self._noise_floor(start.before), self._gap(measured, start.predicted, start.before)
         )
         return {"realized": realized} if difference is None else {"realized": realized, "difference": difference}
 
     def _measure(self, start: Start, learning_rate: float | None, phase: str) -> tuple[Measurement, float]:
         """The change after the step at the given rate (``None`` for each group's own), and the step's rounding."""
+        with self._after(start, learning_rate, phase) as (after, rounding):
+            before, fresh = start.before, self._score_fresh
+            given = (before.scores, after, self.part, before.positions, self.config, self.ranks, fresh)
+            return measure_change(*given), rounding
+
+    @contextmanager
+    def _after(self, start: Start, learning_rate: float | None, phase: str) -> Iterator[tuple[TokenScores, float]]:
+        """The policy after the step, for as long as this lasts: scores of this rank's part, and the step's rounding."""
         stepped, rounding = stepped_parameters(self.parameters, self.optimizer, start.step, self.config, learning_rate)
         with parameters_at(self.parameters, stepped):
             with self.clock.phase(phase) as progress, self.on_part(self.part):
                 after = self.scorer.score(self.own_evaluation, progress)
-            before, fresh = start.before, self._score_fresh
-            given = (before.scores, after, self.part, before.positions, self.config, self.ranks, fresh)
-            return measure_change(*given), rounding
+            yield after, rounding
 
     def _report(
         self,
         measured: Measurement,
         rounding: float,
         floor: float | None,
-        predicted: Sampled | None,
-        entropy: Sampled,
+        gap: Sampled | None,
     ) -> tuple[Realized, Estimate | None]:
         """The records of a measured change and of its difference from the prediction, where there are both."""
         batch = "update" if self.same_batch else "evaluation"
         realized = measured.report(self.units, self.unit, floor, batch, rounding)
+        return realized, None if gap is None else Estimate(**self.estimate_fields(gap, self.units))
+
+    def _gap(self, measured: Measurement, predicted: fo.FirstOrder | None, before: Before) -> Sampled | None:
+        """The measured change minus the predicted one, where there are both."""
         if predicted is None or measured.change is None:
-            return realized, None
-        return realized, Estimate(**self.estimate_fields(measured.change.minus(predicted, entropy), self.units))
+            return None
+        beyond = 0.0
+        if before.lengths is not None and measured.estimator == "per_decision":
+            beyond = before.lengths.beyond(measured.after, predicted.length_change, self.ranks)
+        return measured.change.minus(predicted, before.entropy, beyond)
 
     def _score_fresh(self) -> TokenScores:
         """Scores of fresh responses to the evaluation prompts, sampled and scored at the policy as it is."""
@@ -384,13 +392,3 @@ class TwoBatch(Session):
 
 
 NOTABLE_ROUNDING = 0.01
-
-
-def _check_sums(by_prompt: Tensor, gradient_part: float, tolerance: float) -> None:
-    """The gradient part, summed over evaluation units, must equal its sum over update prompts."""
-    error = abs(by_prompt.sum().item() - gradient_part)
-    if error > tolerance * by_prompt.abs().sum().item() + 1e-12:
-        raise RuntimeError(
-            f"gradient part: {gradient_part:.6g} summed over evaluation units but {by_prompt.sum().item():.6g} summed "
-            "over update prompts; please report this"
-        )

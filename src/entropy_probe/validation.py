@@ -7,20 +7,27 @@ This is the linear datamodeling score (Park et al., 2023) with the policy's entr
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from entropy_probe.attribution import Attribution
-from entropy_probe.estimators.attribution import rank_correlation, rank_correlation_interval
+from entropy_probe.before import entropy_coefficients
+from entropy_probe.estimators.first_order import sequence_weights
+from entropy_probe.estimators.realized import Change
+from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
+from entropy_probe.evaluation_half import EvaluationHalf, halved
+from entropy_probe.fingerprint import batch_digest
+from entropy_probe.measurement import Measurement, measure_change
 from entropy_probe.session import Subject
-from entropy_probe.step import plan_step
+from entropy_probe.step import PlannedStep, plan_step
 from entropy_probe.two_batch import Start, TwoBatch
 from entropy_probe.types import Rollouts
 from entropy_probe.updates.leave_out import kept_gradient
-from entropy_probe.updates.per_unit import UnitGradients
+from entropy_probe.updates.per_unit import Side, UnitGradients
 from entropy_probe.updates.shadow import optimizer_name
 from entropy_probe.updates.taps import Taps
 from entropy_probe.validation_results import LEAST_STEPS, RankCorrelation, SubsetStep, Validation
@@ -28,6 +35,9 @@ from entropy_probe.validation_results import LEAST_STEPS, RankCorrelation, Subse
 __all__ = ["HalfSteps", "check_halves", "distinct_halves"]
 
 LEAST_PROMPTS = 4
+LEAST_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
+ROUNDING = 1e-9
+"""A sum of advantages below this share of the sum of their sizes is none."""
 
 
 def check_halves(prompts: int, subsets: int) -> None:
@@ -74,6 +84,14 @@ def distinct_halves(moving: Bool[Tensor, " B"], subsets: int, seed: int) -> list
     return list(halves.values())
 
 
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """The change after one step on the whole evaluation batch and on its halves, or why there is none."""
+
+    whole: Change
+    halves: list[Change]
+
+
 class HalfSteps(TwoBatch):
     """The update batch of an attribution, stepped on in random halves and measured on an evaluation batch."""
 
@@ -87,72 +105,63 @@ class HalfSteps(TwoBatch):
                 f"{optimizer_name(self.optimizer)}; validate with the probe that attributed"
             )
         self.attribution = attribution
+        self.crossed = batch_digest(evaluation) == attribution.evaluation
         self._whole: UnitGradients | None = None
+        self._taps: Taps | None = None
 
     def validation(self, subsets: int, seed: int) -> Validation:
         """The whole story; see :meth:`entropy_probe.EntropyProbe.validate`."""
         check_halves(self.prompts.count, subsets)
         moving = self.prompts.total(self.update.token_advantages.abs().sum(1)) > 0
-        halves = distinct_halves(moving, subsets, seed)
-        if len(halves) < subsets:
+        kept_prompts = distinct_halves(moving, subsets, seed)
+        if len(kept_prompts) < subsets:
             self.messages.append(
-                f"{int(moving.sum())} update prompts with an advantage have {len(halves)} different halves, fewer than "
-                f"the {subsets} asked for"
+                f"{int(moving.sum())} update prompts with an advantage have {len(kept_prompts)} different halves, "
+                f"fewer than the {subsets} asked for"
             )
-        found: list[tuple[float | None, str | None]] = []
+        found: list[_Measured | str] = []
         with self.isolated():
             start = self._start(predict=False)
+            halves = halved(self.units, self.part, start.before.scores, self.ranks, seed)
+            by_half = torch.stack([self._contributions(start.step, half) for half in halves])
             scale = self.frozen_scale() if self.config.geometry == "frozen" else None
-            for kept in halves:
-                found.append(self._change(start, kept, scale))
+            for kept in kept_prompts:
+                found.append(self._change(start, halves, kept, scale))
                 if self.progress:
-                    self.progress("subsets", len(found), len(halves))
-        ids, prompts = self.attribution.prompt_ids, self.attribution.prompts
-        covariances = self.prompts.total(self.attribution.covariances.sum(1))
-        steps = tuple(
-            SubsetStep(
-                kept=tuple(ids[kept].tolist()),
-                contribution=prompts[kept].sum().item(),
-                covariance=covariances[kept].sum().item(),
-                realized=change,
-                failure=failure,
-            )
-            for kept, (change, failure) in zip(halves, found, strict=True)
-        )
-        return self._judged(steps, seed)
+                    self.progress("subsets", len(found), len(kept_prompts))
+        return self._judged(kept_prompts, found, by_half, seed)
 
-    def _judged(self, steps: tuple[SubsetStep, ...], seed: int) -> Validation:
-        """The rank correlations over the steps that were measured, and what to know about the others."""
-        measured = [step for step in steps if step.realized is not None]
-        failures = [step.failure for step in steps if step.failure is not None]
-        if failures:
-            self.messages.append(
-                f"{len(failures)} of {len(steps)} steps on halves could not be measured and are left out of the rank "
-                f"correlations; the first because {failures[0]}"
-            )
-        if len(measured) < LEAST_STEPS:
-            self.messages.append(
-                f"no rank correlation: expected at least {LEAST_STEPS} measured steps on different halves, got "
-                f"{len(measured)}"
-            )
-        changes = [step.realized for step in measured if step.realized is not None]
-        notes = (note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
-        return Validation(
-            unit=self.unit,
-            num_prompts=self.prompts.count,
-            seed=seed,
-            contributions=_correlation([step.contribution for step in measured], changes),
-            covariance=_correlation([-step.covariance for step in measured], changes),
-            steps=steps,
-            messages=tuple(dict.fromkeys((*self.messages, *notes))),
-        )
+    def _forecasts(self) -> dict[str, Tensor]:
+        """What each update prompt is said to add to the change, ``[B]``, by name."""
+        advantages = self.update.token_advantages.double()
+        sums, sizes = (self.prompts.total(x.sum(1)) for x in (advantages, advantages.abs()))
+        return {
+            "contributions": self.attribution.prompts,
+            "covariance": -self.prompts.total(self.attribution.covariances.sum(1)),
+            # what centring leaves of a sum over equal lengths is rounding
+            "advantages": torch.where(sums.abs() > ROUNDING * sizes, sums, 0.0),
+        }
+
+    def _contributions(self, step: PlannedStep, half: EvaluationHalf) -> Tensor:
+        """The contributions of the update prompts by one half of the evaluation batch, ``[B]``."""
+        assert self._whole is not None
+        assert step.gradient_scale is not None
+        rollouts, units, config = self.own_evaluation.select(half.rows), half.part.units, self.config
+        surrogate = entropy_coefficients(half.scores, rollouts.prompt_ids, units, half.positions, config)
+        with self.clock.phase("evaluation gradient") as progress:
+            entropy = self._differentiate(rollouts, half.part, Side(surrogate), taps=None, progress=progress)
+        weight = self.ranks.sum(sequence_weights(half.scores, config.normalization).double().sum()[None]).item()
+        return self._by_update_prompt(self._whole, entropy, weight, step, step.gradient_scale, taps=self._taps)
 
     def _update_gradient(self, *, store: bool, taps: Taps | None) -> UnitGradients:
         """As for a prediction, whose gradients by prompt are what halves are put together from."""
-        self._whole = super()._update_gradient(store=True, taps=self.choose_taps(self.update))
+        self._taps = self.choose_taps(self.update)
+        self._whole = super()._update_gradient(store=True, taps=self._taps)
         return self._whole
 
-    def _change(self, start: Start, kept: Tensor, frozen: tuple | None) -> tuple[float | None, str | None]:
+    def _change(
+        self, start: Start, halves: list[EvaluationHalf], kept: Tensor, frozen: tuple | None
+    ) -> _Measured | str:
         """The entropy change measured after the step on some of the prompts, or why there is none."""
         assert self._whole is not None
         part, loss = self.update_part, self._loss_coefficients()
@@ -164,18 +173,110 @@ class HalfSteps(TwoBatch):
         gradient = self.ranks.sum_vector(gradient, self.parameters)
         step = plan_step(self.parameters, self.optimizer, gradient, self.config, lambda: frozen or self.frozen_scale())
         try:
-            measured, _ = self._measure(replace(start, step=step), self.config.learning_rate, "score after steps")
+            measured = self._measure_halves(replace(start, step=step), halves)
         except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
-            return None, str(error)
-        return (None, measured.note) if measured.change is None else (measured.change.value, None)
+            return str(error)
+        for each in measured:
+            if each.change is None:
+                assert each.note is not None
+                return each.note
+        whole, *others = [each.change for each in measured if each.change is not None]
+        return _Measured(whole, others)
+
+    def _measure_halves(self, start: Start, halves: list[EvaluationHalf]) -> list[Measurement]:
+        """The change on the whole evaluation batch, and on its halves, from one scoring."""
+        before = start.before
+        with self._after(start, self.config.learning_rate, "score after steps") as (after, _):
+            fresh = cache(self._score_fresh)
+            found = [measure_change(before.scores, after, self.part, before.positions, self.config, self.ranks, fresh)]
+            for half in halves:
+                given = (half.scores, after.select(half.rows), half.part, half.positions, self.config, self.ranks)
+                found.append(measure_change(*given, lambda rows=half.rows: fresh().select(rows)))
+        return found
+
+    def _judged(
+        self, kept_prompts: list[Tensor], found: list[_Measured | str], by_half: Tensor, seed: int
+    ) -> Validation:
+        """The rank correlations over the steps that were measured, and what to know about the others."""
+        forecasts, ids = self._forecasts(), self.attribution.prompt_ids
+        kept = torch.stack([torch.isin(torch.arange(self.prompts.count), rows) for rows in kept_prompts]).double()
+        summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}
+        halves = kept @ by_half.T
+        steps = tuple(
+            SubsetStep(
+                kept=tuple(ids[rows].tolist()),
+                forecasts={name: sums[k].item() for name, sums in summed.items()},
+                contributions_by_half=tuple(halves[k].tolist()),
+                realized=None if isinstance(each, str) else each.whole.value,
+                realized_by_half=None if isinstance(each, str) else (each.halves[0].value, each.halves[1].value),
+                failure=each if isinstance(each, str) else None,
+            )
+            for k, (rows, each) in enumerate(zip(kept_prompts, found, strict=True))
+        )
+        measured = [each for each in found if isinstance(each, _Measured)]
+        failures = [each for each in found if isinstance(each, str)]
+        if failures:
+            self.messages.append(
+                f"{len(failures)} of {len(steps)} steps on halves could not be measured and are left out of the rank "
+                f"correlations; the first because {failures[0]}"
+            )
+        known, correlations = None, dict.fromkeys(forecasts)
+        if len(measured) < LEAST_STEPS:
+            self.messages.append(
+                f"no rank correlation: expected at least {LEAST_STEPS} measured steps on different halves, got "
+                f"{len(measured)}"
+            )
+        else:
+            rows = torch.tensor([k for k, each in enumerate(found) if isinstance(each, _Measured)])
+            changes = _changes(measured)
+            known = reliability(changes.halves, 1.0 if self.crossed else 2.0)
+            self._note_reliability(known)
+            correlations = {
+                name: self._correlation(name, sums[rows], halves[rows].T, changes, seed)
+                for name, sums in summed.items()
+            }
+        notes = (note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
+        return Validation(
+            unit=self.unit,
+            num_prompts=self.prompts.count,
+            num_sequences=len(self.evaluation),
+            seed=seed,
+            measured_on="halves" if self.crossed else "others",
+            reliability=known,
+            correlations=correlations,
+            steps=steps,
+            messages=tuple(dict.fromkeys((*self.messages, *notes))),
+        )
+
+    def _correlation(
+        self, name: str, sums: Tensor, halves: Tensor, changes: Changes, seed: int
+    ) -> RankCorrelation | None:
+        forecast = Forecast(sums)
+        if name == "contributions":
+            times = 2 * self.attribution.result.diagnostics.num_evaluation_sequences / len(self.evaluation)
+            forecast = Forecast(sums, halves, None if self.crossed else times)
+        found = score(forecast, changes, crossed=self.crossed, seed=seed)
+        return None if found is None else RankCorrelation(**asdict(found))
+
+    def _note_reliability(self, known: float | None) -> None:
+        """How many evaluation rollouts would do, where these do not."""
+        if known is None or known >= LEAST_RELIABILITY:
+            return
+        if known <= 0:
+            self.messages.append(
+                "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps "
+                "is noise; use many times as many evaluation sequences"
+            )
+            return
+        needed = times_as_many(known, WANTED_RELIABILITY) * len(self.evaluation)
+        self.messages.append(
+            f"the measured changes have a reliability of {known:.2f}, which bounds what any forecast of them reaches; "
+            f"about {float(f'{needed:.2g}'):,.0f} evaluation sequences would bring it to {WANTED_RELIABILITY:g}"
+        )
 
 
-def _correlation(forecast: list[float], measured: list[float]) -> RankCorrelation | None:
-    if len(forecast) < LEAST_STEPS:
-        return None
-    a, b = (torch.tensor(values, dtype=torch.float64) for values in (forecast, measured))
-    value = rank_correlation(a, b)
-    if value is None:
-        return None
-    low, high = rank_correlation_interval(value, len(forecast))
-    return RankCorrelation(value=value, low=low, high=high)
+def _changes(measured: list[_Measured]) -> Changes:
+    whole = torch.tensor([each.whole.value for each in measured], dtype=torch.float64)
+    halves = torch.tensor([[half.value for half in each.halves] for each in measured], dtype=torch.float64).T
+    first, second = (torch.stack([each.halves[k].influence for each in measured]) for k in (0, 1))
+    return Changes(whole, halves.contiguous(), (first, second))

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from entropy_probe import Rollouts, TokenScores
-from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
+from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from tests.invariants.problems import TABLE
 from tests.reference.enumeration import Table, TinyPolicy
-from tests.whole_batch import coefficients, per_decision, snis
+from tests.whole_batch import per_decision, predicted, snis
 
 STEP = 0.05
 
@@ -73,11 +73,7 @@ class Setting:
             return snis(before, after, what, units, norm, kind)
         if what == "per_decision":
             return per_decision(before, after, units, norm)
-        c = coefficients(before, self.table.rollouts.prompt_ids[rows], units, norm, kind)
-        d = (c.logprobs * slope.logprobs).sum(1)
-        if c.entropies is not None:
-            d = d + (c.entropies * slope.entropies).sum(1)
-        return first_order(d, sequence_weights(before, norm))
+        return predicted(before, slope, self.table.rollouts.prompt_ids[rows], units, norm, kind)
 
 
 def scores_at(setting: Setting, parameters: dict[str, Tensor]) -> TokenScores:

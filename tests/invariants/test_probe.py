@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call, jvp
 
 from entropy_probe import ProbeResult, Rollouts, TokenScores, step
+from entropy_probe.before import chosen_sequences
 from entropy_probe.estimators import uncertainty
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
@@ -55,7 +56,17 @@ def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rol
     d = torch.stack(d)
     b = weights if normalization == "token" else torch.ones(n, dtype=torch.float64)
     value = d.sum() / b.sum()
-    se_e = ((d - value * b) / b.mean()).std() / n**0.5
+    longer = 0.0
+    if normalization == "token":  # the error of the batch's own entropy, times the change of the mean length
+        chosen, tokens_to_go = chosen_sequences(evaluation, Units.sequences(n)).tolist(), torch.zeros(())
+        for i in chosen:
+            for t in range(int(weights[i])):
+                others = [weights[j] - t - 1 for j in range(n) if j != i and weights[j] > t]
+                tokens_to_go = tokens_to_go + (weights[i] - t - 1 - sum(others) / len(others)) * s[i, t]
+        x = torch.autograd.grad(tokens_to_go, list(named.values()), retain_graph=True)
+        longer = sum((a * step.delta[k]).sum() for k, a in zip(named, x, strict=True)) / weights[chosen].sum()
+    excess = h.detach().sum(1) - h_token * b
+    se_e = ((d - value * b - longer * excess) / b.mean()).std() / n**0.5
     q = torch.stack([
         -len(per_prompt) * sum((gradient[k] / b.sum() * step.gradient_scale[k] * a).sum()
                                for k, a in zip(named, y, strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from entropy_probe import TokenScores
-from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
+from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
@@ -16,7 +16,7 @@ from entropy_probe.measurement import measure_change
 from tests.invariants.exact import TARGET, Setting, sampled_elsewhere, sampler_scores, scores_at
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
-from tests.whole_batch import coefficients, derivatives, per_decision, snis
+from tests.whole_batch import coefficients, derivatives, per_decision, predicted, snis
 
 CASES = [
     (what, norm, kind)
@@ -54,10 +54,7 @@ class Other(Setting):
             return snis(before, after, "snis", units, norm, kind)
         if what == "per_decision":
             return per_decision(before, after, units, norm)
-        c = coefficients(before, TABLE.rollouts.prompt_ids[rows], units, norm, kind)
-        d = (c.logprobs * slope.logprobs).sum(1)
-        d = d if c.entropies is None else d + (c.entropies * slope.entropies).sum(1)
-        return first_order(d, sequence_weights(before, norm))
+        return predicted(before, slope, TABLE.rollouts.prompt_ids[rows], units, norm, kind)
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +195,9 @@ def test_derivatives_are_those_of_the_reweighted_change(other, norm):
 
     assert slope.value == pytest.approx((change(eta) - change(-eta)) / (2 * eta), rel=1e-4)
     assert curve.value == pytest.approx((change(eta) + change(-eta)) / eta**2, rel=1e-3)
-    c = coefficients(before, TABLE.rollouts.prompt_ids[rows], units, norm)
-    d = (c.logprobs * one_.logprobs + c.entropies * one_.entropies).sum(1)
-    predicted = first_order(d, sequence_weights(before, norm))
-    assert predicted.value == pytest.approx(slope.value, rel=1e-10)
+    first_order = predicted(before, one_, TABLE.rollouts.prompt_ids[rows], units, norm)
+    assert first_order.value == pytest.approx(slope.value, rel=1e-10)
+    torch.testing.assert_close(first_order.influence, slope.influence, rtol=1e-9, atol=1e-12)
 
 
 def test_the_product_of_weights_is_what_a_change_is_judged_by(other):

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.func import jvp
 
 from entropy_probe import TokenScores
-from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.first_order import entropy
+from entropy_probe.estimators.uncertainty import Units
 from tests.invariants.exact import TARGET, Bound, Setting
-from tests.whole_batch import coefficients, per_decision
+from tests.whole_batch import per_decision, predicted
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +104,16 @@ def test_per_decision_becomes_the_first_order_sequence_by_sequence(setting):
         ("token", Units.prompts(torch.arange(64) // 4)),
         ("sequence", Units.prompts(torch.arange(64) // 4)),
     ):
-        c = coefficients(before, table.rollouts.prompt_ids[rows], units, norm)
-        d = (c.logprobs * slope[0][rows] + c.entropies * slope[1][rows]).sum(1)
-        predicted = first_order(units.total(d), units.total(sequence_weights(before, norm)))
-        each = predicted.value + predicted.influence
+        slopes = TokenScores(slope[0][rows], slope[1][rows], before.response_mask)
+        along = predicted(before, slopes, table.rollouts.prompt_ids[rows], units, norm)
+        each = along.value + along.influence
         errors = []
         for eta in (1e-4, 1e-5, 1e-6):
             s, h = scores({n: theta[n] + eta * direction[n] for n in theta})
             after = TokenScores(s.detach(), h.detach(), table.rollouts.response_mask).select(rows)
             change = per_decision(before, after, units, norm)
-            scaled = Sampled(eta * predicted.value, eta * predicted.influence)
-            gap = change.minus(scaled, entropy(before, units, norm).ratio())
+            longer = change.size_change - eta * along.length_change
+            gap = change.minus(along.times(eta), entropy(before, units, norm).ratio(), longer)
             errors.append(((gap.value + gap.influence).abs() / (eta * each.abs().max())).max().item())
         assert errors[0] < 5e-2
         assert errors[1] < 0.15 * errors[0]

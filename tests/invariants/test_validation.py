@@ -1,5 +1,6 @@
 """Steps on halves of the update prompts: the steps are the optimizer's, and contributions rank them."""
 
+import re
 from itertools import combinations
 
 import pytest
@@ -7,32 +8,96 @@ import torch
 from scipy.stats import spearmanr
 
 from entropy_probe import Validation
-from entropy_probe.estimators.attribution import rank_correlation_interval
 from entropy_probe.validation import HalfSteps, distinct_halves
 from tests.invariants.problems import batches, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_stored_gradient_gib": 0}, {"geometry": "frozen"}],
-                         ids=["stored", "passes", "frozen"])  # fmt: skip
+@pytest.mark.parametrize("settings", [{}, {"max_stored_gradient_gib": 0}, {"geometry": "frozen"},
+                                      {"entropy": "surprisal", "realized": "snis"}],
+                         ids=["stored", "passes", "frozen", "surprisal"])  # fmt: skip
 def test_each_half_is_a_real_step_with_the_other_advantages_at_0(settings):
     model = TinyPolicy()
-    subject = probe(model, trained_optimizer(model), max_grad_norm=1e-2, frozen_max_scale=1e12, **settings)
+    subject = probe(model, trained_optimizer(model), max_grad_norm=1e-2, frozen_max_scale=1e12,
+                    evaluation_unit="sequence", **settings)  # fmt: skip
     update, evaluation = batches()
-    found = subject.validate(
-        subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=4, seed=3
-    )
     whole = subject.attribute(update=update, evaluation=evaluation)
+    found = subject.validate(whole, evaluation=evaluation, subsets=4, seed=3)
+    # halves of the evaluation batch are batches of their own: neither baselines nor H are shared
+    half_of = torch.randperm(len(evaluation), generator=torch.Generator().manual_seed(3)) % 2
+    halves = [evaluation.select(half_of == half) for half in (0, 1)]
+    by_half = [subject.attribute(update=update, evaluation=half) for half in halves]
     for step in found.steps:
         assert len(step.kept) == update.num_prompts // 2
         kept = torch.isin(update.prompt_ids, torch.tensor(step.kept))
         reduced = with_advantages(update, torch.where(kept, update.advantages, 0.0))
-        expected = subject.measure(update=reduced, evaluation=evaluation).realized.value
-        assert step.realized == pytest.approx(expected, rel=1e-9, abs=1e-15)
-        assert step.contribution == pytest.approx(whole.tokens[kept].sum().item(), rel=1e-9, abs=1e-18)
-        assert step.covariance == pytest.approx(whole.covariances[kept].sum().item(), rel=1e-9)
+        realized = [subject.measure(update=reduced, evaluation=e).realized.value for e in (evaluation, *halves)]
+        assert (step.realized, *step.realized_by_half) == pytest.approx(realized, rel=1e-9, abs=1e-15)
+        assert step.forecasts == pytest.approx(
+            {
+                "contributions": whole.tokens[kept].sum().item(),
+                "covariance": -whole.covariances[kept].sum().item(),
+                "advantages": update.token_advantages[kept].sum().item(),
+            },
+            rel=1e-9,
+            abs=1e-15,
+        )
+        sums = [half.tokens[kept].sum().item() for half in by_half]
+        assert step.contributions_by_half == pytest.approx(sums, rel=1e-8, abs=1e-15)
     assert len({step.kept for step in found.steps}) == 4
+
+
+def test_forecasts_are_held_against_rollouts_that_they_do_not_come_from():
+    model = TinyPolicy()
+    subject = probe(model, trained_optimizer(model), learning_rate=1e-5)
+    update, evaluation = batches(groups=12, n=120)
+    _, other = batches(seed=7, groups=12, n=160)
+    attribution = subject.attribute(update=update, evaluation=evaluation)
+    shuffled = evaluation.select(torch.randperm(120, generator=torch.Generator().manual_seed(1)))
+    for batch, crossed in ((evaluation, True), (shuffled, True), (other, False)):
+        found = subject.validate(attribution, evaluation=batch, subsets=8)
+        assert found.measured_on == ("halves" if crossed else "others")
+        assert found.num_sequences == len(batch)
+        columns = {
+            name: torch.tensor([getattr(step, name) for step in found.steps])
+            for name in ("contributions_by_half", "realized_by_half", "realized")
+        }
+        by_half, changes = columns["contributions_by_half"].T, columns["realized_by_half"].T
+        agreement, of_forecast = spearmanr(*changes).statistic, spearmanr(*by_half).statistic
+        for name in found.correlations:
+            forecast = torch.tensor([step.forecasts[name] for step in found.steps])
+            noisy, ratio = name == "contributions", 2 * 120 / len(batch)
+            if crossed:
+                pairs = by_half if noisy else (forecast, forecast)
+                expected = (spearmanr(pairs[0], changes[1]).statistic + spearmanr(pairs[1], changes[0]).statistic) / 2
+                ceiling = (agreement * (of_forecast if noisy else 1)) ** 0.5
+            else:
+                expected = spearmanr(forecast, columns["realized"]).statistic
+                known = ratio * of_forecast / (1 + (ratio - 1) * of_forecast) if noisy else 1
+                ceiling = (2 * agreement / (1 + agreement) * known) ** 0.5
+            assert found.correlations[name].value == pytest.approx(expected, rel=1e-9)
+            assert found.correlations[name].ceiling == pytest.approx(ceiling, rel=1e-9)
+            assert found.correlations[name].corrected == pytest.approx(expected / ceiling, rel=1e-9)
+        expected = agreement if crossed else 2 * agreement / (1 + agreement)
+        assert found.reliability == pytest.approx(expected, rel=1e-9)
+
+
+def test_more_rollouts_are_proposed_where_the_changes_are_mostly_noise():
+    model = TinyPolicy()
+    subject = probe(model, trained_optimizer(model), learning_rate=1e-5)
+    update, evaluation = batches(seed=3, groups=12, n=12)
+    found = subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=20)
+    assert found.reliability < 0.8
+    (message,) = [m for m in found.messages if "reliability" in m]
+    needed = 12 * 0.9 * (1 - found.reliability) / (found.reliability * 0.1)
+    (said,) = re.findall(r"about ([\d,]+) evaluation sequences would bring it to 0.9", message)
+    assert int(said.replace(",", "")) == pytest.approx(needed, rel=0.05)
+    few = batches(n=3)[1]
+    with pytest.raises(
+        ValueError, match="expected at least 4 independent units of evaluation rollouts to halve, got 3"
+    ):
+        subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=few, subsets=4)
 
 
 @pytest.mark.parametrize("prompts", [4, 7])
@@ -57,28 +122,29 @@ def test_fewer_halves_than_asked_for_are_counted_and_said():
     found = subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=40)
     assert len({step.kept for step in found.steps}) == len(found.steps) == found.num_measured == 6
     assert "4 update prompts with an advantage have 6 different halves, fewer than the 40 asked for" in found.messages
-    assert found.contributions.low < found.contributions.value
+    contributions = found.correlations["contributions"]
+    assert contributions.low < contributions.value
 
     still = with_advantages(update, torch.where(update.prompt_ids > update.prompt_ids.min(), 0.0, update.advantages))
     found = subject.validate(subject.attribute(update=still, evaluation=evaluation), evaluation=evaluation)
     assert [len(step.kept) for step in found.steps] == [2, 2]  # with the one prompt, and without
-    assert found.contributions is found.covariance is None
+    assert set(found.correlations.values()) == {None}
+    assert found.reliability is None
     assert "no rank correlation: expected at least 4 measured steps on different halves, got 2" in found.messages
-    assert found.undefined == "fewer than 4 measured steps"
+    assert found.undefined == "fewer than 4 steps were measured"
 
 
-def test_contributions_rank_small_steps_and_noise_does_not():
+def test_contributions_rank_small_steps_and_simpler_forecasts_do_not():
     model = TinyPolicy()
     subject = probe(model, trained_optimizer(model), learning_rate=1e-5)
-    update, evaluation = batches(groups=12, n=200)
+    update, evaluation = batches(groups=12, n=600)
     attribution = subject.attribute(update=update, evaluation=evaluation)
-    found = subject.validate(attribution, evaluation=evaluation, subsets=30)
-    assert found.contributions.value > 0.95
-    assert found.contributions.low < found.contributions.value < found.contributions.high
-    columns = [[getattr(step, name) for step in found.steps] for name in ("contribution", "covariance", "realized")]
-    assert found.contributions.value == pytest.approx(spearmanr(columns[0], columns[2]).statistic, rel=1e-12)
-    assert found.covariance.value == pytest.approx(-spearmanr(columns[1], columns[2]).statistic, rel=1e-12)
-    again = subject.validate(attribution, evaluation=evaluation, subsets=30, seed=1)
+    found = subject.validate(attribution, evaluation=evaluation, subsets=20)
+    ours = found.correlations["contributions"]
+    assert ours.corrected > 0.95
+    assert ours.low < ours.value < ours.high
+    assert all(abs(found.correlations[name].value) < ours.value for name in ("covariance", "advantages"))
+    again = subject.validate(attribution, evaluation=evaluation, subsets=20, seed=1)
     assert {step.kept for step in again.steps} != {step.kept for step in found.steps}
 
 
@@ -88,7 +154,7 @@ def test_saved_and_loaded(tmp_path):
     update, evaluation = batches(n=20)
     still = with_advantages(update, torch.zeros(len(update)))
     found = subject.validate(subject.attribute(update=still, evaluation=evaluation), evaluation=evaluation, subsets=4)
-    assert found.contributions is None
+    assert found.correlations["contributions"] is None
     found.save(tmp_path)
     assert Validation.load(tmp_path) == found
 
@@ -123,17 +189,17 @@ def test_steps_that_cannot_be_measured_are_left_out_and_said(monkeypatch):
     assert found.num_measured == 0
     assert all(step.realized is None and step.failure for step in found.steps)
     assert "5 of 5 steps on halves could not be measured" in " ".join(found.messages)
-    assert found.contributions is None
+    assert found.correlations["contributions"] is None
 
-    measure, calls = HalfSteps._measure, []
+    after, calls = HalfSteps._after, []
 
     def sometimes(self, start, learning_rate, phase):
         calls.append(phase)
         if len(calls) == 5:
             raise ValueError("scores after the step: not finite")
-        return measure(self, start, learning_rate if len(calls) == 3 else 1e-6, phase)
+        return after(self, start, learning_rate if len(calls) == 3 else 1e-6, phase)
 
-    monkeypatch.setattr(HalfSteps, "_measure", sometimes)
+    monkeypatch.setattr(HalfSteps, "_after", sometimes)
     found = subject.validate(attribution, evaluation=evaluation, subsets=8)
     assert [k for k, step in enumerate(found.steps) if step.realized is None] == [2, 4]
     assert "effective sample size" in found.steps[2].failure
@@ -141,9 +207,10 @@ def test_steps_that_cannot_be_measured_are_left_out_and_said(monkeypatch):
     assert found.steps[4].failure == "scores after the step: not finite"
     assert found.num_measured == 6
     kept = [step for step in found.steps if step.realized is not None]
-    expected = spearmanr([step.contribution for step in kept], [step.realized for step in kept]).statistic
-    assert found.contributions.value == pytest.approx(expected, rel=1e-12)
-    assert found.contributions.low == pytest.approx(rank_correlation_interval(expected, 6)[0])
+    columns = [[x[k] for x in (step.contributions_by_half for step in kept)] for k in (0, 1)]
+    changes = [[step.realized_by_half[k] for step in kept] for k in (0, 1)]
+    expected = (spearmanr(columns[0], changes[1]).statistic + spearmanr(columns[1], changes[0]).statistic) / 2
+    assert found.correlations["contributions"].value == pytest.approx(expected, rel=1e-12)
 
 
 def test_leaves_no_trace():

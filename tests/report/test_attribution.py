@@ -66,7 +66,7 @@ def test_the_sentence_names_who_did_it():
 
 
 def test_many_prompts_show_both_ends():
-    chart = prompt_chart(prompts([float(k) for k in range(-20, 20)], standard_error=np.full(40, 0.5)), "nats/token")
+    chart = prompt_chart(prompts([float(k) for k in range(-20, 20)], standard_error=np.full(40, 0.5)), "nats/token", 8)
     assert chart is not None
     assert [bar.value for bar, _ in chart.rows] == [*range(-20, -12), *range(12, 20)]
     assert chart.rows[0][0].text == "−20.00 ± 0.50"

@@ -69,14 +69,25 @@ def test_top_prompts_from_the_table():
     assert all(len(line) <= 80 for line in lines)
 
 
-def show_validation(*realized, said=(), messages=(), found=None, covariance=None) -> str:
-    steps = [SubsetStep(kept=(0, 1), contribution=1.0, covariance=0.0, realized=change) for change in realized]
+def show_validation(*realized, said=(), messages=(), found=None, covariance=None, measured_on="halves") -> str:
+    steps = [
+        SubsetStep(
+            kept=(0, 1),
+            forecasts={},
+            contributions_by_half=(0.0, 0.0),
+            realized=change,
+            realized_by_half=None if change is None else (change, change),
+        )
+        for change in realized
+    ]
     validation = Validation(
         unit="nats/token",
         num_prompts=4,
+        num_sequences=1024,
         seed=0,
-        contributions=found,
-        covariance=covariance,
+        measured_on=measured_on,
+        reliability=0.81,
+        correlations={"contributions": found, "covariance": covariance},
         steps=steps,
         messages=messages,
     )
@@ -87,18 +98,24 @@ def show_validation(*realized, said=(), messages=(), found=None, covariance=None
 
 
 def test_validation_with_its_interval_and_messages():
-    found = RankCorrelation(value=0.981, low=0.95, high=0.993)
+    found = RankCorrelation(value=0.981, low=0.95, high=0.993, ceiling=0.99)
     shown = show_validation(1.0, 2.0, 3.0, 4.0, None, messages=("new", "known"), said=("known",), found=found)
     assert "4 real steps on 2 of 4 prompts" in shown
-    assert "0.981             0.950 to 0.993" in shown
+    assert "0.981             0.950 to 0.993  0.99" in shown
+    assert "on one half of 1,024 evaluation sequences what is forecast from the other" in " ".join(shown.split())
+    assert "reliability of the measured changes: 0.810" in " ".join(shown.split())
+    others = show_validation(1.0, measured_on="others")
+    assert "measured on 1,024 evaluation sequences that the contributions do not come from" in " ".join(others.split())
+    lost = RankCorrelation(value=0.1, low=-0.95, high=0.993, ceiling=None)
+    assert "unknown" in show_validation(*range(4), found=lost)
     assert "all forecasts or changes are equal" in shown
     assert "note: new" in shown
     assert "known" not in shown
-    assert "fewer than 4 measured steps" in show_validation(1.0, 2.0, 3.0, None)
+    assert "fewer than 4 steps were measured" in show_validation(1.0, 2.0, 3.0, None)
 
 
 def test_titles_are_lines_of_their_own_over_narrow_tables():
-    found = RankCorrelation(value=0.981, low=0.95, high=0.993)
+    found = RankCorrelation(value=0.981, low=0.95, high=0.993, ceiling=0.99)
     shown = show_validation(*range(40), found=found, covariance=found)
     assert " 40 real steps on 2 of 4 prompts: are they ranked as forecast?\n" in shown
     assert " Where the gradient part comes from (1535 tokens)\n" in show()

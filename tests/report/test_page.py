@@ -191,21 +191,31 @@ def test_text_of_files_is_escaped_and_made_visible():
 
 def test_the_page_says_how_the_attribution_was_validated(tmp_path):
     tables = write_tables(tmp_path)
-    steps = tuple(SubsetStep(kept=(1, 2), contribution=1.0, covariance=1.0, realized=k) for k in range(40))
+    step = SubsetStep(
+        kept=(1, 2), forecasts={}, contributions_by_half=(0.0, 0.0), realized=1.0, realized_by_half=(1.0, 1.0)
+    )
     validation = Validation(
         unit="nats/token",
         num_prompts=4,
+        num_sequences=2048,
         seed=0,
-        contributions=RankCorrelation(value=0.981, low=0.95, high=0.993),
-        covariance=RankCorrelation(value=-0.12, low=-0.4, high=0.2),
-        steps=steps,
+        measured_on="halves",
+        reliability=0.97,
+        correlations={
+            "contributions": RankCorrelation(value=0.981, low=0.95, high=0.993, ceiling=0.99),
+            "covariance": RankCorrelation(value=-0.12, low=-0.4, high=0.2, ceiling=0.99),
+            "advantages": None,
+        },
+        steps=(step,) * 40,
         messages=("4 update prompts with an advantage have 6 different halves, fewer than the 40 asked for",),
     )
     text = "".join(Checker(run_page(result_of(tables), tables=tables, validation=validation)).text)
     assert "6 different halves, fewer than the 40 asked for" in text
     assert "Use more update prompts: few halves" in text
     assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
-    assert "0.98 (0.95 to 0.99) for contributions and −0.12 (−0.40 to 0.20) for minus the covariance terms (95%" in text
+    assert "0.98 (0.95 to 0.99) for contributions and −0.12 (−0.40 to 0.20) for minus covariance terms (95%" in text
+    assert "Measured on one half of 2,048 evaluation sequences what is forecast from the other, both ways" in text
+    assert "reliability of the measured changes: 0.970" in text
 
 
 def test_the_same_result_gives_the_same_bytes(attributed, tmp_path):
@@ -249,7 +259,7 @@ def test_bars_lie_where_their_values_are():
         assert float(found[3]) == pytest.approx(100 * (axis.at(right) - axis.at(left)), abs=2e-3)
         assert found[1].split()[0] == ("up" if bar.value > 0 else "down")
     whiskers = re.findall(r'<line class="whisker" x1="([\d.]+)%" x2="([\d.]+)%"', chart.rows[0][1])
-    ends = [100 * axis.at(-2.0 + k * 1.96 * 0.5) for k in (-1, 1)]
+    ends = [100 * axis.at(-2.0 + k * 0.5) for k in (-1, 1)]
     assert [float(x) for x in whiskers[0]] == pytest.approx(ends, abs=2e-3)
     assert bar_chart([Bar("zero", 0.0, "")], "nats") is None
 

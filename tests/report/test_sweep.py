@@ -34,7 +34,7 @@ def test_sentences():
     rises = sweep_sentence(make_sweep(9.0, linear_range=LinearRange(learning_rate=1e-2, at_least=True)))
     assert rises.startswith("Linear up to a learning rate of at least 0.01. For small steps the entropy rises by 9.00")
     assert rises.endswith("The curvature has the same sign: larger steps change it more than in proportion.")
-    assert sweep_sentence(make_sweep(b=60.0)).endswith("The curvature does not exceed two standard errors.")
+    assert sweep_sentence(make_sweep(b=60.0)).endswith("The curvature does not exceed its 95% margin of error.")
     noisy = sweep_sentence(make_sweep(error=5.0, end=None))
     assert noisy.startswith("Not linear at any of these rates: add smaller ones. The predicted change does not exceed")
     assert sweep_sentence(make_sweep(fit=None)).endswith("nats/token per unit of η.")

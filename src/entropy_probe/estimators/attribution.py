@@ -43,13 +43,14 @@ def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float | 
     return (torch.dot(x, y) / (x.norm() * y.norm())).clamp(-1, 1).item()
 
 
-def rank_correlation_interval(correlation: float, count: int) -> tuple[float, float]:
+def rank_correlation_interval(correlation: float, count: int, more: float = 0.0) -> tuple[float, float]:
     """A 95% interval for Spearman's rank correlation of ``count`` independent pairs.
 
-    ``tanh(atanh r +- 1.96 sqrt((1 + r^2 / 2) / (n - 3)))``. Source: Bonett and Wright (2000), Sample size requirements
-    for estimating Pearson, Kendall and Spearman correlations, Psychometrika 65. At 1 that has no width: the end
-    towards 0 is then that of the largest correlation below 1 without ties, ``1 - 12 / (n^3 - n)``, where two
-    neighbours have changed places; at -1 likewise.
+    ``tanh(atanh r +- 1.96 sqrt((1 + r^2 / 2) / (n - 3) + more))``, with ``more`` the variance that ``atanh r`` has from
+    anything else than the choice of the pairs. Source: Bonett and Wright (2000), Sample size requirements for
+    estimating Pearson, Kendall and Spearman correlations, Psychometrika 65. At 1 that has no width: the end towards 0
+    is then that of the largest correlation below 1 without ties, ``1 - 12 / (n^3 - n)``, where two neighbours have
+    changed places; at -1 likewise.
 
     Raises:
         ValueError: with fewer than 4 pairs.
@@ -58,7 +59,7 @@ def rank_correlation_interval(correlation: float, count: int) -> tuple[float, fl
         raise ValueError(f"rank correlation: expected at least 4 pairs for an interval, got {count}")
     size = abs(correlation)
     below = min(size, 1 - 12 / (count**3 - count))
-    reach = 1.96 * math.sqrt((1 + below**2 / 2) / (count - 3))
+    reach = 1.96 * math.sqrt((1 + below**2 / 2) / (count - 3) + more)
     low = math.tanh(math.atanh(below) - reach)
     high = math.tanh(math.atanh(size) + reach) if size < 1 else 1.0
     return (low, high) if correlation >= 0 else (-high, -low)

@@ -5,6 +5,7 @@ Formulas: ``docs/theory.md``, "Entropy", "The entropy gradient" and "The first-o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,10 +23,13 @@ from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, ratio
 from entropy_probe.types import TokenCoefficients, TokenScores
 
 __all__ = [
+    "FirstOrder",
     "Normalization",
+    "check_sums",
     "entropy",
     "entropy_coefficients",
     "first_order",
+    "length_coefficients",
     "sequence_entropies",
     "sequence_weights",
     "update_standard_error",
@@ -97,14 +101,66 @@ def entropy_coefficients(
     return TokenCoefficients(weights[:, None] * centred, weights[:, None] * mask)
 
 
-def first_order(contributions: Float[Tensor, " U"], weights: Float[Tensor, " U"]) -> Sampled:
+def length_coefficients(scores: TokenScores, units: Units, batch: PositionSums) -> TokenCoefficients:
+    """Coefficients of the length-gradient surrogate, before division by the tokens of the batch.
+
+    ``(L_it - b_it) s_it`` with ``L_it`` the response tokens still to come after token t and ``b_it`` their mean at
+    position t over the other units: the entropy gradient with 1 in place of ``h``, which depends on no parameter. Its
+    expectation over the mean length is the relative change of that length, whatever ``b``. All of it is times the
+    sequence's weight.
+
+    Args:
+        scores: of all or some sequences of a batch.
+        units: their units.
+        batch: sums over the whole batch.
+
+    Returns:
+        Float64 coefficients, 0 off the response.
+    """
+    mask, weights = scores.response_mask, scores.weights
+    to_go = strictly_after(mask.double(), mask)
+    centred = to_go - position_baseline(to_go, mask, units, batch.reaching, batch.reaching, weights)
+    return TokenCoefficients(weights[:, None] * centred, None)
+
+
+@dataclass(frozen=True, eq=False)
+class FirstOrder(Sampled):
+    """A first-order change along a fixed step.
+
+    Attributes:
+        length_change: sigma, the relative first-order change of the mean response length by which H moves the change;
+            0 per sequence.
+    """
+
+    length_change: float
+
+    def times(self, factor: float) -> FirstOrder:
+        """The change along that many times the step."""
+        return FirstOrder(factor * self.value, factor * self.influence, factor * self.length_change)
+
+
+def first_order(
+    contributions: Float[Tensor, " U"], weights: Float[Tensor, " U"], entropy: Sampled, length_change: float
+) -> FirstOrder:
     """The first-order change ``sum_u d_u / sum_u b_u`` along a fixed step.
+
+    Influence of unit u, with ``sigma = length_change``::
+
+        (d_u - value b_u) / mean b  -  sigma I_u
+
+    where ``I_u`` is that of H. Per token ``d_u`` contains the batch's own H, which has an error: ``d_u`` falls by the
+    unit's part of the length gradient along the step for every nat per token that H rises, and ``sigma`` is what those
+    sum to, over the tokens. Per sequence there is no such term. Bias of order ``1 / U`` per token. Source:
+    ``docs/theory.md``, "Error from the evaluation batch".
 
     Args:
         contributions: ``d_u``, the inner product of each unit's surrogate gradient with the step.
         weights: ``b_u``, each unit's tokens or sequences (:func:`sequence_weights` summed over the unit).
+        entropy: H on the same units.
+        length_change: the relative first-order change of the mean length along the step; 0 per sequence.
     """
-    return ratio(contributions, weights)
+    held = ratio(contributions, weights)
+    return FirstOrder(held.value, held.influence - length_change * entropy.influence, length_change)
 
 
 def update_standard_error(contributions: Float[Tensor, " B"]) -> float:
@@ -123,3 +179,17 @@ def update_standard_error(contributions: Float[Tensor, " B"]) -> float:
     if prompts < 2:
         raise ValueError(f"update batch: expected at least 2 prompts for a standard error, got {prompts}")
     return (prompts * contributions.double().std() / prompts**0.5).item()
+
+
+def check_sums(by_prompt: Float[Tensor, " B"], gradient_part: float, tolerance: float) -> None:
+    """The gradient part, summed over evaluation units, must equal its sum over update prompts.
+
+    Raises:
+        RuntimeError: if it does not, by more than this share of the sum of absolute contributions.
+    """
+    error = abs(by_prompt.sum().item() - gradient_part)
+    if error > tolerance * by_prompt.abs().sum().item() + 1e-12:
+        raise RuntimeError(
+            f"gradient part: {gradient_part:.6g} summed over evaluation units but {by_prompt.sum().item():.6g} summed "
+            "over update prompts; please report this"
+        )

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entropy_probe.estimators.baselines import EntropyKind, PositionSums, position_baseline, strictly_after
-from entropy_probe.estimators.first_order import Normalization, sequence_entropies, sequence_weights
+from entropy_probe.estimators.first_order import FirstOrder, Normalization, sequence_entropies, sequence_weights
 from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums
 from entropy_probe.types import TokenScores
 
@@ -33,19 +33,22 @@ class Change(Sampled):
 
     size_change: float
 
-    def minus(self, predicted: Sampled, entropy: Sampled) -> Sampled:
+    def minus(self, predicted: FirstOrder, entropy: Sampled, beyond: float = 0.0) -> Sampled:
         """Realized minus predicted, with the influence of the paired difference.
 
-        The influence of a prediction per token holds the batch's entropy per token fixed, that of the realized change
-        does not: they differ by ``size_change`` times the influence of H, which is put back here. What remains of
-        ``per_decision`` minus a Rao-Blackwell prediction is of second order in the step, sequence by sequence.
+        Both influences contain that of H, times minus the change of the mean length: of the realized change by this
+        estimator and this batch, of the prediction to first order and from some of the batch. What is left of it in
+        their difference is ``beyond`` times the influence of H, of second order like all else of ``per_decision`` minus
+        a Rao-Blackwell prediction, sequence by sequence.
 
         Args:
             predicted: the first-order change on the same units.
             entropy: H on the same units, before the step.
+            beyond: by how much more than to first order the mean length changes, relative, both on the same sequences;
+                0 where that is not known.
         """
-        shared = self.influence + self.size_change * entropy.influence
-        return Sampled(self.value - predicted.value, shared - predicted.influence)
+        back = self.size_change - beyond - predicted.length_change
+        return Sampled(self.value - predicted.value, self.influence - predicted.influence + back * entropy.influence)
 
 
 def change(new: UnitSums, old: UnitSums) -> Change:

@@ -138,6 +138,10 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "could not be measured and are left out",
         "Set a smaller probe.learning_rate, or probe.on_low_ess to resample (fresh responses after the step).",
     ),
+    (
+        "measured changes have a reliability of|do not agree at all: what ranks the steps is noise",
+        "Use that many evaluation sequences (evaluation.total_sequences), or read the correlations without noise.",
+    ),
     ("no rank correlation: expected", "Use more update prompts whose responses have different rewards."),
     ("are below the noise floor", "Set probe.dtype to float64, or start the sweep at a larger rate."),
 )

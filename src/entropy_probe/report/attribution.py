@@ -13,9 +13,20 @@ from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent, typeset
 from entropy_probe.report.tables import Columns, Tables
 from entropy_probe.results import ProbeResult
+from entropy_probe.student import critical_value
 from entropy_probe.validation_results import Validation
 
-__all__ = ["Grid", "culprits", "layer_grid", "prompt_chart", "prompt_sentence", "token_sentence", "validation_sentence"]
+__all__ = [
+    "Grid",
+    "culprits",
+    "forecast_name",
+    "layer_grid",
+    "measured_on",
+    "prompt_chart",
+    "prompt_sentence",
+    "token_sentence",
+    "validation_sentence",
+]
 
 ENOUGH = 0.5
 ENDS = 8
@@ -85,30 +96,56 @@ def token_sentence(tables: Tables, result: ProbeResult) -> str:
     return said
 
 
+FORECASTS = {"covariance": "minus covariance terms", "advantages": "sum of advantages"}
+
+
+def forecast_name(name: str) -> str:
+    """What a forecast of a validation is called."""
+    return FORECASTS.get(name, name)
+
+
+def measured_on(validation: Validation) -> str:
+    """Which rollouts the changes of a validation were measured on, and how reliably."""
+    number = f"{validation.num_sequences:,} evaluation sequences"
+    if validation.measured_on == "halves":
+        said = f"measured on one half of {number} what is forecast from the other, both ways"
+    else:
+        said = f"measured on {number} that the contributions do not come from"
+    known = validation.reliability
+    return said if known is None else f"{said}; reliability of the measured changes: {known:.3f}"
+
+
 def validation_sentence(validation: Validation) -> str:
-    """How well contributions, and covariance terms, rank the changes measured after real steps."""
+    """How well contributions, and simpler forecasts, rank the changes measured after real steps."""
     kept = len(validation.steps[0].kept)
     said = f"Checked by {validation.num_measured} real steps on {kept} of {validation.num_prompts} prompts each:"
-    ours, theirs = validation.contributions, validation.covariance
     parts = [
-        typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {name}")
-        for name, found in (("contributions", ours), ("minus the covariance terms", theirs))
+        typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {forecast_name(name)}")
+        for name, found in validation.correlations.items()
         if found is not None
     ]
     if not parts:
         return f"{said} no rank correlation ({validation.undefined})."
-    return f"{said} rank correlation with the measured change {' and '.join(parts)} (95% intervals)."
+    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    how = measured_on(validation)
+    return f"{said} rank correlation with the measured change {listed} (95% intervals). {how[0].upper()}{how[1:]}."
 
 
-def prompt_chart(prompts: Columns, unit: str) -> BarChart | None:
-    """Prompts from the most negative to the most positive contribution; of many only those at the two ends."""
+def prompt_chart(prompts: Columns, unit: str, folds: int | None) -> BarChart | None:
+    """Prompts from the most negative to the most positive contribution; of many only those at the two ends.
+
+    Args:
+        prompts: the table.
+        unit: of the contributions.
+        folds: how many folds the standard errors are from, if there are any.
+    """
     order = np.argsort(prompts["contribution"], kind="stable").tolist()
     if len(order) > 2 * ENDS:
         order = order[:ENDS] + order[-ENDS:]
-    return bar_chart([_prompt_bar(prompts, row) for row in order], unit)
+    return bar_chart([_prompt_bar(prompts, row, folds) for row in order], unit)
 
 
-def _prompt_bar(prompts: Columns, row: int) -> Bar:
+def _prompt_bar(prompts: Columns, row: int, folds: int | None) -> Bar:
     value, error = float(prompts["contribution"][row]), float(prompts["standard_error"][row])
     known = not math.isnan(error)
     text = format_estimate(value, error) if known else format_number(value)
@@ -118,7 +155,7 @@ def _prompt_bar(prompts: Columns, row: int) -> Bar:
         f"Prompt {prompts['prompt_id'][row]}",
         value,
         typeset(text),
-        error if known else None,
+        critical_value(folds - 1) * error if known and folds else None,
         key=int(prompts["prompt_id"][row]),
         note=_excerpt(prompts["prompt"][row]) or reward,
     )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.attribution_results import AttributionSummary
+from entropy_probe.report.attribution import forecast_name, measured_on
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, signed
 from entropy_probe.report.tables import Columns
 from entropy_probe.report.terminal import print_note, print_titled
@@ -55,7 +56,7 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
 
 
 def print_validation(validation: Validation, console: Console, said: Collection[str] = ()) -> None:
-    """Print how well contributions and covariance terms rank real steps on halves of the update prompts.
+    """Print how well contributions and other forecasts rank real steps on halves of the update prompts.
 
     Args:
         validation: what to show.
@@ -65,24 +66,27 @@ def print_validation(validation: Validation, console: Console, said: Collection[
     kept, count = len(validation.steps[0].kept), validation.num_measured
     title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: are they ranked as forecast?"
     table = Table(box=None, padding=(0, 1))
-    for heading in ("forecast", " rank correlation", "95% interval"):
+    for heading in ("forecast", " rank correlation", "95% interval", "without noise"):
         table.add_column(heading, no_wrap=True)
-    for name, found in (
-        ("contributions", validation.contributions),
-        ("minus covariance terms", validation.covariance),
-    ):
-        table.add_row(name, *_correlation(found, validation.undefined))
+    for name, found in validation.correlations.items():
+        table.add_row(forecast_name(name), *_correlation(found))
     print_titled(title, table, console)
+    lines = [measured_on(validation)]
+    if None in validation.correlations.values():
+        lines.append(f"undefined where {validation.undefined}")
+    for line in lines:
+        console.print(Padding(Text(line, style="dim"), (0, 1)))
     for message in validation.messages:
         if message not in said:
             print_note(message, console)
     console.print()
 
 
-def _correlation(found: RankCorrelation | None, undefined: str) -> tuple[str, str]:
+def _correlation(found: RankCorrelation | None) -> tuple[str, str, str]:
     if found is None:
-        return " undefined", undefined
-    return signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}"
+        return " undefined", "", ""
+    corrected = "unknown" if found.corrected is None else f"{found.corrected:.2f}"
+    return signed(f"{found.value:.3f}"), f"{found.low:.3f} to {found.high:.3f}", corrected
 
 
 def _add_prompts(table: Table, prompts: Columns, exponent: int | None) -> None:

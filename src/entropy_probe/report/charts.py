@@ -14,9 +14,8 @@ from markupsafe import Markup
 
 from entropy_probe.report.numbers import common_exponent, typeset
 
-__all__ = ["COVERAGE_95", "Axis", "Bar", "BarChart", "Curve", "Marker", "bar_chart", "line_chart"]
+__all__ = ["Axis", "Bar", "BarChart", "Curve", "Marker", "bar_chart", "line_chart"]
 
-COVERAGE_95 = 1.96
 ROW, BAR = 30, 12
 PLOT_HEIGHT = 240
 _TOP, _BOTTOM = (ROW - BAR) / 2, (ROW + BAR) / 2
@@ -62,7 +61,7 @@ class Bar:
         label: what it is.
         value: the length of the bar, signed.
         text: the value as written beside it.
-        error: its standard error, drawn as ±1.96 of it; None draws none.
+        margin: how far its 95% interval reaches to either side; None draws none.
         start: where the bar begins; in a waterfall, where the one before ended.
         look: ``bar``, ``total`` (a sum), or ``dot`` (a point on the line).
         linked: whether the bar before ends where this one begins.
@@ -73,7 +72,7 @@ class Bar:
     label: str
     value: float
     text: str
-    error: float | None = None
+    margin: float | None = None
     start: float = 0.0
     look: str = "bar"
     linked: bool = False
@@ -88,8 +87,8 @@ class Bar:
     @property
     def reach(self) -> tuple[float, float, float]:
         """The values that must be on the axis."""
-        error = COVERAGE_95 * (self.error or 0.0)
-        return self.start, self.end - error, self.end + error
+        margin = self.margin or 0.0
+        return self.start, self.end - margin, self.end + margin
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ def _bar(bar: Bar, axis: Axis, grid: str, followed: bool) -> Markup:
         look = f"{sign} total" if bar.look == "total" else sign
         width = f"{100 * (right - left):.3f}%"
         parts.append(f'<rect class="{look}" x="{100 * left:.3f}%" width="{width}" y="{_TOP}" height="{BAR}"/>')
-    if bar.error:
-        low, high = (axis.percent(bar.end + k * COVERAGE_95 * bar.error) for k in (-1, 1))
+    if bar.margin:
+        low, high = (axis.percent(bar.end + k * bar.margin) for k in (-1, 1))
         middle = ROW / 2
         parts.append(f'<line class="whisker" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>')
         for x in (low, high):
@@ -145,11 +144,11 @@ def _bar(bar: Bar, axis: Axis, grid: str, followed: bool) -> Markup:
 
 @dataclass(frozen=True)
 class Marker:
-    """A point with its error; hollow where it should not be used."""
+    """A point with what its 95% interval reaches to either side; hollow where it should not be used."""
 
     x: float
     y: float
-    error: float = 0.0
+    margin: float = 0.0
     usable: bool = True
 
 
@@ -161,7 +160,7 @@ class Curve:
         look: its class in the style sheet, also in the legend.
         label: its name in the legend.
         points: of a line.
-        markers: with error bars of ±1.96 standard errors.
+        markers: with 95% intervals.
     """
 
     look: str
@@ -201,8 +200,8 @@ def line_chart(
     )
     for curve in curves:
         for marker in curve.markers:
-            at, error = x.percent(marker.x), COVERAGE_95 * marker.error
-            low, high = height(marker.y - error), height(marker.y + error)
+            at = x.percent(marker.x)
+            low, high = height(marker.y - marker.margin), height(marker.y + marker.margin)
             look = curve.look if marker.usable else f"{curve.look} hollow"
             parts.append(f'<line class="{curve.look}" x1="{at}" x2="{at}" y1="{low:.1f}" y2="{high:.1f}"/>')
             parts.append(f'<circle class="{look}" cx="{at}" cy="{height(marker.y):.1f}" r="4"/>')

@@ -146,7 +146,7 @@ def _of_tables(
     check_tables(tables, result)
     unit, prompts = result.entropy.unit, tables.prompts
     return {
-        "prompts": prompt_chart(prompts, unit),
+        "prompts": prompt_chart(prompts, unit, result.attribution and result.attribution.folds),
         "prompt_story": prompt_sentence(prompts),
         "prompt_table": prompts,
         "grid": layer_grid(tables.layers, unit),

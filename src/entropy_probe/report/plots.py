@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from entropy_probe.report.attribution import prompt_chart
-from entropy_probe.report.charts import COVERAGE_95, BarChart
+from entropy_probe.report.charts import BarChart
 from entropy_probe.report.tables import Columns, Tables
 from entropy_probe.report.text import printable
 from entropy_probe.report.views import changes, waterfall
@@ -66,7 +66,7 @@ def result_figures(result: ProbeResult, tables: Tables | None) -> dict[str, byte
     unit = result.entropy.unit
     charts = {"change": changes(result), "parts": waterfall(result)}
     if tables is not None:
-        charts["prompts"] = prompt_chart(tables.prompts, unit)
+        charts["prompts"] = prompt_chart(tables.prompts, unit, result.attribution and result.attribution.folds)
     found: dict[str, bytes] = {}
     with rc_context(SETTINGS):
         for name, chart in charts.items():
@@ -90,16 +90,16 @@ def _bars(chart: BarChart, unit: str) -> Figure:
             axes.plot(bar.end, row, "o", color=color, markersize=5)
         else:
             axes.barh(row, bar.value, 0.55, left=bar.start, color=color, alpha=0.5 if bar.look == "total" else 1)
-        if bar.error:
-            axes.errorbar(bar.end, row, xerr=COVERAGE_95 * bar.error, color="black", linewidth=1, capsize=2)
+        if bar.margin:
+            axes.errorbar(bar.end, row, xerr=bar.margin, color="black", linewidth=1, capsize=2)
         if bar.linked:
             axes.plot([bar.start] * 2, [row - 1, row], ":", color=GREY, linewidth=0.8)
     axes.set_yticks(range(len(bars)), [_plain(bar.label) for bar in bars])
     axes.invert_yaxis()
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
     axes.set_xlabel(f"entropy change ({unit})")
-    if any(bar.error for bar in bars):
-        axes.set_title("bars: ±1.96 standard errors", fontsize=8, loc="left")
+    if any(bar.margin for bar in bars):
+        axes.set_title("bars: 95% intervals", fontsize=8, loc="left")
     return figure
 
 
@@ -148,7 +148,7 @@ def _draw_sweep(figure: Figure, sweep: Sweep) -> None:
     rates = [point.learning_rate for point in shown]
     left.axhline(0, color=GREY, linewidth=0.8)
     _shade(left, sweep, start=0.0)
-    predicted, errors = [0.0, *_predicted(shown)], [0.0, *(p.predicted.standard_error for p in shown)]
+    predicted, errors = [0.0, *_predicted(shown)], [0.0, *(p.predicted.margin for p in shown)]
     _band(left, [0.0, *rates], predicted, errors, VERMILLION)
     left.plot([0.0, *rates], predicted, color=VERMILLION, linestyle="--", label="predicted δH₁")
     if ok:
@@ -164,7 +164,7 @@ def _draw_sweep(figure: Figure, sweep: Sweep) -> None:
     left.set_ylabel(f"entropy change ({sweep.unit})")
     left.ticklabel_format(axis="both", style="sci", scilimits=(-2, 3))
     left.legend(frameon=False, fontsize=8)
-    left.set_title("bands: ±1.96 standard errors", fontsize=8, loc="left")
+    left.set_title("bands: 95% intervals", fontsize=8, loc="left")
     _draw_logarithmic(right, sweep)
 
 
@@ -179,8 +179,8 @@ def _draw_logarithmic(axes: Axes, sweep: Sweep) -> None:
             continue
         x, y, error = zip(*found, strict=True)
         # An error bar that reaches 0 goes off the logarithmic axis.
-        below = [min(COVERAGE_95 * e, v * (1 - 1e-9)) for v, e in zip(y, error, strict=True)]
-        bars = [below, [COVERAGE_95 * e for e in error]]
+        below = [min(e, v * (1 - 1e-9)) for v, e in zip(y, error, strict=True)]
+        bars = [below, list(error)]
         face = BLUE if usable else "none"
         axes.errorbar(
             x, y, bars, color=BLUE, linestyle="none", marker="o", markersize=4, markerfacecolor=face, label=label
@@ -216,7 +216,7 @@ def _draw_several(figure: Figure, sweeps: Mapping[str, Sweep]) -> None:
     left.set_xlabel("learning rate η")
     left.set_ylabel(f"ΔH / η ({unit} per unit of η)")
     left.legend(frameon=False, fontsize=8)
-    left.set_title("bands: ±1.96 standard errors", fontsize=8, loc="left")
+    left.set_title("bands: 95% intervals", fontsize=8, loc="left")
     right.set_yscale("log")
     right.set_xticks(range(len(sweeps)), [_plain(name) for name in sweeps], rotation=30, ha="right")
     right.set_xlim(-0.5, len(sweeps) - 0.5)
@@ -241,13 +241,13 @@ def _shade(axes: Axes, sweep: Sweep, start: float) -> None:
 
 
 def _band(axes: Axes, x: Sequence[float], y: Sequence[float], error: Sequence[float], color: str) -> None:
-    low, high = ([v + sign * COVERAGE_95 * e for v, e in zip(y, error, strict=True)] for sign in (-1, 1))
+    low, high = ([v + sign * e for v, e in zip(y, error, strict=True)] for sign in (-1, 1))
     axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def _measured(points: Sequence[SweepPoint]) -> list[tuple[float, float, float]]:
-    """Rate, change and standard error of the points that have a measurement."""
-    return [(p.learning_rate, e.value, e.standard_error) for p in points if (e := p.estimate) is not None]
+    """Rate, change and margin of the points that have a measurement."""
+    return [(p.learning_rate, e.value, e.margin) for p in points if (e := p.estimate) is not None]
 
 
 def _predicted(points: Sequence[SweepPoint]) -> list[float]:

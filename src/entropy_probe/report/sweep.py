@@ -14,11 +14,10 @@ from entropy_probe.report.console import print_files
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
 from entropy_probe.report.terminal import print_not_modelled, print_note, print_titled
 from entropy_probe.report.text import printable
+from entropy_probe.student import critical_value
 from entropy_probe.sweep_results import Fitted, Sweep, SweepPoint
 
 __all__ = ["fit_rows", "point_row", "print_sweeps", "sweep_sentence"]
-
-NUM_SE = 2.0
 
 
 def print_sweeps(sweeps: Mapping[str, Sweep], console: Console, directory: Path | None = None) -> None:
@@ -110,8 +109,8 @@ def sweep_sentence(sweep: Sweep) -> str:
     else:
         bound = "at least " if linear.at_least else ""
         first = f"Linear up to a learning rate of {bound}{linear.learning_rate:.3g}."
-    if abs(predicted.value) <= NUM_SE * predicted.standard_error:
-        second = "The predicted change does not exceed two standard errors; use more rollouts to resolve it."
+    if not predicted.distinguishable:
+        second = "The predicted change does not exceed its 95% margin of error; use more rollouts to resolve it."
     else:
         rate = predicted.value / sweep.points[-1].learning_rate
         way = "falls" if rate < 0 else "rises"
@@ -123,8 +122,9 @@ def _star_sentence(sweep: Sweep) -> str:
     if sweep.fit is None:
         return ""
     quadratic, star, end = sweep.fit.quadratic, sweep.learning_rate_star, sweep.linear_range.learning_rate
-    if abs(quadratic.value) <= NUM_SE * quadratic.standard_error:
-        return "The curvature does not exceed two standard errors."
+    degrees = sweep.prediction.entropy.num_units - 1
+    if abs(quadratic.value) <= critical_value(degrees) * quadratic.standard_error:
+        return "The curvature does not exceed its 95% margin of error."
     if star is None:
         return "The curvature has the same sign: larger steps change it more than in proportion."
     beyond = ", beyond the linear range and so an extrapolation" if end is None or star.value > end else ""

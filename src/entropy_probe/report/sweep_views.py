@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from entropy_probe.report.advice import advice
-from entropy_probe.report.charts import COVERAGE_95, Axis, Curve, Marker, line_chart
+from entropy_probe.report.charts import Axis, Curve, Marker, line_chart
 from entropy_probe.report.numbers import format_estimate, typeset
 from entropy_probe.report.sweep import fit_rows, point_row, sweep_sentence
 from entropy_probe.sweep_results import Sweep, SweepPoint
@@ -66,7 +66,7 @@ def sweep_view(sweep: Sweep, name: str = "") -> SweepView:
 def _sizes(sweep: Sweep) -> dict[str, Markup] | None:
     predicted = [(p.learning_rate, abs(p.predicted.value)) for p in sweep.points if p.predicted.value]
     measured = [
-        Marker(p.learning_rate, abs(e.value), e.standard_error, p.status == "ok")
+        Marker(p.learning_rate, abs(e.value), e.margin, p.status == "ok")
         for p in sweep.points
         if (e := p.estimate) is not None and e.value
     ]
@@ -79,22 +79,22 @@ def _sizes(sweep: Sweep) -> dict[str, Markup] | None:
 
 def _ratios(sweep: Sweep) -> dict[str, Markup] | None:
     found = [
-        Marker(p.learning_rate, e.value / p.predicted.value, _ratio_error(p), p.status == "ok")
+        Marker(p.learning_rate, e.value / p.predicted.value, _ratio_margin(p), p.status == "ok")
         for p in sweep.points
         if (e := p.estimate) is not None and p.predicted.value
     ]
     if not found:
         return None
-    ends = [x for m in found for x in (m.y - COVERAGE_95 * m.error, m.y + COVERAGE_95 * m.error)]
+    ends = [x for m in found for x in (m.y - m.margin, m.y + m.margin)]
     low, high = max(-1.0, min(0.9, *ends)), min(3.0, max(1.1, *ends))
     x, margin = _rates(sweep), 0.08 * (high - low)
     curves = [Curve("predicted", "", [(x.low, 1.0), (x.high, 1.0)]), Curve("realized", "", markers=found)]
     return line_chart(curves, x, Axis(low - margin, high + margin), _linear(sweep))
 
 
-def _ratio_error(point: SweepPoint) -> float:
+def _ratio_margin(point: SweepPoint) -> float:
     """From the paired difference: both share their sampling noise, which cancels in the ratio."""
-    return abs(point.difference.standard_error / point.predicted.value) if point.difference is not None else 0.0
+    return abs(point.difference.margin / point.predicted.value) if point.difference is not None else 0.0
 
 
 def _rates(sweep: Sweep) -> Axis:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from entropy_probe.report.numbers import format_number, format_percent
-from entropy_probe.results import CrossPrompt, Estimate, ProbeResult, Realized
+from entropy_probe.results import Estimate, ProbeResult, Realized
 
 __all__ = ["Verdict", "VerdictKind", "verdict"]
 
@@ -19,7 +19,6 @@ VerdictKind = Literal[
     "not measured",
 ]
 
-NUM_SE = 2.0
 LINEAR_RANGE = 0.1
 
 
@@ -37,19 +36,19 @@ class Verdict:
 
 
 def verdict(result: ProbeResult) -> Verdict:
-    """Judge a result by its own standard errors; two of them are the bar throughout.
+    """Judge a result by its own 95% intervals, by Student's t; a change exceeds its margin where that excludes 0.
 
     ======================== ==========================================================================
     kind                     when
     ======================== ==========================================================================
     not measured             the step moved the policy too far for the evaluation rollouts to measure it
     below the noise floor    rounding alone could have made the realized change
-    indistinguishable from 0 neither the predicted nor the realized change exceeds two standard errors
-    beyond the linear range  they differ by more than two paired standard errors, and by more than 10% of
-                             the prediction (or of its standard error, where that is larger)
+    indistinguishable from 0 neither the predicted nor the realized change exceeds its margin
+    beyond the linear range  they differ by more than the margin of their paired difference, and by more than
+                             10% of the prediction (or of its standard error, where that is larger)
     agrees within error      otherwise
     distinguishable from 0   only one of the two was computed, or only the one-batch prediction, and it exceeds
-                             two standard errors (the larger of the one-batch prediction's two)
+                             its margin (by the larger of the one-batch prediction's two errors)
     ======================== ==========================================================================
 
     Raises:
@@ -64,10 +63,10 @@ def verdict(result: ProbeResult) -> Verdict:
             return _below_noise_floor(result.realized, predicted)
     changes = [change for change in (predicted, realized) if change is not None]
     if not changes and result.cross_prompt is not None:
-        changes = [_one_batch(result.cross_prompt)]
+        changes = [result.cross_prompt.estimate]
     if not changes:
         raise ValueError("result: expected a predicted or a realized change, got neither; probe the checkpoint again")
-    if not any(_is_significant(change) for change in changes):
+    if not any(change.distinguishable for change in changes):
         return _indistinguishable(result)
     if predicted is None or realized is None:
         return _one_sided(changes[0], "predicted" if realized is None else "measured")
@@ -83,7 +82,7 @@ def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> V
             "The step is too large for a first-order forecast; trust the realized change, or probe a smaller "
             "learning rate.",
         )
-    if _is_significant(difference):
+    if difference.distinguishable:
         qualifier = f"up to a small curvature of {_size(difference)}"
     else:
         qualifier = f"to within {_in_errors(difference)} paired standard errors"
@@ -95,7 +94,7 @@ def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> V
 def _indistinguishable(result: ProbeResult) -> Verdict:
     predicted, realized = result.predicted, result.realized and result.realized.estimate
     if predicted is not None and realized is not None:
-        subject = "Neither the predicted nor the realized change exceeds"
+        subject = "Neither the predicted nor the realized change exceeds its"
         if _is_beyond_linear_range(predicted, _difference(result)):
             ending = (
                 "The two do differ, by their much smaller paired error, so the step is also beyond the linear range: "
@@ -104,9 +103,9 @@ def _indistinguishable(result: ProbeResult) -> Verdict:
         else:
             ending = "Use more rollouts to resolve it."
     else:
-        subject = f"The {'predicted' if realized is None else 'measured'} change does not exceed"
+        subject = f"The {'predicted' if realized is None else 'measured'} change does not exceed its"
         ending = "Use more rollouts to resolve it."
-    return Verdict("indistinguishable from 0", f"{subject} two standard errors. {ending}")
+    return Verdict("indistinguishable from 0", f"{subject} 95% margin of error. {ending}")
 
 
 def _one_sided(change: Estimate, how: str) -> Verdict:
@@ -143,24 +142,15 @@ def _below_noise_floor(realized: Realized, predicted: Estimate | None) -> Verdic
     )
 
 
-def _one_batch(cross: CrossPrompt) -> Estimate:
-    error = max(cross.se_plugin, cross.se_jackknife)
-    return Estimate(value=cross.delta_h1, standard_error=error, num_units=cross.num_units, unit=cross.unit)
-
-
 def _difference(result: ProbeResult) -> Estimate:
     if result.difference is None:
         raise ValueError("result: expected the difference of realized and predicted, got null; probe again")
     return result.difference
 
 
-def _is_significant(estimate: Estimate) -> bool:
-    return abs(estimate.value) > NUM_SE * estimate.standard_error
-
-
 def _is_beyond_linear_range(predicted: Estimate, difference: Estimate) -> bool:
     tolerance = LINEAR_RANGE * max(abs(predicted.value), predicted.standard_error)
-    return _is_significant(difference) and abs(difference.value) > tolerance
+    return difference.distinguishable and abs(difference.value) > tolerance
 
 
 def _size(change: Estimate) -> str:

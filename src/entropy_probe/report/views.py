@@ -92,9 +92,7 @@ def changes(result: ProbeResult) -> BarChart | None:
     if result.realized is not None and result.realized.estimate is not None:
         rows.append(_dot("Realized ΔH", result.realized.estimate, exponent))
     if (cross := result.cross_prompt) is not None:
-        error = max(cross.se_plugin, cross.se_jackknife)
-        text = typeset(format_estimate(cross.delta_h1, error, exponent))
-        rows.append(Bar("One batch δH₁", cross.delta_h1, text, error, look="dot"))
+        rows.append(_dot("One batch δH₁", cross.estimate, exponent))
     return bar_chart(rows, result.entropy.unit)
 
 
@@ -117,20 +115,18 @@ def waterfall(result: ProbeResult) -> BarChart | None:
     for name, part in result.components.items():
         text = _written(part, exponent)
         label = component_names[name]
-        rows.append(Bar(label, part.value, text, part.standard_error, start, linked=bool(rows)))
+        rows.append(Bar(label, part.value, text, part.margin, start, linked=bool(rows)))
         start += part.value
     text = _written(predicted, exponent)
-    rows.append(Bar("Predicted δH₁", predicted.value, text, predicted.standard_error, look="total"))
+    rows.append(Bar("Predicted δH₁", predicted.value, text, predicted.margin, look="total"))
     realized = result.realized and result.realized.estimate
     if result.difference is not None and realized is not None:
         text = _written(result.difference, exponent)
         rows.append(
-            Bar("Beyond first order", result.difference.value, text, result.difference.standard_error, predicted.value,
+            Bar("Beyond first order", result.difference.value, text, result.difference.margin, predicted.value,
                 linked=True)
         )  # fmt: skip
-        rows.append(
-            Bar("Realized ΔH", realized.value, _written(realized, exponent), realized.standard_error, look="total")
-        )
+        rows.append(Bar("Realized ΔH", realized.value, _written(realized, exponent), realized.margin, look="total"))
     return bar_chart(rows, predicted.unit)
 
 
@@ -306,7 +302,7 @@ _SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight
 
 
 def _dot(label: str, estimate: Estimate, exponent: int | None) -> Bar:
-    return Bar(label, estimate.value, _written(estimate, exponent), estimate.standard_error, look="dot")
+    return Bar(label, estimate.value, _written(estimate, exponent), estimate.margin, look="dot")
 
 
 def _written(estimate: Estimate, exponent: int | None = None) -> str:
