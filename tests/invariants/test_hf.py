@@ -370,7 +370,7 @@ def test_sharing_is_off_where_it_does_not_pay_or_does_not_hold(monkeypatch):
     deaf.__signature__ = inspect.signature(original)
     monkeypatch.setattr(trunk, "forward", deaf)
     scorer.prepare(long_prompts())
-    assert scorer.prefix_sharing == "off (the model treats a shared prompt differently)"
+    assert scorer.prefix_sharing.startswith("off (the model treats a shared prompt differently: scores of a sequence")
 
 
 def test_packed_targets_are_the_response_tokens():

@@ -49,7 +49,7 @@ def test_after_a_failure_in_any_phase(run, call, monkeypatch):
     """One of the forward passes raises, from the first, which scores, to the last, which is after the step."""
     model, optimizer = run
     update, evaluation = batches(n=20)
-    original, seen, fatal = Scorer._model_logits, [], None
+    original, seen, fatal = Scorer.model_logits, [], None
 
     def explode(self, batch):  # type: ignore[no-untyped-def]
         seen.append(self)
@@ -58,7 +58,7 @@ def test_after_a_failure_in_any_phase(run, call, monkeypatch):
             raise BoomError
         return original(self, batch)
 
-    monkeypatch.setattr(Scorer, "_model_logits", explode)
+    monkeypatch.setattr(Scorer, "model_logits", explode)
     config = ProbeConfig(temperature=TEMPERATURE, max_tokens_per_microbatch=20)
     EntropyProbe(model, optimizer, config).run(update=update, evaluation=evaluation)
     fatal, seen = 1 + call * (len(seen) - 1) // 6, []

@@ -230,9 +230,13 @@ class Custom(Mixed):
             self.first_norm = Wrapped(self.first_norm, lambda norm, x: norm(x.flip(0)).flip(0))
         if what == "mixing":  # every sequence sees the batch's mean
             self.first_norm = MeanFree(self.first_norm.normalized_shape[0])
+        if what == "remembering":
+            self.first_norm = Remembering(self.first_norm.normalized_shape[0])
         self.double()
 
     def forward(self, input_ids, attention_mask):
+        if self.what == "remembering":
+            self.first_norm.last = None
         out = super().forward(input_ids, attention_mask)
         if self.what == "free":
             out.logits = out.logits * self.free
@@ -241,6 +245,19 @@ class Custom(Mixed):
         if self.what == "reused":
             out.logits = out.logits + self.heads.weight.sum() * torch.arange(VOCABULARY)
         return out
+
+
+class Remembering(nn.Module):
+    """A gain on what has come since it was told to forget."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain, self.last = nn.Parameter(torch.ones(width)), None
+
+    def forward(self, x):
+        since = x if self.last is None else torch.stack([x, self.last]).sum(0)
+        self.last = x.detach()
+        return since * self.gain
 
 
 class MeanFree(nn.Module):
@@ -261,6 +278,7 @@ class MeanFree(nn.Module):
         ("listed", "listed.0 also acts outside its layer"),
         ("reused", "heads.weight also acts outside its layer"),
         ("mixing", "first_norm.gain belongs to MeanFree, which depends on more than one sequence"),
+        ("remembering", "first_norm.gain belongs to Remembering, which cannot be called again on one of its sequences"),
         ("tokens", "first_norm.inner.bias belongs to LayerNorm, which was not called on [sequences, tokens, features]"
                    "; 1 more"),
         ("flipped", "first_norm.inner.bias also acts outside its layer; 1 more"),
