@@ -31,9 +31,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
     repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     # RWKV divides weights in place on the first evaluation
-    dividing = [
-        (m.config, m.config.rescale_every) for m in model.modules() if vars(m).get("layers_are_rescaled") is False
-    ]
+    dividing: list[Any] = [m.config for m in model.modules() if vars(m).get("layers_are_rescaled") is False]
+    divided = [config.rescale_every for config in dividing]
     device = next(model.parameters()).device
     devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -49,16 +48,16 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             model.eval()
             for module in repacking:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            for config, _ in dividing:
-                config.rescale_every = 0  # pyright: ignore[reportAttributeAccessIssue]
+            for config in dividing:
+                config.rescale_every = 0
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module in repacking:
                 module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
-            for config, every in dividing:
-                config.rescale_every = every  # pyright: ignore[reportAttributeAccessIssue]
+            for config, every in zip(dividing, divided, strict=True):
+                config.rescale_every = every
             changed = {id(parameter) for parameter, version in versions if parameter._version != version}
             for module, bound, held in attributes:
                 module.training = bound["training"]
