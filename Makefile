@@ -4,12 +4,14 @@ BIN := .venv/bin
 # an interpreter whose torch finds a CUDA device
 GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
+# two processes that keep to neighbouring tests, which share what they prepare; then the slowest tests
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=20 --durations-min=0.5
 # The build of torch that is on the development machines; there another would pull gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 # Depends much on the libraries, not on their wording, and takes little time.
 CORE := tests/sampling tests/demo tests/updates tests/estimators tests/scoring tests/report \
         tests/cli/test_config.py tests/cli/test_bad_input.py tests/cli/test_quiet.py \
-        tests/checkpoints/test_replay.py tests/checkpoints/test_qlora.py
+        tests/checkpoints/test_replay.py
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.provenance import library_versions; print(library_versions())
 
@@ -38,10 +40,10 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(PYTEST)
 
 test-full: lint
-	$(BIN)/pytest -n 2 -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 # Newest versions of everything but torch (lifted by TORCH=torch); deprecations are failures.
 test-latest:

@@ -112,8 +112,13 @@ def call_again(call: Call, gradient: Tensor, units: Tensor, sink: Sink) -> None:
     n = len(units)
     for unit in units.unique():
         rows = (units == unit).nonzero()[:, 0].to(gradient.device)
-        with torch.enable_grad():
-            output = call.layer(*_select(call.args, n, rows), **_select(call.kwargs, n, rows))
+        try:
+            with torch.enable_grad():
+                output = call.layer(*_select(call.args, n, rows), **_select(call.kwargs, n, rows))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, LookupError) as error:  # states of its last call are of other rows
+            raise UntappableError(call.layer, "cannot be called again on one of its sequences") from error
         assert call.output is not None
         first = call.output[rows]
         if output.shape != first.shape or bool(
