@@ -31,11 +31,8 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
     repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     # RWKV divides weights in place on the first evaluation
-    dividing: list[tuple[Any, int]] = [
-        (config := vars(m)["config"], config.rescale_every)
-        for m in model.modules()
-        if vars(m).get("layers_are_rescaled") is False
-    ]
+    dividing: list[Any] = [m.config for m in model.modules() if vars(m).get("layers_are_rescaled") is False]
+    divided = [config.rescale_every for config in dividing]
     device = next(model.parameters()).device
     devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -51,7 +48,7 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             model.eval()
             for module in repacking:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            for config, _ in dividing:
+            for config in dividing:
                 config.rescale_every = 0
             yield
         finally:
@@ -59,7 +56,7 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module in repacking:
                 module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
-            for config, every in dividing:
+            for config, every in zip(dividing, divided, strict=True):
                 config.rescale_every = every
             changed = {id(parameter) for parameter, version in versions if parameter._version != version}
             for module, bound, held in attributes:

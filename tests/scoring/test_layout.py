@@ -314,3 +314,27 @@ def test_parameters_and_buffers_are_the_same_objects_after_everything(make):
     expected = probe.run(update=update, evaluation=evaluation)
     rate = {point.learning_rate: point.realized.value for point in sweep.points}[1e-4]
     assert rate == pytest.approx(expected.realized.value, rel=1e-6)
+
+
+def test_what_a_forward_pass_binds_anew_is_put_back():
+    """As rotary embeddings that grow do: a buffer registered again, an attribute set, one that was not there."""
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("table", torch.arange(3.0))
+            self.known = 3
+
+        def forward(self, n: int) -> None:
+            self.register_buffer("table", torch.arange(float(n)))
+            self.known, self.seen = n, True
+
+    model = Growing()
+    table = model.table
+    with evaluating(model):
+        model(5)
+        assert (model.known, len(model.table)) == (5, 5)
+    assert model.table is table
+    assert model.known == 3
+    assert not hasattr(model, "seen")
