@@ -30,6 +30,10 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     versions = [(parameter, parameter._version) for parameter in model.parameters()]
     # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
     repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    # RWKV divides weights in place on the first evaluation
+    dividing = [
+        (m.config, m.config.rescale_every) for m in model.modules() if vars(m).get("layers_are_rescaled") is False
+    ]
     device = next(model.parameters()).device
     devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -45,16 +49,20 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             model.eval()
             for module in repacking:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            for config, _ in dividing:
+                config.rescale_every = 0  # pyright: ignore[reportAttributeAccessIssue]
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module in repacking:
                 module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            for config, every in dividing:
+                config.rescale_every = every  # pyright: ignore[reportAttributeAccessIssue]
             changed = {id(parameter) for parameter, version in versions if parameter._version != version}
             for module, bound, held in attributes:
                 module.training = bound["training"]
-                # what a module says of parameters that it has changed in place (RWKV does) stays true of them
+                # what a module says of parameters that it has changed in place stays true of them
                 if changed.isdisjoint(map(id, module.parameters())):
                     _rebind(vars(module), bound)
                     _rebind(module._buffers, held)

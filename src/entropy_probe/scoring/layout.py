@@ -9,74 +9,35 @@ call between the longest and the shortest; so these are compared.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.scoring.calls import PolicyCalls
-from entropy_probe.scoring.packing import Microbatch, bounded_groups, padded, row_tokens, shared_groups
-from entropy_probe.scoring.precision import precisions
+from entropy_probe.scoring.packing import bounded_groups, padded, row_tokens, shared_groups
+from entropy_probe.scoring.sample import (
+    REFUSALS,
+    Sample,
+    Seen,
+    Tolerance,
+    add,
+    cut,
+    difference,
+    look,
+    most_packed,
+    name_of,
+    rms,
+    see,
+    take_sample,
+    words_of,
+)
 from entropy_probe.shards import is_sharded, local
 from entropy_probe.types import Rollouts
 
 __all__ = ["Trials"]
-
-REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What models raise where they cannot be called in some way: on masks of four dimensions, on more than one sequence."""
-LEAST_RESPONSE = 3
-"""A response of fewer tokens hardly sees what stands between it and its prompt."""
-
-
-@dataclass(frozen=True)
-class _Tolerance:
-    """What rounding may do.
-
-    Attributes:
-        scores: to scores, root mean square, relative to 1 nat and their size.
-        gradient: to a gradient, relative to its length, or to that of a gradient that may vanish but for rounding.
-        share: how long the latter is, relative to the longest.
-    """
-
-    scores: float
-    gradient: float
-    share: float
-
-    @classmethod
-    def of(cls, calls: PolicyCalls) -> _Tolerance:
-        dtypes = [dtype for _, dtype in precisions(calls.model)]
-        if torch.is_autocast_enabled(calls.device.type):
-            dtypes.append(torch.get_autocast_dtype(calls.device.type))
-        coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-        if coarsest > torch.finfo(torch.float32).eps:
-            return cls(0.1, 0.1, 0.1)
-        # parts of a model in float64 may compute in float32
-        return cls(1e-4, 1e-3, 1e-2) if coarsest == torch.finfo(torch.float32).eps else cls(1e-5, 1e-4, 1e-2)
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """Log-probabilities and entropies of some sequences, ``[2, T]`` each, and a gradient over all of them."""
-
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    gradient: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sample:
-    """The sequences of a batch that stand for it, shortest first, and what the whole model says of each alone."""
-
-    rollouts: Rollouts
-    rows: Tensor
-    parameters: Mapping[str, Parameter]
-    expected: _Seen
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each of the sequences, which are shorter than they were where the memory was too small."""
-        return self.rollouts.attention_mask[self.rows].sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +54,9 @@ class Trials:
     """
 
     calls: PolicyCalls
-    samples: Sequence[_Sample]
+    samples: Sequence[Sample]
     width: int | None
-    tolerance: _Tolerance
+    tolerance: Tolerance
 
     @classmethod
     def of(cls, calls: PolicyCalls, batches: Sequence[Rollouts], *, gradients: bool) -> Trials:
@@ -110,14 +71,14 @@ class Trials:
         width = getattr(getattr(calls.model, "config", None), "hidden_size", None)
         width = width if isinstance(width, int) else None
         before = [_content(p) for p in calls.model.parameters()]
-        samples = [_sample(calls, batch, {} if k else trained, width) for k, batch in enumerate(batches)]
+        samples = [take_sample(calls, batch, {} if k else trained, width) for k, batch in enumerate(batches)]
         for (name, p), content in zip(calls.model.named_parameters(), before, strict=True):
             if _content(p) != content:
                 raise ValueError(
-                    f"model: expected a forward pass that leaves parameters as they are, but that of {_name(calls)} "
+                    f"model: expected a forward pass that leaves parameters as they are, but that of {name_of(calls)} "
                     f"changes {name}; it cannot be probed without a trace"
                 )
-        trials = cls(calls, samples, width, _Tolerance.of(calls))
+        trials = cls(calls, samples, width, Tolerance.of(calls))
         if trials.finite:
             _check_plain(calls, samples, trials.tolerance)
         return trials
@@ -153,12 +114,12 @@ class Trials:
         """Why the policy cannot be called as it is laid out, without shared prompts; ``None`` if it can."""
         for sample in self.samples:
             try:
-                found = _look(self.calls, sample.rollouts, sample.rows, sample.parameters)
+                found = look(self.calls, sample.rollouts, sample.rows, sample.parameters)
             except torch.OutOfMemoryError:
                 raise
             except REFUSALS as error:
-                return _words(error)
-            why = _difference(sample.expected, found, self.tolerance)
+                return words_of(error)
+            why = difference(sample.expected, found, self.tolerance)
             if why:
                 return why
         return None
@@ -174,7 +135,7 @@ class Trials:
         layers = set(getattr(config, "layer_types", None) or ["full_attention"])
         if getattr(config, "sliding_window", None) or layers != {"full_attention"}:
             return "the model does not attend to the whole context"
-        if all(_most_packed(self.calls, sample.rollouts, width) is None for sample in self.samples):
+        if all(most_packed(self.calls, sample.rollouts, width) is None for sample in self.samples):
             return "no prompt has two responses of 3 tokens"
         why = self.shared_difference()
         return why and f"the model treats a shared prompt differently: {why}"
@@ -189,130 +150,13 @@ class Trials:
         return None
 
 
-def _name(calls: PolicyCalls) -> str:
-    return type(getattr(calls.model, "get_base_model", lambda: calls.model)()).__name__
-
-
-def _content(parameter: Parameter) -> tuple[int, float]:
+def _content(parameter: Parameter) -> tuple[int, str]:
     """Enough of a parameter to notice that it was replaced or written into."""
     own = local(parameter.detach())
-    return own.data_ptr(), float(own.sum(dtype=torch.float64))
+    return own.data_ptr(), float(own.sum(dtype=torch.float64)).hex()  # as text, in which NaN equals itself
 
 
-def _sample(calls: PolicyCalls, rollouts: Rollouts, parameters: Mapping[str, Parameter], width: int | None) -> _Sample:
-    """The shortest and the longest sequence and the last one of the most packed row, each called alone.
-
-    One whose logits do not fit the memory as a whole gives up the later half of its response.
-    """
-    lengths = rollouts.attention_mask.sum(1)
-    packed = None if width is None else _most_packed(calls, rollouts, width)
-    chosen = {int(lengths.argmin()), int(lengths.argmax()), *([] if packed is None else [packed])}
-    rows = torch.tensor(sorted(chosen, key=lambda row: int(lengths[row])))
-    calls.lay_out(None, alone=True)
-    expected = _Seen()
-    for row in rows:
-        while True:
-            try:
-                _add(expected, _look(calls, rollouts, row[None], parameters))
-                break
-            except (torch.OutOfMemoryError, ValueError):
-                raise
-            except REFUSALS as error:
-                raise ValueError(
-                    "model: expected one to call as model(input_ids=..., attention_mask=...) and to differentiate, but "
-                    f"{_name(calls)} raises {_words(error)}; see that it runs on a sequence by itself"
-                ) from error
-            except MemoryError:
-                shorter = _without_later_half(rollouts, int(row))
-                if shorter is None:
-                    raise
-            rollouts = shorter
-    return _Sample(rollouts, rows, parameters, expected)
-
-
-def _most_packed(calls: PolicyCalls, rollouts: Rollouts, width: int) -> int | None:
-    """The sequence with most tokens of others between its response and its prompt, if there would be any."""
-    groups, _ = shared_groups(rollouts, torch.arange(len(rollouts)), width, calls.max_tokens, calls.context)
-    enough = rollouts.response_lengths >= LEAST_RESPONSE
-    ends = {
-        int(group[k]): row_tokens(rollouts, group[: k + 1])
-        for group in groups
-        for k in range(1, len(group))
-        if enough[group[k]]
-    }
-    return max(ends, key=lambda row: ends[row], default=None)
-
-
-def _without_later_half(rollouts: Rollouts, row: int) -> Rollouts | None:
-    response = rollouts.response_mask[row].nonzero()[:, 0]
-    kept = max(LEAST_RESPONSE, len(response) // 2)
-    return _cut(rollouts, row, int(response[kept - 1]) + 1) if kept < len(response) else None
-
-
-def _cut(rollouts: Rollouts, row: int, column: int) -> Rollouts:
-    """The batch with one sequence ended before a column."""
-    attention, response = rollouts.attention_mask.clone(), rollouts.response_mask.clone()
-    attention[row, column:] = False
-    response[row, column:] = False
-    return replace(rollouts, attention_mask=attention, response_mask=response)
-
-
-def _look(calls: PolicyCalls, rollouts: Rollouts, rows: Tensor, parameters: Mapping[str, Parameter]) -> _Seen:
-    """Some sequences as the policy is laid out now, without shared prompts."""
-    seen = _Seen()
-    for _, found in calls.each(rollouts, lambda batch: _seen(calls, batch, rows, parameters), rows, share=False):
-        _add(seen, found)
-    return seen
-
-
-def _add(seen: _Seen, more: _Seen) -> None:
-    seen.scores.update(more.scores)
-    for name, gradient in more.gradient.items():
-        seen.gradient[name] = seen.gradient[name] + gradient if name in seen.gradient else gradient
-
-
-def _seen(calls: PolicyCalls, batch: Microbatch, rows: Tensor, parameters: Mapping[str, Parameter]) -> _Seen:
-    """What a microbatch says of some sequences; their tokens have different weights in the gradient."""
-    gradient: dict[str, Tensor] = {}
-    if parameters:
-        angle = 0.7 * torch.arange(batch.response_mask.shape[1]) + 1.3 * batch.rows[:, None]
-        ours = torch.isin(batch.rows, rows)[:, None]
-        weights = [(x * ours)[batch.response_mask].to(calls.device) for x in (angle.cos(), angle.sin())]
-        with torch.enable_grad():
-            s, h, value = calls.scores_and_surrogate(batch, *weights)
-            if value.requires_grad:
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-                gradient = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
-    else:
-        with torch.no_grad():
-            s, h = calls.scores(batch)
-    flat = torch.stack([s, h]).double().cpu().split(batch.response_mask.sum(1).tolist(), 1)
-    wanted = set(rows.tolist())
-    scores = {row: x for row, x in zip(batch.rows.tolist(), flat, strict=True) if row in wanted}
-    return _Seen(scores, gradient)
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
-
-
-def _difference(expected: _Seen, found: _Seen, tolerance: _Tolerance) -> str | None:
-    """How two ways of calling a model differ by more than rounding; ``None`` if they do not."""
-    gaps = {row: _rms(found.scores[row] - x) / (1 + _rms(x)) for row, x in expected.scores.items()}
-    worst = max(gaps, key=lambda row: gaps[row])
-    if not gaps[worst] <= tolerance.scores:
-        return f"scores of a sequence change by {_rms(found.scores[worst] - expected.scores[worst]):.2g} nats"
-    norms = [float(g.norm()) for seen in (expected, found) for g in seen.gradient.values()]
-    least = tolerance.share * max(norms, default=0.0)
-    device = next((g.device for seen in (expected, found) for g in seen.gradient.values()), None)
-    for name in sorted(expected.gradient.keys() | found.gradient.keys()):
-        a, b = (seen.gradient.get(name, torch.zeros((), device=device)) for seen in (expected, found))
-        if not float((a - b).norm()) <= tolerance.gradient * max(float(a.norm()), least):
-            return f"the gradient of {name} changes by {float((a - b).norm() / max(float(a.norm()), least)):.1%}"
-    return None
-
-
-def _check_plain(calls: PolicyCalls, samples: Sequence[_Sample], tolerance: _Tolerance) -> None:
+def _check_plain(calls: PolicyCalls, samples: Sequence[Sample], tolerance: Tolerance) -> None:
     """Make sure that the whole model's scores of one sequence are those of a policy.
 
     The longest sequence is cut after its first response token, in the middle, and before its last. The shortest is
@@ -322,11 +166,11 @@ def _check_plain(calls: PolicyCalls, samples: Sequence[_Sample], tolerance: _Tol
         ValueError: if they depend on later tokens or on earlier calls.
     """
     calls.lay_out(None, alone=True)
-    name = _name(calls)
+    name = name_of(calls)
     sample = max(samples, key=lambda sample: int(sample.lengths.max()))
     shortest, longest = sample.rows[sample.lengths.argmin()][None], int(sample.rows[sample.lengths.argmax()])
-    before = _Seen({int(shortest): sample.expected.scores[int(shortest)]})
-    why = _difference(before, _look(calls, sample.rollouts, shortest, {}), tolerance)
+    before = Seen({int(shortest): sample.expected.scores[int(shortest)]})
+    why = difference(before, look(calls, sample.rollouts, shortest, {}), tolerance)
     if why:
         raise ValueError(
             f"model: expected scores of a sequence that do not depend on earlier calls, but {why} once {name} was "
@@ -337,25 +181,19 @@ def _check_plain(calls: PolicyCalls, samples: Sequence[_Sample], tolerance: _Tol
     first, last = int(response[0]), int(response[-1])
     errors, sizes = [], []
     for column in sorted({first + 1, (first + last) // 2 + 1, last} - {first}):
-        cut = _cut(sample.rollouts, longest, column)
-        _look(calls, sample.rollouts, shortest, {})
-        found = _look(calls, cut, torch.tensor([longest]), {}).scores[longest]
+        look(calls, sample.rollouts, shortest, {})
+        found = look(calls, cut(sample.rollouts, longest, column), torch.tensor([longest]), {}).scores[longest]
         full = sample.expected.scores[longest][:, : found.shape[1]]
         errors.append(found - full)
         sizes.append(full)
-    error = _rms(torch.cat(errors, 1)) if errors else 0.0
-    if errors and not error <= tolerance.scores * (1 + _rms(torch.cat(sizes, 1))):
+    error = rms(torch.cat(errors, 1)) if errors else 0.0
+    if errors and not error <= tolerance.scores * (1 + rms(torch.cat(sizes, 1))):
         raise ValueError(
             f"model: expected scores of a token that do not depend on later ones, but those of sequence {longest} "
             f"change by {error:.2g} nats when it is cut off: {name} looks ahead, or changes with the length of a "
             "sequence (rotary embeddings beyond the original context); use a causal model, or sequences on one side of "
             "that length"
         )
-
-
-def _words(error: Exception) -> str:
-    """What a model says of a call that it refuses, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _plain_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | str:
@@ -376,7 +214,7 @@ def _plain_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | str:
 
 
 @torch.no_grad()
-def _head_is_final(calls: PolicyCalls, sample: _Sample) -> bool:
+def _head_is_final(calls: PolicyCalls, sample: Sample) -> bool:
     """Whether the model's logits are its output layer's, also when these are scaled up to 100."""
     head = calls.head
     assert head is not None
@@ -399,24 +237,24 @@ def _head_is_final(calls: PolicyCalls, sample: _Sample) -> bool:
     return bool(((logits - output).abs() <= 100 * tolerance).all())
 
 
-def _shared_difference(calls: PolicyCalls, sample: _Sample, width: int, tolerance: _Tolerance) -> str | None:
+def _shared_difference(calls: PolicyCalls, sample: Sample, width: int, tolerance: Tolerance) -> str | None:
     """Why the rows in which the sample's sequences would stand are not right; ``None`` if they are."""
     rollouts, everything = sample.rollouts, torch.arange(len(sample.rollouts))
     while True:
         groups, _ = shared_groups(rollouts, everything, width, calls.max_tokens, calls.context)
         rows = [group for group in groups if bool(torch.isin(group, sample.rows).any())]
-        seen: _Seen | None = _Seen()
+        seen: Seen | None = Seen()
         for some in bounded_groups([padded(row_tokens(rollouts, row)) for row in rows], calls.max_tokens):
             try:
                 batch = calls.pack_shared(rollouts, [rows[k] for k in some])
-                found = calls.attempt(batch, lambda batch: _seen(calls, batch, sample.rows, sample.parameters))
+                found = calls.attempt(batch, lambda batch: see(calls, batch, sample.rows, sample.parameters))
             except torch.OutOfMemoryError:
                 raise
             except REFUSALS as error:
-                return _words(error)
+                return words_of(error)
             if found is None:  # tried again with shorter rows
                 seen = None
                 break
-            _add(seen, found[0])
+            add(seen, found[0])
         if seen is not None:
-            return _difference(sample.expected, seen, tolerance)
+            return difference(sample.expected, seen, tolerance)
