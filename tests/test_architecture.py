@@ -44,9 +44,10 @@ ALLOWED = {
         "types", "scoring", "estimators", "isolation", "config", "distributed", "parts", "measurement", "shards",
     },
     "step": {"results", "named", "updates", "config", "shards"},
+    "policy_check": {"types", "results", "scoring", "estimators", "config", "distributed", "parts"},
     "session": {
         "types", "results", "moments", "scoring", "estimators", "updates", "isolation", "fingerprint", "provenance",
-        "config", "distributed", "parts",
+        "config", "distributed", "parts", "policy_check",
     },
     "two_batch": {
         "types", "results", "named", "losses", "scoring", "estimators", "updates", "isolation", "measurement", "step",

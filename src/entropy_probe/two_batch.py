@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks, is_grouped
 from entropy_probe.isolation import parameters_at
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.measurement import Measurement, measure_change
@@ -23,6 +23,7 @@ from entropy_probe.noise import measured_noise_floor
 from entropy_probe.parts import Part, add_up
 from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.session import Session, Subject
 from entropy_probe.step import PlannedStep, plan_step, scaled, stepped_parameters
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
@@ -115,7 +116,7 @@ class TwoBatch(Session):
 
     def _before(self) -> Before:
         scores = self.reference_scores(self.evaluation, self.part, "score evaluation")
-        scores = self.check_sampler(scores, self.part, self.evaluation)
+        scores = self.check_rollouts("batch" if self.same_batch else "evaluation", scores, self.part, self.evaluation)
         positions = add_up(self.ranks, PositionSums.of(scores))
         own = fo.entropy(scores, self.part.units, self.config.normalization, self.config.entropy)
         sums = add_up(self.ranks, own)
@@ -140,7 +141,7 @@ class TwoBatch(Session):
         ids = self.evaluation.prompt_ids
         unit = self.config.evaluation_unit
         if unit == "auto":
-            unit = "prompt" if _is_grouped(ids) else "sequence"
+            unit = "prompt" if is_grouped(ids) else "sequence"
             if unit == "sequence" and self.evaluation.num_prompts < len(ids):
                 self.messages.append(
                     "evaluation prompts repeat and are taken as drawn with replacement: every sequence counts as "
@@ -156,10 +157,20 @@ class TwoBatch(Session):
                 "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
             )
         with self.clock.phase("update gradient") as progress:
-            side = Side(self._loss_coefficients(), store=store and fits)
-            return self._differentiate(
-                self.own_update, self.update_part, side, taps=taps if side.store else None, progress=progress
+            side, sheet = Side(self._loss_coefficients(), store=store and fits), self._sheet()
+            taps = taps if side.store else None
+            found = self._differentiate(
+                self.own_update, self.update_part, side, taps=taps, progress=progress, sheet=sheet
             )
+        if sheet is not None:
+            with self.on_part(self.update_part):
+                scores = sheet.read()
+            self.check_rollouts("update", scores, self.update_part, self.update)
+        return found
+
+    def _sheet(self) -> ScoreSheet | None:
+        """Where the update gradient leaves the scores of its batch, unless that is the one that was scored already."""
+        return None if self.same_batch else ScoreSheet(self.own_update, self.subject.model)
 
     def _loss_coefficients(self) -> TokenCoefficients:
         """Of this rank's part of the update batch."""
@@ -167,12 +178,20 @@ class TwoBatch(Session):
         return whole.select(self.update_part.rows)
 
     def _differentiate(
-        self, own: Rollouts, part: Part, side: Side, *, taps: Taps | None, progress: Progress, total: bool = True
+        self,
+        own: Rollouts,
+        part: Part,
+        side: Side,
+        *,
+        taps: Taps | None,
+        progress: Progress,
+        total: bool = True,
+        sheet: ScoreSheet | None = None,
     ) -> UnitGradients:
         """The total, if wanted, over the whole batch; everything else of this rank's units."""
         with self.on_part(part):
             (found,) = unit_gradients(
-                self.scorer, self.parameters, own, part.local_units, [side], taps=taps, progress=progress
+                self.scorer, self.parameters, own, part.local_units, [side], taps=taps, progress=progress, sheet=sheet
             )
         if not total:
             return found
@@ -364,21 +383,6 @@ class TwoBatch(Session):
 
 
 NOTABLE_ROUNDING = 0.01
-LEAST_PROMPTS = 8
-"""Draws with replacement give this many prompts equally often once in thousands of batches."""
-
-
-def _is_grouped(prompt_ids: Tensor) -> bool:
-    """Whether every prompt has the same number of responses, at least 2.
-
-    With few prompts that can happen by chance under sampling with replacement; then only consecutive rows count.
-    """
-    prompts, counts = prompt_ids.unique(return_counts=True)
-    size = int(counts[0])
-    if size < 2 or not bool((counts == size).all()):
-        return False
-    blocks = prompt_ids.view(-1, size)
-    return len(prompts) >= LEAST_PROMPTS or bool((blocks == blocks[:, :1]).all())
 
 
 def _check_sums(by_prompt: Tensor, gradient_part: float, tolerance: float) -> None:

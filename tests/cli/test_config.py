@@ -130,6 +130,15 @@ def test_resolved_depends_on_nothing_around_it(load, tmp_path, monkeypatch):
     assert load(FULL, ["probe.evaluation_unit=prompt"]).resolved().probe.evaluation_unit == "prompt"
 
 
+def test_an_update_batch_that_is_filtered_here_is_known_to_be_selected(load):
+    assert not load(FULL).resolved().probe.update_selected
+    filtered = ["update.filter_zero_advantage=true"]
+    assert load(FULL, filtered).resolved().probe.update_selected
+    # a saved batch comes from elsewhere: what was done to it is the user's to say
+    assert not load(FULL, [*filtered, "rollouts.update=u.parquet"]).resolved().probe.update_selected
+    assert load(FULL, ["rollouts.update=u.parquet", "probe.update_selected=true"]).resolved().probe.update_selected
+
+
 def test_a_hub_name_stays_a_name(load):
     assert load(FULL, ["base_model=org/model"]).resolved().base_model == "org/model"
 

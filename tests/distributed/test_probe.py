@@ -1,6 +1,7 @@
 """The same numbers on any number of ranks: the probe on the enumerable policy in float64, ranks as threads."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,9 @@ def run(probe: EntropyProbe):
     return probe.run(update=SEVEN[0], evaluation=SEVEN[1])
 
 
+HOT = grouped(60, 2, 8)
+HOT_LOGPROBS = torch.full(HOT.input_ids.shape, -0.3, dtype=torch.float64)
+
 CASES = {
     "default": ({}, run),
     "surprisal, per sequence": ({"entropy": "surprisal", "normalization": "sequence"}, run),
@@ -61,6 +65,12 @@ CASES = {
     "reweighted": (
         {"on_mismatch": "reweight"},
         lambda probe: probe.run(update=SEVEN[0], evaluation=sampled_elsewhere(TinyPolicy(), 40)[0]),
+    ),
+    "not the policy's": (
+        {},
+        lambda probe: probe.predict(
+            update=HOT.select(torch.arange(30)), evaluation=replace(HOT, sampled_logprobs=HOT_LOGPROBS)
+        ),
     ),
     "measured on the update batch": ({"learning_rate": 1e-3}, lambda probe: probe.measure(update=SEVEN[0])),
     "one batch": ({}, lambda probe: probe.one_batch(SEVEN[0])),
@@ -155,7 +165,7 @@ def test_collectives(case, of_parameters):
     _, exchange = on_ranks(3, lambda ranks: work(probe_on(ranks, **settings)))
     sequences, longest, tensors, ranks = len(SEVEN[1]), SEVEN[1].input_ids.shape[1], 5, 3
     # sums by position, per sequence or unit, which gradients there are, and whether a rank failed
-    small = {3 * longest, *(k * n for n in (sequences, 21, 24, 7) for k in (1, 2, 3)), tensors, ranks}
+    small = {3 * longest, *(k * n for n in (sequences, 21, 24, 7) for k in (1, 2, 3, 4, 6)), tensors, ranks}
     assert exchange.reduced.count(PARAMETERS) == of_parameters
     assert set(exchange.reduced) - small == {PARAMETERS}
     assert len(exchange.reduced) < 45

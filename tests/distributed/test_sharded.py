@@ -26,8 +26,13 @@ CASES = {
     "lora": {"what": "run", "kind": "lora", "model": {"rank": 1}, "config": WIDE},
     "full, tied": {"what": "run", "kind": "full", "model": {"tie_word_embeddings": True}, "config": WIDE},
     "kept nothing": {"what": "run", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
-    "frozen": {"what": "run", "kind": "full", "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9}},
-    "gathered before": {"what": "run", "kind": "full", "config": WIDE, "gathered": True, "reshard": False},
+    "frozen, gathered before": {
+        "what": "run",
+        "kind": "full",
+        "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9},
+        "gathered": True,
+        "reshard": False,
+    },
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
     "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
@@ -47,7 +52,7 @@ REFUSED = {
 }
 
 
-UNEVEN = ("lora", "gathered before", "one batch, kept nothing")
+UNEVEN = ("lora", "frozen, gathered before", "one batch, kept nothing")
 """What is tried on three ranks; on one of two, nothing is left of a tensor of one row either."""
 
 

@@ -357,7 +357,7 @@ def test_a_sampler_that_is_not_the_policy_is_noted():
         given = Rollouts(evaluation.input_ids, evaluation.attention_mask, evaluation.response_mask,
                          evaluation.prompt_ids, sampled_logprobs=sampled)  # fmt: skip
         result = probe(model, trained_optimizer(model)).predict(update=update, evaluation=given)
-        assert any("sampled from another policy" in m for m in result.diagnostics.messages) == noted
+        assert any("evaluation: sampled_logprobs differ" in m for m in result.diagnostics.messages) == noted
         found = result.diagnostics.mismatch
         assert found.mean == pytest.approx(shift, abs=1e-12)
         assert found.max == pytest.approx(shift, abs=1e-12)
@@ -436,6 +436,10 @@ def test_save_and_load_round_trip(tmp_path):
     loaded = ProbeResult.load(tmp_path / "out")
     assert loaded == result.model_copy(update={"contributions": None})
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
+    file = tmp_path / "out" / "results.json"
+    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(ValueError, match=r"not a result of schema 2: schema_version: .* 2; probe the checkpoint again"):
+        ProbeResult.load(tmp_path / "out")
     (tmp_path / "out" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="not a result of schema"):
         ProbeResult.load(tmp_path / "out")

@@ -145,6 +145,8 @@ def test_the_numbers_are_those_of_the_result():
     ):  # fmt: skip
         assert number in text, number
     assert "64% of that comes from momentum" in text
+    assert "z −0.4, −3.1×10⁻³ nats a token" in text
+    assert "Update: tokens against policy" in text
     assert "attribution=true" in text
 
 
@@ -163,7 +165,7 @@ def test_every_problem_comes_with_advice():
     refused = pages()["refused"]
     assert 'class="check bad"' in refused
     assert "set probe.on_low_ess to resample" in refused
-    assert 'class="check look"' in pages()["mismatch"]
+    assert pages()["mismatch"].count('class="check look"') == pages()["two batches"].count('class="check look"') + 1
 
 
 def test_text_of_files_is_escaped_and_made_visible():

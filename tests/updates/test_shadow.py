@@ -56,11 +56,12 @@ KINDS = {
     "adadelta": lambda p: optim.Adadelta(p, lr=0.1),
     "adafactor": lambda p: optim.Adafactor(p, lr=0.1, weight_decay=0.1),
     "adafactor of transformers": lambda p: hf_adafactor(p, 0.1),
-    "muon": lambda p: optim.Muon(p, lr=0.1),
     "lion": lambda p: Lion(p, lr=0.1, scale=3.0),
     "coupled": lambda p: Coupled(p, lr=0.1),
     "subclass of AdamW": lambda p: MyAdamW(p, lr=0.1),
 }
+if hasattr(optim, "Muon"):  # not in the oldest torch that is supported
+    KINDS["muon"] = lambda p: optim.Muon(p, lr=0.1)
 
 
 def setup(kind, steps=7):

@@ -154,9 +154,10 @@ class RunConfig(BaseModel):
         return self
 
     def resolved(self) -> RunConfig:
-        """The config with nothing left to circumstances: absolute paths, the device, the evaluation unit.
+        """The config with nothing left to circumstances: absolute paths, the device, how batches were drawn.
 
-        Evaluation sequences that are sampled here are drawn with replacement, so each is a unit of its own.
+        Evaluation sequences that are sampled here are drawn with replacement, so each is a unit of its own. Update
+        prompts that are filtered here are selected by their rewards.
         Sampling settings that saved rollouts take the place of are left out.
 
         Raises:
@@ -179,8 +180,12 @@ class RunConfig(BaseModel):
         saved = {batch: path.absolute() for batch, path in self.rollouts if path is not None}
         changes["rollouts"] = SavedRollouts(**saved)
         changes |= dict.fromkeys(saved)
+        drawn: dict[str, Any] = {}
         if "evaluation" not in saved and not self.needs_no_evaluation and self.probe.evaluation_unit == "auto":
-            changes["probe"] = self.probe.model_copy(update={"evaluation_unit": "sequence"})
+            drawn["evaluation_unit"] = "sequence"
+        if "update" not in saved and self.update is not None and self.update.filter_zero_advantage:
+            drawn["update_selected"] = True
+        changes["probe"] = self.probe.model_copy(update=drawn)
         return self.model_copy(update=changes)
 
     def to_yaml(self) -> str:

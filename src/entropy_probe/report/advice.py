@@ -15,8 +15,25 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "require a gradient but are not in the optimizer",
         "Fine if the trainer froze them on purpose; otherwise the optimizer was built before they were unfrozen.",
     ),
+    ("sequences are reweighted", "Read the errors, which the weights enlarge; sampling from this checkpoint has none."),
     (
-        "differ from the policy's by",
+        "log-probabilities themselves are amiss",
+        "Record the log-probability that each token was drawn with (after temperature, per token), or leave them out.",
+    ),
+    (
+        "ids of another tokenizer",
+        "Tokenize prompts and responses with this checkpoint's tokenizer, or keep the sampler's own token ids.",
+    ),
+    (
+        "sampled at that temperature",
+        "Set probe.temperature to that of sampling if it is the trainer's too; else sample again.",
+    ),
+    (
+        "importance weights of the trainer's loss are not modelled",
+        "If the trainer weights tokens by importance ratios, multiply the advantages per token by them.",
+    ),
+    (
+        "do not fit the policy|differ from the policy's by",
         "Sample from this checkpoint at the training temperature without top_p or top_k, or let entropy-probe sample.",
     ),
     (
@@ -90,8 +107,6 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Right for the Trainer's AdamW; else record a manifest during training.",
     ),
     ("the adapter was trained on", "Give the base model that it was trained on, and record a manifest."),
-    ("sequences are reweighted", "Read the errors, which the weights enlarge; sampling from this checkpoint has none."),
-    ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
     ("no direct curvature", "Read the curvature from the fit."),
     (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),
     ("different halves, fewer than", "Use more update prompts: few halves leave the rank correlation uncertain."),

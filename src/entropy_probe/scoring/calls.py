@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from entropy_probe.scoring.logits import OutputHead, head_scores, head_slopes, head_surrogate, logit_scores
+from entropy_probe.scoring.logits import (
+    FlatScores,
+    OutputHead,
+    head_scores,
+    head_slopes,
+    head_surrogate,
+    logit_scores,
+    plain_scores,
+)
 from entropy_probe.scoring.packing import (
     Microbatch,
     bounded_groups,
@@ -26,6 +34,7 @@ from entropy_probe.scoring.packing import (
     row_tokens,
     shared_prompts,
 )
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.shards import is_sharded, reshard
 from entropy_probe.types import Rollouts, TokenCoefficients
 
@@ -198,10 +207,10 @@ class PolicyCalls:
         self.messages = (f"out of memory: max_tokens_per_microbatch was lowered to {self.max_tokens}",)
         return None
 
-    def scores(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of a microbatch's response tokens, ``[T]`` each, without a graph."""
+    def scores(self, batch: Microbatch) -> FlatScores:
+        """Scores of a microbatch's response tokens, ``[T]`` each, without a graph."""
         if self._split is None:
-            return logit_scores(self.model_logits(batch), batch.targets, self.temperature)
+            return plain_scores(self.model_logits(batch), batch.targets, self.temperature)
         return head_scores(self._head(), self.hidden(batch), batch.targets)
 
     def token_scores(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
@@ -237,13 +246,15 @@ class PolicyCalls:
             return s.detach(), h.detach(), value
         hidden = self.hidden(batch)
         value = head_surrogate(self._head(), hidden, batch.targets, of_logprobs, of_entropies)
-        return *head_scores(self._head(), hidden.detach(), batch.targets), value
+        s, h, _ = head_scores(self._head(), hidden.detach(), batch.targets)
+        return s, h, value
 
     def surrogates(
         self,
         batch: Microbatch,
         sides: Sequence[TokenCoefficients],
         consume_head: Callable[[int, slice, Tensor, Tensor], None] | None = None,
+        sheet: ScoreSheet | None = None,
     ) -> list[Tensor]:
         """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
@@ -252,22 +263,26 @@ class PolicyCalls:
             sides: coefficients for every token of the whole batch, ``[N, L]``.
             consume_head: takes the place of gradients of :attr:`head`: called with a side's number and what
                 :func:`~entropy_probe.scoring.logits.head_surrogate` says of each chunk of tokens.
+            sheet: gets the scores of the tokens, which are computed on the way.
 
         Raises:
             ValueError: if a value is not finite.
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
         if self._split is not None:
-            hidden = self.hidden(batch)
-            values = [
-                head_surrogate(
-                    self._head(), hidden, batch.targets, a, c, partial(consume_head, k) if consume_head else None
-                )
-                for k, (a, c) in enumerate(terms)
-            ]
+            head, hidden, found = self._head(), self.hidden(batch), []
+            values = []
+            for k, (a, c) in enumerate(terms):
+                consume, scores = partial(consume_head, k) if consume_head else None, None if k else found.append
+                values.append(head_surrogate(head, hidden, batch.targets, a, c, consume, scores if sheet else None))
+            if sheet:
+                sheet.write(batch, FlatScores.joined(found))
         else:
-            s, h = self.token_scores(batch)
+            logits = self.model_logits(batch)
+            s, h = logit_scores(logits, batch.targets, self.temperature)
             values = [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]
+            if sheet:
+                sheet.write(batch, plain_scores(logits.detach(), batch.targets, self.temperature))
         if not all(bool(torch.isfinite(value)) for value in values):
             raise ValueError(
                 f"rollouts: expected finite log-probabilities, got others among sequences {batch.rows.tolist()[:5]}; "

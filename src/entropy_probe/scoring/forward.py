@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from entropy_probe.scoring.calls import PolicyCalls
 from entropy_probe.scoring.layout import Trials
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import Rollouts, TokenScores
 
 __all__ = ["Progress", "Scorer"]
@@ -111,28 +112,16 @@ class Scorer(PolicyCalls):
 
     @torch.no_grad()
     def shortest_scores(self, rollouts: Rollouts) -> list[tuple[str, Tensor]]:
-        """What the policy makes of the shortest sequence, unchecked: log-probabilities and entropies, ``[T]``."""
+        """What the policy makes of the shortest sequence, unchecked: each of its scores, ``[T]``."""
         shortest = rollouts.attention_mask.sum(1).argmin()[None]
-        s, h = self.scores(self.pack(rollouts, shortest))
-        return [("logprobs", s), ("entropies", h)]
+        return list(self.scores(self.pack(rollouts, shortest))._asdict().items())
 
     @torch.no_grad()
     def _score(self, rollouts: Rollouts, *, share: bool = True, progress: Progress | None = None) -> TokenScores:
-        wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-        logprobs = torch.zeros(rollouts.input_ids.shape, dtype=wide)
-        entropies = torch.zeros_like(logprobs)
-        done = 0
-        for batch, (s, h) in self.each(rollouts, self.scores, share=share):
-            batch.scatter(s, logprobs)
-            batch.scatter(h, entropies)
+        sheet, done = ScoreSheet(rollouts, self.model), 0
+        for batch, found in self.each(rollouts, self.scores, share=share):
+            sheet.write(batch, found)
             done += len(batch.rows)
             if progress:
                 progress(done, len(rollouts))
-        for name, values in (("log-probabilities", logprobs), ("entropies", entropies)):
-            bad = ~torch.isfinite(values).all(1)
-            if bool(bad.any()):
-                raise ValueError(
-                    f"scores: expected finite {name}, got non-finite ones in {int(bad.sum())} sequences (first index "
-                    f"{int(bad.nonzero()[0])}); look for non-finite weights, or responses the policy cannot produce"
-                )
-        return TokenScores(logprobs, entropies, rollouts.response_mask)
+        return sheet.read()

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.packing import Microbatch
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import Rollouts, TokenCoefficients
 from entropy_probe.updates.layers import (
     Call,
@@ -160,6 +161,7 @@ def tapped_backward(
     coefficients: Sequence[TokenCoefficients],
     units: Tensor,
     sinks: Sequence[Sink],
+    sheet: ScoreSheet | None = None,
 ) -> None:
     """One forward pass with taps, then one backward pass per surrogate.
 
@@ -170,12 +172,13 @@ def tapped_backward(
         coefficients: of the surrogates.
         units: the unit of each row of the microbatch.
         sinks: where the gradients of each surrogate go.
+        sheet: where the scores of the tokens go.
     """
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
     tapped = _Tapped(taps, anchor, units, sinks)
     head = _HeadShares(taps.head, batch, units, sinks) if taps.head else None
     with tapped.attached():
-        values = scorer.surrogates(batch, coefficients, head)
+        values = scorer.surrogates(batch, coefficients, head, sheet)
         for tapped.current, value in enumerate(values):
             if value.requires_grad:
                 last = tapped.current + 1 == len(values)
