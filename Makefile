@@ -4,13 +4,32 @@ BIN := .venv/bin
 # an interpreter whose torch finds a CUDA device
 GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
+# two processes that keep to neighbouring tests, which share what they prepare; then the slowest tests
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=20 --durations-min=0.5
+# The build of torch that is on the development machines; there another would pull gigabytes of CUDA packages.
+TORCH ?= torch==2.13.0
+# Depends much on the libraries, not on their wording, and takes little time.
+CORE := tests/sampling tests/demo tests/updates tests/estimators tests/scoring tests/report \
+        tests/cli/test_config.py tests/cli/test_bad_input.py tests/cli/test_quiet.py \
+        tests/checkpoints/test_replay.py
+# Printed by test-latest and test-oldest: what they really ran on.
+VERSIONS := from entropy_probe.provenance import library_versions; print(library_versions())
 
-.PHONY: demo test test-full test-gpu lint bench bench-gpu clean
+.PHONY: demo test test-full test-gpu test-latest test-oldest lint lock bench bench-gpu clean
 
-$(STAMP): pyproject.toml constraints.txt
+# -qq hides pip's warnings, not its errors; the build backend comes from the lock too
+$(STAMP): pyproject.toml lock.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -qq --disable-pip-version-check -c lock.txt hatchling editables
+	$(BIN)/pip install -qq --disable-pip-version-check -c lock.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+# Exact versions for every Python and platform; pins that still fit are kept without UPGRADE=1.
+lock:
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -qq uv; }
+	echo '$(TORCH)' | UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile --quiet --universal \
+	    --fork-strategy fewest --python-version 3.11 --no-config --no-annotate $(if $(UPGRADE),--upgrade) \
+	    --all-extras --constraints - --output-file lock.txt pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/entropy-probe demo
@@ -21,10 +40,28 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(PYTEST)
 
 test-full: lint
-	$(BIN)/pytest -n 2 -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
+
+# Newest versions of everything but torch (lifted by TORCH=torch); deprecations are failures.
+test-latest:
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install -qq --upgrade --upgrade-strategy eager '$(TORCH)' -e '.[dev,qlora]'
+	.venv-latest/bin/python -c '$(VERSIONS)'
+	cd .venv-latest && rm -rf examples runs && bin/entropy-probe demo
+	.venv-latest/bin/python -m pytest -n 2 -p tests.deprecations $(CORE)
+
+# The lowest versions that pyproject.toml states, torch's included (a CUDA build on Linux, 3 GB); other packages newest.
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	grep -oE '"[A-Za-z0-9._-]+>=[^",;]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u > .venv-oldest/floors.txt
+	.venv-oldest/bin/pip install -qq -c .venv-oldest/floors.txt hatchling editables
+	.venv-oldest/bin/pip install -qq -c .venv-oldest/floors.txt --no-build-isolation -e '.[dev,qlora]'
+	.venv-oldest/bin/python -c '$(VERSIONS)'
+	cd .venv-oldest && rm -rf examples runs && bin/entropy-probe demo
+	.venv-oldest/bin/python -m pytest -n 2 $(CORE)
 
 # warnings are those of whatever versions the machine has
 test-gpu:
@@ -43,4 +80,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf .venv runs examples/tiny
+	rm -rf .venv .venv-* runs examples/tiny

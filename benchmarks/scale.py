@@ -63,7 +63,7 @@ def worker(sequences: int, max_completion_length: int, max_tokens: int) -> dict[
     engine, parameters = HFGenerator(model, tokenizer, 256), SamplingParameters(1.0, max_completion_length)
     settings = UpdateSettings(num_prompts=16, group_size=8)
     update, _ = sample_update(
-        engine, tokenizer, prompts, lambda _, texts: [float(len(t)) for t in texts], settings, parameters
+        engine, tokenizer, prompts, lambda responses: [float(len(text)) for text in responses], settings, parameters
     )
     found = {"sequences": sequences, "imports": peak_mib()}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,14 +1,41 @@
-"""Shapes are checked at run time in every test; one torch thread, since tiny models only lose by more."""
+"""Shapes are checked at run time in tests of functions; one torch thread, since tiny models only lose by more."""
 
 import os
 from pathlib import Path
 
-import torch
-from jaxtyping import install_import_hook
+os.environ["OMP_NUM_THREADS"] = "1"
 
-# Processes that tests start import this source tree, whatever is installed.
-PATHS = [str(Path(__file__).parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+import jaxtyping
+import pytest
+import torch
+
+# Processes that tests start import this source tree and the tests, whatever is installed.
+ROOT = Path(__file__).parents[1]
+PATHS = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 
-install_import_hook("entropy_probe", "beartype.beartype")
+
+def jaxtyped(typechecker, decorate=jaxtyping.jaxtyped):
+    """As the import hook uses it, but for functions within functions: making their check anew takes milliseconds."""
+    return lambda f: f if "<locals>" in getattr(f, "__qualname__", "") else decorate(f, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = jaxtyped
+jaxtyping.install_import_hook("entropy_probe", "beartype.beartype")
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.trained"]
+
+UNCHECKED = [Path(__file__).parent / name for name in ("invariants", "cli", "demo")]
+"""Whole probes, many of them: the check would take 40% of their time and see what unit tests have shown it. The marker
+``checked`` is for those that alone reach a function, ``unchecked`` for what takes long elsewhere.
+"""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    checked = not any(place in item.path.parents for place in UNCHECKED)
+    if item.get_closest_marker("checked" if not checked else "unchecked"):
+        checked = not checked
+    jaxtyping.config.update("jaxtyping_disable", not checked)
+    return (yield)

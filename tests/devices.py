@@ -24,9 +24,9 @@ from entropy_probe.sampling import (
     resample_responses,
     sample_evaluation,
 )
-from tests.invariants.test_probe import batches
+from tests.invariants.problems import batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
-from tests.updates.test_taps import Mixed
+from tests.updates.layers import Mixed
 
 __all__ = ["SCENARIOS", "Numbers", "disagreements", "hf_policy", "numbers", "on_device", "rollouts"]
 

@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 __all__ = ["NAME", "elsewhere", "register"]
@@ -79,7 +78,8 @@ class _Mode(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors: list[Tensor] = []
+    _mapped(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, tuple(kwargs.values())))
     device, here = kwargs.get("device"), [x for x in tensors if not isinstance(x, Elsewhere)]
     there = len(here) < len(tensors)
     if there and _refused(func, args, tensors, here):
@@ -90,10 +90,10 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to_wrap = isinstance(args[0], Elsewhere)
     if func.overloadpacket is torch.ops.aten._efficientzerotensor:  # a tensor without memory
         func = torch.ops.aten.zeros.default
-    out = func(*tree_map(_unwrapped, args), **tree_map(_unwrapped, kwargs))
+    out = func(*_mapped(_unwrapped, args), **{key: _mapped(_unwrapped, x) for key, x in kwargs.items()})
     if not to_wrap:
         return args[0] if func.overloadpacket is torch.ops.aten.copy_ else out
-    out = tree_map(lambda x: Elsewhere(x) if isinstance(x, Tensor) else x, out)
+    out = _mapped(lambda x: Elsewhere(x) if isinstance(x, Tensor) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if there else out
 
 
@@ -108,6 +108,11 @@ def _refused(func: Any, args: Any, tensors: list[Tensor], here: list[Tensor]) ->
     numbers_only = all(x.dim() == 0 for x in here)
     foreach = name.__name__.startswith("_foreach_")
     return not (numbers_only and (foreach or torch.Tag.pointwise in func.tags))
+
+
+def _mapped(f: Any, x: Any) -> Any:
+    """Every element of lists and tuples; operations take no other containers, and torch's own is slow."""
+    return type(x)([_mapped(f, y) for y in x]) if type(x) in (list, tuple) else f(x)
 
 
 def _unwrapped(x: Any) -> Any:

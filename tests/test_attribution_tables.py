@@ -7,7 +7,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeResult, Rollouts
 from entropy_probe.attribution_tables import TABLES
-from tests.invariants.test_probe import batches, probe
+from tests.invariants.problems import batches, probe
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 from tests.tiny import tiny_policy
 

@@ -8,11 +8,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "entropy_probe"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+MAIN = "https://github.com/entropy-probe/entropy-probe/blob/main/"
 FENCES = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def prose(text: str) -> str:
     return FENCES.sub("", text)
+
+
+def links(document: Path) -> list[str]:
+    """Where inline links and the definitions of reference links point."""
+    return re.findall(r"(?:\]\(|^\[[^\]]+\]: )([^)\s]+)", prose(document.read_text()), re.MULTILINE)
 
 
 def headings(path: Path) -> list[str]:
@@ -45,9 +51,10 @@ def test_sections_that_docstrings_point_to_exist():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_relative_links_resolve(document):
+def test_links_within_the_repository_resolve(document):
     broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(document.read_text())):
+    for address in links(document):
+        link = address.removeprefix(MAIN)
         if re.match(r"[a-z]+:", link):
             continue
         name, _, fragment = link.partition("#")
@@ -55,6 +62,12 @@ def test_relative_links_resolve(document):
         if not target.exists() or (fragment and fragment not in map(anchor, headings(target))):
             broken.append(link)
     assert broken == []
+
+
+def test_links_of_the_readme_are_absolute_for_the_package_index():
+    found = links(ROOT / "README.md")
+    assert MAIN + "docs/theory.md" in found
+    assert [link for link in found if not link.startswith("https://")] == []
 
 
 def test_architecture_names_every_module_and_none_that_is_gone():

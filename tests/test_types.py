@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from entropy_probe import Rollouts
+from entropy_probe.estimators.baselines import strictly_after
 
 
 def fields(n: int = 3, length: int = 5) -> dict[str, torch.Tensor]:
@@ -89,3 +91,9 @@ def test_select_keeps_every_column():
     assert torch.equal(moved.rewards, batch.rewards)
     assert moved.sampled_logprobs is not None
     assert picked.response_lengths.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.unchecked)])
+def test_shapes_are_checked_where_no_marker_says_otherwise(checked):
+    with pytest.raises(TypeCheckError if checked else RuntimeError, match="strictly_after" if checked else "size"):
+        strictly_after(torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.bool))

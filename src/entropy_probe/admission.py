@@ -14,17 +14,24 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.estimators.uncertainty import Units, is_grouped
 from entropy_probe.types import Rollouts
 
-__all__ = ["Admitted", "Role", "UnitName", "admit", "after_end", "draws_of", "end_tokens", "evaluation_units", "joined"]
+__all__ = [
+    "Admitted",
+    "BatchRole",
+    "UnitName",
+    "admit",
+    "after_end",
+    "draws_of",
+    "end_tokens",
+    "evaluation_units",
+    "joined",
+]
 
 
-Role = Literal["update", "evaluation", "update and evaluation"]
+BatchRole = Literal["update", "evaluation", "update and evaluation"]
 UnitName = Literal["sequence", "prompt", "trajectory"]
-
-LEAST_PROMPTS = 8
-"""Draws with replacement give this many prompts equally often once in thousands of batches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +49,7 @@ class Admitted:
     not_modelled: list[str]
 
 
-def admit(batch: Rollouts, role: Role, merge: bool, end_ids: Sequence[int], longest: int | None) -> Admitted:
+def admit(batch: Rollouts, role: BatchRole, merge: bool, end_ids: Sequence[int], longest: int | None) -> Admitted:
     """Look at a batch before anything else does.
 
     Args:
@@ -129,7 +136,7 @@ def evaluation_units(
     unit = asked
     if unit == "auto":
         of_draws = torch.zeros(draws.count, dtype=ids.dtype).index_put_((draws.index,), ids)
-        unit = "prompt" if _is_grouped(of_draws) else "sequence"
+        unit = "prompt" if is_grouped(of_draws) else "sequence"
         if unit == "sequence" and evaluation.num_prompts < draws.count:
             messages.append(
                 "evaluation prompts repeat and are taken as drawn with replacement: every sequence counts as "
@@ -140,20 +147,7 @@ def evaluation_units(
     return "sequence" if draws.count == len(ids) else "trajectory", draws, messages
 
 
-def _is_grouped(prompt_ids: Tensor) -> bool:
-    """Whether every prompt has the same number of responses, at least 2.
-
-    With few prompts that can happen by chance under sampling with replacement; then only consecutive rows count.
-    """
-    prompts, counts = prompt_ids.unique(return_counts=True)
-    size = int(counts[0])
-    if size < 2 or not bool((counts == size).all()):
-        return False
-    blocks = prompt_ids.view(-1, size)
-    return len(prompts) >= LEAST_PROMPTS or bool((blocks == blocks[:, :1]).all())
-
-
-def _about_masked_out(batch: Rollouts, role: Role) -> list[str]:
+def _about_masked_out(batch: Rollouts, role: BatchRole) -> list[str]:
     """Responses without tokens, which entropy cannot be estimated on."""
     messages: list[str] = []
     empty = (~batch.response_mask.any(1)).nonzero()[:, 0]

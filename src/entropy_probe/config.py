@@ -43,11 +43,14 @@ class ProbeConfig(BaseModel):
         on_low_ess: what to do then, or when the weights' tail is too heavy (Pareto k above its threshold): ``refuse``
             gives no realized change; ``psis`` gives that of Pareto-smoothed weights if their tail allows it;
             ``resample`` samples fresh responses after the step, for which the probe needs a ``resample`` function.
-        on_mismatch: what to do when the sampler's own log-probabilities say that it was not the policy (the mean
-            ``|delta log pi|`` per token exceeds ``max_mismatch``): ``report`` notes it; ``refuse`` is an error;
-            ``reweight`` weights each evaluation sequence by ``pi / pi_sampler``, for which the sampler's
-            log-probabilities must be those it really drew with. The update batch is taken as it is, as in training.
+        on_mismatch: what to do when a batch does not fit the policy (its surprisal minus entropy is more than 4 of its
+            errors from 0, or the mean ``|delta log pi|`` per token to the sampler's own log-probabilities exceeds
+            ``max_mismatch``): ``report`` notes it; ``refuse`` is an error; ``reweight`` weights each evaluation
+            sequence by ``pi / pi_sampler``, for which the sampler's log-probabilities must be those it really drew
+            with. The update batch is taken as it is, as in training.
         max_mismatch: in nats per token; engines in bfloat16 differ by about a tenth of the default.
+        update_selected: update responses were kept or dropped by what they are (prompts whose rewards are all equal,
+            truncated responses), which moves their surprisal: they are not held against the policy for it.
         frozen_max_scale: upper clamp on the frozen preconditioner.
         checkpoint_step: Adam's step count for parameters whose state lacks one, in the frozen preconditioner.
         identity_if_coverage_below: take the identity for the frozen preconditioner if less than this share of the
@@ -86,6 +89,7 @@ class ProbeConfig(BaseModel):
     on_low_ess: Literal["refuse", "psis", "resample"] = "refuse"
     on_mismatch: Literal["report", "refuse", "reweight"] = "report"
     max_mismatch: float = Field(default=0.05, ge=0)
+    update_selected: bool = False
     frozen_max_scale: float = Field(default=1e3, gt=0)
     checkpoint_step: int | None = Field(default=None, gt=0)
     identity_if_coverage_below: float | None = Field(default=None, ge=0, le=1)

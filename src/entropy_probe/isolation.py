@@ -14,20 +14,26 @@ from torch.nn import Parameter
 
 from entropy_probe.shards import local
 
-__all__ = ["evaluating", "parameters_at"]
+__all__ = ["evaluating", "parameters_at", "substituted"]
 
 
 @contextmanager
 def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Evaluation mode, gradients on, full matrix precision, and no autocast unless asked for.
 
-    Flags, buffers and random states, those of every CUDA device that holds a part of the model included, are restored
-    on exit.
+    Flags, buffers, attributes that a forward pass binds anew (rotary embeddings that grow, caches, weights that a hook
+    computes) and random states, those of every CUDA device that holds a part of the model included, are restored on
+    exit.
     """
-    training = [(module, module.training) for module in model.modules()]
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    versions = [(parameter, parameter._version) for parameter in model.parameters()]
     # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
     repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    # RWKV divides weights in place on the first evaluation
+    dividing = [
+        (m.config, m.config.rescale_every) for m in model.modules() if vars(m).get("layers_are_rescaled") is False
+    ]
     device = next(model.parameters()).device
     devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -43,18 +49,36 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             model.eval()
             for module in repacking:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            for config, _ in dividing:
+                config.rescale_every = 0  # pyright: ignore[reportAttributeAccessIssue]
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-            for module, flag in training:
-                module.training = flag
             for module in repacking:
                 module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            for config, every in dividing:
+                config.rescale_every = every  # pyright: ignore[reportAttributeAccessIssue]
+            changed = {id(parameter) for parameter, version in versions if parameter._version != version}
+            for module, bound, held in attributes:
+                module.training = bound["training"]
+                # what a module says of parameters that it has changed in place stays true of them
+                if changed.isdisjoint(map(id, module.parameters())):
+                    _rebind(vars(module), bound)
+                    _rebind(module._buffers, held)
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+def _rebind(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Bind the same names to the same objects again."""
+    for name in now.keys() - before.keys():
+        del now[name]
+    for name, value in before.items():
+        if name not in now or now[name] is not value:
+            now[name] = value
 
 
 @contextmanager
@@ -116,3 +140,31 @@ def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tens
             parameters[name].data = value
         for name, part in parts.items():
             local(parameters[name]).copy_(part)
+
+
+@contextmanager
+def substituted(model: nn.Module, parameters: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let modules find other tensors, dual or on a graph, where they hold the parameters; these come back on exit.
+
+    Unlike ``torch.func.functional_call`` this goes by the identity of modules and parameters, not by their names, of
+    which a shared module has several: there each name would put back what it found, which is the other's tensor.
+
+    Args:
+        model: the modules.
+        parameters: what to replace, by name.
+        values: what to put in their place, with the same names.
+    """
+    by_identity = {id(parameter): values[name] for name, parameter in parameters.items()}
+    held = [
+        (module._parameters, key, parameter)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if id(parameter) in by_identity
+    ]
+    try:
+        for of_module, key, parameter in held:
+            of_module[key] = by_identity[id(parameter)]  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for of_module, key, parameter in held:
+            of_module[key] = parameter

@@ -64,7 +64,7 @@ class OneBatch(Session):
             relative = {name: s / rate for name, s in scale.items()}
             part, own = self.part, self.part.select(batch)
             before = self.reference_scores(batch, part, "score batch")
-            if self.check_sampler(before, part, batch).log_weights is not None:
+            if self.check_rollouts("batch", before, part, batch).log_weights is not None:
                 raise ValueError(
                     "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
                     "they are, so they cannot be reweighted; predict from two batches"

@@ -13,10 +13,12 @@ from entropy_probe.attribution_results import AttributionSummary
 from entropy_probe.records import Kept, Record, SavedRecord
 
 __all__ = [
+    "BatchFit",
     "CrossPrompt",
     "Diagnostics",
     "Estimate",
     "OptimizerStateReport",
+    "PolicyFit",
     "PreconditionerReport",
     "Prediction",
     "ProbeResult",
@@ -24,7 +26,7 @@ __all__ = [
     "SamplerMismatch",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESULTS_FILE = "results.json"
 
 Unit = Literal["nats/token", "nats/sequence"]
@@ -221,6 +223,36 @@ class SamplerMismatch(Record):
     ess_fraction: float
 
 
+class BatchFit(Record):
+    """Whether the tokens of a batch may have been drawn from the policy: surprisal minus entropy has mean zero then.
+
+    Attributes:
+        z: its sum over its error; standard normal for the policy's own rollouts, positive where tokens are more
+            surprising than that, negative where they are less. Of a reweighted batch, with its weights.
+        excess: its mean, nats per token.
+        num_sequences: sequences of the batch.
+        status: ``ok``; ``off_policy``: further from 0 than chance explains (``|z|`` above 4); ``selected``: likewise,
+            but expected of responses that were selected by what they are (``update_selected``).
+    """
+
+    z: float
+    excess: float
+    num_sequences: int
+    status: Literal["ok", "off_policy", "selected"] = "ok"
+
+
+class PolicyFit(Record):
+    """How each batch fits the policy; both are the same where one batch plays both parts.
+
+    Attributes:
+        evaluation: the evaluation batch; null where it was not scored.
+        update: the update batch; null likewise. A batch selected by reward need not fit.
+    """
+
+    evaluation: BatchFit | None = None
+    update: BatchFit | None = None
+
+
 class Diagnostics(Record):
     """How the numbers came about.
 
@@ -237,7 +269,9 @@ class Diagnostics(Record):
         head: how log-probabilities were computed (``chunked``, or ``logits`` and why).
         per_unit_gradients: how per-unit gradients were computed: ``linear-layer taps`` or ``taps`` (read off the
             layers), ``taps; by autograd: NAMES`` (these by differentiating their layers alone), or ``per unit (WHY)``.
+        policy_fit: whether the batches' tokens may be the policy's own.
         mismatch: the evaluation batch's sampler against the policy; null if the sampler reported no log-probabilities.
+        update_mismatch: the update batch's; null likewise.
         messages: one line each for everything a careful reader should know.
         not_modelled: one line each for what is part of the trainer's step, as far as anything at hand shows, and not of
             these numbers; ``docs/theory.md``, "What is not modelled".
@@ -253,7 +287,9 @@ class Diagnostics(Record):
     head: str
     prefix_sharing: str
     per_unit_gradients: str
+    policy_fit: PolicyFit = PolicyFit()
     mismatch: SamplerMismatch | None = None
+    update_mismatch: SamplerMismatch | None = None
     messages: tuple[str, ...] = ()
     not_modelled: tuple[str, ...] = ()
 
@@ -284,7 +320,7 @@ class ProbeResult(SavedRecord):
     """
 
     kept: ClassVar = Kept(RESULTS_FILE, "result", "run", "probe the checkpoint again")
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     entropy: Estimate
     predicted: Prediction | None = None
     components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)

@@ -5,31 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from entropy_probe.admission import Role, admit, end_tokens
+from entropy_probe.admission import BatchRole, admit, end_tokens
 from entropy_probe.config import ProbeConfig
 from entropy_probe.distributed import ALONE, Ranks
-from entropy_probe.estimators.importance import sampler_gaps, sampler_mismatch, sequence_importance_weights
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.fingerprint import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.isolation import evaluating
 from entropy_probe.moments import summarize_moments
 from entropy_probe.not_modelled import of_model
 from entropy_probe.parts import Part
+from entropy_probe.policy_check import Checked, PolicyCheck, Role
 from entropy_probe.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.results import (
     Diagnostics,
     Estimate,
     OptimizerStateReport,
+    PolicyFit,
     PreconditionerReport,
     ProbeResult,
-    SamplerMismatch,
     Unit,
 )
 from entropy_probe.scoring.forward import Scorer
@@ -97,7 +97,8 @@ class Session:
         self.scorer = Scorer(subject.model, self.config.temperature, self.config.max_tokens_per_microbatch)
         self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
         self.per_unit_gradients = "not needed"
-        self.mismatch: SamplerMismatch | None = None
+        self.checked: dict[Role, Checked] = {}
+        self.not_modelled: list[str] = []
         narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in LOW_PRECISIONS}))
         if self.config.autocast != "off":
             narrow = f"{narrow + ' and ' if narrow else ''}autocast in {self.config.autocast}"
@@ -111,7 +112,7 @@ class Session:
                 "of the norm that clipping uses"
             )
 
-    def admit(self, batch: Rollouts, role: Role) -> Rollouts:
+    def admit(self, batch: Rollouts, role: BatchRole) -> Rollouts:
         """A batch as this run counts it; see :func:`~entropy_probe.admission.admit`."""
         config, end_ids = self.config, end_tokens(self.subject.model, self.subject.end_ids)
         found = admit(batch, role, config.merge_equal_prompts, end_ids, config.max_completion_length)
@@ -208,11 +209,12 @@ class Session:
             key = f"{state} {rollouts_fingerprint(own)} {how}"
             return self.subject.cache.get(key, lambda: scorer.score(own, progress))
 
-    def check_sampler(self, scores: TokenScores, part: Part, rollouts: Rollouts) -> TokenScores:
-        """Compare the sampler's own log-probabilities, if there are any, with the policy's.
+    def check_rollouts(self, role: Role, scores: TokenScores, part: Part, rollouts: Rollouts) -> TokenScores:
+        """Compare a batch with the policy: its tokens, and the sampler's own log-probabilities if there are any.
 
         Args:
-            scores: of part of the batch.
+            role: what the batch is used for; ``batch`` where it is both.
+            scores: of part of it.
             part: which sequences these are.
             rollouts: the whole batch.
 
@@ -222,47 +224,17 @@ class Session:
         Raises:
             ValueError: if they differ by more than the config allows, or too much to reweight.
         """
-        if rollouts.sampled_logprobs is None:
-            if self.config.on_mismatch == "reweight":
-                raise ValueError(
-                    "on_mismatch reweight: expected sampled_logprobs in the rollouts, got none; record the sampler's "
-                    "log-probabilities, or use on_mismatch: report"
-                )
-            return scores
-        gaps = self.ranks.sum(part.by_sequence(sampler_gaps(scores, rollouts.sampled_logprobs[part.rows])))
-        found = sampler_mismatch(gaps, int(rollouts.response_mask.sum()))
-        share = found.ess / len(rollouts)
-        self.mismatch = SamplerMismatch(mean=found.mean, max=found.max, ess_fraction=share)
-        if found.mean <= self.config.max_mismatch:
-            return scores
-        numbers = (
-            f"sampled_logprobs differ from the policy's by {found.mean:.3g} nats per token on "
-            f"average, {found.max:.3g} at most (effective sample size of the weights between them {share:.1%}): the "
-            "batch was sampled from another policy (weights, temperature or top_p)"
-        )
-        if self.config.on_mismatch == "refuse":
-            raise ValueError(
-                f"{numbers}; expected at most {self.config.max_mismatch:g} on average, so sample from the policy "
-                "itself, or raise max_mismatch"
-            )
-        if self.config.on_mismatch == "reweight":
-            return self._reweighted(scores, part, gaps[0], numbers)
-        self.messages.append(f"{numbers}, so results are biased")
-        return scores
+        checked = PolicyCheck(self.scorer, self.config, self.ranks)(role, scores, part, rollouts)
+        self.checked[role] = checked
+        if checked.message is not None:
+            self.messages.append(checked.message)
+        if checked.not_modelled is not None:
+            self.not_modelled.append(checked.not_modelled)
+        return checked.scores
 
-    def _reweighted(self, scores: TokenScores, part: Part, log_weights: Tensor, numbers: str) -> TokenScores:
-        """The scores with each sequence's weight, from the logarithms of all of them."""
-        weights, least = sequence_importance_weights(log_weights), self.config.min_ess_fraction
-        if weights.heavy_tailed or weights.ess_fraction < least:
-            tail = "" if weights.pareto_k is None else f" (Pareto k {weights.pareto_k:.2f})"
-            raise ValueError(
-                f"{numbers}; to reweight it, expected an effective sample size of at least {least:.0%} and a Pareto k "
-                f"of at most {weights.pareto_k_threshold:.2f}, got {weights.ess_fraction:.1%}{tail}; sample from the "
-                "policy itself"
-            )
-        self.messages.append(f"{numbers}; its sequences are reweighted, which leaves that share of them effective")
-        normalized = log_weights - log_weights.logsumexp(0) + math.log(len(log_weights))
-        return replace(scores, log_weights=normalized[part.rows])
+    def _checked(self, role: Role) -> Checked | None:
+        """What the check of a batch found, under its own role or as the batch that is both."""
+        return self.checked.get(role, self.checked.get("batch"))
 
     def choose_taps(self, rollouts: Rollouts) -> Taps | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
@@ -358,6 +330,7 @@ class Session:
             fields: everything else.
         """
         optimizer_state = self.optimizer_report()
+        judged, given = self._checked("evaluation"), self._checked("update")
         notes = dict.fromkeys(note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
         return ProbeResult(
             entropy=Estimate(**self.estimate_fields(entropy, units)),
@@ -370,7 +343,9 @@ class Session:
                 head=self.scorer.head_path,
                 prefix_sharing=self.scorer.prefix_sharing,
                 per_unit_gradients=self.per_unit_gradients,
-                mismatch=self.mismatch,
+                policy_fit=PolicyFit(evaluation=judged and judged.fit, update=given and given.fit),
+                mismatch=judged and judged.mismatch,
+                update_mismatch=given and given.mismatch,
                 messages=(*self.messages, *notes),
                 not_modelled=tuple(self.not_modelled),
                 **step,

@@ -12,7 +12,7 @@ from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SWEEP_FILE = "sweep.json"
 REMEDY = "sweep again with --overwrite"
 
@@ -148,7 +148,7 @@ class Sweep(SavedRecord):
     kept: ClassVar = Kept(SWEEP_FILE, "sweep", "sweep", REMEDY)
     # influences are in the files of the points
     left_out: ClassVar = {"points": {"__all__": {"influence", "difference_influence"}}}
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     prediction: ProbeResult
     own_learning_rates: tuple[float, ...]
     points: tuple[SweepPoint, ...]

@@ -25,6 +25,7 @@ from entropy_probe.not_modelled import of_frozen_geometry, of_rounding
 from entropy_probe.parts import Part, add_up
 from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.scoring.forward import Progress
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.session import Session, Subject
 from entropy_probe.step import PlannedStep, plan_step, scaled, stepped_parameters
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
@@ -126,7 +127,7 @@ class TwoBatch(Session):
 
     def _before(self) -> Before:
         scores = self.reference_scores(self.evaluation, self.part, "score evaluation")
-        scores = self.check_sampler(scores, self.part, self.evaluation)
+        scores = self.check_rollouts("batch" if self.same_batch else "evaluation", scores, self.part, self.evaluation)
         positions = add_up(self.ranks, PositionSums.of(scores))
         own = fo.entropy(scores, self.part.units, self.config.normalization, self.config.entropy)
         sums = add_up(self.ranks, own)
@@ -155,10 +156,20 @@ class TwoBatch(Session):
                 "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
             )
         with self.clock.phase("update gradient") as progress:
-            side = Side(self._loss_coefficients(), store=store and fits)
-            return self._differentiate(
-                self.own_update, self.update_part, side, taps=taps if side.store else None, progress=progress
+            side, sheet = Side(self._loss_coefficients(), store=store and fits), self._sheet()
+            taps = taps if side.store else None
+            found = self._differentiate(
+                self.own_update, self.update_part, side, taps=taps, progress=progress, sheet=sheet
             )
+        if sheet is not None:
+            with self.on_part(self.update_part):
+                scores = sheet.read()
+            self.check_rollouts("update", scores, self.update_part, self.update)
+        return found
+
+    def _sheet(self) -> ScoreSheet | None:
+        """Where the update gradient leaves the scores of its batch, unless that is the one that was scored already."""
+        return None if self.same_batch else ScoreSheet(self.own_update, self.subject.model)
 
     def _loss_coefficients(self) -> TokenCoefficients:
         """Of this rank's part of the update batch."""
@@ -167,12 +178,20 @@ class TwoBatch(Session):
         return whole.select(self.update_part.rows)
 
     def _differentiate(
-        self, own: Rollouts, part: Part, side: Side, *, taps: Taps | None, progress: Progress, total: bool = True
+        self,
+        own: Rollouts,
+        part: Part,
+        side: Side,
+        *,
+        taps: Taps | None,
+        progress: Progress,
+        total: bool = True,
+        sheet: ScoreSheet | None = None,
     ) -> UnitGradients:
         """The total, if wanted, over the whole batch; everything else of this rank's units."""
         with self.on_part(part):
             (found,) = unit_gradients(
-                self.scorer, self.parameters, own, part.local_units, [side], taps=taps, progress=progress
+                self.scorer, self.parameters, own, part.local_units, [side], taps=taps, progress=progress, sheet=sheet
             )
         if not total:
             return found
@@ -350,7 +369,7 @@ class TwoBatch(Session):
                 f"resample: expected a response to each of the {len(self.evaluation)} evaluation prompts, in the same "
                 f"order, got {len(fresh)} for others"
             )
-        self.scorer.check_fits(fresh)
+        self.scorer.check_also(fresh)
         self.check_ranks_agree(resampled=fresh)
         with self.clock.phase("score resampled") as progress, self.on_part(self.part):
             return self.scorer.score(fresh.select(self.part.rows), progress)

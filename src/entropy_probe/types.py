@@ -227,17 +227,21 @@ class TokenScores:
         response_mask: which entries count, ``[N, L]``.
         log_weights: logarithm of what each sequence counts, where another policy sampled it: ``pi / pi_sampler`` over
             its mean in the batch, float64, ``[N]``. ``None`` where all count the same.
+        variances: of the surprisal of a token drawn in place of ``y_t``, nats squared, 0 off the response, ``[N, L]``.
+            ``None`` where these are not the scores of a policy but their derivatives, or were put together by hand.
     """
 
     logprobs: Float[Tensor, "N L"]
     entropies: Float[Tensor, "N L"]
     response_mask: Bool[Tensor, "N L"]
     log_weights: Float[Tensor, " N"] | None = None
+    variances: Float[Tensor, "N L"] | None = None
 
     def select(self, rows: Tensor) -> TokenScores:
         """The scores of the sequences at the given indices, in that order."""
         log_weights = None if self.log_weights is None else self.log_weights[rows]
-        return TokenScores(self.logprobs[rows], self.entropies[rows], self.response_mask[rows], log_weights)
+        variances = None if self.variances is None else self.variances[rows]
+        return TokenScores(self.logprobs[rows], self.entropies[rows], self.response_mask[rows], log_weights, variances)
 
     @property
     def answered(self) -> Bool[Tensor, " N"]:

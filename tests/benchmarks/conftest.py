@@ -1,4 +1,4 @@
-"""Benchmarks are run as users run them, at sizes that only show that they work."""
+"""Benchmarks are run as users run them, at sizes that only show that they work; slow, each a process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

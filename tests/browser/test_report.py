@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from entropy_probe.report import run_page, sweep_page
+from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables
-from tests.report.test_sweep import make_sweep
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
 

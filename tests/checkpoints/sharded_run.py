@@ -1,6 +1,6 @@
 """One of two ranks that train a tiny policy under ``fully_shard`` and save sharded checkpoints; run by a fixture.
 
-``python -m tests.checkpoints.sharded_run DIRECTORY RANK``. For ``full`` and ``tied``, in DIRECTORY: ``base``,
+For ``full`` and ``tied``, in its directory: ``base``,
 ``hf/checkpoint-k`` as accelerate lays it out, ``plain/checkpoint-k`` and ``nested/checkpoint-k`` in one directory, each
 for k of 2 and 3, ``step-3.pt`` with the clipped gradients of step 3, and ``whole-k.pt`` with the unsharded state.
 """
@@ -8,7 +8,6 @@ for k of 2 and 3, ``step-3.pt`` with the clipped gradients of step 3, and ``whol
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -64,8 +63,8 @@ def save(directory: Path, rank: int, step: int, model: torch.nn.Module, optimize
         torch.save({"model": whole, "moments": moments}, directory / f"whole-{step}.pt")
 
 
-def main() -> None:
-    directory, rank = Path(sys.argv[1]), int(sys.argv[2])
+def one_rank(directory: Path, rank: int) -> None:
+    """In a process of its own."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
@@ -74,7 +73,3 @@ def main() -> None:
         train(directory / name, rank, tied=name == "tied")
         dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -23,9 +23,10 @@ from entropy_probe.checkpoints.optimizer_kinds import KINDS
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.updates.adamw import optimizer_parameters
 from entropy_probe.updates.shadow import check_repeatable, copied_step
-from tests.checkpoints.conftest import OTHER_RUNS, edit_optimizer
-from tests.invariants.test_hf import rollouts
+from tests.checkpoints.conftest import edit_optimizer
+from tests.invariants.hf_problems import rollouts
 from tests.tiny import tiny_policy
+from tests.trained import OTHER_RUNS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

@@ -15,9 +15,10 @@ from entropy_probe.checkpoints.manifest import MANIFEST_FILE
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.integrations.trl import ManifestCallback
 from entropy_probe.updates.adamw import adamw_step, optimizer_parameters, shadow_step
-from tests.checkpoints.conftest import Run, edit_json
-from tests.invariants.test_untouched import assert_same, state
+from tests.checkpoints.conftest import edit_json
+from tests.invariants.traces import assert_same, state
 from tests.tiny import train_grpo
+from tests.trained import Run
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: qlora)")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes", "ignore::FutureWarning:bitsandbytes")

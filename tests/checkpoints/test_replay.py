@@ -7,7 +7,7 @@ import torch
 
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.updates.adamw import adamw_step, optimizer_parameters, shadow_step
-from tests.checkpoints.conftest import RUNS
+from tests.trained import RUNS
 
 KINDS = list(RUNS)
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,21 +28,6 @@ from tests.faults.payloads import Payload, raw_pickle
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = ("hf", "plain", "nested")
-
-
-@pytest.fixture(scope="session")
-def sharded(tmp_path_factory) -> Path:
-    """The directory of ``tests/checkpoints/sharded_run.py``."""
-    directory = tmp_path_factory.mktemp("sharded")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.checkpoints.sharded_run", str(directory)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    return directory
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
-"""A LoRA checkpoint trained once, a config that probes it, and the command line in process and out."""
+"""A config that probes the trained checkpoint, and the command line in process and out."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +14,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from entropy_probe.cli import app
-from tests.tiny import train_grpo
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run's directory (``base/``, ``checkpoint-2/``) and a JSONL file of prompts."""
-
-    directory: Path
-    checkpoint: Path
-    prompts: Path
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Trained:
-    directory = tmp_path_factory.mktemp("trained")
-    checkpoint = train_grpo(directory, lora=True, steps=2, save_steps=2)
-    prompts = directory / "prompts.jsonl"
-    lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a in range(10) for b in range(5)]
-    prompts.write_text("\n".join(lines))
-    return Trained(directory, checkpoint, prompts)
+from entropy_probe.cli import app, main
+from tests.processes import Process
 
 
 @pytest.fixture
@@ -71,22 +47,25 @@ def invoke(*args: Any) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-def start(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own, with this repository importable."""
-    return subprocess.Popen(
-        [sys.executable, *command, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | environment,
-    )
+def start(*args: Any, **environment: str) -> Process:
+    """The command line in a process of its own."""
+    return Process(command_line, *map(str, args), **environment)
 
 
-def execute(*args: Any, command: tuple[str, ...] = ("-m", "entropy_probe"), **environment: str):
-    """:func:`start` and wait for the end."""
-    process = start(*args, command=command, **environment)
+def command_line(*args: str) -> None:
+    sys.argv = ["entropy-probe", *args]
+    main()
+
+
+def execute(*args: Any, command: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """:func:`start` and wait for the end; with a command of Python's in a new interpreter, which takes seconds."""
+    if command:
+        line = [sys.executable, *command, *map(str, args)]
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | environment)
+    process = start(*args, **environment)
     stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
 
 @pytest.fixture

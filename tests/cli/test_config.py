@@ -53,7 +53,7 @@ def test_overrides_then_options(load):
         ("updat.group_size=x", "updat: unknown key; did you mean update?"),
         ("promts.jsonl=x", "promts: unknown key; did you mean prompts?"),
         ("evaluation.rollouts=x", "evaluation.rollouts: unknown key; did you mean rollouts?"),
-        ("generation.zzzz=1", "generation.zzzz: unknown key; known here are top_p, top_k, batch_size"),
+        ("generation.zzzz=1", "generation.zzzz: unknown key; known here are top_p, top_k, batch_size, stop"),
     ],
 )
 def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):
@@ -67,6 +67,10 @@ def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):
     [
         (["generation.top_p=0.9"], r"generation\.top_p: expected 1\.0, got 0\.9"),
         (["generation.top_k=50"], r"generation\.top_k: expected 0, got 50"),
+        (["reward=[]"], "reward: expected at least one, got an empty list"),
+        (["reward_weights=[1, 2]"], "reward_weights: expected one for each of the 1 rewards, got 2"),
+        (["reward=[a:b, c:d]", "reward_weights=[1]"], "reward_weights: expected one for each of the 2 rewards, got 1"),
+        (["reward_weights=[.nan]"], r"reward_weights\.0: input should be a finite number"),
         (["probe.learning_rate=0"], r"probe\.learning_rate: input should be greater than 0, got 0"),
         (["probe.learning_rate=.nan"], r"probe\.learning_rate: input should be"),
         (["probe.temperature=0"], r"probe\.temperature: input should be greater than 0, got 0"),
@@ -85,7 +89,7 @@ def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):
         (["rollouts.update=u.parquet", "prompts=null"], r"prompts: required to sample the evaluation batch"),
         (
             ["prompts.dataset=gsm8k"],
-            r"prompts: expected exactly one of jsonl, dataset, callable, got jsonl and dataset",
+            r"prompts: expected exactly one of jsonl, parquet, dataset, callable, got jsonl and dataset",
         ),
     ],
 )
@@ -126,6 +130,15 @@ def test_resolved_depends_on_nothing_around_it(load, tmp_path, monkeypatch):
     assert load(FULL, ["probe.evaluation_unit=prompt"]).resolved().probe.evaluation_unit == "prompt"
 
 
+def test_an_update_batch_that_is_filtered_here_is_known_to_be_selected(load):
+    assert not load(FULL).resolved().probe.update_selected
+    filtered = ["update.filter_zero_advantage=true"]
+    assert load(FULL, filtered).resolved().probe.update_selected
+    # a saved batch comes from elsewhere: what was done to it is the user's to say
+    assert not load(FULL, [*filtered, "rollouts.update=u.parquet"]).resolved().probe.update_selected
+    assert load(FULL, ["rollouts.update=u.parquet", "probe.update_selected=true"]).resolved().probe.update_selected
+
+
 def test_a_hub_name_stays_a_name(load):
     assert load(FULL, ["base_model=org/model"]).resolved().base_model == "org/model"
 
@@ -135,3 +148,23 @@ def test_the_written_config_reads_back_as_the_same_run(load, tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path) == config.model_copy(update={"overwrite": False})
+
+
+def test_rewards_and_prompts_survive_being_written(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = {
+        "parquet": "p.parquet",
+        "tools": [{"name": "add"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "ignore": ["images"],
+    }
+    settings = FULL | {
+        "prompts": prompts,
+        "reward": ["a:b", "exact_match"],
+        "reward_weights": [1, 0.5],
+        "generation": {"stop": ["</answer>", "\n"]},
+    }
+    config = load(settings).resolved()
+    assert config.prompts is not None
+    assert config.prompts.parquet == tmp_path / "p.parquet"
+    assert load(yaml.safe_load(config.to_yaml())) == config

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 
@@ -14,7 +15,10 @@ from entropy_probe.cli.lock import locked
 from entropy_probe.sampling import HFGenerator
 from entropy_probe.validation import HalfSteps
 from tests.checkpoints.conftest import edit_json
-from tests.cli.conftest import execute, invoke, start
+from tests.cli.conftest import command_line, execute, invoke, start
+from tests.processes import Process
+
+AS_USERS_DO = ("-m", "entropy_probe")
 
 
 def run(*args) -> str:
@@ -44,7 +48,8 @@ def once(trained, tmp_path_factory):
         "probe": {"max_completion_length": 8},
     }
     (directory / "run.yaml").write_text(yaml.safe_dump(settings))
-    done = execute("run", directory / "run.yaml", "--output-dir", directory / "out", "--learning-rate", "8e-7")
+    options = ("--output-dir", directory / "out", "--learning-rate", "8e-7")
+    done = execute("run", directory / "run.yaml", *options, command=AS_USERS_DO)
     assert done.returncode == 0, done.stderr
     return directory / "out", done
 
@@ -135,14 +140,17 @@ def test_rollouts_inside_the_overwritten_directory_survive(config, tmp_path):
     assert not (out / "evaluation.parquet").exists()
 
 
-def test_dropped_prompts_and_other_notes_reach_the_reader(config, checkpoint, tmp_path):
+def test_dropped_prompts_and_other_notes_reach_the_reader(config, checkpoint, tmp_path, refused):
     edit_json(checkpoint / "trainer_state.json", log_history=[{"reward": 0.5, "kl": 0.25}])
     # no random response is the right answer, so that every advantage is 0
-    shown = " ".join(run(config, "reward=exact_match", f"checkpoint={checkpoint}").split())
-    assert "4 of 4 prompts have equal rewards" in shown
+    line = refused("run", config, "reward=exact_match")
+    assert "expected different rewards within a prompt, got equal ones for each of 4 prompts" in line
+    arguments = ("reward=exact_match", "update.allow_zero_advantages=true", f"checkpoint={checkpoint}")
+    shown = " ".join(run(config, *arguments).split())
+    assert "every prompt has equal rewards" in shown
     assert "not modelled: the KL term to a reference policy (the log has kl, 0.25 last)" in shown
     diagnostics = ProbeResult.load(tmp_path / "out").diagnostics
-    assert any(message.startswith("update: 4 of 4 prompts") for message in diagnostics.messages)
+    assert any(message.startswith("update: every prompt has equal rewards") for message in diagnostics.messages)
     assert len(diagnostics.not_modelled) == 1
 
 
@@ -250,15 +258,16 @@ def test_two_runs_do_not_work_in_one_directory(config, tmp_path, refused):
             assert line.startswith(f"output_dir: another process is working in {tmp_path / 'out'}; wait for it")
 
 
-def test_a_failure_that_is_not_bad_input_is_one_line_and_leaves_nothing(config, tmp_path):
+def test_a_reward_that_fails_is_one_line_and_leaves_nothing(config, tmp_path):
     done = execute("run", config, "reward=tests.cli.rewards:broken")
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert lines == ["error: KeyError: 'no such\\nreference'; set ENTROPY_PROBE_DEBUG=1 to see the traceback"]
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "reward tests.cli.rewards:broken, called with prompts, responses: raised KeyError: 'no such" in line
+    assert "(rewards.py:12)" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     debug = execute("run", config, "reward=tests.cli.rewards:broken", ENTROPY_PROBE_DEBUG="1")
-    assert debug.returncode == 1
+    assert debug.returncode == 2
     assert "Traceback" in debug.stderr
     assert not (tmp_path / "out").exists()
 
@@ -291,7 +300,7 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.slow
 def test_demo_trains_probes_and_reuses_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = execute("demo")
+    first = execute("demo", command=AS_USERS_DO)
     assert first.returncode == 0, first.stderr
     assert "Open in a browser: runs/demo/report.html" in first.stdout
     before = numbers(tmp_path / "runs" / "demo")
@@ -352,7 +361,49 @@ def kill_when(path, *arguments) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_killed_run_goes_on_with_the_shard_it_was_killed_in(config, tmp_path):
+SHARD = "entropy_probe.sampling.evaluation.SHARD_SEQUENCES"
+
+
+def run_killed_at_sample(number: int, *args: str) -> None:
+    """In a process of its own, which ends by SIGKILL as it is about to sample for that time."""
+    generate, sampled = HFGenerator.generate, []
+
+    def generate_or_die(self, prompts, *arguments):
+        sampled.append(len(prompts))
+        if len(sampled) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return generate(self, prompts, *arguments)
+
+    HFGenerator.generate = generate_or_die
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SHARD, 12)
+        command_line("run", *args)
+
+
+def test_a_killed_run_goes_on_with_the_shard_it_was_killed_in(config, tmp_path, monkeypatch):
+    out, arguments = tmp_path / "out", (str(config), "evaluation.total_sequences=52")
+    shards = [out / "evaluation" / f"shard-0000{k}.parquet" for k in range(5)]
+    written: list[int] = []
+    # the update batch is sampled first, and again by every process
+    for number, finished in ((4, 2), (3, 3)):
+        process = Process(run_killed_at_sample, number, *arguments)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert [shard.exists() for shard in shards] == [k < finished for k in range(5)]
+        times = [shard.stat().st_mtime_ns for shard in shards[:finished]]
+        assert times[: len(written)] == written, "a finished shard was sampled again"
+        written = times
+        assert not (out / "results.json").exists()
+    monkeypatch.setattr(SHARD, 12)
+    run(*arguments)
+    run(*arguments, "--output-dir", tmp_path / "whole")
+    assert numbers(out) == numbers(tmp_path / "whole")
+    assert (out / "evaluation.parquet").read_bytes() == (tmp_path / "whole" / "evaluation.parquet").read_bytes()
+    assert not (out / "evaluation").exists()
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_with_its_shards(config, tmp_path):
     options = ("evaluation.total_sequences=1100", "generation.batch_size=32")
     done = execute("run", config, *options, "--output-dir", tmp_path / "whole")
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import pytest
 
 from entropy_probe.cli.lock import LOCK_FILE, locked
 from entropy_probe.cli.run_directory import RUN_FILES, check_output_dir, stage
-from tests.cli.conftest import ENVIRONMENT
 from tests.report.results import make_result
 
 
@@ -137,7 +136,7 @@ def test_a_directory_is_held_by_one_process_until_it_ends_or_is_killed(tmp_path)
     out = tmp_path / "out"
     for kill in (True, False):
         command = [sys.executable, "-c", HOLD, str(out)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as other:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdin is not None
             assert other.stdout is not None
             assert other.stdout.readline() == b"held\n"

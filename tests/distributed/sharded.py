@@ -1,12 +1,11 @@
-"""One of several ranks that hold a policy in shards: ``sharded.py CASES.json OUT`` under a launcher's environment.
+"""One of several ranks that hold a policy in shards, under a launcher's environment.
 
-Each case is probed in shards, and what came of it, bitwise traces included, is written to ``OUT/RANK.json``.
+Each of the cases is probed in shards, and what came of it, bitwise traces included, is written to ``OUT/RANK.json``.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from entropy_probe import EntropyProbe, ProbeConfig
-from tests.invariants.test_hf import policy, rollouts
+from tests.invariants.hf_problems import policy, rollouts
 
 RATES = (1e-4, 1e-3)
 
@@ -23,7 +22,7 @@ RATES = (1e-4, 1e-3)
 def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """What the case asks for, of a whole or a sharded model."""
     subject = EntropyProbe(model, optimizer, ProbeConfig(**{"learning_rate": 1e-3} | case["config"]))
-    update, evaluation = rollouts(12, group=3), rollouts(12, seed=2, group=1)
+    update, evaluation = rollouts(9, group=3), rollouts(8, seed=2, group=1)
     if case["what"] == "run":
         return subject.run(update=update, evaluation=evaluation).model_dump(mode="json")
     if case["what"] == "one_batch":
@@ -84,7 +83,8 @@ def trace(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
     return [(x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone() for x in tensors]
 
 
-def main(cases: Path, out: Path) -> None:
+def one_rank(cases: Path, out: Path) -> None:
+    """In a process of its own."""
     distributed.init_process_group("gloo")
     found = {}
     for name, case in json.loads(cases.read_text()).items():
@@ -111,7 +111,3 @@ def main(cases: Path, out: Path) -> None:
         found[name]["trains"] = bool(model(input_ids=torch.tensor([[3, 4, 5]])).logits.isfinite().all())
     (out / f"{distributed.get_rank()}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from entropy_probe import Rollouts
-from tests.cli.conftest import ROOT, invoke, start, trained  # noqa: F401  a fixture
+from tests.cli.conftest import invoke
+from tests.distributed.launch import on_processes, saved
 from tests.distributed.ranks import differences
-from tests.distributed.test_watch import free_port
 
 SETTINGS = {
     "device": "cpu",
@@ -25,7 +25,7 @@ SETTINGS = {
 }
 
 
-def config_file(directory: Path, trained, **changes) -> Path:  # noqa: F811
+def config_file(directory: Path, trained, **changes) -> Path:
     settings = SETTINGS | {
         "checkpoint": str(trained.checkpoint),
         "prompts": {"jsonl": str(trained.prompts)},
@@ -34,22 +34,6 @@ def config_file(directory: Path, trained, **changes) -> Path:  # noqa: F811
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(settings | changes))
     return path
-
-
-def on_processes(size: int, *arguments, fault: str = "none", rank: int = 0) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, standard output and standard error of the command line on each rank."""
-    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = (str(ROOT / "tests/distributed/launch.py"), fault, str(rank))
-    processes = [start(*arguments, command=command, **environment, RANK=str(k)) for k in range(size)]
-    outputs = [process.communicate(timeout=240) for process in processes]
-    return [p.returncode for p in processes], [out for out, _ in outputs], [err for _, err in outputs]
-
-
-def saved(directory: Path) -> dict:
-    """A result without what names its own directory."""
-    found = json.loads((directory / "results.json").read_text())
-    found["config"].pop("max_tokens_per_microbatch")
-    return {key: value for key, value in found.items() if key not in ("timing", "memory")}
 
 
 def check_same(one: Path, many: Path) -> None:
@@ -63,11 +47,11 @@ def check_same(one: Path, many: Path) -> None:
 
 
 def lines(stderr: str) -> list[str]:
-    """What is not progress (``12:34:56 …``) or a library's own notice."""
-    return [line for line in stderr.splitlines() if line[2:3] != ":" and "kernels" not in line]
+    """What is not progress (``12:34:56 …``)."""
+    return [line for line in stderr.splitlines() if line[2:3] != ":"]
 
 
-def test_seven_prompts_on_three_ranks(trained, tmp_path):  # noqa: F811
+def test_seven_prompts_on_three_ranks(trained, tmp_path):
     config = config_file(tmp_path, trained)
     assert invoke("run", config, "--output-dir", tmp_path / "one").exit_code == 0
     codes, out, err = on_processes(3, "run", config)
@@ -83,7 +67,7 @@ def test_seven_prompts_on_three_ranks(trained, tmp_path):  # noqa: F811
     assert not any("score evaluation" in text for text in err[1:])
 
 
-def test_a_killed_rank_ends_the_run_and_the_next_resumes(trained, tmp_path):  # noqa: F811
+def test_a_killed_rank_ends_the_run_and_the_next_resumes(trained, tmp_path):
     config = config_file(tmp_path, trained, mode="two_batch")
     codes, _, err = on_processes(2, "run", config, fault="kill:second shard", rank=1)
     assert codes == [1, -signal.SIGKILL]
@@ -118,7 +102,7 @@ PHASES = ("load checkpoint", "sample", "second shard", "score evaluation", "upda
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_rank_may_be_killed_in_any_phase(trained, tmp_path, phase, rank):  # noqa: F811
+def test_a_rank_may_be_killed_in_any_phase(trained, tmp_path, phase, rank):
     config = config_file(tmp_path, trained)
     began = time.monotonic()
     codes, _, err = on_processes(3, "run", config, fault=f"kill:{phase}", rank=rank)
@@ -134,7 +118,7 @@ def test_a_rank_may_be_killed_in_any_phase(trained, tmp_path, phase, rank):  # n
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("phase", ["load checkpoint", "second shard", "update gradient", "score after step"])
-def test_a_rank_that_holds_shards_may_be_killed(trained, tmp_path, phase, rank):  # noqa: F811
+def test_a_rank_that_holds_shards_may_be_killed(trained, tmp_path, phase, rank):
     """The others are in the middle of a pass that they make together."""
     config = config_file(tmp_path, trained, shard=True)
     codes, _, err = on_processes(2, "run", config, fault=f"kill:{phase}", rank=rank)
@@ -150,7 +134,7 @@ def test_a_rank_that_holds_shards_may_be_killed(trained, tmp_path, phase, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("how", "code"), [("refuse", 2), ("raise", 1)])
 @pytest.mark.parametrize("phase", ["load checkpoint", "second shard", "score evaluation", "score after step"])
-def test_an_error_in_any_phase_is_one_line(trained, tmp_path, phase, how, code, rank):  # noqa: F811
+def test_an_error_in_any_phase_is_one_line(trained, tmp_path, phase, how, code, rank):
     codes, _, err = on_processes(3, "run", config_file(tmp_path, trained), fault=f"{how}:{phase}", rank=rank)
     assert codes == [code] * 3
     (said,) = [line for text in err for line in lines(text)]
@@ -161,7 +145,7 @@ def test_an_error_in_any_phase_is_one_line(trained, tmp_path, phase, how, code, 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_numbers_do_not_depend_on_ranks_or_microbatches(trained, tmp_path, size, normalization, dtype):  # noqa: F811
+def test_numbers_do_not_depend_on_ranks_or_microbatches(trained, tmp_path, size, normalization, dtype):
     settings = SETTINGS["probe"] | {"normalization": normalization, "dtype": dtype}
     for tokens in (40, 300, 8192):
         config = config_file(tmp_path, trained, probe=settings | {"max_tokens_per_microbatch": tokens})
@@ -174,7 +158,7 @@ def test_numbers_do_not_depend_on_ranks_or_microbatches(trained, tmp_path, size,
 
 
 @pytest.mark.slow
-def test_a_sweep_on_three_ranks_is_resumed_by_one(trained, tmp_path):  # noqa: F811
+def test_a_sweep_on_three_ranks_is_resumed_by_one(trained, tmp_path):
     changes = {"sweep": {"smallest": 1e-4, "largest": 1e-3, "num": 4, "direct_curvature": True}}
     config = config_file(tmp_path, trained, mode="two_batch", **changes)
     codes, _, err = on_processes(3, "sweep", config, fault="kill:score at 0.000464", rank=1)

@@ -1,6 +1,7 @@
 """The same numbers on any number of ranks: the probe on the enumerable policy in float64, ranks as threads."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, attributed_batch, sweep
 from entropy_probe.parts import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
-from tests.invariants.test_probe import TABLE, batches
-from tests.invariants.test_reweighting import sampled_elsewhere
+from tests.invariants.exact import sampled_elsewhere
+from tests.invariants.problems import TABLE, batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 SEVEN = batches(groups=7, size=3, n=40)
@@ -42,6 +43,9 @@ def run(probe: EntropyProbe):
     return probe.run(update=SEVEN[0], evaluation=SEVEN[1])
 
 
+HOT = grouped(60, 2, 8)
+HOT_LOGPROBS = torch.full(HOT.input_ids.shape, -0.3, dtype=torch.float64)
+
 CASES = {
     "default": ({}, run),
     "surprisal, per sequence": ({"entropy": "surprisal", "normalization": "sequence"}, run),
@@ -62,6 +66,12 @@ CASES = {
         {"on_mismatch": "reweight"},
         lambda probe: probe.run(update=SEVEN[0], evaluation=sampled_elsewhere(TinyPolicy(), 40)[0]),
     ),
+    "not the policy's": (
+        {},
+        lambda probe: probe.predict(
+            update=HOT.select(torch.arange(30)), evaluation=replace(HOT, sampled_logprobs=HOT_LOGPROBS)
+        ),
+    ),
     "measured on the update batch": ({"learning_rate": 1e-3}, lambda probe: probe.measure(update=SEVEN[0])),
     "one batch": ({}, lambda probe: probe.one_batch(SEVEN[0])),
     "one batch in blocks, one side kept": (
@@ -76,15 +86,15 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_results_do_not_depend_on_the_number_of_ranks(case):
+def test_results_do_not_depend_on_the_number_of_ranks(case, size):
     settings, work = CASES[case]
     expected = work(probe_on(None, **settings)).model_dump()
-    for size in (2, 3, 4):
-        results, _ = on_ranks(size, lambda ranks: work(probe_on(ranks, **settings)))
-        found = [result.model_dump() for result in results]
-        assert differences(expected, found[0], 1e-10) == []
-        assert all(differences(found[0], other, 0.0) == [] for other in found)
+    results, _ = on_ranks(size, lambda ranks: work(probe_on(ranks, **settings)))
+    found = [result.model_dump() for result in results]
+    assert differences(expected, found[0], 1e-10) == []
+    assert all(differences(found[0], other, 0.0) == [] for other in found)
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +165,7 @@ def test_collectives(case, of_parameters):
     _, exchange = on_ranks(3, lambda ranks: work(probe_on(ranks, **settings)))
     sequences, longest, tensors, ranks = len(SEVEN[1]), SEVEN[1].input_ids.shape[1], 5, 3
     # sums by position, per sequence or unit, which gradients there are, and whether a rank failed
-    small = {3 * longest, *(k * n for n in (sequences, 21, 24, 7) for k in (1, 2, 3)), tensors, ranks}
+    small = {3 * longest, *(k * n for n in (sequences, 21, 24, 7) for k in (1, 2, 3, 4, 6)), tensors, ranks}
     assert exchange.reduced.count(PARAMETERS) == of_parameters
     assert set(exchange.reduced) - small == {PARAMETERS}
     assert len(exchange.reduced) < 45

@@ -10,17 +10,15 @@ import pytest
 import yaml
 
 from entropy_probe.checkpoints import CheckpointError, load_checkpoint
-from tests.checkpoints.test_sharded import sharded  # noqa: F401  a fixture
-from tests.cli.conftest import invoke, start, trained  # noqa: F401  a fixture
+from tests.cli.conftest import invoke
+from tests.distributed.launch import on_processes, rank_environment, saved
 from tests.distributed.ranks import differences
-from tests.distributed.sharded import probe, subject_of
-from tests.distributed.test_launch import on_processes, saved
-from tests.distributed.test_watch import free_port
+from tests.distributed.sharded import one_rank, probe, subject_of
+from tests.processes import Process, run_all
 from tests.tiny import train_grpo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-SCRIPT = ("-m", "tests.distributed.sharded")
 WIDE = {"dtype": "float64"}
 ONE_SIDE = 2e-3
 """GiB that hold the gradients of one side, on one rank of two and on one of one alike."""
@@ -28,8 +26,13 @@ CASES = {
     "lora": {"what": "run", "kind": "lora", "model": {"rank": 1}, "config": WIDE},
     "full, tied": {"what": "run", "kind": "full", "model": {"tie_word_embeddings": True}, "config": WIDE},
     "kept nothing": {"what": "run", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
-    "frozen": {"what": "run", "kind": "full", "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9}},
-    "gathered before": {"what": "run", "kind": "full", "config": WIDE, "gathered": True, "reshard": False},
+    "frozen, gathered before": {
+        "what": "run",
+        "kind": "full",
+        "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9},
+        "gathered": True,
+        "reshard": False,
+    },
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
     "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
@@ -49,7 +52,7 @@ REFUSED = {
 }
 
 
-UNEVEN = ("lora", "gathered before", "one batch, kept nothing")
+UNEVEN = ("lora", "frozen, gathered before", "one batch, kept nothing")
 """What is tried on three ranks; on one of two, nothing is left of a tensor of one row either."""
 
 
@@ -61,11 +64,7 @@ def on_shards(tmp_path_factory):
 
 def probed(size: int, cases: dict, out: Path) -> list[dict]:
     (out / "cases.json").write_text(json.dumps(cases))
-    environment = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = (str(out / "cases.json"), str(out))
-    processes = [start(*arguments, command=SCRIPT, **environment, RANK=str(rank)) for rank in range(size)]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size, errors
+    run_all(*(Process(one_rank, out / "cases.json", out, **environment) for environment in rank_environment(size)))
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -171,6 +170,6 @@ def test_checkpoints_are_loaded_in_shards(where, tmp_path, request):
     assert differences(one, two, 1e-6) == []
 
 
-def test_a_process_alone_has_nothing_to_shard_over(trained):  # noqa: F811
+def test_a_process_alone_has_nothing_to_shard_over(trained):
     with pytest.raises(CheckpointError, match=r"^shard: expected a process group to spread the model over, found none"):
         load_checkpoint(trained.checkpoint, shard=True)

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 
@@ -13,17 +12,13 @@ import torch
 from entropy_probe.cli.errors import one_line_excepthook
 from entropy_probe.cli.ranks import launched_ranks
 from entropy_probe.distributed import ALONE, Ranks
+from tests.distributed.launch import free_port
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Forked processes have this module as it is here."""
     monkeypatch.setattr("entropy_probe.watch.GRACE_SECONDS", 0.5)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def one_rank(rank: int, size: int, port: int, directory, body) -> None:

@@ -8,8 +8,9 @@ from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators import uncertainty
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.curvature import per_decision_taylor
-from entropy_probe.estimators.importance import sampler_gaps, sequence_log_weights
+from entropy_probe.estimators.importance import sequence_log_weights
 from entropy_probe.estimators.realized import per_decision, snis
+from entropy_probe.estimators.sampler import sampler_gaps
 from entropy_probe.estimators.uncertainty import Units, in_chunks
 
 N, L = 21, 9

@@ -1,4 +1,4 @@
-"""The runs of the checkpoint tests, and a server that examines checkpoints in forked processes of its own."""
+"""A server that examines checkpoints in forked processes of its own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.checkpoints.conftest import runs
-
-__all__ = ["examine", "runs"]
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from entropy_probe.sampling import HFGenerator, SamplingParameters
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.updates.adamw import shadow_step
 from tests.devices import SCENARIOS, disagreements, hf_policy, on_device, rollouts
-from tests.invariants.test_probe import batches
-from tests.invariants.test_untouched import assert_same, state
+from tests.invariants.problems import batches
+from tests.invariants.traces import assert_same, state
 from tests.reference.enumeration import TinyPolicy
 
 pytestmark = [

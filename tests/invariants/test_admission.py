@@ -10,9 +10,9 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.losses import token_weights
 from entropy_probe.report.page import run_page
 from entropy_probe.report.tables import check_tables, read_tables
-from tests.invariants.test_hf import policy
-from tests.invariants.test_hf import rollouts as tiny_rollouts
-from tests.invariants.test_probe import batches, numbers, same
+from tests.invariants.hf_problems import policy
+from tests.invariants.hf_problems import rollouts as tiny_rollouts
+from tests.invariants.problems import batches, numbers, same
 from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "per_prompt_max")

@@ -13,18 +13,13 @@ from entropy_probe.losses import token_weights
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
-from tests.invariants import test_hf as hf
-from tests.invariants.test_probe import batches, pad, probe
-from tests.invariants.test_untouched import WithState, assert_same, state
+from tests.invariants import hf_problems as hf
+from tests.invariants.problems import batches, pad, probe, with_advantages
+from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TEMPERATURE, VOCABULARY, TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-
-def with_advantages(update: Rollouts, advantages: torch.Tensor) -> Rollouts:
-    return Rollouts(update.input_ids, update.attention_mask, update.response_mask, update.prompt_ids,
-                    advantages=advantages, rewards=update.rewards)  # fmt: skip
 
 
 def assert_adds_up(found, rel: float) -> None:
@@ -112,6 +107,7 @@ def test_advantages_per_token():
     assert_adds_up(found, 1e-10)
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize("settings", [{"geometry": "frozen"}, {"max_stored_gradient_gib": 0}], ids=["frozen", "passes"])
 def test_adds_up_in_other_settings(settings):
     model = TinyPolicy()
@@ -167,6 +163,7 @@ def test_adds_up_on_hugging_face_models(architecture, kind, config):
     torch.testing.assert_close(found.scores.entropies, scores.entropies, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.checked
 def test_planted_causes_come_out_on_top():
     model = TinyPolicy()
     optimizer = trained_optimizer(model)
@@ -258,6 +255,7 @@ class WithRule(TinyPolicy):
         return SimpleNamespace(logits=self.out(self.rule.apply(self.inner(mean + self.embed(input_ids)))))
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize(
     ("rule", "method"),
     [

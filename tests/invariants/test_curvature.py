@@ -13,8 +13,8 @@ from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.isolation import evaluating, parameters_at
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 from entropy_probe.scoring.forward import Scorer
-from tests.invariants.test_hf import policy, rollouts
-from tests.invariants.test_unbiased import Bound, Setting
+from tests.invariants.exact import Bound, Setting
+from tests.invariants.hf_problems import policy, rollouts
 from tests.reference.enumeration import TEMPERATURE, Table, TinyPolicy
 from tests.whole_batch import derivatives, per_decision
 
@@ -165,6 +165,7 @@ def random_direction(model: nn.Module, size: float) -> dict[str, Tensor]:
     return {n: size * torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in named(model).items()}
 
 
+@pytest.mark.checked
 def test_scores_of_the_enumerable_policy(line):
     """The model path, on every response, against the differentiated reference."""
     model, batch = TinyPolicy(), Table.build().rollouts
@@ -226,6 +227,7 @@ class DirectLayerNorm(nn.Module):
         return torch.layer_norm(x, (8,))
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize(
     ("operation", "reason"),
     [

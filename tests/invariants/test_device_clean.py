@@ -1,10 +1,9 @@
 """No operation mixes the model's device with the CPU: the probe runs on a device that refuses it, see tests/elsewhere.
 
-As a script this file runs the probes, in a process of their own because the device stays registered.
+The probes run in a process of their own because the device stays registered.
 """
 
 import json
-import subprocess
 import sys
 import traceback
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.devices import SCENARIOS, disagreements, hugging_face
+from tests.processes import Process, run_all
 
 LEFT_OUT = {"autocast", "checkpoint"}
 """Autocast has rules for each device, and the libraries that load checkpoints know the usual devices only."""
@@ -77,9 +77,8 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    (stdout,) = run_all(Process(main))
+    return json.loads(stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", CLEAN)
@@ -97,7 +96,3 @@ def test_what_the_device_refuses(found):
 def test_a_tensor_left_behind_is_seen(found):
     assert "expected all tensors on one device" in found["forgetful"]
     assert "scoring/logits.py" in found["forgetful"]
-
-
-if __name__ == "__main__":
-    main()

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
-from entropy_probe.demo.policy import build_model
 from entropy_probe.fingerprint import ScoreCache, fingerprint, mixed_sums
 from entropy_probe.noise import _moved
 from entropy_probe.scoring.forward import Scorer
-from tests.invariants.test_probe import TABLE, batches, numbers, probe
+from tests.invariants.problems import TABLE, batches, float32_problem, numbers, probe
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 LARGE = 0.5
@@ -125,26 +124,6 @@ def test_same_batch_measurement_is_labelled_and_grouped_by_prompt():
     assert any("biased by what they share" in m for m in result.diagnostics.messages)
     other = probe(model, trained_optimizer(model)).measure(update=update, evaluation=evaluation)
     assert other.realized.batch == "evaluation"
-
-
-def float32_problem() -> tuple[torch.nn.Module, torch.optim.Optimizer, Rollouts, Rollouts]:
-    model = build_model(vocab_size=30, hidden_size=32, initializer_range=0.2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator)
-        optimizer.step()
-    optimizer.zero_grad()
-
-    def batch(n: int, prompt_ids: torch.Tensor) -> Rollouts:
-        ids = torch.randint(2, 30, (n, 14), generator=generator)
-        mask = torch.ones_like(ids)
-        response = mask.clone()
-        response[:, :4] = 0
-        return Rollouts(ids, mask, response, prompt_ids, advantages=torch.randn(n, generator=generator))
-
-    return model, optimizer, batch(12, torch.arange(4).repeat_interleave(3)), batch(40, torch.arange(40))
 
 
 def test_the_noise_floor_tells_a_real_change_from_rounding():
@@ -277,6 +256,7 @@ def test_the_cache_forgets_the_oldest():
     assert computed == ["a", "b", "c", "a"]
 
 
+@pytest.mark.checked
 def test_fingerprints_see_every_bit_name_and_place():
     x = torch.randn(1000)
     same = [("x", x.clone())]

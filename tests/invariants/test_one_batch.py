@@ -101,6 +101,7 @@ def test_equals_a_double_loop(path, entropy, memory, monkeypatch):
     assert got.bars_dot_ratio == pytest.approx((k.sum() / (x.sum(0) @ y.sum(0))).item(), rel=1e-9)
 
 
+@pytest.mark.checked
 def test_blocks_of_one_are_exact_and_blocks_are_units():
     model = TinyPolicy(train_embedding=False)
     optimizer = trained_optimizer(model)
@@ -206,6 +207,7 @@ def test_agrees_with_the_two_batch_prediction_on_average():
     assert gaps.std() < 1.5 * torch.tensor(errors).mean()
 
 
+@pytest.mark.checked
 def test_rates_of_groups_are_folded_into_the_scale():
     model = TinyPolicy(train_embedding=False)
     optimizer = trained_optimizer(model)

@@ -10,10 +10,10 @@ from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.report.console import print_result
-from tests.invariants.test_probe import TABLE, batches, numbers, probe, same
-from tests.invariants.test_untouched import assert_same, state
+from tests.invariants.problems import TABLE, batches, numbers, probe, same
+from tests.invariants.traces import assert_same, state
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
-from tests.updates.test_shadow import Lion
+from tests.updates.optimizers import Lion
 
 optim = torch.optim
 OPTIMIZERS = {

@@ -1,12 +1,14 @@
 """A device too small for a microbatch: the microbatch is halved, the numbers stay, and the result says so."""
 
+from functools import cache, partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.demo.policy import build_model
-from tests.invariants.test_measurement import float32_problem
+from tests.invariants.problems import float32_problem
 from tests.reference.enumeration import trained_optimizer
 
 NUMBERS = ("entropy", "predicted", "components", "realized", "difference")
@@ -56,6 +58,10 @@ def run(lora: bool, where: str | None, tokens: int = 0, **settings):
     return probe.run(update=update, evaluation=evaluation), probe.one_batch(update), limited
 
 
+roomy = cache(partial(run, where=None))
+"""Where everything fits, which is the same for every way not to."""
+
+
 # peft reads an attribute that transformers has renamed
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -64,7 +70,7 @@ def run(lora: bool, where: str | None, tokens: int = 0, **settings):
     [(True, {}), (True, {"max_stored_gradient_gib": 0.0}), (False, {}), (False, {"max_stored_gradient_gib": 0.0})],
 )
 def test_microbatches_are_halved_and_the_numbers_stay(lora, settings, where):
-    plain, plain_one, _ = run(lora, None, **settings)
+    plain, plain_one, _ = roomy(lora, **settings)
     small, small_one, limited = run(lora, where, tokens=60 if lora else 30, **settings)
     assert limited.failures >= 2
     assert plain.diagnostics.per_unit_gradients == ("linear-layer taps" if lora else "taps")

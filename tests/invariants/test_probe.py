@@ -6,49 +6,14 @@ import pytest
 import torch
 from torch.func import functional_call, jvp
 
-from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, TokenScores, step
+from entropy_probe import ProbeResult, Rollouts, TokenScores, step
 from entropy_probe.estimators import uncertainty
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.updates.adamw import adamw_step, clip_gradient
 from entropy_probe.updates.per_unit import UnitGradients
-from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
+from tests.invariants.problems import TABLE, batches, numbers, pad, probe, same
+from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients
-
-TABLE = Table.build()
-
-
-def batches(seed: int = 0, groups: int = 9, size: int = 4, n: int = 60) -> tuple[Rollouts, Rollouts]:
-    generator = torch.Generator().manual_seed(seed)
-    model = TinyPolicy()
-    update = TABLE.update_batch(TABLE.sample_groups(model, groups, size, generator), size)
-    return update, TABLE.rollouts.select(TABLE.sample(model, n, generator))
-
-
-def probe(model: torch.nn.Module, optimizer: torch.optim.Optimizer, **settings: object) -> EntropyProbe:
-    return EntropyProbe(
-        model, optimizer, ProbeConfig(**({"temperature": TEMPERATURE, "merge_equal_prompts": False} | settings))
-    )
-
-
-def numbers(result: ProbeResult) -> dict[str, float]:
-    assert result.predicted
-    assert result.realized
-    assert result.difference
-    out = {f"component {k}": v.value for k, v in result.components.items()}
-    out |= {f"component error {k}": v.standard_error for k, v in result.components.items()}
-    for name in ("entropy", "predicted", "realized", "difference"):
-        out[name] = getattr(result, name).value
-        out[f"{name} error"] = getattr(result, name).standard_error
-    return out | {
-        "se_update": result.predicted.se_update,
-        "ess": result.realized.ess,
-        "gradient norm": result.diagnostics.gradient_norm,
-    }
-
-
-def same(a: dict[str, float], b: dict[str, float], rel: float = 1e-10) -> None:
-    for key, value in a.items():
-        assert b[key] == pytest.approx(value, rel=rel, abs=rel * 1e-3), key
 
 
 def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rollouts, evaluation: Rollouts,
@@ -236,20 +201,6 @@ def test_zero_advantages_without_history_change_nothing():
     assert any("without a history" in m for m in result.diagnostics.messages)
 
 
-def pad(rollouts: Rollouts, left: int, right: int) -> Rollouts:
-    """The same sequences, padded on the left as generation engines do, with junk ids under the padding."""
-    n, length = rollouts.input_ids.shape
-    sizes = rollouts.attention_mask.sum(1)
-    out = [torch.full((n, left + length + right), 3), *(torch.zeros(n, left + length + right).bool() for _ in range(2))]
-    for i in range(n):
-        start = left + length - int(sizes[i])
-        for target, source in zip(
-            out, (rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask), strict=True
-        ):
-            target[i, start : start + int(sizes[i])] = source[i, : int(sizes[i])]
-    return Rollouts(*out, rollouts.prompt_ids, advantages=rollouts.advantages)
-
-
 @pytest.mark.parametrize("train_embedding", [True, False])
 @pytest.mark.parametrize("realized", ["per_decision", "snis"])
 def test_invariant_to_layout(train_embedding, realized):
@@ -406,7 +357,7 @@ def test_a_sampler_that_is_not_the_policy_is_noted():
         given = Rollouts(evaluation.input_ids, evaluation.attention_mask, evaluation.response_mask,
                          evaluation.prompt_ids, sampled_logprobs=sampled)  # fmt: skip
         result = probe(model, trained_optimizer(model)).predict(update=update, evaluation=given)
-        assert any("sampled from another policy" in m for m in result.diagnostics.messages) == noted
+        assert any("evaluation: sampled_logprobs differ" in m for m in result.diagnostics.messages) == noted
         found = result.diagnostics.mismatch
         assert found.mean == pytest.approx(shift, abs=1e-12)
         assert found.max == pytest.approx(shift, abs=1e-12)
@@ -485,6 +436,10 @@ def test_save_and_load_round_trip(tmp_path):
     loaded = ProbeResult.load(tmp_path / "out")
     assert loaded == result.model_copy(update={"contributions": None})
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
+    file = tmp_path / "out" / "results.json"
+    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(ValueError, match=r"not a result of schema 2: schema_version: .* 2; probe the checkpoint again"):
+        ProbeResult.load(tmp_path / "out")
     (tmp_path / "out" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="not a result of schema"):
         ProbeResult.load(tmp_path / "out")

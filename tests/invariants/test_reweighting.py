@@ -7,18 +7,17 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from entropy_probe import Rollouts, TokenScores
+from entropy_probe import TokenScores
 from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.measurement import measure_change
-from tests.invariants.test_probe import TABLE, batches, numbers, probe, same
-from tests.invariants.test_unbiased import TARGET, Bound, Setting, scores_at
+from tests.invariants.exact import TARGET, Setting, sampled_elsewhere, sampler_scores, scores_at
+from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients, derivatives, per_decision, snis
 
-AWAY = 0.2
 CASES = [
     (what, norm, kind)
     for norm in ("token", "sequence")
@@ -30,14 +29,6 @@ CASES = [
         ("per_decision", "rao_blackwell"),
     )
 ]
-
-
-def sampler_scores(model: TinyPolicy, away: float = AWAY) -> TokenScores:
-    """Every response under a policy with smaller logits, as at a higher temperature."""
-    theta = {n: p.detach() for n, p in model.named_parameters()}
-    flatter = {n: (1 - away) * p if n.startswith("out.") else p for n, p in theta.items()}
-    found = TABLE.token_scores(Bound(model, flatter))
-    return TokenScores(found.logprobs.detach(), found.entropies.detach(), found.response_mask)
 
 
 def weighted(scores: TokenScores, log_weights: Tensor) -> TokenScores:
@@ -220,20 +211,6 @@ def test_the_product_of_weights_is_what_a_change_is_judged_by(other):
     found = sequence_importance_weights(log_weights, base=base)
     product = (after.sequence_logprobs - before.sequence_logprobs + other.base[rows]).exp()
     assert found.ess == pytest.approx((product.sum() ** 2 / product.square().sum()).item())
-
-
-def sampled_elsewhere(
-    model: TinyPolicy, n: int, away: float = AWAY
-) -> tuple[Rollouts, tuple[TokenScores, TokenScores]]:
-    """Responses of the other policy with its own log-probabilities, and their scores under the policy and under it."""
-    sampler = sampler_scores(model, away)
-    rows = torch.multinomial(
-        sampler.sequence_logprobs.exp(), n, replacement=True, generator=torch.Generator().manual_seed(6)
-    )
-    own = TABLE.token_scores(model)
-    scores = TokenScores(own.logprobs.detach(), own.entropies.detach(), own.response_mask)
-    rollouts = replace(TABLE.rollouts.select(rows), sampled_logprobs=sampler.logprobs[rows])
-    return rollouts, (scores.select(rows), sampler.select(rows))
 
 
 @pytest.mark.parametrize("settings", [{}, {"normalization": "sequence", "realized": "snis", "entropy": "surprisal"}])

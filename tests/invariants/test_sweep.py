@@ -7,8 +7,8 @@ from torch import nn
 from entropy_probe import EntropyProbe, ProbeConfig, Sweep, SweepPoint, TokenScores
 from entropy_probe.scoring.directional import directional_derivatives
 from entropy_probe.sweep import LearningRateSweep
-from tests.invariants.test_probe import batches, probe
-from tests.invariants.test_untouched import assert_same, state
+from tests.invariants.problems import batches, probe
+from tests.invariants.traces import assert_same, state
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 RATES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -184,7 +184,7 @@ def test_a_saved_sweep_is_read_back_without_influences(tmp_path):
     with pytest.raises(ValueError, match="finished: expected points at rates of this sweep"):
         swept(*setting(), rates=RATES[1:4], finished=sweep.points)
     (tmp_path / "sweep.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep of schema 1: .*: Field required"):
+    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep of schema 2: .*: Field required"):
         Sweep.load(tmp_path)
     with pytest.raises(ValueError, match="expected a saved sweep, found no such file"):
         Sweep.load(tmp_path / "none")

@@ -1,98 +1,15 @@
 """Estimates against exact sums over all responses: bias within error, intervals that cover."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
 from entropy_probe import TokenScores
 from entropy_probe.estimators.first_order import entropy, first_order, sequence_weights
 from entropy_probe.estimators.uncertainty import Sampled, Units
-from tests.reference.enumeration import Table, TinyPolicy
-from tests.whole_batch import coefficients, per_decision, snis
-
-STEP = 0.05
-
-
-@dataclass
-class Setting:
-    """Scores of every response before and after a step, and their exact derivatives along it."""
-
-    model: TinyPolicy
-    table: Table
-    before: TokenScores
-    after: TokenScores
-    slope: TokenScores
-    probabilities: Tensor
-    exact: dict[str, dict[str, float]]
-
-    @classmethod
-    def build(cls) -> "Setting":
-        model, table = TinyPolicy(), Table.build()
-        generator = torch.Generator().manual_seed(3)
-        theta = {n: p.detach() for n, p in model.named_parameters()}
-        delta = {n: STEP * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in theta.items()}
-
-        def at(parameters: dict[str, Tensor]) -> "Bound":
-            return Bound(model, parameters)
-
-        def scores(parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            found = table.token_scores(at(parameters))
-            return found.logprobs, found.entropies
-
-        mask = table.rollouts.response_mask
-        before, slope = jvp(scores, (theta,), (delta,))
-        after = scores({n: theta[n] + delta[n] for n in theta})
-        exact: dict[str, dict[str, float]] = {}
-        for norm in ("token", "sequence"):
-            value, derivative = jvp(lambda q, norm=norm: table.entropy(at(q), norm), (theta,), (delta,))
-            new = table.entropy(at({n: theta[n] + delta[n] for n in theta}), norm)
-            exact[norm] = {"H": value.item(), "first": derivative.item(), "realized": (new - value).item()}
-        return cls(
-            model,
-            table,
-            TokenScores(*before, mask),
-            TokenScores(*(x.detach() for x in after), mask),
-            TokenScores(*slope, mask),
-            table.probabilities(model).detach(),
-            exact,
-        )
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.multinomial(self.probabilities, n, replacement=True, generator=generator)
-
-    def estimate(self, what: str, rows: Tensor, norm: str, kind: str = "rao_blackwell") -> Sampled:
-        """One estimate from one batch, by the package's own functions."""
-        before, after, slope = (s.select(rows) for s in (self.before, self.after, self.slope))
-        units = Units.sequences(len(rows))
-        if what == "H":
-            return entropy(before, units, norm, kind).ratio()
-        if what in ("snis", "clip", "psis"):
-            return snis(before, after, what, units, norm, kind)
-        if what == "per_decision":
-            return per_decision(before, after, units, norm)
-        c = coefficients(before, self.table.rollouts.prompt_ids[rows], units, norm, kind)
-        d = (c.logprobs * slope.logprobs).sum(1)
-        if c.entropies is not None:
-            d = d + (c.entropies * slope.entropies).sum(1)
-        return first_order(d, sequence_weights(before, norm))
-
-
-def scores_at(setting: Setting, parameters: dict[str, Tensor]) -> TokenScores:
-    """Every response under other parameters, differentiable."""
-    return setting.table.token_scores(Bound(setting.model, parameters))
-
-
-class Bound:
-    """The policy with other parameters."""
-
-    def __init__(self, model: TinyPolicy, parameters: dict[str, Tensor]) -> None:
-        self.model, self.parameters_ = model, parameters
-
-    def __call__(self, *args: Tensor) -> object:
-        return functional_call(self.model, self.parameters_, args)
+from tests.invariants.exact import TARGET, Bound, Setting
+from tests.whole_batch import coefficients, per_decision
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +17,6 @@ def setting() -> Setting:
     return Setting.build()
 
 
-TARGET = {"H": "H", "first_order": "first"} | dict.fromkeys(("snis", "clip", "psis", "per_decision"), "realized")
 CASES = [
     (what, norm, kind)
     for what in TARGET

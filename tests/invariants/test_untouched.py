@@ -1,9 +1,8 @@
 """After a probe everything is bitwise what it was, also when it failed half-way."""
 
-import subprocess
-import sys
+import random
 
-import numpy as np
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -11,55 +10,9 @@ from torch import nn
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.isolation import _precision_switches, evaluating
 from entropy_probe.scoring.forward import Scorer
-from tests.invariants.test_probe import batches
+from tests.invariants.problems import batches
+from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
-
-
-class WithState(TinyPolicy):
-    """A policy with dropout, a buffer, and a mixture of train and eval flags."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(0.5)
-        self.register_buffer("count", torch.tensor(3.0))
-
-    def forward(self, input_ids, attention_mask):  # type: ignore[no-untyped-def]
-        self.dropout(torch.ones(3))
-        self.count += 1
-        return super().forward(input_ids, attention_mask)
-
-
-def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    tensors = {f"p.{n}": p for n, p in model.named_parameters()} | {f"b.{n}": b for n, b in model.named_buffers()}
-    out: dict[str, object] = {n: (t.detach().clone(), t.data_ptr()) for n, t in tensors.items()}
-    out |= {f"grad.{n}": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-    out |= {f"flag.{n}": p.requires_grad for n, p in model.named_parameters()}
-    out |= {f"mode.{n}": m.training for n, m in model.named_modules()}
-    out |= {f"hooks.{n}": len(m._forward_hooks) for n, m in model.named_modules()}
-    for i, (p, s) in enumerate(optimizer.state.items()):
-        out |= {f"o.{i}.{k}": (v.clone() if isinstance(v, torch.Tensor) else v, id(p)) for k, v in s.items()}
-    out["groups"] = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    out["rng"] = (torch.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002
-    out["precision"] = [switch.fp32_precision for switch in _precision_switches()]
-    return out
-
-
-def assert_same(a: object, b: object, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor), where
-        assert torch.equal(a, b), where
-    elif isinstance(a, np.ndarray):
-        assert np.array_equal(a, b), where
-    elif isinstance(a, dict):
-        assert isinstance(b, dict), where
-        assert a.keys() == b.keys(), where
-        for k in a:
-            assert_same(a[k], b[k], f"{where}.{k}")
-    elif isinstance(a, tuple):
-        for x, y in zip(a, b, strict=True):  # type: ignore[arg-type]
-            assert_same(x, y, where)
-    else:
-        assert a == b, where
 
 
 @pytest.fixture
@@ -96,7 +49,7 @@ def test_after_a_failure_in_any_phase(run, call, monkeypatch):
     """One of the forward passes raises, from the first, which scores, to the last, which is after the step."""
     model, optimizer = run
     update, evaluation = batches(n=20)
-    original, seen, fatal = Scorer._model_logits, [], None
+    original, seen, fatal = Scorer.model_logits, [], None
 
     def explode(self, batch):  # type: ignore[no-untyped-def]
         seen.append(self)
@@ -105,7 +58,7 @@ def test_after_a_failure_in_any_phase(run, call, monkeypatch):
             raise BoomError
         return original(self, batch)
 
-    monkeypatch.setattr(Scorer, "_model_logits", explode)
+    monkeypatch.setattr(Scorer, "model_logits", explode)
     config = ProbeConfig(temperature=TEMPERATURE, max_tokens_per_microbatch=20)
     EntropyProbe(model, optimizer, config).run(update=update, evaluation=evaluation)
     fatal, seen = 1 + call * (len(seen) - 1) // 6, []
@@ -146,19 +99,14 @@ def test_works_under_no_grad_and_scheduler(run):
     assert not called
 
 
-def test_python_random_state_in_a_clean_process():
-    """In this process the run-time type checker draws from `random` itself."""
-    code = """
-import random
-from entropy_probe import EntropyProbe, ProbeConfig
-from tests.invariants.test_probe import batches
-from tests.reference.enumeration import TinyPolicy, trained_optimizer
-model = TinyPolicy(); optimizer = trained_optimizer(model); update, evaluation = batches(n=20)
-before = random.getstate()
-EntropyProbe(model, optimizer, ProbeConfig(temperature=0.8)).run(update=update, evaluation=evaluation)
-assert random.getstate() == before
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_python_random_state():
+    """The run-time type checker would draw from `random` itself."""
+    assert jaxtyping.config.jaxtyping_disable
+    model = TinyPolicy()
+    optimizer, (update, evaluation) = trained_optimizer(model), batches(n=20)
+    before = random.getstate()
+    EntropyProbe(model, optimizer, ProbeConfig(temperature=0.8)).run(update=update, evaluation=evaluation)
+    assert random.getstate() == before
 
 
 ALLOW_TF32 = {

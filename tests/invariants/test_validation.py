@@ -9,9 +9,8 @@ from scipy.stats import spearmanr
 from entropy_probe import Validation
 from entropy_probe.estimators.attribution import rank_correlation_interval
 from entropy_probe.validation import HalfSteps, distinct_halves
-from tests.invariants.test_attribution import with_advantages
-from tests.invariants.test_probe import batches, probe
-from tests.invariants.test_untouched import WithState, assert_same, state
+from tests.invariants.problems import batches, probe, with_advantages
+from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 
 

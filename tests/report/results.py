@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from entropy_probe.results import (
+    BatchFit,
     CrossPrompt,
     Diagnostics,
     Estimate,
     OptimizerStateReport,
+    PolicyFit,
     PreconditionerReport,
     Prediction,
     ProbeResult,
@@ -82,6 +84,10 @@ def make_result(
             prefix_sharing="on",
             head="chunked",
             per_unit_gradients="taps",
+            policy_fit=PolicyFit(
+                evaluation=BatchFit(z=-0.42, excess=-0.0031, num_sequences=256),
+                update=BatchFit(z=5.26, excess=0.041, num_sequences=32, status="off_policy"),
+            ),
             messages=messages,
         ),
     )

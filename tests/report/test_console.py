@@ -179,3 +179,13 @@ def test_the_sampler_is_compared_with_the_policy():
     text = show(print_result, result.model_copy(update={"diagnostics": diagnostics}))
     assert "sampler 2.1e-3 |Δ log π|, at most 0.13; ESS 97" in " ".join(text.split())
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_each_batch_says_how_it_fits_the_policy():
+    text = show(print_result, make_result())
+    assert "policy fit −0.4 z of surprisal − entropy, evaluation" in " ".join(text.split())
+    assert "policy fit +5.3 z of surprisal − entropy, update" in " ".join(text.split())
+    result = make_result()
+    fit = result.diagnostics.policy_fit
+    same = result.diagnostics.model_copy(update={"policy_fit": fit.model_copy(update={"update": fit.evaluation})})
+    assert show(print_result, result.model_copy(update={"diagnostics": same})).count("policy fit") == 1

@@ -16,8 +16,8 @@ from entropy_probe.report.charts import Axis, Bar, bar_chart
 from entropy_probe.results import SamplerMismatch
 from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_cross_prompt, make_result
+from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables
-from tests.report.test_sweep import make_sweep
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -145,6 +145,8 @@ def test_the_numbers_are_those_of_the_result():
     ):  # fmt: skip
         assert number in text, number
     assert "64% of that comes from momentum" in text
+    assert "z −0.4, −3.1×10⁻³ nats a token" in text
+    assert "Update: tokens against policy" in text
     assert "attribution=true" in text
 
 
@@ -163,7 +165,7 @@ def test_every_problem_comes_with_advice():
     refused = pages()["refused"]
     assert 'class="check bad"' in refused
     assert "set probe.on_low_ess to resample" in refused
-    assert 'class="check look"' in pages()["mismatch"]
+    assert pages()["mismatch"].count('class="check look"') == pages()["two batches"].count('class="check look"') + 1
 
 
 def test_what_is_not_modelled_is_on_the_page():

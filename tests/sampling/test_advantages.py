@@ -12,7 +12,8 @@ def _trl(rewards, size, scale_rewards):
     grouped = rewards.view(-1, size)
     advantages = rewards - grouped.nanmean(1).repeat_interleave(size)
     if scale_rewards == "group":
-        return advantages / (utils.nanstd(grouped, dim=1).repeat_interleave(size) + 1e-4)
+        deviations = torch.stack([utils.nanstd(group) for group in grouped])  # `dim` is not in every TRL
+        return advantages / (deviations.repeat_interleave(size) + 1e-4)
     if scale_rewards == "batch":
         return advantages / (utils.nanstd(rewards) + 1e-4)
     return advantages

@@ -146,7 +146,7 @@ def test_evaluation_batch(model, tokenizer):
 def test_update_draws_uniformly_without_replacement(model, tokenizer):
     counts = dict.fromkeys([p.id for p in PROMPTS], 0)
     for seed in range(120):
-        settings = UpdateSettings(num_prompts=2, group_size=2, seed=seed)
+        settings = UpdateSettings(num_prompts=2, group_size=2, seed=seed, allow_zero_advantages=True)
         engine = HFGenerator(model, tokenizer)
         rollouts, _ = sample_update(engine, tokenizer, PROMPTS, _length, settings, SamplingParameters(1.0, 1))
         drawn = set(rollouts.prompt_ids.tolist())
@@ -202,6 +202,40 @@ def test_without_filter_equal_rewards_are_kept_and_reported(model, tokenizer):
     assert (rollouts.advantages[rollouts.prompt_ids % 20 == 0] == 0).all()
 
 
+def test_equal_rewards_everywhere_are_an_error_unless_allowed(model, tokenizer):
+    def by_prompt(prompts, responses):
+        """Differs between prompts, never within one."""
+        return [float(prompt.id) for prompt in prompts]
+
+    with pytest.raises(
+        ValueError, match=r"equal ones for each of 4 prompts, such as '.*' to prompt \d+ \(answer '"
+    ) as no:
+        _update(model, tokenizer, by_prompt)
+    assert str(no.value).count(" with reward ") == 2
+    rollouts, report = _update(model, tokenizer, by_prompt, allow_zero_advantages=True)
+    assert not rollouts.advantages.any()
+    assert report.messages[0].startswith("every prompt has equal rewards, so that the update gradient is 0")
+
+
+def test_columns_of_the_whole_source_reach_the_reward(model, tokenizer):
+    """A field that no drawn prompt has is a column all the same."""
+    prompts = [Prompt(i, "01", columns={"level": i} if i else {}) for i in range(2)]
+    seen = []
+
+    def reward(completions, completion_ids, level):
+        seen.extend(zip(completion_ids, level, strict=True))
+        return [float(i % 2) for i in range(len(completions))]
+
+    drawn = set()
+    for seed in range(12):
+        rollouts, _ = _update(model, tokenizer, reward, prompts, num_prompts=1, seed=seed)
+        drawn |= set(rollouts.prompt_ids.tolist())
+        rows = zip(rollouts.input_ids, rollouts.response_mask, rollouts.prompt_ids.tolist(), strict=True)
+        assert seen == [(ids[mask].tolist(), prompt or None) for ids, mask, prompt in rows]
+        seen.clear()
+    assert drawn == {0, 1}
+
+
 def test_scale_rewards_is_passed_on(model, tokenizer):
     for scale in ("group", "batch", "none"):
         rollouts, _ = _update(model, tokenizer, scale_rewards=scale)
@@ -213,11 +247,11 @@ def test_errors(model, tokenizer):
     with pytest.raises(ValueError, match="num_prompts: expected at most the 6 prompts of the source, got 7"):
         _update(model, tokenizer, num_prompts=7)
     with pytest.raises(ValueError, match="all 6 prompts tried in 2 rounds have equal rewards over their 3 responses"):
-        _update(model, tokenizer, lambda p, r: [1.0] * len(r), filter_zero_advantage=True)
-    with pytest.raises(ValueError, match="reward: expected 12 numbers, one per response, got shape \\[11\\]"):
-        _update(model, tokenizer, lambda p, r: [1.0] * (len(r) - 1))
-    with pytest.raises(ValueError, match="reward: expected finite numbers, got nan"):
-        _update(model, tokenizer, lambda p, r: [float("nan")] * len(r))
+        _update(model, tokenizer, lambda responses: [1.0] * len(responses), filter_zero_advantage=True)
+    with pytest.raises(ValueError, match="expected a list of 12 numbers, one per response, got 11 of them"):
+        _update(model, tokenizer, lambda responses: [1.0] * (len(responses) - 1))
+    with pytest.raises(ValueError, match=r"expected a finite number for a response to prompt .*, got nan"):
+        _update(model, tokenizer, lambda responses: [float("nan")] * len(responses))
     twice = [PROMPTS[0], PROMPTS[0]]
     with pytest.raises(ValueError, match="prompts: expected distinct ids, got 1 for 2 prompts"):
         _evaluate(model, tokenizer, prompts=twice, total_sequences=2)

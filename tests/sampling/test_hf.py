@@ -235,18 +235,6 @@ def test_end_tokens_of_the_model_count_too(model, tokenizer):
     assert all(not {1, 3, 4} & set(c.token_ids[:-1]) for c in completions)
 
 
-def test_messages_use_the_chat_template(tokenizer):
-    messages = ({"role": "user", "content": "1+1"},)
-    with pytest.raises(ValueError, match="prompt 5: expected a tokenizer with a chat template"):
-        encode_prompts(tokenizer, [Prompt(5, messages)])
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
-        "{% if add_generation_prompt %}A:{% endif %}"
-    )
-    (encoded,) = encode_prompts(tokenizer, [Prompt(5, messages)])
-    assert tokenizer.decode(encoded) == "user:1+1;A:"
-
-
 def test_errors(model, tokenizer):
     cases = [
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),

@@ -4,6 +4,8 @@ import json
 import sys
 import types
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -34,14 +36,15 @@ def test_fields_limit_and_messages(tmp_path):
     ("lines", "fields", "match"),
     [
         ([{"prompt": "a"}, "{oops"], {}, r"prompts\.jsonl:2: expected one JSON object per line, got invalid JSON"),
-        (["[1, 2]"], {}, r"prompts\.jsonl:1: expected an object with field 'prompt', got list"),
+        (["7"], {}, r"prompts\.jsonl:1: expected an object with field 'prompt', got int"),
+        (["[1, 2]"], {}, r"prompts\.jsonl, record 0: expected an object with field 'prompt', got int"),
+        (["[{", "}, 2"], {}, r"prompts\.jsonl: expected an array of JSON objects, got invalid JSON"),
         ([{"prompt": "a"}, "", {"x": "b"}], {}, r"jsonl:3: expected field 'prompt', got fields x"),
         ([{"prompt": "a"}], {"answer_field": "gold"}, r"jsonl:1: expected field 'gold', got fields prompt"),
         ([{"prompt": ""}], {}, r"jsonl:1: expected a prompt, got empty text"),
         ([{"prompt": 7}], {}, r"jsonl:1: expected text or a list of messages, got int 7"),
         ([{"prompt": []}], {}, r"jsonl:1: expected text or a list of messages, got list"),
         ([{"prompt": [{"role": "user"}]}], {}, r"jsonl:1: expected messages with text fields 'role' and 'content'"),
-        ([{"prompt": "a", "answer": ["b"]}], {}, r"jsonl:1: expected the answer as text or a number, got list"),
         ([], {}, r"prompts\.jsonl: expected at least one prompt, got none"),
     ],
 )
@@ -59,7 +62,7 @@ def test_missing_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({}, "exactly one of jsonl, dataset, callable, got none"),
+        ({}, "exactly one of jsonl, parquet, dataset, callable, got none"),
         ({"jsonl": "a", "callable": "b:c"}, "got jsonl and callable"),
         ({"jsonl": "a", "split": "train"}, "expected only with dataset, got them with jsonl"),
         ({"dataset": "some/other"}, "expected prompt_field and split, which are known only for gsm8k, math, MATH"),
@@ -148,4 +151,130 @@ def test_callable(monkeypatch):
     with pytest.raises(ValueError, match="callable my_prompts:numbers, record 0: expected an object"):
         load_prompts(PromptSource(callable="my_prompts:numbers"))
     with pytest.raises(ValueError, match=r"prompts\.callable: expected a function 'nothing'"):
+        load_prompts(PromptSource(callable="my_prompts:nothing"))
+
+
+VERL = {
+    "data_source": "some/math",
+    "prompt": [{"role": "user", "content": "1+1"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": 2},
+    "extra_info": {"index": 0, "answer": "so it is 2"},
+}
+
+
+def _parquet(tmp_path, *rows):
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def test_parquet_of_verl(tmp_path):
+    second = VERL | {"reward_model": {"style": "rule", "ground_truth": 3}, "extra_info": {"index": 1, "answer": "3!"}}
+    path = _parquet(tmp_path, VERL, second)
+    first, other = load_prompts(PromptSource(parquet=path))
+    assert (first.prompt, first.answer, other.answer) == (({"role": "user", "content": "1+1"},), "2", "3")
+    assert first.columns == VERL
+    (named,) = load_prompts(PromptSource(parquet=path, answer_field="extra_info.answer", limit=1))
+    assert named.answer == "so it is 2"
+    with pytest.raises(
+        ValueError, match=r"train\.parquet, row 0: expected field 'extra_info\.gold', got fields data_source"
+    ):
+        load_prompts(PromptSource(parquet=path, answer_field="extra_info.gold"))
+
+
+def test_bad_parquet(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.parquet: expected a Parquet file of prompts, found no such file"):
+        load_prompts(PromptSource(parquet=tmp_path / "nowhere.parquet"))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl: expected a Parquet file of prompts, cannot read it: "):
+        load_prompts(PromptSource(parquet=_jsonl(tmp_path, {"prompt": "a"})))
+
+
+def test_nulls_that_parquet_fills_in_are_left_out(tmp_path):
+    """Columns of one type give every message, call and tool the fields of all others."""
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"function": {"name": "neg", "arguments": {"b": 2}}}
+    turns = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": None, "tool_calls": [call, other]},
+        {"role": "tool", "content": "3", "name": "add"},
+    ]
+    tools = [{"name": "add"}, {"name": "neg", "strict": True}]
+    (prompt,) = load_prompts(PromptSource(parquet=_parquet(tmp_path, {"prompt": turns, "tools": tools})))
+    assert list(prompt.prompt) == [turns[0], {"role": "assistant", "tool_calls": [call, other]}, turns[2]]
+    assert list(prompt.tools) == tools
+
+
+def test_an_array_in_a_json_file(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"prompt": "a"}, {"prompt": "b", "answer": [1, 2]}], indent=1))
+    assert load_prompts(PromptSource(jsonl=path)) == [Prompt(0, "a"), Prompt(1, "b", [1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "expected"),
+    [
+        ({}, {"chat": True}, [("user", "q")]),
+        ({}, {"system": "add"}, [("system", "add"), ("user", "q")]),
+        ({"system": "mul"}, {"system_field": "system"}, [("system", "mul"), ("user", "q")]),
+        ({"s": {"t": "mul"}}, {"system_field": "s.t"}, [("system", "mul"), ("user", "q")]),
+        ({"system": None}, {"system_field": "system"}, [("user", "q")]),
+        ({"system": "mul"}, {"ignore": ["system"], "chat": True}, [("user", "q")]),
+    ],
+)
+def test_system_messages(tmp_path, record, fields, expected):
+    (prompt,) = load_prompts(PromptSource(jsonl=_jsonl(tmp_path, {"prompt": "q"} | record), **fields))
+    assert [(m["role"], m["content"]) for m in prompt.prompt] == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "match"),
+    [
+        ({"images": ["x.png"]}, {}, r"jsonl:1: expected a prompt of text alone, got a field 'images'; .* \[images\]"),
+        ({"system_prompt": "add"}, {}, "got a field 'system_prompt', which changes the prompt.*system_field to"),
+        ({"tools": [{"name": "f"}]}, {}, r"expected messages, which tools and .* got text; set prompts\.chat: true"),
+        ({"chat_template_kwargs": {"x": 1}}, {}, "expected messages, which tools and"),
+        ({"tools": "a hammer"}, {}, "expected tools as a list of JSON schemas, got 'a hammer'"),
+        ({"chat_template_kwargs": [1]}, {}, "expected chat_template_kwargs as a mapping, got "),
+        (
+            {"chat_template_kwargs": {"tokenize": False}},
+            {"chat": True},
+            "jsonl:1: chat_template_kwargs: .* got tokenize",
+        ),
+        ({}, {"ignore": ["images"]}, r"prompts\.ignore: expected fields of the records, got images"),
+        ({"s": 1}, {"system_field": "s"}, "expected text in field 's', got int"),
+        ({"prompt": [{"role": "system", "content": "a"}]}, {"system": "b"}, "without a system message.* got both"),
+        ({"prompt": [{"from": "human", "value": "a"}]}, {}, "expected messages with text fields 'role' and 'content'"),
+        ({"prompt": [{"role": "user", "content": None}]}, {}, "content may be null beside tool_calls"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            {},
+            "expected content as text or a list of text parts",
+        ),
+    ],
+)
+def test_what_would_change_the_prompt_is_used_or_refused(tmp_path, record, fields, match):
+    with pytest.raises(ValueError, match=match) as raised:
+        load_prompts(PromptSource(jsonl=_jsonl(tmp_path, {"prompt": "q"} | record), **fields))
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_that_exclude_each_other():
+    with pytest.raises(ValidationError, match="expected one of system and system_field, got both"):
+        PromptSource(jsonl="a", system="b", system_field="c")
+    with pytest.raises(ValidationError, match="got add_generation_prompt; leave them out"):
+        PromptSource(jsonl="a", chat_template_kwargs={"add_generation_prompt": False})
+
+
+def test_a_callable_that_fails_is_one_line(monkeypatch):
+    def records():
+        yield {"prompt": "a"}
+        raise RuntimeError("no network")
+
+    module = types.ModuleType("my_prompts")
+    module.records, module.nothing = records, lambda: 1 / 0
+    monkeypatch.setitem(sys.modules, "my_prompts", module)
+    with pytest.raises(ValueError, match=r"my_prompts:records: raised RuntimeError: no network \(test_prompts"):
+        load_prompts(PromptSource(callable="my_prompts:records"))
+    with pytest.raises(ValueError, match="callable my_prompts:nothing: raised ZeroDivisionError"):
         load_prompts(PromptSource(callable="my_prompts:nothing"))

@@ -129,12 +129,18 @@ def test_unknown_rewards(name, match):
 @pytest.mark.parametrize(
     ("output", "match"),
     [
-        ([1.0], "expected 2 numbers, one per response, got shape \\[1\\]"),
-        (torch.ones(2, 1), "got shape \\[2, 1\\]"),
-        ([0.0, float("nan")], "expected finite numbers, got nan for a response to prompt 8"),
-        ([float("inf"), 0.0], "got inf for a response to prompt 7"),
-        ([None, 1.0], "expected numbers, one per response"),
-        (None, "expected numbers, one per response"),
+        ([1.0], "expected a list of 2 numbers, one per response, got 1 of them"),
+        (torch.ones(2, 1), r"expected a number for a response to prompt 7, got \[1.0\]"),
+        ([0.0, float("nan")], "expected a finite number for a response to prompt 8, got nan; return None"),
+        ([float("inf"), 0.0], "expected a finite number for a response to prompt 7, got inf"),
+        ([1.0, None], "expected a number for every response, got None for 'y' to prompt 8"),
+        ([1.0, "0"], "expected a number for a response to prompt 8, got '0'"),
+        ([1.0, 1j], "expected a number for a response to prompt 8, got 1j"),
+        (None, "expected a list of 2 numbers, one per response, got NoneType"),
+        (0.5, "expected a list of 2 numbers, one per response, got float 0.5"),
+        (torch.tensor(0.5), "expected a list of 2 numbers, one per response, got float 0.5"),
+        ({"rewards": [1.0, 0.0]}, "expected a list of 2 numbers, one per response, got dict"),
+        ("10", "expected a list of 2 numbers, one per response, got str"),
     ],
 )
 def test_bad_reward_output(output, match):

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from entropy_probe.scoring import logits as module
-from entropy_probe.scoring.logits import OutputHead, head_scores, head_surrogate, logit_scores
+from entropy_probe.scoring.logits import (
+    FlatScores,
+    OutputHead,
+    head_scores,
+    head_surrogate,
+    logit_scores,
+    plain_scores,
+)
 
 
 def example(bias: bool, dtype: torch.dtype = torch.float64, tokens: int = 300):
@@ -21,6 +28,11 @@ def dense(hidden, weight, bias, targets, temperature):
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
+def variances(hidden, weight, bias, temperature):
+    log_p = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias) / temperature, -1).detach()
+    return (log_p.exp() * (log_p - (log_p.exp() * log_p).sum(-1, keepdim=True)).square()).sum(-1)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_scores_and_gradients(bias, temperature, monkeypatch):
@@ -30,15 +42,21 @@ def test_scores_and_gradients(bias, temperature, monkeypatch):
     s, h = dense(hidden, weight, offset, targets, temperature)
     head = OutputHead(weight, offset, temperature)
     got = head_scores(head, hidden, targets)
-    torch.testing.assert_close(got, (s.detach(), h.detach()))
-    torch.testing.assert_close(
-        logit_scores(torch.nn.functional.linear(hidden, weight, offset), targets, temperature), (s, h)
-    )
+    logits = torch.nn.functional.linear(hidden, weight, offset)
+    expected = FlatScores(s.detach(), h.detach(), variances(hidden, weight, offset, temperature))
+    torch.testing.assert_close(got, expected)
+    before = logits.detach().clone()
+    torch.testing.assert_close(plain_scores(logits.detach(), targets, temperature), expected)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(logit_scores(logits, targets, temperature), (s, h))
     g = torch.Generator().manual_seed(1)
     a, c = (torch.randn(len(targets), generator=g, dtype=torch.float64) for _ in range(2))
     for entropies in (c, None):
         expected = (a * s).sum() + (0 if entropies is None else (entropies * h).sum())
-        value = head_surrogate(head, hidden, targets, a, entropies)
+        chunks = []
+        value = head_surrogate(head, hidden, targets, a, entropies, scores=chunks.append)
+        assert len(chunks) == 5
+        torch.testing.assert_close(FlatScores.joined(chunks), got)
         torch.testing.assert_close(value, expected)
         # a factor behind the surrogate must reach the gradient
         torch.testing.assert_close(
@@ -72,7 +90,9 @@ def test_masked_vocabulary_entries_add_nothing():
     bias[9:] = -torch.inf
     eye = torch.eye(12, dtype=torch.float64)
     finite = OutputHead(eye, bias, 1.0)
-    torch.testing.assert_close(head_scores(finite, logits, targets), logit_scores(logits[:, :9], targets, 1.0))
+    found = head_scores(finite, logits, targets)
+    torch.testing.assert_close(found, plain_scores(logits[:, :9], targets, 1.0))
+    torch.testing.assert_close(found[:2], logit_scores(logits[:, :9], targets, 1.0))
     impossible = torch.full_like(targets, 10)
     assert torch.isinf(head_scores(finite, logits, impossible)[0]).all()
     assert torch.isinf(logit_scores(masked, impossible, 1.0)[0]).all()
@@ -80,5 +100,5 @@ def test_masked_vocabulary_entries_add_nothing():
 
 def test_half_precision_hidden_states_are_scored_in_float32():
     hidden, weight, _, targets = example(False, torch.bfloat16)
-    s, h = head_scores(OutputHead(weight, None, 1.0), hidden, targets)
-    assert s.dtype == h.dtype == torch.float32
+    found = head_scores(OutputHead(weight, None, 1.0), hidden, targets)
+    assert {x.dtype for x in found} == {torch.float32}

@@ -10,7 +10,7 @@ from entropy_probe.scoring.forward import Scorer
 from entropy_probe.updates.cross import _totals
 from entropy_probe.updates.leave_out import kept_gradient, reduced_gradients
 from entropy_probe.updates.per_unit import UnitGradients
-from tests.invariants.test_probe import batches
+from tests.invariants.problems import batches
 from tests.reference.enumeration import TinyPolicy
 
 

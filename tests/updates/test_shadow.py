@@ -9,24 +9,9 @@ from torch import nn
 from entropy_probe.updates.adamw import optimizer_parameters
 from entropy_probe.updates.preconditioner import frozen_preconditioner
 from entropy_probe.updates.shadow import check_optimizer, check_repeatable, copied_step
+from tests.updates.optimizers import Lion
 
 optim = torch.optim
-
-
-class Lion(optim.Optimizer):
-    """A class of a user's own, with a plain attribute."""
-
-    def __init__(self, params, lr=1e-3, scale=2.0):
-        super().__init__(params, {"lr": lr})
-        self.scale = scale
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                moment = self.state[p].setdefault("moment", torch.zeros_like(p))
-                p.sub_(torch.sign(0.9 * moment + 0.1 * p.grad), alpha=self.scale * group["lr"])
-                moment.mul_(0.99).add_(p.grad, alpha=0.01)
 
 
 class Coupled(Lion):
@@ -71,11 +56,12 @@ KINDS = {
     "adadelta": lambda p: optim.Adadelta(p, lr=0.1),
     "adafactor": lambda p: optim.Adafactor(p, lr=0.1, weight_decay=0.1),
     "adafactor of transformers": lambda p: hf_adafactor(p, 0.1),
-    "muon": lambda p: optim.Muon(p, lr=0.1),
     "lion": lambda p: Lion(p, lr=0.1, scale=3.0),
     "coupled": lambda p: Coupled(p, lr=0.1),
     "subclass of AdamW": lambda p: MyAdamW(p, lr=0.1),
 }
+if hasattr(optim, "Muon"):  # not in the oldest torch that is supported
+    KINDS["muon"] = lambda p: optim.Muon(p, lr=0.1)
 
 
 def setup(kind, steps=7):

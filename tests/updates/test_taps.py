@@ -1,7 +1,5 @@
 """Gradients read off layers against one backward pass per unit."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,9 +12,9 @@ from entropy_probe.updates.cross import cross_products
 from entropy_probe.updates.per_unit import Side, unit_gradients
 from entropy_probe.updates.taps import Taps, tappable
 from tests.tiny import tiny_policy
+from tests.updates.layers import VOCABULARY, Mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-VOCABULARY = 12
 
 
 def rollouts(groups: int = 4, group: int = 3, prompt: int = 30, response: int = 6) -> Rollouts:
@@ -31,64 +29,6 @@ def rollouts(groups: int = 4, group: int = 3, prompt: int = 30, response: int = 
     attention = (column >= left) & (column < prompt + lengths)
     ids[:, prompt - 2] = 0  # the padding token is also a token of every prompt
     return Rollouts(ids, attention, attention & (column >= prompt), torch.arange(groups).repeat_interleave(group))
-
-
-class Scale(nn.Module):
-    """No layer that anyone knows: a gain per feature, a bias per position modulo two, and a keyword argument."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(width))
-        self.steps = nn.Parameter(torch.zeros(2, width))
-
-    def forward(self, hidden, *, mask):
-        odd = torch.arange(hidden.shape[1]) % 2
-        return torch.sin(hidden * self.gain) * mask[..., None] + self.steps[odd]
-
-
-class ShiftedRMSNorm(nn.Module):
-    """As Gemma has it: the weight is an offset from one."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x):
-        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-
-class OddRMSNorm(nn.RMSNorm):
-    """Named like a norm, but its weight acts squared."""
-
-    def forward(self, x):
-        return super().forward(x) * self.weight
-
-
-class Mixed(nn.Module):
-    """A causal model of every kind of layer, in a plain module."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width, padding_idx=0)
-        self.first_norm = nn.LayerNorm(width)
-        self.conv = nn.Conv1d(width, width, 3)
-        self.heads = nn.Linear(width // 2, width // 2)
-        self.act = nn.LeakyReLU(inplace=True)
-        self.head_norm = ShiftedRMSNorm(width // 2)
-        self.scale = Scale(width)
-        self.norm = OddRMSNorm(width)
-        self.out = nn.Linear(width, VOCABULARY)
-        g = torch.Generator().manual_seed(3)
-        for p in self.parameters():
-            p.data = torch.randn(p.shape, generator=g)
-
-    def forward(self, input_ids, attention_mask):
-        mask = attention_mask.to(self.out.weight.dtype)
-        x = self.first_norm(self.embed(input_ids)) * mask[..., None]
-        x = x + self.conv(nn.functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
-        x = x.cumsum(1) / mask.cumsum(1).clamp(min=1)[..., None]
-        heads = self.head_norm(self.act(self.heads(x.unflatten(-1, (2, -1)))))
-        return SimpleNamespace(logits=self.out(self.norm(self.scale(heads.flatten(-2), mask=mask))))
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -290,9 +230,13 @@ class Custom(Mixed):
             self.first_norm = Wrapped(self.first_norm, lambda norm, x: norm(x.flip(0)).flip(0))
         if what == "mixing":  # every sequence sees the batch's mean
             self.first_norm = MeanFree(self.first_norm.normalized_shape[0])
+        if what == "remembering":
+            self.first_norm = Remembering(self.first_norm.normalized_shape[0])
         self.double()
 
     def forward(self, input_ids, attention_mask):
+        if self.what == "remembering":
+            self.first_norm.last = None
         out = super().forward(input_ids, attention_mask)
         if self.what == "free":
             out.logits = out.logits * self.free
@@ -301,6 +245,19 @@ class Custom(Mixed):
         if self.what == "reused":
             out.logits = out.logits + self.heads.weight.sum() * torch.arange(VOCABULARY)
         return out
+
+
+class Remembering(nn.Module):
+    """A gain on what has come since it was told to forget."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain, self.last = nn.Parameter(torch.ones(width)), None
+
+    def forward(self, x):
+        since = x if self.last is None else torch.stack([x, self.last]).sum(0)
+        self.last = x.detach()
+        return since * self.gain
 
 
 class MeanFree(nn.Module):
@@ -321,6 +278,7 @@ class MeanFree(nn.Module):
         ("listed", "listed.0 also acts outside its layer"),
         ("reused", "heads.weight also acts outside its layer"),
         ("mixing", "first_norm.gain belongs to MeanFree, which depends on more than one sequence"),
+        ("remembering", "first_norm.gain belongs to Remembering, which cannot be called again on one of its sequences"),
         ("tokens", "first_norm.inner.bias belongs to LayerNorm, which was not called on [sequences, tokens, features]"
                    "; 1 more"),
         ("flipped", "first_norm.inner.bias also acts outside its layer; 1 more"),

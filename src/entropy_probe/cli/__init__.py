@@ -14,6 +14,7 @@ from entropy_probe.cli.demo import demo
 from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
 from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.manifest import manifest
+from entropy_probe.cli.quiet import quiet_libraries
 from entropy_probe.cli.report import report
 from entropy_probe.cli.run import run
 from entropy_probe.cli.sweep import sweep
@@ -34,4 +35,5 @@ for command in (run, sweep, validate, inspect, manifest, report, demo):
 def main() -> None:
     """Run the command line; the console script."""
     sys.excepthook = one_line_excepthook
+    quiet_libraries()
     typer.main.get_command(app)()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from entropy_probe.report.numbers import format_percent
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.distributed import Ranks
     from entropy_probe.provenance import Phase
-    from entropy_probe.sampling import Prompt, Reward, SamplingReport, SequenceGenerator
+    from entropy_probe.sampling import Prompt, Rewards, SamplingParameters, SamplingReport, SequenceGenerator
     from entropy_probe.session import Resample
     from entropy_probe.types import Rollouts
 
@@ -30,7 +31,7 @@ class Inputs:
     update: Rollouts | None
     evaluation: Rollouts | None
     prompts: list[Prompt]
-    reward: Reward | None
+    reward: Rewards | None
     notes: tuple[str, ...] = ()
 
 
@@ -40,23 +41,38 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
         ValueError: if a file, the prompts or the reward cannot be used.
     """
-    from entropy_probe.sampling import load_prompts, load_reward, unused_columns
+    from entropy_probe.sampling import load_prompts, load_rewards, unused_columns
     from entropy_probe.types import Rollouts
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
     unused = {batch: unused_columns(path) for batch, path in config.rollouts if path}
     complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
-    return Inputs(
-        update=update,
-        evaluation=evaluation,
-        prompts=[] if complete else load_prompts(required(config.prompts)),
-        reward=load_reward(required(config.reward)) if update is None else None,
-        notes=tuple(
-            f"{batch}: of the file's columns, {', '.join(columns)} are not used"
-            for batch, columns in unused.items()
-            if columns
-        ),
+    prompts = [] if complete else load_prompts(required(config.prompts))
+    reward = None
+    if update is None:
+        reward = load_rewards(required(config.reward), config.reward_weights, _trainer_state(config.checkpoint))
+        reward.check(prompts)
+    notes = (
+        f"{name}: of the file's columns, {', '.join(columns)} are not used"
+        for name, columns in unused.items()
+        if columns
     )
+    return Inputs(update, evaluation, prompts, reward, tuple(notes))
+
+
+def _trainer_state(checkpoint: Path) -> SimpleNamespace | None:
+    """The Trainer's own record, for reward functions that depend on the progress of training; None without one."""
+    from entropy_probe.checkpoints.directory import read_json
+
+    file = checkpoint / "trainer_state.json"
+    return SimpleNamespace(**read_json(file)) if file.is_file() else None
+
+
+def _parameters(config: RunConfig) -> SamplingParameters:
+    from entropy_probe.sampling import SamplingParameters
+
+    longest = required(config.probe.max_completion_length)
+    return SamplingParameters(config.probe.temperature, longest, config.generation.stop)
 
 
 def end_ids(state: CheckpointState) -> list[int]:
@@ -77,7 +93,7 @@ def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Seque
 
 def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resample | None:
     """How to sample the evaluation prompts anew after the step, if that is what low ESS asks for."""
-    from entropy_probe.sampling import EvaluationSettings, SamplingParameters, resample_responses, share_engine
+    from entropy_probe.sampling import EvaluationSettings, resample_responses, share_engine
 
     if config.probe.on_low_ess != "resample":
         return None
@@ -88,11 +104,13 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
             "model; copy its files into the checkpoint, or set on_low_ess to psis or refuse"
         )
     settings = config.evaluation or EvaluationSettings(total_sequences=2)
-    parameters = SamplingParameters(config.probe.temperature, required(config.probe.max_completion_length))
+    parameters = _parameters(config)
 
     def resample(rollouts: Rollouts) -> Rollouts:
         def sample(shared: SequenceGenerator | None) -> Rollouts:
-            return resample_responses(required(shared), rollouts, parameters, seed=settings.seed)
+            return resample_responses(
+                required(shared), rollouts, parameters, seed=settings.seed, tokenizer=state.tokenizer
+            )
 
         return share_engine(ranks, engine, sample, together=config.shard)
 
@@ -136,7 +154,7 @@ def sample_batch(
         ValueError: if there is no tokenizer to sample with.
     """
     from entropy_probe.fingerprint import fingerprint
-    from entropy_probe.sampling import SamplingParameters, sample_evaluation_file, sample_update
+    from entropy_probe.sampling import prompt_notes, sample_evaluation_file, sample_update
     from entropy_probe.types import Rollouts
 
     if engine is None:
@@ -144,12 +162,13 @@ def sample_batch(
             f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
             "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
         )
-    parameters = SamplingParameters(config.probe.temperature, required(config.probe.max_completion_length))
+    parameters = _parameters(config)
     subject, report_progress = (engine, state.tokenizer, inputs.prompts), partial(progress, f"sample {batch}")
+    notes = [f"{batch}: {note}" for note in prompt_notes(state.tokenizer, inputs.prompts)]
     if batch == "update":
         reward, settings = required(inputs.reward), required(config.update)
         rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
-        return rollouts, _describe(batch, report)
+        return rollouts, _describe(batch, report, config) + notes
     path, shards = files
     report = sample_evaluation_file(
         *subject,
@@ -160,7 +179,7 @@ def sample_batch(
         policy=fingerprint([*state.model.named_parameters(), *state.model.named_buffers()]),
         progress=report_progress,
     )
-    return Rollouts.from_parquet(path), _describe(batch, report)
+    return Rollouts.from_parquet(path), _describe(batch, report, config) + notes
 
 
 def required(value: T | None) -> T:
@@ -169,7 +188,7 @@ def required(value: T | None) -> T:
     return value
 
 
-def _describe(batch: str, report: SamplingReport) -> list[str]:
+def _describe(batch: str, report: SamplingReport, config: RunConfig) -> list[str]:
     """What a reader should know about a sampled batch, one line each."""
     notes = [f"{batch}: {message}" for message in report.messages]
     if report.prompts_dropped:
@@ -179,4 +198,10 @@ def _describe(batch: str, report: SamplingReport) -> list[str]:
         )
     if report.truncated_fraction:
         notes.append(f"{batch}: {format_percent(report.truncated_fraction)} of the responses hit the largest length")
+    if config.generation.stop:
+        texts = ", ".join(map(repr, config.generation.stop))
+        notes.append(
+            f"{batch}: {format_percent(report.stopped_fraction)} of the responses end at a stop text ({texts}) instead "
+            "of an end token"
+        )
     return notes

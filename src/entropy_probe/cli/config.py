@@ -49,7 +49,8 @@ class RunConfig(BaseModel):
         mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` predicts from the update batch
             alone, by the cross-prompt U-statistic; ``both`` does both; ``same_batch`` predicts from the update batch
             and measures on it too, which is biased and labelled so.
-        reward: the reward of update responses, by name.
+        reward: the reward of update responses, by name, or several.
+        reward_weights: of several rewards, whose weighted sum counts; 1 each by default.
         generation: how responses are sampled. Temperature and largest length are those of ``probe``.
         update: the batch that the optimizer step is taken on.
         evaluation: the batch that the entropy is measured on.
@@ -72,7 +73,8 @@ class RunConfig(BaseModel):
     shard: bool = False
     prompts: PromptSource | None = None
     mode: Literal["two_batch", "one_batch", "both", "same_batch"] = "two_batch"
-    reward: str | None = None
+    reward: str | tuple[str, ...] | None = None
+    reward_weights: tuple[float, ...] | None = None
     generation: GenerationSettings = GenerationSettings()
     update: UpdateSettings | None = None
     evaluation: EvaluationSettings | None = None
@@ -91,6 +93,17 @@ class RunConfig(BaseModel):
     def _check_prompts(self) -> RunConfig:
         if self.update is not None and self.update.num_prompts < 2:
             raise ValueError("update.num_prompts: expected at least 2, since one prompt has no standard error, got 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> RunConfig:
+        count = 0 if self.reward is None else 1 if isinstance(self.reward, str) else len(self.reward)
+        if count == 0 and self.reward is not None:
+            raise ValueError("reward: expected at least one, got an empty list; name a reward")
+        if self.reward_weights is not None and len(self.reward_weights) != count:
+            raise ValueError(
+                f"reward_weights: expected one for each of the {count} rewards, got {len(self.reward_weights)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -141,9 +154,10 @@ class RunConfig(BaseModel):
         return self
 
     def resolved(self) -> RunConfig:
-        """The config with nothing left to circumstances: absolute paths, the device, the evaluation unit.
+        """The config with nothing left to circumstances: absolute paths, the device, how batches were drawn.
 
-        Evaluation sequences that are sampled here are drawn with replacement, so each is a unit of its own.
+        Evaluation sequences that are sampled here are drawn with replacement, so each is a unit of its own. Update
+        prompts that are filtered here are selected by their rewards.
         Sampling settings that saved rollouts take the place of are left out.
 
         Raises:
@@ -160,13 +174,18 @@ class RunConfig(BaseModel):
         }
         if self.base_model is not None and Path(self.base_model).is_dir():
             changes["base_model"] = str(Path(self.base_model).absolute())
-        if self.prompts is not None and self.prompts.jsonl is not None:
-            changes["prompts"] = self.prompts.model_copy(update={"jsonl": self.prompts.jsonl.absolute()})
+        if self.prompts is not None and self.prompts.file is not None:
+            kind, path = self.prompts.file
+            changes["prompts"] = self.prompts.model_copy(update={kind: path.absolute()})
         saved = {batch: path.absolute() for batch, path in self.rollouts if path is not None}
         changes["rollouts"] = SavedRollouts(**saved)
         changes |= dict.fromkeys(saved)
+        drawn: dict[str, Any] = {}
         if "evaluation" not in saved and not self.needs_no_evaluation and self.probe.evaluation_unit == "auto":
-            changes["probe"] = self.probe.model_copy(update={"evaluation_unit": "sequence"})
+            drawn["evaluation_unit"] = "sequence"
+        if "update" not in saved and self.update is not None and self.update.filter_zero_advantage:
+            drawn["update_selected"] = True
+        changes["probe"] = self.probe.model_copy(update=drawn)
         return self.model_copy(update=changes)
 
     def to_yaml(self) -> str:

@@ -1,17 +1,15 @@
-"""Progress of long work: bars on a terminal, log lines elsewhere; both on stderr."""
+"""Progress of long work: bars on a terminal, lines elsewhere; both on stderr."""
 
 from __future__ import annotations
 
-import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from entropy_probe.provenance import Phase
 
 __all__ = ["show_progress"]
-
-logger = logging.getLogger("entropy_probe")
 
 
 @contextmanager
@@ -23,8 +21,7 @@ def show_progress(*, visible: bool = True) -> Iterator[Phase]:
         with _bars() as progress:
             yield progress
     else:
-        with _log_lines() as progress:
-            yield progress
+        yield _lines()
 
 
 @contextmanager
@@ -44,23 +41,13 @@ def _bars() -> Iterator[Phase]:
         yield progress
 
 
-@contextmanager
-def _log_lines() -> Iterator[Phase]:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def _lines() -> Phase:
     reported: dict[str, int] = {}
 
     def progress(phase: str, done: int, total: int) -> None:
         quarters = 4 * done // total if total else 4
         if quarters > reported.get(phase, 0):
-            logger.info("%s: %d of %d", phase, done, total)
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {phase}: {done} of {total}\n")
         reported[phase] = quarters
 
-    try:
-        yield progress
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    return progress

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from entropy_probe.sampling import SequenceGenerator
     from entropy_probe.types import Rollouts
 
-__all__ = ["open_checkpoint", "probe_checkpoint", "quiet_transformers", "run"]
+__all__ = ["open_checkpoint", "probe_checkpoint", "run"]
 
 
 def run(
@@ -108,7 +108,6 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
     with locked(config.output_dir) if writing else nullcontext(), show_progress(visible=writing) as progress:
         if writing:
             check_output_dir(config.output_dir, config.overwrite)
-        quiet_transformers()
         inputs = read_inputs(config)
         if halves is not None:
             given = inputs.update
@@ -244,11 +243,3 @@ def _annotate(
     more = {"messages": (*said.messages, *notes), "not_modelled": (*said.not_modelled, *not_modelled)}
     diagnostics = said.model_copy(update=more)
     return result.model_copy(update={"diagnostics": diagnostics, "timing": seconds | result.timing})
-
-
-def quiet_transformers() -> None:
-    """No bars and notices from transformers: progress is shown here, and errors are errors."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -64,10 +64,8 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
         ValueError: if the output directory, a checkpoint, the prompts or the rollouts cannot be used.
     """
     from entropy_probe.cli.lock import locked
-    from entropy_probe.cli.run import quiet_transformers
 
     config = config.resolved()
-    quiet_transformers()
     each = list(config.each())
     with locked(config.output_dir) if ranks.rank == 0 else nullcontext():
         return _sweep_each(config, each, ranks) if each else {"": sweep_checkpoint(config, ranks)}

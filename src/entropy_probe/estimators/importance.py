@@ -18,10 +18,7 @@ from entropy_probe.types import TokenScores
 
 __all__ = [
     "ImportanceMode",
-    "Mismatch",
     "SequenceWeights",
-    "sampler_gaps",
-    "sampler_mismatch",
     "sequence_importance_weights",
     "sequence_log_weights",
 ]
@@ -67,51 +64,6 @@ class SequenceWeights:
         """Whether the Pareto diagnostic fails; never while more than 99% of the samples are effective."""
         k = self.pareto_k
         return k is not None and k > self.pareto_k_threshold and self.ess_fraction < _HARMLESS_ESS
-
-
-@dataclass(frozen=True, eq=False)
-class Mismatch:
-    """How far the policy that sampled is from the policy that is probed.
-
-    Attributes:
-        mean: of ``|log pi - log pi_sampler|`` over response tokens, nats.
-        max: the largest of them, nats.
-        ess: effective sample size of the sequence weights ``pi / pi_sampler``, 1 to N.
-    """
-
-    mean: float
-    max: float
-    ess: float
-
-
-def sampler_gaps(scores: TokenScores, sampled_logprobs: Float[Tensor, "N L"]) -> Float[Tensor, "3 N"]:
-    """``sum_t``, ``sum_t | |`` and ``max_t | |`` of ``log pi - log pi_sampler`` for each sequence, nats, float64.
-
-    Args:
-        scores: of the policy.
-        sampled_logprobs: of the sampler, at the same temperature; ignored off the response.
-    """
-    gap = torch.where(scores.response_mask, scores.logprobs.double() - sampled_logprobs.double(), 0.0)
-    size = gap.abs()
-    return torch.stack([gap.sum(1), size.sum(1), size.amax(1)])
-
-
-def sampler_mismatch(gaps: Float[Tensor, "3 N"], num_tokens: int) -> Mismatch:
-    """Compare the sampler's own log-probabilities of its responses with the policy's.
-
-    Source: ``docs/theory.md``, "The sampler".
-
-    Args:
-        gaps: of every sequence, from :func:`sampler_gaps`.
-        num_tokens: response tokens of the batch.
-    """
-    log_weights, size, largest = gaps
-    weights = (log_weights - log_weights.max()).exp()
-    return Mismatch(
-        (size.sum() / num_tokens).item(),
-        largest.max().item(),
-        (weights.sum().square() / weights.square().sum()).item(),
-    )
 
 
 def sequence_log_weights(before: TokenScores, after: TokenScores) -> Float[Tensor, "2 N"]:

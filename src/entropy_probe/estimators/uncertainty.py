@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Sampled", "UnitSums", "Units", "in_chunks", "ratio"]
+__all__ = ["Sampled", "UnitSums", "Units", "in_chunks", "is_grouped", "ratio"]
 
 CHUNK_SEQUENCES = 2048
 """Estimators are given about so many sequences at a time: what they compute per token takes several times the memory of
 the scores."""
+LEAST_PROMPTS = 8
+"""Draws with replacement give this many prompts equally often once in thousands of batches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,19 @@ class Units:
     def total(self, values: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
         """Sum over the sequences of each unit, in float64; 0 for units without any here, so that parts add up."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.index, values.double())
+
+
+def is_grouped(prompt_ids: Int[Tensor, " N"]) -> bool:
+    """Whether every prompt has the same number of responses, at least 2.
+
+    With few prompts that can happen by chance under sampling with replacement; then only consecutive rows count.
+    """
+    prompts, counts = prompt_ids.unique(return_counts=True)
+    size = int(counts[0])
+    if size < 2 or not bool((counts == size).all()):
+        return False
+    blocks = prompt_ids.view(-1, size)
+    return len(prompts) >= LEAST_PROMPTS or bool((blocks == blocks[:, :1]).all())
 
 
 def in_chunks(uncut: Units) -> Iterator[Int[Tensor, " n"]]:

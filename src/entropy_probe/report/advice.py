@@ -15,8 +15,25 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "require a gradient but are not in the optimizer",
         "Fine if the trainer froze them on purpose; otherwise the optimizer was built before they were unfrozen.",
     ),
+    ("sequences are reweighted", "Read the errors, which the weights enlarge; sampling from this checkpoint has none."),
     (
-        "differ from the policy's by",
+        "log-probabilities themselves are amiss",
+        "Record the log-probability that each token was drawn with (after temperature, per token), or leave them out.",
+    ),
+    (
+        "ids of another tokenizer",
+        "Tokenize prompts and responses with this checkpoint's tokenizer, or keep the sampler's own token ids.",
+    ),
+    (
+        "sampled at that temperature",
+        "Set probe.temperature to that of sampling if it is the trainer's too; else sample again.",
+    ),
+    (
+        "importance weights of the trainer's loss are not modelled",
+        "If the trainer weights tokens by importance ratios, multiply the advantages per token by them.",
+    ),
+    (
+        "do not fit the policy|differ from the policy's by",
         "Sample from this checkpoint at the training temperature without top_p or top_k, or let entropy-probe sample.",
     ),
     (
@@ -76,6 +93,22 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("scales the product of the mean gradients", "Lower probe.frozen_max_scale and see whether the number moves."),
     ("filter_zero_advantage: asked for", "Raise update.max_resampling_rounds, or give more prompts."),
     (
+        "every prompt has equal rewards",
+        "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing.",
+    ),
+    (
+        "end at a stop text",
+        "Right only if the trainer samples with the same stop texts; else leave generation.stop out.",
+    ),
+    (
+        "here rewards get the whole text as content",
+        "Make sure that the reward finds what it looks for in the whole text, thoughts included.",
+    ),
+    (
+        "second one was left out",
+        "TRL adds the second one: set prompts.add_special_tokens to true for prompts that it tokenized as text.",
+    ),
+    (
         "have equal rewards, so their advantages are 0",
         "They cost memory and add nothing; set update.filter_zero_advantage to draw others in their place.",
     ),
@@ -84,6 +117,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "hit the largest length",
         "Make sure that probe.max_completion_length is the one of training.",
     ),
+    ("sampling goes on", f"{NOTHING} Where sampling takes too long, give rollouts that another engine sampled."),
     ("the batch size was lowered", f"{NOTHING} Set generation.batch_size to save the retries."),
     ("seems exchanged", "Do not use these numbers: record a manifest during training, which maps entries by name."),
     ("learning rate is 0", "Set probe.learning_rate to that of the step you ask about; a sweep has rates of its own."),
@@ -97,8 +131,6 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Right for the Trainer's AdamW; else record a manifest during training.",
     ),
     ("the adapter was trained on", "Give the base model that it was trained on, and record a manifest."),
-    ("sequences are reweighted", "Read the errors, which the weights enlarge; sampling from this checkpoint has none."),
-    ("so results are biased", "Sample from this checkpoint at the training temperature, without top_p or top_k."),
     ("no direct curvature", "Read the curvature from the fit."),
     (r"no log-log slope|add smaller rates", "Add smaller learning rates to the sweep."),
     ("different halves, fewer than", "Use more update prompts: few halves leave the rank correlation uncertain."),

@@ -16,7 +16,7 @@ from entropy_probe.report.terminal import print_not_modelled, print_note, print_
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
 from entropy_probe.report.wording import ESTIMATORS, REPORT_FILE, UNITS, column_exponent
-from entropy_probe.results import CrossPrompt, Estimate, Prediction, ProbeResult, Realized
+from entropy_probe.results import CrossPrompt, Diagnostics, Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["print_files", "print_result"]
 
@@ -28,6 +28,7 @@ STYLES: dict[VerdictKind, str] = {
     "below the noise floor": "bold yellow",
     "not measured": "bold red",
 }
+_FIT_STYLES = {"ok": "", "off_policy": "bold yellow", "selected": ""}
 
 
 def print_result(
@@ -73,10 +74,7 @@ def _table(result: ProbeResult) -> Table:
     entropy = result.entropy
     units = f"{entropy.num_units} {UNITS[result.diagnostics.evaluation_unit]}"
     table.add_row("entropy H(θ)", _pair(entropy), f"{units} on the evaluation side")
-    mismatch = result.diagnostics.mismatch
-    if mismatch is not None:
-        sizes = f"|Δ log π|, at most {format_number(mismatch.max, 2)}; ESS {format_percent(mismatch.ess_fraction)}"
-        table.add_row("sampler", signed(format_number(mismatch.mean, 2)), sizes)
+    _add_policy_fit(table, result.diagnostics)
     exponent = column_exponent(result)
     if result.predicted is not None:
         _add_prediction(table, result, result.predicted, exponent)
@@ -85,6 +83,24 @@ def _table(result: ProbeResult) -> Table:
     if result.realized is not None:
         _add_realized(table, result, result.realized, exponent)
     return table
+
+
+def _add_policy_fit(table: Table, diagnostics: Diagnostics) -> None:
+    """How the batches fit the policy, one row each; one where they are the same."""
+    fit = diagnostics.policy_fit
+    batches = [
+        ("evaluation", fit.evaluation, diagnostics.mismatch),
+        ("update", None if fit.update == fit.evaluation else fit.update, diagnostics.update_mismatch),
+    ]
+    for name, of_batch, mismatch in batches:
+        if of_batch is not None:
+            said = f"z of surprisal − entropy, {name}{', selected' if of_batch.status == 'selected' else ''}"
+            table.add_row(
+                "policy fit", Text(f" {of_batch.z:+.1f}".replace("-", "−"), _FIT_STYLES[of_batch.status]), said
+            )
+        if mismatch is not None and (name == "evaluation" or mismatch != diagnostics.mismatch):
+            sizes = f"|Δ log π|, at most {format_number(mismatch.max, 2)}; ESS {format_percent(mismatch.ess_fraction)}"
+            table.add_row("sampler", signed(format_number(mismatch.mean, 2)), sizes)
 
 
 def _title(result: ProbeResult) -> str:

@@ -139,20 +139,8 @@ def checks(result: ProbeResult) -> list[Check]:
     found = []
     if result.realized is not None:
         found += _weight_checks(result.realized, result.config)
-    mismatch, diagnostics = result.diagnostics.mismatch, result.diagnostics
-    if mismatch is not None:
-        allowed = result.config.get("max_mismatch")
-        high = allowed is not None and mismatch.mean > allowed
-        found.append(
-            Check(
-                "Sampler against policy",
-                f"{typeset(format_number(mismatch.mean, 2))} nats a token, at most "
-                f"{typeset(format_number(mismatch.max, 2))}; ESS {format_percent(mismatch.ess_fraction)}",
-                "look" if high else "ok",
-                "How far the log-probabilities of whoever sampled are from the policy's own; 0 up to rounding.",
-                "Sample from this checkpoint at the training temperature, without top_p or top_k." if high else "",
-            )
-        )
+    found += _fit_checks(result)
+    diagnostics = result.diagnostics
     clipped = diagnostics.clip_factor < 1
     found.append(
         Check(
@@ -171,6 +159,38 @@ def checks(result: ProbeResult) -> list[Check]:
             "Euclidean norm of the parameter change.",
         )
     )
+    return found
+
+
+def _fit_checks(result: ProbeResult) -> list[Check]:
+    """Whether the batches may be the policy's own, by their tokens and by the sampler's log-probabilities."""
+    found, diagnostics, allowed = [], result.diagnostics, result.config.get("max_mismatch")
+    fits = (diagnostics.policy_fit.evaluation, diagnostics.policy_fit.update)
+    mismatches = (diagnostics.mismatch, diagnostics.update_mismatch)
+    batches = ("Evaluation", "Update") if fits[0] != fits[1] or fits[0] is None else ("Both batches",)
+    for batch, fit, mismatch in zip(batches, fits, mismatches, strict=False):
+        if fit is not None:
+            off = fit.status == "off_policy"
+            value = f"z {fit.z:+.1f}, {typeset(format_number(fit.excess, 2))} nats a token".replace("-", "−")
+            meaning = (
+                f"Surprisal minus entropy over {fit.num_sequences} sequences: 0 within 4 errors for the policy's own."
+            )
+            if fit.status == "selected":
+                meaning += " Not judged: its responses were selected."
+            advice = "Sample from this checkpoint at the training temperature, without top_p or top_k." if off else ""
+            found.append(Check(f"{batch}: tokens against policy", value, "look" if off else "ok", meaning, advice))
+        if mismatch is not None:
+            high = allowed is not None and mismatch.mean > allowed
+            found.append(
+                Check(
+                    f"{batch}: sampler against policy",
+                    f"{typeset(format_number(mismatch.mean, 2))} nats a token, at most "
+                    f"{typeset(format_number(mismatch.max, 2))}; ESS {format_percent(mismatch.ess_fraction)}",
+                    "look" if high else "ok",
+                    "How far the log-probabilities of whoever sampled are from the policy's own; 0 up to rounding.",
+                    "See the notes for what they look like." if high else "",
+                )
+            )
     return found
 
 

@@ -16,12 +16,12 @@ from entropy_probe.sampling.generator import (
     Progress,
     SamplingParameters,
     SequenceGenerator,
-    encode_prompts,
     generate_responses,
 )
 from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.prompts import Message, Prompt, PromptSource, load_prompts
-from entropy_probe.sampling.rewards import Reward, load_reward, score_responses
+from entropy_probe.sampling.rewards import Reward, Rewards, load_reward, load_rewards, score_responses
+from entropy_probe.sampling.templates import encode_prompts, prompt_notes
 
 __all__ = [
     "Completion",
@@ -33,6 +33,7 @@ __all__ = [
     "Prompt",
     "PromptSource",
     "Reward",
+    "Rewards",
     "SamplingParameters",
     "SamplingReport",
     "ScaleRewards",
@@ -43,6 +44,8 @@ __all__ = [
     "group_advantages",
     "load_prompts",
     "load_reward",
+    "load_rewards",
+    "prompt_notes",
     "read_rollouts",
     "resample_responses",
     "sample_evaluation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from entropy_probe.sampling.generator import (
     sequence_seeds,
 )
 from entropy_probe.sampling.prompts import Prompt
-from entropy_probe.sampling.rewards import Reward, score_responses
+from entropy_probe.sampling.reward_calls import Sample
+from entropy_probe.sampling.rewards import Reward, Rewards
 from entropy_probe.types import Rollouts
 
 __all__ = [
@@ -50,11 +51,13 @@ class GenerationSettings(_Settings):
         top_k: must be 0 (off), for the same reason.
         batch_size: sequences generated at a time, fewer where they do not fit the memory. Which responses a seed
             gives does not depend on it, up to rounding.
+        stop: texts that end a response, the token that completes one included; for a trainer that samples with them.
     """
 
     top_p: float = 1.0
     top_k: int = 0
     batch_size: int = Field(default=64, gt=0)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
     @field_validator("top_p", "top_k")
     @classmethod
@@ -77,6 +80,8 @@ class UpdateSettings(_Settings):
         scale_rewards: what the centred rewards are divided by; see :func:`group_advantages`.
         filter_zero_advantage: drop prompts whose rewards are all equal and try other prompts instead.
         max_resampling_rounds: how many times to try other prompts at most.
+        allow_zero_advantages: go on with a batch in which every prompt has equal rewards. Its gradient is exactly 0,
+            and far more often a reward that fails than a policy that does, so it is an error by default.
     """
 
     num_prompts: int = Field(gt=0)
@@ -85,6 +90,7 @@ class UpdateSettings(_Settings):
     scale_rewards: ScaleRewards = "group"
     filter_zero_advantage: bool = False
     max_resampling_rounds: int = Field(default=4, ge=0)
+    allow_zero_advantages: bool = False
 
 
 class EvaluationSettings(_Settings):
@@ -113,6 +119,7 @@ class SamplingReport:
         reward_mean: over all responses sampled, dropped ones included; None without rewards.
         truncated_fraction: share of all responses sampled that hit the maximum length, dropped ones included.
         mean_response_length: tokens per response of the batch.
+        stopped_fraction: share of all responses sampled that end with a stop text, dropped ones included.
         messages: one line for each thing that is not as asked for.
     """
 
@@ -124,15 +131,17 @@ class SamplingReport:
     reward_mean: float | None
     truncated_fraction: float
     mean_response_length: float
+    stopped_fraction: float = 0.0
     messages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A prompt, its ``G`` responses and their rewards."""
+    """A prompt, its ``G`` responses, their texts and their rewards."""
 
     prompt: Prompt
     completions: Sequence[Completion]
+    texts: Sequence[str]
     rewards: Float[Tensor, " G"]
 
     @property
@@ -144,7 +153,7 @@ def sample_update(
     engine: SequenceGenerator,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Reward | Rewards,
     settings: UpdateSettings,
     parameters: SamplingParameters,
     progress: Progress | None = None,
@@ -155,7 +164,7 @@ def sample_update(
         engine: samples the responses.
         tokenizer: the policy's tokenizer.
         prompts: to draw from, with distinct ids.
-        reward: scores the responses' texts (special tokens left out).
+        reward: scores the responses: a function, or several with weights.
         settings: size, seed and advantages.
         parameters: the distribution to sample from.
         progress: called with sequences done and in all, anew in each round.
@@ -166,13 +175,15 @@ def sample_update(
         report says.
 
     Raises:
-        ValueError: if there are too few prompts, a reward is not finite, every prompt was dropped, or
-            generation is not possible; see :func:`generate_responses`.
+        ValueError: if there are too few prompts, a reward cannot be called or is not finite, every prompt was dropped
+            or has equal rewards, or generation is not possible; see :func:`generate_responses`.
     """
     check_prompts(prompts)
     wanted, size = settings.num_prompts, settings.group_size
     if wanted > len(prompts):
         raise ValueError(f"num_prompts: expected at most the {len(prompts)} prompts of the source, got {wanted}")
+    rewards = Rewards.of(reward)
+    rewards.check(prompts)
     order = numpy_generator(settings.seed, UPDATE_STREAM).permutation(len(prompts))
     tried: list[_Group] = []
     kept: list[_Group] = []
@@ -182,26 +193,56 @@ def sample_update(
         repeated = [prompt for prompt in drawn for _ in range(size)]
         seeds = sequence_seeds(settings.seed, UPDATE_STREAM, rounds, range(len(repeated)))
         completions = respond(engine, tokenizer, repeated, parameters, seeds, progress)
-        groups = _score(tokenizer, reward, drawn, completions)
+        groups = _score(tokenizer, rewards, prompts, drawn, completions)
         tried += groups
         kept += [g for g in groups if not (settings.filter_zero_advantage and g.has_equal_rewards)]
         rounds += 1
-    if not kept:
-        raise ValueError(
-            f"filter_zero_advantage: all {len(tried)} prompts tried in {rounds} rounds have equal rewards "
-            f"over their {size} responses; use other prompts, more rounds or a larger group_size"
-        )
+    _check_differences(kept, tried, rounds, settings)
     notes = (*engine.messages, *repeated_prompts(prompts))
     return _update_rollouts(kept, settings), _update_report(kept, tried, rounds, settings, notes)
 
 
-def _score(tokenizer: Any, reward: Reward, drawn: Sequence[Prompt], completions: Sequence[Completion]) -> list[_Group]:
+def _score(
+    tokenizer: Any,
+    reward: Rewards,
+    prompts: Sequence[Prompt],
+    drawn: Sequence[Prompt],
+    completions: Sequence[Completion],
+) -> list[_Group]:
     """Groups of consecutive completions, one group per drawn prompt, with their rewards."""
     size = len(completions) // len(drawn)
     repeated = [prompt for prompt in drawn for _ in range(size)]
     texts = tokenizer.batch_decode([list(c.token_ids) for c in completions], skip_special_tokens=True)
-    rewards = score_responses(reward, repeated, texts).split(size)
-    return [_Group(p, completions[k * size : (k + 1) * size], rewards[k]) for k, p in enumerate(drawn)]
+    samples = [Sample(p, text, c.token_ids) for p, text, c in zip(repeated, texts, completions, strict=True)]
+    rewards = reward.score(samples, prompts).split(size)
+    groups = [slice(k * size, (k + 1) * size) for k in range(len(drawn))]
+    return [_Group(p, completions[g], texts[g], rewards[k]) for k, (p, g) in enumerate(zip(drawn, groups, strict=True))]
+
+
+def _check_differences(kept: list[_Group], tried: list[_Group], rounds: int, settings: UpdateSettings) -> None:
+    """Refuse a batch without a prompt that its rewards tell something about, unless it is asked for."""
+    if not kept:
+        raise ValueError(
+            f"filter_zero_advantage: all {len(tried)} prompts tried in {rounds} rounds have equal rewards over their "
+            f"{settings.group_size} responses, such as {_examples(tried)}; use other prompts, more rounds or a larger "
+            "group_size"
+        )
+    if all(group.has_equal_rewards for group in kept) and not settings.allow_zero_advantages:
+        raise ValueError(
+            f"reward: expected different rewards within a prompt, got equal ones for each of {len(kept)} prompts, such "
+            f"as {_examples(kept)}, so every advantage and the update gradient are 0; compare what the reward looks "
+            "for with the responses and the answers, raise num_prompts or group_size, or set "
+            "update.allow_zero_advantages"
+        )
+
+
+def _examples(groups: Sequence[_Group]) -> str:
+    """Two responses with their answers and rewards."""
+    return " and ".join(
+        f"{group.texts[0]!r:.60} to prompt {group.prompt.id} (answer {group.prompt.answer!r:.60}) with reward "
+        f"{float(group.rewards[0]):g}"
+        for group in (groups[k] for k in dict.fromkeys((0, len(groups) - 1)))
+    )
 
 
 def _update_rollouts(groups: list[_Group], settings: UpdateSettings) -> Rollouts:
@@ -225,7 +266,9 @@ def _update_report(
             f"{len(tried)} in {rounds} rounds"
         )
     flat = sum(group.has_equal_rewards for group in kept)
-    if flat:
+    if flat == len(kept):
+        messages.insert(0, "every prompt has equal rewards, so that the update gradient is 0 and only momentum is left")
+    elif flat:
         messages.append(f"{flat} of {len(kept)} prompts have equal rewards, so their advantages are 0")
     return SamplingReport(
         num_sequences=len(kept) * settings.group_size,
@@ -236,6 +279,7 @@ def _update_report(
         reward_mean=float(torch.cat([group.rewards for group in tried]).double().mean()),
         truncated_fraction=fmean(c.truncated for group in tried for c in group.completions),
         mean_response_length=fmean(len(c.token_ids) for group in kept for c in group.completions),
+        stopped_fraction=fmean(c.stopped for group in tried for c in group.completions),
         messages=tuple(messages),
     )
 

@@ -23,12 +23,12 @@ from entropy_probe.sampling.generator import (
     SamplingParameters,
     SequenceGenerator,
     completed_rollouts,
-    encode_prompts,
     generate_responses,
     respond,
     sequence_seeds,
 )
 from entropy_probe.sampling.prompts import Prompt
+from entropy_probe.sampling.templates import encode_prompts
 from entropy_probe.types import Rollouts
 
 __all__ = ["SHARD_SEQUENCES", "resample_responses", "sample_evaluation", "sample_evaluation_file"]
@@ -131,7 +131,12 @@ def sample_evaluation_file(
 
 
 def resample_responses(
-    engine: SequenceGenerator, rollouts: Rollouts, parameters: SamplingParameters, *, seed: int
+    engine: SequenceGenerator,
+    rollouts: Rollouts,
+    parameters: SamplingParameters,
+    *,
+    seed: int,
+    tokenizer: Any = None,
 ) -> Rollouts:
     """Fresh responses of the policy as it is now, to the prompts of an evaluation batch.
 
@@ -143,6 +148,7 @@ def resample_responses(
         rollouts: the batch; the prompt of a sequence is everything before its first response token.
         parameters: the distribution to sample from.
         seed: of the responses.
+        tokenizer: the policy's; needed for stop texts.
 
     Returns:
         One sequence per prompt, in the same order.
@@ -154,7 +160,8 @@ def resample_responses(
     prompts = [ids[real].tolist() for ids, real in zip(rollouts.input_ids, before_response, strict=True)]
     prompt_ids = rollouts.prompt_ids.tolist()
     seeds = sequence_seeds(seed, EVALUATION_STREAM, 0, range(len(prompts)))
-    return completed_rollouts(prompt_ids, generate_responses(engine, prompts, prompt_ids, parameters, seeds))
+    completions = generate_responses(engine, prompts, prompt_ids, parameters, seeds, tokenizer=tokenizer)
+    return completed_rollouts(prompt_ids, completions)
 
 
 def _draw(prompts: Sequence[Prompt], settings: EvaluationSettings) -> list[Prompt]:
@@ -163,14 +170,17 @@ def _draw(prompts: Sequence[Prompt], settings: EvaluationSettings) -> list[Promp
     return [prompts[i] for i in generator.integers(len(prompts), size=settings.total_sequences)]
 
 
-def _counts(completions: Sequence[Completion]) -> tuple[int, int]:
-    """Truncated responses, and response tokens."""
-    return sum(c.truncated for c in completions), sum(len(c.token_ids) for c in completions)
+def _counts(completions: Sequence[Completion]) -> tuple[int, int, int]:
+    """Truncated responses, response tokens, and responses that end with a stop text."""
+    tokens = sum(len(c.token_ids) for c in completions)
+    return sum(c.truncated for c in completions), tokens, sum(c.stopped for c in completions)
 
 
-def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int]], engine: SequenceGenerator) -> SamplingReport:
+def _report(
+    drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], engine: SequenceGenerator
+) -> SamplingReport:
     distinct = len({prompt.id for prompt in drawn})
-    truncated, tokens = map(sum, zip(*counts, strict=True))
+    truncated, tokens, stopped = map(sum, zip(*counts, strict=True))
     return SamplingReport(
         num_sequences=len(drawn),
         num_prompts=distinct,
@@ -180,5 +190,6 @@ def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int]], engine: 
         reward_mean=None,
         truncated_fraction=truncated / len(drawn),
         mean_response_length=tokens / len(drawn),
+        stopped_fraction=stopped / len(drawn),
         messages=engine.messages,
     )

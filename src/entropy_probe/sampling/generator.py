@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entropy_probe.sampling.prompts import Prompt
+from entropy_probe.sampling.stopping import cut_at_stop
+from entropy_probe.sampling.templates import encode_prompts
 from entropy_probe.types import Rollouts
 
 __all__ = [
@@ -25,7 +27,6 @@ __all__ = [
     "SamplingParameters",
     "SequenceGenerator",
     "completed_rollouts",
-    "encode_prompts",
     "generate_responses",
     "respond",
     "sequence_seeds",
@@ -42,19 +43,23 @@ class SamplingParameters:
     Attributes:
         temperature: the sampling temperature, above 0.
         max_completion_length: the longest response, in tokens.
+        stop: texts that end a response; see :mod:`entropy_probe.sampling.stopping`. Engines leave them alone.
 
     Raises:
-        ValueError: if either is not positive.
+        ValueError: if temperature or length is not positive, or a stop text is empty.
     """
 
     temperature: float
     max_completion_length: int
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("temperature", "max_completion_length"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not all(self.stop):
+            raise ValueError(f"stop: expected texts of at least one character, got {list(self.stop)}; leave '' out")
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,14 @@ class Completion:
         token_ids: the response tokens, the first end-of-sequence token included and nothing after it.
         truncated: whether the response was cut off before an end-of-sequence token.
         logprobs: the engine's own log-probability of each response token in nats; ``None`` if it reports none.
+        stopped: whether the response ends with the token that completed a stop text.
     """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     truncated: bool
     logprobs: tuple[float, ...] | None = None
+    stopped: bool = False
 
 
 @runtime_checkable
@@ -110,38 +117,6 @@ class SequenceGenerator(Protocol):
         ...
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt, without padding.
-
-    Text is tokenized with the tokenizer's default special tokens. Messages go through its chat template, with
-    the generation prompt added.
-
-    Raises:
-        ValueError: if a prompt has messages and the tokenizer no chat template, or a prompt has no tokens.
-    """
-    return [_encode(tokenizer, prompt) for prompt in prompts]
-
-
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    if isinstance(prompt.prompt, str):
-        token_ids = tokenizer(prompt.prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise ValueError(
-            f"prompt {prompt.id}: expected a tokenizer with a chat template for a prompt of messages, got "
-            "none; set tokenizer.chat_template or give the prompt as text"
-        )
-    else:
-        token_ids = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt.prompt],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )["input_ids"]
-    if not token_ids:
-        raise ValueError(f"prompt {prompt.id}: expected at least one token, got none from {prompt.prompt!r}")
-    return list(token_ids)
-
-
 def generate_responses(
     engine: SequenceGenerator,
     token_ids: Sequence[Sequence[int]],
@@ -149,8 +124,9 @@ def generate_responses(
     parameters: SamplingParameters,
     seeds: Sequence[int],
     progress: Progress | None = None,
+    tokenizer: Any = None,
 ) -> list[Completion]:
-    """Sample one response to each prompt with any engine, and check what it gives back.
+    """Sample one response to each prompt with any engine, check what it gives back, and end it at a stop text.
 
     Args:
         engine: samples.
@@ -159,6 +135,7 @@ def generate_responses(
         parameters: the distribution to sample from.
         seeds: a seed for each sequence.
         progress: called with sequences done and in all.
+        tokenizer: the policy's; needed for stop texts.
 
     Returns:
         One completion per prompt, in their order.
@@ -167,6 +144,8 @@ def generate_responses(
         ValueError: if a prompt and the longest response do not fit the engine's context, or the engine returns
             something other than a response to each prompt.
     """
+    if parameters.stop and tokenizer is None:
+        raise ValueError(f"stop: expected the tokenizer beside stop texts {list(parameters.stop)}, got none; pass it")
     limit, longest = engine.context_length, parameters.max_completion_length
     for prompt, tokens in zip(prompt_ids, token_ids, strict=True):
         if limit is not None and len(tokens) + longest > limit:
@@ -181,7 +160,17 @@ def generate_responses(
         problem = _problem(completion, tuple(tokens), longest)
         if problem is not None:
             raise ValueError(f"{_name(engine)}: prompt {prompt}: {problem}")
-    return completions
+    return [_until_stop(completion, parameters.stop, tokenizer) for completion in completions]
+
+
+def _until_stop(completion: Completion, stop: tuple[str, ...], tokenizer: Any) -> Completion:
+    length = cut_at_stop(completion.token_ids, stop, tokenizer) if stop else None
+    if length is None:
+        return completion
+    logprobs = completion.logprobs and completion.logprobs[:length]
+    return replace(
+        completion, token_ids=completion.token_ids[:length], truncated=False, logprobs=logprobs, stopped=True
+    )
 
 
 def _name(engine: SequenceGenerator) -> str:
@@ -212,7 +201,7 @@ def respond(
 ) -> list[Completion]:
     """One response to each prompt."""
     token_ids, prompt_ids = encode_prompts(tokenizer, prompts), [prompt.id for prompt in prompts]
-    return generate_responses(engine, token_ids, prompt_ids, parameters, seeds, progress)
+    return generate_responses(engine, token_ids, prompt_ids, parameters, seeds, progress, tokenizer)
 
 
 def completed_rollouts(

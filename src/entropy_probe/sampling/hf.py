@@ -4,14 +4,15 @@ The next token is the inverse of the cumulative distribution at a uniform number
 and the token's position only. A response is then the same whatever batch it is computed in, up to rounding: where the
 uniform number falls within rounding of a boundary (about one token in a million in float32) it may become another,
 equally valid one.
+
+Whatever computes the logits is compared with plain calls of the model before it is used: see :class:`HFGenerator`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
 from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters
 from entropy_probe.shards import reshard
 
 __all__ = ["HFGenerator", "draw_tokens"]
+
+_DIFFER = "log-probabilities differ from a plain call's"
+_COMPARED = 512
+"""Tokens of a response that are compared with a plain call, which bounds the logits that it holds."""
 
 
 class HFGenerator:
@@ -33,8 +39,13 @@ class HFGenerator:
     size is halved from there on, and :attr:`messages` says so. The model is in eval mode while it samples and left as
     found, also after an error; its generation config is read for its end tokens only.
 
+    The model's cache is used in the first of :data:`~entropy_probe.sampling.decoding.WAYS` that gives a few short
+    sequences the log-probabilities of plain calls on each alone: with prompts of several lengths, repeated and dropped
+    rows, once per engine. So are two sequences of each batch that holds a longer one than any before. Where no cache
+    agrees, whole sequences are computed anew at every token, which :attr:`messages` says.
+
     Args:
-        model: called as ``model(input_ids=..., attention_mask=...)`` with its cache.
+        model: called as ``model(input_ids=..., attention_mask=...)``, with a cache if it takes one.
         tokenizer: its tokenizer, whose end-of-sequence token ends a response, as do those of the model's
             generation config.
         batch_size: sequences at a time.
@@ -64,19 +75,17 @@ class HFGenerator:
         self._batch_size = batch_size
         self._agreed = agreed
         self._end_tokens = _end_tokens(model, tokenizer)
-        get_base_model = getattr(model, "get_base_model", None)
-        base: Any = get_base_model() if callable(get_base_model) else model
-        accepted = inspect.signature(base.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        # transformers 5.24 renamed the argument
-        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
+        self._call = ModelCall(model)
+        self._ways = list(WAYS)
+        self._faults: list[str] = []
+        self._verified: tuple[int, int] | None = None
         self._messages: list[str] = []
 
     @property
     def context_length(self) -> int | None:
-        """The model's own bound on positions."""
-        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        """The model's own bound on positions; ``None`` where it has none, which XLNet says with a negative number."""
+        bound = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return bound if isinstance(bound, int) and bound > 0 else None
 
     @property
     def messages(self) -> tuple[str, ...]:
@@ -94,128 +103,213 @@ class HFGenerator:
         """Sample one response to each prompt; see :class:`SequenceGenerator`.
 
         Raises:
+            ValueError: if the model's log-probabilities of a sequence depend on what follows, or cannot be had.
             MemoryError: if a single sequence does not fit the device's memory.
         """
         whole = [tuple(prompt) for prompt in prompts]
-        # equal prompts are neighbours, so that a batch holds as many of them as it can
-        waiting = sorted(range(len(whole)), key=lambda i: (len(whole[i]), whole[i], i))
-        completions: dict[int, Completion] = {}
+        limits = [parameters.max_completion_length] * len(whole)
         with _evaluating(self._model):
-            while waiting:
-                rows = waiting[: self._batch_size]
-                found = self._try_batch([whole[i] for i in rows], parameters, [seeds[i] for i in rows])
-                if found is None:
-                    continue
-                completions.update(zip(rows, found, strict=True))
-                waiting = waiting[len(rows) :]
-                if progress is not None:
-                    progress(len(completions), len(whole))
-        return [completions[i] for i in range(len(whole))]
+            if whole and self._verified is None:
+                self._settle(whole, parameters)
+            return self._run(_Request(whole, list(seeds), limits, parameters.temperature, self._end_tokens), progress)
 
-    def _try_batch(
-        self, prompts: list[tuple[int, ...]], parameters: SamplingParameters, seeds: list[int]
-    ) -> list[Completion] | None:
-        """The completions of a batch; ``None`` if it did not fit, with the batch size lowered for what follows."""
+    def _settle(self, prompts: list[tuple[int, ...]], parameters: SamplingParameters) -> None:
+        """Find the first way to decode that agrees with plain calls on six short sequences, which then stays."""
+        tokens = [token for prompt in dict.fromkeys(prompts) for token in prompt]
+        room = max(map(len, prompts)) + parameters.max_completion_length
+        short = min(5, min(map(len, prompts)))
+        lengths = [min(short + more, max(short, room // 2)) for more in (0, 2, 7)]
+        longest = min(9, room - max(lengths))
+        # two of each, most of which end early, so that rows are repeated and dropped
+        tried = _Request(
+            prompts=[tuple((tokens * (n + k))[k : k + n]) for k, n in enumerate(lengths) for _ in range(2)],
+            seeds=list(range(6)),
+            limits=[max(1, longest * part // 9) for part in (2, 9, 2, 4, 2, 4)],
+            temperature=1.0,
+            end_tokens=[],
+        )
+        while self._verified is None:
+            way = self._ways[0]
+            self._run(tried)
+            if self._ways[0] is way:
+                self._verified = max(lengths) + longest, max(lengths) - min(lengths)
+
+    def _run(self, request: _Request, progress: Progress | None = None) -> list[Completion]:
+        """Sample batch by batch, the longest prompts first: where memory or positions fail they do at once.
+
+        Equal prompts are neighbours, so that a batch holds as many of them as it can.
+        """
+        prompts = request.prompts
+        waiting = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))
+        completions: dict[int, Completion] = {}
+        while waiting:
+            rows = waiting[: self._batch_size]
+            if not self._ways[0].pads:
+                rows = [i for i in rows if len(prompts[i]) == len(prompts[rows[0]])]
+            found = self._try_batch(request.of(rows))
+            if found is None:
+                continue
+            completions.update(zip(rows, found, strict=True))
+            waiting = waiting[len(rows) :]
+            if progress is not None:
+                progress(len(completions), len(prompts))
+        return [completions[i] for i in range(len(prompts))]
+
+    def _try_batch(self, batch: _Request) -> list[Completion] | None:
+        """The completions of a batch; ``None`` if it is to be cut and drawn again.
+
+        Either it did not fit, and the batch size has been lowered for what follows; or the way it was decoded has been
+        ruled out.
+        """
+        fault = "it fails on another rank"
         try:
-            return self._sample(prompts, parameters, seeds)
+            found = self._sample(batch)
+            agrees = (difference := self._difference(found, batch.temperature)) is None
+            fault = difference or fault
         except torch.OutOfMemoryError as error:
             if self._agreed is not None:  # the other ranks wait for this one in the middle of a pass
                 error.add_note("lower generation.batch_size: with a sharded model it is not lowered by itself")
                 raise
-            if len(prompts) == 1:
+            if len(batch.prompts) == 1:
                 raise MemoryError(
-                    f"sampling: a single sequence of up to {len(prompts[0]) + parameters.max_completion_length} tokens "
+                    f"sampling: a single sequence of up to {len(batch.prompts[0]) + batch.limits[0]} tokens "
                     "does not fit the device's memory; lower max_completion_length, or sample on a larger device"
                 ) from error
-        # outside the handler, which holds on to the failed batch
+            found, agrees = None, True
+        except FAULTS as error:
+            found, agrees = None, False
+            fault = f"it fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if not self._all_agree(agrees):
+            self._rule_out(fault)
+            return None
+        if found is None:  # outside the handler, which holds on to the failed batch
+            self._halve(len(batch.prompts))
+        return found
+
+    def _halve(self, size: int) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._batch_size = len(prompts) // 2
+        self._batch_size = size // 2
         line = "sampling ran out of memory: the batch size was lowered to"
         self._messages = [m for m in self._messages if not m.startswith(line)] + [f"{line} {self._batch_size}"]
+
+    def _difference(self, completions: list[Completion], temperature: float) -> str | None:
+        """How the completions' log-probabilities differ from plain calls', if beyond rounding.
+
+        While no way is settled on, all are compared; then two of a batch that has longer sequences, or more padding,
+        than those compared before: its longest sequence, and the longest response to its shortest prompt.
+        """
+        compared, reached = completions, (0, 0)
+        if self._verified is not None:
+            sizes = [(len(c.prompt_token_ids), len(c.token_ids)) for c in completions]
+            longest = max(range(len(sizes)), key=lambda i: sum(sizes[i]))
+            padded = min(range(len(sizes)), key=lambda i: (sizes[i][0], -sizes[i][1]))
+            reached = sum(sizes[longest]), max(sizes)[0] - sizes[padded][0]
+            if all(new <= old for new, old in zip(reached, self._verified, strict=True)):
+                return None
+            compared = [completions[i] for i in {longest, padded}]
+        for completion in compared:
+            gap, allowed = self._gap(completion, temperature)
+            if not gap <= allowed:
+                return f"{_DIFFER} by {gap:.2g} nats per token"
+        if self._verified is not None:
+            self._verified = max(reached[0], self._verified[0]), max(reached[1], self._verified[1])
         return None
 
-    def _sample(
-        self, prompts: list[tuple[int, ...]], parameters: SamplingParameters, seeds: list[int]
-    ) -> list[Completion]:
-        longest, device = parameters.max_completion_length, self._model.device
-        uniforms = torch.from_numpy(np.stack([_uniforms(seed, longest) for seed in seeds])).to(device)
-        end_tokens = torch.tensor(self._end_tokens, device=device)
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+    def _gap(self, completion: Completion, temperature: float) -> tuple[float, float]:
+        """How far log-probabilities are from a plain call's, at temperature 1, and how far rounding may bring them.
+
+        On the CPU the model's own rounding is the measure: what a plain call makes of the same tokens when the last one
+        is left out, in sums of another shape. Elsewhere convolutions round to TF32. In half precision a token may go to
+        other experts by rounding, so one token says little and the median counts.
+        """
+        prompt, response = completion.prompt_token_ids, completion.token_ids
+        plain, dtype = plain_logprobs(self._call, prompt, response, temperature, _COMPARED)
+        drawn = torch.tensor(completion.logprobs, dtype=torch.float64, device=plain.device)[-len(plain) :]
+        half = dtype in HALF or self._call.half
+        gap = temperature * float((plain.double() - drawn).abs().quantile(0.5 if half else 0.9))
+        if half or plain.device.type != "cpu":
+            return gap, 0.05 if half else 5e-3
+        if len(plain) == 1:
+            return gap, 1e-3
+        shorter, _ = plain_logprobs(self._call, prompt, response[:-1], temperature, len(plain) - 1)
+        rounding = temperature * float((plain[:-1] - shorter).abs().max())
+        return gap, min(1e-3, max(2e-5, 20 * rounding))
+
+    def _all_agree(self, here: bool) -> bool:
+        """Rank 0's verdict, for a sharded model whose ranks must go the same way."""
+        if self._agreed is None:
+            return here
+        return bool(self._agreed(torch.tensor([int(here)], device=self._model.device)))
+
+    def _rule_out(self, fault: str) -> None:
+        """Go on to the next way of decoding, and say why if it is a slower one; raise if there is none."""
+        if len(self._ways) == 1:
+            raise ValueError(
+                f"model: expected a {type(self._model).__name__} whose log-probabilities depend on the tokens before "
+                f"alone, got one that cannot be sampled: even without a cache, {fault}; give rollouts instead"
+            )
+        failed = self._ways.pop(0)
+        self._faults.append(f"{failed}, {fault}")
+        if str(failed) != str(self._ways[0]):
+            # that a method is missing is not the reason if another one is there
+            reason = next((f for f in reversed(self._faults) if _DIFFER in f), self._faults[-1])
+            self._messages = [m for m in self._messages if not m.startswith("sampling goes on")]
+            self._messages.append(f"sampling goes on {self._ways[0]}: {reason}")
+
+    def _sample(self, batch: _Request) -> list[Completion]:
+        longest, device = max(batch.limits), self._model.device
+        uniforms = torch.from_numpy(np.stack([_uniforms(seed, longest) for seed in batch.seeds])).to(device)
+        ends = torch.tensor(batch.end_tokens, dtype=torch.long, device=device)
+        limits = torch.tensor(batch.limits, device=device)
+        tokens = torch.zeros(len(batch.prompts), longest, dtype=torch.long, device=device)
         logprobs = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
-        lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        ended = torch.zeros_like(lengths, dtype=torch.bool)
-        state = self._prefill(prompts)
-        live = torch.arange(len(prompts), device=device)
+        lengths = torch.zeros(len(batch.prompts), dtype=torch.long, device=device)
+        complete = torch.zeros_like(lengths, dtype=torch.bool)
+        state = Decoding(self._call, batch.prompts, self._ways[0])
+        live = torch.arange(len(batch.prompts), device=device)
         for t in range(longest):
-            drawn, s = draw_tokens(state.logits, uniforms[live, t], parameters.temperature)
+            drawn, s = draw_tokens(state.logits, uniforms[live, t], batch.temperature)
             if self._agreed is not None:
                 drawn = self._agreed(drawn)
-            going = ~ended[live]
+            going = ~complete[live] & (lengths[live] < limits[live])
             rows = live[going]
             tokens[rows, t], logprobs[rows, t], lengths[rows] = drawn[going], s[going].double(), t + 1
-            ended[rows] = torch.isin(drawn[going], end_tokens)
-            open_ = ~ended[live]
+            complete[rows] = torch.isin(drawn[going], ends)
+            open_ = ~complete[live] & (lengths[live] < limits[live])
             count = int(open_.sum())
-            if count == 0 or t + 1 == longest:
+            if count == 0:
                 break
             if 2 * count <= len(live):
                 keep = open_.nonzero()[:, 0]
                 live, drawn = live[keep], drawn[keep]
                 state.select(keep)
-            self._advance(state, drawn)
-        columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist())
+            state.advance(drawn)
+        columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), complete.tolist())
         return [
-            Completion(prompt, tuple(ids[:n]), not complete, tuple(s[:n]))
-            for prompt, ids, s, n, complete in zip(prompts, *columns, strict=True)
+            Completion(prompt, tuple(ids[:n]), not done, tuple(s[:n]))
+            for prompt, ids, s, n, done in zip(batch.prompts, *columns, strict=True)
         ]
 
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> _Decoding:
-        """The cache and next-token logits after each prompt; equal prompts are computed once."""
-        from transformers import DynamicCache
 
-        device = self._model.device
-        distinct = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        length = max(map(len, distinct))
-        input_ids = torch.tensor([[0] * (length - len(p)) + list(p) for p in distinct], device=device)
-        lengths = torch.tensor([len(p) for p in distinct], device=device)
-        mask = (torch.arange(length, device=device) >= length - lengths[:, None]).long()
-        state = _Decoding(torch.empty(0), mask, DynamicCache(config=self._model.config.get_text_config()))
-        self._forward(state, input_ids, (mask.cumsum(1) - 1).clamp(min=0))
-        if len(distinct) < len(prompts):
-            state.select(torch.tensor([distinct[p] for p in prompts], device=device))
-        return state
+@dataclass(frozen=True)
+class _Request:
+    """Sequences to sample: prompts, seeds, the largest length of each response, temperature and tokens that end one."""
 
-    def _advance(self, state: _Decoding, tokens: Int[Tensor, " n"]) -> None:
-        """Append a token to every sequence."""
-        state.attention_mask = torch.nn.functional.pad(state.attention_mask, (0, 1), value=1)
-        self._forward(state, tokens[:, None], state.attention_mask.sum(1, keepdim=True) - 1)
+    prompts: list[tuple[int, ...]]
+    seeds: list[int]
+    limits: list[int]
+    temperature: float
+    end_tokens: list[int]
 
-    def _forward(self, state: _Decoding, input_ids: Tensor, position_ids: Tensor) -> None:
-        positions = {"position_ids": position_ids} if self._takes_positions else {}
-        output = self._model(
-            input_ids=input_ids,
-            attention_mask=state.attention_mask,
-            use_cache=True,
-            **{self._cache_name: state.cache},
-            **positions,
-            **self._last_logits,
+    def of(self, rows: list[int]) -> _Request:
+        """Some of the sequences."""
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in rows],
+            seeds=[self.seeds[i] for i in rows],
+            limits=[self.limits[i] for i in rows],
         )
-        state.logits = output.logits[:, -1]
-
-
-@dataclass
-class _Decoding:
-    """A batch on its way: next-token logits ``[n, V]``, mask of the tokens so far ``[n, l]`` and the cache."""
-
-    logits: Tensor
-    attention_mask: Tensor
-    cache: Any
-
-    def select(self, rows: Int[Tensor, " m"]) -> None:
-        """Keep, drop or repeat sequences."""
-        self.logits, self.attention_mask = self.logits[rows], self.attention_mask[rows]
-        self.cache.batch_select_indices(rows)
 
 
 def draw_tokens(

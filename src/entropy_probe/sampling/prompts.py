@@ -1,25 +1,39 @@
-"""Prompts from a JSONL file, from a Hugging Face dataset, or from a Python function."""
+"""Prompts: what a record of a source asks the policy, and everything else that the record holds."""
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["Message", "Prompt", "PromptSource", "import_function", "load_prompts"]
+from entropy_probe.sampling.records import (
+    callable_records,
+    dataset_records,
+    field_of,
+    jsonl_records,
+    parquet_records,
+)
+
+__all__ = ["Message", "Prompt", "PromptSource", "load_prompts"]
 
 
-class Message(TypedDict):
-    """One turn of a chat."""
+class Message(TypedDict, total=False):
+    """One turn of a chat, with ``role`` and further fields as the tokenizer's chat template reads them.
+
+    ``content`` is text, a list of text parts ``{"type": "text", "text": ...}``, or None beside ``tool_calls``.
+    """
 
     role: str
-    content: str
+    content: Any
+    tool_calls: Any
+    name: str
+    tool_call_id: str
 
 
 @dataclass(frozen=True)
@@ -28,14 +42,24 @@ class Prompt:
 
     Attributes:
         id: distinguishes the prompts of one source; :func:`load_prompts` counts from 0.
-        prompt: text, tokenized as it stands (with the tokenizer's default special tokens), or the messages of
-            a chat, to which the tokenizer's chat template and generation prompt are applied.
-        answer: the reference answer in the reward's own format; None if there is none.
+        prompt: text, tokenized as it stands, or the messages of a chat, to which the tokenizer's chat template and
+            generation prompt are applied.
+        answer: the reference answer: text (also for a number in the record), or whatever else the record has; None if
+            there is none.
+        columns: all fields of the record as they stand, for reward functions.
+        tools: tools that the chat template is given, as JSON schemas.
+        chat_template_kwargs: further arguments of the chat template.
+        add_special_tokens: whether the tokenizer adds its special tokens to text. None: as by default, except that
+            text that begins with the BOS token gets no second one.
     """
 
     id: int
     prompt: str | tuple[Message, ...]
-    answer: str | None = None
+    answer: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    tools: tuple[Any, ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -53,28 +77,49 @@ _KNOWN_DATASETS = {
     "math": _MATH,
     "MATH": _MATH,
 }
+_SOURCES = ("jsonl", "parquet", "dataset", "callable")
+_GROUND_TRUTH = "reward_model.ground_truth"
+
+# Columns that change the prompt of some trainer. Those that cannot be used, or only when told so, are refused.
+_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "multi_modal_data")
+_SYSTEM = ("system", "system_prompt", "system_message")
+# Arguments of a chat template that are not the user's to choose here.
+_OWN_ARGUMENTS = frozenset(
+    {"conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
+    | {"return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs", "return_assistant_tokens_mask"}
+)
 
 
 class PromptSource(BaseModel):
-    """Where prompts come from: exactly one of ``jsonl``, ``dataset`` and ``callable``.
+    """Where prompts come from: exactly one of ``jsonl``, ``parquet``, ``dataset`` and ``callable``.
 
     Attributes:
-        jsonl: a file with one JSON object per line.
+        jsonl: a file with one JSON object per line, or with one JSON array of objects.
+        parquet: a Parquet file with one prompt per row.
         dataset: ``gsm8k`` or ``MATH``, the name of another Hugging Face dataset, or a local dataset
             directory.
         callable: ``package.module:function``; called without arguments, gives an iterable of mappings.
         prompt_field: the field with the text or the list of messages; ``prompt`` by default, known for gsm8k
-            and MATH, required for other datasets.
-        answer_field: the field with the reference answer. When not given: known for gsm8k and MATH, else the
-            field ``answer`` of the records that have one.
+            and MATH, required for other datasets. A dotted name leads into fields of fields.
+        answer_field: the field with the reference answer, dotted likewise. When not given: known for gsm8k and MATH,
+            else ``reward_model.ground_truth`` (verl's layout) or ``answer`` of the records that have one.
         config: the configuration (subset) of a dataset that has several.
         split: the split of a dataset; known for gsm8k and MATH (``train``), required for others.
         limit: read only this many prompts, the first ones.
+        chat: put prompts of text as the user's turn of a chat.
+        system: a system message before every prompt; implies ``chat``.
+        system_field: the field with the system message of each prompt; implies ``chat``.
+        tools: tools for the chat template, as JSON schemas; a record's own ``tools`` take their place.
+        chat_template_kwargs: further arguments of the chat template, such as ``enable_thinking``; a record's own
+            ``chat_template_kwargs`` are added, and win.
+        add_special_tokens: whether the tokenizer adds its special tokens to prompts of text; see :class:`Prompt`.
+        ignore: fields of the records that look as if they changed the prompt, and did not in training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     jsonl: Path | None = None
+    parquet: Path | None = None
     dataset: str | None = None
     callable: str | None = None
     prompt_field: str | None = None
@@ -82,12 +127,19 @@ class PromptSource(BaseModel):
     config: str | None = None
     split: str | None = None
     limit: int | None = Field(None, gt=0)
+    chat: bool = False
+    system: str | None = Field(None, min_length=1)
+    system_field: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    chat_template_kwargs: dict[str, Any] = {}
+    add_special_tokens: bool | None = None
+    ignore: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> PromptSource:
-        given = [name for name in ("jsonl", "dataset", "callable") if getattr(self, name) is not None]
+        given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"expected exactly one of jsonl, dataset, callable, got {' and '.join(given) or 'none'}")
+            raise ValueError(f"expected exactly one of {', '.join(_SOURCES)}, got {' and '.join(given) or 'none'}")
         if self.dataset is None and (self.config or self.split):
             raise ValueError(f"config and split: expected only with dataset, got them with {given[0]}")
         if self.dataset is not None and self.dataset not in _KNOWN_DATASETS:
@@ -97,7 +149,15 @@ class PromptSource(BaseModel):
                     f"dataset {self.dataset!r}: expected {' and '.join(missing)}, which are known only for "
                     f"{', '.join(_KNOWN_DATASETS)}; set them"
                 )
+        if self.system is not None and self.system_field is not None:
+            raise ValueError("expected one of system and system_field, got both; leave one out")
+        _check_arguments(self.chat_template_kwargs, "chat_template_kwargs")
         return self
+
+    @property
+    def file(self) -> tuple[str, Path] | None:
+        """The setting that names a file, and the file."""
+        return next(((name, path) for name in ("jsonl", "parquet") if (path := getattr(self, name)) is not None), None)
 
 
 def load_prompts(source: PromptSource) -> list[Prompt]:
@@ -106,115 +166,179 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
     Raises:
         ValueError: if the source is missing, empty, or a record has no usable prompt; says which record.
     """
-    if source.jsonl is not None:
-        records, what = _jsonl_records(source.jsonl), str(source.jsonl)
-    elif source.dataset is not None:
-        records, what = _dataset_records(source), f"dataset {source.dataset}"
-    else:
-        records, what = _callable_records(str(source.callable)), f"callable {source.callable}"
     known = _KNOWN_DATASETS.get(source.dataset or "")
-    prompt_field = source.prompt_field or (known.prompt_field if known else "prompt")
-    answer_field = source.answer_field or (known.answer_field if known else None)
+    if source.jsonl is not None:
+        records, what = jsonl_records(source.jsonl), str(source.jsonl)
+    elif source.parquet is not None:
+        records, what = parquet_records(source.parquet), str(source.parquet)
+    elif source.dataset is not None:
+        what = f"dataset {source.dataset}"
+        config = source.config or (known.config if known else None)
+        split = source.split or (known.split if known else None)
+        records = dataset_records(source.dataset, known.hub_id if known else source.dataset, config, split)
+    else:
+        records, what = callable_records(str(source.callable)), f"callable {source.callable}"
+    fields = {
+        "prompt_field": source.prompt_field or (known.prompt_field if known else "prompt"),
+        "answer_field": source.answer_field or (known.answer_field if known else None),
+    }
+    source = source.model_copy(update=fields)
     prompts = [
-        _to_prompt(number, record, where, prompt_field, answer_field)
+        _to_prompt(number, record, where, source)
         for number, (where, record) in enumerate(islice(records, source.limit))
     ]
     if not prompts:
         raise ValueError(f"{what}: expected at least one prompt, got none; check the source")
+    unknown = [name for name in source.ignore if not any(name in prompt.columns for prompt in prompts)]
+    if unknown:
+        raise ValueError(f"prompts.ignore: expected fields of the records, got {', '.join(unknown)}; leave them out")
     return prompts
 
 
-def import_function(path: str, what: str) -> Callable[..., Any]:
-    """The function named by ``package.module:function``.
-
-    Args:
-        path: where the function is.
-        what: which setting names it, for error messages.
-
-    Raises:
-        ValueError: if the path is malformed, or the module or the function does not exist.
-    """
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ValueError(f"{what}: expected package.module:function, got {path!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{what}: cannot import {path!r} ({error}); install it or set PYTHONPATH") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{what}: expected a function {name!r} in module {module_name}, got {function!r}")
-    return function
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a JSONL file of prompts, found no such file; check the path")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield where, json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where}: expected one JSON object per line, got invalid JSON ({error})") from error
-
-
-def _dataset_records(source: PromptSource) -> Iterator[tuple[str, Any]]:
-    try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"dataset {source.dataset}: expected the datasets library; pip install 'entropy-probe[datasets]'"
-        ) from error
-
-    name = str(source.dataset)
-    known = _KNOWN_DATASETS.get(name)
-    hub_id = known.hub_id if known else name
-    config = source.config or (known.config if known else None)
-    split = source.split or (known.split if known else None)
-    try:
-        dataset: Iterable[Any] = load_dataset(hub_id, config, split=split, trust_remote_code=False)
-    except (DatasetsError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"dataset {name}: cannot load {hub_id} (config {config}, split {split}): {reason}") from error
-    for number, record in enumerate(dataset):
-        yield f"dataset {name}, record {number}", record
-
-
-def _callable_records(path: str) -> Iterator[tuple[str, Any]]:
-    records = import_function(path, "prompts.callable")()
-    if not isinstance(records, Iterable) or isinstance(records, str | Mapping):
-        raise ValueError(f"callable {path}: expected an iterable of mappings, got {type(records).__name__}")
-    for number, record in enumerate(records):
-        yield f"callable {path}, record {number}", record
-
-
-def _to_prompt(number: int, record: Any, where: str, prompt_field: str, answer_field: str | None) -> Prompt:
+def _to_prompt(number: int, record: Any, where: str, source: PromptSource) -> Prompt:
+    prompt_field = str(source.prompt_field)
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: expected an object with field {prompt_field!r}, got {type(record).__name__}")
-    for field in (prompt_field, answer_field):
-        if field is not None and record.get(field) is None:
+    for name in (prompt_field, source.answer_field):
+        if name is not None and field_of(record, name) is None:
             got = ", ".join(map(str, record)) or "none"
-            raise ValueError(f"{where}: expected field {field!r}, got fields {got}; set prompt_field or answer_field")
-    answer = record.get(answer_field or "answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    if not isinstance(answer, str | None):
-        raise ValueError(f"{where}: expected the answer as text or a number, got {type(answer).__name__}")
-    return Prompt(number, _text_or_messages(record[prompt_field], where), answer)
+            raise ValueError(f"{where}: expected field {name!r}, got fields {got}; set prompt_field or answer_field")
+    of_files = source.parquet is not None or source.dataset is not None
+    read = {name: value for name, value in record.items() if name not in source.ignore and not _is_empty(value)}
+    _refuse_unread(read, where, source)
+    text = _text_or_messages(field_of(record, prompt_field), where, fill=of_files)
+    tools, arguments = _template_settings(read, where, source, fill=of_files)
+    prompt = _as_chat(text, read, where, source)
+    if isinstance(prompt, str) and (tools or arguments):
+        raise ValueError(
+            f"{where}: expected messages, which tools and chat_template_kwargs are for, got text; set prompts.chat: "
+            "true to put it as the user's turn, or prompts.ignore to the fields that training did not use"
+        )
+    columns = {str(name): value for name, value in record.items()}
+    return Prompt(number, prompt, _answer(record, source), columns, tools, arguments, source.add_special_tokens)
 
 
-def _text_or_messages(value: Any, where: str) -> str | tuple[Message, ...]:
+def _answer(record: Mapping[str, Any], source: PromptSource) -> Any:
+    names = (source.answer_field,) if source.answer_field else (_GROUND_TRUTH, "answer")
+    answer = next((value for name in names if (value := field_of(record, name)) is not None), None)
+    return str(answer) if isinstance(answer, Real) and not isinstance(answer, bool) else answer
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a column says nothing, as where another record of the file has a value."""
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and len(value) == 0)
+
+
+def _refuse_unread(read: Mapping[Any, Any], where: str, source: PromptSource) -> None:
+    for name in _NOT_TEXT:
+        if name in read and name != source.prompt_field:
+            raise ValueError(
+                f"{where}: expected a prompt of text alone, got a field {name!r}; if training did not show it to the "
+                f"policy, set prompts.ignore to [{name}], else give the batches as rollouts"
+            )
+    for name in _SYSTEM:
+        if name in read and name not in (source.prompt_field, source.system_field):
+            raise ValueError(
+                f"{where}: got a field {name!r}, which changes the prompt if training put it before the rest; set "
+                f"prompts.system_field to {name} if it did, prompts.ignore to [{name}] if not"
+            )
+
+
+def _as_chat(
+    prompt: str | tuple[Message, ...], read: Mapping[Any, Any], where: str, source: PromptSource
+) -> str | tuple[Message, ...]:
+    """The prompt with its system message, text as the user's turn where a chat is asked for."""
+    system = source.system
+    if source.system_field is not None:
+        system = field_of(read, source.system_field)
+        if not isinstance(system, str | None):
+            raise ValueError(
+                f"{where}: expected text in field {source.system_field!r}, got {type(system).__name__}; correct the "
+                "field or leave system_field out"
+            )
+    if isinstance(prompt, str):
+        if not (source.chat or source.system or source.system_field):
+            return prompt
+        prompt = (Message(role="user", content=prompt),)
+    if system is None:
+        return prompt
+    if any(message.get("role") == "system" for message in prompt):
+        raise ValueError(
+            f"{where}: expected a prompt without a system message, since prompts.system or prompts.system_field gives "
+            "one, got both; leave the setting out"
+        )
+    return (Message(role="system", content=system), *prompt)
+
+
+def _template_settings(
+    read: Mapping[Any, Any], where: str, source: PromptSource, *, fill: bool
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The tools and further arguments for the chat template: the record's, then the config's."""
+    remedy = "correct it, or set prompts.ignore if training did not use it"
+    tools = _decoded(read.get("tools", source.tools))
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
+        raise ValueError(f"{where}: expected tools as a list of JSON schemas, got {tools!r:.60}; {remedy}")
+    arguments = _decoded(read.get("chat_template_kwargs", {}))
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}: expected chat_template_kwargs as a mapping, got {arguments!r:.60}; {remedy}")
+    if fill:
+        tools, arguments = _without_nulls(tools), _without_nulls(arguments)
+    _check_arguments(arguments, f"{where}: chat_template_kwargs")
+    return tuple(tools), {**source.chat_template_kwargs, **arguments}
+
+
+def _decoded(value: Any) -> Any:
+    """A value that may stand as JSON text, as it does in files whose columns have one type."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value  # refused by the caller, who knows what was expected
+
+
+def _check_arguments(arguments: Mapping[str, Any], where: str) -> None:
+    own = sorted(_OWN_ARGUMENTS.intersection(arguments))
+    if own:
+        raise ValueError(f"{where}: expected arguments of the chat template, got {', '.join(own)}; leave them out")
+
+
+def _text_or_messages(value: Any, where: str, *, fill: bool) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         if not value:
-            raise ValueError(f"{where}: expected a prompt, got empty text")
+            raise ValueError(f"{where}: expected a prompt, got empty text; drop the record")
         return value
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{where}: expected text or a list of messages, got {type(value).__name__} {value!r}")
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"{where}: expected messages with text fields 'role' and 'content', got {message!r}")
-    return tuple(Message(role=message["role"], content=message["content"]) for message in value)
+        raise ValueError(
+            f"{where}: expected text or a list of messages, got {type(value).__name__} {value!r:.60}; set prompt_field"
+        )
+    return tuple(_message(message, where, fill=fill) for message in value)
+
+
+def _message(message: Any, where: str, *, fill: bool) -> Message:
+    """A message without the fields that are null, which are those of other messages where a column has one type."""
+    expected = "expected messages with text fields 'role' and 'content'"
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}: {expected}, got {message!r:.80}; convert them")
+    content, calls = message.get("content"), message.get("tool_calls")
+    parts = list(content) if isinstance(content, list | tuple) else []
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise ValueError(
+            f"{where}: expected content as text or a list of text parts, got {content!r:.80}; images and other media "
+            "cannot be shown to the policy here, give the batches as rollouts"
+        )
+    if not (isinstance(content, str) or parts or (content is None and calls)):
+        raise ValueError(f"{where}: {expected} (content may be null beside tool_calls), got {message!r:.80}")
+    kept: dict[str, Any] = {str(name): value for name, value in message.items() if value is not None}
+    if fill:
+        kept = _without_nulls(kept)
+    if parts:
+        kept["content"] = [{"type": "text", "text": part["text"]} for part in parts]
+    return cast(Message, kept)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested values without the nulls that Arrow fills in where mappings of one column have different keys."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value

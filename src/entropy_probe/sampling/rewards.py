@@ -1,27 +1,90 @@
-"""Rewards: functions from prompts and response texts to numbers."""
+"""Rewards: functions from prompts and responses to numbers; those that have a name here, and several together."""
 
 from __future__ import annotations
 
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from math import fsum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.sampling.prompts import Prompt, import_function
+from entropy_probe.sampling.foreign import import_function
+from entropy_probe.sampling.prompts import Prompt
+from entropy_probe.sampling.reward_calls import RewardFunction, Sample, columns_of
 
-__all__ = ["Reward", "exact_match", "gsm8k", "load_reward", "math", "score_responses"]
+__all__ = ["Reward", "Rewards", "exact_match", "gsm8k", "load_reward", "load_rewards", "math", "score_responses"]
 
-Reward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
-"""One finite number per response; prompt ``i`` is the one that response ``i`` answers."""
+Reward = Callable[..., Any]
+"""A number or None per response; :mod:`entropy_probe.sampling.reward_calls` says what it is called with."""
 
 # an optional sign (not the hyphen of 10-5) and $, and a number whose thousands may be set off by commas
 _NUMBER = re.compile(r"(?<![\d.])(?:(?<!\w)-)?(?:\$\s*-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _PARSE_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Reward functions, whose weighted sum is the reward of a response.
+
+    Attributes:
+        functions: the functions.
+        weights: one finite number for each.
+        trainer_state: what functions that ask for TRL's ``trainer_state`` are given; None if there is none.
+    """
+
+    functions: tuple[RewardFunction, ...]
+    weights: tuple[float, ...]
+    trainer_state: SimpleNamespace | None = None
+
+    @classmethod
+    def of(cls, reward: Reward | Rewards) -> Rewards:
+        """A single Python function as it is, with its own name."""
+        if isinstance(reward, Rewards):
+            return reward
+        return cls((RewardFunction.of(getattr(reward, "__name__", type(reward).__name__), reward),), (1.0,))
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Check, before anything is sampled, that the prompts have what the functions ask for.
+
+        Raises:
+            ValueError: if they do not; names what is missing and what is available.
+        """
+        for reward in self.functions:
+            reward.check(prompts, self.trainer_state)
+            if reward.function in _BUILT_IN.values():
+                for prompt in prompts:
+                    _answer(prompt)
+
+    def score(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
+        """``sum_k w_k r_k`` over the functions that apply to a response, summed in float64 (TRL's rule).
+
+        Args:
+            samples: the responses to score.
+            prompts: all prompts of the source: a field of one is a column of all.
+
+        Raises:
+            ValueError: if a function fails, or none applies to a response.
+        """
+        columns = columns_of(prompts)
+        each = [reward.score(samples, columns, self.trainer_state) for reward in self.functions]
+        totals = []
+        for sample, rewards in zip(samples, zip(*each, strict=True), strict=True):
+            terms = [w * r for w, r in zip(self.weights, rewards, strict=True) if r is not None]
+            if not terms:
+                names = " and ".join(reward.name for reward in self.functions)
+                raise ValueError(
+                    f"reward {names}: expected a number for every response, got None for {sample.text!r:.60} to prompt "
+                    f"{sample.prompt.id}; return a number, add a reward that applies, or drop such prompts"
+                )
+            totals.append(fsum(terms))
+        return torch.tensor(totals, dtype=torch.float32)
 
 
 def load_reward(name: str) -> Reward:
@@ -35,30 +98,57 @@ def load_reward(name: str) -> Reward:
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     if ":" not in name:
-        raise ValueError(f"reward: expected {', '.join(_BUILT_IN)} or package.module:function, got {name!r}")
+        raise ValueError(
+            f"reward: expected {', '.join(_BUILT_IN)} or package.module:function, got {name!r}; correct it"
+        )
     return import_function(name, "reward")
 
 
-def score_responses(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str]) -> Float[Tensor, " N"]:
-    """Call a reward and check what it returns.
+def load_rewards(
+    names: str | Sequence[str],
+    weights: Sequence[float] | None = None,
+    trainer_state: SimpleNamespace | None = None,
+) -> Rewards:
+    """The rewards of these names; see :func:`load_reward`.
+
+    Args:
+        names: one or several.
+        weights: one for each, 1 by default.
+        trainer_state: see :class:`Rewards`.
+
+    Raises:
+        ValueError: if one of them cannot be used.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    functions = tuple(RewardFunction.of(name, load_reward(name)) for name in names)
+    weights = (1.0,) * len(names) if weights is None else tuple(weights)
+    if len(weights) != len(names) or not names:
+        raise ValueError(
+            f"reward_weights: expected one for each of {len(names)} rewards, got {len(weights)}; correct it"
+        )
+    return Rewards(functions, weights, trainer_state)
+
+
+def score_responses(
+    reward: Reward | Rewards,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    token_ids: Sequence[Sequence[int]] | None = None,
+) -> Float[Tensor, " N"]:
+    """Call a reward, or several, and check what is returned.
+
+    Args:
+        reward: what scores.
+        prompts: prompt ``i`` is the one that response ``i`` answers.
+        responses: without special tokens.
+        token_ids: of the responses, for functions that ask for ``completion_ids``; empty by default.
 
     Raises:
         ValueError: if there is not exactly one finite number per response.
     """
-    output = reward(prompts, responses)
-    try:
-        scores = torch.as_tensor(output, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"reward: expected numbers, one per response, got {output!r:.80}") from error
-    if tuple(scores.shape) != (len(responses),):
-        raise ValueError(f"reward: expected {len(responses)} numbers, one per response, got shape {list(scores.shape)}")
-    bad = (~torch.isfinite(scores)).nonzero()[:, 0].tolist()
-    if bad:
-        raise ValueError(
-            f"reward: expected finite numbers, got {float(scores[bad[0]])} for a response to prompt "
-            f"{prompts[bad[0]].id} ({len(bad)} of {len(scores)} are not finite)"
-        )
-    return scores
+    ids = token_ids or [()] * len(responses)
+    samples = [Sample(*each) for each in zip(prompts, responses, ids, strict=True)]
+    return Rewards.of(reward).score(samples, prompts)
 
 
 def exact_match(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -117,6 +207,11 @@ _BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "gsm8k": gsm8k, "mat
 def _answer(prompt: Prompt) -> str:
     if prompt.answer is None:
         raise ValueError(f"reward: expected a reference answer for prompt {prompt.id}, got none; set answer_field")
+    if not isinstance(prompt.answer, str):
+        raise ValueError(
+            f"reward: expected the answer of prompt {prompt.id} as text or a number, got "
+            f"{type(prompt.answer).__name__} {prompt.answer!r:.60}; set answer_field, or write a reward function"
+        )
     return prompt.answer
 
 

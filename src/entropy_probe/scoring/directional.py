@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch import Tensor
+from torch.func import jvp
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from entropy_probe.isolation import substituted
 from entropy_probe.named import NamedVector
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.packing import Microbatch
@@ -52,33 +53,21 @@ def _layer_norm(
     return scaled if bias is None else scaled + bias
 
 
-class _Scores(nn.Module):
-    """The policy as a function from a microbatch to scores, so that its parameters can be given as arguments."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        super().__init__()
-        self.model = scorer.model
-        self.scorer = scorer
-
-    def forward(self, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        return self.scorer.token_scores(batch)
-
-
 class _Line:
     """The scores of one microbatch along ``theta + eta v``."""
 
     def __init__(
         self, scorer: Scorer, batch: Microbatch, parameters: Mapping[str, Parameter], direction: NamedVector
     ) -> None:
-        self.module, self.batch, self.direction = _Scores(scorer), batch, direction
-        self.origin = {name: p.detach() for name, p in parameters.items()}
+        self.scorer, self.batch, self.parameters, self.direction = scorer, batch, parameters, direction
         self.one = torch.ones((), dtype=torch.float64, device=scorer.device)
 
     def _at(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         moved = {
-            f"model.{name}": p + eta.to(p.dtype) * self.direction[name].to(p.dtype) for name, p in self.origin.items()
+            name: p.detach() + eta.to(p.dtype) * self.direction[name].to(p.dtype) for name, p in self.parameters.items()
         }
-        return functional_call(self.module, moved, (self.batch,))
+        with substituted(self.scorer.model, self.parameters, moved):
+            return self.scorer.token_scores(self.batch)
 
     def _slope_at(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(self._at, (eta,), (self.one,))[1]

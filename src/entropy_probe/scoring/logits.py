@@ -6,21 +6,43 @@ is part of the policy. A masked vocabulary entry (logit ``-inf``) has probabilit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-__all__ = ["OutputHead", "head_scores", "head_slopes", "head_surrogate", "logit_scores"]
+__all__ = [
+    "FlatScores", "OutputHead", "head_scores", "head_slopes", "head_surrogate", "logit_scores", "plain_scores",
+]  # fmt: skip
 
 # Below the largest logit by this much the probability is exactly 0 in float64, and 0 * floor is 0 where 0 * inf is not.
 _FLOOR = -1e4
 _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_OFF_CPU = 2**22, 2**26
 """A chunk of logits that stays in a processor's cache; and one with enough tokens to keep an accelerator busy."""
+
+
+class FlatScores(NamedTuple):
+    """What the policy makes of tokens, ``[T]`` each, without a graph.
+
+    Attributes:
+        logprobs: ``s``, nats.
+        entropies: ``h``, nats.
+        variances: of the surprisal ``-log p`` of a token drawn at the same place, ``sum_v p_v (log p_v)^2 - h^2``, nats
+            squared.
+    """
+
+    logprobs: Float[Tensor, " T"]
+    entropies: Float[Tensor, " T"]
+    variances: Float[Tensor, " T"]
+
+    @classmethod
+    def joined(cls, chunks: Iterable[FlatScores]) -> FlatScores:
+        """Those of consecutive tokens."""
+        return cls(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +61,18 @@ class OutputHead:
 
     def chunk_tokens(self) -> int:
         """Tokens per chunk: logits of around 16 MiB in float32, 256 MiB off the CPU (at least 64 tokens)."""
-        elements = _CHUNK_ELEMENTS if self.weight.device.type == "cpu" else _CHUNK_ELEMENTS_OFF_CPU
-        return max(64, elements // self.weight.shape[0])
+        return _chunk_tokens(self.weight)
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         """Tempered logits in at least float32, as a new tensor."""
         z = torch.nn.functional.linear(hidden, self.weight, self.bias)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return z if self.temperature == 1.0 else z.div_(self.temperature)
+
+
+def _chunk_tokens(by_vocabulary: Tensor) -> int:
+    elements = _CHUNK_ELEMENTS if by_vocabulary.device.type == "cpu" else _CHUNK_ELEMENTS_OFF_CPU
+    return max(64, elements // by_vocabulary.shape[0])
 
 
 def logit_scores(
@@ -71,12 +97,23 @@ class _Chunk:
     logprobs: Tensor
     entropies: Tensor
 
+    def scores(self) -> FlatScores:
+        """With the variance, which takes one more sweep over the vocabulary."""
+        # log p = z - log total: the constant changes no variance
+        mean = self.total.log() - self.entropies
+        second = torch.linalg.vecdot(self.e * self.z, self.z) / self.total
+        return FlatScores(self.logprobs, self.entropies, (second - mean.square()).clamp_(min=0))
+
 
 def _chunks(head: OutputHead, hidden: Tensor, targets: Tensor) -> Iterator[_Chunk]:
-    size = head.chunk_tokens()
-    for start in range(0, hidden.shape[0], size):
-        rows = slice(start, min(start + size, hidden.shape[0]))
-        z = head.logits(hidden[rows])
+    return _softmax(head.logits, head.chunk_tokens(), hidden, targets)
+
+
+def _softmax(logits: Callable[[Tensor], Tensor], size: int, inputs: Tensor, targets: Tensor) -> Iterator[_Chunk]:
+    """Chunks of ``size`` tokens; ``logits`` makes tempered ones, as a new tensor, of a piece of the inputs."""
+    for start in range(0, max(1, inputs.shape[0]), size):
+        rows = slice(start, min(start + size, inputs.shape[0]))
+        z = logits(inputs[rows])
         z.sub_(z.max(-1, keepdim=True).values)
         target_logits = z.gather(-1, targets[rows, None])[:, 0]
         e = z.clamp_(min=_FLOOR).exp()
@@ -88,13 +125,19 @@ def _chunks(head: OutputHead, hidden: Tensor, targets: Tensor) -> Iterator[_Chun
 
 
 @torch.no_grad()
-def head_scores(
-    head: OutputHead, hidden: Float[Tensor, "T D"], targets: Int[Tensor, " T"]
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """Log-probabilities of the targets and entropies, in nats, without a graph."""
-    chunks = [(c.logprobs, c.entropies) for c in _chunks(head, hidden, targets)]
-    logprobs, entropies = zip(*chunks, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+def head_scores(head: OutputHead, hidden: Float[Tensor, "T D"], targets: Int[Tensor, " T"]) -> FlatScores:
+    """Scores of the targets from hidden states."""
+    return FlatScores.joined(chunk.scores() for chunk in _chunks(head, hidden, targets))
+
+
+@torch.no_grad()
+def plain_scores(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], temperature: float) -> FlatScores:
+    """Scores of the targets from whole logits."""
+
+    def tempered(piece: Tensor) -> Tensor:
+        return piece.to(torch.promote_types(piece.dtype, torch.float32), copy=True).div_(temperature)
+
+    return FlatScores.joined(c.scores() for c in _softmax(tempered, _chunk_tokens(logits.T), logits, targets))
 
 
 @torch.no_grad()
@@ -139,6 +182,7 @@ class _HeadSurrogate(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, a: Tensor, c: Tensor | None,
         temperature: float, consume: Callable[[slice, Tensor, Tensor], None] | None,
+        scores: Callable[[FlatScores], None] | None,
     ) -> Tensor:  # fmt: skip
         head = OutputHead(weight, bias, temperature)
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
@@ -148,6 +192,8 @@ class _HeadSurrogate(torch.autograd.Function):
         value = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for chunk in _chunks(head, hidden, targets):
             rows, d_z = chunk.rows, chunk.z
+            if scores is not None:  # before the chunk's memory is used for its derivatives
+                scores(chunk.scores())
             a_rows = a[rows].to(d_z.dtype)
             value += torch.dot(a[rows].double(), chunk.logprobs.double())
             if c is None:
@@ -174,7 +220,7 @@ class _HeadSurrogate(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         factor = grad_outputs[0]
         scaled = [None if g is None else g * factor.to(g.dtype) for g in ctx.gradients]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def head_surrogate(
@@ -184,6 +230,7 @@ def head_surrogate(
     logprob_coefficients: Float[Tensor, " T"],
     entropy_coefficients: Float[Tensor, " T"] | None,
     consume: Callable[[slice, Tensor, Tensor], None] | None = None,
+    scores: Callable[[FlatScores], None] | None = None,
 ) -> Float[Tensor, ""]:
     """The scalar ``sum_t a_t s_t + c_t h_t``, differentiable once in ``hidden`` and the head's parameters.
 
@@ -195,6 +242,7 @@ def head_surrogate(
         entropy_coefficients: ``c``, constants; ``None`` for none, which skips the entropies' share of the work.
         consume: called for each chunk of tokens with the scalar's derivatives in ``hidden W^T + bias``, ``[t, V]``,
             and the hidden states, ``[t, D]``; the head's parameters then count as constants.
+        scores: called for each chunk of tokens, in order, with their scores.
 
     Returns:
         A float64 scalar.
@@ -203,5 +251,5 @@ def head_surrogate(
     if consume is not None:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     return _HeadSurrogate.apply(
-        hidden, weight, bias, targets, logprob_coefficients, entropy_coefficients, head.temperature, consume
+        hidden, weight, bias, targets, logprob_coefficients, entropy_coefficients, head.temperature, consume, scores
     )  # pyright: ignore[reportReturnType]

@@ -22,9 +22,10 @@ __all__ = [
     "pack",
     "pack_shared",
     "padded",
+    "row_tokens",
+    "shared_groups",
     "shared_prompts",
     "shared_rows",
-    "two_of_one_prompt",
 ]
 
 
@@ -134,16 +135,17 @@ def shared_rows(rollouts: Rollouts, rows: Tensor) -> list[tuple[int, list[int]]]
     return [(len(key) - 1, members) for key, members in groups.items()]
 
 
-def two_of_one_prompt(rollouts: Rollouts) -> Tensor | None:
-    """Two short sequences of one prompt whose responses are long enough, 3 tokens, to disturb each other."""
-    lengths = rollouts.attention_mask.sum(1)
-    candidates = (rollouts.response_lengths >= 3).nonzero()[:, 0]
-    pairs = [members[:2] for _, members in shared_rows(rollouts, candidates) if len(members) > 1]
-    return torch.tensor(min(pairs, key=lambda pair: int(lengths[pair].sum()))) if pairs else None
+def row_tokens(rollouts: Rollouts, group: Tensor) -> int:
+    """Tokens of a row that sequences of one prompt share: the prompt once, and what of each response is a context."""
+    lengths = rollouts.attention_mask[group].sum(1)
+    prompt = int(rollouts.response_mask[group[0]].int().argmax() - rollouts.attention_mask[group[0]].int().argmax())
+    return int(lengths.sum()) - (len(group) - 1) * prompt - len(group)
 
 
-def shared_prompts(rollouts: Rollouts, rows: Tensor, width: int, max_tokens: int) -> list[Tensor] | None:
-    """Sequences grouped for shared rows, or ``None`` where sharing would save less than a tenth of the arithmetic.
+def shared_groups(
+    rollouts: Rollouts, rows: Tensor, width: int, max_tokens: int, context: int | None = None
+) -> tuple[list[Tensor], float]:
+    """Sequences grouped for shared rows, and what of the arithmetic is left.
 
     Linear layers cost per token what attention costs per ``6 * width`` tokens attended to, and attention in a shared
     row runs over all its tokens. With prompts of ``p`` and responses of ``r`` tokens a row of ``g`` responses costs
@@ -153,7 +155,8 @@ def shared_prompts(rollouts: Rollouts, rows: Tensor, width: int, max_tokens: int
         rollouts: the batch.
         rows: which sequences to group.
         width: the model's hidden size.
-        max_tokens: the most tokens in a row.
+        max_tokens: about the most tokens in a row.
+        context: the most tokens in a row by any means, as many as the model has positions for.
     """
     lengths = rollouts.attention_mask.sum(1)
     shared: list[Tensor] = []
@@ -162,25 +165,43 @@ def shared_prompts(rollouts: Rollouts, rows: Tensor, width: int, max_tokens: int
         response = max(1.0, float(lengths[members].double().mean()) - prompt)
         best = max(1, round(math.sqrt(6 * width * prompt + prompt**2) / response))
         size = max(1, min(best, int((max_tokens - prompt) / response)))
-        pieces = math.ceil(len(members) / size)
-        bounds = [len(members) * k // pieces for k in range(pieces + 1)]
-        shared += [torch.tensor(members[a:b]) for a, b in pairwise(bounds)]
+        pieces = _pieces(members, math.ceil(len(members) / size))
+        while context and len(pieces) < len(members) and max(row_tokens(rollouts, x) for x in pieces) > context:
+            pieces = _pieces(members, len(pieces) + 1)
+        shared += pieces
         alone += len(members) * _cost(width, prompt + response)
-        together += sum(_cost(width, prompt + (b - a) * response) for a, b in pairwise(bounds))
-    return shared if together < 0.9 * alone else None
+        together += sum(_cost(width, prompt + len(piece) * response) for piece in pieces)
+    return shared, together / alone
+
+
+def _pieces(members: list[int], number: int) -> list[Tensor]:
+    bounds = [len(members) * k // number for k in range(number + 1)]
+    return [torch.tensor(members[a:b]) for a, b in pairwise(bounds)]
+
+
+def shared_prompts(
+    rollouts: Rollouts, rows: Tensor, width: int, max_tokens: int, context: int | None = None
+) -> list[Tensor] | None:
+    """:func:`shared_groups`, or ``None`` where sharing would save less than a tenth of the arithmetic."""
+    groups, left = shared_groups(rollouts, rows, width, max_tokens, context)
+    return groups if left < 0.9 else None
 
 
 def _cost(width: int, tokens: float) -> float:
     return 6 * width * tokens + tokens**2
 
 
-def pack_shared(rollouts: Rollouts, groups: list[Tensor], device: torch.device, dtype: torch.dtype) -> Microbatch:
+def pack_shared(
+    rollouts: Rollouts, groups: list[Tensor], device: torch.device, dtype: torch.dtype, context: int | None = None
+) -> Microbatch:
     """Pack groups of sequences with the same prompt, one group to a row.
 
-    The last token of a response predicts nothing and is left out.
+    The last token of a response predicts nothing and is left out. Rows are padded to a multiple of 16 tokens, and no
+    further than the model has positions, if it says how many.
     """
     built = [_shared_row(rollouts, group) for group in groups]
-    length = padded(max(len(row.ids) for row in built))
+    longest = max(len(row.ids) for row in built)
+    length = max(longest, min(padded(longest), context or padded(longest)))
     ids, positions, segments = (
         torch.stack([torch.nn.functional.pad(torch.tensor(x), (0, length - len(x)), value=fill) for x in columns])
         for columns, fill in (

@@ -14,10 +14,11 @@ def precisions(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
     """Names and floating-point types of all parameters, and of the arithmetic of layers with 4-bit weights.
 
     The codes of 4-bit weights are not numbers, whatever type they are stored in; what counts is the type the layer
-    computes in.
+    computes in. Registered parameters are looked at and no attributes: one that is computed, as spectral norm's is,
+    may change the model when it is read.
     """
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")
         if hasattr(weight, "quant_state") and isinstance(
             computes := getattr(module, "compute_dtype", None), torch.dtype
         ):

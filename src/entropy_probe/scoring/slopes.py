@@ -18,12 +18,12 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from entropy_probe.isolation import substituted
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.packing import Microbatch
@@ -55,25 +55,11 @@ class TokenSlopes:
     method: str
 
 
-class _Dual(nn.Module):
-    """The policy as a function of its parameters, from a microbatch to scores and slopes."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        super().__init__()
-        self.model = scorer.model
-        self.scorer = scorer
-
-    def forward(self, batch: Microbatch) -> Found:
-        return self.scorer.token_slopes(batch)
-
-
 def _forward(scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch) -> Found:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        moved = {
-            f"model.{name}": forward_ad.make_dual(p.detach(), direction[name].to(p.dtype))
-            for name, p in parameters.items()
-        }
-        return functional_call(_Dual(scorer), moved, (batch,))
+        moved = {name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype)) for name, p in parameters.items()}
+        with substituted(scorer.model, parameters, moved):
+            return scorer.token_slopes(batch)
 
 
 def _double_backward(

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from entropy_probe.isolation import substituted
 
 __all__ = ["Call", "Rule", "Sink", "UntappableError", "call_again", "detach", "linear", "rule_for", "tolerance"]
 
@@ -97,14 +98,11 @@ def norm(call: Call, gradient: Tensor, units: Tensor, sink: Sink) -> None:
     if "bias" in call.names:
         sink.add_units(call.names["bias"], units, gradient.reshape(rows).sum(1))
     if "weight" in call.names:
-        at = [
-            functional_call(
-                call.layer,
-                {kind: torch.full_like(p, value if kind == "weight" else 0.0) for kind, p in own.items()},
-                call.args,
-            )
-            for value in (1.0, 0.0)
-        ]
+        at = []
+        for value in (1.0, 0.0):
+            filled = {kind: torch.full_like(p, value if kind == "weight" else 0.0) for kind, p in own.items()}
+            with substituted(call.layer, own, filled):
+                at.append(call.layer(*call.args))
         sink.add_units(call.names["weight"], units, (gradient * (at[0] - at[1]).to(wide)).reshape(rows).sum(1))
 
 
@@ -114,8 +112,13 @@ def call_again(call: Call, gradient: Tensor, units: Tensor, sink: Sink) -> None:
     n = len(units)
     for unit in units.unique():
         rows = (units == unit).nonzero()[:, 0].to(gradient.device)
-        with torch.enable_grad():
-            output = call.layer(*_select(call.args, n, rows), **_select(call.kwargs, n, rows))
+        try:
+            with torch.enable_grad():
+                output = call.layer(*_select(call.args, n, rows), **_select(call.kwargs, n, rows))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, LookupError) as error:  # states of its last call are of other rows
+            raise UntappableError(call.layer, "cannot be called again on one of its sequences") from error
         assert call.output is not None
         first = call.output[rows]
         if output.shape != first.shape or bool(

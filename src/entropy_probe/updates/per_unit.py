@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from entropy_probe.named import NamedVector
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.packing import Microbatch
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.shards import local, reshard, sum_of_shards, take_part
 from entropy_probe.types import Rollouts, TokenCoefficients
 from entropy_probe.updates.layers import Sink
@@ -213,6 +214,7 @@ def unit_gradients(
     *,
     taps: Taps | None = None,
     progress: Progress | None = None,
+    sheet: ScoreSheet | None = None,
 ) -> list[UnitGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
@@ -225,6 +227,7 @@ def unit_gradients(
         taps: how to read per-sequence gradients off layers, from :func:`~entropy_probe.updates.taps.tappable`;
             without, what is wanted of single units takes a backward pass per unit.
         progress: called with sequences done and in all.
+        sheet: gets the scores of the batch, which the forward pass computes on its way.
 
     Returns:
         One outcome per side.
@@ -248,7 +251,7 @@ def unit_gradients(
             """What the microbatch adds, by unit; kept apart until it is complete."""
             present, row_units = units[batch.leaders].unique(return_inverse=True)
             parts = [side.part(present) for side in sums]
-            tapped_backward(scorer, taps, batch, coefficients, row_units, parts)
+            tapped_backward(scorer, taps, batch, coefficients, row_units, parts, sheet)
             return present, parts
 
         for batch, (present, parts) in scorer.each(rollouts, tapped, share=share):
@@ -259,13 +262,13 @@ def unit_gradients(
         for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
             index = torch.tensor([unit])
             for side, gradients in zip(
-                sums, unit_backward(scorer, parameters, rollouts, rows, coefficients), strict=True
+                sums, unit_backward(scorer, parameters, rollouts, rows, coefficients, sheet), strict=True
             ):
                 for name, gradient in gradients.items():
                     side.add_units(name, index, local(gradient)[None])
             report(rows)
     else:
-        work = partial(_backward, scorer, parameters, coefficients)
+        work = partial(_backward, scorer, parameters, coefficients, sheet)
         for batch, gradients_by_side in scorer.each(rollouts, work):
             for side, gradients in zip(sums, gradients_by_side, strict=True):
                 for name, gradient in gradients.items():
@@ -286,10 +289,11 @@ def unit_backward(
     rollouts: Rollouts,
     rows: Tensor,
     coefficients: Sequence[TokenCoefficients],
+    sheet: ScoreSheet | None = None,
 ) -> list[dict[str, Tensor]]:
     """Gradients of each surrogate over the given rows; parameters a surrogate does not reach are left out."""
     totals: list[dict[str, Tensor]] = [{} for _ in coefficients]
-    work = partial(_backward, scorer, parameters, coefficients)
+    work = partial(_backward, scorer, parameters, coefficients, sheet)
     for _, gradients_by_side in scorer.each(rollouts, work, rows):
         for total, gradients in zip(totals, gradients_by_side, strict=True):
             for name, gradient in gradients.items():
@@ -298,12 +302,16 @@ def unit_backward(
 
 
 def _backward(
-    scorer: Scorer, parameters: Mapping[str, Parameter], coefficients: Sequence[TokenCoefficients], batch: Microbatch
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    coefficients: Sequence[TokenCoefficients],
+    sheet: ScoreSheet | None,
+    batch: Microbatch,
 ) -> list[dict[str, Tensor]]:
     """One forward pass over a microbatch, then one backward pass per surrogate."""
     if scorer.sharded:
-        return [_backward_into_grad(scorer, parameters, each, batch) for each in coefficients]
-    values, found = scorer.surrogates(batch, coefficients), []
+        return [_backward_into_grad(scorer, parameters, each, sheet, batch) for each in coefficients]
+    values, found = scorer.surrogates(batch, coefficients, sheet=sheet), []
     for k, value in enumerate(values):
         gradients = torch.autograd.grad(
             value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
@@ -313,7 +321,11 @@ def _backward(
 
 
 def _backward_into_grad(
-    scorer: Scorer, parameters: Mapping[str, Parameter], coefficients: TokenCoefficients, batch: Microbatch
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    coefficients: TokenCoefficients,
+    sheet: ScoreSheet | None,
+    batch: Microbatch,
 ) -> dict[str, Tensor]:
     """The gradient where FSDP2 spreads it over the ranks, which it does into ``.grad`` only; that is put back."""
     all_parameters = list(scorer.model.parameters())
@@ -321,7 +333,7 @@ def _backward_into_grad(
     try:
         for p in all_parameters:
             p.grad = None
-        (value,) = scorer.surrogates(batch, [coefficients])
+        (value,) = scorer.surrogates(batch, [coefficients], sheet=sheet)
         value.backward()
         reshard(scorer.model)
         return {name: p.grad for name, p in parameters.items() if p.grad is not None}

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.packing import Microbatch
+from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import Rollouts, TokenCoefficients
 from entropy_probe.updates.layers import (
     Call,
@@ -160,6 +161,7 @@ def tapped_backward(
     coefficients: Sequence[TokenCoefficients],
     units: Tensor,
     sinks: Sequence[Sink],
+    sheet: ScoreSheet | None = None,
 ) -> None:
     """One forward pass with taps, then one backward pass per surrogate.
 
@@ -170,12 +172,13 @@ def tapped_backward(
         coefficients: of the surrogates.
         units: the unit of each row of the microbatch.
         sinks: where the gradients of each surrogate go.
+        sheet: where the scores of the tokens go.
     """
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
     tapped = _Tapped(taps, anchor, units, sinks)
     head = _HeadShares(taps.head, batch, units, sinks) if taps.head else None
     with tapped.attached():
-        values = scorer.surrogates(batch, coefficients, head)
+        values = scorer.surrogates(batch, coefficients, head, sheet)
         for tapped.current, value in enumerate(values):
             if value.requires_grad:
                 last = tapped.current + 1 == len(values)
@@ -208,13 +211,15 @@ class _Weighted(Sink):
 def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> Taps | str:
     """How per-sequence gradients of the parameters can be read off layers, or why they cannot.
 
-    On the two shortest sequences, the tapped gradients of both, weighted differently, are compared with autograd's
-    own: a gradient given to the wrong sequence, or a weight that also acts outside its layer's forward pass, would
-    show there. A layer that fails with its formula is called again in place of it, one that fails then is a reason.
+    On the shortest and the longest sequence, the tapped gradients of both, weighted differently, are compared with
+    autograd's own: a gradient given to the wrong sequence, or a weight that also acts outside its layer's forward pass,
+    would show there. A layer that fails with its formula is called again in place of it, one that fails then is a
+    reason.
     """
     layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
-    few = rollouts.select(rollouts.shortest_first[:2])
+    by_length = rollouts.shortest_first
+    few = rollouts.select(by_length[[0, -1]] if len(by_length) > 1 else by_length)
     expected = _autograd(scorer, parameters, few)
     while True:
         taps = Taps({layer: (rules[layer], names) for layer, names in layers.items()}, head)

@@ -1,0 +1,76 @@
+"""Functions that a config names: imported and called so that whatever they raise becomes one line."""
+
+from __future__ import annotations
+
+import importlib
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["call", "import_function"]
+
+_LIBRARIES = ("site-packages", sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]))
+
+
+def import_function(path: str, what: str) -> Callable[..., Any]:
+    """The function named by ``package.module:function``; ``function`` may be dotted.
+
+    Args:
+        path: where the function is.
+        what: which setting names it, for error messages.
+
+    Raises:
+        ValueError: if the path is malformed, or the module or the function does not exist or raises an error.
+    """
+    module_name, _, name = path.rpartition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        file = Path(module_name)
+        raise ValueError(
+            f"{what}: expected package.module:function, got the file {path!r}; set PYTHONPATH={file.parent} and write "
+            f"{file.stem}:{name}"
+        )
+    if not module_name or not name or module_name.startswith("."):
+        raise ValueError(f"{what}: expected package.module:function, got {path!r}; name the module and the function")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{what}: cannot import {path!r} ({error}); install it or set PYTHONPATH") from error
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(
+            f"{what}: cannot import {path!r}: {type(error).__name__}: {error}{_place(error)}; correct the module"
+        ) from error
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ValueError(f"{what}: expected a function {name!r} in module {module_name}, got {found!r}; correct it")
+    return found
+
+
+def call(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that is not ours.
+
+    Args:
+        what: the function and how it is called, for the error message.
+        function: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: if it raises anything; says what and where.
+    """
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # it may raise anything
+        said = f"{type(error).__name__}: {error}{_place(error)}"
+        raise ValueError(f"{what}: raised {said}; correct it or what it is given") from error
+
+
+def _place(error: BaseException) -> str:
+    """Where an error was raised, as `` (file.py:12)``: in the last file that is no library's, if there is one."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message says so
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    own = [frame for frame in frames if not any(folder in frame.filename for folder in _LIBRARIES)]
+    return "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in (own or frames)[-1:])

@@ -1,0 +1,116 @@
+"""Records of prompts: from a JSONL or Parquet file, a Hugging Face dataset, or a Python function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from entropy_probe.sampling.foreign import call, import_function
+
+__all__ = [
+    "callable_records",
+    "dataset_records",
+    "field_of",
+    "jsonl_records",
+    "parquet_records",
+]
+
+Records = Iterator[tuple[str, Any]]
+"""Each record after a description of where it is."""
+
+_PARQUET_ROWS = 1024
+
+
+def field_of(record: Mapping[str, Any], path: str) -> Any:
+    """The value of a field, or of a field inside it for a dotted path; None where there is none."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for part in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+def jsonl_records(path: Path) -> Records:
+    """The objects of a file with one to a line, or with one array of them."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a JSONL file of prompts, found no such file; check the path")
+    with path.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    if first.lstrip().startswith(b"["):
+        for number, record in enumerate(_parse(path.read_bytes(), str(path), "an array of JSON objects")):
+            yield f"{path}, record {number}", record
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _parse(line, where, "one JSON object per line")
+
+
+def _parse(text: bytes, where: str, expected: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: expected {expected}, got invalid JSON ({error}); correct the file") from error
+
+
+def parquet_records(path: Path) -> Records:
+    """The rows of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a Parquet file of prompts, found no such file; check the path")
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for record in batch.to_pylist():
+                    yield f"{path}, row {number}", record
+                    number += 1
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected a Parquet file of prompts, cannot read it: {reason}; write it again") from (
+            error
+        )
+
+
+def dataset_records(name: str, hub_id: str, config: str | None, split: str | None) -> Records:
+    """The rows of a split of a Hugging Face dataset."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"dataset {name}: expected the datasets library; pip install 'entropy-probe[datasets]'"
+        ) from error
+
+    try:
+        dataset: Iterable[Any] = load_dataset(hub_id, config, split=split, trust_remote_code=False)
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"dataset {name}: cannot load {hub_id} (config {config}, split {split}): {reason}") from error
+    for number, record in enumerate(dataset):
+        yield f"dataset {name}, record {number}", record
+
+
+def callable_records(path: str) -> Records:
+    """What a Python function gives."""
+    what = f"callable {path}"
+    records = call(what, import_function(path, "prompts.callable"))
+    if not isinstance(records, Iterable) or isinstance(records, str | Mapping):
+        raise ValueError(
+            f"{what}: expected an iterable of mappings, got {type(records).__name__}; correct the function"
+        )
+    rows, end = iter(records), object()
+    for number in count():
+        record = call(what, next, rows, end)
+        if record is end:
+            return
+        yield f"{what}, record {number}", record

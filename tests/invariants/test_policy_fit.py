@@ -1,0 +1,234 @@
+"""Rollouts that are not the policy's are noticed by every kind of run, and what is said names the cause."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from entropy_probe import Rollouts
+from entropy_probe.estimators.policy_fit import excess_sums, policy_fit
+from entropy_probe.losses import loss_coefficients
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.sheet import ScoreSheet
+from entropy_probe.updates.per_unit import Side, unit_gradients
+from entropy_probe.updates.taps import tappable
+from tests.invariants.test_probe import TABLE, batches, probe
+from tests.reference.enumeration import TinyPolicy, trained_optimizer
+from tests.reference.samplers import at_temperature, cut, draw, full_scores
+from tests.tiny import tiny_policy
+
+MODEL = TinyPolicy()
+SCORES = full_scores(TABLE, MODEL)
+UPDATE, EVALUATION = batches(groups=9, size=4, n=60)
+
+
+def sampled(logprobs: Tensor, count: int = 600, seed: int = 0, given: Tensor | None = None) -> Rollouts:
+    """Evaluation rollouts drawn with these log-probabilities, with others recorded if given."""
+    rows = draw(TABLE, logprobs, count, torch.Generator().manual_seed(seed))
+    batch = TABLE.rollouts.select(rows)
+    return batch if given is None else replace(batch, sampled_logprobs=given[rows])
+
+
+def grouped(batch: Rollouts, size: int = 4) -> Rollouts:
+    """As an update batch, whose advantages stand for any."""
+    advantages = torch.linspace(-1, 1, size, dtype=torch.float64).repeat(len(batch) // size)
+    return replace(batch, prompt_ids=torch.arange(len(batch)) // size, advantages=advantages)
+
+
+def run(evaluation: Rollouts = EVALUATION, update: Rollouts = UPDATE, **settings: object):
+    model = TinyPolicy()
+    return probe(model, trained_optimizer(model), **settings).predict(update=update, evaluation=evaluation).diagnostics
+
+
+def about(messages: tuple[str, ...], role: str) -> str:
+    found = [m for m in messages if m.startswith(f"{role}: ")]
+    assert len(found) == 1, messages
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_stored_gradient_gib": 0.0}, {"max_tokens_per_microbatch": 1}, {"loss_type": "grpo"}, {"switch": "off"}],
+    ids=str,
+)
+def test_both_batches_are_judged_by_their_own_scores(settings, monkeypatch):
+    if settings.pop("switch", None):
+        monkeypatch.setattr("entropy_probe.session.tappable", lambda *_: "switched off")
+    left = (torch.arange(4) + UPDATE.attention_mask.sum(1)[:, None]) % 4  # the padding first
+    masks = {name: getattr(UPDATE, name).gather(1, left) for name in ("attention_mask", "response_mask")}
+    padded = replace(UPDATE, input_ids=UPDATE.input_ids.gather(1, left), **masks)
+    assert bool(padded.attention_mask[:, -1].all())
+    for update in (UPDATE, padded):
+        found = run(update=update, **settings).policy_fit
+        for batch, fit in ((EVALUATION, found.evaluation), (UPDATE, found.update)):
+            rows = [int((TABLE.rollouts.input_ids == ids).all(1).nonzero()[0, 0]) for ids in batch.input_ids]
+            expected = policy_fit(excess_sums(SCORES.select(torch.tensor(rows))))
+            assert fit.z == pytest.approx(expected.z, rel=1e-9)
+            assert fit.excess == pytest.approx(expected.excess, rel=1e-9)
+            assert (fit.num_sequences, fit.status) == (len(batch), "ok")
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_the_update_gradient_leaves_the_scores_that_scoring_gives(chunked):
+    """On every path: one pass for the total, taps with shared prompts, a pass per unit."""
+    model, _ = tiny_policy()
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (9, 12), generator=generator)
+    ids[:, :4] = ids[::3, :4].repeat_interleave(3, 0)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    answers = mask.clone()
+    answers[:, :4] = 0
+    batch = Rollouts(ids, mask, answers, torch.arange(9) // 3, advantages=torch.linspace(-1, 1, 9))
+    parameters = dict(model.named_parameters())
+    scorer = Scorer(model, 0.7, 64)
+    scorer.prepare(batch)
+    assert scorer.prefix_sharing == "on"
+    if not chunked:
+        scorer._split, scorer._width = None, None
+    expected, loss = scorer.score(batch), loss_coefficients(batch, "dapo", None)
+    for taps, store in ((None, False), (tappable(scorer, parameters, batch), True), (None, True)):
+        assert not isinstance(taps, str)
+        sheet = ScoreSheet(batch, model)
+        with_sheet, without = (
+            unit_gradients(scorer, parameters, batch, batch.prompt_ids, [Side(loss, store=store)], taps=taps, sheet=s)[
+                0
+            ]
+            for s in (sheet, None)
+        )
+        found = sheet.read()
+        for name in ("logprobs", "entropies", "variances"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(with_sheet.total[n], g) for n, g in without.total.items() if g is not None)
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "said"),
+    [
+        (
+            at_temperature(TABLE, MODEL, 0.5),
+            r"is -.*sampled at a lower temperature, .* likeliest at temperature 0\.[34]",
+        ),
+        (
+            at_temperature(TABLE, MODEL, 1.8),
+            r"is \+.*sampled at a higher temperature, .* likeliest at temperature 1\.[3-7]",
+        ),
+        (cut(TABLE, MODEL, top_p=0.8), "is -.*with top_p, top_k or greedily"),
+        (cut(TABLE, MODEL, top_k=1), "is -.*with top_p, top_k or greedily"),
+    ],
+    ids=["cold", "hot", "top-p", "greedy"],
+)
+def test_tokens_that_do_not_fit_are_told_by_their_sign(logprobs, said):
+    evaluation = sampled(logprobs)
+    found = run(evaluation)
+    assert found.policy_fit.evaluation.status == "off_policy"
+    message = about(found.messages, "evaluation")
+    assert message.startswith("evaluation: the responses do not fit the policy: surprisal minus entropy is ")
+    assert message.endswith("so results are biased")
+    torch.testing.assert_close(torch.tensor(found.policy_fit.update.z), torch.tensor(run().policy_fit.update.z))
+    assert re.search(said, message), message
+    with pytest.raises(
+        ValueError, match=r"evaluation: the responses do not fit the policy.*on_mismatch refuse: expected"
+    ):
+        run(evaluation, on_mismatch="refuse")
+    with pytest.raises(ValueError, match=r"update: the responses do not fit the policy.*on_mismatch refuse: expected"):
+        run(update=grouped(evaluation), on_mismatch="refuse")
+
+
+def test_log_probabilities_that_agree_with_tokens_that_do_not():
+    found = run(sampled(cut(TABLE, MODEL, top_p=0.8), given=SCORES.logprobs))
+    assert "took a part of the distribution" in about(found.messages, "evaluation")
+    found = run(sampled(at_temperature(TABLE, MODEL, 1.8), given=SCORES.logprobs))
+    assert "not computed by the sampler, or it changed the logits" in about(found.messages, "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (at_temperature(TABLE, MODEL, 1.25), "the policy's at temperature 1, not 0.8"),
+        (SCORES.logprobs.sum(1, keepdim=True).expand(-1, 4), "the same number at every token of a response"),
+        (SCORES.logprobs.roll(1, 1), "shifted by one token: each is that of the token before"),
+        (full_scores(TABLE, TinyPolicy(seed=3)).logprobs, "the tokens are likelier under the policy"),
+    ],
+    ids=["raw", "sums", "shifted", "other weights'"],
+)
+def test_log_probabilities_amiss_are_not_a_batch_amiss(given, said):
+    """The tokens are the policy's: the results stand, and nothing is weighted by what is wrong."""
+    evaluation = sampled(SCORES.logprobs, 1500, given=given)
+    found = run(evaluation)
+    message = about(found.messages, "evaluation")
+    assert "the tokens fit the policy" in message
+    assert f"the log-probabilities themselves are amiss: {said}" in message
+    assert message.endswith("results stand")
+    assert found.policy_fit.evaluation.status == "ok"
+    with pytest.raises(ValueError, match=r"themselves are amiss.*weights from them would bias the results"):
+        run(evaluation, on_mismatch="reweight")
+    update = grouped(evaluation)
+    message = about(run(update=update).messages, "update")
+    assert said in message
+    assert "importance weights" not in message
+    with pytest.raises(ValueError, match=r"update: sampled_logprobs differ .*themselves are amiss"):
+        run(update=update, on_mismatch="refuse")
+
+
+def test_a_batch_amiss_with_right_log_probabilities_says_how():
+    hot, part, greedy = at_temperature(TABLE, MODEL, 1.25), cut(TABLE, MODEL, top_k=2), cut(TABLE, MODEL, top_k=1)
+    message = about(run(sampled(hot, given=hot)).messages, "evaluation")
+    assert "the policy's at temperature 1, not 0.8: the batch was sampled at that temperature" in message
+    for logprobs in (part, greedy):
+        message = about(run(sampled(logprobs, given=logprobs), max_mismatch=0.01).messages, "evaluation")
+        assert "sampled from a part of the distribution (top_p, top_k or greedy)" in message
+    other = full_scores(TABLE, TinyPolicy(seed=3)).logprobs
+    message = about(run(update=grouped(sampled(other, given=other))).messages, "update")
+    assert "sampled from another policy" in message
+    assert "importance weights of the trainer's loss are not modelled" in message
+
+
+def test_weights_that_do_not_explain_the_batch_are_refused():
+    """Tokens of a hot sampler with log-probabilities of a less hot one: consistent enough, but not theirs."""
+    evaluation = sampled(at_temperature(TABLE, MODEL, 1.6), 2000, given=at_temperature(TABLE, MODEL, 1.2))
+    with pytest.raises(ValueError, match=r"reweighted by pi / pi_sampler it still does not fit the policy \(z = \+"):
+        run(evaluation, on_mismatch="reweight")
+
+
+def test_another_tokenizers_ids_are_called_that():
+    ids = TABLE.rollouts.input_ids
+    least = SCORES.sequence_logprobs.argsort()[:30].repeat(4)
+    assert ids.shape[1] == 4
+    message = about(run(TABLE.rollouts.select(least)).messages, "evaluation")
+    assert "ids of another tokenizer" in message
+
+
+def test_a_selected_update_batch_is_not_held_against_the_policy():
+    update = grouped(sampled(at_temperature(TABLE, MODEL, 0.5)))
+    assert "update_selected" in about(run(update=update).messages, "update")
+    found = run(update=update, update_selected=True)
+    assert found.policy_fit.update.status == "selected"
+    assert not any("policy" in m for m in found.messages)
+    assert run(update=update, update_selected=True, on_mismatch="refuse").policy_fit.update.status == "selected"
+    # the evaluation batch is judged all the same
+    about(run(sampled(at_temperature(TABLE, MODEL, 0.5)), update_selected=True).messages, "evaluation")
+
+
+def test_every_kind_of_run_says_so():
+    cold = sampled(at_temperature(TABLE, MODEL, 0.5))
+    update = grouped(cold.select(torch.arange(120)))
+    model = TinyPolicy()
+    subject = probe(model, trained_optimizer(model))
+    one = subject.one_batch(update).diagnostics
+    assert one.policy_fit.evaluation == one.policy_fit.update
+    assert about(one.messages, "batch")
+    same = subject.measure(update=update).diagnostics
+    assert same.policy_fit.evaluation == same.policy_fit.update
+    assert same.policy_fit.update == one.policy_fit.update
+    assert about(same.messages, "batch")
+    sweep = subject.sweep(update=update, evaluation=cold, learning_rates=(1e-5, 1e-4))
+    assert about(sweep.prediction.diagnostics.messages, "update")
+    attribution = subject.attribute(update=update, evaluation=cold)
+    assert about(attribution.result.diagnostics.messages, "evaluation")
+    halves = subject.validate(attribution, evaluation=cold, subsets=4)
+    assert about(halves.messages, "update")
+    assert about(halves.messages, "evaluation")
