@@ -14,7 +14,7 @@ from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.updates.per_unit import Side, unit_gradients
 from entropy_probe.updates.taps import tappable
-from tests.invariants.test_probe import TABLE, batches, probe
+from tests.invariants.problems import TABLE, batches, probe
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 from tests.reference.samplers import at_temperature, cut, draw, full_scores
 from tests.tiny import tiny_policy
