@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from entropy_probe.estimators.uncertainty import Units, is_grouped
 from entropy_probe.types import Rollouts
 
-__all__ = ["Admitted", "Role", "UnitName", "admit", "after_end", "draws_of", "end_tokens", "evaluation_units", "joined"]
+__all__ = [
+    "Admitted",
+    "Role",
+    "UnitName",
+    "admit",
+    "after_end",
+    "draws_of",
+    "end_tokens",
+    "evaluation_units",
+    "joined",
+]
 
 
 Role = Literal["update", "evaluation", "batch"]

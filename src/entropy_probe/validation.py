@@ -105,7 +105,7 @@ class HalfSteps(TwoBatch):
                 f"{optimizer_name(self.optimizer)}; validate with the probe that attributed"
             )
         self.attribution = attribution
-        self.crossed = batch_digest(evaluation) == attribution.evaluation
+        self.crossed = batch_digest(self.evaluation) == attribution.evaluation
         self._whole: UnitGradients | None = None
         self._taps: Taps | None = None
 
@@ -147,7 +147,8 @@ class HalfSteps(TwoBatch):
         assert self._whole is not None
         assert step.gradient_scale is not None
         rollouts, units, config = self.own_evaluation.select(half.rows), half.part.units, self.config
-        surrogate = entropy_coefficients(half.scores, rollouts.prompt_ids, units, half.positions, config)
+        draws = self.draws.select(self.part.rows[half.rows])
+        surrogate = entropy_coefficients(half.scores, rollouts.prompt_ids, units, draws, half.positions, config)
         with self.clock.phase("evaluation gradient") as progress:
             entropy = self._differentiate(rollouts, half.part, Side(surrogate), taps=None, progress=progress)
         weight = self.ranks.sum(sequence_weights(half.scores, config.normalization).double().sum()[None]).item()

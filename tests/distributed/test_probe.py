@@ -25,7 +25,7 @@ def grouped(groups: int, size: int, seed: int) -> Rollouts:
 
 def probe_on(ranks: ThreadRanks | None, optimizer=torch.optim.AdamW, **settings) -> EntropyProbe:
     model = TinyPolicy()
-    config = ProbeConfig(**({"temperature": TEMPERATURE} | settings))
+    config = ProbeConfig(**({"temperature": TEMPERATURE, "merge_equal_prompts": False} | settings))
     probe = EntropyProbe(model, trained_optimizer(model, cls=optimizer), config, resample=fresh)
     if ranks is not None:
         probe._ranks = ranks
@@ -207,7 +207,7 @@ def test_a_sweep_goes_on_after_a_rate_that_fails_on_one_rank():
     def work(ranks: ThreadRanks):
         model, update, evaluation = TinyPolicy(), *SEVEN
         optimizer = trained_optimizer(model)
-        probe = EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE))
+        probe = EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE, merge_equal_prompts=False))
         probe._ranks = ranks
         reference = model.out.bias.detach().clone()
 

@@ -8,9 +8,11 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.losses import token_weights
-from tests.invariants.test_hf import policy
-from tests.invariants.test_hf import rollouts as tiny_rollouts
-from tests.invariants.test_probe import batches, numbers, same
+from entropy_probe.report.page import run_page
+from entropy_probe.report.tables import check_tables, read_tables
+from tests.invariants.hf_problems import policy
+from tests.invariants.hf_problems import rollouts as tiny_rollouts
+from tests.invariants.problems import batches, numbers, same
 from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "per_prompt_max")
@@ -62,7 +64,7 @@ def test_copies_of_a_prompt_are_one_prompt():
 def test_the_trainers_groups_stay_as_given():
     """The longest response of a group, which per_prompt_max divides by, is that of the trainer's group."""
     model = TinyPolicy()
-    update, evaluation = batches(groups=18, size=2)
+    update, evaluation = batches(groups=36, size=1)
     update = replace(update, advantages=torch.randn(36, generator=torch.Generator().manual_seed(0)))
     norms = [
         probe(model, trained_optimizer(model), loss_type="per_prompt_max", merge_equal_prompts=merge)
@@ -133,6 +135,21 @@ def test_everything_downstream_takes_masked_out_responses(shared):
     assert any("4 of 24 responses are masked out" in m for m in result.diagnostics.messages)
     measured = [subject.measure(update=x).realized for x in (masked_out(update, rows), update.select(kept))]
     assert measured[0].value == pytest.approx(measured[1].value, rel=1e-4)
+
+
+def test_a_prompt_whose_responses_are_all_masked_out_is_in_the_tables(tmp_path):
+    model = TinyPolicy()
+    update, evaluation = batches(groups=4, size=6)
+    found = probe(model, trained_optimizer(model), merge_equal_prompts=False).attribute(
+        update=masked_out(update, list(range(6, 12))), evaluation=evaluation
+    )
+    found.save(tmp_path)
+    tables = read_tables(tmp_path)
+    check_tables(tables, found.result)
+    assert tables.prompts["prompt_id"].tolist() == [0, 1, 2, 3]
+    assert tables.prompts["num_responses"].tolist() == [6] * 4
+    assert (tables.prompts["num_tokens"][1], tables.prompts["contribution"][1]) == (0, 0.0)
+    assert "<!doctype html>" in run_page(found.result, tables=tables)
 
 
 def test_the_jackknife_takes_masked_out_responses():

@@ -342,7 +342,9 @@ def test_shared_rows_keep_units_and_prompts_apart():
         update=batch, evaluation=batch
     )
     alone = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, torch.arange(len(batch)))
-    apart = EntropyProbe(model, optimizer).run(update=batch, evaluation=alone)
+    apart = EntropyProbe(model, optimizer, ProbeConfig(evaluation_unit="sequence", merge_equal_prompts=False)).run(
+        update=batch, evaluation=alone
+    )
     for key, value in numbers(together).items():
         assert numbers(apart)[key] == pytest.approx(value, rel=1e-3, abs=2e-7), key
     same_id = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, batch.prompt_ids * 0)

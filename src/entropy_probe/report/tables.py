@@ -68,15 +68,17 @@ def check_tables(tables: Tables, result: ProbeResult) -> None:
         )
     contributions, advantages = tokens["contribution"], tokens["advantage"]
     signs = [contributions[chosen].sum() for chosen in (advantages > 0, advantages < 0)]
-    ids, rows = np.unique(tokens["prompt_id"], return_inverse=True)
-    sums = np.bincount(rows, contributions, minlength=len(ids))
     order = np.argsort(prompts["prompt_id"])
+    ids = prompts["prompt_id"][order]
+    rows = np.searchsorted(ids, tokens["prompt_id"]).clip(max=len(ids) - 1)
+    counts, sums = np.bincount(rows, minlength=len(ids)), np.bincount(rows, contributions, minlength=len(ids))
     size = np.abs(contributions).sum()
     layers = [(tables.layers[part], getattr(summary, part)) for part in ("gradient", "momentum", "weight_decay")]
     agrees = {
         TOKENS_FILE: len(contributions) == summary.num_tokens
         and np.allclose(signs, [summary.positive_advantages, summary.negative_advantages], 0, EXACT * size),
-        PROMPTS_FILE: np.array_equal(ids, prompts["prompt_id"][order])
+        PROMPTS_FILE: np.array_equal(ids[rows], tokens["prompt_id"])
+        and np.array_equal(counts, prompts["num_tokens"][order])  # none where all responses are masked out
         and np.allclose(sums, prompts["contribution"][order], 0, EXACT * size),
         LAYERS_FILE: all(abs(terms.sum() - whole) <= ROUNDED * np.abs(terms).sum() for terms, whole in layers),
     }

@@ -218,7 +218,8 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     """
     layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
-    few = rollouts.select(rollouts.shortest_first[[0, -1] if len(rollouts.shortest_first) > 1 else [0]])
+    by_length = rollouts.shortest_first
+    few = rollouts.select(by_length[[0, -1]] if len(by_length) > 1 else by_length)
     expected = _autograd(scorer, parameters, few)
     while True:
         taps = Taps({layer: (rules[layer], names) for layer, names in layers.items()}, head)
