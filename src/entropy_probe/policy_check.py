@@ -349,7 +349,7 @@ def _consequence(role: Role, found: _Found) -> str:
     biased = "so results are biased" if found.strange or not found.fit.holds else "so results may be biased"
     if role == "evaluation":
         return biased
-    if role == "update" and found.strange and found.fit.excess > FOREIGN:
+    if role == "update" and found.strange and found.fit.excess > FOREIGN and (found.blame_logprobs or not found.differ):
         return "the step is taken on it as given"
     as_given = (
         "the step is taken on it as given; importance weights of the trainer's loss are not modelled (advantages per "

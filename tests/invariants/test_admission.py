@@ -171,8 +171,9 @@ def test_the_jackknife_takes_masked_out_responses():
 
 @pytest.mark.parametrize("kind", ["rao_blackwell", "surprisal"])
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
-def test_rows_of_a_trajectory_are_one_sample(kind, normalization):
+def test_rows_of_a_trajectory_are_one_sample(monkeypatch, kind, normalization):
     """A batch in which every response stands twice: errors and baselines are those of the single rows."""
+    monkeypatch.setattr("entropy_probe.before.SHARE", 1.0)  # of the sequences that the change of length is taken from
     model = TinyPolicy()
     optimizer = trained_optimizer(model)
     update, evaluation = batches(n=50)

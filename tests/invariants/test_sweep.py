@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from entropy_probe import EntropyProbe, ProbeConfig, Sweep, SweepPoint, TokenScores
+from entropy_probe import Sweep, SweepPoint, TokenScores
 from entropy_probe.scoring.directional import directional_derivatives
 from entropy_probe.sweep import LearningRateSweep
 from tests.invariants.problems import batches, probe
 from tests.invariants.traces import assert_same, state
-from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
+from tests.reference.enumeration import TinyPolicy, trained_optimizer
 
 RATES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -259,6 +259,7 @@ def test_a_finished_schedule_does_not_matter():
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     update, evaluation = batches(n=200)
-    config = ProbeConfig(temperature=TEMPERATURE, learning_rate=1.0)
-    found = EntropyProbe(model, optimizer, config).sweep(update=update, evaluation=evaluation, learning_rates=RATES[:3])
+    found = probe(model, optimizer, learning_rate=1.0).sweep(
+        update=update, evaluation=evaluation, learning_rates=RATES[:3]
+    )
     assert [p.realized for p in found.points] == [p.realized for p in expected.points]
