@@ -215,7 +215,7 @@ def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path,
     assert "5 real steps on 2 of 4 prompts" in done.stdout
     assert ProbeResult.load(out).attribution is not None
     assert (out / "tokens.parquet").is_file()
-    assert "minus covariance terms" in invoke("report", out).stdout
+    assert "negated covariance terms" in invoke("report", out).stdout
     line = refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
     assert "validate: expected mode two_batch or both, whose prediction is attributed, got one_batch" in line
     run(config, "--overwrite")

@@ -145,8 +145,8 @@ def test_the_numbers_are_those_of_the_result():
     ):  # fmt: skip
         assert number in text, number
     assert "64% of that comes from momentum" in text
-    assert "z −0.4, −3.1×10⁻³ nats a token" in text
-    assert "Update: tokens against policy" in text
+    assert "z −0.4; −3.1×10⁻³ nats/token" in text
+    assert "Policy fit, update" in text
     assert "attribution=true" in text
 
 
@@ -213,8 +213,8 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
     assert "6 different halves, fewer than the 40 asked for" in text
     assert "Use more update prompts: few halves" in text
     assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
-    assert "0.98 (0.95 to 0.99) for contributions and −0.12 (−0.40 to 0.20) for minus covariance terms (95%" in text
-    assert "Measured on one half of 2,048 evaluation sequences what is forecast from the other, both ways" in text
+    assert "with the contributions 0.981 (0.950 to 0.993) and with the negated covariance terms −0.120 (−0.400 to 0.200)." in text
+    assert "Changes are measured on one half of 2,048 evaluation sequences and forecast from the other, both ways" in text
     assert "reliability of the measured changes: 0.970" in text
 
 

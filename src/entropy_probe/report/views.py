@@ -163,27 +163,28 @@ def _fit_checks(result: ProbeResult) -> list[Check]:
     found, diagnostics, allowed = [], result.diagnostics, result.config.get("max_mismatch")
     fits = (diagnostics.policy_fit.evaluation, diagnostics.policy_fit.update)
     mismatches = (diagnostics.mismatch, diagnostics.update_mismatch)
-    batches = ("Evaluation", "Update") if fits[0] != fits[1] or fits[0] is None else ("Both batches",)
+    batches = ("evaluation", "update") if fits[0] != fits[1] or fits[0] is None else ("both batches",)
     for batch, fit, mismatch in zip(batches, fits, mismatches, strict=False):
         if fit is not None:
             off = fit.status == "off_policy"
-            value = f"z {fit.z:+.1f}, {typeset(format_number(fit.excess, 2))} nats a token".replace("-", "−")
+            value = f"z {fit.z:+.1f}; {typeset(format_number(fit.excess, 2))} nats/token".replace("-", "−")
             meaning = (
-                f"Surprisal minus entropy over {fit.num_sequences} sequences: 0 within 4 errors for the policy's own."
+                f"Surprisal minus entropy over {fit.num_sequences} sequences: has mean 0, and z is within ±4, where "
+                "the tokens are the policy's own."
             )
             if fit.status == "selected":
                 meaning += " Not judged: its responses were selected."
             advice = "Sample from this checkpoint at the training temperature, without top_p or top_k." if off else ""
-            found.append(Check(f"{batch}: tokens against policy", value, "look" if off else "ok", meaning, advice))
+            found.append(Check(f"Policy fit, {batch}", value, "look" if off else "ok", meaning, advice))
         if mismatch is not None:
             high = allowed is not None and mismatch.mean > allowed
             found.append(
                 Check(
-                    f"{batch}: sampler against policy",
-                    f"{typeset(format_number(mismatch.mean, 2))} nats a token, at most "
+                    f"Sampler, {batch}",
+                    f"{typeset(format_number(mismatch.mean, 2))} nats/token, at most "
                     f"{typeset(format_number(mismatch.max, 2))}; ESS {format_percent(mismatch.ess_fraction)}",
                     "look" if high else "ok",
-                    "How far the log-probabilities of whoever sampled are from the policy's own; 0 up to rounding.",
+                    "How far the log-probabilities that the sampler recorded are from the policy's; 0 up to rounding.",
                     "See the notes for what they look like." if high else "",
                 )
             )
@@ -288,7 +289,7 @@ def how_computed(result: ProbeResult) -> list[tuple[str, str]]:
     rows = [
         ("Evaluation batch", f"{found.num_evaluation_sequences} sequences; unit of error: {found.evaluation_unit}"),
         ("Update batch", f"{found.num_update_sequences} sequences of {found.num_update_prompts} prompts"),
-        ("Log-probabilities", found.head),
+        ("Output layer", found.head),
         ("Shared prompts", found.prefix_sharing),
         ("Gradients of each unit", found.per_unit_gradients),
     ]
