@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from entropy_probe.report import result_figures, run_page, sweep_page
 from entropy_probe.report.charts import Axis, Bar, bar_chart
+from entropy_probe.report.views import caveats
 from entropy_probe.results import SamplerMismatch
 from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_cross_prompt, make_result
@@ -150,6 +152,25 @@ def test_the_numbers_are_those_of_the_result():
     assert "attribution=true" in text
 
 
+def test_a_headline_does_not_stand_without_what_spoils_it():
+    result = make_result()
+    assert caveats(result) == []
+    fit = result.diagnostics.policy_fit
+    assert fit.update is not None
+    off = fit.update.model_copy(update={"status": "off_policy"})
+    spoilt = fit.model_copy(update={"update": off})
+    parts = ("the KL term to a reference policy (the log has kl, 0.1 last)",)
+    more = {"policy_fit": spoilt, "not_modelled": parts}
+    page = run_page(result.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=more)}))
+    headline = html.unescape(page[: page.index('id="result"')])
+    assert "The update rollouts do not fit the policy; the step is taken on them as given." in headline
+    assert "biased" not in headline
+    more = {"policy_fit": fit.model_copy(update={"evaluation": off})}
+    both = result.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=more)})
+    assert caveats(both) == ["The evaluation rollouts do not fit the policy, so the numbers are biased."]
+    assert "One part of the trainer's step is not in these numbers." in headline
+
+
 def test_parts_that_work_against_each_other_are_said_to():
     result = make_result()
     parts = result.components
@@ -213,8 +234,11 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
     assert "6 different halves, fewer than the 40 asked for" in text
     assert "Use more update prompts: few halves" in text
     assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
-    assert "with the contributions 0.981 (0.950 to 0.993) and with the negated covariance terms −0.120 (−0.400 to 0.200)." in text
-    assert "Changes are measured on one half of 2,048 evaluation sequences and forecast from the other, both ways" in text
+    assert (
+        "with the contributions 0.981 (0.950 to 0.993) and with the negated covariance terms −0.120 (−0.400 to 0.200)."
+        in text
+    )
+    assert "Changes are measured on one half of 2,048 evaluation sequences and forecast from the other" in text
     assert "reliability of the measured changes: 0.970" in text
 
 

@@ -11,8 +11,8 @@ from entropy_probe.report.wording import ESTIMATORS, UNITS, column_exponent
 from entropy_probe.results import Estimate, OptimizerStateReport, ProbeResult, Realized
 
 __all__ = [
-    "Card", "Check", "cards", "changes", "checks", "comparison", "component_names", "how_computed", "optimizer_checks",
-    "story", "waterfall",
+    "Card", "Check", "cards", "caveats", "changes", "checks", "comparison", "component_names", "how_computed",
+    "optimizer_checks", "story", "waterfall",
 ]  # fmt: skip
 
 State = Literal["ok", "look", "bad", "plain"]
@@ -58,6 +58,20 @@ def story(result: ProbeResult) -> str:
         return f"{sentence}; {share} of that comes from {_SOURCES[largest]}."
     against = [_SOURCES[name] for name, value in parts.items() if value * predicted.value < 0]
     return f"{sentence}; {' and '.join(against)} work{'s' * (len(against) == 1)} against it."
+
+
+def caveats(result: ProbeResult) -> list[str]:
+    """What a reader of the headline must know: rollouts that are not the policy's, parts that are not modelled."""
+    found, diagnostics = [], result.diagnostics
+    fit = diagnostics.policy_fit
+    if fit.evaluation is not None and fit.evaluation.status == "off_policy":
+        found.append("The evaluation rollouts do not fit the policy, so the numbers are biased.")
+    if fit.update is not None and fit.update.status == "off_policy":
+        found.append("The update rollouts do not fit the policy; the step is taken on them as given.")
+    if count := len(diagnostics.not_modelled):
+        parts = "One part of the trainer's step is" if count == 1 else f"{count} parts of the trainer's step are"
+        found.append(f"{parts} not in these numbers.")
+    return found
 
 
 def cards(result: ProbeResult) -> list[Card]:
