@@ -15,7 +15,7 @@ import pytest
 from entropy_probe.report import result_figures, run_page, sweep_page
 from entropy_probe.report.charts import Axis, Bar, bar_chart
 from entropy_probe.report.views import caveats
-from entropy_probe.results import SamplerMismatch
+from entropy_probe.results import PolicyFit, SamplerMismatch
 from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_cross_prompt, make_result
 from tests.report.sweeps import make_sweep
@@ -154,20 +154,21 @@ def test_the_numbers_are_those_of_the_result():
 
 def test_a_headline_does_not_stand_without_what_spoils_it():
     result = make_result()
-    assert caveats(result) == []
-    fit = result.diagnostics.policy_fit
-    assert fit.update is not None
-    off = fit.update.model_copy(update={"status": "off_policy"})
-    spoilt = fit.model_copy(update={"update": off})
+    off = result.diagnostics.policy_fit.update
+    assert off is not None
+    assert off.status == "off_policy"
+    fits = PolicyFit(evaluation=off, update=off.model_copy(update={"status": "selected"}))
     parts = ("the KL term to a reference policy (the log has kl, 0.1 last)",)
-    more = {"policy_fit": spoilt, "not_modelled": parts}
-    page = run_page(result.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=more)}))
+
+    def found(**more):
+        return result.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=more)})
+
+    assert caveats(found(policy_fit=PolicyFit())) == []
+    said = ["The evaluation rollouts do not fit the policy, so the numbers are biased."]
+    assert caveats(found(policy_fit=fits)) == said
+    page = run_page(found(not_modelled=parts))
     headline = html.unescape(page[: page.index('id="result"')])
     assert "The update rollouts do not fit the policy; the step is taken on them as given." in headline
-    assert "biased" not in headline
-    more = {"policy_fit": fit.model_copy(update={"evaluation": off})}
-    both = result.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=more)})
-    assert caveats(both) == ["The evaluation rollouts do not fit the policy, so the numbers are biased."]
     assert "One part of the trainer's step is not in these numbers." in headline
 
 
