@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.admission import UnitName, draws_of, evaluation_units
+from entropy_probe.admission import UnitName, draws_of, evaluation_units, in_groups
 from entropy_probe.before import Before, LengthSample, entropy_coefficients
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
@@ -66,12 +66,13 @@ class TwoBatch(Session):
         self.given_update, evaluation = update.cpu(), evaluation.cpu()
         self.same_batch = torch.equal(self.given_update.input_ids, evaluation.input_ids)
         update = self.update = self.admit(self.given_update, "update")
-        evaluation = self.admit(evaluation, "batch" if self.same_batch else "evaluation")
+        given, evaluation = evaluation, self.admit(evaluation, "batch" if self.same_batch else "evaluation")
+        grouped = in_groups(given) or in_groups(evaluation)
         answered = evaluation.response_mask.any(1)
         evaluation = self.evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
         self.draws = draws_of(evaluation)
         self.unit_name: UnitName
-        self.unit_name, self.units, notes = evaluation_units(evaluation, self.config.evaluation_unit)
+        self.unit_name, self.units, notes = evaluation_units(evaluation, self.config.evaluation_unit, grouped=grouped)
         self.messages += notes
         if self.same_batch:
             self.messages.append(

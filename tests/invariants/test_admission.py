@@ -61,6 +61,20 @@ def test_copies_of_a_prompt_are_one_prompt():
     assert validated is None or validated.num_prompts == by_hand.num_prompts
 
 
+def test_a_batch_in_groups_stays_one_when_groups_merge_or_responses_are_masked_out():
+    """Its prompts are the units: a sequence is not independent of the others of its prompt."""
+    model = TinyPolicy()
+    update, _ = batches(groups=13)
+    merging, apart = (probe(model, trained_optimizer(model), merge_equal_prompts=merge) for merge in (True, False))
+    assert by_prompt(update).prompt_ids.unique(return_counts=True)[1].unique().numel() > 1
+    given = {"merged": (merging, update), "masked out": (apart, masked_out(update, [5]))}
+    for name, (subject, batch) in given.items():
+        found = subject.predict(update=batch, evaluation=batch)
+        assert found.diagnostics.evaluation_unit == "prompt", name
+        assert found.entropy.num_units == (3 if name == "merged" else 13)
+        assert not any("independent" in message for message in found.diagnostics.messages)
+
+
 def test_the_trainers_groups_stay_as_given():
     """The longest response of a group, which per_prompt_max divides by, is that of the trainer's group."""
     model = TinyPolicy()
