@@ -240,11 +240,14 @@ class TwoBatch(Session):
         lengths = before.lengths
         if lengths is None:
             return torch.zeros(len(step.components), dtype=torch.float64)
+        return lengths.along(list(step.components.values()), self._length_gradient(lengths), self.ranks)
+
+    def _length_gradient(self, lengths: LengthSample) -> UnitGradients:
+        """Of this rank's share of some sequences."""
         own = self.own_evaluation.select(lengths.rows)
         with self.clock.phase("length gradient") as progress:
             side = Side(lengths.coefficients())
-            found = self._differentiate(own, lengths.part, side, taps=None, progress=progress, total=False)
-        return lengths.along(list(step.components.values()), found, self.ranks)
+            return self._differentiate(own, lengths.part, side, taps=None, progress=progress, total=False)
 
     def _entropy_coefficients(self, before: Before) -> TokenCoefficients:
         """Of this rank's part of the evaluation batch."""
