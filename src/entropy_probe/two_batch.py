@@ -368,6 +368,8 @@ class TwoBatch(Session):
         beyond = 0.0
         if before.lengths is not None and measured.estimator == "per_decision":
             beyond = before.lengths.beyond(measured.after, predicted.length_change, self.ranks)
+        if measured.estimator == "resampled":  # other responses, so the change does not contain the influence of H
+            beyond = measured.change.size_change - predicted.length_change
         return measured.change.minus(predicted, before.entropy, beyond)
 
     def _score_fresh(self) -> TokenScores:
