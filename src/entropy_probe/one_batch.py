@@ -20,7 +20,7 @@ from entropy_probe.results import CrossPrompt, ProbeResult
 from entropy_probe.session import Session, Subject
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 from entropy_probe.updates.cross import CrossProducts, cross_products
-from entropy_probe.updates.per_unit import Side, unit_gradients
+from entropy_probe.updates.per_unit import unit_backward
 
 __all__ = ["OneBatch"]
 
@@ -146,7 +146,7 @@ class OneBatch(Session):
         right_total: dict[str, Tensor],
         relative: dict[str, Tensor],
     ) -> float:
-        """How the statistic changes per nat of H: the length gradient of some units along ``P mean Y`` of the others.
+        """How the statistic changes per nat of H: some units' length gradients along ``P mean Y`` of all others.
 
         Args:
             before: scores of this rank's part.
@@ -162,16 +162,20 @@ class OneBatch(Session):
         some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:number]
         rows = torch.isin(part.units.index, some).nonzero()[:, 0]
         chosen, units = before.select(rows), part.units.select(rows)
-        sides = [Side(fo.length_coefficients(chosen, units, positions)), Side(right.select(rows))]
-        own = part.select(self.batch).select(rows)
+        sides = [fo.length_coefficients(chosen, units, positions), right.select(rows)]
+        own, present, along = part.select(self.batch).select(rows), units.index.unique().tolist(), 0.0
         with self.clock.phase("length gradient") as progress, self.on_part(part):
-            found = unit_gradients(self.scorer, self.parameters, own, torch.zeros_like(rows), sides, progress=progress)
-        lengths, loss = (self.ranks.sum_vector(side.total, relative) for side in found)
-        others = {name: y if (x := loss[name]) is None else y - x for name, y in right_total.items()}
-        reached = {name: x for name, x in lengths.items() if x is not None}
-        tokens = self.ranks.sum(fo.sequence_weights(chosen, "token").double().sum()[None]).item()
-        along = dot(reached, {name: relative[name] * others[name] for name in reached})
-        return along / tokens / (count - number)
+            for done, unit in enumerate(present, start=1):
+                members = (units.index == unit).nonzero()[:, 0]
+                lengths, loss = unit_backward(self.scorer, self.parameters, own, members, sides)
+                others = {
+                    name: right_total[name] - loss[name] if name in loss else right_total[name] for name in lengths
+                }
+                along += dot(lengths, {name: relative[name] * y for name, y in others.items()})
+                progress(done, len(present))
+        tokens = fo.sequence_weights(chosen, "token").sum().item()
+        along, tokens = self.ranks.sum(torch.tensor([along, tokens], dtype=torch.float64)).tolist()
+        return along / tokens / (count - 1)
 
     def _block_size(self) -> int:
         """Prompts per unit."""

@@ -354,15 +354,19 @@ def test_a_probe_takes_these_terms_from_its_batch(loss):
 
     to_go = strictly_after(own.response_mask.double(), own.response_mask)
     some = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:4]
-    theirs = torch.isin(units.index, some)
     baseline = torch.zeros_like(to_go)
     for i, t in own.response_mask.nonzero().tolist():
         other = own.response_mask[:, t] & (units.index != units.index[i])
         baseline[i, t] = to_go[other, t].mean() if bool(other.any()) else 0.0
-    lengths = flat((((to_go - baseline) * own.logprobs) * own.response_mask)[theirs].sum())
     omega = token_weights(rollouts.response_mask, rollouts.prompt_ids, loss)
-    ascent = 9 * flat((omega * rollouts.token_advantages * own.logprobs)[~theirs].sum()) / 5
-    slope = (lengths @ (scale * ascent) / tokens[some].sum()).item()
+    longer, gain = (
+        (to_go - baseline) * own.response_mask * own.logprobs,
+        omega * rollouts.token_advantages * own.logprobs,
+    )
+    products = [
+        flat(longer[units.index == u].sum()) @ (scale * 9 * flat(gain[units.index != u].sum())) / 8 for u in some
+    ]
+    slope = (sum(products) / tokens[some].sum()).item()
     of_loss = tokens if loss == "dapo" else torch.full_like(tokens, GROUP)
     e = slope * h.influence - got.u_cross * ((tokens / tokens.mean() - 1) + (of_loss / of_loss.mean() - 1))
     r = torch.tensor(got.row_means, dtype=torch.float64)
