@@ -151,6 +151,20 @@ def test_everything_downstream_takes_masked_out_responses(shared):
     assert measured[0].value == pytest.approx(measured[1].value, rel=1e-4)
 
 
+def test_masked_out_responses_are_no_effective_samples():
+    """The share of them in the weights between sampler and policy is that of the batch without them."""
+    model = TinyPolicy()
+    update, evaluation = batches(groups=4, size=6)
+    noise = torch.randn(update.input_ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    update = replace(update, sampled_logprobs=-1.5 + 0.5 * noise)
+    rows = list(range(12))
+    subject = probe(model, trained_optimizer(model), merge_equal_prompts=False)
+    given = (masked_out(update, rows), update.select(torch.arange(12, 24)))
+    a, b = (subject.predict(update=u, evaluation=evaluation).diagnostics.update_mismatch for u in given)
+    assert a.ess_fraction == pytest.approx(b.ess_fraction, rel=1e-9)
+    assert b.ess_fraction < 0.9
+
+
 def test_a_prompt_whose_responses_are_all_masked_out_is_in_the_tables(tmp_path):
     model = TinyPolicy()
     update, evaluation = batches(groups=4, size=6)
