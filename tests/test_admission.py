@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from entropy_probe import Rollouts
-from entropy_probe.admission import admit, after_end, draws_of, end_tokens, evaluation_units, joined
+from entropy_probe.admission import admit, after_end, draws_of, end_tokens, evaluation_units, in_groups, joined
 
 END = 9
 
@@ -70,11 +70,11 @@ def test_rows_of_a_trajectory_belong_together():
     assert found.not_modelled == []
     as_evaluation = admitted(given, "evaluation")
     assert "prompts of a trajectory's later sequences" in as_evaluation.not_modelled[0]
-    name, units, _ = evaluation_units(as_evaluation.rollouts, "auto")
+    name, units, _ = evaluation_units(as_evaluation.rollouts, "auto", grouped=in_groups(given))
     assert (name, units.count, units.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
     whole = admitted(replace(given, trajectory_ids=torch.arange(4)), "evaluation")
     assert (whole.messages, whole.not_modelled) == ([], [])
-    assert evaluation_units(whole.rollouts, "auto")[0] == "sequence"
+    assert not in_groups(whole.rollouts)
 
 
 def test_groups_are_counted_in_trajectories():
@@ -82,9 +82,10 @@ def test_groups_are_counted_in_trajectories():
     prompts = [[p, *more] for p in range(1, 9) for more in ([], [], [7, 7])]
     given = batch(prompts, [[3]] * 24, [p for p in range(8) for _ in range(3)],
                   trajectory_ids=torch.tensor([2 * p + k for p in range(8) for k in (0, 1, 1)]))  # fmt: skip
-    name, units, _ = evaluation_units(admitted(given, "evaluation").rollouts, "auto")
+    found = admitted(given, "evaluation").rollouts
+    name, units, _ = evaluation_units(found, "auto", grouped=in_groups(found))
     assert (name, units.count) == ("prompt", 8)
-    assert evaluation_units(given, "sequence")[:1] == ("trajectory",)
+    assert evaluation_units(given, "sequence", grouped=True)[:1] == ("trajectory",)
     assert draws_of(given).count == 16
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "draws_of",
     "end_tokens",
     "evaluation_units",
+    "in_groups",
     "joined",
 ]
 
@@ -128,15 +129,27 @@ def draws_of(batch: Rollouts) -> Units:
     return Units.sequences(len(batch)) if batch.trajectory_ids is None else Units.prompts(batch.trajectory_ids)
 
 
+def in_groups(batch: Rollouts) -> bool:
+    """Whether every prompt has as many draws, by the ids that the batch has."""
+    ids, draws = batch.prompt_ids, draws_of(batch)
+    return is_grouped(ids.new_zeros(draws.count).scatter_reduce(0, draws.index, ids, "amin", include_self=False))
+
+
 def evaluation_units(
-    evaluation: Rollouts, asked: Literal["auto", "sequence", "prompt"]
+    evaluation: Rollouts, asked: Literal["auto", "sequence", "prompt"], *, grouped: bool
 ) -> tuple[UnitName, Units, list[str]]:
-    """What is independent in an admitted evaluation batch, and what a reader should know of the choice."""
+    """What is independent in an admitted evaluation batch, and what a reader should know of the choice.
+
+    Args:
+        evaluation: the batch.
+        asked: what the config says.
+        grouped: whether it was sampled in groups (:func:`in_groups`), which a batch no longer shows once two groups of
+            one prompt are merged or responses are left out.
+    """
     ids, draws, messages = evaluation.prompt_ids, draws_of(evaluation), []
     unit = asked
     if unit == "auto":
-        of_draws = torch.zeros(draws.count, dtype=ids.dtype).index_put_((draws.index,), ids)
-        unit = "prompt" if is_grouped(of_draws) else "sequence"
+        unit = "prompt" if grouped else "sequence"
         if unit == "sequence" and evaluation.num_prompts < draws.count:
             messages.append(
                 "evaluation prompts repeat and are taken as drawn with replacement: every sequence counts as "
