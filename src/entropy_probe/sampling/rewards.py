@@ -84,7 +84,13 @@ class Rewards:
                     f"{sample.prompt.id}; return a number, add a reward that applies, or drop such prompts"
                 )
             totals.append(fsum(terms))
-        return torch.tensor(totals, dtype=torch.float32)
+        total = torch.tensor(totals, dtype=torch.float32)
+        if not bool(total.isfinite().all()):
+            raise ValueError(
+                f"reward_weights: expected sums of rewards that float32 holds, got {max(totals, key=abs):.3g}; scale "
+                "the weights down"
+            )
+        return total
 
 
 def load_reward(name: str) -> Reward:
