@@ -314,12 +314,11 @@ def test_a_function_may_change_what_it_is_given():
 
 def test_extra_info_is_passed_as_it_stands():
     for given, expected in (('{"a": 1}', '{"a": 1}'), ([1], [1]), (None, {}), ({"a": (1,)}, {"a": [1]})):
-        seen = []
-        score(
-            lambda solution_str, extra_info: seen.append(extra_info) or 0.0,
-            [Prompt(0, "q", "2", {"extra_info": given})] * 2,
-        )  # noqa: B023, E501
-        assert seen == [expected] * 2
+
+        def compute_score(solution_str, extra_info, expected=expected):
+            return float(extra_info == expected)
+
+        assert score(compute_score, [Prompt(0, "q", "2", {"extra_info": given})] * 2) == [1.0, 1.0]
 
 
 def test_cached_functions_are_called_by_their_own_names():
