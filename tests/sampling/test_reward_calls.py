@@ -257,6 +257,8 @@ def test_verl_needs_a_ground_truth_for_every_prompt():
 def test_built_in_rewards_ask_for_answers_before_sampling():
     with pytest.raises(ValueError, match="expected a reference answer for prompt 9, got none; set answer_field"):
         load_rewards("exact_match").check([*PROMPTS, Prompt(9, "q")])
+    with pytest.raises(ValueError, match="reward gsm8k: expected a number in the answer of prompt 9, got 'two'"):
+        load_rewards("gsm8k").check([*PROMPTS, Prompt(9, "q", "two")])
     with pytest.raises(ValueError, match=r"answer of prompt 9 as text or a number, got list \['a'\]"):
         load_rewards("gsm8k").check([*PROMPTS, Prompt(9, "q", ["a"])])
 

@@ -109,6 +109,11 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Make sure that the reward finds what it looks for in the whole text, thoughts included.",
     ),
     (
+        "end with an assistant's turn",
+        "If that turn is the reference answer, take it out of the prompt. Where the trainer lets the policy continue "
+        "it (continue_final_message), give the rendered prompt as text.",
+    ),
+    (
         "second one was left out",
         "TRL adds the second one: set prompts.add_special_tokens to true for prompts that it tokenized as text.",
     ),

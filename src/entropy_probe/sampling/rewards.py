@@ -59,8 +59,8 @@ class Rewards:
         for reward in self.functions:
             reward.check(prompts, self.trainer_state)
             if reward.function in _BUILT_IN.values():
-                for prompt in prompts:
-                    _answer(prompt)
+                answered = gsm8k if reward.function is gsm8k else exact_match  # parsing all of MATH would take minutes
+                answered(prompts, [""] * len(prompts))
 
     def score(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         """``sum_k w_k r_k`` over the functions that apply to a response, summed in float64 (TRL's rule).
