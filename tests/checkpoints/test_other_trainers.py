@@ -32,7 +32,7 @@ def touch(root: Path, names: list[str]) -> Path:
 def test_torchtune_keeps_its_state_beside_the_epochs(tmp_path):
     """And the weights of an epoch have the names of any model."""
     touch(tmp_path, ["recipe_state/recipe_state.pt", "epoch_0/config.json", "epoch_0/model.safetensors"])
-    with pytest.raises(CheckpointError, match="expected optimizer.pt, got a checkpoint of torchtune"):
+    with pytest.raises(CheckpointError, match=r"expected optimizer\.pt, got a checkpoint of torchtune"):
         optimizer_file(tmp_path / "epoch_0")
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from entropy_probe.sampling import SequenceGenerator
     from entropy_probe.types import Rollouts
 
-__all__ = ["open_checkpoint", "probe_checkpoint", "run"]
+__all__ = ["of_one_batch", "open_checkpoint", "probe_checkpoint", "run"]
 
 
 def run(
@@ -231,13 +231,13 @@ def _run_mode(
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})
 
     def new(said: str) -> tuple[str, ...]:
-        lines = (_of_one_batch(line) for line in getattr(one.diagnostics, said))
+        lines = (of_one_batch(line) for line in getattr(one.diagnostics, said))
         return tuple(f"one batch: {line}" for line in lines if line and line not in getattr(result.diagnostics, said))
 
     return _annotate(result, new("messages"), new("not_modelled"), one.timing), attribution
 
 
-def _of_one_batch(line: str) -> str | None:
+def of_one_batch(line: str) -> str | None:
     """A message beside those of the two batches, of which the update batch's has the same misfit in full."""
     if not line.startswith("batch: "):
         return line
