@@ -297,8 +297,8 @@ def _numbers(name: str, output: Any, samples: Sequence[Sample], *, scores: bool)
             value = math.inf
         if not abs(value) <= _LARGEST:
             raise ValueError(
-                f"reward {name}: expected a finite number (of float32) {about}, got {number!s:.60}; return None where "
-                "the reward does not apply"
+                f"reward {name}: expected a finite number {about}, got {number!s:.60}; return None where the reward "
+                "does not apply, and scale down what float32 cannot hold"
             )
         rewards.append(value)
     return rewards
