@@ -72,6 +72,9 @@ def test_rows_of_a_trajectory_belong_together():
     assert "prompts of a trajectory's later sequences" in as_evaluation.not_modelled[0]
     name, units, _ = evaluation_units(as_evaluation.rollouts, "auto", grouped=in_groups(given))
     assert (name, units.count, units.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
+    repeated = replace(given, prompt_ids=torch.tensor([1, 1, 3, 3]), trajectory_ids=torch.tensor([8, 5, 6, 6]))
+    *_, (said,) = evaluation_units(repeated, "auto")
+    assert "every trajectory counts as independent" in said
     whole = admitted(replace(given, trajectory_ids=torch.arange(4)), "evaluation")
     assert (whole.messages, whole.not_modelled) == ([], [])
     assert not in_groups(whole.rollouts)
@@ -111,9 +114,19 @@ def test_a_batch_without_any_end_token():
     assert said.startswith("update: no response has an end token (9, 8), though 1 of 2 are shorter than the longest")
     longer = batch([[1]] * 2, [[3, 4], [3, 4]], [1, 2])
     assert admitted(longer, merge=False, end_ids=[END], longest=2).messages == []
+    assert admit(longer, "update", False, [END], 3, stop_texts=True).messages == []
     assert "2 of 2 are shorter" in admitted(longer, merge=False, end_ids=[END], longest=3).messages[0]
     ended = batch([[1]] * 2, [[3, 4], [END]], [1, 2])
     assert admitted(ended, merge=False, end_ids=[END]).messages == []
+
+
+def test_a_step_on_advantages_of_0_is_momentum_alone():
+    given = batch([[1], [2]], [[3, 4], [END]], [1, 2], advantages=torch.zeros(2))
+    assert admitted(given).messages == [
+        "update: every advantage is 0, so the update gradient is 0 and only momentum is left"
+    ]
+    assert admitted(given, "evaluation").messages == []
+    assert admitted(replace(given, advantages=torch.tensor([0.0, 1.0]))).messages == []
 
 
 def test_where_end_tokens_come_from():

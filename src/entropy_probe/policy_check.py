@@ -329,7 +329,7 @@ def _cause_of_tokens(found: _Found) -> str:
         )
     if found.fit.excess > FOREIGN:
         return (
-            "so far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
+            "as far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
         )
     if agree:
         return (

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, typeset
-from entropy_probe.report.wording import ESTIMATORS, UNITS, column_exponent
+from entropy_probe.report.wording import ESTIMATORS, HARMLESS_ESS, UNITS, column_exponent
 from entropy_probe.results import Estimate, OptimizerStateReport, ProbeResult, Realized
 
 __all__ = [
@@ -225,7 +225,8 @@ def _weight_checks(realized: Realized, config: dict[str, Any]) -> list[Check]:
                 "Pareto k",
                 f"{format_number(realized.pareto_k, 2)}, at most {allowed}",
                 "bad" if heavy else "ok",
-                "How heavy the tail of the importance weights is; judged where the effective sample size is below 99%.",
+                "How heavy the tail of the importance weights is; judged where the effective sample size is below "
+                f"{HARMLESS_ESS:.0%}.",
                 smaller if heavy else "",
             )
         )
