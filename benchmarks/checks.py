@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from statistics import median
@@ -28,6 +28,7 @@ from entropy_probe.before import LengthSample
 from entropy_probe.two_batch import TwoBatch
 from two_batch import Setup, training_gradient
 
+Seconds = defaultdict[str, float]
 PARTS = {
     "layout": [(TwoBatch, "prepare"), (TwoBatch, "choose_taps")],
     "length": [(LengthSample, "of"), (TwoBatch, "_length_changes"), (LengthSample, "beyond")],
@@ -37,9 +38,9 @@ PARTS = {
 
 
 @contextmanager
-def timed(model: Any) -> Iterator[Counter[str]]:
+def timed(model: Any) -> Iterator[Seconds]:
     """CPU seconds of each part, and how often and on how many tokens the model is called in the trials."""
-    found: Counter[str] = Counter()
+    found: Seconds = defaultdict(float)
     running: list[str] = []
 
     def wrap(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +76,7 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
     model, optimizer = setup.policy(lora=lora)
     update, evaluation = setup.batches(model)
 
-    def probe() -> Counter[str]:
+    def probe() -> Seconds:
         start = time.process_time()
         with timed(model) as found:
             # a probe of its own each time: it would remember the scores of the evaluation batch
@@ -83,19 +84,19 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
         found["whole"] = time.process_time() - start
         return found
 
-    def without_scores() -> Counter[str]:
+    def without_scores() -> Seconds:
         with mock.patch.object(TwoBatch, "_sheet", return_value=None):
             return probe()
 
-    def training() -> Counter[str]:
+    def training() -> Seconds:
         start = time.process_time()
         training_gradient(model, update, setup.max_tokens_per_microbatch)
-        return Counter(whole=time.process_time() - start)
+        return defaultdict(float, whole=time.process_time() - start)
 
     tasks = {"training": training, "probe": probe, "without scores": without_scores}
     for task in tasks.values():  # warm-up
         task()
-    seen: dict[str, list[Counter[str]]] = {name: [] for name in tasks}
+    seen: dict[str, list[Seconds]] = {name: [] for name in tasks}
     for round_ in range(rounds):
         for name in list(tasks)[:: 1 if round_ % 2 else -1]:
             gc.collect()
@@ -112,8 +113,8 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
             part: [extreme(a / t for a, t in zip(seconds, gradients, strict=True)) for extreme in (min, max)]
             for part, seconds in parts.items()
         },
-        "calls": own[0]["calls"],
-        "tokens": own[0]["tokens"],
+        "calls": int(own[0]["calls"]),
+        "tokens": int(own[0]["tokens"]),
         "tokens_of_both_batches": int(update.attention_mask.sum() + evaluation.attention_mask.sum()),
     }
 
@@ -123,7 +124,7 @@ def table(figures: list[dict[str, Any]]) -> Table:
     found = Table("weights", *parts, "calls", "tokens", "of", title="Parts of a probe / one training gradient")
     for f in figures:
         ratios = (f"{f['ratio'][part]:.3f} ({f['range'][part][0]:.3f} to {f['range'][part][1]:.3f})" for part in parts)
-        counts = (str(int(f[name])) for name in ("calls", "tokens", "tokens_of_both_batches"))
+        counts = (str(f[name]) for name in ("calls", "tokens", "tokens_of_both_batches"))
         found.add_row(f["weights"], *ratios, *counts)
     return found
 
