@@ -76,6 +76,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/realized.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/attribution.py
+	$(BIN)/python benchmarks/checks.py
 	$(BIN)/python benchmarks/inspect_checkpoint.py
 	$(BIN)/python benchmarks/report.py
 

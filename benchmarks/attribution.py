@@ -26,7 +26,7 @@ TARGET = 2.5
 def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
     """Time of an attribution, without and with folds, over that of one training gradient over U."""
     model, optimizer = setup.policy(lora=lora)
-    update, evaluation = setup.batches()
+    update, evaluation = setup.batches(model)
     both: dict[str, Any] = {"update": update, "evaluation": evaluation}
 
     def probe() -> EntropyProbe:

@@ -79,7 +79,7 @@ def straightforward(
 def compare(setup: Setup, *, lora: bool, rounds: int) -> dict[str, float | int | bool | str]:
     """Medians of interleaved rounds, and a check that both algorithms give the same number."""
     model, optimizer = setup.policy(lora=lora)
-    batch, _ = setup.batches()
+    batch, _ = setup.batches(model)
     config = ProbeConfig(
         max_tokens_per_microbatch=setup.max_tokens_per_microbatch,
         max_stored_gradient_gib=setup.max_stored_gradient_gib,

@@ -25,7 +25,7 @@ TARGET = 2.6 + NUM_RATES * 0.6
 def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
     """Time of a sweep, without and with the direct curvature, over that of one training gradient over E."""
     model, optimizer = setup.policy(lora=lora)
-    update, evaluation = setup.batches()
+    update, evaluation = setup.batches(model)
     rates = [10 ** (-7 + k / 3) for k in range(NUM_RATES)]
     seconds: dict[str, list[float]] = {"training": [], "sweep": [], "direct": []}
     training_gradient(model, evaluation, setup.max_tokens_per_microbatch)  # warm-up

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, load_checkpoint
-from entropy_probe.demo.policy import build_model
+from entropy_probe.demo.policy import build_model, build_tokenizer
 from entropy_probe.demo.train import LORA_TARGETS, MAX_COMPLETION_LENGTH, quiet_single_thread, train_demo
 from entropy_probe.provenance import library_versions
 from entropy_probe.sampling import (
@@ -48,6 +48,7 @@ from entropy_probe.sampling import (
     sample_evaluation,
     sample_update,
 )
+from entropy_probe.sampling.generator import completed_rollouts, generate_responses, sequence_seeds
 
 SECTIONS = ("memory", "lora", "full", "variance")
 MIB = 2**20
@@ -107,22 +108,24 @@ class Setup:
             optimizer.zero_grad()
         return model, optimizer
 
-    def batches(self) -> tuple[Rollouts, Rollouts]:
-        """An update batch in groups and an evaluation batch of as many single draws, of random tokens."""
-        source = torch.Generator().manual_seed(0)
-        update_prompts = torch.arange(self.num_prompts).repeat_interleave(self.group_size)
-        drawn = torch.randint(self.evaluation_prompts, (self.num_sequences,), generator=source)
-        return self._batch(update_prompts, source), self._batch(self.num_prompts + drawn, source)
+    def batches(self, model: nn.Module) -> tuple[Rollouts, Rollouts]:
+        """An update batch in groups and an evaluation batch of as many single draws: the policy's own responses.
 
-    def _batch(self, prompt_ids: Tensor, source: torch.Generator) -> Rollouts:
+        The prompts are random tokens. Other responses would not fit the policy, and the probe would look for the cause.
+        """
+        source = torch.Generator().manual_seed(0)
         shape = (self.num_prompts + self.evaluation_prompts, self.prompt_tokens)
-        prompts = torch.randint(2, self.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-        responses = torch.randint(2, self.vocab_size, (len(prompt_ids), self.response_tokens), generator=source)
-        input_ids = torch.cat([prompts[prompt_ids], responses], 1)
-        response_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-        response_mask[:, self.prompt_tokens :] = True
-        advantages = torch.randn(len(prompt_ids), generator=source)
-        return Rollouts(input_ids, torch.ones_like(input_ids), response_mask, prompt_ids, advantages=advantages)
+        prompts = torch.randint(2, self.vocab_size, shape, generator=torch.Generator().manual_seed(1)).tolist()
+        update_ids = torch.arange(self.num_prompts).repeat_interleave(self.group_size).tolist()
+        drawn = torch.randint(self.evaluation_prompts, (self.num_sequences,), generator=source) + self.num_prompts
+        engine, parameters = HFGenerator(model, build_tokenizer(), 128), SamplingParameters(1.0, self.response_tokens)
+
+        def responses(ids: list[int], stream: int) -> Rollouts:
+            seeds = sequence_seeds(0, stream, 0, range(len(ids)))
+            completions = generate_responses(engine, [prompts[k] for k in ids], ids, parameters, seeds)
+            return completed_rollouts(ids, completions, advantages=torch.randn(len(ids), generator=source))
+
+        return responses(update_ids, 0), responses(drawn.tolist(), 1)
 
 
 FULL = Setup()
@@ -149,10 +152,18 @@ def training_gradient(model: Any, rollouts: Rollouts, max_tokens: int) -> list[T
     return total
 
 
+def check_fit(result: ProbeResult) -> None:
+    """Raise unless both batches are the policy's own, on which a probe does no more than it has to."""
+    fits = result.diagnostics.policy_fit
+    for fit in (fits.update, fits.evaluation):
+        if fit is None or fit.status != "ok":
+            raise RuntimeError(f"expected the policy's own responses, got {fit}")
+
+
 def cost(setup: Setup, *, lora: bool, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Time of the whole probe over that of one training gradient, and where the probe's time goes."""
     model, optimizer = setup.policy(lora=lora)
-    update, evaluation = setup.batches()
+    update, evaluation = setup.batches(model)
 
     def gradient_norm() -> float:
         gradient = training_gradient(model, update, setup.max_tokens_per_microbatch)
@@ -168,6 +179,7 @@ def cost(setup: Setup, *, lora: bool, rounds: int, clock: Callable[[], float]) -
         raise RuntimeError(
             f"gradient norm: {expected:g} in training, {norm:g} in the probe; they must do the same work"
         )
+    check_fit(result)
     training: list[float] = []
     whole: list[float] = []
     shares: list[dict[str, float]] = []
@@ -209,7 +221,7 @@ def memory_worker(setup: Setup) -> dict[str, Any]:
     """Peak memory of this process after the imports, with policy and batches in place, and after a probe."""
     peaks = {"imports": peak_mib()}
     model, optimizer = setup.policy(lora=True)
-    update, evaluation = setup.batches()
+    update, evaluation = setup.batches(model)
     peaks["ready"] = peak_mib()
     EntropyProbe(model, optimizer, setup.config).run(update=update, evaluation=evaluation)
     return peaks | {"probe": peak_mib()}

@@ -6,6 +6,7 @@ PHASES = [
     "score evaluation",
     "update gradient",
     "evaluation gradient",
+    "length gradient",
     "update error",
     "score after step",
     "noise floor",

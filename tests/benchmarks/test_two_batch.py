@@ -19,6 +19,7 @@ def test_cost(run):
             "score evaluation",
             "update gradient",
             "evaluation gradient",
+            "length gradient",
             "update error",
             "noise floor",
             "score after step",
