@@ -169,7 +169,7 @@ def compare(setup: Setup, directory: Path) -> dict[str, Any]:
     engine = HFGenerator(state.model, state.tokenizer, batch_size=256)
     subject = (engine, state.tokenizer, long_prompts(setup))
     parameters = SamplingParameters(1.0, setup.max_completion_length)
-    batch = UpdateSettings(num_prompts=min(16, setup.num_prompts), group_size=8)
+    batch = UpdateSettings(num_prompts=min(16, setup.num_prompts), group_size=8, allow_zero_advantages=setup is QUICK)
     update, _ = sample_update(*subject, load_reward("exact_match"), batch, parameters)
     draws = EvaluationSettings(total_sequences=setup.sequences * setup.repeats)
     evaluation, _ = sample_evaluation(*subject, draws, parameters)
