@@ -354,8 +354,8 @@ def _consequence(role: Role, found: _Found) -> str:
     if role == "update" and found.strange and found.fit.excess > FOREIGN and (found.blame_logprobs or not found.differ):
         return "the step is taken on it as given"
     as_given = (
-        "the step is taken on it as given; importance weights of the trainer's loss are not modelled (advantages per "
-        "token times the weight are)"
+        "the step is taken on it as given; importance weights of the trainer's loss are not modelled (give "
+        "advantages per token times the weight to include them)"
     )
     chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if found.strange else ""
     return (as_given if role == "update" else f"{biased}, and {as_given}") + chosen
