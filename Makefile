@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 # Depends much on the libraries, not on their wording, and takes little time.
 CORE := tests/sampling tests/demo tests/updates tests/estimators tests/scoring tests/report \
         tests/cli/test_config.py tests/cli/test_bad_input.py tests/cli/test_quiet.py \
-        tests/checkpoints/test_replay.py
+        $(addprefix tests/checkpoints/,test_load.py test_adapters.py test_layout.py test_replay.py)
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.provenance import library_versions; print(library_versions())
 

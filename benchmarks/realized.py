@@ -44,12 +44,18 @@ from entropy_probe.sampling import (
     EvaluationSettings,
     HFGenerator,
     Prompt,
+    Reward,
     SamplingParameters,
     UpdateSettings,
-    load_reward,
     sample_evaluation,
     sample_update,
 )
+from entropy_probe.sampling.rewards import exact_match
+
+
+def brevity(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """A reward for a policy that has nothing right yet."""
+    return [-float(len(response)) for response in responses]
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Setup:
     max_completion_length: int = 64
     learning_rates: tuple[float, ...] = (3e-4, 3e-6)
     training: tuple[tuple[str, int], ...] = ()
+    reward: Reward = exact_match
 
 
 FULL = Setup()
@@ -73,6 +80,7 @@ QUICK = Setup(
     max_completion_length=40,
     learning_rates=(1e-4,),
     training=(("warm_start_steps", 20), ("steps", 2), ("save_steps", 2)),
+    reward=brevity,
 )
 Estimator = Callable[[TokenScores, TokenScores, Units], Sampled]
 
@@ -92,7 +100,8 @@ def exact_entropies(before: TokenScores, after: TokenScores, units: Units) -> Sa
     return change(per_decision(before, after, units, PositionSums.of(before)), entropy(before, units))
 
 
-Baseline = Callable[[Tensor, Tensor, Units, Tensor, Tensor], Tensor]
+Baseline = Callable[[Tensor, Tensor, Units, Tensor, Tensor, Tensor], Tensor]
+FOLDS = 5
 
 
 def no_baseline(values: Tensor, *_: Any) -> Tensor:
@@ -117,7 +126,7 @@ def regression_baseline(
     units: Units,
     reaching: Tensor,
     sums: Tensor,
-    folds: int = 5,
+    weights: Tensor,
 ) -> Tensor:
     """What ridge regression on prefix-measurable features predicts beyond the position mean, cross-fitted."""
     h = torch.where(mask, entropies.double(), 0.0)
@@ -125,11 +134,11 @@ def regression_baseline(
     total = h.cumsum(1)
     previous = torch.nn.functional.pad(h, (1, 0))[:, :-1]
     x = torch.stack([position, position**2, h, h**2, total, total / (position + 1), previous, h * position], -1)
-    mean = position_baseline(values, mask, units, reaching, sums, torch.ones(len(mask), dtype=torch.float64))
+    mean = position_baseline(values, mask, units, reaching, sums, weights)
     residual = torch.where(mask, values.double() - mean, 0.0)
     out = mean.clone()
-    for fold in range(folds):
-        held_out = units.index % folds == fold
+    for fold in range(FOLDS):
+        held_out = units.index % FOLDS == fold
         train = mask & ~held_out[:, None]
         center, spread = x[train].mean(0), x[train].std(0) + 1e-12
         design = (x[train] - center) / spread
@@ -170,7 +179,7 @@ def compare(setup: Setup, directory: Path) -> dict[str, Any]:
     subject = (engine, state.tokenizer, long_prompts(setup))
     parameters = SamplingParameters(1.0, setup.max_completion_length)
     batch = UpdateSettings(num_prompts=min(16, setup.num_prompts), group_size=8)
-    update, _ = sample_update(*subject, load_reward("exact_match"), batch, parameters)
+    update, _ = sample_update(*subject, setup.reward, batch, parameters)
     draws = EvaluationSettings(total_sequences=setup.sequences * setup.repeats)
     evaluation, _ = sample_evaluation(*subject, draws, parameters)
     found: dict[str, Any] = {

@@ -51,7 +51,9 @@ def main(run: Path) -> None:
         save("prompts", between(page, "#prompts-title", "#responses"))
         save("layers", between(page, "#layers-title", "#diagnostics"))
         page.locator("[data-prompt]").first.click()
+        page.evaluate("document.querySelector('#responses-title').scrollIntoView()")
         # the token that pushes entropy down most, of the responses to that prompt
+        page.mouse.move(0, 0)
         page.locator("#list .down6, #list .down5").first.focus()
         save("tokens", page.screenshot())
         phone = opened(390, 844, color_scheme="dark")

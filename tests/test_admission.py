@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from entropy_probe import Rollouts
-from entropy_probe.admission import admit, after_end, draws_of, end_tokens, evaluation_units, joined
+from entropy_probe.admission import admit, after_end, draws_of, end_tokens, evaluation_units, in_groups, joined
 
 END = 9
 
@@ -70,11 +70,14 @@ def test_rows_of_a_trajectory_belong_together():
     assert found.not_modelled == []
     as_evaluation = admitted(given, "evaluation")
     assert "prompts of a trajectory's later sequences" in as_evaluation.not_modelled[0]
-    name, units, _ = evaluation_units(as_evaluation.rollouts, "auto")
+    name, units, _ = evaluation_units(as_evaluation.rollouts, "auto", grouped=in_groups(given))
     assert (name, units.count, units.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
+    repeated = replace(given, prompt_ids=torch.tensor([1, 1, 3, 3]), trajectory_ids=torch.tensor([8, 5, 6, 6]))
+    *_, (said,) = evaluation_units(repeated, "auto")
+    assert "every trajectory counts as independent" in said
     whole = admitted(replace(given, trajectory_ids=torch.arange(4)), "evaluation")
     assert (whole.messages, whole.not_modelled) == ([], [])
-    assert evaluation_units(whole.rollouts, "auto")[0] == "sequence"
+    assert not in_groups(whole.rollouts)
 
 
 def test_groups_are_counted_in_trajectories():
@@ -82,9 +85,10 @@ def test_groups_are_counted_in_trajectories():
     prompts = [[p, *more] for p in range(1, 9) for more in ([], [], [7, 7])]
     given = batch(prompts, [[3]] * 24, [p for p in range(8) for _ in range(3)],
                   trajectory_ids=torch.tensor([2 * p + k for p in range(8) for k in (0, 1, 1)]))  # fmt: skip
-    name, units, _ = evaluation_units(admitted(given, "evaluation").rollouts, "auto")
+    found = admitted(given, "evaluation").rollouts
+    name, units, _ = evaluation_units(found, "auto", grouped=in_groups(found))
     assert (name, units.count) == ("prompt", 8)
-    assert evaluation_units(given, "sequence")[:1] == ("trajectory",)
+    assert evaluation_units(given, "sequence", grouped=True)[:1] == ("trajectory",)
     assert draws_of(given).count == 16
 
 
@@ -110,9 +114,19 @@ def test_a_batch_without_any_end_token():
     assert said.startswith("update: no response has an end token (9, 8), though 1 of 2 are shorter than the longest")
     longer = batch([[1]] * 2, [[3, 4], [3, 4]], [1, 2])
     assert admitted(longer, merge=False, end_ids=[END], longest=2).messages == []
+    assert admit(longer, "update", False, [END], 3, stop_texts=True).messages == []
     assert "2 of 2 are shorter" in admitted(longer, merge=False, end_ids=[END], longest=3).messages[0]
     ended = batch([[1]] * 2, [[3, 4], [END]], [1, 2])
     assert admitted(ended, merge=False, end_ids=[END]).messages == []
+
+
+def test_a_step_on_advantages_of_0_is_momentum_alone():
+    given = batch([[1], [2]], [[3, 4], [END]], [1, 2], advantages=torch.zeros(2))
+    assert admitted(given).messages == [
+        "update: every advantage is 0, so the update gradient is 0 and only momentum is left"
+    ]
+    assert admitted(given, "evaluation").messages == []
+    assert admitted(replace(given, advantages=torch.tensor([0.0, 1.0]))).messages == []
 
 
 def test_where_end_tokens_come_from():

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from entropy_probe.checkpoints import CheckpointState, load_checkpoint
 from tests.checkpoints.sharded_run import one_rank
@@ -111,6 +112,10 @@ def runs(made_once) -> Callable[[str], Run]:
     @cache
     def get(name: str) -> Run:
         directory = made_once(name, partial(train, name))
+        if name == "biases":
+            saved = load_file(directory / "checkpoint-2" / "adapter_model.safetensors")
+            if not any(key.endswith("bias") for key in saved):
+                pytest.skip("this peft does not save the trained biases; test_layout has the refusal")
         needed = NEEDED.get(name, {})
         if "base_model" in needed:
             needed = {"base_model": str(directory / needed["base_model"])}

@@ -26,6 +26,7 @@ __all__ = [
     "draws_of",
     "end_tokens",
     "evaluation_units",
+    "in_groups",
     "joined",
 ]
 
@@ -49,7 +50,14 @@ class Admitted:
     not_modelled: list[str]
 
 
-def admit(batch: Rollouts, role: Role, merge: bool, end_ids: Sequence[int], longest: int | None) -> Admitted:
+def admit(
+    batch: Rollouts,
+    role: Role,
+    merge: bool,
+    end_ids: Sequence[int],
+    longest: int | None,
+    stop_texts: bool = False,
+) -> Admitted:
     """Look at a batch before anything else does.
 
     Args:
@@ -58,6 +66,7 @@ def admit(batch: Rollouts, role: Role, merge: bool, end_ids: Sequence[int], long
         merge: whether prompts with equal tokens are one.
         end_ids: the tokens that end a response; none where they are not known.
         longest: the trainer's limit on response tokens; ``None`` where it is not known.
+        stop_texts: whether responses may end at a stop text, without an end token.
 
     Raises:
         ValueError: if a response is masked out and entropy is that of all of them.
@@ -78,7 +87,7 @@ def admit(batch: Rollouts, role: Role, merge: bool, end_ids: Sequence[int], long
         ids = joined(ids, batch.trajectory_ids.tolist())
         messages.append(
             f"{name}: {len(batch)} sequences are parts of {count} trajectories: what has a trajectory in common counts "
-            f"as sampled together, {ids.unique().numel()} independent prompts in all"
+            f"as sampled together, and prompts that do as one ({ids.unique().numel()} in all)"
         )
         if role != "update":
             not_modelled.append(
@@ -86,7 +95,9 @@ def admit(batch: Rollouts, role: Role, merge: bool, end_ids: Sequence[int], long
             )
     if role != "update":
         messages += _about_masked_out(batch, role)
-    messages += _about_ends(batch, name, end_ids, longest)
+    if role != "evaluation" and batch.advantages is not None and not bool(batch.advantages.any()):
+        messages.append(f"{name}: every advantage is 0, so the update gradient is 0 and only momentum is left")
+    messages += _about_ends(batch, name, end_ids, longest, stop_texts)
     return Admitted(replace(batch, prompt_ids=ids), messages, not_modelled)
 
 
@@ -128,18 +139,31 @@ def draws_of(batch: Rollouts) -> Units:
     return Units.sequences(len(batch)) if batch.trajectory_ids is None else Units.prompts(batch.trajectory_ids)
 
 
+def in_groups(batch: Rollouts) -> bool:
+    """Whether every prompt has as many draws, by the ids that the batch has."""
+    ids, draws = batch.prompt_ids, draws_of(batch)
+    return is_grouped(ids.new_zeros(draws.count).scatter_reduce(0, draws.index, ids, "amin", include_self=False))
+
+
 def evaluation_units(
-    evaluation: Rollouts, asked: Literal["auto", "sequence", "prompt"]
+    evaluation: Rollouts, asked: Literal["auto", "sequence", "prompt"], *, grouped: bool
 ) -> tuple[UnitName, Units, list[str]]:
-    """What is independent in an admitted evaluation batch, and what a reader should know of the choice."""
+    """What is independent in an admitted evaluation batch, and what a reader should know of the choice.
+
+    Args:
+        evaluation: the batch.
+        asked: what the config says.
+        grouped: whether it was sampled in groups (:func:`in_groups`), which a batch no longer shows once two groups of
+            one prompt are merged or responses are left out.
+    """
     ids, draws, messages = evaluation.prompt_ids, draws_of(evaluation), []
     unit = asked
     if unit == "auto":
-        of_draws = torch.zeros(draws.count, dtype=ids.dtype).index_put_((draws.index,), ids)
-        unit = "prompt" if is_grouped(of_draws) else "sequence"
+        unit = "prompt" if grouped else "sequence"
         if unit == "sequence" and evaluation.num_prompts < draws.count:
+            drawn = "sequence" if draws.count == len(ids) else "trajectory"
             messages.append(
-                "evaluation prompts repeat and are taken as drawn with replacement: every sequence counts as "
+                f"evaluation prompts repeat and are taken as drawn with replacement: every {drawn} counts as "
                 "independent (set evaluation_unit to change this)"
             )
     if unit == "prompt":
@@ -190,7 +214,7 @@ def after_end(batch: Rollouts, end_ids: Sequence[int]) -> Bool[Tensor, "N L"]:
     return mask & (before > torch.where(run_starts, before, 0).cummax(1).values)
 
 
-def _about_ends(batch: Rollouts, name: str, end_ids: Sequence[int], longest: int | None) -> list[str]:
+def _about_ends(batch: Rollouts, name: str, end_ids: Sequence[int], longest: int | None, stop_texts: bool) -> list[str]:
     messages: list[str] = []
     if not end_ids:
         return messages
@@ -204,7 +228,7 @@ def _about_ends(batch: Rollouts, name: str, end_ids: Sequence[int], longest: int
     limit = max(longest or 0, int(lengths.max()))
     short = int((lengths < limit).sum())
     ended = torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype)) & batch.response_mask
-    if short and not bool(ended.any()):
+    if short and not (stop_texts or bool(ended.any())):
         messages.append(
             f"{name}: no response has an end token ({shown}), though {short} of {len(lengths)} are shorter than the "
             f"longest possible ({limit} tokens): entropy and gradients are of text that is cut off before its end"

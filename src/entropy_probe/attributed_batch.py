@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from entropy_probe.attribution import Attribution, LayerShare
 from entropy_probe.attribution_results import AttributionSummary
+from entropy_probe.before import LengthSample
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.estimators.uncertainty import Units, UnitSums
 from entropy_probe.fingerprint import batch_digest
 from entropy_probe.layer_names import layer_and_module
 from entropy_probe.parts import Part
@@ -81,6 +82,7 @@ class AttributedBatch(TwoBatch):
             )
         self.folds = folds
         self._gradients: _Gradients | None = None
+        self._lengths: UnitGradients | None = None
 
     def attribution(self, *, measure: bool) -> Attribution:
         """The whole story; ``measure`` adds the realized change."""
@@ -166,7 +168,8 @@ class AttributedBatch(TwoBatch):
         assert start.step.gradient_scale is not None
         surrogate = self._entropy_coefficients(start.before)
         fold_of = torch.arange(self.units.count) % folds
-        weights = torch.zeros(folds, dtype=torch.float64).index_add_(0, fold_of, start.before.sums.size)
+        table = start.before.sums.table
+        sums = UnitSums(table.new_zeros(len(table), folds).index_add_(1, fold_of, table))
         numerators = []
         for fold in range(folds):
             rows = (fold_of[part.units.index] == fold).nonzero()[:, 0]
@@ -181,7 +184,24 @@ class AttributedBatch(TwoBatch):
                     found.update, entropy, 1.0, start.step, start.step.gradient_scale, taps=found.taps
                 )
             )
-        return fold_errors(torch.stack(numerators), weights)
+        return fold_errors(torch.stack(numerators), sums, self._length_changes_by_prompt(start))
+
+    def _length_gradient(self, lengths: LengthSample) -> UnitGradients:
+        """As for the prediction, and kept."""
+        self._lengths = super()._length_gradient(lengths)
+        return self._lengths
+
+    def _length_changes_by_prompt(self, start: Start) -> Tensor:
+        """The relative first-order change of the mean length by each prompt's part of the step, ``[B]``."""
+        found, lengths, own, step = self._gradients, start.before.lengths, self._lengths, start.step
+        if lengths is None:
+            return torch.zeros(self.prompts.count, dtype=torch.float64)
+        assert found is not None
+        assert own is not None
+        assert step.gradient_scale is not None
+        whole = replace(own, total=self.ranks.sum_vector(own.total, self.parameters))
+        tokens = self.ranks.sum(torch.tensor([lengths.tokens], dtype=torch.float64)).item()
+        return super()._by_update_prompt(found.update, whole, tokens, step, step.gradient_scale, taps=found.taps)
 
     def _check_sums(
         self, start: Start, tokens: Tensor, layers: tuple[LayerShare, ...], parts: Mapping[str, float]

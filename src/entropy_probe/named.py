@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entropy_probe.shards import local, sum_of_shards
 
-__all__ = ["NamedVector", "add", "dot", "norm", "scale", "zeros_like"]
+__all__ = ["NamedVector", "add", "dot", "norm", "scale"]
 
 NamedVector = Mapping[str, Tensor]
 
@@ -57,8 +57,3 @@ def add(*vectors: NamedVector) -> dict[str, Tensor]:
 def scale(factor: float, a: NamedVector) -> dict[str, Tensor]:
     """``factor`` times a vector."""
     return {name: factor * x for name, x in a.items()}
-
-
-def zeros_like(a: NamedVector) -> dict[str, Tensor]:
-    """A zero vector with the same names, shapes, dtypes and devices."""
-    return {name: torch.zeros_like(x) for name, x in a.items()}

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from entropy_probe.admission import draws_of
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.estimators.u_statistic import cross_statistic
+from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import Units
-from entropy_probe.losses import loss_coefficients
-from entropy_probe.named import norm
+from entropy_probe.losses import divides_by_tokens, loss_coefficients
+from entropy_probe.named import dot, norm
 from entropy_probe.not_modelled import of_frozen_geometry
 from entropy_probe.parts import Part, add_up
 from entropy_probe.results import CrossPrompt, ProbeResult
 from entropy_probe.session import Session, Subject
-from entropy_probe.types import Rollouts, TokenCoefficients
+from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 from entropy_probe.updates.cross import CrossProducts, cross_products
+from entropy_probe.updates.per_unit import unit_backward
 
 __all__ = ["OneBatch"]
 
@@ -24,6 +28,8 @@ MOST_UNITS = 128
 """More prompts than this are put into blocks, unless asked otherwise."""
 LEAST_BLOCKS = 16
 """Fewer blocks than this would give a poor standard error; a number of prompts that allows no more is left whole."""
+SHARE_FOR_LENGTH, LEAST_FOR_LENGTH = 1 / 16, 8
+"""The units, half of them at most, that the change of the mean length is taken from, which multiplies an error only."""
 SUSPICIOUS_RATIO = 1e3
 """P should change the scale of the statistic by no more than this."""
 
@@ -76,6 +82,7 @@ class OneBatch(Session):
             towards = fo.entropy_coefficients(before, own.prompt_ids, part.units, positions, *how)
             weights = by_prompt.size.sum().item()
             loss = loss_coefficients(self.given, config.loss_type, config.max_completion_length).select(part.rows)
+            left, right = _times(towards, -self.units.count / weights), _times(loss, -float(self.units.count))
             with self.clock.phase("cross-prompt gradients") as progress:
                 products = cross_products(
                     self.scorer,
@@ -84,16 +91,18 @@ class OneBatch(Session):
                     part.local_units,
                     self.units.count,
                     # mean X = -grad H and mean Y = -grad loss, over units
-                    _times(towards, -self.units.count / weights),
-                    _times(loss, -float(self.units.count)),
+                    left,
+                    right,
                     relative,
                     taps=taps,
                     max_bytes=config.max_stored_gradient_gib * 2**30,
                     progress=progress,
                     ranks=self.ranks,
                 )
+            slope = self._length_slope(before, positions, right, products.right_total, relative)
         by_unit = part.by_unit(torch.stack([products.left, products.right, products.diagonal]))
-        statistic = cross_statistic(*self.ranks.sum(by_unit))
+        x_side, y_side, diagonal = self.ranks.sum(by_unit)
+        statistic = cross_statistic(x_side, y_side, diagonal, self._of_sums(before, slope))
         cross = CrossPrompt(
             delta_h1=-rate * statistic.value,
             se_plugin=rate * statistic.se_plugin,
@@ -120,6 +129,53 @@ class OneBatch(Session):
         return self.assemble(
             by_prompt.ratio(), self.prompts, batch, batch, diagnostics, unit="prompt", cross_prompt=cross
         )
+
+    def _of_sums(self, before: TokenScores, slope: float) -> Callable[[float], Tensor]:
+        """What each unit does to the statistic through the batch's sums, from the statistic."""
+        config, of_loss = self.config, self.given.response_lengths.double()
+        sums = add_up(self.ranks, fo.entropy(before, self.part.units, config.normalization, config.entropy))
+        if not divides_by_tokens(config.loss_type):
+            of_loss = torch.ones_like(of_loss)
+        return lambda value: influence_of_sums(value, sums.size, self.units.total(of_loss), sums.ratio(), slope)
+
+    def _length_slope(
+        self,
+        before: TokenScores,
+        positions: PositionSums,
+        right: TokenCoefficients,
+        right_total: dict[str, Tensor],
+        relative: dict[str, Tensor],
+    ) -> float:
+        """How the statistic changes per nat of H: some units' length gradients along ``P mean Y`` of all others.
+
+        Args:
+            before: scores of this rank's part.
+            positions: sums over the whole batch.
+            right: coefficients of ``Y``.
+            right_total: ``sum Y``.
+            relative: P.
+        """
+        if self.config.normalization != "token":
+            return 0.0
+        count, part = self.units.count, self.part
+        number = min(count // 2, max(LEAST_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
+        some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:number]
+        rows = torch.isin(part.units.index, some).nonzero()[:, 0]
+        chosen, units = before.select(rows), part.units.select(rows)
+        sides = [fo.length_coefficients(chosen, units, positions), right.select(rows)]
+        own, present, along = part.select(self.batch).select(rows), units.index.unique().tolist(), 0.0
+        with self.clock.phase("length gradient") as progress, self.on_part(part):
+            for done, unit in enumerate(present, start=1):
+                members = (units.index == unit).nonzero()[:, 0]
+                lengths, loss = unit_backward(self.scorer, self.parameters, own, members, sides)
+                others = {
+                    name: right_total[name] - loss[name] if name in loss else right_total[name] for name in lengths
+                }
+                along += dot(lengths, {name: relative[name] * y for name, y in others.items()})
+                progress(done, len(present))
+        tokens = fo.sequence_weights(chosen, "token").sum().item()
+        along, tokens = self.ranks.sum(torch.tensor([along, tokens], dtype=torch.float64)).tolist()
+        return along / tokens / (count - 1)
 
     def _block_size(self) -> int:
         """Prompts per unit."""

@@ -119,8 +119,10 @@ class PolicyCheck:
         gaps, mismatch, record = None, None, None
         if rollouts.sampled_logprobs is not None:
             gaps = self._sum(part, sampler_gaps(scores, rollouts.sampled_logprobs[part.rows]))
-            mismatch = sampler_mismatch(gaps, int(rollouts.response_mask.sum()))
-            record = SamplerMismatch(mean=mismatch.mean, max=mismatch.max, ess_fraction=mismatch.ess / len(rollouts))
+            answered = rollouts.response_mask.any(1)  # a response that is masked out has no weight to compare
+            mismatch = sampler_mismatch(gaps[:, answered], int(rollouts.response_mask.sum()))
+            share = mismatch.ess / int(answered.sum())
+            record = SamplerMismatch(mean=mismatch.mean, max=mismatch.max, ess_fraction=share)
         selected = role != "evaluation" and config.update_selected
         found = _Found(
             fit,
@@ -327,7 +329,7 @@ def _cause_of_tokens(found: _Found) -> str:
         )
     if found.fit.excess > FOREIGN:
         return (
-            "so far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
+            "as far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
         )
     if agree:
         return (

@@ -50,6 +50,7 @@ class EntropyProbe:
             model sharded by FSDP2 (``fully_shard``) needs no such asking; there every rank works on the whole batches.
         end_token_ids: tokens that end a response, besides those of the model's generation config (or its config).
             Rollouts are checked against them.
+        stop_texts: whether responses may end at a stop text instead.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
@@ -68,6 +69,7 @@ class EntropyProbe:
         resample: Resample | None = None,
         distributed: bool = False,
         end_token_ids: Sequence[int] = (),
+        stop_texts: bool = False,
     ) -> None:
         config = config or ProbeConfig()
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
@@ -80,7 +82,7 @@ class EntropyProbe:
                 "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
             )
         self._arguments = (model, optimizer, mapping, config, progress)
-        self._resample, self._cache, self._end_ids = resample, ScoreCache(), tuple(end_token_ids)
+        self._resample, self._cache, self._ends = resample, ScoreCache(), (tuple(end_token_ids), stop_texts)
         self._ranks = joined_ranks() if distributed or is_sharded(model) else ALONE
         if is_sharded(model):
             self._ranks = SameWork(self._ranks)
@@ -101,7 +103,7 @@ class EntropyProbe:
             )
         rates = learning_rates(optimizer, config.learning_rate)
         given = (model, optimizer, parameters, rates, mapping, config, progress)
-        return Subject(*given, self._resample, self._cache, self._ranks, self._end_ids)
+        return Subject(*given, self._resample, self._cache, self._ranks, *self._ends)
 
     def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.

@@ -84,6 +84,7 @@ class Subject:
     cache: ScoreCache
     ranks: Ranks = ALONE
     end_ids: tuple[int, ...] = ()
+    stop_texts: bool = False
 
 
 class Session:
@@ -114,8 +115,9 @@ class Session:
 
     def admit(self, batch: Rollouts, role: Role) -> Rollouts:
         """A batch as this run counts it; see :func:`~entropy_probe.admission.admit`."""
-        config, end_ids = self.config, end_tokens(self.subject.model, self.subject.end_ids)
-        found = admit(batch, role, config.merge_equal_prompts, end_ids, config.max_completion_length)
+        config, subject = self.config, self.subject
+        end_ids, longest = end_tokens(subject.model, subject.end_ids), config.max_completion_length
+        found = admit(batch, role, config.merge_equal_prompts, end_ids, longest, subject.stop_texts)
         self.messages += found.messages
         self.not_modelled += found.not_modelled
         return found.rollouts

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.admission import UnitName, draws_of, evaluation_units
+from entropy_probe.admission import UnitName, draws_of, evaluation_units, in_groups
 from entropy_probe.before import Before, LengthSample, entropy_coefficients
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
@@ -66,12 +66,13 @@ class TwoBatch(Session):
         self.given_update, evaluation = update.cpu(), evaluation.cpu()
         self.same_batch = torch.equal(self.given_update.input_ids, evaluation.input_ids)
         update = self.update = self.admit(self.given_update, "update")
-        evaluation = self.admit(evaluation, "batch" if self.same_batch else "evaluation")
+        given, evaluation = evaluation, self.admit(evaluation, "batch" if self.same_batch else "evaluation")
+        grouped = in_groups(given) or in_groups(evaluation)
         answered = evaluation.response_mask.any(1)
         evaluation = self.evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
         self.draws = draws_of(evaluation)
         self.unit_name: UnitName
-        self.unit_name, self.units, notes = evaluation_units(evaluation, self.config.evaluation_unit)
+        self.unit_name, self.units, notes = evaluation_units(evaluation, self.config.evaluation_unit, grouped=grouped)
         self.messages += notes
         if self.same_batch:
             self.messages.append(
@@ -239,11 +240,14 @@ class TwoBatch(Session):
         lengths = before.lengths
         if lengths is None:
             return torch.zeros(len(step.components), dtype=torch.float64)
+        return lengths.along(list(step.components.values()), self._length_gradient(lengths), self.ranks)
+
+    def _length_gradient(self, lengths: LengthSample) -> UnitGradients:
+        """Of this rank's share of some sequences."""
         own = self.own_evaluation.select(lengths.rows)
         with self.clock.phase("length gradient") as progress:
             side = Side(lengths.coefficients())
-            found = self._differentiate(own, lengths.part, side, taps=None, progress=progress, total=False)
-        return lengths.along(list(step.components.values()), found, self.ranks)
+            return self._differentiate(own, lengths.part, side, taps=None, progress=progress, total=False)
 
     def _entropy_coefficients(self, before: Before) -> TokenCoefficients:
         """Of this rank's part of the evaluation batch."""
@@ -364,6 +368,8 @@ class TwoBatch(Session):
         beyond = 0.0
         if before.lengths is not None and measured.estimator == "per_decision":
             beyond = before.lengths.beyond(measured.after, predicted.length_change, self.ranks)
+        if measured.estimator == "resampled":  # other responses, so the change does not contain the influence of H
+            beyond = measured.change.size_change - predicted.length_change
         return measured.change.minus(predicted, before.entropy, beyond)
 
     def _score_fresh(self) -> TokenScores:

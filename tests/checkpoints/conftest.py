@@ -11,6 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+SAYS_DECOUPLED = "decoupled_weight_decay" in torch.optim.AdamW([torch.zeros(1)]).param_groups[0]
+UNDECIDED = () if SAYS_DECOUPLED else (
+    "the file does not say whether weight decay is decoupled; taken as AdamW, the Trainer's",
+)  # fmt: skip
+"""The one doubt about every AdamW checkpoint that torch 2.6 wrote."""
+NO_OTHER_DOUBTS = ("suspicious" if UNDECIDED else "healthy", UNDECIDED)
+
 
 @pytest.fixture
 def copy_of(runs, tmp_path) -> Callable[..., Path]:

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
+from entropy_probe.checkpoints import UnsupportedError, models
 from entropy_probe.checkpoints import layout as layout_module
-from entropy_probe.checkpoints import models
 from entropy_probe.checkpoints.layout import layout_of, repeat_layers, thin_out, treats_layers_alike
 from tests.tiny import tiny_policy
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft 0.21 with transformers 5.23
     "ignore:.*(tied|tie_word_embeddings|fan_in_fan_out|not match any|no modules were excluded).*:UserWarning",
     "ignore:.*did not match any.*:RuntimeWarning",
-    "ignore::peft.utils.warning.PeftWarning",
+    "ignore:.lora_bias=True. was passed|.*LoRA tensor.s. have invalid shape:UserWarning",  # said of every lora_bias
 )
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
@@ -78,6 +78,10 @@ def both_ways(tmp_path, build, settings, adapter):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     stored = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     expected = layout_of(model), {name: tuple(x.shape) for name, x in stored.items()}
+    if any(key.endswith("base_layer.bias") and key not in stored for key in expected[0].parameters):
+        with pytest.raises(UnsupportedError, match="biases that the installed peft does not save"):
+            models.adapter_layout(base, tmp_path, adapter)
+        pytest.skip("refused: this peft does not save the trained biases")
     return models.adapter_layout(base, tmp_path, adapter), expected, json.loads(file.read_text())
 
 
@@ -110,6 +114,18 @@ def test_one_layer_of_each_kind_is_built(tmp_path, settings, monkeypatch):
 def test_a_configuration_that_can_tell_layers_apart_gets_the_whole_model(tmp_path, settings):
     _, _, config = both_ways(tmp_path, _qwen2, settings, "default")
     assert not treats_layers_alike(config)
+
+
+def test_trained_biases_that_peft_does_not_save_are_refused(tmp_path, monkeypatch):
+    """As peft did before 0.21: the checkpoint would load with the biases of the base model."""
+    state = models._adapter_state
+    without = lambda *a: {key: x for key, x in state(*a).items() if not key.endswith("bias")}  # noqa: E731
+    monkeypatch.setattr(models, "_adapter_state", without)
+    LoraConfig(r=4, target_modules=LINEAR, bias="lora_only").save_pretrained(str(tmp_path))
+    with torch.device("meta"):
+        base = _qwen2()
+    with pytest.raises(UnsupportedError, match=r"installed peft does not save .*q_proj\.base_layer\.bias"):
+        models.adapter_layout(base, tmp_path, "default")
 
 
 def test_kinds_are_told_by_structure():

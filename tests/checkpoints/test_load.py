@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from entropy_probe.checkpoints import CheckpointError, CheckpointReport, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.libraries import collector_paused, random_state_kept
 from entropy_probe.checkpoints.weights import check_loaded
 from entropy_probe.demo.policy import build_tokenizer
-from tests.checkpoints.conftest import edit_json, edit_tensors
+from tests.checkpoints.conftest import NO_OTHER_DOUBTS, UNDECIDED, edit_json, edit_tensors
 
 TEXT = "12+34=46 Hello, World!\n  a"
 
@@ -148,7 +148,7 @@ def test_the_base_model_is_found_relative_to_the_checkpoint(copy_of, runs, tmp_p
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     report = inspect_checkpoint(checkpoint)
-    assert report.verdict == "healthy"
+    assert (report.verdict, report.reasons) == NO_OTHER_DOUBTS
     assert (checkpoint / report.base_model).resolve() == tmp_path / "run" / "base"
 
 
@@ -159,7 +159,7 @@ def test_sharded_weights(copy_of, runs):
     whole.model.save_pretrained(checkpoint, max_shard_size="100KB")
     assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
     again = load_checkpoint(checkpoint)
-    assert again.report.verdict == "healthy"
+    assert (again.report.verdict, again.report.reasons) == NO_OTHER_DOUBTS
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     sorted(checkpoint.glob("model-*.safetensors"))[0].unlink()
     with pytest.raises(CheckpointError, match=r"model-00001.*expected the shard that model\.safetensors\.index"):
@@ -189,6 +189,10 @@ def _eight_bits(tensors):
 
 
 def _complex(tensors):
+    try:
+        save({"x": torch.zeros(1, dtype=torch.complex64)})
+    except KeyError:
+        pytest.skip("this safetensors cannot write complex numbers")
     name = sorted(tensors)[-1]
     tensors[name] = tensors[name].to(torch.complex64)
 
@@ -209,7 +213,8 @@ def _json(**fields):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_json(padding=1), "tokenizer: could not be loaded: invalid type: integer `1`"),
+        # transformers 4 tries another kind of tokenizer, and reports what that one lacks
+        (_json(padding=1), "tokenizer: could not be loaded: (invalid type: integer `1`|requires the protobuf library)"),
         (lambda c: edit_json(c / "adapter_config.json", target_modules="[x"), "could not be loaded: unterminated"),
     ],
     ids=["tokenizers", "an expression"],
@@ -225,7 +230,8 @@ def test_what_the_libraries_raise_is_one_line(copy_of, make, message):
 def test_a_configuration_of_other_types_is_one_line(copy_of):
     checkpoint = copy_of("full")
     edit_json(checkpoint / "config.json", tie_word_embeddings="5.23.0")
-    _refused(checkpoint, "could not be loaded: Validation error for field 'tie_word_embeddings'")
+    # transformers 4 takes any text for true
+    _refused(checkpoint, r"Validation error for field 'tie_word_embeddings'|16 \+ 11 entries .* to fit, none does")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,12 @@ def test_tied_weights_that_differ_in_the_file_are_refused(copy_of):
         checkpoint / "model.safetensors",
         lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"] + 1}),
     )
-    _refused(checkpoint, r"15 \+ 11 entries .* to fit, none does; tried hf-trainer-patterns \(16 \+ 11\)")
+    unties = r"15 \+ 11 entries .* to fit, none does; tried hf-trainer-patterns \(16 \+ 11\)"
+    ties = r"lm_head\.weight: expected the model to hold these values"  # transformers 4, noticed once loaded
+    with pytest.raises(CheckpointError, match=f"{unties}|{ties}") as caught:
+        load_checkpoint(checkpoint)
+    if "none does" in str(caught.value):
+        _refused(checkpoint, unties)
 
 
 def test_the_wrong_tie_flag_is_refused_or_has_no_effect(copy_of):
@@ -290,7 +301,11 @@ def test_the_wrong_tie_flag_is_refused_or_has_no_effect(copy_of):
     checkpoint = copy_of("full")
     edit_json(checkpoint / "config.json", tie_word_embeddings=True)
     tensors = load_file(checkpoint / "model.safetensors")
-    model = load_checkpoint(checkpoint).model
+    try:
+        model = load_checkpoint(checkpoint).model
+    except CheckpointError:  # transformers 4 ties them
+        _refused(checkpoint, r"16 \+ 11 entries .* to fit, none does; tried hf-trainer-patterns \(15 \+ 11\)")
+        return
     assert torch.equal(model.get_output_embeddings().weight, tensors["lm_head.weight"])
     assert torch.equal(model.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])
 
@@ -384,7 +399,8 @@ def test_inspect_needs_no_base_weights(copy_of, runs, tmp_path):
     base = shutil.copytree(runs("lora").directory / "base", tmp_path / "base")
     (base / "model.safetensors").unlink()
     checkpoint = copy_of("lora")
-    assert inspect_checkpoint(checkpoint, base).verdict == "healthy"
+    report = inspect_checkpoint(checkpoint, base)
+    assert (report.verdict, report.reasons) == NO_OTHER_DOUBTS
     with pytest.raises(CheckpointError, match="could not be loaded"):
         load_checkpoint(checkpoint, base)
 
@@ -392,7 +408,7 @@ def test_inspect_needs_no_base_weights(copy_of, runs, tmp_path):
 def test_a_healthy_report_in_full(runs):
     report = inspect_checkpoint(runs("tied").checkpoint(2))
     assert (report.kind, report.base_model, report.global_step) == ("full", None, 2)
-    assert (report.optimizer, report.verdict, report.reasons) == ("AdamW", "healthy", ())
+    assert (report.optimizer, report.verdict, report.reasons) == ("AdamW", *NO_OTHER_DOUBTS)
     assert [(g.num_parameters, g.weight_decay, g.learning_rate) for g in report.groups] == [
         (15, 0.1, 1e-3),
         (11, 0.0, 1e-3),
@@ -425,8 +441,9 @@ def test_lora_a_has_no_second_moment_after_the_first_step(runs):
     report = inspect_checkpoint(runs("lora").checkpoint(1))
     assert report.optimizer_state is not None
     assert 0 < report.optimizer_state.coverage < 1
-    assert (report.verdict, len(report.reasons)) == ("suspicious", 1)
+    assert report.verdict == "suspicious"
     assert "exp_avg_sq is all zero" in report.reasons[0]
+    assert report.reasons[1:] == UNDECIDED
 
 
 def test_files_of_two_saves_and_an_incomplete_save_are_suspicious(copy_of, runs):
@@ -434,10 +451,12 @@ def test_files_of_two_saves_and_an_incomplete_save_are_suspicious(copy_of, runs)
     shutil.copy(runs("lora").checkpoint(3) / "optimizer.pt", checkpoint)
     assert inspect_checkpoint(checkpoint).reasons == (
         "optimizer.pt is at step 3, trainer_state.json at 2; files of two saves?",
+        *UNDECIDED,
     )
     (checkpoint / "trainer_state.json").unlink()
     assert inspect_checkpoint(checkpoint).reasons == (
         "trainer_state.json, written last, is missing; the save may be incomplete",
+        *UNDECIDED,
     )
     (checkpoint / "trainer_state.json").write_text('{"global_step": "2"')
     with pytest.raises(CheckpointError, match=r"trainer_state\.json: expected JSON"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from entropy_probe.checkpoints import CheckpointError, MappingError, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.directory import optimizer_file
 from entropy_probe.checkpoints.other_trainers import checkpoints_below, whose_directory
 from tests.checkpoints.conftest import edit_optimizer, edit_tensors
 
@@ -15,6 +16,7 @@ LAYOUTS = {
     "verl, SkyRL or AReaL": ["optim_world_size_4_rank_3.pt", "model_world_size_4_rank_3.pt", "huggingface/config.json"],
     "DeepSpeed": ["global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt", "latest"],
     "Megatron": ["mp_rank_01/distrib_optim.pt"],
+    "checkpoint of Megatron": [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
     "torchtune": ["recipe_state/recipe_state.pt", "model-00001.safetensors"],
     "FULL_STATE_DICT": ["pytorch_model_fsdp.bin", "optimizer.bin"],
 }
@@ -27,11 +29,18 @@ def touch(root: Path, names: list[str]) -> Path:
     return root
 
 
+def test_torchtune_keeps_its_state_beside_the_epochs(tmp_path):
+    """And the weights of an epoch have the names of any model."""
+    touch(tmp_path, ["recipe_state/recipe_state.pt", "epoch_0/config.json", "epoch_0/model.safetensors"])
+    with pytest.raises(CheckpointError, match=r"expected optimizer\.pt, got a checkpoint of torchtune"):
+        optimizer_file(tmp_path / "epoch_0")
+
+
 @pytest.mark.parametrize("maker", LAYOUTS)
 @pytest.mark.parametrize("above", ["", "step_2", "run/step_2"])
 def test_a_directory_of_another_trainer_is_named(tmp_path, maker, above):
     touch(tmp_path / "x" / above, LAYOUTS[maker])
-    if maker == "FULL_STATE_DICT" and above:
+    if maker in ("FULL_STATE_DICT", "checkpoint of Megatron") and above:
         assert checkpoints_below(tmp_path / "x") == [tmp_path / "x" / above]  # for its optimizer's sake
         return
     with pytest.raises(CheckpointError, match=f"expected a checkpoint that is read, got .*{maker}.*; what is|{maker}"):

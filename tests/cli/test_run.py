@@ -12,6 +12,7 @@ import yaml
 
 from entropy_probe import ProbeResult, Rollouts, Validation
 from entropy_probe.cli.lock import locked
+from entropy_probe.cli.run import of_one_batch
 from entropy_probe.sampling import HFGenerator
 from entropy_probe.validation import HalfSteps
 from tests.checkpoints.conftest import edit_json
@@ -182,6 +183,18 @@ def test_both_modes_side_by_side(config, tmp_path):
     assert "cross-prompt gradients" in result.timing
 
 
+def test_one_batch_beside_two_does_not_repeat_what_is_said_of_the_update_batch():
+    said = "batch: the responses do not fit the policy: surprisal minus entropy is +0.1; "
+    assert of_one_batch("frozen geometry") == "frozen geometry"
+    assert of_one_batch(f"{said}so results are biased, and the step is taken on it as given") == (
+        "results are biased by what is said of the update batch"
+    )
+    assert "may be biased by" in str(of_one_batch("batch: sampled_logprobs differ; so results may be biased"))
+    assert of_one_batch("batch: amiss; nothing is computed from them, so results stand") is None
+    kept = f"{said}its sequences are reweighted, which leaves that share of them effective"
+    assert of_one_batch(kept) == kept
+
+
 def test_attribution_fills_tables_that_a_later_run_without_it_removes(config, tmp_path):
     out = tmp_path / "out"
     shown = run(config, "attribution=true", "attribution_folds=4", "mode=both", "probe.frozen_max_scale=1e9")
@@ -215,7 +228,7 @@ def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path,
     assert "5 real steps on 2 of 4 prompts" in done.stdout
     assert ProbeResult.load(out).attribution is not None
     assert (out / "tokens.parquet").is_file()
-    assert "minus covariance terms" in invoke("report", out).stdout
+    assert "negated covariance terms" in invoke("report", out).stdout
     line = refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
     assert "validate: expected mode two_batch or both, whose prediction is attributed, got one_batch" in line
     run(config, "--overwrite")

@@ -107,8 +107,18 @@ def test_mistakes_are_recognised(mistake, said):
     assert found is None if said is None else found is not None and said in found
     parts = torch.cat([mistake_sums(scores.select(rows), sampled[rows]) for rows in torch.arange(40).split(17)], 1)
     assert torch.equal(parts, sums)
-    noisy = sampled + 0.02 * torch.randn(sampled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = 0.02 * torch.randn(sampled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noisy = torch.where(sampled == 0, 0.0, sampled + noise)
     assert recorded_amiss(mistake_sums(scores, noisy), mismatch(scores, noisy)) == found
+
+
+def test_log_probabilities_near_0_are_not_missing_ones():
+    """As where the batch is checked against other prompts, at which its tokens are unlikely."""
+    scores = gapped()
+    near = torch.where(scores.response_mask, -0.1, 0.0).double() * (scores.logprobs < -0.5)
+    assert recorded_amiss(mistake_sums(scores, near), mismatch(scores, near)) is None
+    none = torch.zeros_like(near)
+    assert recorded_amiss(mistake_sums(scores, none), mismatch(scores, none)) == "all 0, as where none were recorded"
 
 
 def test_a_uniform_sampler_is_no_mistake():

@@ -61,6 +61,20 @@ def test_copies_of_a_prompt_are_one_prompt():
     assert validated is None or validated.num_prompts == by_hand.num_prompts
 
 
+def test_a_batch_in_groups_stays_one_when_groups_merge_or_responses_are_masked_out():
+    """Its prompts are the units: a sequence is not independent of the others of its prompt."""
+    model = TinyPolicy()
+    update, _ = batches(groups=13)
+    merging, apart = (probe(model, trained_optimizer(model), merge_equal_prompts=merge) for merge in (True, False))
+    assert by_prompt(update).prompt_ids.unique(return_counts=True)[1].unique().numel() > 1
+    given = {"merged": (merging, update), "masked out": (apart, masked_out(update, [5]))}
+    for name, (subject, batch) in given.items():
+        found = subject.predict(update=batch, evaluation=batch)
+        assert found.diagnostics.evaluation_unit == "prompt", name
+        assert found.entropy.num_units == (3 if name == "merged" else 13)
+        assert not any("independent" in message for message in found.diagnostics.messages)
+
+
 def test_the_trainers_groups_stay_as_given():
     """The longest response of a group, which per_prompt_max divides by, is that of the trainer's group."""
     model = TinyPolicy()
@@ -135,6 +149,20 @@ def test_everything_downstream_takes_masked_out_responses(shared):
     assert any("4 of 24 responses are masked out" in m for m in result.diagnostics.messages)
     measured = [subject.measure(update=x).realized for x in (masked_out(update, rows), update.select(kept))]
     assert measured[0].value == pytest.approx(measured[1].value, rel=1e-4)
+
+
+def test_masked_out_responses_are_no_effective_samples():
+    """The share of them in the weights between sampler and policy is that of the batch without them."""
+    model = TinyPolicy()
+    update, evaluation = batches(groups=4, size=6)
+    noise = torch.randn(update.input_ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    update = replace(update, sampled_logprobs=-1.5 + 0.5 * noise)
+    rows = list(range(12))
+    subject = probe(model, trained_optimizer(model), merge_equal_prompts=False)
+    given = (masked_out(update, rows), update.select(torch.arange(12, 24)))
+    a, b = (subject.predict(update=u, evaluation=evaluation).diagnostics.update_mismatch for u in given)
+    assert a.ess_fraction == pytest.approx(b.ess_fraction, rel=1e-9)
+    assert b.ess_fraction < 0.9
 
 
 def test_a_prompt_whose_responses_are_all_masked_out_is_in_the_tables(tmp_path):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
-from entropy_probe.estimators.first_order import sequence_weights
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.estimators.first_order import length_coefficients, sequence_weights
+from entropy_probe.estimators.uncertainty import Units, ratio
 from entropy_probe.losses import token_weights
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
@@ -303,8 +304,9 @@ def test_forward_mode_through_norms_activations_and_attention():
 
 
 @pytest.mark.parametrize("gib", [2.0, 0.0], ids=["stored", "passes"])
-def test_errors_from_folds(gib):
+def test_errors_from_folds(gib, monkeypatch):
     """With as many folds as units the error is the delta method's over units, taken here by one backward pass each."""
+    monkeypatch.setattr("entropy_probe.before.SHARE", 1.0)  # of the sequences that the change of length is taken from
     model = TinyPolicy()
     optimizer = trained_optimizer(model)
     update, evaluation = batches(groups=3, n=12)
@@ -313,7 +315,9 @@ def test_errors_from_folds(gib):
     )
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     scorer = Scorer(model, TEMPERATURE, 8192)
-    c = coefficients(scorer.score(evaluation), evaluation.prompt_ids, Units.sequences(12))
+    scores, single = scorer.score(evaluation), Units.sequences(12)
+    c = coefficients(scores, evaluation.prompt_ids, single)
+    to_go = length_coefficients(scores, single, PositionSums.of(scores)).logprobs
 
     def gradient(batch: Rollouts, logprobs: torch.Tensor, entropies: torch.Tensor) -> dict[str, torch.Tensor]:
         log_p = torch.log_softmax(model(batch.input_ids, batch.attention_mask.long()).logits / TEMPERATURE, -1)
@@ -335,7 +339,13 @@ def test_errors_from_folds(gib):
     ], dtype=torch.float64)  # fmt: skip
     sizes = evaluation.response_lengths.double()
     q = a.sum(0) / sizes.sum()
-    expected = ((a - q * sizes[:, None]) / sizes.mean()).std(0) / 12**0.5
+    longer = gradient(evaluation, to_go, 0 * to_go)
+    sigma = torch.tensor([
+        -clipped.factor * sum((longer[n] * scale[n] * y[n]).sum() for n in named) for y in by_prompt
+    ]) / sizes.sum()  # fmt: skip
+    of_entropy = ratio(scores.entropies.double().sum(1), sizes).influence
+    influence = (a - q * sizes[:, None]) / sizes.mean() - sigma * of_entropy[:, None]
+    expected = influence.std(0) / 12**0.5
     torch.testing.assert_close(found.prompts, q, rtol=1e-9, atol=1e-16)
     torch.testing.assert_close(found.standard_errors, expected, rtol=1e-9, atol=1e-16)
     assert found.summary.folds == 12

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
+from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.fingerprint import ScoreCache, fingerprint, mixed_sums
 from entropy_probe.noise import _moved
 from entropy_probe.scoring.forward import Scorer
@@ -80,6 +81,31 @@ def test_fresh_responses_are_measured_by_the_surprisal_that_was_asked_for():
     realized = subject.measure(update=update, evaluation=evaluation).realized
     assert realized.estimator == "resampled"
     assert realized.value == pytest.approx(mean[0] - surprisal(evaluation), rel=1e-9)
+
+
+def test_the_error_of_the_difference_from_fresh_responses_has_both_errors_of_h():
+    """The change has that of the old and of the fresh responses, however far apart their lengths are."""
+    model, fresh = TinyPolicy(), []
+    update, evaluation = batches()
+
+    def of_entropy(rollouts: Rollouts) -> torch.Tensor:
+        scorer = Scorer(model, TEMPERATURE, 8192)
+        scorer.prepare(rollouts)
+        return ratio(scorer.score(rollouts).entropies.double().sum(1), rollouts.response_lengths.double()).influence
+
+    def resample(rollouts: Rollouts) -> Rollouts:
+        found = sampler(model, torch.Generator().manual_seed(3))(rollouts)
+        fresh.append((of_entropy(found), found.response_lengths.sum()))
+        return found
+
+    config = ProbeConfig(temperature=TEMPERATURE, learning_rate=LARGE, on_low_ess="resample",
+                         evaluation_unit="sequence")  # fmt: skip
+    subject = EntropyProbe(model, trained_optimizer(model), config, resample=resample)
+    result = subject.run(update=update, evaluation=evaluation)
+    assert abs(fresh[0][1] / evaluation.response_lengths.sum() - 1) > 0.05
+    predicted = torch.tensor(result.contributions, dtype=torch.float64) - result.predicted.value
+    by_hand = fresh[0][0] - of_entropy(evaluation) - predicted
+    assert result.difference.standard_error == pytest.approx(by_hand.std().item() / 60**0.5, rel=1e-9)
 
 
 def stepped_entropy(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rollouts) -> float:

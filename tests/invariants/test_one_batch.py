@@ -1,10 +1,16 @@
 """The cross-prompt U-statistic on the enumerable policy: exactness, bias, calibration, and its traps."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.estimators.u_statistic import cross_statistic
+from entropy_probe.estimators.baselines import strictly_after
+from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
+from entropy_probe.estimators.uncertainty import Units, ratio
+from entropy_probe.losses import token_weights
+from entropy_probe.student import critical_value
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
 
 TABLE = Table.build()
@@ -249,3 +255,122 @@ def test_missing_second_moments_are_an_error_unless_accepted():
     got = cross(model, fresh, batch(6), identity_if_coverage_below=0.9)
     assert got.preconditioner.num_identity == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert got.bars_dot_ratio == pytest.approx(1.0)
+
+
+class PerToken:
+    """Gradients of every response per token, from which many batches are arithmetic; rewards may be lengths.
+
+    Baselines are the exact means by position, so that a prompt's gradients are its own but for the batch's H and sums.
+    """
+
+    def __init__(self, seed: int, rewards: str) -> None:
+        model = TinyPolicy(seed, train_embedding=False)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        scores, mask = TABLE.token_scores(model), TABLE.rollouts.response_mask
+        self.probabilities = TABLE.probabilities(model).detach()
+        self.lengths = mask.sum(1).double()
+        self.entropies = scores.entropies.detach().sum(1)
+        self.rewards = self.lengths if rewards == "length" else TABLE.rollouts.rewards
+
+        def centred(values: torch.Tensor) -> torch.Tensor:
+            to_go = strictly_after(values.detach(), mask)
+            reach = self.probabilities[:, None] * mask
+            return (to_go - (reach * to_go).sum(0) / reach.sum(0).clamp(min=1e-12)) * mask
+
+        def rows(values: torch.Tensor) -> torch.Tensor:
+            found = [torch.autograd.grad(v, parameters, retain_graph=True, allow_unused=True) for v in values]
+            return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in found])
+
+        s, h = scores.logprobs, scores.entropies
+        self.of_entropy = rows((h + centred(h) * s).sum(1))
+        self.of_length = rows((centred(mask.double()) * s).sum(1))
+        self.of_logprob = rows(s.sum(1))
+        scale = scale_of(model, trained_optimizer(model))
+        self.scale = torch.cat([v.reshape(-1) for v in scale.values()])
+        gradients = [torch.autograd.grad(f, parameters) for f in (
+            TABLE.entropy(model, "token"), (TABLE.probabilities(model) * self.rewards).sum()
+        )]  # fmt: skip
+        h_flat, r_flat = (torch.cat([g.reshape(-1) for g in each]) for each in gradients)
+        mean_length = self.probabilities @ self.lengths
+        self.exact = -((1 - 1 / GROUP) / mean_length * (h_flat @ (self.scale * r_flat))).item()
+
+    def statistic(self, prompts: int, generator: torch.Generator, *, of_sums: bool):
+        """The statistic of the token-mean loss on one batch."""
+        which = torch.randint(3, (prompts,), generator=generator)
+        p = self.probabilities.view(3, -1)[which]
+        picked = torch.multinomial(p, GROUP, replacement=True, generator=generator) + p.shape[1] * which[:, None]
+        tokens, h = self.lengths[picked].sum(1), self.entropies[picked].sum(1)
+        entropy = ratio(h, tokens)
+        share = prompts / tokens.sum()
+        advantages = self.rewards[picked] - self.rewards[picked].mean(1, keepdim=True)
+        lengths = self.of_length[picked].sum(1)
+        x = -share * (self.of_entropy[picked].sum(1) - entropy.value * lengths)
+        y = share * torch.einsum("ug,ugp->up", advantages, self.of_logprob[picked]) * self.scale
+        slope = (lengths[:8].sum(0) @ y[8:].mean(0) / tokens[:8].sum()).item()
+        beyond = partial(influence_of_sums, weights=tokens, loss_weights=tokens, entropy=entropy, length_slope=slope)
+        given = (x @ y.sum(0), y @ x.sum(0), (x * y).sum(1))
+        return cross_statistic(*given, beyond if of_sums else None)
+
+
+def coverage(seed: int, rewards: str, batches: int, *, of_sums: bool = True, prompts: int = 40):
+    """Both reported variances over the true one, and how often the larger error covers."""
+    policy, generator = PerToken(seed, rewards), torch.Generator().manual_seed(1)
+    found = [policy.statistic(prompts, generator, of_sums=of_sums) for _ in range(batches)]
+    values, plugin, jackknife = torch.tensor([(f.value, f.se_plugin, f.se_jackknife) for f in found]).double().T
+    reach = critical_value(prompts - 1) * torch.maximum(plugin, jackknife)
+    covered = ((values - policy.exact).abs() <= reach).double().mean().item()
+    return plugin.square().mean() / values.var(), jackknife.square().mean() / values.var(), covered
+
+
+@pytest.mark.parametrize(
+    ("seed", "rewards", "without"), [(4, "length", 0.43), (3, "length", 0.85), (1, "random", 1.35)]
+)
+def test_the_error_per_token_has_the_terms_of_the_batchs_sums(seed, rewards, without):
+    plugin, jackknife, covered = coverage(seed, rewards, 400)
+    assert plugin == pytest.approx(1, abs=0.25)
+    assert jackknife == pytest.approx(1, abs=0.25)
+    assert 0.90 <= covered <= 0.985
+    held, _, _ = coverage(seed, rewards, 400, of_sums=False)
+    assert held / plugin == pytest.approx(without, rel=0.2)
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_a_probe_takes_these_terms_from_its_batch(loss):
+    """Against the same by loops."""
+    model = TinyPolicy(3, train_embedding=False)
+    optimizer = trained_optimizer(model)
+    rollouts = batch(3, prompts=9)
+    got = cross(model, optimizer, rollouts, normalization="token", loss_type=loss)
+    scores = TABLE.token_scores(model)
+    rows = [int((TABLE.rollouts.input_ids == ids).all(1).nonzero()[0, 0]) for ids in rollouts.input_ids]
+    units, own = Units.prompts(rollouts.prompt_ids), scores.select(torch.tensor(rows))
+    tokens = units.total(rollouts.response_lengths)
+    h = ratio(units.total(own.entropies.detach().sum(1)), tokens)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    scale = torch.cat([s.reshape(-1) for s in scale_of(model, optimizer).values()])
+
+    def flat(value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, retain_graph=True)])
+
+    to_go = strictly_after(own.response_mask.double(), own.response_mask)
+    some = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:4]
+    baseline = torch.zeros_like(to_go)
+    for i, t in own.response_mask.nonzero().tolist():
+        other = own.response_mask[:, t] & (units.index != units.index[i])
+        baseline[i, t] = to_go[other, t].mean() if bool(other.any()) else 0.0
+    omega = token_weights(rollouts.response_mask, rollouts.prompt_ids, loss)
+    longer, gain = (
+        (to_go - baseline) * own.response_mask * own.logprobs,
+        omega * rollouts.token_advantages * own.logprobs,
+    )
+    products = [
+        flat(longer[units.index == u].sum()) @ (scale * 9 * flat(gain[units.index != u].sum())) / 8 for u in some
+    ]
+    slope = (sum(products) / tokens[some].sum()).item()
+    of_loss = tokens if loss == "dapo" else torch.full_like(tokens, GROUP)
+    e = slope * h.influence - got.u_cross * ((tokens / tokens.mean() - 1) + (of_loss / of_loss.mean() - 1))
+    r = torch.tensor(got.row_means, dtype=torch.float64)
+    assert got.zeta_plugin == pytest.approx((r - r.mean() + e / 2).var().item(), rel=1e-8)
+    assert got.zeta_plugin != pytest.approx(r.var().item(), rel=1e-2)
+    left_out = (9 * got.u_cross - 2 * r) / 7 - e / 8
+    assert got.se_jackknife == pytest.approx(1e-3 * (8 / 9 * 8 * left_out.var().item()) ** 0.5, rel=1e-8)

@@ -102,7 +102,7 @@ def test_validation_with_its_interval_and_messages():
     shown = show_validation(1.0, 2.0, 3.0, 4.0, None, messages=("new", "known"), said=("known",), found=found)
     assert "4 real steps on 2 of 4 prompts" in shown
     assert "0.981             0.950 to 0.993  0.99" in shown
-    assert "on one half of 1,024 evaluation sequences what is forecast from the other" in " ".join(shown.split())
+    assert "on one half of 1,024 evaluation sequences and forecast from the other" in " ".join(shown.split())
     assert "reliability of the measured changes: 0.810" in " ".join(shown.split())
     others = show_validation(1.0, measured_on="others")
     assert "measured on 1,024 evaluation sequences that the contributions do not come from" in " ".join(others.split())

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from entropy_probe.checkpoint_results import CheckpointReport, GroupReport, MovementReport
+from entropy_probe.estimators.importance import SequenceWeights
 from entropy_probe.report import print_checkpoint, print_result
+from entropy_probe.report.wording import HARMLESS_ESS
 from entropy_probe.results import SamplerMismatch
 from tests.report.results import make_cross_prompt, make_result
 
@@ -43,6 +46,18 @@ def test_no_row_is_broken_at_80_columns(terminal):
     assert text.count("predicted δH₁") == 1
     assert ("\x1b[" in text) == terminal
     assert all(len(line) <= 80 for line in show(print_result, make_result()).splitlines())
+
+
+def test_a_heavy_tail_that_does_no_harm_is_not_shown_as_beyond_a_bound():
+    result = make_result()
+    assert result.realized is not None
+    heavy = result.realized.model_copy(update={"pareto_k": 0.75, "ess_fraction": 0.995})
+    text = show(print_result, result.model_copy(update={"realized": heavy}))
+    assert "Pareto k 0.75 tail of the weights; judged below 99% ESS" in " ".join(text.split())
+    rest = heavy.model_copy(update={"ess_fraction": 0.98})
+    assert "tail of the weights; at most 0.58" in show(print_result, result.model_copy(update={"realized": rest}))
+    for ess, judged in ((100 * HARMLESS_ESS, False), (100 * HARMLESS_ESS - 0.1, True)):
+        assert SequenceWeights(torch.ones(100).double(), ess, 1.0, 2.0).heavy_tailed == judged
 
 
 def test_what_was_not_computed_is_not_shown():

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from entropy_probe.report import result_figures, run_page, sweep_page
 from entropy_probe.report.charts import Axis, Bar, bar_chart
-from entropy_probe.results import SamplerMismatch
+from entropy_probe.report.views import caveats
+from entropy_probe.results import PolicyFit, SamplerMismatch
 from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_cross_prompt, make_result
 from tests.report.sweeps import make_sweep
@@ -145,9 +147,29 @@ def test_the_numbers_are_those_of_the_result():
     ):  # fmt: skip
         assert number in text, number
     assert "64% of that comes from momentum" in text
-    assert "z −0.4, −3.1×10⁻³ nats a token" in text
-    assert "Update: tokens against policy" in text
+    assert "z −0.4; −3.1×10⁻³ nats/token" in text
+    assert "Policy fit, update" in text
     assert "attribution=true" in text
+
+
+def test_a_headline_does_not_stand_without_what_spoils_it():
+    result = make_result()
+    off = result.diagnostics.policy_fit.update
+    assert off is not None
+    assert off.status == "off_policy"
+    fits = PolicyFit(evaluation=off, update=off.model_copy(update={"status": "selected"}))
+    parts = ("the KL term to a reference policy (the log has kl, 0.1 last)",)
+
+    def found(**more):
+        return result.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=more)})
+
+    assert caveats(found(policy_fit=PolicyFit())) == []
+    said = ["The evaluation rollouts do not fit the policy, so the numbers are biased."]
+    assert caveats(found(policy_fit=fits)) == said
+    page = run_page(found(not_modelled=parts))
+    headline = html.unescape(page[: page.index('id="result"')])
+    assert "The update rollouts do not fit the policy; the step is taken on them as given." in headline
+    assert "One part of the trainer's step is not in these numbers." in headline
 
 
 def test_parts_that_work_against_each_other_are_said_to():
@@ -213,8 +235,11 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
     assert "6 different halves, fewer than the 40 asked for" in text
     assert "Use more update prompts: few halves" in text
     assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
-    assert "0.98 (0.95 to 0.99) for contributions and −0.12 (−0.40 to 0.20) for minus covariance terms (95%" in text
-    assert "Measured on one half of 2,048 evaluation sequences what is forecast from the other, both ways" in text
+    assert (
+        "with the contributions 0.981 (0.950 to 0.993) and with the negated covariance terms −0.120 (−0.400 to 0.200)."
+        in text
+    )
+    assert "Changes are measured on one half of 2,048 evaluation sequences and forecast from the other" in text
     assert "reliability of the measured changes: 0.970" in text
 
 

@@ -48,6 +48,16 @@ def test_a_refused_change_comes_before_anything_else_and_says_what_to_do(predict
     assert "Pareto k 0.81, at most 0.58" in tail.sentence
 
 
+def test_numbers_from_rollouts_of_another_policy_are_not_just_in_agreement():
+    result = make_result((-1e-3, 1e-4), (-1e-3, 1e-4), (0.0, 1e-5))
+    assert "biases" not in verdict(result).sentence  # the fixture's update batch is off policy, as it may be
+    fit = result.diagnostics.policy_fit
+    off = result.diagnostics.model_copy(update={"policy_fit": fit.model_copy(update={"evaluation": fit.update})})
+    judged = verdict(result.model_copy(update={"diagnostics": off}))
+    assert judged.kind == "agrees within error"
+    assert judged.sentence.endswith("which biases every number above (see the notes).")
+
+
 @pytest.mark.parametrize("predicted", [(-1e-9, 1e-10), None])
 def test_a_change_that_rounding_could_have_made_is_not_compared(predicted):
     result = make_result(predicted, (-1e-8, 1e-10), (1e-9, 1e-11), status="below_noise_floor")

@@ -214,7 +214,7 @@ def test_equal_rewards_everywhere_are_an_error_unless_allowed(model, tokenizer):
     assert str(no.value).count(" with reward ") == 2
     rollouts, report = _update(model, tokenizer, by_prompt, allow_zero_advantages=True)
     assert not rollouts.advantages.any()
-    assert report.messages[0].startswith("every prompt has equal rewards, so that the update gradient is 0")
+    assert report.messages[0].startswith("every prompt has equal rewards, so every advantage is 0")
 
 
 def test_columns_of_the_whole_source_reach_the_reward(model, tokenizer):

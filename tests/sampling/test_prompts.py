@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 import types
@@ -23,6 +24,13 @@ def test_jsonl(tmp_path):
     assert load_prompts(PromptSource(jsonl=path)) == [Prompt(0, "1+1=", "2"), Prompt(1, "é", "3"), Prompt(2, "x")]
 
 
+@pytest.mark.parametrize("text", ['{"prompt": "é"}\n{"prompt": "x"}', '[{"prompt": "é"},\n {"prompt": "x"}]'])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, text):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + text.encode())
+    assert load_prompts(PromptSource(jsonl=path)) == [Prompt(0, "é"), Prompt(1, "x")]
+
+
 def test_fields_limit_and_messages(tmp_path):
     chat = [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1"}]
     path = _jsonl(tmp_path, {"q": chat, "a": "2"}, {"q": "later"}, "not read")
@@ -40,6 +48,7 @@ def test_fields_limit_and_messages(tmp_path):
         (["[1, 2]"], {}, r"prompts\.jsonl, record 0: expected an object with field 'prompt', got int"),
         (["[{", "}, 2"], {}, r"prompts\.jsonl: expected an array of JSON objects, got invalid JSON"),
         ([{"prompt": "a"}, "", {"x": "b"}], {}, r"jsonl:3: expected field 'prompt', got fields x"),
+        ([{"prompt": "a"}, {"prompt": None}], {}, r"jsonl:2: expected field 'prompt', got null; drop the record"),
         ([{"prompt": "a"}], {"answer_field": "gold"}, r"jsonl:1: expected field 'gold', got fields prompt"),
         ([{"prompt": ""}], {}, r"jsonl:1: expected a prompt, got empty text"),
         ([{"prompt": 7}], {}, r"jsonl:1: expected text or a list of messages, got int 7"),

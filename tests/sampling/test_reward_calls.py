@@ -257,6 +257,8 @@ def test_verl_needs_a_ground_truth_for_every_prompt():
 def test_built_in_rewards_ask_for_answers_before_sampling():
     with pytest.raises(ValueError, match="expected a reference answer for prompt 9, got none; set answer_field"):
         load_rewards("exact_match").check([*PROMPTS, Prompt(9, "q")])
+    with pytest.raises(ValueError, match="reward gsm8k: expected a number in the answer of prompt 9, got 'two'"):
+        load_rewards("gsm8k").check([*PROMPTS, Prompt(9, "q", "two")])
     with pytest.raises(ValueError, match=r"answer of prompt 9 as text or a number, got list \['a'\]"):
         load_rewards("gsm8k").check([*PROMPTS, Prompt(9, "q", ["a"])])
 
@@ -275,11 +277,68 @@ def test_built_in_rewards_ask_for_answers_before_sampling():
         (lambda completions: [{"score": 1.0}] * 2, "expected a number for a response to prompt 7, got {'score': 1.0}"),
         (lambda completions: {1.0, 0.0}, "got set"),
         (lambda completions: [[1.0], [0.0]], r"got \[1.0\]; return numbers"),
+        (lambda completions: [1e300, 0.0], r"expected a finite number .* prompt 7, got 1e\+300; return.* scale down"),
+        (lambda completions: [0.0, 10**400], "prompt 8, got 10000"),
+        (lambda completions: [0.0, Decimal("nan")], "prompt 8, got NaN"),
+        (lambda completions: sys.exit(0), r"raised SystemExit: 0 \(test_reward_calls.py"),
     ],
 )
 def test_an_error_inside_is_one_line_with_the_function_and_the_place(function, match):
     with pytest.raises(ValueError, match=match):
         score(function)
+
+
+def test_weights_do_not_carry_a_sum_beyond_float32(my):
+    my.large = lambda completions: [1e38, 2.0]
+    with pytest.raises(ValueError, match=r"expected sums .* float32 holds, got 1e\+41; scale the weights down"):
+        score(load_rewards("my:large", [1e3]))
+
+
+def test_a_function_may_change_what_it_is_given():
+    """Each response of a prompt, each function and each call has nested columns of its own, as with TRL's data sets."""
+    record = {"prompt": "q", "info": {"tests": [1, 2, 3]}, "extra_info": {"tests": [1, 2, 3]}}
+    prompt = Prompt(0, ({"role": "user", "content": [{"type": "text", "text": "q"}]},), ["a"], record)
+
+    def taking(prompts, completions, answer, info):
+        return [
+            float(len(p[0]["content"]) + len(p[0]["content"].pop()) + len(i["tests"]) + i["tests"].pop() + len(a.pop()))
+            for p, i, a in zip(prompts, info, answer, strict=True)
+        ]
+
+    def compute_score(solution_str, ground_truth, extra_info):
+        return float(len(extra_info["tests"]) + extra_info["tests"].pop() + len(ground_truth.pop()))
+
+    for function, expected in ((taking, 10.0), (compute_score, 7.0)):
+        twice = Rewards(Rewards.of(function).functions * 2, (1.0, 1.0))
+        assert [score(twice, [prompt] * 2) for _ in range(2)] == [[2 * expected] * 2] * 2
+    assert record["info"]["tests"] == record["extra_info"]["tests"] == [1, 2, 3]
+
+
+def test_extra_info_is_passed_as_it_stands():
+    for given, expected in (('{"a": 1}', '{"a": 1}'), ([1], [1]), (None, {}), ({"a": (1,)}, {"a": [1]})):
+
+        def compute_score(solution_str, extra_info, expected=expected):
+            return float(extra_info == expected)
+
+        assert score(compute_score, [Prompt(0, "q", "2", {"extra_info": given})] * 2) == [1.0, 1.0]
+
+
+def test_cached_functions_are_called_by_their_own_names():
+    @functools.cache
+    def compute_score(solution_str, ground_truth):
+        return float(solution_str == ground_truth)
+
+    assert score(compute_score) == [1.0, 0.0]
+
+
+def test_what_a_reward_switches_in_torch_is_put_back(tmp_path, monkeypatch):
+    source = "import torch\ndef switch(completions=()):\n    torch.set_grad_enabled(False)\n"
+    source += "    torch.set_default_dtype(torch.float64)\n    return [0.0] * len(completions)\nswitch()\n"
+    (tmp_path / "switching.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert score(load_reward("switching:switch")) == [0.0, 0.0]
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_an_interrupt_is_no_error_of_the_reward():
@@ -294,12 +353,14 @@ def test_loading_what_is_no_reward(my, tmp_path, monkeypatch):
     my.Group = type("Group", (), {"f": staticmethod(trl)})
     assert load_reward("my:Group.f") is trl
     (tmp_path / "bad_syntax.py").write_text("def f(:\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(3)\n")
     (tmp_path / "bad_import.py").write_text("\nraise RuntimeError('no key')\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name, match in {
         f"{tmp_path}/my.py:f": f"got the file .*; set PYTHONPATH={tmp_path} and write my:f",
         "bad_syntax:f": "cannot import 'bad_syntax:f': SyntaxError: invalid syntax",
         "bad_import:f": r"cannot import 'bad_import:f': RuntimeError: no key \(bad_import.py:2\)",
+        "script:f": r"cannot import 'script:f': SystemExit: 3 \(script.py:2\)",
         ".my:f": "expected package.module:function, got '.my:f'",
         "my:Group.g": "expected a function 'Group.g' in module my, got None",
     }.items():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -166,7 +167,7 @@ def test_missing_column(tmp_path, name):
     path = tmp_path / "r.parquet"
     _rollouts().to_parquet(path)
     _rewrite(path, lambda t: t.drop_columns([name]))
-    _read_error(path, f"got a file without {name}")
+    _read_error(path, f"got .*sampled_logprobs and no {name}; rename or add")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_missing_column(tmp_path, name):
         (_set("reward", pa.array(["a", "b", "c"])), "column reward: expected numbers without nulls, got string"),
         (_set("reward", pa.array([1.0, float("nan"), 2.0])), "rewards are not finite in 1 of 3 sequences"),
         (_set("reward", pa.array([[1.0] * n for n in (2, 4, 3)])), "rewards: expected shape"),
-        (_set("prompt_id", pa.array([1.0, 2.0, 3.0])), "column prompt_id: expected integers or strings without nulls"),
+        (_set("prompt_id", pa.array([1.0, 2.5, 3.0])), "prompt_id: expected integers .* got double; cast"),
         (_set("prompt_token_ids", pa.array([1, 2, 3])), "column prompt_token_ids: expected lists, got int64"),
         (_set("prompt_token_ids", pa.array([[1], [None], [2]])), "column prompt_token_ids: .* with 1 nulls"),
         (_set("prompt_token_ids", pa.array([[1], [], [2]], pa.list_(pa.int64()))), "response starts at the first"),
@@ -192,7 +193,7 @@ def test_missing_column(tmp_path, name):
             _set("response_mask", pa.array([[2] * n for n in (2, 4, 3)])),
             "response_mask: expected 0 and 1, got numbers up to 2",
         ),
-        (_set("response_token_ids", pa.array([[7.0] * n for n in (2, 4, 3)])), "response_token_ids: expected integers"),
+        (_set("response_token_ids", pa.array([[7.5] * n for n in (2, 4, 3)])), "response_token_ids: expected integers"),
         (_set("prompt_id", pa.array(["a", None, "b"])), "column prompt_id: expected a value in every row, got 1 nulls"),
         (_set("advantage", pa.array([1.0, None, 2.0])), r"advantages are not finite in 1 of 3 sequences \(index 1\)"),
         (
@@ -259,6 +260,24 @@ def test_a_plain_file_with_these_columns_is_read(tmp_path):
     back.to_parquet(tmp_path / "again.parquet")
     _assert_equivalent(Rollouts.from_parquet(tmp_path / "again.parquet"), back)
     assert torch.equal(Rollouts.from_parquet(tmp_path / "again.parquet").trajectory_ids, back.trajectory_ids)
+
+
+def test_pandas_makes_floats_of_whole_numbers(tmp_path):
+    path = tmp_path / "r.parquet"
+    _rollouts().to_parquet(path)
+    expected = Rollouts.from_parquet(path)
+
+    def as_floats(table):
+        for name in ("prompt_id", "response_token_ids", "response_mask"):
+            kind = pa.float64() if name == "prompt_id" else pa.list_(pa.float16())
+            values = [[float(x) for x in row] if isinstance(row, list) else row for row in table[name].to_pylist()]
+            halves = pa.array([[np.float16(x) for x in v] if isinstance(v, list) else v for v in values], kind)
+            table = _set(name, halves)(table)
+        return table.append_column("__index_level_0__", pa.array([4, 1, 2]))
+
+    _rewrite(path, as_floats)
+    _assert_equivalent(Rollouts.from_parquet(path), expected)
+    assert unused_columns(path) == ()
 
 
 def test_masked_out_responses_are_kept_as_rows(tmp_path):

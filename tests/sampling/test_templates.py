@@ -140,6 +140,12 @@ def test_no_second_bos(with_bos):
     assert prompt_notes(with_bos, prompts[2:]) == ()
 
 
+def test_a_prompt_that_ends_with_an_answer_is_noted(tokenizer):
+    answered = Prompt(1, (USER, {"role": "assistant", "content": "1"}))
+    (note,) = prompt_notes(tokenizer, [Prompt(0, (USER,)), answered, Prompt(2, "q")])
+    assert note.startswith("1 of 3 prompts end with an assistant's turn")
+
+
 def test_a_tokenizer_that_takes_responses_apart_is_noted_for_conversations(tokenizer):
     assert prompt_notes(tokenizer, [Prompt(0, (USER,))]) == ()
     tokenizer.response_schema = {"type": "object"}

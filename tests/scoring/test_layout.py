@@ -18,6 +18,8 @@ from transformers import (
     GPTNeoForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
@@ -165,6 +167,21 @@ def test_what_is_no_policy_is_refused_by_name(change, why):
     model = Plain(change)
     with pytest.raises(ValueError, match=why), evaluating(model):
         Scorer(model, 1.0, 300).prepare(batch())
+
+
+def test_weights_divided_for_inference_are_not_those_that_are_trained():
+    """RWKV divides them in place when it is evaluated, and gradients would be twice as large."""
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, rescale_every=1))
+    rows, trained = batch(), [p.detach().clone() for p in model.parameters()]
+    model.eval()(input_ids=rows.input_ids)
+    with pytest.raises(ValueError, match="got those that RwkvModel divided when it was evaluated"), evaluating(model):
+        Scorer(model, 1.0, 300).prepare(rows)
+    model.train()(input_ids=rows.input_ids)
+    with evaluating(model):
+        Scorer(model, 1.0, 300).prepare(rows)
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), trained, strict=True))
+    assert not model.rwkv.layers_are_rescaled
 
 
 def test_bidirectional_attention_is_refused():

@@ -41,16 +41,15 @@ def open_directory(path: Path) -> Path:
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
     if any((path / name).is_file() for name in ("config.json", "model.safetensors")):
         return path
-    if not (adapters_of(path) or sharded_model(path)):
+    megatron = (path / "common.pt").is_file()  # beside .metadata, of names and shapes of its own
+    if not adapters_of(path) and (megatron or sharded_model(path) is None):
         inside = [str(place.relative_to(path)) for place in checkpoints_below(path)]
         if inside:
             raise MissingFileError(
                 f"{path}: expected a checkpoint, got a directory of checkpoints; pass one of "
                 f"{', '.join(inside[-3:])} inside it"
             )
-        whose = whose_directory(path)
-        if whose is not None:
-            raise UnsupportedError(f"{path}: expected a checkpoint that is read, {whose}")
+        _refuse_other_trainers(path, "a checkpoint that is read")
         raise MissingFileError(
             f"{path}: expected adapter_config.json, config.json or weights, found none; pass a checkpoint-N of the "
             "Trainer, or a directory of torch.distributed.checkpoint"
@@ -95,13 +94,17 @@ def optimizer_file(path: Path) -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is not None:
         return found
-    whose = whose_directory(path)
-    if whose is not None:
-        raise UnsupportedError(f"{path}: expected optimizer.pt, {whose}")
+    _refuse_other_trainers(path, "optimizer.pt")
     raise MissingFileError(
         f"{places[0]}: expected the optimizer's state, found no such file; train with save_only_model=False, or copy "
         "the whole checkpoint again"
     )
+
+
+def _refuse_other_trainers(path: Path, expected: str) -> None:
+    whose = whose_directory(path)
+    if whose is not None:
+        raise UnsupportedError(f"{path}: expected {expected}, {whose}")
 
 
 def check_contained(path: Path) -> None:

@@ -295,7 +295,8 @@ class Examination:
         if self.saved.is_adam and state.coverage < 1:
             yield (
                 f"exp_avg_sq is all zero for {1 - state.coverage:.0%} of the elements; normal for lora_A after "
-                "the first step, otherwise these parameters were not trained"
+                "the first step and for embeddings of tokens that never occurred; otherwise these parameters were not "
+                "trained"
             )
         low, high = state.steps
         if low != high:

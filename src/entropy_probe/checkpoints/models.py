@@ -154,7 +154,7 @@ def adapter_layout(base: nn.Module, directory: Path, name: str) -> tuple[Layout,
         name: its name.
 
     Raises:
-        CheckpointError: if peft refuses to build it.
+        CheckpointError: if peft refuses to build it, or does not save all that trains.
     """
     from peft import PeftConfig, PeftModel
 
@@ -165,8 +165,15 @@ def adapter_layout(base: nn.Module, directory: Path, name: str) -> tuple[Layout,
         adapter.inference_mode = False
         model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     in_file = {key: tuple(x.shape) for key, x in _adapter_state(model, name).items()}
+    trained = layout_of(model).parameters
+    lost = [key for key in trained if key.endswith(".base_layer.bias") and key not in in_file]
+    if lost:  # peft before 0.21 with bias="lora_only"
+        raise UnsupportedError(
+            f"{directory}: not supported: trained biases that the installed peft does not save ({lost[0]}); upgrade "
+            "peft, and train again if the file was saved without them"
+        )
     prefix = "base_model.model."
-    whole = Layout(repeat_layers(layout_of(model).parameters, stacks, prefix))
+    whole = Layout(repeat_layers(trained, stacks, prefix))
     return whole, repeat_layers(in_file, stacks, prefix)
 
 

@@ -51,7 +51,7 @@ _TRACES = (
         f"Megatron-Bridge converts the weights only; {_ANOTHER_SAVE}",
     ),
     _Trace(
-        ("recipe_state.pt", "hf_model_*_of_*.safetensors", "hf_model_[0-9]*.safetensors"),
+        ("recipe_state.pt", "recipe_state", "hf_model_*_of_*.safetensors", "hf_model_[0-9]*.safetensors"),
         "a checkpoint of torchtune, whose optimizer's state in recipe_state.pt, under names of its own, is not read",
         _ANOTHER_SAVE,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from entropy_probe.sampling import SequenceGenerator
     from entropy_probe.types import Rollouts
 
-__all__ = ["open_checkpoint", "probe_checkpoint", "run"]
+__all__ = ["of_one_batch", "open_checkpoint", "probe_checkpoint", "run"]
 
 
 def run(
@@ -160,6 +161,7 @@ def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, 
         resample=resampler(config, state, ranks),
         distributed=ranks.size > 1 and not config.shard,
         end_token_ids=end_ids(state),
+        stop_texts=bool(config.generation.stop),
     )
 
     def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
@@ -229,10 +231,20 @@ def _run_mode(
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})
 
     def new(said: str) -> tuple[str, ...]:
-        lines = getattr(one.diagnostics, said)
-        return tuple(f"one batch: {line}" for line in lines if line not in getattr(result.diagnostics, said))
+        lines = (of_one_batch(line) for line in getattr(one.diagnostics, said))
+        return tuple(f"one batch: {line}" for line in lines if line and line not in getattr(result.diagnostics, said))
 
     return _annotate(result, new("messages"), new("not_modelled"), one.timing), attribution
+
+
+def of_one_batch(line: str) -> str | None:
+    """A message beside those of the two batches, of which the update batch's has the same misfit in full."""
+    if not line.startswith("batch: "):
+        return line
+    biased = re.search(r"so results (are|may be) biased", line)
+    if biased is None:
+        return None if "so results stand" in line else line
+    return f"results {biased[1]} biased by what is said of the update batch"
 
 
 def _annotate(

@@ -136,6 +136,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
             resample=resampler(config, state, ranks),
             distributed=ranks.size > 1 and not config.shard,
             end_token_ids=end_ids(state),
+            stop_texts=bool(config.generation.stop),
         )
 
         def collect(engine: SequenceGenerator | None) -> Inputs:

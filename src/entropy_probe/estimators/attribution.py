@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entropy_probe.estimators.uncertainty import ratio
+from entropy_probe.estimators.first_order import first_order
+from entropy_probe.estimators.uncertainty import UnitSums
 
 __all__ = ["covariance_terms", "fold_errors", "rank_correlation", "rank_correlation_interval"]
 
@@ -65,15 +66,20 @@ def rank_correlation_interval(correlation: float, count: int, more: float = 0.0)
     return (low, high) if correlation >= 0 else (-high, -low)
 
 
-def fold_errors(numerators: Float[Tensor, "K B"], weights: Float[Tensor, " K"]) -> Float[Tensor, " B"]:
+def fold_errors(
+    numerators: Float[Tensor, "K B"], sums: UnitSums, length_changes: Float[Tensor, " B"]
+) -> Float[Tensor, " B"]:
     """Standard errors of prompts' contributions from the choice of evaluation rollouts.
 
-    A contribution is a ratio of sums over folds of evaluation units, so its error is that of a ratio over K
-    independent folds (delta method). With few folds the error itself is uncertain, by about ``1 / sqrt(2 (K - 1))`` of
-    it.
+    A contribution is a first-order change, so its error is that of
+    :func:`~entropy_probe.estimators.first_order.first_order` with K independent folds as units. With few folds the
+    error itself is uncertain, by about ``1 / sqrt(2 (K - 1))`` of it.
 
     Args:
         numerators: inner product of each prompt's part of the step with each fold's entropy gradient.
-        weights: tokens or sequences of each fold.
+        sums: entropies and tokens or sequences of each fold.
+        length_changes: the relative first-order change of the mean length by each prompt's part; 0 per sequence.
     """
-    return torch.tensor([ratio(column, weights).standard_error for column in numerators.T], dtype=torch.float64)
+    entropy, pairs = sums.ratio(), zip(numerators.T, length_changes.tolist(), strict=True)
+    found = [first_order(column, sums.size, entropy, change).standard_error for column, change in pairs]
+    return torch.tensor(found, dtype=torch.float64)

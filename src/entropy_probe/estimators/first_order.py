@@ -177,7 +177,10 @@ def update_standard_error(contributions: Float[Tensor, " B"]) -> float:
     """
     prompts = contributions.numel()
     if prompts < 2:
-        raise ValueError(f"update batch: expected at least 2 prompts for a standard error, got {prompts}")
+        raise ValueError(
+            f"update batch: expected at least 2 independent prompts for a standard error, got {prompts}; "
+            "give responses to more prompts"
+        )
     return (prompts * contributions.double().std() / prompts**0.5).item()
 
 

@@ -43,7 +43,10 @@ def jackknife_standard_error(
     """
     blocks = left_out.numel()
     if blocks < 2:
-        raise ValueError(f"update batch: expected at least 2 prompts for a standard error, got {blocks}")
+        raise ValueError(
+            f"update batch: expected at least 2 independent prompts for a standard error, got {blocks}; "
+            "give responses to more prompts"
+        )
     share = sizes.double() / sizes.sum()
     h = 1 / share
     pseudo = h * value - (h - 1) * left_out.double()

@@ -158,6 +158,7 @@ def recorded_amiss(sums: Float[Tensor, "k N"], mismatch: Mismatch) -> str | None
     undone, as_is, tokens = sums.sum(1).view(3, len(MISTAKES))
     left = undone / tokens.clamp(min=1)
     fits = (undone <= _EXPLAINED * as_is) & (left <= _EXPLAINED * mismatch.mean) & (tokens > 0)
+    fits[0] &= bool(undone[0] == 0)  # log-probabilities near 0 are far from those of any tokens that the policy rejects
     if mismatch.z <= 0:
         fits[_MOVED] = False
     best = int(torch.where(fits, left, torch.inf).argmin())

@@ -5,12 +5,16 @@ Formulas: ``docs/theory.md``, "One batch". Source: Hoeffding, 1948 (U-statistics
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["CrossStatistic", "cross_statistic"]
+from entropy_probe.estimators.uncertainty import Sampled
+
+__all__ = ["CrossStatistic", "cross_statistic", "influence_of_sums"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +26,8 @@ class CrossStatistic:
         bars_dot: ``<mean X, P mean Y>``, the V-statistic, biased by the diagonal.
         diagonal: ``sum_u <X_u, P Y_u>``.
         row_means: ``r_u``, half the mean of ``<X_u, P Y_w> + <X_w, P Y_u>`` over ``w != u``; their mean is ``value``.
-        zeta_plugin: plug-in estimate of the variance of the projection, ``sum (r_u - mean)^2 / (U - 1)``.
+        zeta_plugin: plug-in estimate of the variance of the projection, ``sum (r_u - mean + e_u / 2)^2 / (U - 1)`` with
+            ``e_u`` of :func:`influence_of_sums`.
         zeta_jackknife: the same from leave-one-out values.
         se_plugin: ``sqrt(4 zeta_plugin / U)``.
         se_jackknife: square root of the jackknife variance.
@@ -38,8 +43,36 @@ class CrossStatistic:
     se_jackknife: float
 
 
+def influence_of_sums(
+    value: float,
+    weights: Float[Tensor, " U"],
+    loss_weights: Float[Tensor, " U"],
+    entropy: Sampled,
+    length_slope: float,
+) -> Float[Tensor, " U"]:
+    """What each unit does to the statistic through the sums over the batch that ``X`` and ``Y`` are made with.
+
+    ``-value (b_u / mean b - 1) - value (c_u / mean c - 1) + length_slope I_u``: ``X`` is over the batch's tokens and
+    ``Y`` over what its loss divides by, and ``X`` rises with the batch's own H by the length gradient. Mean 0; 0 where
+    all units have as many sequences and neither divides by tokens. Source: ``docs/theory.md``, "One batch".
+
+    Args:
+        value: the statistic.
+        weights: ``b_u``, the tokens or sequences that H of each unit is over.
+        loss_weights: ``c_u``, the tokens or sequences of each unit that the loss divides by.
+        entropy: H on the same units, with its influence ``I_u``.
+        length_slope: ``<sum_u length gradient, P mean Y> / sum_u b_u`` per token, the change of the statistic per nat
+            of H; 0 per sequence.
+    """
+    shares = (w.double() / w.double().mean() - 1 for w in (weights, loss_weights))
+    return length_slope * entropy.influence - value * sum(shares)
+
+
 def cross_statistic(
-    entropy_side: Float[Tensor, " U"], update_side: Float[Tensor, " U"], diagonal: Float[Tensor, " U"]
+    entropy_side: Float[Tensor, " U"],
+    update_side: Float[Tensor, " U"],
+    diagonal: Float[Tensor, " U"],
+    of_sums: Callable[[float], Float[Tensor, " U"]] | None = None,
 ) -> CrossStatistic:
     """The U-statistic from three inner products per unit; no pair is ever formed.
 
@@ -47,6 +80,8 @@ def cross_statistic(
         entropy_side: ``<X_u, P sum_w Y_w>``.
         update_side: ``<sum_w X_w, P Y_u>``; sums to the same total.
         diagonal: ``<X_u, P Y_u>``.
+        of_sums: from the statistic, what each unit does to it beyond its pairs: :func:`influence_of_sums`; nothing by
+            default.
 
     Raises:
         ValueError: with fewer than three units, which leaves the jackknife nothing to leave out.
@@ -61,8 +96,9 @@ def cross_statistic(
     total = a.sum()
     value = (total - k.sum()) / (units * (units - 1))
     rows = ((a - k) + (b - k)) / (2 * (units - 1))
-    zeta = (rows - rows.mean()).square().sum() / (units - 1)
-    left_out = (units * value - 2 * rows) / (units - 2)
+    beyond = torch.zeros_like(rows) if of_sums is None else of_sums(value.item())
+    zeta = (rows - rows.mean() + beyond / 2).square().sum() / (units - 1)
+    left_out = (units * value - 2 * rows) / (units - 2) - beyond / (units - 1)
     variance = (units - 1) / units * (left_out - left_out.mean()).square().sum()
     return CrossStatistic(
         value=value.item(),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from entropy_probe.types import Rollouts, TokenCoefficients
 
-__all__ = ["LossType", "loss_coefficients", "token_weights"]
+__all__ = ["LossType", "divides_by_tokens", "loss_coefficients", "token_weights"]
 
 LossType = Literal["grpo", "bnpo", "dapo", "cispo", "dr_grpo", "per_prompt_max"]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
@@ -58,6 +58,11 @@ _WEIGHTS: dict[str, Callable[[Tensor, Tensor, int | None], Tensor]] = {
     "dr_grpo": _constant_length,
     "per_prompt_max": _per_prompt_max,
 }
+
+
+def divides_by_tokens(loss_type: LossType) -> bool:
+    """Whether the loss is over the response tokens of the step; otherwise it is over its sequences."""
+    return _WEIGHTS[loss_type] is _token_mean
 
 
 def token_weights(

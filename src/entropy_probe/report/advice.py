@@ -29,6 +29,10 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "Set probe.temperature to that of sampling if it is the trainer's too; else sample again.",
     ),
     (
+        "biased by what is said of the update batch",
+        "Read the prediction from two batches, or sample from this checkpoint.",
+    ),
+    (
         "importance weights of the trainer's loss are not modelled",
         "If the trainer weights tokens by importance ratios, multiply the advantages per token by them.",
     ),
@@ -67,8 +71,8 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ),
     (
         "no response has an end token",
-        "Keep the end token that the policy sampled, in the ids and in the mask. Right as it is only where stop "
-        "strings end the responses.",
+        "Keep the end token that the policy sampled, in the ids and in the mask. Where stop texts end the responses "
+        "instead, set generation.stop to them.",
     ),
     (
         "entropy is that of the others",
@@ -93,7 +97,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("scales the product of the mean gradients", "Lower probe.frozen_max_scale and see whether the number moves."),
     ("filter_zero_advantage: asked for", "Raise update.max_resampling_rounds, or give more prompts."),
     (
-        "every prompt has equal rewards",
+        "every prompt has equal rewards|every advantage is 0",
         "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing.",
     ),
     (
@@ -103,6 +107,11 @@ ADVICE: tuple[tuple[str, str], ...] = (
     (
         "here rewards get the whole text as content",
         "Make sure that the reward finds what it looks for in the whole text, thoughts included.",
+    ),
+    (
+        "end with an assistant's turn",
+        "If that turn is the reference answer, take it out of the prompt. Where the trainer lets the policy continue "
+        "it (continue_final_message), give the rendered prompt as text.",
     ),
     (
         "second one was left out",

@@ -96,7 +96,7 @@ def token_sentence(tables: Tables, result: ProbeResult) -> str:
     return said
 
 
-FORECASTS = {"covariance": "minus covariance terms", "advantages": "sum of advantages"}
+FORECASTS = {"covariance": "negated covariance terms", "advantages": "sum of advantages"}
 
 
 def forecast_name(name: str) -> str:
@@ -108,9 +108,9 @@ def measured_on(validation: Validation) -> str:
     """Which rollouts the changes of a validation were measured on, and how reliably."""
     number = f"{validation.num_sequences:,} evaluation sequences"
     if validation.measured_on == "halves":
-        said = f"measured on one half of {number} what is forecast from the other, both ways"
+        said = f"changes are measured on one half of {number} and forecast from the other, both ways"
     else:
-        said = f"measured on {number} that the contributions do not come from"
+        said = f"changes are measured on {number} that the contributions do not come from"
     known = validation.reliability
     return said if known is None else f"{said}; reliability of the measured changes: {known:.3f}"
 
@@ -120,7 +120,7 @@ def validation_sentence(validation: Validation) -> str:
     kept = len(validation.steps[0].kept)
     said = f"Checked by {validation.num_measured} real steps on {kept} of {validation.num_prompts} prompts each:"
     parts = [
-        typeset(f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) for {forecast_name(name)}")
+        typeset(f"with the {forecast_name(name)} {found.value:.3f} ({found.low:.3f} to {found.high:.3f})")
         for name, found in validation.correlations.items()
         if found is not None
     ]
@@ -128,7 +128,7 @@ def validation_sentence(validation: Validation) -> str:
         return f"{said} no rank correlation ({validation.undefined})."
     listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
     how = measured_on(validation)
-    return f"{said} rank correlation with the measured change {listed} (95% intervals). {how[0].upper()}{how[1:]}."
+    return f"{said} rank correlation (95% interval) of the measured changes {listed}. {how[0].upper()}{how[1:]}."
 
 
 def prompt_chart(prompts: Columns, unit: str, folds: int | None) -> BarChart | None:

@@ -15,7 +15,7 @@ from entropy_probe.report.tables import Tables, read_tables
 from entropy_probe.report.terminal import print_not_modelled, print_note, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
-from entropy_probe.report.wording import ESTIMATORS, REPORT_FILE, UNITS, column_exponent
+from entropy_probe.report.wording import ESTIMATORS, HARMLESS_ESS, REPORT_FILE, UNITS, column_exponent
 from entropy_probe.results import CrossPrompt, Diagnostics, Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["print_files", "print_result"]
@@ -144,8 +144,10 @@ def _add_realized(table: Table, result: ProbeResult, realized: Realized, exponen
     weight = f"{realized.ess:.1f} sequences; largest weight {format_number(realized.max_weight)}"
     table.add_row("ESS", f" {format_percent(realized.ess_fraction)}", weight)
     if realized.pareto_k is not None:
-        allowed = f"tail of the weights; at most {format_number(realized.pareto_k_threshold, 2)}"
-        table.add_row("Pareto k", signed(format_number(realized.pareto_k, 2)), allowed)
+        allowed = f"at most {format_number(realized.pareto_k_threshold, 2)}"
+        if realized.pareto_k > realized.pareto_k_threshold and realized.ess_fraction >= HARMLESS_ESS:
+            allowed = f"judged below {HARMLESS_ESS:.0%} ESS"
+        table.add_row("Pareto k", signed(format_number(realized.pareto_k, 2)), f"tail of the weights; {allowed}")
     if realized.noise_floor is not None:
         table.add_row("noise floor", signed(format_number(realized.noise_floor, 2)), "of ΔH, by rounding")
 

@@ -32,6 +32,7 @@ from entropy_probe.report.text import visible_parts
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.views import (
     cards,
+    caveats,
     changes,
     checks,
     comparison,
@@ -122,12 +123,13 @@ STATES = {
     "below the noise floor": "look",
     "not measured": "bad",
 }
-_RESULT_KEYS = ("cards", "changes", "comparison", "waterfall", "checks", "state", "notes", "how")
+_RESULT_KEYS = ("cards", "caveats", "changes", "comparison", "waterfall", "checks", "state", "notes", "how")
 
 
 def _of_result(result: ProbeResult, more: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "cards": cards(result),
+        "caveats": caveats(result),
         "changes": changes(result),
         "comparison": comparison(result),
         "waterfall": waterfall(result),

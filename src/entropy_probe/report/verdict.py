@@ -38,6 +38,8 @@ class Verdict:
 def verdict(result: ProbeResult) -> Verdict:
     """Judge a result by its own 95% intervals, by Student's t; a change exceeds its margin where that excludes 0.
 
+    Of rollouts that are not the policy's, both changes are biased alike, so the sentence ends with that.
+
     ======================== ==========================================================================
     kind                     when
     ======================== ==========================================================================
@@ -54,6 +56,14 @@ def verdict(result: ProbeResult) -> Verdict:
     Raises:
         ValueError: if the result holds no change at all, or a prediction and a measurement without their difference.
     """
+    judged, fit = _judged(result), result.diagnostics.policy_fit.evaluation
+    if fit is None or fit.status != "off_policy":
+        return judged
+    caution = "But the evaluation rollouts are not the policy's own, which biases every number above (see the notes)."
+    return Verdict(judged.kind, f"{judged.sentence} {caution}")
+
+
+def _judged(result: ProbeResult) -> Verdict:
     predicted, realized = result.predicted, None
     if result.realized is not None:
         realized = result.realized.estimate

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, typeset
-from entropy_probe.report.wording import ESTIMATORS, UNITS, column_exponent
+from entropy_probe.report.wording import ESTIMATORS, HARMLESS_ESS, UNITS, column_exponent
 from entropy_probe.results import Estimate, OptimizerStateReport, ProbeResult, Realized
 
 __all__ = [
-    "Card", "Check", "cards", "changes", "checks", "comparison", "component_names", "how_computed", "optimizer_checks",
-    "story", "waterfall",
+    "Card", "Check", "cards", "caveats", "changes", "checks", "comparison", "component_names", "how_computed",
+    "optimizer_checks", "story", "waterfall",
 ]  # fmt: skip
 
 State = Literal["ok", "look", "bad", "plain"]
@@ -58,6 +58,20 @@ def story(result: ProbeResult) -> str:
         return f"{sentence}; {share} of that comes from {_SOURCES[largest]}."
     against = [_SOURCES[name] for name, value in parts.items() if value * predicted.value < 0]
     return f"{sentence}; {' and '.join(against)} work{'s' * (len(against) == 1)} against it."
+
+
+def caveats(result: ProbeResult) -> list[str]:
+    """What a reader of the headline must know: rollouts that are not the policy's, parts that are not modelled."""
+    found, diagnostics = [], result.diagnostics
+    fit = diagnostics.policy_fit
+    if fit.evaluation is not None and fit.evaluation.status == "off_policy":
+        found.append("The evaluation rollouts do not fit the policy, so the numbers are biased.")
+    if fit.update is not None and fit.update.status == "off_policy":
+        found.append("The update rollouts do not fit the policy; the step is taken on them as given.")
+    if count := len(diagnostics.not_modelled):
+        parts = "One part of the trainer's step is" if count == 1 else f"{count} parts of the trainer's step are"
+        found.append(f"{parts} not in these numbers.")
+    return found
 
 
 def cards(result: ProbeResult) -> list[Card]:
@@ -163,27 +177,28 @@ def _fit_checks(result: ProbeResult) -> list[Check]:
     found, diagnostics, allowed = [], result.diagnostics, result.config.get("max_mismatch")
     fits = (diagnostics.policy_fit.evaluation, diagnostics.policy_fit.update)
     mismatches = (diagnostics.mismatch, diagnostics.update_mismatch)
-    batches = ("Evaluation", "Update") if fits[0] != fits[1] or fits[0] is None else ("Both batches",)
+    batches = ("evaluation", "update") if fits[0] != fits[1] or fits[0] is None else ("both batches",)
     for batch, fit, mismatch in zip(batches, fits, mismatches, strict=False):
         if fit is not None:
             off = fit.status == "off_policy"
-            value = f"z {fit.z:+.1f}, {typeset(format_number(fit.excess, 2))} nats a token".replace("-", "−")
+            value = f"z {fit.z:+.1f}; {typeset(format_number(fit.excess, 2))} nats/token".replace("-", "−")
             meaning = (
-                f"Surprisal minus entropy over {fit.num_sequences} sequences: 0 within 4 errors for the policy's own."
+                f"Surprisal minus entropy over {fit.num_sequences} sequences: has mean 0, and z is within ±4, where "
+                "the tokens are the policy's own."
             )
             if fit.status == "selected":
                 meaning += " Not judged: its responses were selected."
             advice = "Sample from this checkpoint at the training temperature, without top_p or top_k." if off else ""
-            found.append(Check(f"{batch}: tokens against policy", value, "look" if off else "ok", meaning, advice))
+            found.append(Check(f"Policy fit, {batch}", value, "look" if off else "ok", meaning, advice))
         if mismatch is not None:
             high = allowed is not None and mismatch.mean > allowed
             found.append(
                 Check(
-                    f"{batch}: sampler against policy",
-                    f"{typeset(format_number(mismatch.mean, 2))} nats a token, at most "
+                    f"Sampler, {batch}",
+                    f"{typeset(format_number(mismatch.mean, 2))} nats/token, at most "
                     f"{typeset(format_number(mismatch.max, 2))}; ESS {format_percent(mismatch.ess_fraction)}",
                     "look" if high else "ok",
-                    "How far the log-probabilities of whoever sampled are from the policy's own; 0 up to rounding.",
+                    "How far the log-probabilities that the sampler recorded are from the policy's; 0 up to rounding.",
                     "See the notes for what they look like." if high else "",
                 )
             )
@@ -210,7 +225,8 @@ def _weight_checks(realized: Realized, config: dict[str, Any]) -> list[Check]:
                 "Pareto k",
                 f"{format_number(realized.pareto_k, 2)}, at most {allowed}",
                 "bad" if heavy else "ok",
-                "How heavy the tail of the importance weights is; judged where the effective sample size is below 99%.",
+                "How heavy the tail of the importance weights is; judged where the effective sample size is below "
+                f"{HARMLESS_ESS:.0%}.",
                 smaller if heavy else "",
             )
         )
@@ -288,7 +304,7 @@ def how_computed(result: ProbeResult) -> list[tuple[str, str]]:
     rows = [
         ("Evaluation batch", f"{found.num_evaluation_sequences} sequences; unit of error: {found.evaluation_unit}"),
         ("Update batch", f"{found.num_update_sequences} sequences of {found.num_update_prompts} prompts"),
-        ("Log-probabilities", found.head),
+        ("Output layer", found.head),
         ("Shared prompts", found.prefix_sharing),
         ("Gradients of each unit", found.per_unit_gradients),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from entropy_probe.report.numbers import common_exponent
 from entropy_probe.results import ProbeResult
 
-__all__ = ["ESTIMATORS", "REPORT_FILE", "RESULT_FIGURES", "UNITS", "column_exponent"]
+__all__ = ["ESTIMATORS", "HARMLESS_ESS", "REPORT_FILE", "RESULT_FIGURES", "UNITS", "column_exponent"]
 
 REPORT_FILE = "report.html"
 RESULT_FIGURES = ("change", "parts", "prompts", "layers")
@@ -19,6 +19,9 @@ ESTIMATORS = {
     "psis": "Pareto-smoothed weights",
     "resampled": "fresh responses after the step",
 }
+
+HARMLESS_ESS = 0.99
+"""The share of effective sequences from which on a heavy tail of the weights is not held against them."""
 
 
 def column_exponent(result: ProbeResult) -> int | None:

@@ -267,7 +267,7 @@ def _update_report(
         )
     flat = sum(group.has_equal_rewards for group in kept)
     if flat == len(kept):
-        messages.insert(0, "every prompt has equal rewards, so that the update gradient is 0 and only momentum is left")
+        messages.insert(0, "every prompt has equal rewards, so every advantage is 0")
     elif flat:
         messages.append(f"{flat} of {len(kept)} prompts have equal rewards, so their advantages are 0")
     return SamplingReport(

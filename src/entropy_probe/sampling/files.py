@@ -14,8 +14,8 @@ One row per sequence, padding not stored. Columns:
 Per-token numbers are kept where ``response_mask`` is true and are 0 elsewhere; in a file of other origin they may be
 anything there, null included. Numbers are float64 if the batch holds float64, else float32 (exact for half precisions).
 
-Any Parquet file with these columns is read, whoever wrote it: token ids of any integer type, lists of any kind, numbers
-of any precision, a mask of 0 and 1. Further columns are left alone (:func:`unused_columns`).
+Any Parquet file with these columns is read, whoever wrote it: token ids of any integer type or as whole floats, lists
+of any kind, numbers of any precision, a mask of 0 and 1. Further columns are left alone (:func:`unused_columns`).
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ _REQUIRED = ("prompt_id", "prompt_token_ids", "response_token_ids", "response_ma
 _OPTIONAL = ("advantage", "reward", "sampled_logprobs")
 _TRAJECTORY = "trajectory_id"
 _KNOWN = (*_REQUIRED, *_OPTIONAL, _TRAJECTORY)
+_EXACT = 2.0**53
+"""Whole numbers below it are exact in float64."""
 _READABLE = ("none", "1", "2")
 
 
@@ -169,10 +171,11 @@ def read_rollouts(path: Path) -> Rollouts:
 
 
 def unused_columns(path: Path) -> tuple[str, ...]:
-    """The columns of a file of rollouts that are not read."""
+    """The columns of a file of rollouts that are not read, but for the index that pandas writes."""
     import pyarrow.parquet as pq
 
-    return tuple(name for name in pq.read_schema(path).names if name not in _KNOWN)
+    names = pq.read_schema(path).names
+    return tuple(name for name in names if name not in _KNOWN and not name.startswith("__index_level_"))
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -213,7 +216,8 @@ def _read_table(path: Path) -> pa.Table:
     for name in (*_REQUIRED, "reward", _TRAJECTORY):
         if name in table.column_names and table[name].null_count:
             raise ValueError(
-                f"{path}: column {name}: expected a value in every row, got {table[name].null_count} nulls"
+                f"{path}: column {name}: expected a value in every row, got {table[name].null_count} nulls; fill them "
+                "in (an empty list where the trainer masks a response out), or leave out an optional column"
             )
     return table
 
@@ -227,7 +231,10 @@ def _check_columns(names: Sequence[str], path: Path) -> None:
             "(prompts, reward and update in place of rollouts.update)"
         )
     if missing:
-        raise ValueError(f"{path}: expected columns {', '.join(_REQUIRED)}, got a file without {', '.join(missing)}")
+        raise ValueError(
+            f"{path}: expected columns {', '.join(_REQUIRED)}, got {', '.join(names)} and no {', '.join(missing)}; "
+            "rename or add them"
+        )
     absent = [name for name in _KNOWN if name not in names]
     for name in sorted(set(names) - set(_KNOWN)):
         meant = difflib.get_close_matches(name, absent, n=1, cutoff=0.85)
@@ -269,6 +276,10 @@ def _tensor(array: pa.Array, name: str, path: Path) -> Tensor:
     kind, is_id = array.type, name in ("prompt_id", _TRAJECTORY)
     is_number = name in _OPTIONAL
     fits = pa.types.is_integer(kind)
+    if not is_number and pa.types.is_floating(kind) and not array.null_count:
+        whole = array.to_numpy(zero_copy_only=False).astype(np.float64)  # pandas makes floats of integers
+        if (np.abs(whole) < _EXACT).all() and (whole == np.trunc(whole)).all():
+            array, fits = pa.array(whole.astype(np.int64)), True
     if is_number:
         fits |= pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
     elif array.null_count:
@@ -280,8 +291,9 @@ def _tensor(array: pa.Array, name: str, path: Path) -> Tensor:
     elif not fits:
         expected = "numbers" if is_number else "true or false" if name == "response_mask" else "integers"
         also = " or strings" if is_id else ""
+        nulls = f" with {array.null_count} nulls" if array.null_count else ""
         raise ValueError(
-            f"{path}: column {name}: expected {expected}{also} without nulls, got {kind} with {array.null_count} nulls"
+            f"{path}: column {name}: expected {expected}{also} without nulls, got {kind}{nulls}; cast the column"
         )
     if is_number:
         wide = array.cast(pa.float64())

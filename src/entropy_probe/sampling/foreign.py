@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 __all__ = ["call", "import_function"]
 
@@ -34,10 +37,11 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
     if not module_name or not name or module_name.startswith("."):
         raise ValueError(f"{what}: expected package.module:function, got {path!r}; name the module and the function")
     try:
-        found: Any = importlib.import_module(module_name)
+        with _torch_left_alone():
+            found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{what}: cannot import {path!r} ({error}); install it or set PYTHONPATH") from error
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise ValueError(
             f"{what}: cannot import {path!r}: {type(error).__name__}: {error}{_place(error)}; correct the module"
         ) from error
@@ -61,10 +65,22 @@ def call(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         ValueError: if it raises anything; says what and where.
     """
     try:
-        return function(*args, **kwargs)
-    except Exception as error:  # it may raise anything
+        with _torch_left_alone():
+            return function(*args, **kwargs)
+    except (Exception, SystemExit) as error:  # it may raise anything, and ``sys.exit()`` would end the run as if well
         said = f"{type(error).__name__}: {error}{_place(error)}"
         raise ValueError(f"{what}: raised {said}; correct it or what it is given") from error
+
+
+@contextmanager
+def _torch_left_alone() -> Iterator[None]:
+    """Puts back what code of others switches for all: scripts of reward models turn gradients off when imported."""
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
 
 
 def _place(error: BaseException) -> str:

@@ -202,7 +202,10 @@ def _to_prompt(number: int, record: Any, where: str, source: PromptSource) -> Pr
     for name in (prompt_field, source.answer_field):
         if name is not None and field_of(record, name) is None:
             got = ", ".join(map(str, record)) or "none"
-            raise ValueError(f"{where}: expected field {name!r}, got fields {got}; set prompt_field or answer_field")
+            raise ValueError(
+                f"{where}: expected field {name!r}, got "
+                + ("null; drop the record" if name in record else f"fields {got}; set prompt_field or answer_field")
+            )
     of_files = source.parquet is not None or source.dataset is not None
     read = {name: value for name, value in record.items() if name not in source.ignore and not _is_empty(value)}
     _refuse_unread(read, where, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -42,7 +43,7 @@ def jsonl_records(path: Path) -> Records:
         raise ValueError(f"{path}: expected a JSONL file of prompts, found no such file; check the path")
     with path.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"")
-    if first.lstrip().startswith(b"["):
+    if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
         for number, record in enumerate(_parse(path.read_bytes(), str(path), "an array of JSON objects")):
             yield f"{path}, record {number}", record
         return
@@ -55,7 +56,7 @@ def jsonl_records(path: Path) -> Records:
 
 def _parse(text: bytes, where: str, expected: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.removeprefix(BOM_UTF8).decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: expected {expected}, got invalid JSON ({error}); correct the file") from error
 

@@ -16,6 +16,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from entropy_probe.sampling.foreign import call
@@ -36,6 +37,7 @@ _CONVENTIONS_IN_WORDS = (
     "completions (TRL: prompts, completions, completion_ids and the columns of the records), solution_str (verl: "
     "data_source, solution_str, ground_truth, extra_info) or responses (prompts, responses)"
 )
+_LARGEST = torch.finfo(torch.float32).max
 _NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids", "prompts", "completions"})
 """Fields that TRL does not pass on, or passes with another meaning."""
 
@@ -134,7 +136,7 @@ class RewardFunction:
         if self.convention == "own":
             return of_records | {"prompts": prompts, "responses": [sample.text for sample in samples]}
         return of_records | {
-            "prompts": [_conversation(prompt) or prompt.prompt for prompt in prompts],
+            "prompts": [_own(prompt.prompt) for prompt in prompts],
             "completions": [_completion(sample) for sample in samples],
             "completion_ids": [list(sample.token_ids) for sample in samples],
             **({} if state is None else {"trainer_state": state}),
@@ -192,8 +194,10 @@ def _signature(name: str, function: Callable[..., Any]) -> tuple[tuple[inspect.P
     if isinstance(function, nn.Module):
         raise ValueError(f"reward {name}: expected a function, got a model; write a function that calls it on texts")
     try:
-        outer = inspect.signature(function, follow_wrapped=False).parameters.values()
         inner = inspect.signature(function).parameters.values()
+        # functools.cache passes everything on and has no signature of its own
+        cached = hasattr(function, "cache_info")
+        outer = inner if cached else inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"reward {name}: expected a function with a signature, got none ({error}); {remedy}"
@@ -213,17 +217,19 @@ def columns_of(prompts: Sequence[Prompt]) -> list[str]:
     return [name for name in names if name not in _NOT_COLUMNS]
 
 
+def _own(value: Any) -> Any:
+    """Nested values anew for each response and each call, since reward functions may change them."""
+    if isinstance(value, Mapping):
+        return {name: _own(inner) for name, inner in value.items()}
+    return [_own(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _column(prompt: Prompt, name: str) -> Any:
-    return prompt.answer if name == "answer" and name not in prompt.columns else prompt.columns.get(name)
+    return _own(prompt.answer if name == "answer" and name not in prompt.columns else prompt.columns.get(name))
 
 
 def _completion(sample: Sample) -> Any:
     return sample.text if isinstance(sample.prompt.prompt, str) else [{"role": "assistant", "content": sample.text}]
-
-
-def _conversation(prompt: Prompt) -> list[dict[str, Any]] | None:
-    """The messages anew for each call, since reward functions may change them."""
-    return None if isinstance(prompt.prompt, str) else [dict(message) for message in prompt.prompt]  # type: ignore[arg-type]
 
 
 def _ground_truth(prompt: Prompt) -> Any:
@@ -236,8 +242,8 @@ def _verl(sample: Sample) -> dict[str, Any]:
     return {
         "data_source": columns.get("data_source"),
         "solution_str": sample.text,
-        "ground_truth": _ground_truth(sample.prompt),
-        "extra_info": dict(columns.get("extra_info") or {}),
+        "ground_truth": _own(_ground_truth(sample.prompt)),
+        "extra_info": {} if (extra := columns.get("extra_info")) is None else _own(extra),
     }
 
 
@@ -285,10 +291,14 @@ def _numbers(name: str, output: Any, samples: Sequence[Sample], *, scores: bool)
         if not isinstance(number, Real | Decimal):
             wanted = "a number, or a mapping with 'score'," if scores else "a number"
             raise ValueError(f"reward {name}: expected {wanted} {about}, got {item!r:.60}; return numbers or None")
-        if not math.isfinite(number):
+        try:
+            value = float(number)
+        except OverflowError:  # of an int
+            value = math.inf
+        if not abs(value) <= _LARGEST:
             raise ValueError(
-                f"reward {name}: expected a finite number {about}, got {number}; return None where the reward does "
-                "not apply"
+                f"reward {name}: expected a finite number {about}, got {number!s:.60}; return None where the reward "
+                "does not apply, and scale down what float32 cannot hold"
             )
-        rewards.append(float(number))
+        rewards.append(value)
     return rewards

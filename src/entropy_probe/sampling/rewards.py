@@ -59,8 +59,8 @@ class Rewards:
         for reward in self.functions:
             reward.check(prompts, self.trainer_state)
             if reward.function in _BUILT_IN.values():
-                for prompt in prompts:
-                    _answer(prompt)
+                answered = gsm8k if reward.function is gsm8k else exact_match  # parsing all of MATH would take minutes
+                answered(prompts, [""] * len(prompts))
 
     def score(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         """``sum_k w_k r_k`` over the functions that apply to a response, summed in float64 (TRL's rule).
@@ -84,7 +84,13 @@ class Rewards:
                     f"{sample.prompt.id}; return a number, add a reward that applies, or drop such prompts"
                 )
             totals.append(fsum(terms))
-        return torch.tensor(totals, dtype=torch.float32)
+        total = torch.tensor(totals, dtype=torch.float32)
+        if not bool(total.isfinite().all()):
+            raise ValueError(
+                f"reward_weights: expected sums of rewards that float32 holds, got {max(totals, key=abs):.3g}; scale "
+                "the weights down"
+            )
+        return total
 
 
 def load_reward(name: str) -> Reward:

@@ -42,6 +42,12 @@ def prompt_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[str, ...]:
             f"{rendered} of {len(prompts)} prompts are text that begins with the BOS token {tokenizer.bos_token}, so "
             "the tokenizer's second one was left out"
         )
+    answered = sum(not isinstance(p.prompt, str) and p.prompt[-1].get("role") == "assistant" for p in prompts)
+    if answered:
+        notes.append(
+            f"{answered} of {len(prompts)} prompts end with an assistant's turn, which is kept as it is and followed "
+            "by a new one"
+        )
     parses = any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
     if parses and not all(isinstance(prompt.prompt, str) for prompt in prompts):
         notes.append(
@@ -151,8 +157,10 @@ def _check_used(tokenizer: Any, prompt: Prompt) -> None:
     template = tokenizer.get_chat_template(arguments.get("chat_template"), list(prompt.tools) or None)
     known = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in given:
+        setting = "tools" if name == "tools" else "chat_template_kwargs"
         if re.search(rf"\b{re.escape(name)}\b", template) is None and (name == "tools" or name not in known):
             raise ValueError(
                 f"prompt {prompt.id}: expected a chat template that uses {name}, got one that never names it, so that "
-                "it would change nothing; correct prompts.chat_template_kwargs, or set prompts.ignore to the field"
+                f"it would change nothing; leave it out of prompts.{setting}, or set prompts.ignore to the records' "
+                "field with it"
             )

@@ -63,9 +63,10 @@ class Trials:
         """Sequences of some batches, called alone, and their gradients if they are to be compared, too.
 
         Raises:
-            ValueError: if the model cannot be called, changes its parameters, or has scores that depend on later tokens
-                or on what it was called on before.
+            ValueError: if the model cannot be called, changes or has changed its parameters, or has scores that depend
+                on later tokens or on what it was called on before.
         """
+        _check_undivided(calls.model)
         named = calls.model.named_parameters() if gradients and not calls.sharded else ()
         trained = {name: p for name, p in named if p.requires_grad and p.is_floating_point()}
         width = getattr(getattr(calls.model, "config", None), "hidden_size", None)
@@ -154,6 +155,21 @@ def _content(parameter: Parameter) -> tuple[int, str]:
     """Enough of a parameter to notice that it was replaced or written into."""
     own = local(parameter.detach())
     return own.data_ptr(), float(own.sum(dtype=torch.float64)).hex()  # as text, in which NaN equals itself
+
+
+def _check_undivided(model: nn.Module) -> None:
+    """Make sure that RWKV's weights are those that are trained: evaluated, it keeps them divided by powers of two.
+
+    Raises:
+        ValueError: if they are divided.
+    """
+    for module in model.modules():
+        if vars(module).get("layers_are_rescaled") and module.config.rescale_every:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                f"model: expected weights as they are trained, got those that {type(module).__name__} divided when it "
+                "was evaluated; call it in training mode once, which restores them, or set rescale_every=0 in its "
+                "configuration before it is evaluated"
+            )
 
 
 def _check_plain(calls: PolicyCalls, samples: Sequence[Sample], tolerance: Tolerance) -> None:

@@ -180,7 +180,7 @@
       ["advantage", signed(advantage)],
       ["probability", number(Math.exp(response.l[k]))],
       ["entropy there", `${number(response.h[k])} nats`],
-      ["sampled token, from 0", `${k}`],
+      ["index of sampled token", `${k}`],
     ];
     rows.forEach(([name, value]) => list.append(element("dt", "", name), element("dd", "", value)));
     tip.replaceChildren(fill(element("div", "text"), data.texts[response.t[k]]), list);
