@@ -187,8 +187,10 @@ def test_coverage_long(case, n):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*LENGTH, *ENTROPY], ids=str)
-@pytest.mark.parametrize(("one_prompt", "least"), [(False, 0.93), (True, 0.90)], ids=["mixed", "one prompt each"])
-def test_coverage_of_ten_clusters_long(case, one_prompt, least):
+@pytest.mark.parametrize(
+    ("one_prompt", "least", "most"), [(False, 0.93, 0.97), (True, 0.90, 0.98)], ids=["mixed", "one prompt each"]
+)
+def test_coverage_of_ten_clusters_long(case, one_prompt, least, most):
     """With three prompts in all, ten clusters of one prompt each are far from normal; the others are not."""
     found = repeat(case, 300, 3000, group=30, one_prompt=one_prompt)
-    assert least <= found.covered <= 0.98
+    assert least <= found.covered <= most
