@@ -137,8 +137,8 @@ def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, 
             rows = ", ".join(f"{found[name][0]} rows" for name in embeddings[:1])
             remedy = (
                 f"peft saved the embeddings along ({rows}), as where the vocabulary was resized, which is not put "
-                "back: copy them into the base model resized to as many rows, save that as base_model, and take them "
-                "out of this file"
+                "back: copy them into the base model resized to as many rows, save that as base_model, and take the "
+                "unknown tensors out of this file"
             )
         raise MismatchError(
             f"{path}: expected {len(expected)} tensors, {len(missing)} missing {missing[:2]}, {len(unknown)} "
