@@ -73,7 +73,7 @@ def test_rows_of_a_trajectory_belong_together():
     name, units, _ = evaluation_units(as_evaluation.rollouts, "auto", grouped=in_groups(given))
     assert (name, units.count, units.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
     repeated = replace(given, prompt_ids=torch.tensor([1, 1, 3, 3]), trajectory_ids=torch.tensor([8, 5, 6, 6]))
-    *_, (said,) = evaluation_units(repeated, "auto")
+    *_, (said,) = evaluation_units(repeated, "auto", grouped=in_groups(repeated))
     assert "every trajectory counts as independent" in said
     whole = admitted(replace(given, trajectory_ids=torch.arange(4)), "evaluation")
     assert (whole.messages, whole.not_modelled) == ([], [])

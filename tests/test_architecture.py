@@ -66,11 +66,11 @@ ALLOWED = {
     },
     "attributed_batch": {
         "types", "results", "attribution", "attribution_results", "layer_names", "parts", "scoring", "estimators",
-        "updates", "config", "step", "session", "two_batch", "fingerprint",
+        "updates", "config", "step", "session", "two_batch", "fingerprint", "before",
     },
     "sweep_results": {"records", "results"},
     "sweep": {"results", "sweep_results", "scoring", "estimators", "two_batch", "parts"},
-    "one_batch": {
+    "one_batch": {"before",
         "types", "results", "named", "losses", "estimators", "updates", "session", "parts", "admission", "not_modelled",
     },
     "probe": {

@@ -26,7 +26,7 @@ from entropy_probe.parts import Part
 from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
 from entropy_probe.updates.per_unit import UnitGradients
 
-__all__ = ["Before", "LengthSample", "chosen_sequences", "entropy_coefficients"]
+__all__ = ["Before", "LengthSample", "chosen_sequences", "chosen_units", "entropy_coefficients"]
 
 SHARE, LEAST = 1 / 16, 8
 """A gradient over that share costs a sixteenth of the evaluation gradient at most; see the theory for its error."""
@@ -35,10 +35,7 @@ SHARE, LEAST = 1 / 16, 8
 def chosen_sequences(rollouts: Rollouts, units: Units) -> Int[Tensor, " n"]:
     """The places of some sequences of a batch, at random, by what is in the batch and not by its order or padding."""
     contents = sequence_digests(rollouts)
-    members: dict[int, list[bytes]] = {}
-    for unit, content in zip(units.index.tolist(), contents, strict=True):
-        members.setdefault(unit, []).append(content)
-    in_unit = {unit: digest(b"".join(sorted(of_unit))) for unit, of_unit in members.items()}
+    in_unit = _unit_digests(contents, units)
     seed, copies, keys = digest(b"".join(sorted(contents))), Counter[bytes](), []
     for unit, content in zip(units.index.tolist(), contents, strict=True):
         key = seed + content + in_unit[unit]
@@ -46,6 +43,22 @@ def chosen_sequences(rollouts: Rollouts, units: Units) -> Int[Tensor, " n"]:
         keys.append(digest(b"%b%d" % (key, copies[key])))
     count = min(len(keys), max(LEAST, round(SHARE * len(keys))))
     return torch.tensor(sorted(sorted(range(len(keys)), key=keys.__getitem__)[:count]))
+
+
+def chosen_units(rollouts: Rollouts, units: Units, number: int) -> Int[Tensor, " n"]:
+    """Some units of a batch, at random, by what is in the batch and not by its order, its padding or its ids."""
+    contents = sequence_digests(rollouts)
+    seed = digest(b"".join(sorted(contents)))
+    keys = {unit: digest(seed + content) for unit, content in _unit_digests(contents, units).items()}
+    return torch.tensor(sorted(sorted(keys, key=keys.__getitem__)[:number]))
+
+
+def _unit_digests(contents: Sequence[bytes], units: Units) -> dict[int, bytes]:
+    """What the sequences of each unit are recognised by together."""
+    members: dict[int, list[bytes]] = {}
+    for unit, content in zip(units.index.tolist(), contents, strict=True):
+        members.setdefault(unit, []).append(content)
+    return {unit: digest(b"".join(sorted(of_unit))) for unit, of_unit in members.items()}
 
 
 @dataclass(frozen=True, eq=False)

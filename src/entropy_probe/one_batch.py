@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.admission import draws_of
+from entropy_probe.before import chosen_units
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
@@ -159,7 +160,7 @@ class OneBatch(Session):
             return 0.0
         count, part = self.units.count, self.part
         number = min(count // 2, max(LEAST_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
-        some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:number]
+        some = chosen_units(self.batch, self.units, number)
         rows = torch.isin(part.units.index, some).nonzero()[:, 0]
         chosen, units = before.select(rows), part.units.select(rows)
         sides = [fo.length_coefficients(chosen, units, positions), right.select(rows)]

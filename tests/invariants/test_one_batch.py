@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.before import chosen_units
 from entropy_probe.estimators.baselines import strictly_after
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import Units, ratio
@@ -353,7 +354,7 @@ def test_a_probe_takes_these_terms_from_its_batch(loss):
         return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, retain_graph=True)])
 
     to_go = strictly_after(own.response_mask.double(), own.response_mask)
-    some = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:4]
+    some = chosen_units(rollouts, units, 4)
     baseline = torch.zeros_like(to_go)
     for i, t in own.response_mask.nonzero().tolist():
         other = own.response_mask[:, t] & (units.index != units.index[i])

@@ -184,7 +184,7 @@ def test_the_jackknife_of_a_mean_and_of_unequal_blocks():
         error = jackknife_standard_error(row.mean().item(), (row.sum() - totals) / (21 - sizes), sizes)
         found.append(error**2)
     assert torch.tensor(found).mean().item() * 21 == pytest.approx(1.0, rel=0.04)
-    with pytest.raises(ValueError, match="at least 2 prompts"):
+    with pytest.raises(ValueError, match="at least 2 independent prompts"):
         jackknife_standard_error(1.0, torch.ones(1), torch.ones(1))
 
 
