@@ -146,10 +146,8 @@ class TwoBatch(Session):
             )
         with self.clock.phase("update gradient") as progress:
             side, sheet = Side(self._loss_coefficients(), store=store and fits), self._sheet()
-            taps = taps if side.store else None
-            found = self._differentiate(
-                self.own_update, self.update_part, side, taps=taps, progress=progress, sheet=sheet
-            )
+            given = (self.own_update, self.update_part, side)
+            found = self._differentiate(*given, taps=taps if side.store else None, progress=progress, sheet=sheet)
         if sheet is not None:
             with self.on_part(self.update_part):
                 scores = sheet.read()
