@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=20 --durations-min=0.5
 # The build of torch that is on the development machines; there another would pull gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 # Depends much on the libraries, not on their wording, and takes little time.
-CORE := tests/sampling tests/demo tests/updates tests/estimators tests/scoring tests/report \
+CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators tests/scoring tests/report \
         tests/cli/test_config.py tests/cli/test_bad_input.py tests/cli/test_quiet.py \
         $(addprefix tests/checkpoints/,test_load.py test_adapters.py test_layout.py test_replay.py)
 # Printed by test-latest and test-oldest: what they really ran on.

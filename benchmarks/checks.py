@@ -24,8 +24,8 @@ from rich.table import Table
 
 from by_weights import run_by_weights
 from entropy_probe import EntropyProbe
-from entropy_probe.before import LengthSample
-from entropy_probe.two_batch import TwoBatch
+from entropy_probe.analyses.before import LengthSample
+from entropy_probe.analyses.two_batch import TwoBatch
 from two_batch import Setup, training_gradient
 
 Seconds = defaultdict[str, float]

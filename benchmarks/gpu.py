@@ -32,12 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts
+from entropy_probe.analyses.provenance import library_versions
 from entropy_probe.demo.policy import build_tokenizer
 from entropy_probe.demo.train import LORA_TARGETS
-from entropy_probe.isolation import evaluating
-from entropy_probe.provenance import library_versions
 from entropy_probe.sampling import HFGenerator, SamplingParameters
 from entropy_probe.sampling.generator import completed_rollouts, generate_responses, sequence_seeds
+from entropy_probe.scoring.isolation import evaluating
 from two_batch import training_gradient
 
 GIB = 2**30
@@ -193,7 +193,7 @@ class Watch:
         self.by_phase: dict[str, int] = {}
 
     def __call__(self, phase: str, done: int = 0, total: int = 0) -> None:
-        """Called as :data:`entropy_probe.provenance.Phase`."""
+        """Called as :data:`entropy_probe.analyses.provenance.Phase`."""
         self.by_phase[phase] = self.combine(self.by_phase.get(phase, 0), self.take())
 
 

@@ -30,7 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores, load_checkpoint, two_batch
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores, load_checkpoint
+from entropy_probe.analyses import two_batch
+from entropy_probe.analyses.measure import Measurement, measure_change
 from entropy_probe.demo.train import quiet_single_thread, train_demo
 from entropy_probe.estimators import realized
 from entropy_probe.estimators.baselines import PositionSums, position_baseline
@@ -38,8 +40,7 @@ from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Sampled, Units
-from entropy_probe.measurement import Measurement, measure_change
-from entropy_probe.parts import Part
+from entropy_probe.parallel.batch import Part
 from entropy_probe.sampling import (
     EvaluationSettings,
     HFGenerator,

@@ -34,9 +34,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, load_checkpoint
+from entropy_probe.analyses.provenance import library_versions
 from entropy_probe.demo.policy import build_model, build_tokenizer
 from entropy_probe.demo.train import LORA_TARGETS, MAX_COMPLETION_LENGTH, quiet_single_thread, train_demo
-from entropy_probe.provenance import library_versions
 from entropy_probe.sampling import (
     EvaluationSettings,
     HFGenerator,

@@ -15,7 +15,7 @@ from torch import nn
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, load_checkpoint
 from entropy_probe.demo.policy import build_model, build_tokenizer
-from entropy_probe.results import Record
+from entropy_probe.results.probe import Record
 from entropy_probe.sampling import (
     EvaluationSettings,
     HFGenerator,
@@ -24,9 +24,9 @@ from entropy_probe.sampling import (
     resample_responses,
     sample_evaluation,
 )
+from tests.gradients.layers import Mixed
 from tests.invariants.problems import batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
-from tests.updates.layers import Mixed
 
 __all__ = ["SCENARIOS", "Numbers", "disagreements", "hf_policy", "numbers", "on_device", "rollouts"]
 

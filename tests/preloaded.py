@@ -21,8 +21,8 @@ import entropy_probe.cli.config
 import entropy_probe.cli.ranks
 import entropy_probe.cli.run_directory
 import entropy_probe.integrations.trl
+import entropy_probe.parallel.shards
 import entropy_probe.probe
 import entropy_probe.sampling.hf
-import entropy_probe.shards
 
 torch.set_num_threads(1)

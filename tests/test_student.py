@@ -3,8 +3,8 @@
 import pytest
 from scipy.special import stdtrit
 
-from entropy_probe.results import Estimate
-from entropy_probe.student import combined_degrees, critical_value
+from entropy_probe.results.probe import Estimate
+from entropy_probe.results.student import combined_degrees, critical_value
 
 
 @pytest.mark.parametrize("degrees", [0.5, 1, 1.7, 2, 9, 19, 99, 2047, 1e5, 1e7])

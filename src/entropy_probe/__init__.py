@@ -6,14 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entropy_probe.attribution import Attribution
+    from entropy_probe.analyses.attribution import Attribution
     from entropy_probe.checkpoints import CheckpointError, CheckpointState, load_checkpoint
     from entropy_probe.config import ProbeConfig
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.results import Estimate, Prediction, ProbeResult, Realized
-    from entropy_probe.sweep_results import Sweep, SweepPoint
-    from entropy_probe.types import Rollouts, TokenScores
-    from entropy_probe.validation_results import Validation
+    from entropy_probe.results.probe import Estimate, Prediction, ProbeResult, Realized
+    from entropy_probe.results.sweep import Sweep, SweepPoint
+    from entropy_probe.results.validation import Validation
+    from entropy_probe.rollouts.batch import Rollouts
+    from entropy_probe.types import TokenScores
 
 __version__ = "0.1.0"
 
@@ -37,20 +38,20 @@ __all__ = [
 
 # Names are imported when first used, so that reading a result or printing help does not wait for torch.
 _HOME = {
-    "Attribution": "attribution",
+    "Attribution": "analyses.attribution",
     "CheckpointError": "checkpoints",
     "CheckpointState": "checkpoints",
     "EntropyProbe": "probe",
-    "Estimate": "results",
-    "Prediction": "results",
+    "Estimate": "results.probe",
+    "Prediction": "results.probe",
     "ProbeConfig": "config",
-    "ProbeResult": "results",
-    "Realized": "results",
-    "Rollouts": "types",
-    "Sweep": "sweep_results",
-    "SweepPoint": "sweep_results",
+    "ProbeResult": "results.probe",
+    "Realized": "results.probe",
+    "Rollouts": "rollouts.batch",
+    "Sweep": "results.sweep",
+    "SweepPoint": "results.sweep",
     "TokenScores": "types",
-    "Validation": "validation_results",
+    "Validation": "results.validation",
     "load_checkpoint": "checkpoints",
 }
 

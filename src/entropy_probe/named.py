@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from entropy_probe.shards import local, sum_of_shards
+from entropy_probe.parallel.shards import local, sum_of_shards
 
 __all__ = ["NamedVector", "add", "dot", "norm", "scale"]
 

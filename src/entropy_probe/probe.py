@@ -7,25 +7,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from entropy_probe.attributed_batch import AttributedBatch
-from entropy_probe.attribution import Attribution
+from entropy_probe.analyses.attribute import AttributedBatch
+from entropy_probe.analyses.attribution import Attribution
+from entropy_probe.analyses.one_batch import OneBatch
+from entropy_probe.analyses.provenance import Phase
+from entropy_probe.analyses.session import Resample, Subject
+from entropy_probe.analyses.sweep import LearningRateSweep, check_learning_rates
+from entropy_probe.analyses.two_batch import TwoBatch
+from entropy_probe.analyses.validate import HalfSteps
 from entropy_probe.config import ProbeConfig
-from entropy_probe.distributed import ALONE, SameWork, joined_ranks
-from entropy_probe.fingerprint import ScoreCache
-from entropy_probe.one_batch import OneBatch
-from entropy_probe.provenance import Phase
-from entropy_probe.results import CrossPrompt, ProbeResult
+from entropy_probe.parallel.ranks import ALONE, SameWork, joined_ranks
+from entropy_probe.parallel.shards import check_shards, is_sharded, reshard
+from entropy_probe.results.probe import CrossPrompt, ProbeResult
+from entropy_probe.results.sweep import Sweep, SweepPoint
+from entropy_probe.results.validation import Validation
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.cache import ScoreCache
 from entropy_probe.scoring.precision import precisions
-from entropy_probe.session import Resample, Subject
-from entropy_probe.shards import check_shards, is_sharded, reshard
-from entropy_probe.sweep import LearningRateSweep, check_learning_rates
-from entropy_probe.sweep_results import Sweep, SweepPoint
-from entropy_probe.two_batch import TwoBatch
-from entropy_probe.types import Rollouts
-from entropy_probe.updates.adamw import is_adam, learning_rates, optimizer_parameters
-from entropy_probe.updates.shadow import check_optimizer, optimizer_name
-from entropy_probe.validation import HalfSteps
-from entropy_probe.validation_results import Validation
+from entropy_probe.steps.adamw import is_adam, learning_rates, optimizer_parameters
+from entropy_probe.steps.copied import check_optimizer, optimizer_name
 
 __all__ = ["EntropyProbe"]
 

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from entropy_probe.checkpoints import CheckpointError
 from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory
 from entropy_probe.checkpoints.optimizer_file import check_entries, read_optimizer
-from entropy_probe.checkpoints.sharded_optimizer import read_sharded_optimizer, with_values
+from entropy_probe.checkpoints.optimizer_sharded import read_sharded_optimizer, with_values
 from entropy_probe.checkpoints.weights import check_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, about what it finds in the files

@@ -19,7 +19,7 @@ from entropy_probe.checkpoints import (
     inspect_checkpoint,
     load_checkpoint,
 )
-from entropy_probe.checkpoints.examination import Examination
+from entropy_probe.checkpoints.examine import Examination
 from entropy_probe.checkpoints.manifest import MANIFEST_FILE, plain_name, read_manifest, write_manifest
 from entropy_probe.checkpoints.quantization import live_settings
 from entropy_probe.checkpoints.record import record_checkpoint

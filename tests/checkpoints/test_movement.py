@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from entropy_probe.checkpoints import inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.evidence import check_movement
 from entropy_probe.checkpoints.libraries import quiet
-from entropy_probe.checkpoints.movement import check_movement
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.optimizer_kinds import ADAM
 from tests.checkpoints.conftest import edit_json, edit_optimizer

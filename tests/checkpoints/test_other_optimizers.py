@@ -21,8 +21,8 @@ from entropy_probe.checkpoints.mapping import grouping_rules
 from entropy_probe.checkpoints.optimizer_file import check_entries, read_optimizer
 from entropy_probe.checkpoints.optimizer_kinds import KINDS
 from entropy_probe.checkpoints.record import record_checkpoint
-from entropy_probe.updates.adamw import optimizer_parameters
-from entropy_probe.updates.shadow import check_repeatable, copied_step
+from entropy_probe.steps.adamw import optimizer_parameters
+from entropy_probe.steps.copied import check_repeatable, copied_step
 from tests.checkpoints.conftest import edit_optimizer
 from tests.invariants.hf_problems import rollouts
 from tests.tiny import tiny_policy

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from entropy_probe.checkpoints import CheckpointError
-from entropy_probe.checkpoints.archive import read_archived
 from entropy_probe.checkpoints.messages import shown
-from entropy_probe.checkpoints.pickles import MOST_VALUES, PLAIN, check_pickle
+from entropy_probe.checkpoints.safe_read import MOST_VALUES, PLAIN, check_pickle, read_archived
 
 
 def doubled(times: int, empty: object = ()) -> object:

@@ -14,7 +14,7 @@ from entropy_probe.checkpoints.libraries import quiet
 from entropy_probe.checkpoints.manifest import MANIFEST_FILE
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.integrations.trl import ManifestCallback
-from entropy_probe.updates.adamw import adamw_step, optimizer_parameters, shadow_step
+from entropy_probe.steps.adamw import adamw_step, optimizer_parameters, shadow_step
 from tests.checkpoints.conftest import edit_json
 from tests.invariants.traces import assert_same, state
 from tests.tiny import train_grpo

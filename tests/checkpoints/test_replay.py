@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.updates.adamw import adamw_step, optimizer_parameters, shadow_step
+from entropy_probe.steps.adamw import adamw_step, optimizer_parameters, shadow_step
 from tests.trained import RUNS
 
 KINDS = list(RUNS)

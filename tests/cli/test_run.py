@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from entropy_probe import ProbeResult, Rollouts, Validation
+from entropy_probe.analyses.validate import HalfSteps
 from entropy_probe.cli.lock import locked
 from entropy_probe.cli.run import of_one_batch
 from entropy_probe.sampling import HFGenerator
-from entropy_probe.validation import HalfSteps
 from tests.checkpoints.conftest import edit_json
 from tests.cli.conftest import command_line, execute, invoke, start
 from tests.processes import Process

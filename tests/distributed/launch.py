@@ -11,7 +11,7 @@ import socket
 from contextlib import contextmanager
 from pathlib import Path
 
-from entropy_probe import provenance
+from entropy_probe.analyses import provenance
 from entropy_probe.sampling import evaluation, hf
 from tests.cli.conftest import command_line
 from tests.processes import Process

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.distributed import ProcessGroup
+from entropy_probe.parallel.ranks import ProcessGroup
 
 
 class Exchange:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, attributed_batch, sweep
-from entropy_probe.parts import balanced
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.analyses import attribute as attributed_batch
+from entropy_probe.analyses import sweep
+from entropy_probe.parallel.batch import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
 from tests.invariants.exact import sampled_elsewhere
 from tests.invariants.problems import TABLE, batches
@@ -175,7 +177,7 @@ def test_collectives(case, of_parameters):
 
 
 def test_large_gradients_are_summed_in_buckets(monkeypatch):
-    monkeypatch.setattr("entropy_probe.distributed.BUCKET_ELEMENTS", 30)
+    monkeypatch.setattr("entropy_probe.parallel.ranks.BUCKET_ELEMENTS", 30)
     settings, work = CASES["measured on the update batch"]
     expected = work(probe_on(None, **settings)).model_dump()
     results, exchange = on_ranks(2, lambda ranks: work(probe_on(ranks, **settings)))

@@ -11,14 +11,14 @@ import torch
 
 from entropy_probe.cli.errors import one_line_excepthook
 from entropy_probe.cli.ranks import launched_ranks
-from entropy_probe.distributed import ALONE, Ranks
+from entropy_probe.parallel.ranks import ALONE, Ranks
 from tests.distributed.launch import free_port
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Forked processes have this module as it is here."""
-    monkeypatch.setattr("entropy_probe.watch.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("entropy_probe.parallel.watch.GRACE_SECONDS", 0.5)
 
 
 def one_rank(rank: int, size: int, port: int, directory, body) -> None:

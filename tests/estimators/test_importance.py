@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from entropy_probe import ProbeConfig, TokenScores
+from entropy_probe.analyses.measure import measure_change
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.realized import change, noise_floor, rounding_of
 from entropy_probe.estimators.uncertainty import Sampled, Units
-from entropy_probe.measurement import measure_change
-from entropy_probe.parts import Part
+from entropy_probe.parallel.batch import Part
 from tests.whole_batch import per_decision, snis
 
 

@@ -22,7 +22,7 @@ import torch
 import transformers  # noqa: F401
 
 import entropy_probe.cli
-from entropy_probe.checkpoints import hf_trainer
+from entropy_probe.checkpoints import load as hf_trainer
 
 WATCHED = (
     *("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"),

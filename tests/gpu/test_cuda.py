@@ -10,7 +10,7 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.demo.policy import build_model, build_tokenizer
 from entropy_probe.sampling import HFGenerator, SamplingParameters
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.updates.adamw import shadow_step
+from entropy_probe.steps.adamw import shadow_step
 from tests.devices import SCENARIOS, disagreements, hf_policy, on_device, rollouts
 from tests.invariants.problems import batches
 from tests.invariants.traces import assert_same, state

@@ -204,7 +204,8 @@ def test_the_jackknife_takes_masked_out_responses():
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_rows_of_a_trajectory_are_one_sample(monkeypatch, kind, normalization):
     """A batch in which every response stands twice: errors and baselines are those of the single rows."""
-    monkeypatch.setattr("entropy_probe.before.SHARE", 1.0)  # of the sequences that the change of length is taken from
+    # the change of length is taken from all sequences
+    monkeypatch.setattr("entropy_probe.analyses.before.SHARE", 1.0)
     model = TinyPolicy()
     optimizer = trained_optimizer(model)
     update, evaluation = batches(n=50)

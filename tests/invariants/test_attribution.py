@@ -13,7 +13,7 @@ from entropy_probe.estimators.uncertainty import Units, ratio
 from entropy_probe.losses import token_weights
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
-from entropy_probe.updates.adamw import adamw_step, clip_gradient
+from entropy_probe.steps.adamw import adamw_step, clip_gradient
 from tests.invariants import hf_problems as hf
 from tests.invariants.problems import batches, pad, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state
@@ -306,7 +306,8 @@ def test_forward_mode_through_norms_activations_and_attention():
 @pytest.mark.parametrize("gib", [2.0, 0.0], ids=["stored", "passes"])
 def test_errors_from_folds(gib, monkeypatch):
     """With as many folds as units the error is the delta method's over units, taken here by one backward pass each."""
-    monkeypatch.setattr("entropy_probe.before.SHARE", 1.0)  # of the sequences that the change of length is taken from
+    # the change of length is taken from all sequences
+    monkeypatch.setattr("entropy_probe.analyses.before.SHARE", 1.0)
     model = TinyPolicy()
     optimizer = trained_optimizer(model)
     update, evaluation = batches(groups=3, n=12)
@@ -391,9 +392,9 @@ def test_what_does_not_add_up_is_an_error(what, monkeypatch):
             found.slopes[::2] *= 1.01
             return found
 
-        monkeypatch.setattr("entropy_probe.attributed_batch.token_slopes", wrong)
+        monkeypatch.setattr("entropy_probe.analyses.attribute.token_slopes", wrong)
     else:
-        monkeypatch.setattr("entropy_probe.attributed_batch.PARTS", ("momentum", "gradient", "weight_decay"))
+        monkeypatch.setattr("entropy_probe.analyses.attribute.PARTS", ("momentum", "gradient", "weight_decay"))
     with pytest.raises(RuntimeError, match="please report this"):
         probe(model, trained_optimizer(model)).attribute(update=update, evaluation=evaluation)
 

@@ -7,11 +7,11 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.gradients.hooks import tappable
+from entropy_probe.gradients.per_sample import Side, unit_gradients
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.packing import bounded_groups, pack, pack_shared, shared_prompts
 from entropy_probe.types import TokenCoefficients
-from entropy_probe.updates.per_unit import Side, unit_gradients
-from entropy_probe.updates.taps import tappable
 from tests.invariants.hf_problems import IDS, KINDS, long_prompts, policy, rollouts
 from tests.invariants.problems import numbers
 from tests.tiny import tiny_policy
@@ -177,7 +177,7 @@ def test_taps_equal_one_backward_per_unit(kind, config, dtype, monkeypatch):
         to_float64(model, optimizer)
     fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     assert fast.diagnostics.per_unit_gradients == ("linear-layer taps" if kind == "lora" else "taps")
-    monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off by a test")
+    monkeypatch.setattr("entropy_probe.analyses.session.tappable", lambda *a: "switched off by a test")
     generic = numbers(EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation))
     for key, value in numbers(fast).items():
         if dtype == "float64":

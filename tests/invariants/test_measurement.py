@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
+from entropy_probe.analyses.noise import _moved
 from entropy_probe.estimators.uncertainty import ratio
-from entropy_probe.fingerprint import ScoreCache, fingerprint, mixed_sums
-from entropy_probe.noise import _moved
+from entropy_probe.scoring.cache import ScoreCache, fingerprint, mixed_sums
 from entropy_probe.scoring.forward import Scorer
 from tests.invariants.problems import TABLE, batches, float32_problem, numbers, probe
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.before import chosen_units
+from entropy_probe.analyses.before import chosen_units
 from entropy_probe.estimators.baselines import strictly_after
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import Units, ratio
 from entropy_probe.losses import token_weights
-from entropy_probe.student import critical_value
+from entropy_probe.results.student import critical_value
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
 
 TABLE = Table.build()
@@ -72,7 +72,7 @@ def per_prompt(model, rollouts, entropy: str) -> tuple[torch.Tensor, torch.Tenso
 def test_equals_a_double_loop(path, entropy, memory, monkeypatch):
     model = TinyPolicy(train_embedding=path != "linear-layer taps")
     if path == "per unit":
-        monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off by a test")
+        monkeypatch.setattr("entropy_probe.analyses.session.tappable", lambda *a: "switched off by a test")
     optimizer = trained_optimizer(model)
     rollouts = batch(1)
     got = cross(model, optimizer, rollouts, entropy=entropy, max_stored_gradient_gib=memory)

@@ -13,7 +13,7 @@ from entropy_probe.report.console import print_result
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.invariants.traces import assert_same, state
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
-from tests.updates.optimizers import Lion
+from tests.steps.optimizers import Lion
 
 optim = torch.optim
 OPTIMIZERS = {

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from entropy_probe import Rollouts
 from entropy_probe.estimators.policy_fit import excess_sums, policy_fit
+from entropy_probe.gradients.hooks import tappable
+from entropy_probe.gradients.per_sample import Side, unit_gradients
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
-from entropy_probe.updates.per_unit import Side, unit_gradients
-from entropy_probe.updates.taps import tappable
 from tests.invariants.problems import TABLE, batches, probe
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 from tests.reference.samplers import at_temperature, cut, draw, full_scores
@@ -55,7 +55,7 @@ def about(messages: tuple[str, ...], role: str) -> str:
 )
 def test_both_batches_are_judged_by_their_own_scores(settings, monkeypatch):
     if settings.pop("switch", None):
-        monkeypatch.setattr("entropy_probe.session.tappable", lambda *_: "switched off")
+        monkeypatch.setattr("entropy_probe.analyses.session.tappable", lambda *_: "switched off")
     left = (torch.arange(4) + UPDATE.attention_mask.sum(1)[:, None]) % 4  # the padding first
     masks = {name: getattr(UPDATE, name).gather(1, left) for name in ("attention_mask", "response_mask")}
     padded = replace(UPDATE, input_ids=UPDATE.input_ids.gather(1, left), **masks)

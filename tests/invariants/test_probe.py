@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.func import functional_call, jvp
 
-from entropy_probe import ProbeResult, Rollouts, TokenScores, step
-from entropy_probe.before import chosen_sequences
+from entropy_probe import ProbeResult, Rollouts, TokenScores
+from entropy_probe.analyses.before import chosen_sequences
 from entropy_probe.estimators import uncertainty
 from entropy_probe.estimators.uncertainty import Units
-from entropy_probe.updates.adamw import adamw_step, clip_gradient
-from entropy_probe.updates.per_unit import UnitGradients
+from entropy_probe.gradients.per_sample import UnitGradients
+from entropy_probe.steps import plan as step
+from entropy_probe.steps.adamw import adamw_step, clip_gradient
 from tests.invariants.problems import TABLE, batches, numbers, pad, probe, same
 from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients
@@ -81,7 +82,7 @@ def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rol
 def test_prediction_equals_brute_force(path, normalization, monkeypatch):
     model = TinyPolicy(train_embedding=path != "linear-layer taps")
     if path.startswith("per unit"):
-        monkeypatch.setattr("entropy_probe.session.tappable", lambda *a: "switched off")
+        monkeypatch.setattr("entropy_probe.analyses.session.tappable", lambda *a: "switched off")
     optimizer = trained_optimizer(model, weight_decay=0.1)
     update, evaluation = batches()
     result = probe(model, optimizer, normalization=normalization, max_grad_norm=None).predict(
@@ -299,7 +300,7 @@ def test_frozen_step_by_hand():
 
 
 @pytest.mark.parametrize(
-    "setting", [("per_unit._CACHED_ELEMENTS", 0), ("layers._BLOCK_ELEMENTS", 60), ("per_unit._COLUMN_ELEMENTS", 9)]
+    "setting", [("per_sample._CACHED_ELEMENTS", 0), ("layers._BLOCK_ELEMENTS", 60), ("per_sample._COLUMN_ELEMENTS", 9)]
 )
 def test_memory_bounds_do_not_change_the_numbers(setting, monkeypatch):
     update, evaluation = batches()
@@ -310,7 +311,7 @@ def test_memory_bounds_do_not_change_the_numbers(setting, monkeypatch):
         for bounded in (False, True):
             with monkeypatch.context() as patch:
                 if bounded:
-                    patch.setattr(f"entropy_probe.updates.{setting[0]}", setting[1])
+                    patch.setattr(f"entropy_probe.gradients.{setting[0]}", setting[1])
                 found.append(numbers(probe(model, optimizer).run(update=update, evaluation=evaluation)))
         same(found[-2], found[-1])
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.func import jvp
 
 from entropy_probe import TokenScores
+from entropy_probe.analyses.measure import measure_change
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
-from entropy_probe.measurement import measure_change
 from tests.invariants.exact import TARGET, Setting, sampled_elsewhere, sampler_scores, scores_at
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -273,8 +273,8 @@ def test_rounding_averages_out_over_the_effective_sequences(monkeypatch):
         tokens.append(args[3].reaching.sum().item())
         return measure_change(*args)
 
-    monkeypatch.setattr("entropy_probe.noise.noise_floor", floor)
-    monkeypatch.setattr("entropy_probe.noise.measure_change", change)
+    monkeypatch.setattr("entropy_probe.analyses.noise.noise_floor", floor)
+    monkeypatch.setattr("entropy_probe.analyses.noise.measure_change", change)
     result = probe(model, trained_optimizer(model), on_mismatch="reweight").measure(update=update, evaluation=given)
     assert numbers_of_sequences == [pytest.approx(200 * result.diagnostics.mismatch.ess_fraction)]
     assert set(tokens) == {float(given.response_mask.sum())}

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from entropy_probe import Sweep, SweepPoint, TokenScores
+from entropy_probe.analyses.sweep import LearningRateSweep
 from entropy_probe.scoring.directional import directional_derivatives
-from entropy_probe.sweep import LearningRateSweep
 from tests.invariants.problems import batches, probe
 from tests.invariants.traces import assert_same, state
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -230,7 +230,7 @@ def test_a_slope_that_differs_between_the_two_modes_is_found_out(monkeypatch):
         first, second = directional_derivatives(*arguments)
         return TokenScores(2 * first.logprobs, first.entropies, first.response_mask), second
 
-    monkeypatch.setattr("entropy_probe.sweep.directional_derivatives", wrong)
+    monkeypatch.setattr("entropy_probe.analyses.sweep.directional_derivatives", wrong)
     sweep = swept(*setting(), rates=(1e-6, 1e-5, 1e-4, 1e-3), direct_curvature=True)
     assert sweep.curvature.direct is None
     (message,) = sweep.messages

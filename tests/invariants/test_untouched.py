@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from entropy_probe import EntropyProbe, ProbeConfig
-from entropy_probe.isolation import _precision_switches, evaluating
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.isolation import _precision_switches, evaluating
 from tests.invariants.problems import batches
 from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer

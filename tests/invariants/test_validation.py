@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from entropy_probe import Validation
-from entropy_probe.validation import HalfSteps, distinct_halves
+from entropy_probe.analyses.validate import HalfSteps, distinct_halves
 from tests.invariants.problems import batches, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TinyPolicy, trained_optimizer

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from entropy_probe.isolation import _precision_switches
+from entropy_probe.scoring.isolation import _precision_switches
 from tests.reference.enumeration import TinyPolicy
 
 

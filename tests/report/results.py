@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from entropy_probe.results import (
+from entropy_probe.results.probe import (
     BatchFit,
     CrossPrompt,
     Diagnostics,

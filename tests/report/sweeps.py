@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from entropy_probe.results import Estimate, Prediction, Realized
-from entropy_probe.sweep_results import Curvature, Fitted, LinearRange, PowerLawFit, QuadraticFit, Sweep, SweepPoint
+from entropy_probe.results.probe import Estimate, Prediction, Realized
+from entropy_probe.results.sweep import Curvature, Fitted, LinearRange, PowerLawFit, QuadraticFit, Sweep, SweepPoint
 from tests.report.results import COMMON, make_result
 
 RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from entropy_probe.attribution_results import AttributionSummary
-from entropy_probe.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TOKENS_FILE, write_table
 from entropy_probe.report.tables import Tables, read_tables
-from entropy_probe.results import Estimate, ProbeResult
+from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TOKENS_FILE, write_table
+from entropy_probe.results.probe import Estimate, ProbeResult
 from tests.report.results import COMMON, make_result
 
 UNIT = "nats/token"

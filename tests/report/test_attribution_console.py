@@ -3,10 +3,10 @@
 import numpy as np
 from rich.console import Console
 
-from entropy_probe.attribution_results import AttributionSummary
 from entropy_probe.report import print_result, print_validation
 from entropy_probe.report.tables import Tables
-from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
+from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.validation import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_result
 
 SUMMARY = AttributionSummary(

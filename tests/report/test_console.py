@@ -9,11 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from entropy_probe.checkpoint_results import CheckpointReport, GroupReport, MovementReport
 from entropy_probe.estimators.importance import SequenceWeights
 from entropy_probe.report import print_checkpoint, print_result
 from entropy_probe.report.wording import HARMLESS_ESS
-from entropy_probe.results import SamplerMismatch
+from entropy_probe.results.checkpoint import CheckpointReport, GroupReport, MovementReport
+from entropy_probe.results.probe import SamplerMismatch
 from tests.report.results import make_cross_prompt, make_result
 
 

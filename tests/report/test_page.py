@@ -15,8 +15,8 @@ import pytest
 from entropy_probe.report import result_figures, run_page, sweep_page
 from entropy_probe.report.charts import Axis, Bar, bar_chart
 from entropy_probe.report.views import caveats
-from entropy_probe.results import PolicyFit, SamplerMismatch
-from entropy_probe.validation_results import RankCorrelation, SubsetStep, Validation
+from entropy_probe.results.probe import PolicyFit, SamplerMismatch
+from entropy_probe.results.validation import RankCorrelation, SubsetStep, Validation
 from tests.report.results import make_cross_prompt, make_result
 from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables

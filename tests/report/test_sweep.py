@@ -8,7 +8,7 @@ from rich.console import Console
 
 from entropy_probe.report import figure_files, plots, print_sweeps, result_figures
 from entropy_probe.report.sweep import sweep_sentence
-from entropy_probe.sweep_results import LinearRange, Sweep, SweepPoint
+from entropy_probe.results.sweep import LinearRange, Sweep, SweepPoint
 from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables
 

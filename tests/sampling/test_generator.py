@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling import (
     Completion,
     EvaluationSettings,
@@ -26,7 +27,6 @@ from entropy_probe.sampling import (
 from entropy_probe.sampling.evaluation import SHARD_SEQUENCES
 from entropy_probe.sampling.hf import draw_tokens
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.types import Rollouts
 
 PROMPTS = [Prompt(10 * i, text, answer=text) for i, text in enumerate(["0", "012", "11", "2101", "20", "1"])]
 PARAMETERS = SamplingParameters(1.0, 8)

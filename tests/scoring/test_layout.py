@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.isolation import evaluating
+from entropy_probe.gradients.per_sample import unit_backward
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.scoring.packing import row_tokens, shared_groups
 from entropy_probe.types import TokenCoefficients
-from entropy_probe.updates.per_unit import unit_backward
 from tests.tiny import tiny_policy
 
 VOCABULARY, PROMPT, RESPONSE = 32, 18, 10

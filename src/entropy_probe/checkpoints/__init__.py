@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from entropy_probe.checkpoint_results import CheckpointReport, GroupReport
 from entropy_probe.checkpoints.errors import (
     CheckpointError,
     DamagedFileError,
@@ -13,7 +12,8 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
-from entropy_probe.checkpoints.hf_trainer import CheckpointState, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.load import CheckpointState, inspect_checkpoint, load_checkpoint
+from entropy_probe.results.checkpoint import CheckpointReport, GroupReport
 
 __all__ = [
     "CheckpointError",

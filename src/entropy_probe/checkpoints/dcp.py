@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.archive import UNREADABLE, read_archived
 from entropy_probe.checkpoints.errors import (
     CheckpointError,
     DamagedFileError,
@@ -32,7 +31,7 @@ from entropy_probe.checkpoints.errors import (
     UnsupportedError,
 )
 from entropy_probe.checkpoints.messages import first_line, shown
-from entropy_probe.checkpoints.pickles import check_pickle
+from entropy_probe.checkpoints.safe_read import UNREADABLE, check_pickle, read_archived
 
 __all__ = ["METADATA", "Entry", "ShardedDirectory", "ShardedWeights"]
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoint_results import GroupReport
-from entropy_probe.checkpoints.archive import read_archive
 from entropy_probe.checkpoints.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -32,6 +30,8 @@ from entropy_probe.checkpoints.optimizer_kinds import (
     number,
     recognise,
 )
+from entropy_probe.checkpoints.safe_read import read_archive
+from entropy_probe.results.checkpoint import GroupReport
 
 __all__ = ["SavedOptimizer", "check_entries", "read_optimizer", "saved_optimizer"]
 

@@ -13,9 +13,9 @@ from entropy_probe.checkpoints.errors import InvalidValueError, MappingError
 from entropy_probe.checkpoints.layout import Layout
 from entropy_probe.checkpoints.mapping import ParameterMapping
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.moments import summarize_moments
-from entropy_probe.results import OptimizerStateReport
-from entropy_probe.shards import sharded_as
+from entropy_probe.parallel.shards import sharded_as
+from entropy_probe.results.probe import OptimizerStateReport
+from entropy_probe.steps.moments import summarize_moments
 
 __all__ = ["build_optimizer", "summarize"]
 

@@ -6,10 +6,9 @@ import errno
 import os
 from pathlib import Path
 
-from entropy_probe.checkpoint_results import CheckpointReport
 from entropy_probe.checkpoints.directory import adapters_of, open_directory, sharded_model, sharded_optimizer
 from entropy_probe.checkpoints.errors import CheckpointError, MappingError, UnsupportedError
-from entropy_probe.checkpoints.examination import Examination
+from entropy_probe.checkpoints.examine import Examination
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import (
     MANIFEST_FILE,
@@ -24,6 +23,7 @@ from entropy_probe.checkpoints.manifest import (
 )
 from entropy_probe.checkpoints.quantization import Quantization
 from entropy_probe.checkpoints.weights import has_weights, weight_files
+from entropy_probe.results.checkpoint import CheckpointReport
 
 __all__ = ["record_checkpoint", "recordable_files"]
 

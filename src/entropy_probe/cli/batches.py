@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from entropy_probe.report.numbers import format_percent
 
 if TYPE_CHECKING:
+    from entropy_probe.analyses.provenance import Phase
+    from entropy_probe.analyses.session import Resample
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
-    from entropy_probe.distributed import Ranks
-    from entropy_probe.provenance import Phase
+    from entropy_probe.parallel.ranks import Ranks
+    from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import Prompt, Rewards, SamplingParameters, SamplingReport, SequenceGenerator
-    from entropy_probe.session import Resample
-    from entropy_probe.types import Rollouts
 
 __all__ = ["Inputs", "engine_for", "read_inputs", "required", "resampler", "sample_batch", "sample_missing"]
 
@@ -41,8 +41,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
         ValueError: if a file, the prompts or the reward cannot be used.
     """
+    from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import load_prompts, load_rewards, unused_columns
-    from entropy_probe.types import Rollouts
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
     unused = {batch: unused_columns(path) for batch, path in config.rollouts if path}
@@ -153,9 +153,9 @@ def sample_batch(
     Raises:
         ValueError: if there is no tokenizer to sample with.
     """
-    from entropy_probe.fingerprint import fingerprint
+    from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import prompt_notes, sample_evaluation_file, sample_update
-    from entropy_probe.types import Rollouts
+    from entropy_probe.scoring.cache import fingerprint
 
     if engine is None:
         raise ValueError(

@@ -22,7 +22,7 @@ def demo() -> None:
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.demo.train import MAX_COMPLETION_LENGTH, quiet_single_thread, train_demo
-    from entropy_probe.distributed import ALONE
+    from entropy_probe.parallel.ranks import ALONE
     from entropy_probe.report import print_result
 
     with quiet_single_thread():

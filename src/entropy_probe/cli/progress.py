@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from entropy_probe.provenance import Phase
+from entropy_probe.analyses.provenance import Phase
 
 __all__ = ["show_progress"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from entropy_probe.cli.errors import BAD_INPUT, FAILURE
 
 if TYPE_CHECKING:
-    from entropy_probe.distributed import Ranks
+    from entropy_probe.parallel.ranks import Ranks
 
 __all__ = ["launched_ranks"]
 
@@ -22,8 +22,8 @@ def launched_ranks() -> Iterator[Ranks]:
 
     An error on one rank ends all of them within seconds, and one of them says it; so does the end of a process.
     """
-    from entropy_probe.distributed import ALONE, join_ranks, leave_ranks
-    from entropy_probe.watch import Watch
+    from entropy_probe.parallel.ranks import ALONE, join_ranks, leave_ranks
+    from entropy_probe.parallel.watch import Watch
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE

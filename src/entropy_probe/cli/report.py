@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from entropy_probe.results import ProbeResult
-    from entropy_probe.sweep_results import Sweep
+    from entropy_probe.results.probe import ProbeResult
+    from entropy_probe.results.sweep import Sweep
 
 __all__ = ["report", "write_run_report", "write_sweep_page"]
 
@@ -23,8 +23,8 @@ def report(
 
     from entropy_probe.cli.sweep_directory import load_sweeps, unfinished
     from entropy_probe.report import print_files, print_result, print_sweeps, print_validation, read_tables
-    from entropy_probe.results import ProbeResult
-    from entropy_probe.validation_results import VALIDATION_FILE, Validation
+    from entropy_probe.results.probe import ProbeResult
+    from entropy_probe.results.validation import VALIDATION_FILE, Validation
 
     where, console = directory if directory.is_dir() else directory.parent, Console()
     sweeps = load_sweeps(directory)
@@ -55,9 +55,9 @@ def write_run_report(directory: Path, result: ProbeResult) -> None:
         ValueError: if the tables of the attribution cannot be used.
     """
     from entropy_probe.cli.run_directory import FIGURES
-    from entropy_probe.records import write_atomically
     from entropy_probe.report import REPORT_FILE, read_tables, result_figures, run_page
-    from entropy_probe.validation_results import VALIDATION_FILE, Validation
+    from entropy_probe.results.record import write_atomically
+    from entropy_probe.results.validation import VALIDATION_FILE, Validation
 
     tables = read_tables(directory)
     (directory / FIGURES).mkdir(exist_ok=True)
@@ -71,8 +71,8 @@ def write_run_report(directory: Path, result: ProbeResult) -> None:
 
 def write_sweep_page(directory: Path, sweeps: Mapping[str, Sweep]) -> None:
     """Write ``report.html`` of a sweep, or of several, into its directory."""
-    from entropy_probe.records import write_atomically
     from entropy_probe.report import REPORT_FILE, sweep_page
+    from entropy_probe.results.record import write_atomically
 
     settings = _settings(directory)
     if "" not in sweeps:

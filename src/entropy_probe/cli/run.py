@@ -13,16 +13,16 @@ import typer
 from entropy_probe.cli.batches import end_ids, engine_for, read_inputs, required, resampler, sample_missing
 
 if TYPE_CHECKING:
-    from entropy_probe.attribution import Attribution
+    from entropy_probe.analyses.attribution import Attribution
+    from entropy_probe.analyses.provenance import Phase
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.batches import Inputs
     from entropy_probe.cli.config import RunConfig
-    from entropy_probe.distributed import Ranks
+    from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.provenance import Phase
-    from entropy_probe.results import ProbeResult
+    from entropy_probe.results.probe import ProbeResult
+    from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import SequenceGenerator
-    from entropy_probe.types import Rollouts
 
 __all__ = ["of_one_batch", "open_checkpoint", "probe_checkpoint", "run"]
 
@@ -98,11 +98,11 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
     Raises:
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
+    from entropy_probe.analyses.validate import check_halves
     from entropy_probe.cli.lock import locked
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_run_report
     from entropy_probe.cli.run_directory import check_output_dir, stage
-    from entropy_probe.validation import check_halves
 
     config = config.resolved()
     writing = ranks.rank == 0
@@ -137,10 +137,10 @@ class _Run:
 
 def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, progress: Phase) -> _Run:
     """Load, sample and probe; rank 0 writes what comes of it into a directory."""
-    from entropy_probe.attributed_batch import check_divides
+    from entropy_probe.analyses.attribute import check_divides
+    from entropy_probe.analyses.provenance import Clock
     from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, SHARDS, UPDATE_FILE
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.provenance import Clock
     from entropy_probe.sampling import share_engine
 
     clock = Clock(progress)

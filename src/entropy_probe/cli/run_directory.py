@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from entropy_probe.attribution_tables import TABLES
 from entropy_probe.cli.lock import LOCK_FILE
 from entropy_probe.report.wording import REPORT_FILE, RESULT_FIGURES
-from entropy_probe.results import RESULTS_FILE, ProbeResult
-from entropy_probe.validation_results import VALIDATION_FILE
+from entropy_probe.results.attribution_tables import TABLES
+from entropy_probe.results.probe import RESULTS_FILE, ProbeResult
+from entropy_probe.results.validation import VALIDATION_FILE
 
 __all__ = ["CONFIG_FILE", "EVALUATION_FILE", "FIGURES", "SHARDS", "UPDATE_FILE", "check_output_dir", "stage"]
 

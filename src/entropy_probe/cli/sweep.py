@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from entropy_probe.analyses.provenance import Phase
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.batches import Inputs as Sources
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.cli.sweep_directory import Inputs, SweepDirectory
-    from entropy_probe.distributed import Ranks
-    from entropy_probe.provenance import Phase
+    from entropy_probe.parallel.ranks import Ranks
+    from entropy_probe.results.sweep import Sweep
     from entropy_probe.sampling import SequenceGenerator
-    from entropy_probe.sweep_results import Sweep
 
 __all__ = ["sweep"]
 
@@ -77,8 +77,8 @@ def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) 
     from entropy_probe.cli.report import write_sweep_page
     from entropy_probe.cli.run_directory import CONFIG_FILE
     from entropy_probe.cli.sweep_directory import open_index
-    from entropy_probe.records import write_atomically
     from entropy_probe.report import figure_files
+    from entropy_probe.results.record import write_atomically
 
     writing = ranks.rank == 0
     if writing:
@@ -107,11 +107,11 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     from entropy_probe.cli.run import open_checkpoint
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.records import write_atomically
     from entropy_probe.report import figure_files
+    from entropy_probe.results.record import write_atomically
+    from entropy_probe.results.sweep import SWEEP_FILE, Sweep
+    from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import share_engine
-    from entropy_probe.sweep_results import SWEEP_FILE, Sweep
-    from entropy_probe.types import Rollouts
 
     rates = config.sweep.rates()
     directory = SweepDirectory(config.output_dir, rates)
@@ -174,9 +174,9 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
 
 def _inputs_of(config: SweepConfig) -> Inputs:
     """What the sweep would be computed from, by content."""
+    from entropy_probe.analyses.provenance import library_versions
     from entropy_probe.checkpoints import inspect_checkpoint
     from entropy_probe.cli.sweep_directory import Inputs, hash_directory, hash_file
-    from entropy_probe.provenance import library_versions
 
     report = inspect_checkpoint(
         config.checkpoint, config.base_model, adapter=config.adapter, quantization=config.quantization

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from entropy_probe.analyses.sweep import check_learning_rates
 from entropy_probe.cli.config import RunConfig
-from entropy_probe.sweep import check_learning_rates
 
 __all__ = ["SweepConfig", "SweepSettings"]
 

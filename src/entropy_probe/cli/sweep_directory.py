@@ -17,9 +17,9 @@ from pydantic import Field
 
 from entropy_probe.cli.lock import LOCK_FILE
 from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE
-from entropy_probe.records import Record, read_record, write_atomically
 from entropy_probe.report.wording import REPORT_FILE
-from entropy_probe.sweep_results import SWEEP_FILE, Sweep, SweepPoint
+from entropy_probe.results.record import Record, read_record, write_atomically
+from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
 
 __all__ = ["Inputs", "SweepDirectory", "hash_directory", "hash_file", "load_sweeps", "open_index", "unfinished"]
 

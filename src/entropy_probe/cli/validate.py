@@ -33,7 +33,7 @@ def validate(
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.report import print_files, print_result, print_validation, read_tables
-    from entropy_probe.validation_results import Validation
+    from entropy_probe.results.validation import Validation
 
     options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
     with launched_ranks() as ranks:

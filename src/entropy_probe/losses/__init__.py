@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_probe.types import Rollouts, TokenCoefficients
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.types import TokenCoefficients
 
 __all__ = ["LossType", "divides_by_tokens", "loss_coefficients", "token_weights"]
 

@@ -12,9 +12,9 @@ import numpy as np
 from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent, typeset
 from entropy_probe.report.tables import Columns, Tables
-from entropy_probe.results import ProbeResult
-from entropy_probe.student import critical_value
-from entropy_probe.validation_results import Validation
+from entropy_probe.results.probe import ProbeResult
+from entropy_probe.results.student import critical_value
+from entropy_probe.results.validation import Validation
 
 __all__ = [
     "Grid",

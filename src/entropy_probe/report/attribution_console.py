@@ -10,13 +10,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from entropy_probe.attribution_results import AttributionSummary
 from entropy_probe.report.attribution import forecast_name, measured_on
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, signed
 from entropy_probe.report.tables import Columns
 from entropy_probe.report.terminal import print_note, print_titled
 from entropy_probe.report.text import printable
-from entropy_probe.validation_results import RankCorrelation, Validation
+from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.validation import RankCorrelation, Validation
 
 __all__ = ["print_attribution", "print_validation"]
 

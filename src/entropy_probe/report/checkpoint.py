@@ -7,11 +7,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from entropy_probe.checkpoint_results import CheckpointReport, GroupReport, MovementReport
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.terminal import print_not_modelled
 from entropy_probe.report.text import printable
-from entropy_probe.results import OptimizerStateReport
+from entropy_probe.results.checkpoint import CheckpointReport, GroupReport, MovementReport
+from entropy_probe.results.probe import OptimizerStateReport
 
 __all__ = ["print_checkpoint"]
 

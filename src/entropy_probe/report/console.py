@@ -16,7 +16,7 @@ from entropy_probe.report.terminal import print_not_modelled, print_note, print_
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
 from entropy_probe.report.wording import ESTIMATORS, HARMLESS_ESS, REPORT_FILE, UNITS, column_exponent
-from entropy_probe.results import CrossPrompt, Diagnostics, Estimate, Prediction, ProbeResult, Realized
+from entropy_probe.results.probe import CrossPrompt, Diagnostics, Estimate, Prediction, ProbeResult, Realized
 
 __all__ = ["print_files", "print_result"]
 

@@ -41,9 +41,9 @@ from entropy_probe.report.views import (
     story,
     waterfall,
 )
-from entropy_probe.results import ProbeResult
-from entropy_probe.sweep_results import Sweep
-from entropy_probe.validation_results import Validation
+from entropy_probe.results.probe import ProbeResult
+from entropy_probe.results.sweep import Sweep
+from entropy_probe.results.validation import Validation
 
 if TYPE_CHECKING:
     from jinja2 import Environment

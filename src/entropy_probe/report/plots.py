@@ -13,8 +13,8 @@ from entropy_probe.report.charts import BarChart
 from entropy_probe.report.tables import Columns, Tables
 from entropy_probe.report.text import printable
 from entropy_probe.report.views import changes, waterfall
-from entropy_probe.results import ProbeResult
-from entropy_probe.sweep_results import Sweep, SweepPoint
+from entropy_probe.results.probe import ProbeResult
+from entropy_probe.results.sweep import Sweep, SweepPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

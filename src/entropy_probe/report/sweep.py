@@ -14,8 +14,8 @@ from entropy_probe.report.console import print_files
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
 from entropy_probe.report.terminal import print_not_modelled, print_note, print_titled
 from entropy_probe.report.text import printable
-from entropy_probe.student import critical_value
-from entropy_probe.sweep_results import Fitted, Sweep, SweepPoint
+from entropy_probe.results.student import critical_value
+from entropy_probe.results.sweep import Fitted, Sweep, SweepPoint
 
 __all__ = ["fit_rows", "point_row", "print_sweeps", "sweep_sentence"]
 

@@ -11,7 +11,7 @@ from entropy_probe.report.advice import advice
 from entropy_probe.report.charts import Axis, Curve, Marker, line_chart
 from entropy_probe.report.numbers import format_estimate, typeset
 from entropy_probe.report.sweep import fit_rows, point_row, sweep_sentence
-from entropy_probe.sweep_results import Sweep, SweepPoint
+from entropy_probe.results.sweep import Sweep, SweepPoint
 
 __all__ = ["SweepView", "sweep_view"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_probe.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TABLES, TOKENS_FILE
-from entropy_probe.results import ProbeResult
+from entropy_probe.results.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TABLES, TOKENS_FILE
+from entropy_probe.results.probe import ProbeResult
 
 __all__ = ["Columns", "Tables", "check_tables", "read_tables"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from entropy_probe.report.numbers import format_number, format_percent
-from entropy_probe.results import Estimate, ProbeResult, Realized
+from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
 __all__ = ["Verdict", "VerdictKind", "verdict"]
 

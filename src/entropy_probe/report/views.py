@@ -8,7 +8,7 @@ from typing import Any, Literal
 from entropy_probe.report.charts import Bar, BarChart, bar_chart
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, typeset
 from entropy_probe.report.wording import ESTIMATORS, HARMLESS_ESS, UNITS, column_exponent
-from entropy_probe.results import Estimate, OptimizerStateReport, ProbeResult, Realized
+from entropy_probe.results.probe import Estimate, OptimizerStateReport, ProbeResult, Realized
 
 __all__ = [
     "Card", "Check", "cards", "caveats", "changes", "checks", "comparison", "component_names", "how_computed",

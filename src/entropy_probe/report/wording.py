@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe.report.numbers import common_exponent
-from entropy_probe.results import ProbeResult
+from entropy_probe.results.probe import ProbeResult
 
 __all__ = ["ESTIMATORS", "HARMLESS_ESS", "REPORT_FILE", "RESULT_FIGURES", "UNITS", "column_exponent"]
 

@@ -1,5 +1,6 @@
 """Prompts, rewards, advantages, generation, and files of rollouts."""
 
+from entropy_probe.rollouts.parquet import read_rollouts, unused_columns, write_rollouts
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
 from entropy_probe.sampling.collect import (
     EvaluationSettings,
@@ -10,7 +11,6 @@ from entropy_probe.sampling.collect import (
 )
 from entropy_probe.sampling.divided import share_engine
 from entropy_probe.sampling.evaluation import resample_responses, sample_evaluation, sample_evaluation_file
-from entropy_probe.sampling.files import read_rollouts, unused_columns, write_rollouts
 from entropy_probe.sampling.generator import (
     Completion,
     Progress,

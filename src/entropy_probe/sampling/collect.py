@@ -13,6 +13,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
 from entropy_probe.sampling.generator import (
     Completion,
@@ -26,7 +27,6 @@ from entropy_probe.sampling.generator import (
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.reward_calls import Sample
 from entropy_probe.sampling.rewards import Reward, Rewards
-from entropy_probe.types import Rollouts
 
 __all__ = [
     "EvaluationSettings",

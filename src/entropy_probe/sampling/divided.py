@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar, final
 
-from entropy_probe.distributed import Ranks
+from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters, SequenceGenerator
 
 __all__ = ["share_engine"]

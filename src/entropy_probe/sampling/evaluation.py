@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.rollouts.parquet import merge_rollouts, read_note, write_rollouts
 from entropy_probe.sampling.collect import (
     EVALUATION_STREAM,
     EvaluationSettings,
@@ -16,7 +18,6 @@ from entropy_probe.sampling.collect import (
     check_prompts,
     numpy_generator,
 )
-from entropy_probe.sampling.files import merge_rollouts, read_note, write_rollouts
 from entropy_probe.sampling.generator import (
     Completion,
     Progress,
@@ -29,7 +30,6 @@ from entropy_probe.sampling.generator import (
 )
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.templates import encode_prompts
-from entropy_probe.types import Rollouts
 
 __all__ = ["SHARD_SEQUENCES", "resample_responses", "sample_evaluation", "sample_evaluation_file"]
 

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.stopping import cut_at_stop
 from entropy_probe.sampling.templates import encode_prompts
-from entropy_probe.types import Rollouts
 
 __all__ = [
     "Completion",

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from entropy_probe.parallel.shards import reshard
 from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
 from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters
-from entropy_probe.shards import reshard
 
 __all__ = ["HFGenerator", "draw_tokens"]
 

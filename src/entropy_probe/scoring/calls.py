@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from entropy_probe.parallel.shards import is_sharded, reshard
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.logits import (
     FlatScores,
     OutputHead,
@@ -35,8 +37,7 @@ from entropy_probe.scoring.packing import (
     shared_prompts,
 )
 from entropy_probe.scoring.sheet import ScoreSheet
-from entropy_probe.shards import is_sharded, reshard
-from entropy_probe.types import Rollouts, TokenCoefficients
+from entropy_probe.types import TokenCoefficients
 
 __all__ = ["PolicyCalls"]
 

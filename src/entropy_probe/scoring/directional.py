@@ -16,11 +16,12 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe.isolation import substituted
 from entropy_probe.named import NamedVector
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.scoring.isolation import substituted
 from entropy_probe.scoring.packing import Microbatch
-from entropy_probe.types import Rollouts, TokenScores
+from entropy_probe.types import TokenScores
 
 __all__ = ["directional_derivatives", "why_not_forward_mode"]
 

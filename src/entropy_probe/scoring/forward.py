@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.calls import PolicyCalls
 from entropy_probe.scoring.layout import Trials
 from entropy_probe.scoring.sheet import ScoreSheet
-from entropy_probe.types import Rollouts, TokenScores
+from entropy_probe.types import TokenScores
 
 __all__ = ["Progress", "Scorer"]
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from entropy_probe.parallel.shards import is_sharded, local
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.calls import PolicyCalls
 from entropy_probe.scoring.packing import bounded_groups, padded, row_tokens, shared_groups
 from entropy_probe.scoring.sample import (
@@ -34,8 +36,6 @@ from entropy_probe.scoring.sample import (
     take_sample,
     words_of,
 )
-from entropy_probe.shards import is_sharded, local
-from entropy_probe.types import Rollouts
 
 __all__ = ["Trials"]
 

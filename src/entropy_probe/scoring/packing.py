@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from entropy_probe.types import Rollouts
+from entropy_probe.rollouts.batch import Rollouts
 
 __all__ = [
     "Microbatch",

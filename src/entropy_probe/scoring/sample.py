@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.calls import PolicyCalls
 from entropy_probe.scoring.packing import Microbatch, row_tokens, shared_groups
 from entropy_probe.scoring.precision import precisions
-from entropy_probe.types import Rollouts
 
 __all__ = [
     "REFUSALS",

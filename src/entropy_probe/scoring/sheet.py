@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.logits import FlatScores
 from entropy_probe.scoring.packing import Microbatch
-from entropy_probe.types import Rollouts, TokenScores
+from entropy_probe.types import TokenScores
 
 __all__ = ["ScoreSheet"]
 

@@ -23,11 +23,12 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from entropy_probe.isolation import substituted
 from entropy_probe.named import NamedVector, dot
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.scoring.isolation import substituted
 from entropy_probe.scoring.packing import Microbatch
-from entropy_probe.types import Rollouts, TokenCoefficients, TokenScores
+from entropy_probe.types import TokenCoefficients, TokenScores
 
 __all__ = ["TokenSlopes", "token_slopes"]
 

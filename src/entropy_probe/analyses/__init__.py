@@ -1,0 +1,1 @@
+"""The questions that a probe answers, each from rollouts to a result."""

@@ -1,0 +1,236 @@
+"""What a run makes of the batches it is given, once, before anything looks at them.
+
+Prompts with the same tokens are one prompt, whatever their ids, and what was sampled together belongs together: from
+here on ``prompt_ids`` are what sequences depend on each other by. And what looks wrong with a batch by itself is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from entropy_probe.estimators.uncertainty import Units, is_grouped
+from entropy_probe.rollouts.batch import Rollouts
+
+__all__ = [
+    "Admitted",
+    "Role",
+    "UnitName",
+    "admit",
+    "after_end",
+    "draws_of",
+    "end_tokens",
+    "evaluation_units",
+    "in_groups",
+    "joined",
+]
+
+
+Role = Literal["update", "evaluation", "batch"]
+UnitName = Literal["sequence", "prompt", "trajectory"]
+
+
+@dataclass(frozen=True, eq=False)
+class Admitted:
+    """A batch as a run counts it.
+
+    Attributes:
+        rollouts: on the CPU; ids of one prompt, or of prompts that a trajectory goes through, are the smallest of them.
+        messages: what a reader should know of it.
+        not_modelled: what no number from it can show.
+    """
+
+    rollouts: Rollouts
+    messages: list[str]
+    not_modelled: list[str]
+
+
+def admit(
+    batch: Rollouts,
+    role: Role,
+    merge: bool,
+    end_ids: Sequence[int],
+    longest: int | None,
+    stop_texts: bool = False,
+) -> Admitted:
+    """Look at a batch before anything else does.
+
+    Args:
+        batch: as given.
+        role: what it is used for; ``batch`` where it is both.
+        merge: whether prompts with equal tokens are one.
+        end_ids: the tokens that end a response; none where they are not known.
+        longest: the trainer's limit on response tokens; ``None`` where it is not known.
+        stop_texts: whether responses may end at a stop text, without an end token.
+
+    Raises:
+        ValueError: if a response is masked out and entropy is that of all of them.
+    """
+    batch, messages, not_modelled = batch.cpu(), [], []
+    name = "update" if role == "batch" else role
+    ids = batch.prompt_ids
+    if merge:
+        ids = joined(ids, _prompts(batch))
+        before, after = batch.num_prompts, ids.unique().numel()
+        if after < before:
+            messages.append(
+                f"{name}: {before} prompt ids have {after} distinct prompts: equal prompts are one, under the smallest "
+                "of its ids (merge_equal_prompts keeps them apart)"
+            )
+    if (count := draws_of(batch).count) < len(batch):
+        assert batch.trajectory_ids is not None
+        ids = joined(ids, batch.trajectory_ids.tolist())
+        messages.append(
+            f"{name}: {len(batch)} sequences are parts of {count} trajectories: what has a trajectory in common counts "
+            f"as sampled together, and prompts that do as one ({ids.unique().numel()} in all)"
+        )
+        if role != "update":
+            not_modelled.append(
+                "how the step changes the prompts of a trajectory's later sequences, which are held as they are"
+            )
+    if role != "update":
+        messages += _about_masked_out(batch, role)
+    if role != "evaluation" and batch.advantages is not None and not bool(batch.advantages.any()):
+        messages.append(f"{name}: every advantage is 0, so the update gradient is 0 and only momentum is left")
+    messages += _about_ends(batch, name, end_ids, longest, stop_texts)
+    return Admitted(replace(batch, prompt_ids=ids), messages, not_modelled)
+
+
+def joined(ids: Int[Tensor, " N"], keys: Iterable[Hashable | None]) -> Int[Tensor, " N"]:
+    """The ids, with the smallest one in place of all that are connected by keys.
+
+    Args:
+        ids: of each sequence.
+        keys: of each sequence; equal ones connect ids, ``None`` connects nothing.
+    """
+    distinct, index = ids.unique(return_inverse=True)
+    root = list(range(len(distinct)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    first: dict[Hashable, int] = {}
+    for i, key in zip(index.tolist(), keys, strict=True):
+        if key is not None:
+            low, high = sorted((find(i), find(first.setdefault(key, i))))
+            root[high] = low
+    return distinct[torch.tensor([find(i) for i in range(len(root))])][index]
+
+
+def _prompts(batch: Rollouts) -> Iterable[bytes | None]:
+    """The tokens before each response; ``None`` where no response says where the prompt ends."""
+    answered = batch.response_mask.any(1).tolist()
+    starts = batch.attention_mask.int().argmax(1).tolist()
+    ends = batch.response_mask.int().argmax(1).tolist()
+    for ids, some, start, end in zip(batch.input_ids.numpy(), answered, starts, ends, strict=True):
+        yield ids[start:end].tobytes() if some else None
+
+
+def draws_of(batch: Rollouts) -> Units:
+    """What was drawn together at the least: the rows of a trajectory, else every sequence by itself."""
+    return Units.sequences(len(batch)) if batch.trajectory_ids is None else Units.prompts(batch.trajectory_ids)
+
+
+def in_groups(batch: Rollouts) -> bool:
+    """Whether every prompt has as many draws, by the ids that the batch has."""
+    ids, draws = batch.prompt_ids, draws_of(batch)
+    return is_grouped(ids.new_zeros(draws.count).scatter_reduce(0, draws.index, ids, "amin", include_self=False))
+
+
+def evaluation_units(
+    evaluation: Rollouts, asked: Literal["auto", "sequence", "prompt"], *, grouped: bool
+) -> tuple[UnitName, Units, list[str]]:
+    """What is independent in an admitted evaluation batch, and what a reader should know of the choice.
+
+    Args:
+        evaluation: the batch.
+        asked: what the config says.
+        grouped: whether it was sampled in groups (:func:`in_groups`), which a batch no longer shows once two groups of
+            one prompt are merged or responses are left out.
+    """
+    ids, draws, messages = evaluation.prompt_ids, draws_of(evaluation), []
+    unit = asked
+    if unit == "auto":
+        unit = "prompt" if grouped else "sequence"
+        if unit == "sequence" and evaluation.num_prompts < draws.count:
+            drawn = "sequence" if draws.count == len(ids) else "trajectory"
+            messages.append(
+                f"evaluation prompts repeat and are taken as drawn with replacement: every {drawn} counts as "
+                "independent (set evaluation_unit to change this)"
+            )
+    if unit == "prompt":
+        return "prompt", Units.prompts(ids), messages
+    return "sequence" if draws.count == len(ids) else "trajectory", draws, messages
+
+
+def _about_masked_out(batch: Rollouts, role: Role) -> list[str]:
+    """Responses without tokens, which entropy cannot be estimated on."""
+    messages: list[str] = []
+    empty = (~batch.response_mask.any(1)).nonzero()[:, 0]
+    if len(empty) and role == "evaluation":
+        raise ValueError(
+            f"evaluation: expected response tokens in every sequence, got none in {len(empty)} of {len(batch)} (index "
+            f"{int(empty[0])} first); entropy is that of all responses, those that the trainer masks out of its loss "
+            "too, so give these unmasked"
+        )
+    if len(empty):
+        messages.append(
+            f"{len(empty)} of {len(batch)} responses are masked out: they count in what the loss divides by, but "
+            "entropy is that of the others, which are not a random sample of the policy's responses"
+        )
+    return messages
+
+
+def end_tokens(model: nn.Module, more: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ids that end a response, by the model's generation config or else its config, and more that are known."""
+    for holder in ("generation_config", "config"):
+        found = getattr(getattr(model, holder, None), "eos_token_id", None)
+        if found is not None:
+            return tuple(sorted({*more, *([found] if isinstance(found, int) else found)}))
+    return tuple(sorted(set(more)))
+
+
+def after_end(batch: Rollouts, end_ids: Sequence[int]) -> Bool[Tensor, "N L"]:
+    """Response tokens behind an end token of the same run of sampled tokens.
+
+    Where a tool or the next turn comes in between (a gap in the mask), the policy was asked anew.
+
+    Args:
+        batch: the batch.
+        end_ids: the tokens that end a response.
+    """
+    mask = batch.response_mask
+    ends = mask & torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype))
+    before = ends.cumsum(1) - ends.long()
+    run_starts = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    return mask & (before > torch.where(run_starts, before, 0).cummax(1).values)
+
+
+def _about_ends(batch: Rollouts, name: str, end_ids: Sequence[int], longest: int | None, stop_texts: bool) -> list[str]:
+    messages: list[str] = []
+    if not end_ids:
+        return messages
+    shown, behind = ", ".join(map(str, end_ids)), after_end(batch, end_ids)
+    if bool(behind.any()):
+        messages.append(
+            f"{name}: {int(behind.sum())} response tokens of {int(behind.any(1).sum())} of {len(batch)} sequences "
+            f"follow an end token ({shown}) directly: the policy did not sample them, but they count in every number"
+        )
+    lengths = batch.response_lengths[batch.response_mask.any(1)]
+    limit = max(longest or 0, int(lengths.max()))
+    short = int((lengths < limit).sum())
+    ended = torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype)) & batch.response_mask
+    if short and not (stop_texts or bool(ended.any())):
+        messages.append(
+            f"{name}: no response has an end token ({shown}), though {short} of {len(lengths)} are shorter than the "
+            f"longest possible ({limit} tokens): entropy and gradients are of text that is cut off before its end"
+        )
+    return messages

@@ -1,0 +1,170 @@
+"""The evaluation batch at the checkpoint, and how a step changes its mean response length to first order.
+
+The second multiplies what the sampling error of H adds to that of a change per token, so some of the sequences are
+enough for it: ``docs/theory.md``, "Error from the evaluation batch".
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.estimators.realized import per_decision
+from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
+from entropy_probe.gradients.per_sample import UnitGradients
+from entropy_probe.named import NamedVector, dot
+from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.ranks import Ranks
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.cache import digest, sequence_digests
+from entropy_probe.types import TokenCoefficients, TokenScores
+
+__all__ = ["Before", "LengthSample", "chosen_sequences", "chosen_units", "entropy_coefficients"]
+
+SHARE, LEAST = 1 / 16, 8
+"""A gradient over that share costs a sixteenth of the evaluation gradient at most; see the theory for its error."""
+
+
+def chosen_sequences(rollouts: Rollouts, units: Units) -> Int[Tensor, " n"]:
+    """The places of some sequences of a batch, at random, by what is in the batch and not by its order or padding."""
+    contents = sequence_digests(rollouts)
+    in_unit = _unit_digests(contents, units)
+    seed, copies, keys = digest(b"".join(sorted(contents))), Counter[bytes](), []
+    for unit, content in zip(units.index.tolist(), contents, strict=True):
+        key = seed + content + in_unit[unit]
+        copies[key] += 1
+        keys.append(digest(b"%b%d" % (key, copies[key])))
+    count = min(len(keys), max(LEAST, round(SHARE * len(keys))))
+    return torch.tensor(sorted(sorted(range(len(keys)), key=keys.__getitem__)[:count]))
+
+
+def chosen_units(rollouts: Rollouts, units: Units, number: int) -> Int[Tensor, " n"]:
+    """Some units of a batch, at random, by what is in the batch and not by its order, its padding or its ids."""
+    contents = sequence_digests(rollouts)
+    seed = digest(b"".join(sorted(contents)))
+    keys = {unit: digest(seed + content) for unit, content in _unit_digests(contents, units).items()}
+    return torch.tensor(sorted(sorted(keys, key=keys.__getitem__)[:number]))
+
+
+def _unit_digests(contents: Sequence[bytes], units: Units) -> dict[int, bytes]:
+    """What the sequences of each unit are recognised by together."""
+    members: dict[int, list[bytes]] = {}
+    for unit, content in zip(units.index.tolist(), contents, strict=True):
+        members.setdefault(unit, []).append(content)
+    return {unit: digest(b"".join(sorted(of_unit))) for unit, of_unit in members.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class LengthSample:
+    """This rank's share of the sequences that the change of the mean length is taken from.
+
+    Attributes:
+        rows: their places among the sequences of the rank's part.
+        part: their places in the batch, and their units.
+        before: their scores before the step.
+        positions: sums over the whole batch.
+    """
+
+    rows: Int[Tensor, " n"]
+    part: Part
+    before: TokenScores
+    positions: PositionSums
+
+    @classmethod
+    def of(
+        cls, whole: Rollouts, units: Units, part: Part, before: TokenScores, positions: PositionSums
+    ) -> LengthSample:
+        """Out of a rank's part of the whole batch, with its scores; ``units`` are those of the whole batch."""
+        rows = torch.isin(part.rows, chosen_sequences(whole, units)).nonzero()[:, 0]
+        own = Part(part.rows[rows], part.size, part.units.select(rows))
+        return cls(rows, own, before.select(rows), positions)
+
+    @property
+    def tokens(self) -> float:
+        """Their response tokens, each times its sequence's weight."""
+        return fo.sequence_weights(self.before, "token").sum().item()
+
+    def coefficients(self) -> TokenCoefficients:
+        """Of the surrogate whose gradient is that of their number of tokens."""
+        return fo.length_coefficients(self.before, self.part.units, self.positions)
+
+    def along(self, steps: Sequence[NamedVector], found: UnitGradients, ranks: Ranks) -> Float[Tensor, " K"]:
+        """The relative first-order change of the mean length by each of some steps.
+
+        Args:
+            steps: the steps.
+            found: the gradient of the surrogate, of this rank's share.
+            ranks: the ranks that have the others.
+        """
+        reached = {name: x for name, x in found.total.items() if x is not None}
+        dots = [dot(reached, {name: step[name] for name in reached}) for step in steps]
+        *sums, tokens = ranks.sum(torch.tensor([*dots, self.tokens], dtype=torch.float64))
+        return torch.stack(sums) / tokens
+
+    def beyond(self, after: TokenScores, first_order: float, ranks: Ranks) -> float:
+        """By how much more than to first order their mean length changes, relative, by per-decision weights.
+
+        Args:
+            after: scores of the rank's part of the batch after the step.
+            first_order: what :meth:`along` says of the step.
+            ranks: the ranks that have the others.
+        """
+        new = per_decision(self.before, after.select(self.rows), self.part.units, self.positions)
+        size, tokens = ranks.sum(torch.tensor([new.size.sum().item(), self.tokens], dtype=torch.float64)).tolist()
+        return size / tokens - 1 - first_order
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """The evaluation batch at the checkpoint.
+
+    Attributes:
+        scores: of this rank's part of it.
+        positions: sums by response position over the whole batch.
+        sums: entropies and tokens or sequences of every unit.
+        entropy: H.
+        lengths: what the change of the mean length is taken from; ``None`` per sequence, where it adds no error.
+    """
+
+    scores: TokenScores
+    positions: PositionSums
+    sums: UnitSums
+    entropy: Sampled
+    lengths: LengthSample | None
+
+
+def entropy_coefficients(
+    scores: TokenScores,
+    prompt_ids: Int[Tensor, " n"],
+    units: Units,
+    draws: Units,
+    positions: PositionSums,
+    config: ProbeConfig,
+) -> TokenCoefficients:
+    """The entropy-gradient surrogate of some sequences of a batch, a chunk of them at a time.
+
+    Args:
+        scores: of the sequences, whole units and prompts.
+        prompt_ids: their prompts.
+        units: their units.
+        draws: which of them were sampled together.
+        positions: sums over the whole batch.
+        config: the estimator.
+    """
+    of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
+    for rows in in_chunks(Units.prompts(prompt_ids)):
+        some, ids, own = scores.select(rows), prompt_ids[rows], units.select(rows)
+        how = (config.normalization, config.entropy, draws.select(rows))
+        found = fo.entropy_coefficients(some, ids, own, positions, *how)
+        of_logprobs[rows] = found.logprobs
+        if found.entropies is not None:
+            of_entropies[rows] = found.entropies
+    return TokenCoefficients(of_logprobs, of_entropies if config.entropy == "rao_blackwell" else None)

@@ -1,0 +1,68 @@
+"""One half of an evaluation batch, as a batch of its own: what is said by it shares no noise with the other half."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.parallel.ranks import Ranks
+from entropy_probe.types import TokenScores
+
+__all__ = ["LEAST_UNITS", "EvaluationHalf", "halved"]
+
+LEAST_UNITS = 4
+"""Two for each half: the least that a standard error takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationHalf:
+    """A half of the units of a batch.
+
+    Attributes:
+        rows: places of its sequences among those of this rank's part of the batch.
+        part: their places in the half, and their units in it.
+        scores: their scores before the step.
+        positions: sums over the whole half.
+    """
+
+    rows: Int[Tensor, " n"]
+    part: Part
+    scores: TokenScores
+    positions: PositionSums
+
+
+def halved(units: Units, part: Part, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
+    """Two random halves of a batch.
+
+    Args:
+        units: of the whole batch.
+        part: this rank's part of it.
+        scores: of that part.
+        ranks: the ranks that have the others.
+        seed: of the choice.
+
+    Raises:
+        ValueError: with fewer than four units.
+    """
+    if units.count < LEAST_UNITS:
+        raise ValueError(
+            f"validate: expected at least {LEAST_UNITS} independent units of evaluation rollouts to halve, got "
+            f"{units.count}; give more rollouts"
+        )
+    half_of = torch.randperm(units.count, generator=torch.Generator().manual_seed(seed)) % 2
+    halves = []
+    for half in (0, 1):
+        ids = (half_of == half).nonzero()[:, 0]
+        members = (half_of[units.index] == half).nonzero()[:, 0]
+        rows = (half_of[part.units.index] == half).nonzero()[:, 0]
+        own = Units(torch.searchsorted(ids, part.units.index[rows]), len(ids))
+        places = Part(torch.searchsorted(members, part.rows[rows]), len(members), own)
+        some = scores.select(rows)
+        halves.append(EvaluationHalf(rows, places, some, add_up(ranks, PositionSums.of(some))))
+    return halves

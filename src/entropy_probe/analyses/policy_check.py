@@ -1,0 +1,362 @@
+"""Are rollouts the policy's own? What their tokens and the sampler's log-probabilities say, in words.
+
+Formulas: ``docs/theory.md``, "Do the rollouts fit the policy" and "The sampler".
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from entropy_probe.analyses.admission import Role
+from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.importance import sequence_importance_weights
+from entropy_probe.estimators.policy_fit import LARGEST_Z, Fit, excess_sums, policy_fit
+from entropy_probe.estimators.sampler import (
+    MISTAKES,
+    Mismatch,
+    mistake_sums,
+    recorded_amiss,
+    sampler_gaps,
+    sampler_mismatch,
+)
+from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.ranks import Ranks
+from entropy_probe.results.probe import BatchFit, SamplerMismatch
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.types import TokenScores
+
+__all__ = ["Checked", "PolicyCheck"]
+
+FEW = 96
+"""Sequences that are scored at other temperatures, once something is wrong."""
+NEWTON_STEPS = 5
+WIDEST = 5.0
+"""A temperature this many times off is no temperature."""
+EXPLAINED = 0.2
+"""A temperature explains log-probabilities if at most this share of their distance from the policy's is left."""
+FOREIGN = 1.0
+"""Nats per token above the entropy, beyond which ids are more likely another tokenizer's than another policy's."""
+UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss"
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What a check found.
+
+    Attributes:
+        scores: of this rank's part, with weights where the batch is to be reweighted.
+        fit: the tokens against the policy.
+        mismatch: the sampler's log-probabilities against the policy's; ``None`` without any.
+        message: what a reader should know; ``None`` where all is well.
+        not_modelled: what the trainer may do about it that the prediction leaves out.
+    """
+
+    scores: TokenScores
+    fit: BatchFit
+    mismatch: SamplerMismatch | None
+    message: str | None = None
+    not_modelled: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The numbers that a diagnosis is made from."""
+
+    fit: Fit
+    strange: bool
+    mismatch: Mismatch | None
+    share: float
+    differ: bool
+    amiss: str | None = None
+    of_tokens: tuple[float, float] | None = None
+    of_logprobs: float | None = None
+
+    @property
+    def blame_logprobs(self) -> bool:
+        """Whether the sampler's log-probabilities are wrong, whoever drew the tokens."""
+        contradicted = self.mismatch is not None and self.mismatch.z > LARGEST_Z
+        return self.differ and (self.amiss is not None or contradicted)
+
+
+class PolicyCheck:
+    """Checks of batches against the policy as it is.
+
+    Args:
+        scorer: the policy.
+        config: how far apart they may be, and what to do then.
+        ranks: the ranks that have the other parts of a batch.
+    """
+
+    def __init__(self, scorer: Scorer, config: ProbeConfig, ranks: Ranks) -> None:
+        self.scorer, self.config, self.ranks = scorer, config, ranks
+
+    def __call__(self, role: Role, scores: TokenScores, part: Part, rollouts: Rollouts) -> Checked:
+        """Check one batch.
+
+        Args:
+            role: what it is used for; ``batch`` where it is both.
+            scores: of part of it.
+            part: which sequences these are.
+            rollouts: the whole batch.
+
+        Raises:
+            ValueError: if it does not fit and the config refuses that, or it cannot be reweighted.
+        """
+        config = self.config
+        if rollouts.sampled_logprobs is None and config.on_mismatch == "reweight" and role != "update":
+            raise ValueError(
+                "on_mismatch reweight: expected sampled_logprobs in the rollouts, got none; record the sampler's "
+                "log-probabilities, or use on_mismatch: report"
+            )
+        sums = self._sum(part, excess_sums(scores))
+        fit = policy_fit(sums)
+        gaps, mismatch, record = None, None, None
+        if rollouts.sampled_logprobs is not None:
+            gaps = self._sum(part, sampler_gaps(scores, rollouts.sampled_logprobs[part.rows]))
+            answered = rollouts.response_mask.any(1)  # a response that is masked out has no weight to compare
+            mismatch = sampler_mismatch(gaps[:, answered], int(rollouts.response_mask.sum()))
+            share = mismatch.ess / int(answered.sum())
+            record = SamplerMismatch(mean=mismatch.mean, max=mismatch.max, ess_fraction=share)
+        selected = role != "evaluation" and config.update_selected
+        found = _Found(
+            fit,
+            strange=not fit.holds and not selected,
+            mismatch=mismatch,
+            share=1.0 if record is None else record.ess_fraction,
+            differ=mismatch is not None and mismatch.mean > config.max_mismatch,
+        )
+        checked = Checked(scores, _record(fit, selected=selected), record)
+        if not (found.strange or found.differ):
+            return checked
+        found = self._investigated(found, scores, part, rollouts)
+        said = f"{role}: {_diagnosis(found, config.temperature)}"
+        if config.on_mismatch == "refuse":
+            raise ValueError(
+                f"{said}; on_mismatch refuse: expected at most {config.max_mismatch:g} nats per token and |z| of at "
+                f"most {LARGEST_Z:g}, so {_remedy(found)}, or use on_mismatch: report"
+            )
+        if config.on_mismatch == "reweight" and role != "update" and found.differ and gaps is not None:
+            return self._reweighted(checked, found, said, (sums, gaps[0]), part)
+        return replace(
+            checked,
+            message=f"{said}; {_consequence(role, found)}",
+            not_modelled=None if role == "evaluation" or _only_logprobs(found) else UNMODELLED,
+        )
+
+    def _sum(self, part: Part, values: Tensor) -> Tensor:
+        return self.ranks.sum(part.by_sequence(values))
+
+    def _reweighted(
+        self, checked: Checked, found: _Found, said: str, sums: tuple[Tensor, Tensor], part: Part
+    ) -> Checked:
+        """The scores with each sequence's weight, from sums over all of them."""
+        if found.blame_logprobs:
+            raise ValueError(
+                f"{said}; weights from them would bias the results instead of correcting them, so {_remedy(found)}, or "
+                "use on_mismatch: report"
+            )
+        excess, log_weights = sums
+        weights, least = sequence_importance_weights(log_weights), self.config.min_ess_fraction
+        if weights.heavy_tailed or weights.ess_fraction < least:
+            tail = "" if weights.pareto_k is None else f" (Pareto k {weights.pareto_k:.2f})"
+            raise ValueError(
+                f"{said}; to reweight it, expected an effective sample size of at least {least:.0%} and a Pareto k "
+                f"of at most {weights.pareto_k_threshold:.2f}, got {weights.ess_fraction:.1%}{tail}; sample from the "
+                "policy itself"
+            )
+        normalized = log_weights - log_weights.logsumexp(0) + math.log(len(log_weights))
+        fit = policy_fit(excess, normalized)
+        if not fit.holds:
+            raise ValueError(
+                f"{said}; reweighted by pi / pi_sampler it still does not fit the policy (z = {fit.z:+.1f}), so the "
+                "log-probabilities are not those that it was drawn with: sample from the policy itself"
+            )
+        return replace(
+            checked,
+            scores=replace(checked.scores, log_weights=normalized[part.rows]),
+            fit=_record(fit),
+            message=f"{said}; its sequences are reweighted, which leaves that share of them effective",
+        )
+
+    def _investigated(self, found: _Found, scores: TokenScores, part: Part, rollouts: Rollouts) -> _Found:
+        """With what the likely causes would explain."""
+        sampled, amiss, of_logprobs = rollouts.sampled_logprobs, None, None
+        few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
+        keep = torch.isin(part.rows, few).nonzero()[:, 0]
+        own = Part(part.rows[keep], part.size, part.units.select(keep))
+        some = own.select(rollouts)
+        if found.mismatch is not None and sampled is not None and found.differ:
+            amiss = recorded_amiss(self._sum(part, mistake_sums(scores, sampled[part.rows])), found.mismatch)
+            if amiss == MISTAKES[0] and found.strange and found.fit.z < 0:
+                amiss = None  # of greedy decoding they are 0
+            if amiss is None:
+                of_logprobs = self._temperature_of_logprobs(some, own, found.mismatch.mean)
+        of_tokens = self._temperature_of_tokens(some, own) if found.strange else None
+        return replace(found, amiss=amiss, of_tokens=of_tokens, of_logprobs=of_logprobs)
+
+    def _temperature_of_tokens(self, few: Rollouts, part: Part) -> tuple[float, float] | None:
+        """The temperature at which the tokens are likeliest, with its error, if there is one.
+
+        It is where surprisal minus entropy sums to 0.
+        """
+
+        def sums(scores: TokenScores) -> Tensor:
+            return self._sum(part, excess_sums(scores)).sum(1)
+
+        def step(scores: TokenScores) -> float:
+            x, _, variance, _ = sums(scores)
+            return (-x / variance).item()
+
+        found, scores = self._temperature(few, step)
+        return None if found is None else (found, found / sums(scores)[2].sqrt().item())
+
+    def _temperature_of_logprobs(self, few: Rollouts, part: Part, mismatch: float) -> float | None:
+        """The temperature at which the policy has the sampler's log-probabilities, if there is one."""
+        sampled, mask = few.sampled_logprobs, few.response_mask
+        assert sampled is not None
+
+        def step(scores: TokenScores) -> float:
+            slope = torch.where(mask, scores.logprobs.double() + scores.entropies.double(), 0.0)
+            gap = torch.where(mask, sampled.double() - scores.logprobs.double(), 0.0)
+            along, size = self._sum(part, torch.stack([(slope * gap).sum(1), slope.square().sum(1)])).sum(1)
+            return (along / size).item()
+
+        found, scores = self._temperature(few, step)
+        gap = torch.where(mask, (sampled.double() - scores.logprobs.double()).abs(), 0.0)
+        left, tokens = self._sum(part, torch.stack([gap.sum(1), mask.sum(1).double()])).sum(1)
+        return found if bool(left <= EXPLAINED * mismatch * tokens) else None
+
+    def _temperature(self, few: Rollouts, step: Callable[[TokenScores], float]) -> tuple[float | None, TokenScores]:
+        """Newton's method for a temperature, and the scores there; each step is in the logarithm of its inverse."""
+        own, temperature = self.config.temperature, self.config.temperature
+        with self.ranks.agreeing():
+            scores = _at(self.scorer, temperature).score(few)
+        for _ in range(NEWTON_STEPS):
+            move = step(scores)
+            if not math.isfinite(move):
+                return None, scores
+            temperature *= math.exp(-max(-0.7, min(0.7, move)))
+            if not own / WIDEST <= temperature <= own * WIDEST:
+                return None, scores
+            with self.ranks.agreeing():
+                scores = _at(self.scorer, temperature).score(few)
+        return temperature, scores
+
+
+def _at(scorer: Scorer, temperature: float) -> Scorer:
+    other = copy.copy(scorer)
+    other.temperature = temperature
+    return other
+
+
+def _record(fit: Fit, *, selected: bool = False) -> BatchFit:
+    status = "ok" if fit.holds else "selected" if selected else "off_policy"
+    return BatchFit(z=fit.z, excess=fit.excess, num_sequences=fit.num_sequences, status=status)
+
+
+def _only_logprobs(found: _Found) -> bool:
+    return found.blame_logprobs and not found.strange
+
+
+def _diagnosis(found: _Found, temperature: float) -> str:
+    """What was found and what it looks like."""
+    fit, parts = found.fit, []
+    if found.strange:
+        parts.append(
+            f"the responses do not fit the policy: surprisal minus entropy is {fit.excess:+.3g} nats per token (z = "
+            f"{fit.z:+.1f} over {fit.num_sequences} sequences, and 0 for the policy's own)"
+        )
+    if found.mismatch is not None and found.differ:
+        parts.append(
+            f"sampled_logprobs differ from the policy's by {found.mismatch.mean:.3g} nats per token on average, "
+            f"{found.mismatch.max:.3g} at most (effective sample size of the weights between them {found.share:.1%})"
+        )
+        if fit.holds:
+            parts.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
+    return "; ".join((*parts, _cause(found, temperature)))
+
+
+def _cause(found: _Found, temperature: float) -> str:
+    """The likely cause."""
+    said = []
+    if found.differ:
+        said.append(_cause_of_logprobs(found, temperature))
+    if found.strange and (not found.differ or found.blame_logprobs):
+        said.append(_cause_of_tokens(found))
+    return ", and ".join(said)
+
+
+def _cause_of_logprobs(found: _Found, temperature: float) -> str:
+    assert found.mismatch is not None
+    if found.amiss is not None:
+        return f"the log-probabilities themselves are amiss: {found.amiss}"
+    at = (
+        "" if found.of_logprobs is None else f"the policy's at temperature {found.of_logprobs:.3g}, not {temperature:g}"
+    )
+    if found.blame_logprobs:
+        return "the log-probabilities themselves are amiss: " + (
+            at or "the tokens are likelier under the policy, so they were not drawn with these"
+        )
+    if found.mismatch.never_lower:
+        return (
+            "no token is less likely under the sampler than under the policy, as where the batch was sampled from a "
+            "part of the distribution (top_p, top_k or greedy)"
+        )
+    if at:
+        return f"the log-probabilities are {at}: the batch was sampled at that temperature"
+    return "the batch was sampled from another policy (other weights, such as an older policy's, or changed logits)"
+
+
+def _cause_of_tokens(found: _Found) -> str:
+    agree = found.mismatch is not None and not found.differ
+    as_at = ""
+    if found.of_tokens is not None:
+        as_at = "; the tokens are likeliest at temperature {:.2f} ± {:.2f}".format(*found.of_tokens)
+    if found.fit.z < 0:
+        if agree:
+            return (
+                "sampled_logprobs agree with the policy's, so the sampler took a part of the distribution (top_p, "
+                "top_k or greedy) after computing them" + as_at
+            )
+        return (
+            "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
+        )
+    if found.fit.excess > FOREIGN:
+        return (
+            "as far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
+        )
+    if agree:
+        return (
+            "sampled_logprobs agree with the policy's, so they were not computed by the sampler, or it changed the "
+            "logits after them" + as_at
+        )
+    return "sampled at a higher temperature, or by other weights, such as an older policy's" + as_at
+
+
+def _remedy(found: _Found) -> str:
+    if _only_logprobs(found):
+        return "record the log-probability that each token was drawn with, or leave them out"
+    return "sample from the policy itself or set the temperature of sampling"
+
+
+def _consequence(role: Role, found: _Found) -> str:
+    if _only_logprobs(found):
+        return "nothing is computed from them, so results stand"
+    biased = "so results are biased" if found.strange or not found.fit.holds else "so results may be biased"
+    if role == "evaluation":
+        return biased
+    if role == "update" and found.strange and found.fit.excess > FOREIGN and (found.blame_logprobs or not found.differ):
+        return "the step is taken on it as given"
+    as_given = (
+        "the step is taken on it as given; importance weights of the trainer's loss are not modelled (give "
+        "advantages per token times the weight to include them)"
+    )
+    chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if found.strange else ""
+    return (as_given if role == "update" else f"{biased}, and {as_given}") + chosen

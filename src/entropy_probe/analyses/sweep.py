@@ -1,0 +1,239 @@
+"""One step at many learning rates: where the first-order change stops describing the measured one, and its curvature.
+
+The story: everything up to the prediction once, as for two batches; then, for each rate, the step and one scoring of
+the evaluation batch; then the fits. Formulas: ``docs/theory.md``, "Sweeps and curvature".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_probe.analyses.two_batch import Start, TwoBatch
+from entropy_probe.estimators import sweep as curves
+from entropy_probe.estimators.curvature import per_decision_taylor
+from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.parallel.batch import add_up
+from entropy_probe.results.probe import Prediction, ProbeResult
+from entropy_probe.results.sweep import (
+    Curvature,
+    Fitted,
+    LinearRange,
+    PowerLawFit,
+    QuadraticFit,
+    Sweep,
+    SweepPoint,
+)
+from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
+
+__all__ = ["LearningRateSweep", "check_learning_rates"]
+
+SLOPE_TOLERANCE = 1e-3
+"""How far the forward-mode slope may be from the backward one, relative to the sum of absolute contributions."""
+
+
+def check_learning_rates(learning_rates: Sequence[float]) -> tuple[float, ...]:
+    """The rates of a sweep in increasing order.
+
+    Raises:
+        ValueError: unless there are at least two, positive, finite and distinct.
+    """
+    rates = tuple(sorted(float(rate) for rate in learning_rates))
+    if len(rates) < 2 or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
+        raise ValueError(
+            f"learning_rates: expected at least 2, positive, finite and distinct, got {list(learning_rates)}"
+        )
+    return rates
+
+
+class LearningRateSweep(TwoBatch):
+    """One update and one evaluation batch; ``config.learning_rate`` is the rate that the step is planned at."""
+
+    def sweep(
+        self,
+        learning_rates: Sequence[float],
+        *,
+        direct_curvature: bool,
+        finished: Sequence[SweepPoint],
+        on_point: Callable[[SweepPoint], None] | None,
+    ) -> Sweep:
+        """The whole story; see :meth:`entropy_probe.EntropyProbe.sweep`."""
+        rates = check_learning_rates(learning_rates)
+        points = {point.learning_rate: point for point in finished}
+        if not points.keys() <= set(rates) or any(p.estimate and p.influence is None for p in finished):
+            raise ValueError(
+                "finished: expected points at rates of this sweep, with their influences; sweep them again"
+            )
+        own = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+        notes: list[str] = []
+        with self.isolated():
+            start = self._start(predict=True)
+            derivatives = self._direct_derivatives(start, notes) if direct_curvature else None
+            floor = self._noise_floor(start.before)
+            for rate in rates:
+                if rate not in points:
+                    points[rate] = self._point(start, rate, floor)
+                    if on_point:
+                        on_point(points[rate])
+        prediction = self._finish(start).model_copy(update={"timing": {}, "memory": {}})
+        return assemble(prediction, own, [points[rate] for rate in rates], derivatives, notes)
+
+    def _planned_rate(self) -> float:
+        assert self.config.learning_rate is not None
+        return self.config.learning_rate
+
+    def _point(self, start: Start, rate: float, floor: float | None) -> SweepPoint:
+        """The step at one rate, and the change after it."""
+        factor = rate / self._planned_rate()
+        planned, sampled = start.fields["predicted"], start.predicted
+        assert sampled is not None
+        scaled = {
+            name: factor * getattr(planned, name) for name in ("value", "standard_error", "se_evaluation", "se_update")
+        }
+        predicted = Prediction(**planned.model_dump() | scaled)
+        try:
+            measured, rounding = self._measure(start, rate, f"score at {rate:.3g}")
+        except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
+            return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
+        gap = self._gap(measured, sampled.times(factor), start.before)
+        realized, difference = self._report(measured, rounding, floor, gap)
+        point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized, difference=difference)
+        if measured.change is None or gap is None:
+            return point
+        return point.model_copy(
+            update={
+                "influence": tuple(measured.change.influence.tolist()),
+                "difference_influence": tuple(gap.influence.tolist()),
+            }
+        )
+
+    def _direct_derivatives(self, start: Start, notes: list[str]) -> tuple[Sampled, Sampled] | None:
+        """Slope and second derivative along the step by nested forward mode, or a note on why there are none."""
+        rate, predicted = self._planned_rate(), start.predicted
+        assert predicted is not None
+        direction = {name: move / rate for name, move in start.step.delta.items()}
+        # on a few sequences, the same on all ranks
+        reason = self.ranks.broadcast(why_not_forward_mode(self.scorer, self.evaluation, self.parameters, direction))
+        if reason is not None:
+            notes.append(f"no direct curvature: the model cannot be differentiated twice in forward mode ({reason})")
+            return None
+        with self.clock.phase("direct curvature") as progress, self.on_part(self.part):
+            first, second = directional_derivatives(
+                self.scorer, self.own_evaluation, self.parameters, direction, progress
+            )
+        before, c = start.before, self._entropy_coefficients(start.before)
+        d = (c.logprobs * first.logprobs).sum(1)
+        d = d if c.entropies is None else d + (c.entropies * first.entropies).sum(1)
+        d, size = self.ranks.sum(self.part.by_sequence(d.double())), before.sums.size.sum()
+        gap = rate * float(d.sum() / size) - predicted.value
+        if abs(gap) > SLOPE_TOLERANCE * rate * float(d.abs().sum() / size):
+            notes.append(
+                f"no direct curvature: in forward mode the first-order change is {predicted.value + gap:.6g}, not "
+                f"{predicted.value:.6g} as in backward mode"
+            )
+            return None
+        own = per_decision_taylor(
+            before.scores, first, second, self.part.units, before.positions, self.config.normalization
+        )
+        return add_up(self.ranks, own).derivatives()
+
+
+def assemble(
+    prediction: ProbeResult,
+    own_learning_rates: tuple[float, ...],
+    points: Sequence[SweepPoint],
+    derivatives: tuple[Sampled, Sampled] | None,
+    notes: Sequence[str],
+) -> Sweep:
+    """Linear range and fits from finished points, by increasing rate.
+
+    Rates with status ``ok`` enter: for the log-log slope those within the linear range, for the quadratic those up to
+    a third of it. Each takes at least three.
+    """
+    notes = list(notes)
+    last = curves.linear_range(
+        _column([point.predicted.value for point in points]),
+        _column([point.predicted.standard_error for point in points]),
+        _column([point.estimate.value if point.estimate else 0.0 for point in points]),
+        torch.tensor([point.status == "ok" for point in points]),
+    )
+    end = None if last is None else points[last].learning_rate
+    lost = sum(point.status == "below_noise_floor" for point in points)
+    if lost:
+        notes.append(
+            f"{lost} of {len(points)} changes are below the noise floor and enter neither range nor fits; use dtype "
+            "float64 or larger rates"
+        )
+    law = _power_law(points, end, notes)
+    near = _measured(points, end, curves.FIT_REACH, "fit", notes)
+    curve = near and curves.quadratic(*near)
+    star = curve and curves.cancelling_rate(curve)
+    # half of it, since the floor is two standard deviations
+    rounding = max((0.5 * (p.realized.noise_floor or 0.0) for p in points if p.realized), default=0.0)
+    return Sweep(
+        prediction=prediction,
+        own_learning_rates=own_learning_rates,
+        points=tuple(points),
+        linear_range=LinearRange(learning_rate=end, at_least=last == len(points) - 1),
+        fit=near
+        and curve
+        and QuadraticFit(
+            linear=_coefficient(curve.linear, rounding),
+            quadratic=_coefficient(curve.quadratic, rounding),
+            r_squared=curve.r_squared,
+            learning_rates=tuple(near[0].tolist()),
+        ),
+        power_law=law,
+        curvature=Curvature(
+            from_fit=curve and _coefficient(curve.quadratic, rounding, 2.0),
+            direct=derivatives and _fitted(derivatives[1]),
+            direct_slope=derivatives and _fitted(derivatives[0]),
+        ),
+        learning_rate_star=star and _coefficient(star, rounding),
+        messages=tuple(notes),
+    )
+
+
+def _power_law(points: Sequence[SweepPoint], end: float | None, notes: list[str]) -> PowerLawFit | None:
+    inside = _measured(points, end, 1.0, "log-log slope", notes)
+    if inside is None:
+        return None
+    law = curves.power_law(*inside)
+    if law is None:
+        notes.append("no log-log slope: the measured changes are 0 or change sign within the linear range")
+        return None
+    return PowerLawFit(slope=_fitted(law.slope), r_squared=law.r_squared, learning_rates=tuple(inside[0].tolist()))
+
+
+def _measured(
+    points: Sequence[SweepPoint], end: float | None, reach: float, what: str, notes: list[str]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Rates, changes and influences up to a share of the linear range, or a note on why they are too few."""
+    if end is None:
+        notes.append(f"no {what}: not even the smallest rate lies within the linear range; add smaller rates")
+        return None
+    chosen = [(p, p.estimate) for p in points if p.estimate and p.status == "ok" and p.learning_rate <= reach * end]
+    if len(chosen) < curves.LEAST_RATES:
+        notes.append(
+            f"no {what}: expected at least {curves.LEAST_RATES} rates up to {reach * end:.3g}, got {len(chosen)}; add "
+            "smaller rates"
+        )
+        return None
+    influences = torch.tensor([point.influence for point, _ in chosen], dtype=torch.float64)
+    rates, changes = [p.learning_rate for p, _ in chosen], [estimate.value for _, estimate in chosen]
+    return _column(rates), _column(changes), influences
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _fitted(sampled: Sampled) -> Fitted:
+    return Fitted(value=sampled.value, standard_error=sampled.standard_error)
+
+
+def _coefficient(found: curves.Coefficient, rounding: float, factor: float = 1.0) -> Fitted:
+    return Fitted(value=factor * found.value, standard_error=factor * found.error(rounding))

@@ -1,0 +1,1 @@
+"""Gradients of surrogates: totals, and what each sample adds."""

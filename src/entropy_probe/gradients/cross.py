@@ -1,0 +1,193 @@
+"""Inner products between the units of one batch, for the cross-prompt U-statistic.
+
+Nothing of size units x units is formed: three numbers per unit are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+from entropy_probe.gradients.hooks import Taps
+from entropy_probe.gradients.per_sample import (
+    Side,
+    UnitGradients,
+    stored_bytes,
+    sum_over_columns,
+    unit_backward,
+    unit_gradients,
+)
+from entropy_probe.named import NamedVector, dot
+from entropy_probe.parallel.ranks import ALONE, Ranks
+from entropy_probe.parallel.shards import local, sum_of_shards
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.types import TokenCoefficients
+
+__all__ = ["CrossProducts", "cross_products"]
+
+
+@dataclass(frozen=True, eq=False)
+class CrossProducts:
+    """Inner products between units; ``X`` and ``Y`` are the gradients of two surrogates, P a diagonal scale.
+
+    Attributes:
+        left: ``<X_u, P sum_w Y_w>`` for the units of this rank, ``[u]``, float64.
+        right: ``<sum_w X_w, P Y_u>``, ``[u]``, float64.
+        diagonal: ``<X_u, P Y_u>``, ``[u]``, float64.
+        unscaled_total: ``<sum X, sum Y>``, without P.
+        right_total: ``sum Y`` by parameter name.
+        how: how per-unit gradients were held.
+    """
+
+    left: Float[Tensor, " u"]
+    right: Float[Tensor, " u"]
+    diagonal: Float[Tensor, " u"]
+    unscaled_total: float
+    right_total: dict[str, Tensor]
+    how: str
+
+
+def cross_products(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    units: Tensor,
+    count: int,
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+    scale: NamedVector,
+    *,
+    taps: Taps | None,
+    max_bytes: float,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+) -> CrossProducts:
+    """Differentiate both surrogates unit by unit, with one forward pass for the two, and multiply.
+
+    Gradients of all units are kept in host memory if they fit ``max_bytes``. If only those of one surrogate fit, a
+    first pass keeps Y's and a second one, over X, needs nothing else. If these do not fit either, a first pass gives
+    the sums and the diagonal and a second one the products with the sums.
+
+    Args:
+        scorer: the policy.
+        parameters: what to differentiate with respect to.
+        rollouts: this rank's part of the batch, whole units.
+        units: the unit of each of these sequences, ``[N]``, numbered from 0 without gaps.
+        count: the units of the whole batch.
+        x: coefficients of the entropy side.
+        y: coefficients of the update side.
+        scale: P, by parameter name.
+        taps: how to read per-sequence gradients off layers, if they can be.
+        max_bytes: how much the gradients of all units may take, on all ranks together.
+        progress: called with sequences done and in all.
+        ranks: the ranks that have the other parts.
+    """
+
+    def differentiate(sides: list[Side]) -> list[UnitGradients]:
+        with ranks.agreeing():
+            return unit_gradients(scorer, parameters, rollouts, units, sides, taps=taps, progress=progress)
+
+    size = stored_bytes(parameters, count)
+    if 2 * size <= max_bytes:
+        left, right = differentiate([Side(x, store=True), Side(y, store=True)])
+        how = f"one pass, gradients of {count} units kept ({2 * size / 2**20:.0f} MiB)"
+        return _from_stored(left, right, scale, how, ranks)
+    if size <= max_bytes:
+        how = f"two passes, one side's gradients of {count} units kept ({size / 2**20:.0f} MiB)"
+        return _one_side_stored(differentiate, x, y, scale, how, ranks)
+    with ranks.agreeing():
+        totals, diagonal = _totals(scorer, parameters, rollouts, units, x, y, scale)
+    return _two_passes(differentiate, x, y, scale, [_added(t, scale, ranks) for t in totals], diagonal)
+
+
+def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks) -> dict[str, Tensor]:
+    """A total over all ranks, with zeros for the parameters the surrogate does not reach."""
+    found = ranks.sum_vector(total, scale)
+    return {name: torch.zeros_like(s) if (t := found[name]) is None else t for name, s in scale.items()}
+
+
+def _flat(vector: NamedVector, names: Iterable[str]) -> Tensor:
+    """The vector as stored gradients are laid out, on the CPU."""
+    return torch.cat([local(vector[name]).reshape(-1) for name in names]).cpu()
+
+
+def _from_stored(x: UnitGradients, y: UnitGradients, scale: NamedVector, how: str, ranks: Ranks) -> CrossProducts:
+    assert x.stored is not None
+    assert y.stored is not None
+    x_total, y_total = (_added(side.total, scale, ranks) for side in (x, y))
+    p, x_sum, y_sum = (_flat(vector, x.total) for vector in (scale, x_total, y_total))
+
+    def products(xs: Tensor, ys: Tensor, along: Tensor, to_x: Tensor, to_y: Tensor) -> Tensor:
+        return torch.stack([xs @ (along * to_y), ys @ (along * to_x), (xs * ys) @ along])
+
+    found = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
+    left, right, diagonal = sum_of_shards(found, scale.values())
+    return CrossProducts(left, right, diagonal, dot(x_total, y_total), y_total, how)
+
+
+def _one_side_stored(
+    differentiate: Callable[[list[Side]], list[UnitGradients]],
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+    scale: NamedVector,
+    how: str,
+    ranks: Ranks,
+) -> CrossProducts:
+    """With all ``P Y_u`` at hand, each ``X_u`` is multiplied where it arises and dropped."""
+    (right,) = differentiate([Side(y, store=True)])
+    assert right.stored is not None
+    p = _flat(scale, right.total).to(right.stored)
+    for row in right.stored:
+        row *= p
+    y_total = _added(right.total, scale, ranks)
+    toward_y = {name: scale[name] * t for name, t in y_total.items()}
+    (left,) = differentiate([Side(x, directions=[toward_y], pair_with=right.stored)])
+    x_total = _added(left.total, scale, ranks)
+    return CrossProducts(left.dots[0], right.dot_stored(x_total), left.paired, dot(x_total, y_total), y_total, how)
+
+
+def _totals(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    units: Tensor,
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+    scale: NamedVector,
+) -> tuple[list[dict[str, Tensor | None]], Tensor]:
+    """``sum X``, ``sum Y`` and the diagonal, unit by unit."""
+    totals: list[dict[str, Tensor | None]] = [dict.fromkeys(scale), dict.fromkeys(scale)]
+    counts = units.bincount().tolist()
+    diagonal = torch.zeros(len(counts), dtype=torch.float64)
+    for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
+        gradients = unit_backward(scorer, parameters, rollouts, rows, [x, y])
+        for total, side in zip(totals, gradients, strict=True):
+            for name, g in side.items():
+                wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
+                total[name] = wide if seen is None else seen + wide
+        for name in gradients[0].keys() & gradients[1].keys():
+            a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
+            diagonal[unit] += (a @ (p * b)).item()
+    return totals, sum_of_shards(diagonal, scale.values())
+
+
+def _two_passes(
+    differentiate: Callable[[list[Side]], list[UnitGradients]],
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+    scale: NamedVector,
+    totals: list[dict[str, Tensor]],
+    diagonal: Tensor,
+) -> CrossProducts:
+    x_total, y_total = totals
+    toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
+    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, directions=[toward_x])])
+    unscaled = dot(x_total, y_total)
+    how = "two passes, since the gradients of all units exceed max_stored_gradient_gib"
+    return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, how)

@@ -1,0 +1,1 @@
+"""Several processes, parts of a batch, and parameters in shards."""

@@ -1,0 +1,103 @@
+"""The part of a batch that one rank works on, and how what it finds joins that of the others."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.parallel.ranks import Ranks
+from entropy_probe.rollouts.batch import Rollouts
+
+__all__ = ["Part", "add_up", "balanced"]
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some sequences of a batch.
+
+    Attributes:
+        rows: their places in the batch, increasing, ``[n]``; possibly none.
+        size: sequences of the whole batch, ``N``.
+        units: the sampling unit of each of these sequences, numbered over the whole batch.
+    """
+
+    rows: Int[Tensor, " n"]
+    size: int
+    units: Units
+
+    @classmethod
+    def whole(cls, units: Units) -> Part:
+        """All of a batch."""
+        return cls(torch.arange(len(units.index)), len(units.index), units)
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, uncut: Units, units: Units, ranks: Ranks) -> Part:
+        """This rank's part, such that all ranks have about as many tokens.
+
+        Args:
+            rollouts: the batch, the same on all ranks.
+            uncut: what is never spread over several ranks; no prompt may have sequences in two of these.
+            units: the sampling units.
+            ranks: the ranks.
+        """
+        tokens = uncut.total(rollouts.attention_mask.sum(1).double())
+        rank_of = torch.tensor(balanced(tokens.tolist(), ranks.size))
+        rows = (rank_of[uncut.index] == ranks.rank).nonzero()[:, 0]
+        return cls(rows, len(rollouts), units.select(rows))
+
+    def select(self, rollouts: Rollouts) -> Rollouts:
+        """These sequences of the batch; the batch itself, and no copy, where they are all of it."""
+        return rollouts if len(self.rows) == self.size else rollouts.select(self.rows)
+
+    @cached_property
+    def _present(self) -> tuple[Tensor, Tensor]:
+        present, local = self.units.index.unique(return_inverse=True)
+        return present, local
+
+    @property
+    def local_units(self) -> Int[Tensor, " n"]:
+        """The unit of each of these sequences, numbered from 0 without gaps."""
+        return self._present[1]
+
+    @property
+    def present_units(self) -> Int[Tensor, " u"]:
+        """What the local number of a unit stands for."""
+        return self._present[0]
+
+    def by_sequence(self, values: Float[Tensor, "*k n"]) -> Float[Tensor, "*k N"]:
+        """Values of these sequences at their places in the batch, 0 elsewhere."""
+        return values.new_zeros(*values.shape[:-1], self.size).index_copy_(-1, self.rows, values)
+
+    def by_unit(self, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
+        """Values by local units at the units' places in the batch, 0 elsewhere."""
+        return values.new_zeros(*values.shape[:-1], self.units.count).index_copy_(-1, self.present_units, values)
+
+
+def balanced(sizes: Sequence[float], parts: int) -> list[int]:
+    """The part of each item, so that the parts are of about one size: the largest first, each to the smallest part.
+
+    No part exceeds the best possible by more than a third (Graham, 1969). Some may be empty.
+    """
+    filled = [(0.0, part) for part in range(parts)]
+    part_of = [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        total, part = filled[0]
+        part_of[item] = part
+        heapq.heapreplace(filled, (total + sizes[item], part))
+    return part_of
+
+
+def add_up(ranks: Ranks, sums: S) -> S:
+    """Sums over the whole batch (of positions or units) from those over the parts that the ranks have."""
+    holder: Any = sums
+    return replace(holder, table=ranks.sum(holder.table))

@@ -1,0 +1,1 @@
+"""What probes return and files hold: plain, validated, versioned data. Nothing here needs torch."""

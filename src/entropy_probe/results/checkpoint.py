@@ -1,0 +1,96 @@
+"""What ``entropy-probe inspect`` says of a checkpoint. Reading it needs no model and no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from entropy_probe.results.probe import OptimizerStateReport
+from entropy_probe.results.record import Record
+
+__all__ = ["CheckpointReport", "GroupReport", "MovementReport"]
+
+
+class GroupReport(Record):
+    """One parameter group of the optimizer file, as stored.
+
+    Attributes:
+        num_parameters: parameter tensors in the group.
+        learning_rate: the rate of the next step.
+        betas: decay rates of the first and second moment; null for optimizers that have none.
+        eps: the constant added to the root of the second moment; null where there is none, or several.
+        weight_decay: the group's weight decay.
+        others: further settings that are one number or word (``momentum``, ``alpha`` …).
+        flags: the switches stored with the group (``amsgrad``, ``fused``, ``foreach`` …).
+    """
+
+    num_parameters: int
+    learning_rate: float
+    betas: tuple[float, float] | None
+    eps: float | None
+    weight_decay: float
+    others: dict[str, float | str] = Field(default_factory=dict)
+    flags: dict[str, bool | None]
+
+
+class MovementReport(Record):
+    """Whether the weights have moved along the directions of the moments assigned to them.
+
+    Attributes:
+        reference: what the movement is measured from.
+        num_parameters: parameter tensors that could be looked at.
+        correlation: median correlation of a parameter's movement with its own direction; null when none moved.
+        correlation_of_others: the same with the directions of other parameters of its shape.
+        status: ``consistent``; ``exchanged``: other entries fit clearly better; ``inconclusive``: cannot tell.
+        exchanged: cycles of parameters whose entries seem to have changed places.
+    """
+
+    reference: str
+    num_parameters: int
+    correlation: float | None
+    correlation_of_others: float | None
+    status: Literal["consistent", "exchanged", "inconclusive"]
+    exchanged: tuple[tuple[str, ...], ...]
+
+
+class CheckpointReport(Record):
+    """What a checkpoint holds and whether the next optimizer step can be computed from it.
+
+    A field is null, or a tuple empty, when an earlier problem kept it from being read; ``reasons`` says which.
+
+    Attributes:
+        path: the checkpoint directory.
+        kind: a LoRA adapter or full weights.
+        base_model: the base model's directory or hub name; null for full weights.
+        global_step: optimizer steps taken, from ``trainer_state.json``.
+        optimizer: the class: ``AdamW``, ``Adam``, ``SGD`` … or ``Adafactor of transformers``.
+        groups: the parameter groups.
+        num_with_exp_avg_sq: parameter tensors whose entry has a second moment.
+        num_with_step: parameter tensors whose entry has a step count.
+        num_zero_elements: elements whose second moment is exactly 0; their Adam scale is ``1 / eps``. Null for other
+            optimizers.
+        optimizer_state: coverage, mapping, steps and Adam scale over all parameters.
+        movement: the check of entries of equal shape; null where ``movement_not_checked`` says why there was none.
+        manifest: how the manifest was recorded; null where there is none.
+        verdict: ``healthy``; ``suspicious``: loads, but read the reasons first; ``unusable``: loading raises.
+        reasons: one line for everything that speaks against the checkpoint.
+        not_modelled: one line for each part of the trainer's loss that its log shows and a probe leaves out.
+    """
+
+    path: str
+    kind: Literal["lora", "full"]
+    base_model: str | None = None
+    global_step: int | None = None
+    optimizer: str | None = None
+    groups: tuple[GroupReport, ...] = ()
+    num_with_exp_avg_sq: int | None = None
+    num_with_step: int | None = None
+    num_zero_elements: int | None = None
+    optimizer_state: OptimizerStateReport | None = None
+    movement: MovementReport | None = None
+    movement_not_checked: str | None = None
+    manifest: Literal["training", "inspection"] | None = None
+    verdict: Literal["healthy", "suspicious", "unusable"]
+    reasons: tuple[str, ...] = ()
+    not_modelled: tuple[str, ...] = ()

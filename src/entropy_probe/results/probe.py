@@ -1,0 +1,363 @@
+"""What a probe returns and what ``results.json`` holds: plain, validated, versioned data.
+
+Reading a result needs no model and no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.record import Kept, Record, SavedRecord
+from entropy_probe.results.student import critical_value
+
+__all__ = [
+    "BatchFit",
+    "CrossPrompt",
+    "Diagnostics",
+    "Estimate",
+    "OptimizerStateReport",
+    "PolicyFit",
+    "PreconditionerReport",
+    "Prediction",
+    "ProbeResult",
+    "Realized",
+    "SamplerMismatch",
+]
+
+SCHEMA_VERSION = 2
+RESULTS_FILE = "results.json"
+
+Unit = Literal["nats/token", "nats/sequence"]
+
+
+class Estimate(Record):
+    """A number with its sampling error.
+
+    Attributes:
+        value: the estimate, in ``unit``.
+        standard_error: one standard error, in ``unit``.
+        num_units: independent sampling units behind the standard error (sequences, or prompts).
+        unit: nats per token or nats per sequence.
+        status: ``ok``, or ``below_noise_floor`` if rounding alone could have made the number.
+        degrees_of_freedom: of the standard error; null where that is one fewer than ``num_units``.
+    """
+
+    value: float
+    standard_error: float = Field(ge=0)
+    num_units: int
+    unit: Unit
+    status: Literal["ok", "below_noise_floor"] = "ok"
+    degrees_of_freedom: float | None = Field(default=None, gt=0)
+
+    @property
+    def margin(self) -> float:
+        """How far the 95% interval reaches to either side, by Student's t, in ``unit``."""
+        degrees = self.num_units - 1 if self.degrees_of_freedom is None else self.degrees_of_freedom
+        return critical_value(degrees) * self.standard_error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval, in ``unit``."""
+        return self.value - self.margin, self.value + self.margin
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the 95% interval excludes 0."""
+        return abs(self.value) > self.margin
+
+
+class Prediction(Estimate):
+    """The first-order change; ``standard_error`` combines the two parts in quadrature.
+
+    Attributes:
+        se_evaluation: the error from the evaluation rollouts, with the update held fixed.
+        se_update: the error from the update rollouts.
+        se_update_method: ``linear``: from each prompt's part of the gradient, with the step's denominators, clipping
+            and normalisation held fixed; ``jackknife``: from steps without a block of prompts.
+    """
+
+    se_evaluation: float = Field(ge=0)
+    se_update: float = Field(ge=0)
+    se_update_method: Literal["linear", "jackknife"] = "linear"
+
+
+class Realized(Record):
+    """The change measured after the step, or why it could not be.
+
+    Attributes:
+        value: the estimate, in ``unit``; null when it was refused.
+        standard_error: one standard error, in ``unit``; null with ``value``.
+        num_units: independent sampling units behind the standard error.
+        unit: nats per token or nats per sequence.
+        status: ``ok``; ``below_noise_floor``: rounding alone could have made the number; ``low_ess`` or
+            ``high_pareto_k``: refused, since the step moves the policy too far for these rollouts.
+        estimator: which path produced the number: ``per_decision``, ``snis`` with weights as they are, ``clip`` and
+            ``psis`` with weights capped or Pareto-smoothed, ``resampled`` from fresh responses after the step.
+        batch: the rollouts it was measured on; those of the step itself (``update``) share their noise with it.
+        ess: effective sample size of the sequence weights, between 1 and the number of sequences.
+        ess_fraction: ``ess`` divided by the number of sequences.
+        max_weight: the largest weight divided by the mean weight; 1 when the step changes nothing.
+        pareto_k: shape of the tail of the weights; null when there are too few or they are equal.
+        pareto_k_threshold: what ``pareto_k`` may be at most for this number of sequences.
+        noise_floor: two standard deviations of what rounding does to ``value``; null when not measured.
+        step_rounding: length of what the parameters' precision adds to the step, relative to the step's.
+    """
+
+    value: float | None
+    standard_error: float | None = Field(ge=0)
+    num_units: int
+    unit: Unit
+    status: Literal["ok", "below_noise_floor", "low_ess", "high_pareto_k"]
+    estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
+    batch: Literal["evaluation", "update"] = "evaluation"
+    ess: float
+    ess_fraction: float
+    max_weight: float
+    pareto_k: float | None
+    pareto_k_threshold: float
+    noise_floor: float | None
+    step_rounding: float
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The number with its error; ``None`` when it was refused."""
+        if self.value is None or self.standard_error is None:
+            return None
+        status = "below_noise_floor" if self.status == "below_noise_floor" else "ok"
+        return Estimate(
+            value=self.value,
+            standard_error=self.standard_error,
+            num_units=self.num_units,
+            unit=self.unit,
+            status=status,
+        )
+
+
+class OptimizerStateReport(Record):
+    """What the loaded optimizer state covers.
+
+    Attributes:
+        optimizer: the class of an optimizer other than Adam; null for Adam and AdamW.
+        num_parameters: parameter tensors the optimizer steps.
+        num_elements: their elements in all.
+        coverage: share of elements with a usable second moment (present, finite, and not all zero); with another
+            optimizer, with any state.
+        mapping: how state was matched to parameters.
+        steps: smallest and largest step count over parameters, 0 where the optimizer keeps none.
+        scale_min: smallest ``1 / (sqrt(v_hat) + eps)``; null when no second moment is usable, or not Adam's.
+        scale_max: largest.
+        learning_rates: the learning rate of each parameter group, as used.
+    """
+
+    optimizer: str | None = None
+    num_parameters: int
+    num_elements: int
+    coverage: float
+    mapping: str
+    steps: tuple[int, int]
+    scale_min: float | None
+    scale_max: float | None
+    learning_rates: tuple[float, ...]
+
+
+class PreconditionerReport(Record):
+    """How the frozen preconditioner P was built (frozen geometry and one-batch predictions).
+
+    Attributes:
+        coverage: share of elements with a usable second moment.
+        bias_correction: where the step count of the bias correction came from.
+        num_identity: elements that got the identity instead.
+        identity_parameters: names of the parameters with such elements.
+        num_clamped: elements whose scale was clamped.
+        max_scale: the largest scale in use.
+        min_denominator: the smallest ``sqrt(v_hat) + eps`` before clamping; null when P is the identity.
+    """
+
+    coverage: float
+    bias_correction: str
+    num_identity: int
+    identity_parameters: tuple[str, ...]
+    num_clamped: int
+    max_scale: float
+    min_denominator: float | None
+
+
+class CrossPrompt(Record):
+    """The first-order change from one batch that both predicts and updates, in the frozen geometry.
+
+    Attributes:
+        delta_h1: ``-learning_rate * u_cross``, in ``unit``.
+        se_plugin: standard error of ``delta_h1`` from the variance of the row means.
+        se_jackknife: standard error of ``delta_h1`` from leaving out one unit at a time.
+        unit: nats per token or nats per sequence.
+        u_cross: the U-statistic of ``<X_u, P Y_w>`` over distinct units.
+        zeta_plugin: estimated variance of the statistic's projection, plug-in.
+        zeta_jackknife: the same, jackknife.
+        bars_dot: ``<mean X, P mean Y>``, which keeps the biased diagonal.
+        bars_dot_ratio: ``bars_dot`` over its value without P; null if that is 0.
+        diagonal: ``sum_u <X_u, P Y_u>``.
+        row_means: what each unit contributes to ``u_cross``, which is their mean.
+        num_units: units in the statistic.
+        mode: ``exact`` (a unit is a prompt) or ``block`` (a block of prompts).
+        block_size: prompts per unit.
+        learning_rate: the largest rate of the parameter groups; rates of other groups are folded into P.
+        gradients: how per-unit gradients were held.
+        preconditioner: how P was built.
+    """
+
+    delta_h1: float
+    se_plugin: float = Field(ge=0)
+    se_jackknife: float = Field(ge=0)
+    unit: Unit
+    u_cross: float
+    zeta_plugin: float
+    zeta_jackknife: float
+    bars_dot: float
+    bars_dot_ratio: float | None
+    diagonal: float
+    row_means: tuple[float, ...]
+    num_units: int
+    mode: Literal["exact", "block"]
+    block_size: int
+    learning_rate: float
+    gradients: str
+    preconditioner: PreconditionerReport
+
+    @property
+    def estimate(self) -> Estimate:
+        """``delta_h1`` with the larger of its two errors."""
+        error = max(self.se_plugin, self.se_jackknife)
+        return Estimate(value=self.delta_h1, standard_error=error, num_units=self.num_units, unit=self.unit)
+
+
+class SamplerMismatch(Record):
+    """How far the sampler's own log-probabilities are from the policy's, on the same responses.
+
+    Attributes:
+        mean: mean of ``|log pi - log pi_sampler|`` over response tokens, nats.
+        max: the largest of them, nats.
+        ess_fraction: effective sample size of the sequence weights ``pi / pi_sampler`` over the number of sequences; 1
+            when the sampler was the policy.
+    """
+
+    mean: float = Field(ge=0)
+    max: float = Field(ge=0)
+    ess_fraction: float
+
+
+class BatchFit(Record):
+    """Whether the tokens of a batch may have been drawn from the policy: surprisal minus entropy has mean zero then.
+
+    Attributes:
+        z: its sum over its error; standard normal for the policy's own rollouts, positive where tokens are more
+            surprising than that, negative where they are less. Of a reweighted batch, with its weights.
+        excess: its mean, nats per token.
+        num_sequences: sequences of the batch.
+        status: ``ok``; ``off_policy``: further from 0 than chance explains (``|z|`` above 4); ``selected``: likewise,
+            but expected of responses that were selected by what they are (``update_selected``).
+    """
+
+    z: float
+    excess: float
+    num_sequences: int
+    status: Literal["ok", "off_policy", "selected"] = "ok"
+
+
+class PolicyFit(Record):
+    """How each batch fits the policy; both are the same where one batch plays both parts.
+
+    Attributes:
+        evaluation: the evaluation batch; null where it was not scored.
+        update: the update batch; null likewise. A batch selected by reward need not fit.
+    """
+
+    evaluation: BatchFit | None = None
+    update: BatchFit | None = None
+
+
+class Diagnostics(Record):
+    """How the numbers came about.
+
+    Attributes:
+        evaluation_unit: what was treated as independent on the evaluation side; ``trajectory`` where the rollouts say
+            which sequences are parts of one.
+        num_evaluation_sequences: sequences in the evaluation batch.
+        num_update_sequences: sequences in the update batch.
+        num_update_prompts: prompts in the update batch, equal ones and those of one trajectory counted once.
+        gradient_norm: norm of the update gradient before clipping.
+        clip_factor: what clipping multiplied it by, 1 when it did not act.
+        step_norm: Euclidean norm of the parameter change.
+        prefix_sharing: whether responses to one prompt were computed with the prompt once, or why not.
+        head: how log-probabilities were computed (``chunked``, or ``logits`` and why).
+        per_unit_gradients: how per-unit gradients were computed: ``linear-layer taps`` or ``taps`` (read off the
+            layers), ``taps; by autograd: NAMES`` (these by differentiating their layers alone), or ``per unit (WHY)``.
+        policy_fit: whether the batches' tokens may be the policy's own.
+        mismatch: the evaluation batch's sampler against the policy; null if the sampler reported no log-probabilities.
+        update_mismatch: the update batch's; null likewise.
+        messages: one line each for everything a careful reader should know.
+        not_modelled: one line each for what is part of the trainer's step, as far as anything at hand shows, and not of
+            these numbers; ``docs/theory.md``, "What is not modelled".
+    """
+
+    evaluation_unit: Literal["sequence", "prompt", "trajectory"]
+    num_evaluation_sequences: int
+    num_update_sequences: int
+    num_update_prompts: int
+    gradient_norm: float
+    clip_factor: float
+    step_norm: float
+    head: str
+    prefix_sharing: str
+    per_unit_gradients: str
+    policy_fit: PolicyFit = PolicyFit()
+    mismatch: SamplerMismatch | None = None
+    update_mismatch: SamplerMismatch | None = None
+    messages: tuple[str, ...] = ()
+    not_modelled: tuple[str, ...] = ()
+
+
+class ProbeResult(SavedRecord):
+    """The outcome of a probe, as returned by :class:`entropy_probe.EntropyProbe` and saved in ``results.json``.
+
+    Attributes:
+        entropy: H at the checkpoint.
+        predicted: the first-order change of the next step; null after ``measure``.
+        components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it. Empty for
+            optimizers without a closed form.
+        realized: the change measured after the step; null after ``predict``.
+        difference: realized minus predicted, with the standard error of the paired difference over
+            evaluation units. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
+            share their sampling noise.
+        cross_prompt: the first-order change from the update batch alone; null unless asked for.
+        attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
+        contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
+            memory only.
+        optimizer_state: what the optimizer's state covers.
+        preconditioner: the frozen preconditioner, when that geometry was asked for.
+        diagnostics: how the numbers came about.
+        timing: seconds by phase.
+        memory: peak memory in bytes by kind.
+        config: the resolved settings.
+        versions: versions of the libraries involved.
+    """
+
+    kept: ClassVar = Kept(RESULTS_FILE, "result", "run", "probe the checkpoint again")
+    schema_version: Literal[2] = SCHEMA_VERSION
+    entropy: Estimate
+    predicted: Prediction | None = None
+    components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)
+    realized: Realized | None = None
+    difference: Estimate | None = None
+    cross_prompt: CrossPrompt | None = None
+    attribution: AttributionSummary | None = None
+    contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
+    optimizer_state: OptimizerStateReport
+    preconditioner: PreconditionerReport | None = None
+    diagnostics: Diagnostics
+    timing: dict[str, float] = Field(default_factory=dict)
+    memory: dict[str, int] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)

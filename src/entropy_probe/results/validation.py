@@ -1,0 +1,107 @@
+"""How well attributions forecast real steps; the schema of ``validation.json``. Reading it needs no model, no torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from entropy_probe.results.record import Kept, Record, SavedRecord
+
+__all__ = ["LEAST_STEPS", "VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
+
+SCHEMA_VERSION = 2
+VALIDATION_FILE = "validation.json"
+LEAST_STEPS = 4
+"""Of a rank correlation with an interval."""
+
+
+class RankCorrelation(Record):
+    """Spearman's rank correlation of a forecast with measured changes, and its 95% interval.
+
+    Attributes:
+        value: between -1 and 1.
+        low: the interval's lower end.
+        high: the interval's upper end.
+        ceiling: what a perfect forecast would reach, with the noise of forecast and measurement as it is: the root of
+            the product of their reliabilities. Null where two halves do not agree at all.
+    """
+
+    value: float = Field(ge=-1, le=1)
+    low: float = Field(ge=-1, le=1)
+    high: float = Field(ge=-1, le=1)
+    ceiling: float | None = Field(gt=0, le=1)
+
+    @property
+    def corrected(self) -> float | None:
+        """The correlation without that noise, ``value / ceiling`` (corrected for attenuation); may come out above 1."""
+        return None if self.ceiling is None else self.value / self.ceiling
+
+
+class SubsetStep(Record):
+    """One real step on a part of the update batch.
+
+    Attributes:
+        kept: ids of the prompts whose advantages were left as they are; those of the others were set to 0.
+        forecasts: by name; see :attr:`Validation.correlations`. Contributions are in the validation's unit.
+        contributions_by_half: the sums of contributions by each half of the evaluation batch alone.
+        realized: the entropy change measured after the step, in the validation's unit; null if it could not be.
+        realized_by_half: the same on each half of the evaluation batch alone; null with ``realized``.
+        failure: why it could not be measured; null if it was.
+    """
+
+    kept: tuple[int, ...]
+    forecasts: dict[str, float]
+    contributions_by_half: tuple[float, float]
+    realized: float | None
+    realized_by_half: tuple[float, float] | None
+    failure: str | None = None
+
+
+class Validation(SavedRecord):
+    """Rank correlations, over random halves of the update batch, between what was forecast and what was measured.
+
+    Forecasts are never held against changes measured on the rollouts that they come from.
+
+    Attributes:
+        unit: nats per token or nats per sequence.
+        num_prompts: prompts of the update batch; half of them, rounded down, are kept each time.
+        num_sequences: sequences of the evaluation batch that changes were measured on.
+        seed: of the random halves.
+        measured_on: ``halves``: the evaluation batch is that of the contributions, so contributions by one half of it
+            are held against changes measured on the other, both ways, and the two correlations averaged; ``others``: it
+            is another, and contributions are held against changes measured on all of it.
+        reliability: of the measured changes: the rank correlation of those on one half with those on the other, for
+            ``others`` that of the whole batch (Spearman-Brown). Null where all are equal, or with fewer than 4 measured
+            steps.
+        correlations: with measured changes, of: ``contributions``, the sums of the kept prompts' contributions;
+            ``covariance``, minus the sums of their covariance terms (Cui et al., 2025), by which covariance lowers
+            entropy; ``advantages``, the sums of their tokens' advantages, a control that knows nothing of the policy.
+            1 is best. Null where all forecasts are equal, or with fewer than 4 measured steps.
+        steps: the single steps, on different halves.
+        messages: what a careful reader should know.
+    """
+
+    kept: ClassVar = Kept(VALIDATION_FILE, "validation", "validate", "validate again")
+    schema_version: Literal[2] = SCHEMA_VERSION
+    unit: Literal["nats/token", "nats/sequence"]
+    num_prompts: int
+    num_sequences: int
+    seed: int
+    measured_on: Literal["halves", "others"]
+    reliability: float | None
+    correlations: dict[str, RankCorrelation | None]
+    steps: tuple[SubsetStep, ...] = Field(min_length=1, repr=False)
+    messages: tuple[str, ...] = ()
+
+    @property
+    def num_measured(self) -> int:
+        """Steps whose change was measured: the pairs behind each rank correlation."""
+        return sum(step.realized is not None for step in self.steps)
+
+    @property
+    def undefined(self) -> str:
+        """Why a rank correlation is null, where it is."""
+        if self.num_measured < LEAST_STEPS:
+            return f"fewer than {LEAST_STEPS} steps were measured"
+        return "all forecasts or changes are equal"

@@ -1,0 +1,1 @@
+"""Batches of prompts and sampled responses, and the Parquet files they live in."""

@@ -1,0 +1,169 @@
+"""Leaving the run as it was found: modes, random state and parameters are restored, whatever happens in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from entropy_probe.parallel.shards import local
+
+__all__ = ["evaluating", "parameters_at", "substituted"]
+
+
+@contextmanager
+def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Evaluation mode, gradients on, full matrix precision, and no autocast unless asked for.
+
+    Flags, buffers, attributes that a forward pass binds anew (rotary embeddings that grow, caches, weights that a hook
+    computes) and random states, those of every CUDA device that holds a part of the model included, are restored on
+    exit.
+    """
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    versions = [(parameter, parameter._version) for parameter in model.parameters()]
+    # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
+    repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    # RWKV divides weights in place on the first evaluation
+    dividing: list[Any] = [m.config for m in model.modules() if vars(m).get("layers_are_rescaled") is False]
+    divided = [config.rescale_every for config in dividing]
+    device = next(model.parameters()).device
+    devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(_full_precision())
+        # its cache of converted weights is keyed by parameter and would outlive a change of their values
+        stack.enter_context(
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+        )
+        stack.enter_context(torch.enable_grad())
+        try:
+            model.eval()
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            for config in dividing:
+                config.rescale_every = 0
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            for module in repacking:
+                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+            for config, every in zip(dividing, divided, strict=True):
+                config.rescale_every = every
+            changed = {id(parameter) for parameter, version in versions if parameter._version != version}
+            for module, bound, held in attributes:
+                module.training = bound["training"]
+                # what a module says of parameters that it has changed in place stays true of them
+                if changed.isdisjoint(map(id, module.parameters())):
+                    _rebind(vars(module), bound)
+                    _rebind(module._buffers, held)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def _rebind(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Bind the same names to the same objects again."""
+    for name in now.keys() - before.keys():
+        del now[name]
+    for name, value in before.items():
+        if name not in now or now[name] is not value:
+            now[name] = value
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 or bfloat16 inside products of float32 tensors, whichever of torch's two interfaces allowed it."""
+    switches, matmul = _precision_switches(), "highest"
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            if switch.fp32_precision not in ("none", "ieee"):
+                switch.fp32_precision = "ieee"
+        matmul = torch.get_float32_matmul_precision()  # raises while only the newer switches allow TF32
+        if matmul != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
+        for switch, value in zip(switches, before, strict=True):
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
+
+
+def _precision_switches() -> list[Any]:
+    """What holds torch's ``fp32_precision``, from 2.9 on: each has its own value or that of one before it."""
+    of: Any = torch.backends
+    if not hasattr(of, "fp32_precision"):
+        return []
+    cudnn, mkldnn = of.cudnn, of.mkldnn
+    return [of, cudnn, of.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
+@contextmanager
+def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the parameters other values for a while; the original storage comes back on exit.
+
+    Sharded parameters are gathered from memory of their own, so their values are written into it, and the original
+    ones back.
+
+    Raises:
+        ValueError: if names or shapes differ.
+    """
+    if parameters.keys() != values.keys():
+        raise ValueError(f"parameters: expected values for {len(parameters)} names, got {len(values)} that differ")
+    for name, parameter in parameters.items():
+        if values[name].shape != parameter.shape:
+            raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(values[name].shape)}")
+    whole = {name: parameter.data for name, parameter in parameters.items() if local(parameter) is parameter}
+    parts = {name: local(parameter).clone() for name, parameter in parameters.items() if name not in whole}
+    try:
+        for name, parameter in parameters.items():
+            if name in whole:
+                parameter.data = values[name]
+            else:
+                local(parameter).copy_(local(values[name]))
+        yield
+    finally:
+        for name, value in whole.items():
+            parameters[name].data = value
+        for name, part in parts.items():
+            local(parameters[name]).copy_(part)
+
+
+@contextmanager
+def substituted(model: nn.Module, parameters: Mapping[str, Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let modules find other tensors, dual or on a graph, where they hold the parameters; these come back on exit.
+
+    Unlike ``torch.func.functional_call`` this goes by the identity of modules and parameters, not by their names, of
+    which a shared module has several: there each name would put back what it found, which is the other's tensor.
+
+    Args:
+        model: the modules.
+        parameters: what to replace, by name.
+        values: what to put in their place, with the same names.
+    """
+    by_identity = {id(parameter): values[name] for name, parameter in parameters.items()}
+    held = [
+        (module._parameters, key, parameter)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if id(parameter) in by_identity
+    ]
+    try:
+        for of_module, key, parameter in held:
+            of_module[key] = by_identity[id(parameter)]  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for of_module, key, parameter in held:
+            of_module[key] = parameter

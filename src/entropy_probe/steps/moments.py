@@ -1,0 +1,82 @@
+"""What Adam's second moments cover, from a live optimizer or from a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.parallel.shards import count, extremes
+from entropy_probe.results.probe import OptimizerStateReport
+
+__all__ = ["step_count", "summarize_moments", "usable_second_moment"]
+
+
+def usable_second_moment(state: Mapping[str, Any], amsgrad: bool = False) -> Tensor | None:
+    """The second moment that scales one parameter's step, if it can: present, finite, and not all zero.
+
+    With AMSGrad that is its running maximum.
+    """
+    v = state.get("max_exp_avg_sq" if amsgrad else "exp_avg_sq")
+    if not isinstance(v, Tensor) or count(~torch.isfinite(v)) or not count(v != 0):
+        return None
+    return v
+
+
+def step_count(state: Mapping[str, Any]) -> float | None:
+    """How many steps one parameter's moments are worth: 0 without moments, ``None`` if the state does not say.
+
+    Raises:
+        ValueError: if there are moments but the count is not positive, so that bias correction would divide by 0.
+    """
+    if "exp_avg_sq" not in state:
+        return 0.0
+    if "step" not in state:
+        return None
+    step = float(state["step"])
+    if not step > 0 and count(state["exp_avg_sq"] != 0):
+        raise ValueError(
+            f"optimizer state: expected a positive step count where there are moments, got {step:g}; the state is not "
+            "of one training run"
+        )
+    return step
+
+
+def summarize_moments(
+    entries: Iterable[tuple[int, Mapping[str, Any], Mapping[str, Any]]],
+    mapping: str,
+    learning_rates: tuple[float, ...],
+) -> OptimizerStateReport:
+    """Coverage, step counts and the range of the Adam scale ``1 / (sqrt(v / (1 - beta2^k)) + eps)``.
+
+    Args:
+        entries: for each parameter its number of elements, its optimizer state (empty if none), and its group.
+        mapping: how state was matched to parameters.
+        learning_rates: the rate of each group.
+    """
+    steps, scales = [], []
+    elements = covered = 0
+    for numel, state, group in entries:
+        elements += numel
+        step = step_count(state)
+        steps.append(int(step or 0))
+        v = usable_second_moment(state, bool(group["amsgrad"]))
+        if v is None:
+            continue
+        covered += numel
+        correction = 1 - float(group["betas"][1]) ** step if step else 1.0
+        denominators = [math.sqrt(x / correction) + float(group["eps"]) for x in extremes(v)]
+        scales += [1 / d for d in denominators if d > 0]
+    return OptimizerStateReport(
+        num_parameters=len(steps),
+        num_elements=elements,
+        coverage=covered / elements if elements else 0.0,
+        mapping=mapping,
+        steps=(min(steps, default=0), max(steps, default=0)),
+        scale_min=min(scales, default=None),
+        scale_max=max(scales, default=None),
+        learning_rates=learning_rates,
+    )

@@ -1,1 +1,0 @@
-"""From rollouts to a parameter change: streaming gradients, the optimizer step and its parts."""

@@ -1,0 +1,151 @@
+"""What a run makes of the batches it is given before anything else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from entropy_probe import Rollouts
+from entropy_probe.analyses.admission import admit, after_end, draws_of, end_tokens, evaluation_units, in_groups, joined
+
+END = 9
+
+
+def batch(prompts: list[list[int]], responses: list[list[int]], ids: list[int], masks=None, **more) -> Rollouts:
+    """Left-padded prompts with their responses, of which all is sampled unless a mask says otherwise."""
+    masks = masks or [[1] * len(r) for r in responses]
+    length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    rows = list(zip(prompts, responses, masks, strict=True))
+    return Rollouts(
+        torch.tensor([[0] * (length - len(p) - len(r)) + p + r for p, r, _ in rows]),
+        torch.tensor([[0] * (length - len(p) - len(r)) + [1] * len(p + r) for p, r, _ in rows]),
+        torch.tensor([[0] * (length - len(m)) + m for _, _, m in rows]),
+        torch.tensor(ids),
+        **more,
+    )
+
+
+def admitted(given: Rollouts, role="update", merge=True, end_ids=(), longest=None):
+    return admit(given, role, merge, end_ids, longest)
+
+
+def test_what_is_connected_gets_the_smallest_id():
+    ids = torch.tensor([7, 3, 5, 9, 3, 8])
+    assert joined(ids, ["a", "b", "a", None, "c", "c"]).tolist() == [5, 3, 5, 9, 3, 3]
+    assert joined(ids, [None] * 6).tolist() == ids.tolist()
+    # a chain: 9 and 2 meet through 5
+    assert joined(torch.tensor([9, 5, 5, 2]), ["x", "x", "y", "y"]).tolist() == [2, 2, 2, 2]
+
+
+def test_prompts_with_the_same_tokens_are_one_whatever_pads_them():
+    given = batch([[1, 2], [2, 1], [1, 2], [4, 1, 2]], [[3], [3], [5, 6, 6], [3]], [40, 30, 20, 10])
+    found = admitted(given)
+    assert found.rollouts.prompt_ids.tolist() == [20, 30, 20, 10]
+    assert found.messages == [
+        "update: 4 prompt ids have 3 distinct prompts: equal prompts are one, under the smallest of its ids "
+        "(merge_equal_prompts keeps them apart)"
+    ]
+    assert given.prompt_ids.tolist() == [40, 30, 20, 10]
+    apart = admitted(given, merge=False)
+    assert apart.rollouts.prompt_ids.tolist() == [40, 30, 20, 10]
+    assert apart.messages == []
+    assert admitted(found.rollouts).messages == []
+
+
+def test_a_masked_out_response_keeps_to_the_prompts_of_its_id():
+    given = batch([[1], [1], [2], [2]], [[3], [3, 3], [3], [3]], [5, 4, 5, 6], [[1], [0, 0], [1], [0]])
+    # 5 answers two prompts, so they are one; where a masked-out response begins nothing says
+    assert admitted(given).rollouts.prompt_ids.tolist() == [5, 4, 5, 6]
+    same = batch([[1], [1], [1]], [[3], [4], [3]], [5, 4, 4], [[1], [1], [0]])
+    assert admitted(same).rollouts.prompt_ids.tolist() == [4, 4, 4]
+
+
+def test_rows_of_a_trajectory_belong_together():
+    given = batch([[1], [1, 3, 2], [4], [4, 3, 2]], [[3], [3], [3], [3]], [1, 2, 3, 4],
+                  trajectory_ids=torch.tensor([8, 8, 6, 6]))  # fmt: skip
+    found = admitted(given)
+    assert found.rollouts.prompt_ids.tolist() == [1, 1, 3, 3]
+    assert "4 sequences are parts of 2 trajectories" in found.messages[0]
+    assert found.not_modelled == []
+    as_evaluation = admitted(given, "evaluation")
+    assert "prompts of a trajectory's later sequences" in as_evaluation.not_modelled[0]
+    name, units, _ = evaluation_units(as_evaluation.rollouts, "auto", grouped=in_groups(given))
+    assert (name, units.count, units.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
+    repeated = replace(given, prompt_ids=torch.tensor([1, 1, 3, 3]), trajectory_ids=torch.tensor([8, 5, 6, 6]))
+    *_, (said,) = evaluation_units(repeated, "auto", grouped=in_groups(repeated))
+    assert "every trajectory counts as independent" in said
+    whole = admitted(replace(given, trajectory_ids=torch.arange(4)), "evaluation")
+    assert (whole.messages, whole.not_modelled) == ([], [])
+    assert not in_groups(whole.rollouts)
+
+
+def test_groups_are_counted_in_trajectories():
+    """Every prompt has two trajectories, of one and of two rows: prompts are the units, and not by rows."""
+    prompts = [[p, *more] for p in range(1, 9) for more in ([], [], [7, 7])]
+    given = batch(prompts, [[3]] * 24, [p for p in range(8) for _ in range(3)],
+                  trajectory_ids=torch.tensor([2 * p + k for p in range(8) for k in (0, 1, 1)]))  # fmt: skip
+    found = admitted(given, "evaluation").rollouts
+    name, units, _ = evaluation_units(found, "auto", grouped=in_groups(found))
+    assert (name, units.count) == ("prompt", 8)
+    assert evaluation_units(given, "sequence", grouped=True)[:1] == ("trajectory",)
+    assert draws_of(given).count == 16
+
+
+def test_tokens_behind_an_end_token_count_within_a_run_only():
+    given = batch(
+        [[END], [1], [1], [1]],
+        [[3, END], [3, END, 4, 5], [3, END, 4, 5, END], [END, END, 3]],
+        [1, 2, 3, 4],
+        # the third: its turn ends, a tool answers, the policy goes on
+        [[1, 1], [1, 1, 1, 1], [1, 1, 0, 1, 1], [1, 0, 0]],
+    )
+    behind = after_end(given, [END])
+    assert behind.sum(1).tolist() == [0, 2, 0, 0]
+    assert given.input_ids[behind].tolist() == [4, 5]
+    (said,) = admitted(given, merge=False, end_ids=[END]).messages
+    assert said.startswith("update: 2 response tokens of 1 of 4 sequences follow an end token (9) directly")
+    assert admitted(given, merge=False).messages == []
+
+
+def test_a_batch_without_any_end_token():
+    given = batch([[1]] * 3, [[3, 4], [3], [3, 4]], [1, 2, 3], [[1, 1], [1], [0, 0]])
+    (said,) = admitted(given, merge=False, end_ids=[END, 8]).messages
+    assert said.startswith("update: no response has an end token (9, 8), though 1 of 2 are shorter than the longest")
+    longer = batch([[1]] * 2, [[3, 4], [3, 4]], [1, 2])
+    assert admitted(longer, merge=False, end_ids=[END], longest=2).messages == []
+    assert admit(longer, "update", False, [END], 3, stop_texts=True).messages == []
+    assert "2 of 2 are shorter" in admitted(longer, merge=False, end_ids=[END], longest=3).messages[0]
+    ended = batch([[1]] * 2, [[3, 4], [END]], [1, 2])
+    assert admitted(ended, merge=False, end_ids=[END]).messages == []
+
+
+def test_a_step_on_advantages_of_0_is_momentum_alone():
+    given = batch([[1], [2]], [[3, 4], [END]], [1, 2], advantages=torch.zeros(2))
+    assert admitted(given).messages == [
+        "update: every advantage is 0, so the update gradient is 0 and only momentum is left"
+    ]
+    assert admitted(given, "evaluation").messages == []
+    assert admitted(replace(given, advantages=torch.tensor([0.0, 1.0]))).messages == []
+
+
+def test_where_end_tokens_come_from():
+    class Settings:
+        def __init__(self, ids):
+            self.eos_token_id = ids
+
+    model = nn.Linear(1, 1)
+    assert end_tokens(model) == ()
+    assert end_tokens(model, [4]) == (4,)
+    model.config = Settings(2)
+    assert end_tokens(model, [4, 2]) == (2, 4)
+    model.generation_config = Settings([7, 5])
+    assert end_tokens(model) == (5, 7)
+
+
+def test_entropy_is_that_of_all_responses():
+    given = batch([[1]] * 3, [[3]] * 3, [1, 2, 3], [[1], [0], [1]])
+    with pytest.raises(ValueError, match=r"evaluation: expected response tokens in every .* 1 of 3 \(index 1 first\)"):
+        admitted(given, "evaluation")
+    assert "1 of 3 responses are masked out" in admitted(given, "batch", merge=False).messages[0]
+    assert admitted(given, merge=False).messages == []
