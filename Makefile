@@ -13,7 +13,7 @@ CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators t
         tests/cli/test_config.py tests/cli/test_bad_input.py tests/cli/test_quiet.py \
         $(addprefix tests/checkpoints/,test_load.py test_adapters.py test_layout.py test_replay.py)
 # Printed by test-latest and test-oldest: what they really ran on.
-VERSIONS := from entropy_probe.provenance import library_versions; print(library_versions())
+VERSIONS := from entropy_probe.analyses.provenance import library_versions; print(library_versions())
 
 .PHONY: demo test test-full test-gpu test-latest test-oldest lint lock bench bench-gpu clean
 
