@@ -224,10 +224,13 @@ def test_a_model_that_takes_no_mask_of_four_dimensions_has_its_rows_unshared(ali
 def test_rotary_factors_that_switch_with_the_length(original, outcome):
     """All sequences on one side; padding alone crosses over; a sequence crosses over while it is sampled."""
     torch.manual_seed(0)
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 1.5]}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 1.5]}
+    sizes = {"original_max_position_embeddings": original}
+    rope: dict[str, Any] = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **factors, **sizes}}
+    if not hasattr(Phi3Config(), "rope_parameters"):  # transformers 4
+        rope = {"rope_scaling": {"type": "longrope", **factors}}
     config = Phi3Config(**TOKENS, **SIZES, num_key_value_heads=2, max_position_embeddings=128, sliding_window=None,
-                        initializer_range=0.3, original_max_position_embeddings=original,
-                        rope_parameters=rope | {"original_max_position_embeddings": original})  # fmt: skip
+                        initializer_range=0.3, **sizes, **rope)  # fmt: skip
     model = Phi3ForCausalLM(config)
     before = [(id(b), b.clone()) for b in model.buffers()]
     if outcome == "refused":
