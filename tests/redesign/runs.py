@@ -7,12 +7,8 @@ entropy_probe is on the path, through what survives a redesign: the command line
 
 from __future__ import annotations
 
-import os
-
-# before torch: sums depend on how many threads share them
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
 import argparse
+import os
 import runpy
 import shutil
 import socket
@@ -28,13 +24,17 @@ from typing import Any
 import torch
 import yaml
 
-TREE = Path(__file__).resolve().parents[2]
-sys.path.append(str(TREE))
-
-from tests.redesign.inputs import make_inputs  # noqa: E402
-
 __all__ = ["API_RUNS", "COMMANDS", "main"]
 
+TREE = Path(__file__).resolve().parents[2]
+FIXED = {
+    "PYTHONHASHSEED": "0",  # the order of sets, in which numbers may be summed
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+"""What has to be in the environment when the interpreter starts for two sets to have the same bits."""
 # Loaded once, before the processes of the runs are forked from this one; nothing of entropy_probe.
 LIBRARIES = (
     "arviz_stats.base.array",
@@ -259,9 +259,15 @@ def works(out: Path, inputs: Path) -> dict[str, tuple[Callable[[], None], tuple[
 
 def main() -> int:
     """Write the set; the number of runs that failed."""
+    if any(os.environ.get(name) != value for name, value in FIXED.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | FIXED)
+    sys.path.append(str(TREE))
+    from tests.redesign.inputs import make_inputs
+
     parser = argparse.ArgumentParser(description="Write the runs whose numbers a redesign leaves as they are.")
     parser.add_argument("out", type=Path, help="a new directory, or with names one that may hold other runs")
     parser.add_argument("names", nargs="*", help="these runs only")
+    parser.add_argument("--demo", type=Path, default=TREE, help="where `entropy-probe demo` was run")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     inputs, logs = out / "inputs", out / "logs"
@@ -272,7 +278,7 @@ def main() -> int:
         shutil.rmtree(inputs, ignore_errors=True)
         inputs.mkdir(parents=True)
         # in a process of its own: this one must not compute before it forks
-        if finish([fork(out / "inputs", partial(make_inputs, TREE, inputs))]) != [0]:
+        if finish([fork(out / "inputs", partial(make_inputs, arguments.demo.resolve(), inputs))]) != [0]:
             sys.exit((out / "inputs.stderr").read_text())
     logs.mkdir(exist_ok=True)
     every = works(out, inputs)
