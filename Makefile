@@ -63,13 +63,13 @@ test-oldest:
 	cd .venv-oldest && rm -rf examples runs && bin/entropy-probe demo
 	.venv-oldest/bin/python -m pytest -n 2 $(CORE)
 
-# What a redesign must leave as it is, to the last digit: make same-numbers BASE=main
+# What a redesign must leave as it is, to the last digit: make same-numbers BASE=main, or of some RUNS='given ranks' only.
 same-numbers: $(STAMP)
 	test -n '$(BASE)' || { echo 'BASE: expected a git ref to compare with, got none; make same-numbers BASE=main' >&2; exit 2; }
 	set -e; work=$$(mktemp -d); trap 'git worktree remove --force '$$work'/tree; rm -rf '$$work EXIT; \
 	git worktree add --quiet --detach $$work/tree '$(BASE)'; \
-	PYTHONPATH=$$work/tree/src $(BIN)/python tests/redesign/runs.py $$work/before; \
-	PYTHONPATH=src $(BIN)/python tests/redesign/runs.py $$work/after; \
+	PYTHONPATH=$$work/tree/src $(BIN)/python tests/redesign/runs.py $$work/before $(RUNS); \
+	PYTHONPATH=src $(BIN)/python tests/redesign/runs.py $$work/after $(RUNS); \
 	$(BIN)/python tests/redesign/compare.py $$work/before $$work/after
 
 # warnings are those of whatever versions the machine has
