@@ -112,8 +112,9 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     policy.prepare(update.rollouts, evaluation.rollouts)
     before = _before(policy, evaluation)
     taps = policy.choose_taps(update.rollouts) if shares else None
-    loss = update_loss(policy, update)
-    gradient = update_gradient(policy, update, loss, store=shares, taps=taps, scored=evaluation.is_update)
+    loss = update_loss(policy, update, checked=evaluation.is_update)
+    checked = evaluation.is_update or config.loss.needs_scores
+    gradient = update_gradient(policy, update, loss, store=shares, taps=taps, scored=checked)
     step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
     policy.log.not_modelled += of_rounding(*trained, step.delta)
     if config.geometry == "frozen":
@@ -214,7 +215,7 @@ def _jackknife(planned: Plan, slope: UnitGradients, total_weight: float) -> floa
     policy, update, step = planned.policy, planned.update, planned.step
     config, blocks, part = policy.config, update.shares, update.part
     policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
-    factors = renormalisation(update.given, blocks.index, config.loss_type, config.max_completion_length)
+    factors = renormalisation(update.given, blocks.index, config.loss)
     own_factors = [factors[block] for block in part.present_units.tolist()]
     direction = {
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
