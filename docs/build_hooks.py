@@ -27,8 +27,15 @@ from entropy_probe.cli.sweep_config import SweepConfig
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 ANNOTATED = re.compile(r"(?:typing|pathlib)\.(?:Annotated\[(\w+), FieldInfo\(.*\)\])?")
 ROLE = re.compile(r":(?:class|meth|func|attr):(?=<code>)")
-UNKNOWN = {r"\langle": "⟨", r"\rangle": "⟩"}
-"""Commands that latex2mathml leaves as they are behind ``\\Big``."""
+CORRECTIONS = [
+    (r">\\langle<", ">⟨<"),  # left as they are behind \Big
+    (r">\\rangle<", ">⟩<"),
+    (r'"thinmathspace"', '"0.1667em"'),  # a name that browsers do not know
+    (r"<mi>(&#x000B1;)</mi>", r"<mo>\1</mo>"),
+    (r'<mo stretchy="false">&#x0007C;', '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;'),
+    (r"(<mi>(?:log|exp)</mi>(?:<mn>2</mn></msup>)?)(?=<m(?:i|row|sub|under)>)", r'\1<mspace width="0.1667em"/>'),
+]
+"""Of what latex2mathml 3.81 writes."""
 
 
 def mathml(match: re.Match[str]) -> str:
@@ -39,9 +46,9 @@ def mathml(match: re.Match[str]) -> str:
     """
     formula = html.unescape(match[2]).strip()
     drawn = convert(formula, display="block" if match[1] == "div" else "inline")
-    for command, character in UNKNOWN.items():
-        drawn = drawn.replace(f">{command}<", f">{character}<")
-    if "\\" in drawn:
+    for wrong, right in CORRECTIONS:
+        drawn = re.sub(wrong, right, drawn)
+    if "\\" in drawn or "&#x02015;" in drawn:  # a command as it stands, or a bar that does not stretch
         raise ValueError(f"expected commands that latex2mathml knows, got {formula}; write it otherwise")
     return f'<{match[1]} class="formula">{drawn}</{match[1]}>'
 

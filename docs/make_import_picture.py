@@ -30,7 +30,9 @@ def draw(source: Path, name: str) -> None:
     parts = sorted(graph.find_children(PACKAGE))
     for part in parts:
         graph.squash_module(part)
-    imports = [(a, b) for a in parts for b in sorted(graph.find_modules_directly_imported_by(a)) if b in parts and b != a]
+    imports = [
+        (a, b) for a in parts for b in sorted(graph.find_modules_directly_imported_by(a)) if b in parts and b != a
+    ]
     circular = [(a, b) for a, b in imports if graph.chain_exists(importer=b, imported=a)]
     title = f"{name}: {len(parts)} parts, {len(imports)} imports between them, {len(circular)} of them in cycles"
     lines = [f'"{a}" -> "{b}" [color={"red" if (a, b) in circular else "gray45"}]' for a, b in imports]
