@@ -24,7 +24,7 @@ from typer.cli import get_docs_for_click
 from entropy_probe.cli import app
 from entropy_probe.cli.sweep_config import SweepConfig
 
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,;:)]*)', re.DOTALL)
 ANNOTATED = re.compile(r"(?:typing|pathlib)\.(?:Annotated\[(\w+), FieldInfo\(.*\)\])?")
 ROLE = re.compile(r":(?:class|meth|func|attr):(?=<code>)")
 CORRECTIONS = [
@@ -39,7 +39,7 @@ CORRECTIONS = [
 
 
 def mathml(match: re.Match[str]) -> str:
-    """A formula in LaTeX as MathML.
+    """A formula in LaTeX as MathML, with the punctuation that follows it.
 
     Raises:
         ValueError: if a command was not understood.
@@ -50,7 +50,7 @@ def mathml(match: re.Match[str]) -> str:
         drawn = re.sub(wrong, right, drawn)
     if "\\" in drawn or "&#x02015;" in drawn:  # a command as it stands, or a bar that does not stretch
         raise ValueError(f"expected commands that latex2mathml knows, got {formula}; write it otherwise")
-    return f'<{match[1]} class="formula">{drawn}</{match[1]}>'
+    return f'<{match[1]} class="formula">{drawn}{match[3]}</{match[1]}>'
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -38,9 +38,8 @@ def draw(source: Path, name: str) -> None:
     lines = [f'"{a}" -> "{b}" [color={"red" if (a, b) in circular else "gray45"}]' for a, b in imports]
     labels = [f'"{part}" [label="{part.removeprefix(PACKAGE + ".")}"]' for part in parts]
     style = (
-        f'label="{title}"; labelloc=t; fontname="sans-serif"; bgcolor=white; ranksep=0.7; concentrate=false;'
-        'node [shape=box, style="rounded,filled", fillcolor="#eeeeff", color="#8888aa", fontname="sans-serif", fontsize=15];'
-        "edge [arrowsize=0.7]"
+        f'label="{title}"; labelloc=t; fontname="sans-serif"; bgcolor=white; ranksep=0.7; edge [arrowsize=0.7];'
+        'node [shape=box, style="rounded,filled", fillcolor="#eeeeff", color="#8888aa", fontname="sans-serif"]'
     )
     dot = f"digraph {{ {style}\n" + "\n".join([*labels, *lines]) + "\n}\n"
     picture = ROOT / "docs" / "images" / f"imports-{name}.svg"

@@ -1,4 +1,4 @@
-"""The documents agree with the code and with each other: titles, links, pages, examples, and math that GitHub renders."""
+"""The documents agree with the code and with each other: titles, links, pages, examples, math that GitHub renders."""
 
 import re
 from pathlib import Path
