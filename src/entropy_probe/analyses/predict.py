@@ -1,7 +1,8 @@
 """The prediction: the next step, and what it does to the policy's entropy to first order.
 
 Everything that is asked of a step is a function of one of two values: :class:`Plan`, the step, and
-:class:`Prediction`, the step with the entropy's slope along it. Formulas: ``docs/theory.md``.
+:class:`Prediction`, the step with the entropy's slope along it. Formulas: ``docs/theory.md``, "The
+first-order change" and "The step".
 """
 
 from __future__ import annotations
