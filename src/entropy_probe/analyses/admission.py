@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from entropy_probe.estimators.uncertainty import Units, is_grouped
+from entropy_probe.estimators.uncertainty import is_grouped
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.types import Units
 
 __all__ = [
     "Admitted",

@@ -21,7 +21,7 @@ from entropy_probe.analyses.session import Subject
 from entropy_probe.analyses.two_batch import Start, TwoBatch
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
-from entropy_probe.estimators.uncertainty import Units, UnitSums
+from entropy_probe.estimators.uncertainty import UnitSums
 from entropy_probe.gradients.hooks import Taps
 from entropy_probe.gradients.per_sample import Side, UnitGradients
 from entropy_probe.parallel.batch import Part
@@ -33,7 +33,7 @@ from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import PlannedStep, scaled
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["AttributedBatch", "check_divides"]
 

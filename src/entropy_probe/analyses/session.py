@@ -17,7 +17,7 @@ from entropy_probe.analyses.not_modelled import of_model
 from entropy_probe.analyses.policy_check import Checked, PolicyCheck
 from entropy_probe.analyses.provenance import Clock, Phase, library_versions, peak_memory
 from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.gradients.hooks import Taps, tappable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
 from entropy_probe.parallel.batch import Part
@@ -41,7 +41,7 @@ from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import summarize_moments
 from entropy_probe.steps.preconditioner import frozen_preconditioner
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["Resample", "Session", "Subject"]
 

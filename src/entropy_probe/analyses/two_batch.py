@@ -22,7 +22,7 @@ from entropy_probe.analyses.session import Session, Subject
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.gradients.hooks import Taps
 from entropy_probe.gradients.leave_out import reduced_gradients, renormalisation
 from entropy_probe.gradients.per_sample import Side, UnitGradients, stored_bytes, unit_gradients
@@ -37,7 +37,7 @@ from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.steps.adamw import clip_gradient, is_adam
 from entropy_probe.steps.copied import copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled, stepped_parameters
-from entropy_probe.types import TokenCoefficients, TokenScores
+from entropy_probe.types import TokenCoefficients, TokenScores, Units
 
 __all__ = ["TwoBatch"]
 
