@@ -22,6 +22,7 @@ from entropy_probe.gradients.hooks import Taps, tappable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import ALONE, Ranks
+from entropy_probe.results.note import Note, NoteKind, distinct
 from entropy_probe.results.probe import (
     Diagnostics,
     Estimate,
@@ -47,8 +48,35 @@ __all__ = ["Resample", "Session", "Subject"]
 
 LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 LOW = (
-    "computed in {}: log-probabilities are quantised; measured on small models, that costs the realized change tens of "
-    "percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
+    "computed in {precision}: log-probabilities are quantised; measured on small models, that costs the realized "
+    "change tens of percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
+)
+_WIDEN = "Set probe.dtype to float32 and probe.autocast to off, and compare."
+LOW_PRECISION = NoteKind("low_precision", LOW, _WIDEN)
+LOW_PRECISION_SHARDED = NoteKind(
+    "low_precision_sharded", LOW + "; sharded gradients were not compared with differences", _WIDEN
+)
+NOT_IN_OPTIMIZER = NoteKind(
+    "not_in_optimizer",
+    "{tensors} tensors require a gradient but are not in the optimizer: they do not move, and are left out of the norm "
+    "that clipping uses",
+    "Fine if the trainer froze them on purpose; otherwise the optimizer was built before they were unfrozen.",
+)
+NOT_PRECONDITIONED = NoteKind(
+    "not_preconditioned",
+    "frozen geometry: {share:.1%} of the elements are not preconditioned (second moment covers {coverage:.1%})",
+    "The frozen prediction mixes Adam's geometry with the plain gradient's; a later checkpoint covers more.",
+)
+SCALE_CLAMPED = NoteKind(
+    "scale_clamped",
+    "frozen geometry: the scale of {share:.1%} of the elements is clamped to {largest:g}, so this is not quite Adam's "
+    "geometry; raise frozen_max_scale to see",
+    "Raise probe.frozen_max_scale and see whether the number moves.",
+)
+NO_SECOND_MOMENT = NoteKind(
+    "no_second_moment",
+    "{share:.1%} of the trained elements have no usable second moment (missing, not finite, or all zero)",
+    "Normal for lora_A after the first step and for parts that were never trained; else inspect the checkpoint.",
 )
 SHARDED = "the parameters are sharded"
 """Why single units take a backward pass each: a layer's call does not show where its gradient is summed."""
@@ -89,13 +117,13 @@ class Subject:
 
 
 class Session:
-    """One run over one or two batches: clock, messages, scorer, and the parts of a result that every run has."""
+    """One run over one or two batches: clock, notes, scorer, and the parts of a result that every run has."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.config, self.parameters = subject, subject.config, subject.parameters
         self.optimizer, self.ranks = subject.optimizer, subject.ranks
         self.clock = Clock(subject.progress)
-        self.messages: list[str] = []
+        self.notes: list[Note] = []
         self.not_modelled = of_model(subject.model)
         self.scorer = Scorer(subject.model, self.config.temperature, self.config.max_tokens_per_microbatch)
         self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
@@ -105,21 +133,18 @@ class Session:
         if self.config.autocast != "off":
             narrow = f"{narrow + ' and ' if narrow else ''}autocast in {self.config.autocast}"
         if narrow:
-            self.messages.append(LOW.format(narrow))
+            self.notes.append(LOW_PRECISION(precision=narrow))
         held = {id(p) for p in self.parameters.values()}
         strays = sum(p.requires_grad and id(p) not in held for p in subject.model.parameters())
         if strays:
-            self.messages.append(
-                f"{strays} tensors require a gradient but are not in the optimizer: they do not move, and are left out "
-                "of the norm that clipping uses"
-            )
+            self.notes.append(NOT_IN_OPTIMIZER(tensors=strays))
 
     def admit(self, batch: Rollouts, role: Role) -> Rollouts:
         """A batch as this run counts it; see :func:`~entropy_probe.analyses.admission.admit`."""
         config, subject = self.config, self.subject
         end_ids, longest = end_tokens(subject.model, subject.end_ids), config.max_completion_length
         found = admit(batch, role, config.merge_equal_prompts, end_ids, longest, subject.stop_texts)
-        self.messages += found.messages
+        self.notes += found.notes
         self.not_modelled += found.not_modelled
         return found.rollouts
 
@@ -147,7 +172,7 @@ class Session:
                     "ProbeConfig.dtype"
                 )
             if lowest in LOW_PRECISIONS:
-                self.messages.append(LOW.format(lowest) + "; sharded gradients were not compared with differences")
+                self.notes.append(LOW_PRECISION_SHARDED(precision=str(lowest)))
             else:
                 check_gradient(self.scorer, self.parameters, batches[0])
 
@@ -229,8 +254,8 @@ class Session:
         """
         checked = PolicyCheck(self.scorer, self.config, self.ranks)(role, scores, part, rollouts)
         self.checked[role] = checked
-        if checked.message is not None:
-            self.messages.append(checked.message)
+        if checked.note is not None:
+            self.notes.append(checked.note)
         if checked.not_modelled is not None:
             self.not_modelled.append(checked.not_modelled)
         return checked.scores
@@ -258,15 +283,9 @@ class Session:
         )
         report, elements = frozen.report, sum(p.numel() for p in self.parameters.values())
         if report.num_identity:
-            self.messages.append(
-                f"frozen geometry: {report.num_identity / elements:.1%} of the elements are not preconditioned "
-                f"(second moment covers {report.coverage:.1%})"
-            )
+            self.notes.append(NOT_PRECONDITIONED(share=report.num_identity / elements, coverage=report.coverage))
         if report.num_clamped:
-            self.messages.append(
-                f"frozen geometry: the scale of {report.num_clamped / elements:.1%} of the elements is clamped to "
-                f"{config.frozen_max_scale:g}, so this is not quite Adam's geometry; raise frozen_max_scale to see"
-            )
+            self.notes.append(SCALE_CLAMPED(share=report.num_clamped / elements, largest=config.frozen_max_scale))
         groups = zip(self.optimizer.param_groups, self.subject.learning_rates, strict=True)
         rates = {id(p): rate for group, rate in groups for p in group["params"]}
         return {name: frozen.scale[name] * rates[id(p)] for name, p in self.parameters.items()}, report
@@ -290,17 +309,14 @@ class Session:
         return fields | {"standard_error": math.hypot(own, error), "degrees_of_freedom": degrees}
 
     def optimizer_report(self) -> OptimizerStateReport:
-        """What the moments cover, with a message where they leave something open."""
+        """What the moments cover, with a note where they leave something open."""
         if not is_adam(self.optimizer):
             return self._other_optimizer_report()
         group = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
         entries = ((p.numel(), self.optimizer.state.get(p, {}), group[id(p)]) for p in self.parameters.values())
         report = summarize_moments(entries, self.subject.mapping, self.subject.learning_rates)
         if report.coverage < 1:
-            self.messages.append(
-                f"{1 - report.coverage:.1%} of the trained elements have no usable second moment (missing, not finite, "
-                "or all zero)"
-            )
+            self.notes.append(NO_SECOND_MOMENT(share=1 - report.coverage))
         return report
 
     def _other_optimizer_report(self) -> OptimizerStateReport:
@@ -343,7 +359,7 @@ class Session:
         """
         optimizer_state = self.optimizer_report()
         judged, given = self._checked("evaluation"), self._checked("update")
-        notes = dict.fromkeys(note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
+        notes = distinct(note for of_rank in self.ranks.gather(self.scorer.notes) for note in of_rank)
         return ProbeResult(
             entropy=Estimate(**self.estimate_fields(entropy, units)),
             optimizer_state=optimizer_state,
@@ -358,7 +374,7 @@ class Session:
                 policy_fit=PolicyFit(evaluation=judged and judged.fit, update=given and given.fit),
                 mismatch=judged and judged.mismatch,
                 update_mismatch=given and given.mismatch,
-                messages=(*self.messages, *notes),
+                notes=(*self.notes, *notes),
                 not_modelled=tuple(self.not_modelled),
                 **step,
             ),

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.analyses.admission import UnitName, draws_of, evaluation_units, in_groups
+from entropy_probe.analyses.admission import SAME_BATCH, UnitName, draws_of, evaluation_units, in_groups
 from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
-from entropy_probe.analyses.measure import Measurement, measure_change
+from entropy_probe.analyses.measure import STEP_ROUNDED, Measurement, measure_change
 from entropy_probe.analyses.noise import measured_noise_floor
 from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_rounding
 from entropy_probe.analyses.session import Session, Subject
@@ -29,17 +29,36 @@ from entropy_probe.gradients.per_sample import Side, UnitGradients, stored_bytes
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.results.note import NOTHING_TO_DO, NoteKind
 from entropy_probe.results.probe import Estimate, Prediction, ProbeResult, Realized
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.steps.adamw import clip_gradient, is_adam
-from entropy_probe.steps.copied import copied_step, moved, optimizer_name
+from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled, stepped_parameters
 from entropy_probe.types import TokenCoefficients, TokenScores, Units
 
 __all__ = ["TwoBatch"]
+
+PASSED_OVER_TWICE = NoteKind(
+    "passed_over_twice",
+    "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice",
+    f"{NOTHING_TO_DO} Raise probe.max_stored_gradient_gib to pass over the batch once.",
+)
+NO_HISTORY = NoteKind(
+    "no_history",
+    "se_update holds Adam's denominators fixed, but for parameters without a history the update batch itself sets "
+    "them: the error from the update batch is overstated",
+    "Trust the error from the evaluation rollouts; probe a checkpoint some steps later for both.",
+)
+CLIPPED = NoteKind(
+    "clipped",
+    "clipping scales the update gradient by {factor:.3g}; se_update holds that factor fixed, which overstates the "
+    "error from the update batch when the factor is small",
+    "Compare with probe.max_grad_norm: null to see what clipping does.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +93,9 @@ class TwoBatch(Session):
         self.draws = draws_of(evaluation)
         self.unit_name: UnitName
         self.unit_name, self.units, notes = evaluation_units(evaluation, self.config.evaluation_unit, grouped=grouped)
-        self.messages += notes
+        self.notes += notes
         if self.same_batch:
-            self.messages.append(
-                "update and evaluation are the same sequences: the step is fitted to the responses that it is judged "
-                "on, so predicted and realized changes are biased by what they share; cross_prompt predicts without "
-                "that bias, and other evaluation rollouts measure without it"
-            )
+            self.notes.append(SAME_BATCH())
         self.prompts = Units.prompts(update.prompt_ids)
         self.closed_form = self.config.geometry == "frozen" or is_adam(self.optimizer)
         self.shares = self.prompts if self.closed_form else blocks_of(self.prompts)
@@ -142,9 +157,7 @@ class TwoBatch(Session):
         """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits."""
         fits = stored_bytes(self.parameters, self.shares.count) <= self.config.max_stored_gradient_gib * 2**30
         if store and not fits:
-            self.messages.append(
-                "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
-            )
+            self.notes.append(PASSED_OVER_TWICE())
         with self.clock.phase("update gradient") as progress:
             side, sheet = Side(self._loss_coefficients(), store=store and fits), self._sheet()
             given = (self.own_update, self.update_part, side)
@@ -258,11 +271,7 @@ class TwoBatch(Session):
     ) -> float:
         """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
         config, blocks, update = self.config, self.shares, self.given_update
-        self.messages.append(
-            f"{optimizer_name(self.optimizer)}: its own code takes the step on copies, so the prediction has no "
-            f"components, and se_update is a jackknife over {blocks.count} blocks of update prompts (too large for "
-            "steps that are not smooth in the gradient, such as signs or Muon's)"
-        )
+        self.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(self.optimizer), blocks=blocks.count))
         factors = renormalisation(update, blocks.index, config.loss_type, config.max_completion_length)
         part, loss = self.update_part, self._loss_coefficients()
         own_factors = [factors[block] for block in part.present_units.tolist()]
@@ -285,15 +294,9 @@ class TwoBatch(Session):
 
     def _note_what_the_update_error_holds_fixed(self, step: PlannedStep) -> None:
         if self.config.geometry == "adamw" and any(not self.optimizer.state.get(p) for p in self.parameters.values()):
-            self.messages.append(
-                "se_update holds Adam's denominators fixed, but for parameters without a history the update batch "
-                "itself sets them: the error from the update batch is overstated"
-            )
+            self.notes.append(NO_HISTORY())
         if step.gradient.factor < 1:
-            self.messages.append(
-                f"clipping scales the update gradient by {step.gradient.factor:.3g}; se_update holds that factor "
-                "fixed, which overstates the error from the update batch when the factor is small"
-            )
+            self.notes.append(CLIPPED(factor=step.gradient.factor))
 
     def _by_update_prompt(
         self,
@@ -320,13 +323,9 @@ class TwoBatch(Session):
         """Score the evaluation batch after the step, and the result fields that report the change."""
         measured, rounding = self._measure(start, self.config.learning_rate, "score after step")
         if measured.note:
-            self.messages.append(measured.note)
+            self.notes.append(measured.note)
         if rounding > NOTABLE_ROUNDING:
-            self.messages.append(
-                f"rounding to the parameters' precision changes the step by {rounding:.1%} of its length: the realized "
-                "change is that of the rounded step, as it is in training; use dtype float64 or a larger learning rate "
-                "to compare it with the prediction"
-            )
+            self.notes.append(STEP_ROUNDED(share=rounding))
         realized, difference = self._report(
             measured, rounding, self._noise_floor(start.before), self._gap(measured, start.predicted, start.before)
         )

@@ -26,6 +26,7 @@ from entropy_probe.estimators.validation import Changes, Forecast, reliability, 
 from entropy_probe.gradients.hooks import Taps
 from entropy_probe.gradients.leave_out import kept_gradient
 from entropy_probe.gradients.per_sample import Side, UnitGradients
+from entropy_probe.results.note import NoteKind, distinct
 from entropy_probe.results.validation import LEAST_STEPS, RankCorrelation, SubsetStep, Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import batch_digest
@@ -38,6 +39,34 @@ LEAST_PROMPTS = 4
 LEAST_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
 ROUNDING = 1e-9
 """A sum of advantages below this share of the sum of their sizes is none."""
+FEW_HALVES = NoteKind(
+    "few_halves",
+    "{moving} update prompts with an advantage have {halves} different halves, fewer than the {asked} asked for",
+    "Use more update prompts: few halves leave the rank correlation uncertain.",
+)
+NOT_MEASURED = NoteKind(
+    "halves_not_measured",
+    "{failed} of {steps} steps on halves could not be measured and are left out of the rank correlations; the first "
+    "because {reason}",
+    "Set a smaller probe.learning_rate, or probe.on_low_ess to resample (fresh responses after the step).",
+)
+NO_CORRELATION = NoteKind(
+    "no_rank_correlation",
+    "no rank correlation: expected at least {least} measured steps on different halves, got {measured}",
+    "Use more update prompts whose responses have different rewards.",
+)
+ONLY_NOISE = NoteKind(
+    "halves_disagree",
+    "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps is noise; "
+    "use many times as many evaluation sequences",
+    "Raise evaluation.total_sequences many times over, or read the correlations without noise.",
+)
+LOW_RELIABILITY = NoteKind(
+    "low_reliability",
+    "the measured changes have a reliability of {reliability:.2f}, which bounds what any forecast of them reaches; "
+    "about {sequences:,.0f} evaluation sequences would bring it to {wanted:g}",
+    "Use that many evaluation sequences (evaluation.total_sequences), or read the correlations without noise.",
+)
 
 
 def check_halves(prompts: int, subsets: int) -> None:
@@ -115,10 +144,7 @@ class HalfSteps(TwoBatch):
         moving = self.prompts.total(self.update.token_advantages.abs().sum(1)) > 0
         kept_prompts = distinct_halves(moving, subsets, seed)
         if len(kept_prompts) < subsets:
-            self.messages.append(
-                f"{int(moving.sum())} update prompts with an advantage have {len(kept_prompts)} different halves, "
-                f"fewer than the {subsets} asked for"
-            )
+            self.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
         found: list[_Measured | str] = []
         with self.isolated():
             start = self._start(predict=False)
@@ -180,7 +206,7 @@ class HalfSteps(TwoBatch):
         for each in measured:
             if each.change is None:
                 assert each.note is not None
-                return each.note
+                return each.note.text
         whole, *others = [each.change for each in measured if each.change is not None]
         return _Measured(whole, others)
 
@@ -217,16 +243,10 @@ class HalfSteps(TwoBatch):
         measured = [each for each in found if isinstance(each, _Measured)]
         failures = [each for each in found if isinstance(each, str)]
         if failures:
-            self.messages.append(
-                f"{len(failures)} of {len(steps)} steps on halves could not be measured and are left out of the rank "
-                f"correlations; the first because {failures[0]}"
-            )
+            self.notes.append(NOT_MEASURED(failed=len(failures), steps=len(steps), reason=failures[0]))
         known, correlations = None, dict.fromkeys(forecasts)
         if len(measured) < LEAST_STEPS:
-            self.messages.append(
-                f"no rank correlation: expected at least {LEAST_STEPS} measured steps on different halves, got "
-                f"{len(measured)}"
-            )
+            self.notes.append(NO_CORRELATION(least=LEAST_STEPS, measured=len(measured)))
         else:
             rows = torch.tensor([k for k, each in enumerate(found) if isinstance(each, _Measured)])
             changes = _changes(measured)
@@ -236,7 +256,7 @@ class HalfSteps(TwoBatch):
                 name: self._correlation(name, sums[rows], halves[rows].T, changes, seed)
                 for name, sums in summed.items()
             }
-        notes = (note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
+        notes = (note for of_rank in self.ranks.gather(self.scorer.notes) for note in of_rank)
         return Validation(
             unit=self.unit,
             num_prompts=self.prompts.count,
@@ -246,7 +266,7 @@ class HalfSteps(TwoBatch):
             reliability=known,
             correlations=correlations,
             steps=steps,
-            messages=tuple(dict.fromkeys((*self.messages, *notes))),
+            notes=distinct((*self.notes, *notes)),
         )
 
     def _correlation(
@@ -264,16 +284,11 @@ class HalfSteps(TwoBatch):
         if known is None or known >= LEAST_RELIABILITY:
             return
         if known <= 0:
-            self.messages.append(
-                "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps "
-                "is noise; use many times as many evaluation sequences"
-            )
+            self.notes.append(ONLY_NOISE())
             return
         needed = times_as_many(known, WANTED_RELIABILITY) * len(self.evaluation)
-        self.messages.append(
-            f"the measured changes have a reliability of {known:.2f}, which bounds what any forecast of them reaches; "
-            f"about {float(f'{needed:.2g}'):,.0f} evaluation sequences would bring it to {WANTED_RELIABILITY:g}"
-        )
+        sequences = float(f"{needed:.2g}")
+        self.notes.append(LOW_RELIABILITY(reliability=known, sequences=sequences, wanted=WANTED_RELIABILITY))
 
 
 def _changes(measured: list[_Measured]) -> Changes:

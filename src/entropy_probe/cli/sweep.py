@@ -160,7 +160,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     found = found.model_copy(
         update={
             "prediction": found.prediction.model_copy(update={"diagnostics": diagnostics}),
-            "messages": (*state.report.reasons, *notes, *found.messages),
+            "notes": (*state.report.notes, *notes, *found.notes),
         }
     )
     if not writing:

@@ -18,6 +18,7 @@ from pydantic import Field
 from entropy_probe.cli.lock import LOCK_FILE
 from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, UPDATE_FILE
 from entropy_probe.report.wording import REPORT_FILE
+from entropy_probe.results.note import Note
 from entropy_probe.results.record import Record, read_record, write_atomically
 from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
 
@@ -39,7 +40,7 @@ class Recorded(_Saved):
     """A batch on disk: the SHA-256 of its file, and notes on how it was sampled."""
 
     sha256: str
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class Inputs(_Saved):
@@ -54,7 +55,7 @@ class Inputs(_Saved):
         rollouts: the batches that are on disk.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     config: dict[str, Any]
     checkpoint: str
     base_model: str | None
@@ -164,7 +165,7 @@ class SweepDirectory:
             ) from error
         write_atomically(self.path / CONFIG_FILE, config.encode())
 
-    def record(self, inputs: Inputs, batch: Batch, notes: Sequence[str]) -> Inputs:
+    def record(self, inputs: Inputs, batch: Batch, notes: Sequence[Note]) -> Inputs:
         """Take note of a batch whose file is there."""
         record = Recorded(sha256=hash_file(self.path / ROLLOUT_FILES[batch]), notes=tuple(notes))
         inputs = inputs.model_copy(update={"rollouts": {**inputs.rollouts, batch: record}})
