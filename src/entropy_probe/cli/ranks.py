@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["launched_ranks"]
 
-SECONDS_TO_SPEAK = 2.0
+SECONDS_TO_SPEAK = 1.0
 """What a rank that follows leaves the first to say its error."""
 LOST = (
     "another rank ended without saying why (killed, perhaps for memory); give the same command again: sampling resumes "
