@@ -185,7 +185,7 @@ def test_a_saved_sweep_is_read_back_without_influences(tmp_path):
     with pytest.raises(ValueError, match="finished: expected points at rates of this sweep"):
         swept(*setting(), rates=RATES[1:4], finished=sweep.points)
     (tmp_path / "sweep.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep of schema 2: .*: Field required"):
+    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep of schema 3: .*: Field required"):
         Sweep.load(tmp_path)
     with pytest.raises(ValueError, match="expected a saved sweep, found no such file"):
         Sweep.load(tmp_path / "none")
