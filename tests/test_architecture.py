@@ -17,7 +17,7 @@ ALLOWED = {
     "results": set(),
     "demo": set(),
     "estimators": {"types"},
-    "parallel": {"rollouts", "estimators"},
+    "parallel": {"types", "rollouts"},
     "named": {"parallel"},
     "losses": {"types", "rollouts"},
     "config": {"estimators", "losses"},

@@ -10,8 +10,9 @@ from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.realized import change, noise_floor, rounding_of
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import Part
+from entropy_probe.types import Units
 from tests.whole_batch import per_decision, snis
 
 

@@ -46,7 +46,9 @@ class Analysis(Protocol):
 def analyses() -> dict[str, Analysis]:
     """All analyses by name."""
     package = import_module("entropy_probe.analyses.questions")
-    members: dict[str, Any] = {m.name: import_module(f"{package.__name__}.{m.name}") for m in iter_modules(package.__path__)}
+    members: dict[str, Any] = {
+        m.name: import_module(f"{package.__name__}.{m.name}") for m in iter_modules(package.__path__)
+    }
     return members
 
 

@@ -24,7 +24,7 @@ from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, prompt_contributions
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
-from entropy_probe.estimators.uncertainty import Units, UnitSums
+from entropy_probe.estimators.uncertainty import UnitSums
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.parallel.batch import Part
 from entropy_probe.results.attribution import AttributionSummary
@@ -34,7 +34,7 @@ from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["attribute", "check_divides", "check_folds"]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.rollouts.batch import Rollouts
-    from entropy_probe.sampling import Prompt, Rewards, SamplingParameters, SamplingReport, SequenceGenerator
+    from entropy_probe.sampling import Engine, Prompt, Rewards, SamplingParameters, SamplingReport
 
 __all__ = ["Inputs", "engine_for", "read_inputs", "required", "resampler", "sample_batch", "sample_missing"]
 
@@ -99,14 +99,14 @@ def end_ids(state: CheckpointState) -> list[int]:
     return [] if found is None else [found]
 
 
-def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> SequenceGenerator | None:
+def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Engine | None:
     """What samples responses of the checkpoint on this rank; ``None`` without a tokenizer."""
-    from entropy_probe.sampling import HFGenerator
+    from entropy_probe.sampling import ENGINES
 
     if state.tokenizer is None:
         return None
     agreed = ranks.of_first if config.shard else None
-    return HFGenerator(state.model, state.tokenizer, config.generation.batch_size, agreed)
+    return ENGINES[config.generation.engine](state.model, state.tokenizer, config.generation, agreed)
 
 
 def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resample | None:
@@ -125,7 +125,7 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
     parameters = _parameters(config)
 
     def resample(rollouts: Rollouts) -> Rollouts:
-        def sample(shared: SequenceGenerator | None) -> Rollouts:
+        def sample(shared: Engine | None) -> Rollouts:
             return resample_responses(
                 required(shared), rollouts, parameters, seed=settings.seed, tokenizer=state.tokenizer
             )
@@ -140,7 +140,7 @@ def sample_missing(
     state: CheckpointState,
     inputs: Inputs,
     files: tuple[Path, Path],
-    engine: SequenceGenerator | None,
+    engine: Engine | None,
     progress: Phase,
 ) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
     """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
@@ -161,7 +161,7 @@ def sample_batch(
     state: CheckpointState,
     inputs: Inputs,
     files: tuple[Path, Path],
-    engine: SequenceGenerator | None,
+    engine: Engine | None,
     progress: Phase,
 ) -> tuple[Rollouts, list[Note]]:
     """Sample one of the two batches as configured, with notes on how that went.
@@ -188,13 +188,14 @@ def sample_batch(
         rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
         return rollouts, _describe(batch, report, config) + notes
     path, shards = files
+    policy = fingerprint([*state.model.named_parameters(), *state.model.named_buffers()])
     report = sample_evaluation_file(
         *subject,
         required(config.evaluation),
         parameters,
         path,
         shards=shards,
-        policy=fingerprint([*state.model.named_parameters(), *state.model.named_buffers()]),
+        policy=f"{config.generation.engine} {policy}",
         progress=report_progress,
     )
     return Rollouts.from_parquet(path), _describe(batch, report, config) + notes

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from entropy_probe.results.note import Note
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.rollouts.batch import Rollouts
-    from entropy_probe.sampling import SequenceGenerator
+    from entropy_probe.sampling import Engine
 
 __all__ = ["open_checkpoint", "probe_checkpoint", "run"]
 
@@ -164,7 +164,7 @@ def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, 
         stop_texts=bool(config.generation.stop),
     )
 
-    def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
+    def sample(engine: Engine | None) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
         found = sample_missing(config, state, inputs, sampled, engine, progress)
         update, _, _ = found
         if config.save_rollouts and inputs.update is None:  # sampling can take hours: kept from here on

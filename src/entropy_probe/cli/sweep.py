@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from entropy_probe.cli.sweep_directory import Inputs, SweepDirectory
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.results.sweep import Sweep
-    from entropy_probe.sampling import SequenceGenerator
+    from entropy_probe.sampling import Engine
 
 __all__ = ["sweep"]
 
@@ -139,7 +139,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
             stop_texts=bool(config.generation.stop),
         )
 
-        def collect(engine: SequenceGenerator | None) -> Inputs:
+        def collect(engine: Engine | None) -> Inputs:
             directory.start(inputs, config.to_yaml())
             return _collect_rollouts(config, directory, inputs, sources, state, engine, progress)
 
@@ -206,7 +206,7 @@ def _collect_rollouts(
     inputs: Inputs,
     sources: Sources,
     state: CheckpointState,
-    engine: SequenceGenerator | None,
+    engine: Engine | None,
     progress: Phase,
 ) -> Inputs:
     """Both batches in the directory, given or sampled, each recorded as soon as it is there."""

@@ -24,7 +24,7 @@ from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.results.section import Row, Section
 from entropy_probe.steps.plan import PlannedStep, plan_step
 
-__all__ = ["Answer", "Scenario", "Settings", "run", "section", "step_without", "step_changes"]
+__all__ = ["Answer", "Scenario", "Settings", "run", "section", "step_changes", "step_without"]
 
 
 class Settings(BaseModel):
