@@ -31,7 +31,11 @@ ALLOWED = {
         "steps",
     },
     "report": {"results"},
-    "probe": {"rollouts", "results", "parallel", "config", "scoring", "steps", "analyses"},
+    "questions": {
+        "types", "rollouts", "results", "estimators", "parallel", "named", "losses", "config", "scoring", "gradients",
+        "steps", "analyses", "report",
+    },
+    "probe": {"rollouts", "results", "parallel", "config", "scoring", "steps", "analyses", "questions"},
     "integrations": None,
     "cli": None,
     "__init__": None,

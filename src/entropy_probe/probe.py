@@ -23,7 +23,9 @@ from entropy_probe.analyses.validate import validate
 from entropy_probe.config import ProbeConfig
 from entropy_probe.parallel.ranks import ALONE, SameWork, joined_ranks
 from entropy_probe.parallel.shards import check_shards, is_sharded, reshard
+from entropy_probe.questions.base import question_settings, questions
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
+from entropy_probe.results.record import SavedRecord
 from entropy_probe.results.sweep import Sweep, SweepPoint
 from entropy_probe.results.validation import Validation
 from entropy_probe.rollouts.batch import Rollouts
@@ -232,6 +234,26 @@ class EntropyProbe:
         with self._opened(rates[-1]) as policy:
             prediction = predict(policy, *admit_batches(policy, update, evaluation))
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
+
+    def ask(self, question: str, *, update: Rollouts, evaluation: Rollouts, **settings: Any) -> SavedRecord:
+        """Ask something of the prediction, such as ``without_prompts`` with ``prompts=[[3], [5, 8]]``.
+
+        Args:
+            question: a module of :mod:`entropy_probe.questions`.
+            update: the batch the step is taken on.
+            evaluation: the batch whose entropy is predicted.
+            settings: of the question; see its ``Settings``.
+
+        Returns:
+            The question's ``Answer``.
+
+        Raises:
+            ValueError: as :meth:`run`, for an unknown question, or settings that do not fit.
+        """
+        asked = question_settings(question, settings)
+        with self._opened() as policy:
+            prediction = predict(policy, *admit_batches(policy, update, evaluation))
+            return questions()[question].run(prediction, asked)
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:
         """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""

@@ -6,6 +6,7 @@ normaliser and clipping factor, and the step its own denominators. Formulas: ``d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -19,9 +20,9 @@ from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.gradients.leave_out import kept_gradient, renormalisation
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.named import NamedVector
+from entropy_probe.report.sections.base import Row, Rows, Section, written
 from entropy_probe.results.probe import Estimate, Predicted
 from entropy_probe.results.record import Kept, Record, SavedRecord
-from entropy_probe.results.section import Row, Section
 from entropy_probe.steps.plan import PlannedStep, plan_step
 
 __all__ = ["Answer", "Scenario", "Settings", "run", "section", "step_changes", "step_without"]
@@ -107,8 +108,8 @@ def step_without(prediction: Prediction, dropped: Tensor) -> PlannedStep:
     return plan_step(policy.parameters, policy.optimizer, gradient, policy.config, policy.frozen_scale)
 
 
-def step_changes(prediction: Prediction, moves: list[NamedVector]) -> list[FirstOrder]:
-    """The first-order change of the entropy by each of some parameter changes, by one pass over the evaluation batch."""
+def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[FirstOrder]:
+    """The first-order change by each of some parameter changes, from one pass over the evaluation batch."""
     plan, before, evaluation = prediction.plan, prediction.plan.before, prediction.plan.evaluation
     with plan.policy.clock.phase("what if") as progress:
         side = Side(entropy_surrogate(plan), directions=moves)
@@ -140,8 +141,8 @@ def _rows(prediction: Prediction, ids: tuple[int, ...]) -> Tensor:
 
 def section(answer: Answer) -> Section:
     """The scenarios, beside the whole batch's step."""
-    rows = [Row("whole update batch", answer.whole)]
+    rows = [Row("whole update batch", written(answer.whole))]
     for scenario in answer.scenarios:
-        rows.append(Row(f"without {', '.join(map(str, scenario.left_out))}", scenario.predicted))
-        rows.append(Row("difference", scenario.difference))
-    return Section("Without some prompts", rows)
+        rows.append(Row(f"without {', '.join(map(str, scenario.left_out))}", written(scenario.predicted)))
+        rows.append(Row("difference", written(scenario.difference), indent=True))
+    return Section("Without some prompts", "without_prompts", "What if", blocks=(Rows(tuple(rows), answer.whole.unit),))

@@ -1,7 +1,7 @@
 """The seam of analyses: a question about a prediction, answered by a record that shows itself.
 
-An analysis is a module of :mod:`entropy_probe.analyses.questions`, of which it takes the name; it has ``Settings``,
-``Answer``, ``run`` and ``section``. Its key in a config, its file and its part of console and page follow from these.
+An analysis is a module of this folder, of which it takes the name; it has ``Settings``, ``Answer``, ``run`` and
+``section``. Its key in a config, its file, and its part of the console and the page follow from these.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 from pydantic import BaseModel, ValidationError
 
 from entropy_probe.analyses.predict import Prediction
+from entropy_probe.report.sections.base import Section
 from entropy_probe.results.record import SavedRecord
-from entropy_probe.results.section import Section
 
-__all__ = ["Analysis", "analyses", "analysis_settings"]
+__all__ = ["Analysis", "question_settings", "questions"]
 
 
 @runtime_checkable
@@ -43,26 +43,25 @@ class Analysis(Protocol):
 
 
 @cache
-def analyses() -> dict[str, Analysis]:
-    """All analyses by name."""
-    package = import_module("entropy_probe.analyses.questions")
-    members: dict[str, Any] = {
-        m.name: import_module(f"{package.__name__}.{m.name}") for m in iter_modules(package.__path__)
-    }
+def questions() -> dict[str, Analysis]:
+    """All questions by name."""
+    package = __name__.rpartition(".")[0]
+    names = (module.name for module in iter_modules(import_module(package).__path__) if module.name != "base")
+    members: dict[str, Any] = {name: import_module(f"{package}.{name}") for name in names}
     return members
 
 
-def analysis_settings(name: str, settings: dict[str, Any]) -> BaseModel:
-    """The settings of an analysis.
+def question_settings(name: str, settings: dict[str, Any]) -> BaseModel:
+    """The settings of a question.
 
     Raises:
-        ValueError: for an unknown analysis, or settings that it refuses.
+        ValueError: for an unknown question, or settings that it refuses.
     """
-    if name not in analyses():
-        raise ValueError(f"analyses: expected one of {', '.join(analyses())}, got {name!r}")
+    if name not in questions():
+        raise ValueError(f"questions: expected one of {', '.join(questions())}, got {name!r}")
     try:
-        return analyses()[name].Settings(**settings)
+        return questions()[name].Settings(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (name, *first["loc"])))
-        raise ValueError(f"analyses.{where}: {first['msg']}, got {first['input']!r}") from error
+        raise ValueError(f"questions.{where}: {first['msg']}, got {first['input']!r}") from error

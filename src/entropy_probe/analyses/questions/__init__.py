@@ -1,1 +1,0 @@
-"""Questions about a prediction, one module each; see :mod:`entropy_probe.analyses.analysis`."""
