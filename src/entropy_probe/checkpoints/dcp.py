@@ -8,11 +8,8 @@ claims more data than the file has. No process group is needed. Format: ``torch.
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import pickle
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,16 +21,15 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints.errors import (
-    CheckpointError,
     DamagedFileError,
     MissingFileError,
     UnsafeFileError,
     UnsupportedError,
+    shown,
 )
-from entropy_probe.checkpoints.messages import first_line, shown
-from entropy_probe.checkpoints.safe_read import UNREADABLE, check_pickle, read_archived
+from entropy_probe.checkpoints.safe_read import StandIn, read_archived, read_with_stand_ins
 
-__all__ = ["METADATA", "Entry", "ShardedDirectory", "ShardedWeights"]
+__all__ = ["METADATA", "Entry", "ShardedDirectory"]
 
 METADATA = ".metadata"
 Place = tuple[Any, ...]
@@ -45,19 +41,6 @@ _COPY = "copy the checkpoint again"
 _MOST_PAIRS = 10**6
 """Pairs of shards of one tensor that are compared one by one."""
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-
-
-class _StandIn:
-    """In place of any class that the index names: it holds what was stored and does nothing."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            vars(self).update(state)
-        else:
-            self.state = state
 
 
 def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
@@ -73,23 +56,15 @@ _CLASSES = (
     *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
 )
 _ALLOWED: dict[tuple[str, str], Any] = {
-    **{("torch.distributed.checkpoint.metadata", name): type(name, (_StandIn,), {}) for name in _CLASSES},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StandIn,
-    ("torch.serialization", "_get_layout"): _StandIn,
+    **{("torch.distributed.checkpoint.metadata", name): type(name, (StandIn,), {}) for name in _CLASSES},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StandIn,
+    ("torch.serialization", "_get_layout"): StandIn,
     ("torch", "Size"): _whole_numbers,
-    **{("pathlib", name): _StandIn for name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")},
-    **{("pathlib._local", name): _StandIn for name in ("PosixPath", "WindowsPath")},
+    **{("pathlib", name): StandIn for name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")},
+    **{("pathlib._local", name): StandIn for name in ("PosixPath", "WindowsPath")},
     ("collections", "OrderedDict"): dict,
     **{("torch", name): getattr(torch, name) for name in _DTYPES},
 }
-
-
-class _Index(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a class, if an index may name it."""
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
-        return _ALLOWED[module, name]
 
 
 @dataclass(frozen=True)
@@ -131,19 +106,9 @@ class ShardedDirectory:
         file = path / METADATA
         if not file.is_file():
             raise MissingFileError(f"{file}: expected the index of a sharded checkpoint, found none; {_COPY}")
-        try:
-            data = file.read_bytes()
-            check_pickle(data)
-            entries = {entry.place: entry for entry in _entries(file, _Index(io.BytesIO(data)).load())}
-        except pickle.UnpicklingError as error:
-            raise UnsafeFileError(
-                f"{file}: expected an index of tensors and values, got a pickle that is none "
-                f"({first_line(error, 100)}); nothing in it was run; {_COPY}"
-            ) from error
-        except CheckpointError:
-            raise
-        except UNREADABLE as error:
-            raise DamagedFileError(f"{file}: expected an intact index, got: {first_line(error)}; {_COPY}") from error
+        entries = read_with_stand_ins(
+            file, _ALLOWED, "index of tensors and values", lambda index: {e.place: e for e in _entries(file, index)}
+        )
         found = cls(path, entries)
         found._check_files()
         return found
@@ -216,22 +181,6 @@ class ShardedDirectory:
         with file.open("rb") as stream:
             stream.seek(shard.start)
             return read_archived(stream.read(shard.length), f"{file}: {entry.name}")
-
-    def model(self) -> dict[str, Entry]:
-        """The model's tensors by name: those under ``model``, or all where nothing is nested.
-
-        Raises:
-            UnsupportedError: if there are none, or several models.
-        """
-        inside = {place: e for place, e in self.entries.items() if e.dtype is not None}
-        parents = {place[:-1] for place in inside if place[-2:-1] in ((), ("model",))}
-        if len(parents) != 1:
-            raise UnsupportedError(
-                f"{self.path}: expected one 'model' with tensors by name, got {len(parents)}; save model and optimizer "
-                "as torch.distributed.checkpoint.state_dict gives them"
-            )
-        (parent,) = parents
-        return {str(place[-1]): entry for place, entry in inside.items() if place[:-1] == parent}
 
 
 def _entries(file: Path, index: Any) -> Iterator[Entry]:
@@ -338,29 +287,3 @@ def _apart(boxes: list[_Box], dim: int) -> list[list[_Box]]:
 
 def _shared(one: _Box, other: _Box) -> bool:
     return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
-
-
-class ShardedWeights:
-    """The model's tensors of a directory, read as those of a safetensors file are."""
-
-    def __init__(self, path: Path) -> None:
-        self.directory = ShardedDirectory.open(path)
-        self.entries = self.directory.model()
-
-    def __enter__(self) -> ShardedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def keys(self) -> list[str]:
-        """The tensors' names."""
-        return list(self.entries)
-
-    def get_slice(self, name: str) -> Any:
-        """Shape of a tensor, from the index."""
-        return types.SimpleNamespace(get_shape=lambda: list(self.entries[name].shape))
-
-    def get_tensor(self, name: str) -> Tensor:
-        """A tensor, put together from its shards."""
-        return self.directory.read(self.entries[name])
