@@ -166,13 +166,6 @@ _TRACES = (
         "a checkpoint of torchtune, whose optimizer's state in recipe_state.pt, under names of its own, is not read",
         _ANOTHER_SAVE,
     ),
-    _Trace(
-        ("pytorch_model_fsdp.bin",),
-        "a checkpoint of accelerate's FSDP with FULL_STATE_DICT, whose weights in the pickle pytorch_model_fsdp.bin "
-        "are not read",
-        "load that file with torch.load(weights_only=True), write it with safetensors.torch.save_file to "
-        "model.safetensors beside optimizer.bin, and pass base_model for the configuration",
-    ),
 )
 
 
