@@ -12,8 +12,8 @@ from entropy_probe.report.numbers import format_percent
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
 if TYPE_CHECKING:
+    from entropy_probe.analyses.policy import Resample
     from entropy_probe.analyses.provenance import Phase
-    from entropy_probe.analyses.session import Resample
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.parallel.ranks import Ranks

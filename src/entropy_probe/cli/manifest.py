@@ -37,4 +37,5 @@ def manifest(
     assert report.optimizer_state is not None
     typer.echo(printable(f"Wrote {path}: mapping by {report.optimizer_state.mapping}"))
     for note in report.notes:
-        typer.echo(printable(f"note: {note.text}. {note.remedy}"), err=True)
+        typer.echo(printable(f"note: {note.text}"), err=True)
+        typer.echo(printable(f"  {note.remedy}"), err=True)
