@@ -102,17 +102,24 @@ def load_checkpoint(
         found = examine(Request(open_directory(Path(path)), base_model, adapter, quantization), facts)
         model = _load_model(found, getattr(torch, dtype), torch.device(device), shard=shard)
         tokenizer = load_tokenizer(found.path, found.model.base or base_model)
-        if found.mapping.others_frozen:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in found.mapping.names)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if parameters.keys() != set(found.mapping.names):
-            raise MismatchError(
-                f"{path}: expected {len(found.mapping.names)} trainable parameters, the loaded model has "
-                f"{len(parameters)} that differ; the installed peft or transformers builds another model"
-            )
+        parameters = _trained(model, found)
         optimizer = build_optimizer(found.saved, found.mapping, parameters)
     return CheckpointState(model, tokenizer, optimizer, report_on(found, facts))
+
+
+def _trained(model: nn.Module, found: Examined) -> dict[str, nn.Parameter]:
+    """The parameters that were trained, and after this require a gradient, by name."""
+    names = found.mapping.names
+    if found.mapping.others_frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters.keys() != set(names):
+        raise MismatchError(
+            f"{found.path}: expected {len(names)} trainable parameters, the loaded model has {len(parameters)} that "
+            "differ; the installed peft or transformers builds another model"
+        )
+    return parameters
 
 
 def _load_model(found: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:

@@ -27,6 +27,7 @@ __all__ = [
     "load_full",
     "load_lora",
     "read_config",
+    "untouched",
 ]
 
 
@@ -171,12 +172,18 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             waiting += found.values()
 
 
-def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, complete: bool) -> nn.Module:
-    """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
+def untouched(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model, its buffers computed and its parameters never written, which in host memory takes none yet."""
     from transformers import AutoModelForCausalLM
 
-    with one_line_errors(name), quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    with one_line_errors(name), quiet(), WithoutInitialization():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, complete: bool) -> nn.Module:
+    """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
+    with torch.device("meta"):
+        model = untouched(name, config, torch.float32)
     if shapes is not None and not _has_exactly(model, shapes):
         # The library knows names that changed between versions; what it still misses is an error.
         model = _from_pretrained(name, torch.float32, torch.device("meta"), complete=complete)
@@ -247,11 +254,8 @@ def load_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.dev
 
 def _filled(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model built from its configuration, every tensor of the weights copied into it."""
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(name, weights.shapes)
-    with one_line_errors(name), quiet(), device, WithoutInitialization():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    with device:
+        model = untouched(name, read_config(name, weights.shapes), dtype)
     state = model.state_dict()
     for key, tensor in weights.tensors.items():
         state[key].copy_(tensor.read())

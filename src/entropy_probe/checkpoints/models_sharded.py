@@ -16,8 +16,7 @@ from torch.nn import Parameter
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.formats import Weights
-from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
-from entropy_probe.checkpoints.models import attach_adapter, read_config
+from entropy_probe.checkpoints.models import attach_adapter, read_config, untouched
 from entropy_probe.checkpoints.weights import read_weights
 from entropy_probe.parallel.shards import count, local, sharded_as
 
@@ -30,7 +29,7 @@ def shard_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.de
     Raises:
         CheckpointError: if the files have other names than the model's parameters, or tied tensors that differ.
     """
-    model = _untouched(name, weights, dtype)
+    model = _host_model(name, weights, dtype)
     _shard(model, model, device)
     _fill(weights, dict(model.named_parameters(remove_duplicate=False)))
     return model.eval()
@@ -46,7 +45,7 @@ def shard_lora(
             adapter is not in the base model's precision.
     """
     base_weights = read_weights(Path(base_name), "model")
-    base: Any = _untouched(base_name, base_weights, dtype)
+    base: Any = _host_model(base_name, base_weights, dtype)
     names = {id(p): name for name, p in base.named_parameters()}
     everywhere = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
     model = attach_adapter(base, directory, adapter, weights, dtype, torch.device("cpu"))
@@ -68,15 +67,11 @@ def shard_lora(
     return model.eval()
 
 
-def _untouched(name: str, weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """The model in host memory, its buffers computed and its parameters never written, which takes no memory yet."""
-    from transformers import AutoModelForCausalLM
-
+def _host_model(name: str, weights: Weights, dtype: torch.dtype) -> nn.Module:
     config = read_config(name, weights.shapes)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{name}: not supported: quantised weights in shards; load them on one device")
-    with one_line_errors(name), quiet(), WithoutInitialization():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return untouched(name, config, dtype)
 
 
 def _shard(model: nn.Module, base: Any, device: torch.device) -> None:
