@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import re
 import warnings
@@ -15,10 +14,9 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe.checkpoints.errors import CheckpointError
-from entropy_probe.checkpoints.messages import first_line
+from entropy_probe.checkpoints.errors import CheckpointError, first_line
 
-__all__ = ["WithoutInitialization", "collector_paused", "one_line_errors", "quiet", "random_state_kept"]
+__all__ = ["WithoutInitialization", "one_line_errors", "quiet", "random_state_kept"]
 
 # What the libraries raise about files with impossible contents, besides errors of their own.
 _BAD_FILES = (
@@ -91,15 +89,3 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """No search for cyclic garbage: with tens of thousands of entries alive it takes a third of an examination."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()

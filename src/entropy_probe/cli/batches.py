@@ -80,7 +80,7 @@ def read_inputs(config: RunConfig) -> Inputs:
 
 def _trainer_state(checkpoint: Path) -> SimpleNamespace | None:
     """The Trainer's own record, for reward functions that depend on the progress of training; None without one."""
-    from entropy_probe.checkpoints.directory import read_json
+    from entropy_probe.checkpoints.safe_read import read_json
 
     file = checkpoint / "trainer_state.json"
     return SimpleNamespace(**read_json(file)) if file.is_file() else None

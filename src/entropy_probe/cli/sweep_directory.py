@@ -98,10 +98,10 @@ def hash_file(path: Path) -> str:
 
 def hash_directory(directory: Path) -> str:
     """SHA-256 over names and contents of the files in a directory and its folders of adapters and shards, no others."""
-    from entropy_probe.checkpoints.directory import adapters_of, sharded_model, sharded_optimizer
+    from entropy_probe.checkpoints.directory import adapters_of
+    from entropy_probe.checkpoints.formats import folders
 
-    shards = {place for place in (sharded_model(directory), sharded_optimizer(directory)) if place is not None}
-    places = {directory, *adapters_of(directory).values(), *shards}
+    places = {directory, *adapters_of(directory).values(), *folders(directory)}
     files = sorted(path for place in places for path in place.iterdir() if path.is_file())
     found = [(path.relative_to(directory).as_posix(), hash_file(path)) for path in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
