@@ -35,7 +35,7 @@ LAST_FILES = {"run": RESULTS_FILE, "validate": VALIDATION_FILE, "sweep": SWEEP_F
 NOUNS = {"run": "run", "validate": "validation", "sweep": "sweep"}
 # as patterns, in the order in which they are deleted: what says that the rest is there goes first
 OWN_FILES = (
-    *(VALIDATION_FILE, RESULTS_FILE, SWEEP_FILE, REPORT_FILE),
+    *(REPORT_FILE, VALIDATION_FILE, RESULTS_FILE, SWEEP_FILE),
     *(f"{FIGURES}/{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")),
     *("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg", "sweeps.json", *TABLES, f"{POINTS}/[0-9]*.json"),
     *(*ROLLOUT_FILES.values(), f"{SHARDS}/shard-*.parquet", CONFIG_FILE, INPUTS_FILE),
@@ -95,6 +95,8 @@ class Output:
             kept = self._what_is_kept() if self.writes else ""
             if kept is None:
                 self._clear()
+            elif isinstance(error, KeyboardInterrupt) and kept:  # of which nobody shows the notes
+                _say(kept)
             elif kept:
                 error.add_note(kept)
             raise
@@ -104,6 +106,9 @@ class Output:
         recorded = Recorded(sha256=hash_file(self.batch_file(batch)), notes=tuple(notes))
         inputs = self.inputs.model_copy(update={"rollouts": {**self.inputs.rollouts, batch: recorded}})
         inputs.save(self.path)
+        if batch == "evaluation":
+            _delete(self.shards.glob("shard-*"))
+            _delete_empty(self.path)
         return replace(self, inputs=inputs)
 
     def add_given(self, sources: Sources) -> None:
@@ -116,7 +121,8 @@ class Output:
     def tidy(self) -> None:
         """Delete what a finished directory does without."""
         unsaved = [] if self.config.save_rollouts else map(self.batch_file, ROLLOUT_FILES)
-        _delete(file for file in (*self.shards.glob("shard-*"), *unsaved) if file.resolve() not in self._given)
+        _delete([*_temporary_files(self.path), *self.shards.glob("shard-*")])
+        _delete(file for file in unsaved if file.resolve() not in self._given)
         _delete_empty(self.path)
 
     @property
@@ -137,10 +143,10 @@ class Output:
     def _clear(self) -> None:
         """Delete all but given rollouts; last what the directory is recognised by, should this be interrupted."""
         mark = self.path / (INPUTS_FILE if (self.path / INPUTS_FILE).exists() else RESULTS_FILE)
-        files = [file for file in _own_files(self.path) if file.resolve() not in self._given]
-        _delete(_temporary_files(self.path))
-        _delete(sorted(files, key=mark.__eq__))
+        files = [file for file in _own_files(self.path) if file != mark and file.resolve() not in self._given]
+        _delete([*_temporary_files(self.path), *files])
         _delete_empty(self.path)
+        _delete([mark])
 
     def _what_is_kept(self) -> str | None:
         saved = Inputs.load(self.path)
@@ -149,7 +155,7 @@ class Output:
         if not saved.rollouts:
             what = _what_took_long(self.path, saved)
             return what and f"the {what} are kept, the same command goes on with them"
-        settings = " ".join(f"rollouts.{batch}={self.batch_file(batch)}" for batch in saved.rollouts)
+        settings = _settings(self.path, saved)
         return f"the rollouts are kept, the same command goes on with them, another one with {settings} --overwrite"
 
 
@@ -197,12 +203,13 @@ def resume(config: RunConfig, inputs: Inputs) -> Output:
     finished = (path / LAST_FILES[saved.command]).is_file()
     difference = saved.difference(inputs) or _other_rollouts(path, saved, finished)
     if difference is not None:
+        keeping = f", with {_settings(path, saved)} to keep what was sampled" if saved.rollouts and not finished else ""
         raise ValueError(
             f"output_dir: {path} holds a {noun} of {difference}; choose another one, or pass --overwrite to "
-            f"{saved.command} again"
+            f"{saved.command} again{keeping}"
         )
     note = f"this {noun}, shown as it is" if finished else f"{kept} of this {noun}, which goes on with them"
-    sys.stderr.write(printable(f"note: {path} holds {note}; --overwrite starts afresh") + "\n")
+    _say(f"{path} holds {note}; --overwrite starts afresh")
     return Output(config, saved, resumes=True, finished=finished)
 
 
@@ -252,6 +259,11 @@ def _is_ours(directory: Path) -> bool:
         return False
 
 
+def _settings(directory: Path, inputs: Inputs) -> str:
+    """What to add to a command to give it the batches that were sampled."""
+    return " ".join(f"rollouts.{batch}={directory / ROLLOUT_FILES[batch]}" for batch in inputs.rollouts)
+
+
 def _other_rollouts(directory: Path, inputs: Inputs, finished: bool) -> str | None:
     """Which sampled batch is not what was recorded, in words; a finished directory may do without."""
     for batch, recorded in inputs.rollouts.items():
@@ -289,3 +301,7 @@ def _delete_empty(directory: Path) -> None:
     for folder in FOLDERS:
         with suppress(OSError):  # is not there, or holds something
             (directory / folder).rmdir()
+
+
+def _say(note: str) -> None:
+    sys.stderr.write(printable(f"note: {note}") + "\n")
