@@ -16,7 +16,7 @@ from PIL import Image
 
 from entropy_probe import Rollouts, Sweep, SweepPoint
 from entropy_probe.cli.output import locked
-from entropy_probe.cli.sweep_files import open_index
+from entropy_probe.cli.sweep import open_index
 from tests.checkpoints.conftest import edit_optimizer
 from tests.cli.conftest import command_line, execute, invoke, killed_before
 from tests.processes import Process

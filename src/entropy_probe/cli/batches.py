@@ -46,6 +46,10 @@ def read_sources(config: RunConfig) -> Sources:
     from entropy_probe.sampling import load_prompts, load_rewards, unused_columns
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
+    if update is not None and update.advantages is None:
+        raise ValueError(
+            f"{config.rollouts.update}: expected advantages in an update batch, got no column advantage; add it"
+        )
     unused = {batch: unused_columns(path) for batch, path in config.rollouts if path}
     complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
     prompts = [] if complete else load_prompts(required(config.prompts))

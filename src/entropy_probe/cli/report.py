@@ -22,7 +22,7 @@ def report(
     from rich.console import Console
 
     from entropy_probe.cli.output import unfinished
-    from entropy_probe.cli.sweep_files import load_sweeps
+    from entropy_probe.cli.sweep import load_sweeps
     from entropy_probe.report import print_files, print_result, print_sweeps, print_validation, read_tables
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.results.validation import VALIDATION_FILE, Validation

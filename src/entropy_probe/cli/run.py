@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
+from entropy_probe.cli.output import Output, locked, open_output
+from entropy_probe.results.probe import ProbeResult
 
 if TYPE_CHECKING:
     from entropy_probe.analyses.attribution import Attribution
@@ -17,10 +19,8 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.config import RunConfig
-    from entropy_probe.cli.output import Output
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.results.probe import ProbeResult
     from entropy_probe.rollouts.batch import Rollouts
 
 __all__ = ["of_one_batch", "open_checkpoint", "open_probe", "probe_checkpoint", "run"]
@@ -126,22 +126,19 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
     from entropy_probe.analyses.validate import check_halves
-    from entropy_probe.cli.output import locked, open_output
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_run_report
-    from entropy_probe.results.probe import ProbeResult
 
     config = config.resolved()
     writing = ranks.rank == 0
     with locked(config.output_dir) if writing else nullcontext(), show_progress(visible=writing) as progress:
         sources = read_sources(config)
-        if halves is None:
-            output = open_output(config, "run", sources, ranks)
-        else:
+        options = {}
+        if halves is not None:
             given = sources.update
             check_halves(required(config.update).num_prompts if given is None else given.num_prompts, halves[0])
-            options = dict(zip(("subsets", "seed"), halves, strict=True))
-            output = open_output(config, "validate", sources, ranks, options)
+            options = {"subsets": halves[0], "seed": halves[1]}
+        output = open_output(config, "validate" if options else "run", sources, ranks, options)
         if output.finished:
             (result,) = ranks.broadcast([ProbeResult.load(output.path)] if writing else [])
         else:

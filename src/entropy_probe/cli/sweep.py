@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
+
+from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, locked, open_output
+from entropy_probe.results.record import Kept, SavedRecord, write_atomically
+from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
 
 if TYPE_CHECKING:
     from entropy_probe.analyses.provenance import Phase
     from entropy_probe.cli.batches import Sources
-    from entropy_probe.cli.output import Output
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.parallel.ranks import Ranks
-    from entropy_probe.results.sweep import Sweep
 
-__all__ = ["sweep"]
+__all__ = ["load_sweeps", "open_index", "sweep"]
+
+INDEX_FILE = "sweeps.json"
 
 
 def sweep(
@@ -60,8 +64,6 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
     Raises:
         ValueError: if the output directory, a checkpoint, the prompts or the rollouts cannot be used.
     """
-    from entropy_probe.cli.output import locked
-
     config = config.resolved()
     each = list(config.each())
     with locked(config.output_dir) if ranks.rank == 0 else nullcontext():
@@ -70,10 +72,7 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
 
 def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) -> dict[str, Sweep]:
     """A sweep for each of several checkpoints, and what compares them."""
-    from entropy_probe.cli.output import CONFIG_FILE, locked
     from entropy_probe.cli.report import write_sweep_report
-    from entropy_probe.cli.sweep_files import open_index
-    from entropy_probe.results.record import write_atomically
 
     writing = ranks.rank == 0
     if writing:
@@ -94,10 +93,8 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     See :mod:`entropy_probe.cli.output` for what rank 0 writes.
     """
     from entropy_probe.cli.batches import read_sources
-    from entropy_probe.cli.output import open_output
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_report
-    from entropy_probe.results.sweep import Sweep
 
     with show_progress(visible=ranks.rank == 0) as progress:
         sources = read_sources(config)
@@ -118,23 +115,27 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
     from entropy_probe.analyses.provenance import Clock
     from entropy_probe.cli.batches import collect_batches, required
     from entropy_probe.cli.run import open_probe
-    from entropy_probe.cli.sweep_files import SweepPoints
 
     rates = config.sweep.rates()
     settings = config.model_copy(update={"probe": config.probe.model_copy(update={"learning_rate": rates[-1]})})
     probe, state = open_probe(settings, ranks, Clock(progress))
     with output.writing(ranks):
         update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
-        points = SweepPoints(output.path, rates)
+        points = output.path / POINTS
+
+        def save(point: SweepPoint) -> None:
+            points.mkdir(exist_ok=True)
+            point.save(points / f"{rates.index(point.learning_rate) + 1:03d}-{point.learning_rate:.2e}.json")
+
         with ranks.agreeing():
-            finished = points.load() if output.writes else []
+            finished = [SweepPoint.load(file) for file in sorted(points.glob("[0-9]*.json"))] if output.writes else []
         found = probe.sweep(
             update=update,
             evaluation=required(evaluation),
             learning_rates=rates,
             direct_curvature=config.sweep.direct_curvature,
             finished=ranks.broadcast(finished),
-            on_point=points.save if output.writes else None,
+            on_point=save if output.writes else None,
         )
         left_out = (*found.prediction.diagnostics.not_modelled, *state.report.not_modelled)
         diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
@@ -148,3 +149,45 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             output.add_given(sources)
             found.save(output.path)
     return found
+
+
+class SweepIndex(SavedRecord):
+    """``sweeps.json``: the checkpoints of a run that were swept, each in the subdirectory of its name."""
+
+    kept: ClassVar = Kept(INDEX_FILE, "list of sweeps", "sweep", "choose another output_dir")
+    schema_version: Literal[1] = 1
+    checkpoints: tuple[str, ...]
+
+
+def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> None:
+    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    index = SweepIndex(checkpoints=tuple(checkpoints))
+    if not (directory / INDEX_FILE).is_file():
+        check_new(directory, overwrite, "no sweeps of several checkpoints")
+    elif not overwrite and SweepIndex.load(directory) != index:
+        raise ValueError(
+            f"output_dir: {directory} holds sweeps of other checkpoints; choose another one, or pass --overwrite to "
+            "sweep again"
+        )
+    index.save(directory)
+
+
+def load_sweeps(directory: Path) -> dict[str, Sweep]:
+    """The sweep saved in a directory, or those of several checkpoints, by the checkpoint's name; empty if none.
+
+    Raises:
+        ValueError: if one of several is not finished, or a file is not what it should be.
+    """
+    if directory.name == SWEEP_FILE or (directory / SWEEP_FILE).is_file():
+        return {"": Sweep.load(directory)}
+    if not (directory / INDEX_FILE).is_file():
+        return {}
+    names = SweepIndex.load(directory).checkpoints
+    for name in names:
+        if not (directory / name / SWEEP_FILE).is_file():
+            raise ValueError(f"{directory / name}: the sweep is not finished; give the same command again to resume it")
+    return {name: Sweep.load(directory / name) for name in names}

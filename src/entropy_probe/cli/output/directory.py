@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -160,7 +159,7 @@ class Output:
 
 
 def open_output(
-    config: RunConfig, command: Command, sources: Sources, ranks: Ranks, options: Mapping[str, Any] | None = None
+    config: RunConfig, command: Command, sources: Sources, ranks: Ranks, options: Mapping[str, Any] = {}
 ) -> Output:
     """The output directory of a command, locked by rank 0, which compares what it holds with what is to be computed.
 
@@ -177,7 +176,7 @@ def open_output(
     opened = []
     with ranks.agreeing():
         if ranks.rank == 0:
-            opened.append(resume(config, inputs_of(config, command, sources, options or {})))
+            opened.append(resume(config, inputs_of(config, command, sources, options)))
     (output,) = ranks.broadcast(opened)
     return replace(output, writes=ranks.rank == 0)
 
@@ -248,15 +247,11 @@ def unfinished(directory: Path) -> str | None:
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether one of the commands wrote into a directory: its inputs say so, or a result of before there were any."""
-    if not (directory / INPUTS_FILE).is_file():
+    """Whether one of the commands wrote into a directory, be it a run of before there were inputs."""
+    for record in (Inputs, ProbeResult):
         with suppress(ValueError):
-            return bool(ProbeResult.load(directory))
-        return False
-    try:
-        return "entropy-probe" in json.loads((directory / INPUTS_FILE).read_bytes())["versions"]
-    except (ValueError, TypeError, KeyError):
-        return False
+            return bool(record.load(directory))
+    return False
 
 
 def _settings(directory: Path, inputs: Inputs) -> str:

@@ -99,15 +99,16 @@ def inputs_of(config: RunConfig, command: Command, sources: Sources, options: Ma
     )
     base = report.base_model or config.base_model
     versions = library_versions()
-    reward = sources.reward and [_source(reward.function) for reward in sources.reward.functions]
+    rewards = () if sources.reward is None else sources.reward.functions
+    given: dict[Batch, Path | None] = {"update": config.rollouts.update, "evaluation": config.rollouts.evaluation}
     return Inputs(
         command=command,
         config={**config.model_dump(mode="json", exclude=_PATHS), **options},
         checkpoint=hash_directory(config.checkpoint),
         base_model=hash_directory(Path(base)) if base is not None and Path(base).is_dir() else base,
-        given={batch: hash_file(path) for batch, path in config.rollouts if path is not None},
+        given={batch: hash_file(path) for batch, path in given.items() if path is not None},
         prompts=_hash(repr(sources.prompts)) if sources.prompts else None,
-        reward=reward and _hash(json.dumps(reward)),
+        reward=_hash(json.dumps([_source(reward.function) for reward in rewards])) if rewards else None,
         versions={name: versions[name] for name in ("entropy-probe", "torch", "transformers")},
     )
 
