@@ -18,7 +18,7 @@ from entropy_probe import Rollouts, Sweep, SweepPoint
 from entropy_probe.cli.output import locked
 from entropy_probe.cli.sweep import open_index
 from tests.checkpoints.conftest import edit_optimizer
-from tests.cli.conftest import command_line, execute, invoke, killed_before
+from tests.cli.conftest import SHARD, command_line, execute, invoke, killed_before
 from tests.processes import Process
 
 RATES = [1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -87,7 +87,8 @@ def test_a_killed_sweep_resumes_to_the_same_bytes(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_before_any_file_appears_resumes_to_the_same_bytes(config, tmp_path):
+def test_a_sweep_killed_before_any_file_appears_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(SHARD, 12)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ("sweep.direct_curvature=true", "evaluation.total_sequences=64")
     shown = sweep(config, *options, "--output-dir", whole)
