@@ -15,7 +15,7 @@ CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators t
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.analyses.provenance import library_versions; print(library_versions())
 
-.PHONY: demo test test-full test-gpu test-latest test-oldest lint lock bench bench-gpu clean
+.PHONY: demo test test-full test-gpu test-latest test-oldest same-numbers lint lock bench bench-gpu clean
 
 # -qq hides pip's warnings, not its errors; the build backend comes from the lock too
 $(STAMP): pyproject.toml lock.txt
@@ -62,6 +62,15 @@ test-oldest:
 	.venv-oldest/bin/python -c '$(VERSIONS)'
 	cd .venv-oldest && rm -rf examples runs && bin/entropy-probe demo
 	.venv-oldest/bin/python -m pytest -n 2 $(CORE)
+
+# What a redesign must leave as it is, to the last digit: make same-numbers BASE=main, or of some RUNS='given ranks' only.
+same-numbers: $(STAMP)
+	test -n '$(BASE)' || { echo 'BASE: expected a git ref to compare with, got none; make same-numbers BASE=main' >&2; exit 2; }
+	set -e; work=$$(mktemp -d); trap 'git worktree remove --force '$$work'/tree; rm -rf '$$work EXIT; \
+	git worktree add --quiet --detach $$work/tree '$(BASE)'; \
+	PYTHONPATH=$$work/tree/src $(BIN)/python tests/redesign/runs.py $$work/before $(RUNS); \
+	PYTHONPATH=src $(BIN)/python tests/redesign/runs.py $$work/after $(RUNS); \
+	$(BIN)/python tests/redesign/compare.py $$work/before $$work/after
 
 # warnings are those of whatever versions the machine has
 test-gpu:

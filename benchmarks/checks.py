@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -24,15 +25,17 @@ from rich.table import Table
 
 from by_weights import run_by_weights
 from entropy_probe import EntropyProbe
+from entropy_probe.analyses import predict
 from entropy_probe.analyses.before import LengthSample
-from entropy_probe.analyses.two_batch import TwoBatch
+from entropy_probe.analyses.gradient import update_gradient
+from entropy_probe.analyses.policy import Policy
 from two_batch import Setup, training_gradient
 
 Seconds = defaultdict[str, float]
 PARTS = {
-    "layout": [(TwoBatch, "prepare"), (TwoBatch, "choose_taps")],
-    "length": [(LengthSample, "of"), (TwoBatch, "_length_changes"), (LengthSample, "beyond")],
-    "update gradient": [(TwoBatch, "_update_gradient")],
+    "layout": [(Policy, "prepare"), (Policy, "choose_taps")],
+    "length": [(LengthSample, "of"), (predict, "_length_changes"), (LengthSample, "beyond")],
+    "update gradient": [(predict, "update_gradient")],
 }
 """Where each part of the work is done."""
 
@@ -85,7 +88,8 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
         return found
 
     def without_scores() -> Seconds:
-        with mock.patch.object(TwoBatch, "_sheet", return_value=None):
+        unread = partial(update_gradient, scored=True)
+        with mock.patch.object(predict, "update_gradient", lambda *args, scored, **rest: unread(*args, **rest)):
             return probe()
 
     def training() -> Seconds:

@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import Tensor
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores, load_checkpoint
-from entropy_probe.analyses import two_batch
-from entropy_probe.analyses.measure import Measurement, measure_change
+from entropy_probe.analyses import measure
+from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.demo.train import quiet_single_thread, train_demo
 from entropy_probe.estimators import realized
 from entropy_probe.estimators.baselines import PositionSums, position_baseline
@@ -209,7 +209,7 @@ def estimate_all(probe: EntropyProbe, update: Rollouts, evaluation: Rollouts) ->
         seen.append((before, after, part.units))
         return measure_change(before, after, part, *rest)
 
-    with mock.patch.object(two_batch, "measure_change", record):
+    with mock.patch.object(measure, "measure_change", record):
         result = probe.run(update=update, evaluation=evaluation)
     assert result.difference is not None
     (scores,) = seen

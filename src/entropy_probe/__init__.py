@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints import CheckpointError, CheckpointState, load_checkpoint
     from entropy_probe.config import ProbeConfig
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.results.probe import Estimate, Prediction, ProbeResult, Realized
+    from entropy_probe.results.probe import Estimate, Predicted, ProbeResult, Realized
     from entropy_probe.results.sweep import Sweep, SweepPoint
     from entropy_probe.results.validation import Validation
     from entropy_probe.rollouts.batch import Rollouts
@@ -24,7 +24,7 @@ __all__ = [
     "CheckpointState",
     "EntropyProbe",
     "Estimate",
-    "Prediction",
+    "Predicted",
     "ProbeConfig",
     "ProbeResult",
     "Realized",
@@ -43,7 +43,7 @@ _HOME = {
     "CheckpointState": "checkpoints",
     "EntropyProbe": "probe",
     "Estimate": "results.probe",
-    "Prediction": "results.probe",
+    "Predicted": "results.probe",
     "ProbeConfig": "config",
     "ProbeResult": "results.probe",
     "Realized": "results.probe",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from entropy_probe.analyses.attribute import AttributedBatch
+from entropy_probe.analyses.assemble import result_of
+from entropy_probe.analyses.attribute import attribute, check_divides, check_folds
 from entropy_probe.analyses.attribution import Attribution
-from entropy_probe.analyses.one_batch import OneBatch
+from entropy_probe.analyses.batches import admit_batches
+from entropy_probe.analyses.measure import measure as measure_step
+from entropy_probe.analyses.one_batch import one_batch
+from entropy_probe.analyses.policy import Policy, Resample, open_policy
+from entropy_probe.analyses.predict import plan, predict
 from entropy_probe.analyses.provenance import Phase
-from entropy_probe.analyses.session import Resample, Subject
-from entropy_probe.analyses.sweep import LearningRateSweep, check_learning_rates
-from entropy_probe.analyses.two_batch import TwoBatch
-from entropy_probe.analyses.validate import HalfSteps
+from entropy_probe.analyses.sweep import check_finished, check_learning_rates, sweep
+from entropy_probe.analyses.validate import validate
 from entropy_probe.config import ProbeConfig
 from entropy_probe.parallel.ranks import ALONE, SameWork, joined_ranks
 from entropy_probe.parallel.shards import check_shards, is_sharded, reshard
@@ -81,16 +86,29 @@ class EntropyProbe:
             raise ValueError(
                 "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
             )
-        self._arguments = (model, optimizer, mapping, config, progress)
-        self._resample, self._cache, self._ends = resample, ScoreCache(), (tuple(end_token_ids), stop_texts)
-        self._ranks = joined_ranks() if distributed or is_sharded(model) else ALONE
-        if is_sharded(model):
-            self._ranks = SameWork(self._ranks)
-        self._subject()
+        ranks = joined_ranks() if distributed or is_sharded(model) else ALONE
+        self._model, self._optimizer, self._config = model, optimizer, config
+        self._shared: dict[str, Any] = {
+            "mapping": mapping,
+            "progress": progress,
+            "resample": resample,
+            "cache": ScoreCache(),
+            "ranks": SameWork(ranks) if is_sharded(model) else ranks,
+            "end_ids": tuple(end_token_ids),
+            "stop_texts": stop_texts,
+        }
+        self._policy()
 
-    def _subject(self, learning_rate: float | None = None) -> Subject:
+    @contextmanager
+    def _opened(self, learning_rate: float | None = None) -> Iterator[Policy]:
+        """The policy ready to be scored and differentiated for one run, and left as it was."""
+        policy = self._policy(learning_rate)
+        with policy.isolated():
+            yield policy
+
+    def _policy(self, learning_rate: float | None = None) -> Policy:
         """The policy and its optimizer as they are now: a scheduler may have changed the rates since the last call."""
-        model, optimizer, mapping, config, progress = self._arguments
+        model, optimizer, config = self._model, self._optimizer, self._config
         if learning_rate is not None:
             config = config.model_copy(update={"learning_rate": learning_rate})
         reshard(model)
@@ -102,8 +120,7 @@ class EntropyProbe:
                 "its own step is taken on whole parameters only"
             )
         rates = learning_rates(optimizer, config.learning_rate)
-        given = (model, optimizer, parameters, rates, mapping, config, progress)
-        return Subject(*given, self._resample, self._cache, self._ranks, *self._ends)
+        return open_policy(model, optimizer, parameters, config, learning_rates=rates, **self._shared)
 
     def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.
@@ -111,11 +128,15 @@ class EntropyProbe:
         Raises:
             ValueError: for unusable rollouts (too long, too few units, no advantages) or non-finite numbers.
         """
-        return TwoBatch(self._subject(), update, evaluation).result(predict=True, measure=True)
+        with self._opened() as policy:
+            prediction = predict(policy, *admit_batches(policy, update, evaluation))
+            return result_of(prediction.plan, prediction, measure_step(prediction.plan))
 
     def predict(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """The first-order part of :meth:`run` only."""
-        return TwoBatch(self._subject(), update, evaluation).result(predict=True, measure=False)
+        with self._opened() as policy:
+            prediction = predict(policy, *admit_batches(policy, update, evaluation))
+            return result_of(prediction.plan, prediction)
 
     def measure(self, *, update: Rollouts, evaluation: Rollouts | None = None) -> ProbeResult:
         """The realized part of :meth:`run` only.
@@ -123,8 +144,10 @@ class EntropyProbe:
         Without ``evaluation`` the change is measured on the update batch itself. That is biased: the step was fitted
         to the very responses that it is then judged on. The result is labelled (``realized.batch``).
         """
-        evaluation = update if evaluation is None else evaluation
-        return TwoBatch(self._subject(), update, evaluation).result(predict=False, measure=True)
+        with self._opened() as policy:
+            batches = admit_batches(policy, update, update if evaluation is None else evaluation)
+            planned = plan(policy, *batches, shares=False)
+            return result_of(planned, measured=measure_step(planned))
 
     def attribute(
         self, *, update: Rollouts, evaluation: Rollouts, folds: int | None = None, measure: bool = False
@@ -144,12 +167,18 @@ class EntropyProbe:
         Raises:
             ValueError: as :meth:`run`, for an optimizer other than Adam, a sharded model, or unusable folds.
         """
-        if is_sharded(self._arguments[0]):
+        if is_sharded(self._model):
             raise ValueError(
                 "model: expected whole parameters, which attribution differentiates along, got a sharded model, for "
                 "which it is not built; load the checkpoint into a model on one device"
             )
-        return AttributedBatch(self._subject(), update, evaluation, folds).attribution(measure=measure)
+        check_divides(self._optimizer, self._config)
+        with self._opened() as policy:
+            batches = admit_batches(policy, update, evaluation)
+            check_folds(folds, batches[1])
+            prediction = predict(policy, *batches)
+            measured = measure_step(prediction.plan) if measure else None
+            return attribute(prediction, folds, measured)
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0
@@ -169,7 +198,8 @@ class EntropyProbe:
             ValueError: as :meth:`run`, or with fewer than 4 prompts or subsets. A step whose change cannot be measured
                 is left out of the correlations, with a message.
         """
-        return HalfSteps(self._subject(), attribution, evaluation).validation(subsets, seed)
+        with self._opened() as policy:
+            return validate(policy, attribution, evaluation, subsets, seed)
 
     def sweep(
         self,
@@ -197,14 +227,16 @@ class EntropyProbe:
         Raises:
             ValueError: as :meth:`run`, or for unusable learning rates.
         """
-        subject = self._subject(check_learning_rates(learning_rates)[-1])
-        return LearningRateSweep(subject, update, evaluation).sweep(
-            learning_rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point
-        )
+        rates = check_learning_rates(learning_rates)
+        check_finished(finished, rates)
+        with self._opened(rates[-1]) as policy:
+            prediction = predict(policy, *admit_batches(policy, update, evaluation))
+            return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:
         """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""
-        return OneBatch(self._subject(), batch).result()
+        with self._opened() as policy:
+            return one_batch(policy, batch)
 
     def cross_prompt(self, batch: Rollouts) -> CrossPrompt:
         """Predict from one batch that is both update and evaluation, by the cross-prompt U-statistic.
@@ -215,7 +247,9 @@ class EntropyProbe:
             ValueError: for unusable rollouts, fewer than three units, blocks that do not divide the prompts, a
                 surprisal baseline without a group, or second moments that cover too little.
         """
-        return OneBatch(self._subject(), batch).cross_prompt()
+        cross_prompt = self.one_batch(batch).cross_prompt
+        assert cross_prompt is not None
+        return cross_prompt
 
 
 def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:

@@ -12,8 +12,7 @@ import pytest
 import torch
 import yaml
 
-from entropy_probe import ProbeResult, Rollouts, Validation
-from entropy_probe.analyses.validate import HalfSteps
+from entropy_probe import EntropyProbe, ProbeResult, Rollouts, Validation
 from entropy_probe.cli.output import locked
 from entropy_probe.cli.run import of_one_batch
 from entropy_probe.report.wording import RESULT_FIGURES
@@ -259,10 +258,10 @@ def test_too_few_prompts_to_validate_are_refused_before_any_work(config, refused
 
 
 def test_a_validation_that_fails_leaves_the_finished_run(config, tmp_path, monkeypatch, refused):
-    def fail(self, *arguments):
+    def fail(self, *arguments, **settings):
         raise ValueError("the power is out")
 
-    monkeypatch.setattr(HalfSteps, "validation", fail)
+    monkeypatch.setattr(EntropyProbe, "validate", fail)
     done = invoke("validate", config)
     assert done.exit_code == 2
     out = tmp_path / "out"

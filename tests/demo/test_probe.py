@@ -100,4 +100,5 @@ def test_full_training(tmp_path):
     checkpoint = train_demo(tmp_path / "tiny")
     assert_linear_over_three_decades(tmp_path / "tiny", checkpoint, 2048)
     assert_contributions_forecast_real_steps(tmp_path / "tiny", checkpoint, 2048)
-    assert_agree_and_meet(probe_at(tmp_path / "tiny", checkpoint, 2048, (3e-3, 1e-3, 3e-4)), run_rate=3e-4)
+    # at 3e-3 the weights' tail is too heavy (Pareto k 0.78), which so many sequences show, and nothing is measured
+    assert_agree_and_meet(probe_at(tmp_path / "tiny", checkpoint, 2048, (1e-3, 3e-4, 1e-4)), run_rate=3e-4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from entropy_probe import ProbeConfig, TokenScores
-from entropy_probe.analyses.measure import measure_change
+from entropy_probe.analyses.realized import measure_change
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights

@@ -72,7 +72,7 @@ def per_prompt(model, rollouts, entropy: str) -> tuple[torch.Tensor, torch.Tenso
 def test_equals_a_double_loop(path, entropy, memory, monkeypatch):
     model = TinyPolicy(train_embedding=path != "linear-layer taps")
     if path == "per unit":
-        monkeypatch.setattr("entropy_probe.analyses.session.tappable", lambda *a: "switched off by a test")
+        monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off by a test")
     optimizer = trained_optimizer(model)
     rollouts = batch(1)
     got = cross(model, optimizer, rollouts, entropy=entropy, max_stored_gradient_gib=memory)

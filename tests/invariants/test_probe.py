@@ -82,7 +82,7 @@ def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rol
 def test_prediction_equals_brute_force(path, normalization, monkeypatch):
     model = TinyPolicy(train_embedding=path != "linear-layer taps")
     if path.startswith("per unit"):
-        monkeypatch.setattr("entropy_probe.analyses.session.tappable", lambda *a: "switched off")
+        monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off")
     optimizer = trained_optimizer(model, weight_decay=0.1)
     update, evaluation = batches()
     result = probe(model, optimizer, normalization=normalization, max_grad_norm=None).predict(

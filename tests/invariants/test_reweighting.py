@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from entropy_probe import TokenScores
-from entropy_probe.analyses.measure import measure_change
+from entropy_probe.analyses.realized import measure_change
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import noise_floor

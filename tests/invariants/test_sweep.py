@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from entropy_probe import Sweep, SweepPoint, TokenScores
-from entropy_probe.analyses.sweep import LearningRateSweep
+from entropy_probe.analyses import sweep as analysis
 from entropy_probe.scoring.directional import directional_derivatives
 from tests.invariants.problems import batches, probe
 from tests.invariants.traces import assert_same, state
@@ -108,14 +108,14 @@ def test_a_range_that_reaches_the_end_of_the_grid_is_a_lower_bound():
 
 
 def test_too_large_rates_are_reported_and_not_fitted(monkeypatch):
-    measure = LearningRateSweep._measure
+    measure = analysis.measure_at
 
-    def overflow(self, start, rate, phase):
+    def overflow(plan, rate, phase, floor):
         if rate > 10:
             raise ValueError("scores: expected finite log-probabilities")
-        return measure(self, start, rate, phase)
+        return measure(plan, rate, phase, floor)
 
-    monkeypatch.setattr(LearningRateSweep, "_measure", overflow)
+    monkeypatch.setattr(analysis, "measure_at", overflow)
     sweep = swept(*setting(), rates=(1e-1, 1.0, 30.0))
     assert sweep.linear_range.learning_rate is None
     assert not sweep.linear_range.at_least

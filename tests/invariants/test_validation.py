@@ -8,7 +8,8 @@ import torch
 from scipy.stats import spearmanr
 
 from entropy_probe import Validation
-from entropy_probe.analyses.validate import HalfSteps, distinct_halves
+from entropy_probe.analyses import validate
+from entropy_probe.analyses.validate import distinct_halves
 from tests.invariants.problems import batches, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -191,15 +192,15 @@ def test_steps_that_cannot_be_measured_are_left_out_and_said(monkeypatch):
     assert "5 of 5 steps on halves could not be measured" in " ".join(found.messages)
     assert found.correlations["contributions"] is None
 
-    after, calls = HalfSteps._after, []
+    after, calls = validate.after_step, []
 
-    def sometimes(self, start, learning_rate, phase):
+    def sometimes(plan, step, learning_rate, phase):
         calls.append(phase)
         if len(calls) == 5:
             raise ValueError("scores after the step: not finite")
-        return after(self, start, learning_rate if len(calls) == 3 else 1e-6, phase)
+        return after(plan, step, learning_rate if len(calls) == 3 else 1e-6, phase)
 
-    monkeypatch.setattr(HalfSteps, "_after", sometimes)
+    monkeypatch.setattr(validate, "after_step", sometimes)
     found = subject.validate(attribution, evaluation=evaluation, subsets=8)
     assert [k for k, step in enumerate(found.steps) if step.realized is None] == [2, 4]
     assert "effective sample size" in found.steps[2].failure

@@ -12,7 +12,7 @@ from entropy_probe.results.probe import (
     OptimizerStateReport,
     PolicyFit,
     PreconditionerReport,
-    Prediction,
+    Predicted,
     ProbeResult,
     Realized,
 )
@@ -40,7 +40,7 @@ def make_result(
 
     return ProbeResult(
         entropy=Estimate(value=0.8421, standard_error=0.0123, **COMMON),
-        predicted=predicted and Prediction(**estimate(predicted), se_evaluation=6e-5, se_update=5.4e-5),
+        predicted=predicted and Predicted(**estimate(predicted), se_evaluation=6e-5, se_update=5.4e-5),
         components={
             "gradient": Estimate(**estimate((-0.52e-3, 0.03e-3))),
             "momentum": Estimate(**estimate((-0.912e-3, 0.06e-3))),

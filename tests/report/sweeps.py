@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from entropy_probe.results.probe import Estimate, Prediction, Realized
+from entropy_probe.results.probe import Estimate, Predicted, Realized
 from entropy_probe.results.sweep import Curvature, Fitted, LinearRange, PowerLawFit, QuadraticFit, Sweep, SweepPoint
 from tests.report.results import COMMON, make_result
 
@@ -14,7 +14,7 @@ def make_sweep(a: float = -9.0, b: float = 570.0, *, error: float = 0.3, end: fl
     points = []
     for rate in RATES:
         value, spread = a * rate + b * rate**2, error * rate
-        predicted = Prediction(value=a * rate, standard_error=spread, se_evaluation=spread, se_update=0, **COMMON)
+        predicted = Predicted(value=a * rate, standard_error=spread, se_evaluation=spread, se_update=0, **COMMON)
         status = "low_ess" if rate == RATES[-1] else "ok"
         low = status == "low_ess"
         realized = Realized(value=None if low else value, standard_error=None if low else spread, status=status,

@@ -1,158 +1,128 @@
-"""The realized change with the estimator, the diagnosis and the fallback that were asked for."""
+"""The realized change: take the step on copies, score the evaluation batch again, and compare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
-from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators.baselines import EntropyKind, PositionSums
-from entropy_probe.estimators.first_order import entropy
-from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
-from entropy_probe.estimators.realized import Change, change, per_decision, snis
-from entropy_probe.estimators.uncertainty import Units, UnitSums, in_chunks
-from entropy_probe.parallel.batch import Part, add_up
-from entropy_probe.parallel.ranks import ALONE, Ranks
-from entropy_probe.results.probe import Realized, Unit
+from entropy_probe.analyses.noise import measured_noise_floor
+from entropy_probe.analyses.predict import Plan, Prediction
+from entropy_probe.analyses.realized import Measurement, measure_change
+from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.scoring.isolation import parameters_at
+from entropy_probe.steps.plan import PlannedStep, stepped_parameters
 from entropy_probe.types import TokenScores
 
-__all__ = ["Measurement", "measure_change"]
+__all__ = ["Measured", "after_step", "difference", "fresh_scores", "measure", "measure_at", "noise_floor"]
+
+NOTABLE_ROUNDING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Measurement:
-    """A realized change and how it came about.
+class Measured:
+    """The change after a step.
 
     Attributes:
-        change: the change; ``None`` when it was refused.
-        estimator: which path produced it, or would have.
-        diagnosis: whether the weights can be trusted.
-        weights: of the sequences, after the step.
-        after: scores of this rank's part of the batch after the step.
+        measurement: the change, or why there is none.
+        rounding: what the parameters' precision adds to the step, relative to its length.
+        floor: two standard deviations of what rounding does to the change; ``None`` where it was not measured.
     """
 
-    change: Change | None
-    estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
-    diagnosis: Literal["ok", "low_ess", "high_pareto_k"]
-    weights: SequenceWeights
-    after: TokenScores
+    measurement: Measurement
+    rounding: float
+    floor: float | None
 
-    @property
-    def note(self) -> str | None:
-        """What a reader should know about weights that are not trusted."""
-        if self.diagnosis == "ok":
-            return None
-        w = self.weights
-        found = f"effective sample size {w.ess:.0f} of {w.normalized.numel()}"
-        if w.pareto_k is not None:
-            found += f", Pareto k {w.pareto_k:.2f} (at most {w.pareto_k_threshold:.2f})"
-        what = {
-            "psis": "the realized change is from Pareto-smoothed weights",
-            "resampled": "the realized change is from responses sampled anew after the step",
-        }
-        outcome = "no realized change is given" if self.change is None else what[self.estimator]
-        return f"the step moves the policy too far for these rollouts: {found}; {outcome}"
 
-    def report(
-        self,
-        units: Units,
-        unit: Unit,
-        floor: float | None = None,
-        batch: Literal["evaluation", "update"] = "evaluation",
-        step_rounding: float = 0.0,
-    ) -> Realized:
-        """The result's record of it.
-
-        Args:
-            units: the sampling units.
-            unit: of the change.
-            floor: what rounding does to the change.
-            batch: which rollouts it was measured on.
-            step_rounding: what rounding of the parameters adds to the step, relative to its length.
-        """
-        found, status = self.change, "ok"
-        if found is None:
-            status = self.diagnosis
-        elif floor is not None and abs(found.value) <= floor:
-            status = "below_noise_floor"
-        return Realized(
-            value=None if found is None else found.value,
-            standard_error=None if found is None else found.standard_error,
-            num_units=units.count,
-            unit=unit,
-            status=status,
-            estimator=self.estimator,
-            batch=batch,
-            ess=self.weights.ess,
-            ess_fraction=self.weights.ess_fraction,
-            max_weight=self.weights.max_weight,
-            pareto_k=self.weights.pareto_k,
-            pareto_k_threshold=self.weights.pareto_k_threshold,
-            noise_floor=floor,
-            step_rounding=step_rounding,
+def measure(plan: Plan) -> Measured:
+    """The realized change of a step, with messages where it is not to be trusted or rounded."""
+    measured = measure_at(plan, plan.policy.config.learning_rate, "score after step")
+    messages = plan.policy.log.messages
+    if measured.measurement.note:
+        messages.append(measured.measurement.note)
+    if measured.rounding > NOTABLE_ROUNDING:
+        messages.append(
+            f"rounding to the parameters' precision changes the step by {measured.rounding:.1%} of its length: the "
+            "realized change is that of the rounded step, as it is in training; use dtype float64 or a larger learning "
+            "rate to compare it with the prediction"
         )
+    return replace(measured, floor=noise_floor(plan))
 
 
-def measure_change(
-    before: TokenScores,
-    after: TokenScores,
-    part: Part,
-    batch: PositionSums,
-    config: ProbeConfig,
-    ranks: Ranks = ALONE,
-    resample: Callable[[], TokenScores] | None = None,
-) -> Measurement:
-    """The realized change from scores of the same responses before and after the step.
+def measure_at(plan: Plan, learning_rate: float | None, phase: str, floor: float | None = None) -> Measured:
+    """The realized change of the step at another rate; ``None`` for each group's own.
 
     Args:
-        before: scores of this rank's part of the batch before the step.
-        after: scores of the same after it.
-        part: which sequences these are, and their sampling units.
-        batch: sums over the whole batch of scores before the step.
-        config: the estimator, its options, and what to do when the weights are not trusted.
-        ranks: the ranks that have the other parts.
-        resample: scores, after the step, of fresh responses to the same prompts; needed for that fallback only.
+        plan: the step.
+        learning_rate: of every group.
+        phase: what to report progress under.
+        floor: what rounding does to the change.
+
+    Raises:
+        ValueError: if the policy after the step gives numbers that are not finite, or the step is not linear in the
+            rate.
     """
-    units, normalization, kind = part.units, config.normalization, config.entropy
+    policy, before, part = plan.policy, plan.before, plan.evaluation.part
+    with after_step(plan, plan.step, learning_rate, phase) as (after, rounding):
+        given = (before.scores, after, part, before.positions, policy.config, policy.ranks)
+        return Measured(measure_change(*given, lambda: fresh_scores(plan)), rounding, floor)
 
-    def change_to(new: UnitSums, kind: EntropyKind = kind) -> Change:
-        return change(add_up(ranks, new), add_up(ranks, entropy(before, units, normalization, kind)))
 
-    log_weights, base = ranks.sum(part.by_sequence(sequence_log_weights(before, after)))
-    weights = sequence_importance_weights(
-        log_weights,
-        config.is_mode,
-        base=base,
-        log_weight_clamp=config.log_weight_clamp,
-        weight_clip=config.weight_clip,
-    )
-    diagnosis = "ok"
-    if weights.heavy_tailed:
-        diagnosis = "high_pareto_k"
-    elif weights.ess_fraction < config.min_ess_fraction and config.is_mode != "psis":
-        diagnosis = "low_ess"
-    if diagnosis != "ok" and config.on_low_ess == "resample":
-        assert resample is not None
-        fresh = entropy(resample(), units, normalization, kind)
-        return Measurement(change_to(fresh), "resampled", diagnosis, weights, after)
-    if diagnosis != "ok" and config.on_low_ess == "psis" and weights.pareto_k is not None:
-        smoothed = sequence_importance_weights(log_weights, "psis", base=base, log_weight_clamp=config.log_weight_clamp)
-        if smoothed.heavy_tailed:
-            return Measurement(None, "psis", "high_pareto_k", weights, after)
-        new = snis(after, smoothed.normalized[part.rows], units, normalization, kind)
-        return Measurement(change_to(new), "psis", diagnosis, weights, after)
-    estimator = "per_decision" if config.realized == "per_decision" else config.is_mode
-    if diagnosis != "ok":
-        return Measurement(None, estimator, diagnosis, weights, after)
-    if estimator == "per_decision":
-        with ranks.agreeing():
-            table = torch.zeros(2, units.count, dtype=torch.float64)
-            for rows in in_chunks(units):
-                own = units.select(rows)
-                table += per_decision(before.select(rows), after.select(rows), own, batch, normalization).table
-        return Measurement(change_to(UnitSums(table), "rao_blackwell"), estimator, diagnosis, weights, after)
-    new = snis(after, weights.normalized[part.rows], units, normalization, kind)
-    return Measurement(change_to(new), estimator, diagnosis, weights, after)
+@contextmanager
+def after_step(
+    plan: Plan, step: PlannedStep, learning_rate: float | None, phase: str
+) -> Iterator[tuple[TokenScores, float]]:
+    """The policy after a step, for as long as this lasts: scores of this rank's part, and the step's rounding."""
+    policy, evaluation = plan.policy, plan.evaluation
+    stepped, rounding = stepped_parameters(policy.parameters, policy.optimizer, step, policy.config, learning_rate)
+    with parameters_at(policy.parameters, stepped):
+        with policy.clock.phase(phase) as progress, policy.on_part(evaluation.part):
+            after = policy.scorer.score(evaluation.own, progress)
+        yield after, rounding
+
+
+def fresh_scores(plan: Plan) -> TokenScores:
+    """Scores of fresh responses to the evaluation prompts, sampled and scored at the policy as it is.
+
+    Raises:
+        ValueError: if the responses are to other prompts.
+    """
+    policy, evaluation, part = plan.policy, plan.evaluation.rollouts, plan.evaluation.part
+    assert policy.resample is not None
+    with policy.clock.phase("resample"):
+        fresh = policy.resample(evaluation).cpu()
+    if not torch.equal(fresh.prompt_ids, evaluation.prompt_ids):
+        raise ValueError(
+            f"resample: expected a response to each of the {len(evaluation)} evaluation prompts, in the same "
+            f"order, got {len(fresh)} for others"
+        )
+    policy.scorer.check_also(fresh)
+    policy.check_ranks_agree(resampled=fresh)
+    with policy.clock.phase("score resampled") as progress, policy.on_part(part):
+        return policy.scorer.score(fresh.select(part.rows), progress)
+
+
+def noise_floor(plan: Plan) -> float | None:
+    """Two standard deviations of what rounding does to the change; ``None`` where the config leaves it out."""
+    policy, evaluation = plan.policy, plan.evaluation
+    if not policy.config.measure_noise_floor:
+        return None
+    with policy.clock.phase("noise floor"):
+        given = (evaluation.rollouts, evaluation.part, plan.before.scores, policy.config, policy.ranks)
+        return measured_noise_floor(policy.scorer, policy.parameters, *given)
+
+
+def difference(prediction: Prediction, measurement: Measurement, factor: float = 1.0) -> Sampled | None:
+    """The measured change minus ``factor`` times the predicted one; ``None`` where nothing was measured."""
+    change = measurement.change
+    if change is None:
+        return None
+    predicted, before = prediction.change, prediction.plan.before
+    predicted, beyond = predicted.times(factor), 0.0
+    if before.lengths is not None and measurement.estimator == "per_decision":
+        beyond = before.lengths.beyond(measurement.after, predicted.length_change, prediction.plan.policy.ranks)
+    if measurement.estimator == "resampled":  # other responses, so the change does not contain the influence of H
+        beyond = change.size_change - predicted.length_change
+    return change.minus(predicted, before.entropy, beyond)

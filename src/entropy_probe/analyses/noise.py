@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.analyses.measure import measure_change
+from entropy_probe.analyses.realized import measure_change
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.realized import Change, noise_floor, rounding_of

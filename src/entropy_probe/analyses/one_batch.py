@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from entropy_probe.analyses.admission import draws_of
+from entropy_probe.analyses.assemble import assemble
+from entropy_probe.analyses.batches import admitted
 from entropy_probe.analyses.before import chosen_units
 from entropy_probe.analyses.not_modelled import of_frozen_geometry
-from entropy_probe.analyses.session import Session, Subject
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import Units
-from entropy_probe.gradients.cross import CrossProducts, cross_products
+from entropy_probe.gradients.cross import cross_products
 from entropy_probe.gradients.per_sample import unit_backward
 from entropy_probe.losses import divides_by_tokens, loss_coefficients
 from entropy_probe.named import dot, norm
@@ -24,7 +28,7 @@ from entropy_probe.results.probe import CrossPrompt, ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["OneBatch"]
+__all__ = ["one_batch"]
 
 MOST_UNITS = 128
 """More prompts than this are put into blocks, unless asked otherwise."""
@@ -36,185 +40,203 @@ SUSPICIOUS_RATIO = 1e3
 """P should change the scale of the statistic by no more than this."""
 
 
-class OneBatch(Session):
-    """One probe of a batch of prompts with a group of responses each."""
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The batch, as given and as counted, and its units: prompts, or blocks of them."""
 
-    def __init__(self, subject: Subject, batch: Rollouts) -> None:
-        super().__init__(subject)
-        self.given = batch.cpu()
-        batch = self.batch = self.admit(batch, "batch")
-        self.prompts = Units.prompts(batch.prompt_ids)
-        self.block_size = self._block_size()
-        self.units = Units(self.prompts.index // self.block_size, self.prompts.count // self.block_size)
-        self.check_ranks_agree(batch=batch)
-        self.part = Part.of(batch, self.units, self.units, self.ranks)
+    given: Rollouts
+    rollouts: Rollouts
+    prompts: Units
+    block_size: int
+    units: Units
+    part: Part
 
-    def cross_prompt(self) -> CrossPrompt:
-        """The U-statistic alone."""
-        found = self.result().cross_prompt
-        assert found is not None
-        return found
 
-    def result(self) -> ProbeResult:
-        """The U-statistic with H and the diagnostics."""
-        config, batch = self.config, self.batch
-        answered = self.prompts.index[batch.response_mask.any(1)]
-        if config.entropy == "surprisal" and bool((answered.bincount(minlength=self.prompts.count) < 2).any()):
-            raise ValueError(
-                "one batch: expected at least 2 responses per prompt for the surprisal baseline, got a prompt with 1; "
-                "sample more, or use entropy='rao_blackwell'"
-            )
-        with self.isolated():
-            self.prepare(batch)
-            taps = self.choose_taps(batch)
-            scale, report = self.frozen_scale()
-            rate = max(self.subject.learning_rates)
-            relative = {name: s / rate for name, s in scale.items()}
-            part, own = self.part, self.part.select(batch)
-            before = self.reference_scores(batch, part, "score batch")
-            if self.check_rollouts("batch", before, part, batch).log_weights is not None:
-                raise ValueError(
-                    "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
-                    "they are, so they cannot be reweighted; predict from two batches"
-                )
-            mine = self.prompts.select(part.rows)
-            by_prompt = add_up(self.ranks, fo.entropy(before, mine, config.normalization, config.entropy))
-            positions = add_up(self.ranks, PositionSums.of(before))
-            how = (config.normalization, config.entropy, draws_of(batch).select(part.rows))
-            towards = fo.entropy_coefficients(before, own.prompt_ids, part.units, positions, *how)
-            weights = by_prompt.size.sum().item()
-            loss = loss_coefficients(self.given, config.loss_type, config.max_completion_length).select(part.rows)
-            left, right = _times(towards, -self.units.count / weights), _times(loss, -float(self.units.count))
-            with self.clock.phase("cross-prompt gradients") as progress:
-                products = cross_products(
-                    self.scorer,
-                    self.parameters,
-                    own,
-                    part.local_units,
-                    self.units.count,
-                    # mean X = -grad H and mean Y = -grad loss, over units
-                    left,
-                    right,
-                    relative,
-                    taps=taps,
-                    max_bytes=config.max_stored_gradient_gib * 2**30,
-                    progress=progress,
-                    ranks=self.ranks,
-                )
-            slope = self._length_slope(before, positions, right, products.right_total, relative)
-        by_unit = part.by_unit(torch.stack([products.left, products.right, products.diagonal]))
-        x_side, y_side, diagonal = self.ranks.sum(by_unit)
-        statistic = cross_statistic(x_side, y_side, diagonal, self._of_sums(before, slope))
-        cross = CrossPrompt(
-            delta_h1=-rate * statistic.value,
-            se_plugin=rate * statistic.se_plugin,
-            se_jackknife=rate * statistic.se_jackknife,
-            unit=self.unit,
-            u_cross=statistic.value,
-            zeta_plugin=statistic.zeta_plugin,
-            zeta_jackknife=statistic.zeta_jackknife,
-            bars_dot=statistic.bars_dot,
-            bars_dot_ratio=self._ratio_to_unscaled(statistic.bars_dot, products),
-            diagonal=statistic.diagonal,
-            row_means=tuple(statistic.row_means.tolist()),
-            num_units=self.units.count,
-            mode="exact" if self.block_size == 1 else "block",
-            block_size=self.block_size,
-            learning_rate=rate,
-            gradients=products.how,
-            preconditioner=report,
+def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
+    """The U-statistic of a batch of prompts with a group of responses each, with H and the diagnostics.
+
+    Raises:
+        ValueError: see :meth:`entropy_probe.EntropyProbe.cross_prompt`.
+    """
+    config, ranks, whole = policy.config, policy.ranks, _admitted(policy, batch)
+    units, part, own = whole.units, whole.part, whole.part.select(whole.rollouts)
+    policy.prepare(whole.rollouts)
+    taps = policy.choose_taps(whole.rollouts)
+    scale, report = policy.frozen_scale()
+    rate = max(policy.learning_rates)
+    relative = {name: s / rate for name, s in scale.items()}
+    before = _scores(policy, whole)
+    by_prompt, positions = (
+        add_up(ranks, fo.entropy(before, whole.prompts.select(part.rows), config.normalization, config.entropy)),
+        add_up(ranks, PositionSums.of(before)),
+    )
+    how = (config.normalization, config.entropy, draws_of(whole.rollouts).select(part.rows))
+    towards = fo.entropy_coefficients(before, own.prompt_ids, part.units, positions, *how)
+    loss = loss_coefficients(whole.given, config.loss_type, config.max_completion_length).select(part.rows)
+    left, right = _times(towards, -units.count / by_prompt.size.sum().item()), _times(loss, -float(units.count))
+    with policy.clock.phase("cross-prompt gradients") as progress:
+        products = cross_products(
+            policy.scorer,
+            policy.parameters,
+            own,
+            part.local_units,
+            units.count,
+            # mean X = -grad H and mean Y = -grad loss, over units
+            left,
+            right,
+            relative,
+            taps=taps,
+            max_bytes=config.max_stored_gradient_gib * 2**30,
+            progress=progress,
+            ranks=ranks,
         )
-        ascent = {name: g / self.units.count for name, g in products.right_total.items()}
-        step = {name: scale[name] * g for name, g in ascent.items()}
-        diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
-        self.not_modelled += of_frozen_geometry(self.parameters, self.optimizer, norm(ascent), config.max_grad_norm)
-        return self.assemble(
-            by_prompt.ratio(), self.prompts, batch, batch, diagnostics, unit="prompt", cross_prompt=cross
+    slope = _length_slope(policy, whole, before, positions, right, products.right_total, relative)
+    by_unit = part.by_unit(torch.stack([products.left, products.right, products.diagonal]))
+    x_side, y_side, diagonal = ranks.sum(by_unit)
+    statistic = cross_statistic(x_side, y_side, diagonal, _of_sums(policy, whole, before, slope))
+    ratio = _ratio_to_unscaled(policy, statistic.bars_dot, products.unscaled_total / units.count**2)
+    cross = CrossPrompt(
+        delta_h1=-rate * statistic.value,
+        se_plugin=rate * statistic.se_plugin,
+        se_jackknife=rate * statistic.se_jackknife,
+        unit=policy.unit,
+        u_cross=statistic.value,
+        zeta_plugin=statistic.zeta_plugin,
+        zeta_jackknife=statistic.zeta_jackknife,
+        bars_dot=statistic.bars_dot,
+        bars_dot_ratio=ratio,
+        diagonal=statistic.diagonal,
+        row_means=tuple(statistic.row_means.tolist()),
+        num_units=units.count,
+        mode="exact" if whole.block_size == 1 else "block",
+        block_size=whole.block_size,
+        learning_rate=rate,
+        gradients=products.how,
+        preconditioner=report,
+    )
+    ascent = {name: g / units.count for name, g in products.right_total.items()}
+    step = {name: scale[name] * g for name, g in ascent.items()}
+    diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
+    trained = (policy.parameters, policy.optimizer)
+    policy.log.not_modelled += of_frozen_geometry(*trained, norm(ascent), config.max_grad_norm)
+    given = (by_prompt.ratio(), whole.prompts, whole.rollouts, whole.rollouts, diagnostics)
+    return assemble(policy, *given, unit="prompt", cross_prompt=cross)
+
+
+def _admitted(policy: Policy, batch: Rollouts) -> _Batch:
+    given = batch.cpu()
+    rollouts = admitted(policy, given, "batch")
+    prompts = Units.prompts(rollouts.prompt_ids)
+    block_size = _block_size(prompts.count, policy.config)
+    units = Units(prompts.index // block_size, prompts.count // block_size)
+    policy.check_ranks_agree(batch=rollouts)
+    answered = prompts.index[rollouts.response_mask.any(1)]
+    if policy.config.entropy == "surprisal" and bool((answered.bincount(minlength=prompts.count) < 2).any()):
+        raise ValueError(
+            "one batch: expected at least 2 responses per prompt for the surprisal baseline, got a prompt with 1; "
+            "sample more, or use entropy='rao_blackwell'"
         )
+    return _Batch(given, rollouts, prompts, block_size, units, Part.of(rollouts, units, units, policy.ranks))
 
-    def _of_sums(self, before: TokenScores, slope: float) -> Callable[[float], Tensor]:
-        """What each unit does to the statistic through the batch's sums, from the statistic."""
-        config, of_loss = self.config, self.given.response_lengths.double()
-        sums = add_up(self.ranks, fo.entropy(before, self.part.units, config.normalization, config.entropy))
-        if not divides_by_tokens(config.loss_type):
-            of_loss = torch.ones_like(of_loss)
-        return lambda value: influence_of_sums(value, sums.size, self.units.total(of_loss), sums.ratio(), slope)
 
-    def _length_slope(
-        self,
-        before: TokenScores,
-        positions: PositionSums,
-        right: TokenCoefficients,
-        right_total: dict[str, Tensor],
-        relative: dict[str, Tensor],
-    ) -> float:
-        """How the statistic changes per nat of H: some units' length gradients along ``P mean Y`` of all others.
+def _scores(policy: Policy, whole: _Batch) -> TokenScores:
+    """Of this rank's part of the batch, which the policy itself must have sampled."""
+    scores = policy.reference_scores(whole.rollouts, whole.part, "score batch")
+    if policy.check_rollouts("batch", scores, whole.part, whole.rollouts).log_weights is not None:
+        raise ValueError(
+            "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
+            "they are, so they cannot be reweighted; predict from two batches"
+        )
+    return scores
 
-        Args:
-            before: scores of this rank's part.
-            positions: sums over the whole batch.
-            right: coefficients of ``Y``.
-            right_total: ``sum Y``.
-            relative: P.
-        """
-        if self.config.normalization != "token":
-            return 0.0
-        count, part = self.units.count, self.part
-        number = min(count // 2, max(LEAST_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
-        some = chosen_units(self.batch, self.units, number)
-        rows = torch.isin(part.units.index, some).nonzero()[:, 0]
-        chosen, units = before.select(rows), part.units.select(rows)
-        sides = [fo.length_coefficients(chosen, units, positions), right.select(rows)]
-        own, present, along = part.select(self.batch).select(rows), units.index.unique().tolist(), 0.0
-        with self.clock.phase("length gradient") as progress, self.on_part(part):
-            for done, unit in enumerate(present, start=1):
-                members = (units.index == unit).nonzero()[:, 0]
-                lengths, loss = unit_backward(self.scorer, self.parameters, own, members, sides)
-                others = {
-                    name: right_total[name] - loss[name] if name in loss else right_total[name] for name in lengths
-                }
-                along += dot(lengths, {name: relative[name] * y for name, y in others.items()})
-                progress(done, len(present))
-        tokens = fo.sequence_weights(chosen, "token").sum().item()
-        along, tokens = self.ranks.sum(torch.tensor([along, tokens], dtype=torch.float64)).tolist()
-        return along / tokens / (count - 1)
 
-    def _block_size(self) -> int:
-        """Prompts per unit."""
-        count, asked, config = self.prompts.count, self.config.block_size, self.config
-        if config.one_batch_units == "exact":
-            if asked not in (None, 1):
-                raise ValueError(f"block_size: expected 1 or nothing with one_batch_units 'exact', got {asked}")
-            return 1
-        divisors = [size for size in range(1, count + 1) if count % size == 0]
-        if asked is not None:
-            if asked > count or count % asked:
-                raise ValueError(
-                    f"block_size: expected a divisor of the {count} prompts of the batch, got {asked}; use one of "
-                    f"{', '.join(map(str, divisors[:-1]))}"
-                )
-            return asked
-        if config.one_batch_units == "auto" and count <= MOST_UNITS:
-            return 1
-        fitting = [size for size in divisors if size > 1 and LEAST_BLOCKS <= count // size <= MOST_UNITS]
-        if not fitting and config.one_batch_units == "block":
+def _of_sums(policy: Policy, whole: _Batch, before: TokenScores, slope: float) -> Callable[[float], Tensor]:
+    """What each unit does to the statistic through the batch's sums, from the statistic."""
+    config, of_loss = policy.config, whole.given.response_lengths.double()
+    sums = add_up(policy.ranks, fo.entropy(before, whole.part.units, config.normalization, config.entropy))
+    if not divides_by_tokens(config.loss_type):
+        of_loss = torch.ones_like(of_loss)
+    return lambda value: influence_of_sums(value, sums.size, whole.units.total(of_loss), sums.ratio(), slope)
+
+
+def _length_slope(
+    policy: Policy,
+    whole: _Batch,
+    before: TokenScores,
+    positions: PositionSums,
+    right: TokenCoefficients,
+    right_total: dict[str, Tensor],
+    relative: dict[str, Tensor],
+) -> float:
+    """How the statistic changes per nat of H: some units' length gradients along ``P mean Y`` of all others.
+
+    Args:
+        policy: what is differentiated.
+        whole: the batch.
+        before: scores of this rank's part.
+        positions: sums over the whole batch.
+        right: coefficients of ``Y``.
+        right_total: ``sum Y``.
+        relative: P.
+    """
+    if policy.config.normalization != "token":
+        return 0.0
+    count, part = whole.units.count, whole.part
+    number = min(count // 2, max(LEAST_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
+    some = chosen_units(whole.rollouts, whole.units, number)
+    rows = torch.isin(part.units.index, some).nonzero()[:, 0]
+    chosen, units = before.select(rows), part.units.select(rows)
+    sides = [fo.length_coefficients(chosen, units, positions), right.select(rows)]
+    own, present, along = part.select(whole.rollouts).select(rows), units.index.unique().tolist(), 0.0
+    with policy.clock.phase("length gradient") as progress, policy.on_part(part):
+        for done, unit in enumerate(present, start=1):
+            members = (units.index == unit).nonzero()[:, 0]
+            lengths, loss = unit_backward(policy.scorer, policy.parameters, own, members, sides)
+            others = {name: right_total[name] - loss[name] if name in loss else right_total[name] for name in lengths}
+            along += dot(lengths, {name: relative[name] * y for name, y in others.items()})
+            progress(done, len(present))
+    tokens = fo.sequence_weights(chosen, "token").sum().item()
+    along, tokens = policy.ranks.sum(torch.tensor([along, tokens], dtype=torch.float64)).tolist()
+    return along / tokens / (count - 1)
+
+
+def _block_size(count: int, config: ProbeConfig) -> int:
+    """Prompts per unit."""
+    asked = config.block_size
+    if config.one_batch_units == "exact":
+        if asked not in (None, 1):
+            raise ValueError(f"block_size: expected 1 or nothing with one_batch_units 'exact', got {asked}")
+        return 1
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+    if asked is not None:
+        if asked > count or count % asked:
             raise ValueError(
-                f"one_batch_units 'block': expected a number of prompts that makes {LEAST_BLOCKS} to "
-                f"{MOST_UNITS} equal blocks, got {count}; set block_size, or use 'exact'"
+                f"block_size: expected a divisor of the {count} prompts of the batch, got {asked}; use one of "
+                f"{', '.join(map(str, divisors[:-1]))}"
             )
-        return fitting[0] if fitting else 1
+        return asked
+    if config.one_batch_units == "auto" and count <= MOST_UNITS:
+        return 1
+    fitting = [size for size in divisors if size > 1 and LEAST_BLOCKS <= count // size <= MOST_UNITS]
+    if not fitting and config.one_batch_units == "block":
+        raise ValueError(
+            f"one_batch_units 'block': expected a number of prompts that makes {LEAST_BLOCKS} to "
+            f"{MOST_UNITS} equal blocks, got {count}; set block_size, or use 'exact'"
+        )
+    return fitting[0] if fitting else 1
 
-    def _ratio_to_unscaled(self, bars_dot: float, products: CrossProducts) -> float | None:
-        unscaled = products.unscaled_total / self.units.count**2
-        if unscaled == 0:
-            return None
-        ratio = bars_dot / unscaled
-        if abs(ratio) > SUSPICIOUS_RATIO:
-            self.messages.append(
-                f"the preconditioner scales the product of the mean gradients by {ratio:.3g}: a few elements with tiny "
-                "second moments may dominate; lower frozen_max_scale and compare"
-            )
-        return ratio
+
+def _ratio_to_unscaled(policy: Policy, bars_dot: float, unscaled: float) -> float | None:
+    """The product of the mean gradients over what it is without P."""
+    if unscaled == 0:
+        return None
+    ratio = bars_dot / unscaled
+    if abs(ratio) > SUSPICIOUS_RATIO:
+        policy.log.messages.append(
+            f"the preconditioner scales the product of the mean gradients by {ratio:.3g}: a few elements with tiny "
+            "second moments may dominate; lower frozen_max_scale and compare"
+        )
+    return ratio
 
 
 def _times(coefficients: TokenCoefficients, factor: float) -> TokenCoefficients:

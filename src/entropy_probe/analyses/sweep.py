@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from entropy_probe.analyses.two_batch import Start, TwoBatch
+from entropy_probe.analyses.assemble import estimate_fields, predicted_record, realized_record, result_of
+from entropy_probe.analyses.measure import difference, measure_at, noise_floor
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate
 from entropy_probe.estimators import sweep as curves
 from entropy_probe.estimators.curvature import per_decision_taylor
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import add_up
-from entropy_probe.results.probe import Prediction, ProbeResult
+from entropy_probe.results.probe import Estimate, Predicted, ProbeResult
 from entropy_probe.results.sweep import (
     Curvature,
     Fitted,
@@ -29,7 +31,7 @@ from entropy_probe.results.sweep import (
 )
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 
-__all__ = ["LearningRateSweep", "check_learning_rates"]
+__all__ = ["check_finished", "check_learning_rates", "sweep"]
 
 SLOPE_TOLERANCE = 1e-3
 """How far the forward-mode slope may be from the backward one, relative to the sum of absolute contributions."""
@@ -49,99 +51,107 @@ def check_learning_rates(learning_rates: Sequence[float]) -> tuple[float, ...]:
     return rates
 
 
-class LearningRateSweep(TwoBatch):
-    """One update and one evaluation batch; ``config.learning_rate`` is the rate that the step is planned at."""
+def check_finished(finished: Sequence[SweepPoint], rates: Sequence[float]) -> None:
+    """Make sure that points of an interrupted sweep are of this one.
 
-    def sweep(
-        self,
-        learning_rates: Sequence[float],
-        *,
-        direct_curvature: bool,
-        finished: Sequence[SweepPoint],
-        on_point: Callable[[SweepPoint], None] | None,
-    ) -> Sweep:
-        """The whole story; see :meth:`entropy_probe.EntropyProbe.sweep`."""
-        rates = check_learning_rates(learning_rates)
-        points = {point.learning_rate: point for point in finished}
-        if not points.keys() <= set(rates) or any(p.estimate and p.influence is None for p in finished):
-            raise ValueError(
-                "finished: expected points at rates of this sweep, with their influences; sweep them again"
-            )
-        own = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
-        notes: list[str] = []
-        with self.isolated():
-            start = self._start(predict=True)
-            derivatives = self._direct_derivatives(start, notes) if direct_curvature else None
-            floor = self._noise_floor(start.before)
-            for rate in rates:
-                if rate not in points:
-                    points[rate] = self._point(start, rate, floor)
-                    if on_point:
-                        on_point(points[rate])
-        prediction = self._finish(start).model_copy(update={"timing": {}, "memory": {}})
-        return assemble(prediction, own, [points[rate] for rate in rates], derivatives, notes)
+    Raises:
+        ValueError: if not.
+    """
+    known = {point.learning_rate for point in finished} <= set(rates)
+    if not known or any(p.estimate and p.influence is None for p in finished):
+        raise ValueError("finished: expected points at rates of this sweep, with their influences; sweep them again")
 
-    def _planned_rate(self) -> float:
-        assert self.config.learning_rate is not None
-        return self.config.learning_rate
 
-    def _point(self, start: Start, rate: float, floor: float | None) -> SweepPoint:
-        """The step at one rate, and the change after it."""
-        factor = rate / self._planned_rate()
-        planned, sampled = start.fields["predicted"], start.predicted
-        assert sampled is not None
-        scaled = {
-            name: factor * getattr(planned, name) for name in ("value", "standard_error", "se_evaluation", "se_update")
+def sweep(
+    prediction: Prediction,
+    rates: Sequence[float],
+    *,
+    direct_curvature: bool,
+    finished: Sequence[SweepPoint],
+    on_point: Callable[[SweepPoint], None] | None,
+) -> Sweep:
+    """The change at every rate, and the fits; see :meth:`entropy_probe.EntropyProbe.sweep`.
+
+    Args:
+        prediction: planned at one of the rates, which ``config.learning_rate`` is.
+        rates: in increasing order.
+        direct_curvature: also differentiate twice along the step.
+        finished: points that are taken as they are.
+        on_point: called with every other point.
+    """
+    points, notes = {point.learning_rate: point for point in finished}, []
+    derivatives = _direct_derivatives(prediction, notes) if direct_curvature else None
+    floor = noise_floor(prediction.plan)
+    for rate in rates:
+        if rate not in points:
+            points[rate] = _point(prediction, rate, floor)
+            if on_point:
+                on_point(points[rate])
+    own = tuple(float(group["lr"]) for group in prediction.plan.policy.optimizer.param_groups)
+    result = result_of(prediction.plan, prediction).model_copy(update={"timing": {}, "memory": {}})
+    return fitted(result, own, [points[rate] for rate in rates], derivatives, notes)
+
+
+def _planned_rate(prediction: Prediction) -> float:
+    rate = prediction.plan.policy.config.learning_rate
+    assert rate is not None
+    return rate
+
+
+def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoint:
+    """The step at one rate, and the change after it."""
+    plan, factor, planned = prediction.plan, rate / _planned_rate(prediction), predicted_record(prediction)
+    of_rate = {
+        name: factor * getattr(planned, name) for name in ("value", "standard_error", "se_evaluation", "se_update")
+    }
+    predicted = Predicted(**planned.model_dump() | of_rate)
+    try:
+        measured = measure_at(plan, rate, f"score at {rate:.3g}", floor)
+    except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
+        return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
+    point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized_record(plan, measured))
+    change, gap = measured.measurement.change, difference(prediction, measured.measurement, factor)
+    if change is None or gap is None:
+        return point
+    return point.model_copy(
+        update={
+            "difference": Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.units)),
+            "influence": tuple(change.influence.tolist()),
+            "difference_influence": tuple(gap.influence.tolist()),
         }
-        predicted = Prediction(**planned.model_dump() | scaled)
-        try:
-            measured, rounding = self._measure(start, rate, f"score at {rate:.3g}")
-        except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
-            return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
-        gap = self._gap(measured, sampled.times(factor), start.before)
-        realized, difference = self._report(measured, rounding, floor, gap)
-        point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized, difference=difference)
-        if measured.change is None or gap is None:
-            return point
-        return point.model_copy(
-            update={
-                "influence": tuple(measured.change.influence.tolist()),
-                "difference_influence": tuple(gap.influence.tolist()),
-            }
+    )
+
+
+def _direct_derivatives(prediction: Prediction, notes: list[str]) -> tuple[Sampled, Sampled] | None:
+    """Slope and second derivative along the step by nested forward mode, or a note on why there are none."""
+    plan, rate, predicted = prediction.plan, _planned_rate(prediction), prediction.change
+    policy, part, before = plan.policy, plan.evaluation.part, plan.before
+    direction = {name: move / rate for name, move in plan.step.delta.items()}
+    # on a few sequences, the same on all ranks
+    given = (policy.scorer, plan.evaluation.rollouts, policy.parameters, direction)
+    reason = policy.ranks.broadcast(why_not_forward_mode(*given))
+    if reason is not None:
+        notes.append(f"no direct curvature: the model cannot be differentiated twice in forward mode ({reason})")
+        return None
+    with policy.clock.phase("direct curvature") as progress, policy.on_part(part):
+        given = (policy.scorer, plan.evaluation.own, policy.parameters, direction)
+        first, second = directional_derivatives(*given, progress)
+    c = entropy_surrogate(plan)
+    d = (c.logprobs * first.logprobs).sum(1)
+    d = d if c.entropies is None else d + (c.entropies * first.entropies).sum(1)
+    d, size = policy.ranks.sum(part.by_sequence(d.double())), before.sums.size.sum()
+    gap = rate * float(d.sum() / size) - predicted.value
+    if abs(gap) > SLOPE_TOLERANCE * rate * float(d.abs().sum() / size):
+        notes.append(
+            f"no direct curvature: in forward mode the first-order change is {predicted.value + gap:.6g}, not "
+            f"{predicted.value:.6g} as in backward mode"
         )
-
-    def _direct_derivatives(self, start: Start, notes: list[str]) -> tuple[Sampled, Sampled] | None:
-        """Slope and second derivative along the step by nested forward mode, or a note on why there are none."""
-        rate, predicted = self._planned_rate(), start.predicted
-        assert predicted is not None
-        direction = {name: move / rate for name, move in start.step.delta.items()}
-        # on a few sequences, the same on all ranks
-        reason = self.ranks.broadcast(why_not_forward_mode(self.scorer, self.evaluation, self.parameters, direction))
-        if reason is not None:
-            notes.append(f"no direct curvature: the model cannot be differentiated twice in forward mode ({reason})")
-            return None
-        with self.clock.phase("direct curvature") as progress, self.on_part(self.part):
-            first, second = directional_derivatives(
-                self.scorer, self.own_evaluation, self.parameters, direction, progress
-            )
-        before, c = start.before, self._entropy_coefficients(start.before)
-        d = (c.logprobs * first.logprobs).sum(1)
-        d = d if c.entropies is None else d + (c.entropies * first.entropies).sum(1)
-        d, size = self.ranks.sum(self.part.by_sequence(d.double())), before.sums.size.sum()
-        gap = rate * float(d.sum() / size) - predicted.value
-        if abs(gap) > SLOPE_TOLERANCE * rate * float(d.abs().sum() / size):
-            notes.append(
-                f"no direct curvature: in forward mode the first-order change is {predicted.value + gap:.6g}, not "
-                f"{predicted.value:.6g} as in backward mode"
-            )
-            return None
-        own = per_decision_taylor(
-            before.scores, first, second, self.part.units, before.positions, self.config.normalization
-        )
-        return add_up(self.ranks, own).derivatives()
+        return None
+    own = per_decision_taylor(before.scores, first, second, part.units, before.positions, policy.config.normalization)
+    return add_up(policy.ranks, own).derivatives()
 
 
-def assemble(
+def fitted(
     prediction: ProbeResult,
     own_learning_rates: tuple[float, ...],
     points: Sequence[SweepPoint],

@@ -15,24 +15,28 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from entropy_probe.analyses.attribution import Attribution
+from entropy_probe.analyses.batches import UpdateBatch, admit_batches
 from entropy_probe.analyses.before import entropy_coefficients
 from entropy_probe.analyses.evaluation_half import EvaluationHalf, halved
-from entropy_probe.analyses.measure import Measurement, measure_change
-from entropy_probe.analyses.session import Subject
-from entropy_probe.analyses.two_batch import Start, TwoBatch
+from entropy_probe.analyses.gradient import differentiate
+from entropy_probe.analyses.measure import after_step, fresh_scores
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.predict import Plan, plan, prompt_contributions
+from entropy_probe.analyses.provenance import Clock
+from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.estimators.first_order import sequence_weights
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
-from entropy_probe.gradients.hooks import Taps
 from entropy_probe.gradients.leave_out import kept_gradient
-from entropy_probe.gradients.per_sample import Side, UnitGradients
+from entropy_probe.gradients.per_sample import Side
 from entropy_probe.results.validation import LEAST_STEPS, RankCorrelation, SubsetStep, Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import batch_digest
+from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step
 
-__all__ = ["HalfSteps", "check_halves", "distinct_halves"]
+__all__ = ["check_halves", "distinct_halves", "validate"]
 
 LEAST_PROMPTS = 4
 LEAST_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
@@ -92,188 +96,205 @@ class _Measured:
     halves: list[Change]
 
 
-class HalfSteps(TwoBatch):
-    """The update batch of an attribution, stepped on in random halves and measured on an evaluation batch."""
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """The attribution in question, and what its contributions are compared with.
 
-    def __init__(self, subject: Subject, attribution: Attribution, evaluation: Rollouts) -> None:
-        # progress is that of the halves, not of each one's scoring
-        super().__init__(replace(subject, progress=None), attribution.update, evaluation)
-        self.progress = subject.progress
-        if not self.closed_form:
-            raise ValueError(
-                "validate: expected the optimizer of the attribution, Adam or AdamW, got "
-                f"{optimizer_name(self.optimizer)}; validate with the probe that attributed"
-            )
-        self.attribution = attribution
-        self.crossed = batch_digest(self.evaluation) == attribution.evaluation
-        self._whole: UnitGradients | None = None
-        self._taps: Taps | None = None
+    Attributes:
+        attribution: of the update batch.
+        plan: the step on the whole update batch.
+        crossed: whether the evaluation batch is the attribution's own, so that half of it judges the other half.
+    """
 
-    def validation(self, subsets: int, seed: int) -> Validation:
-        """The whole story; see :meth:`entropy_probe.EntropyProbe.validate`."""
-        check_halves(self.prompts.count, subsets)
-        moving = self.prompts.total(self.update.token_advantages.abs().sum(1)) > 0
-        kept_prompts = distinct_halves(moving, subsets, seed)
-        if len(kept_prompts) < subsets:
-            self.messages.append(
-                f"{int(moving.sum())} update prompts with an advantage have {len(kept_prompts)} different halves, "
-                f"fewer than the {subsets} asked for"
-            )
-        found: list[_Measured | str] = []
-        with self.isolated():
-            start = self._start(predict=False)
-            halves = halved(self.units, self.part, start.before.scores, self.ranks, seed)
-            by_half = torch.stack([self._contributions(start.step, half) for half in halves])
-            scale = self.frozen_scale() if self.config.geometry == "frozen" else None
-            for kept in kept_prompts:
-                found.append(self._change(start, halves, kept, scale))
-                if self.progress:
-                    self.progress("subsets", len(found), len(kept_prompts))
-        return self._judged(kept_prompts, found, by_half, seed)
+    attribution: Attribution
+    plan: Plan
+    crossed: bool
 
-    def _forecasts(self) -> dict[str, Tensor]:
-        """What each update prompt is said to add to the change, ``[B]``, by name."""
-        advantages = self.update.token_advantages.double()
-        sums, sizes = (self.prompts.total(x.sum(1)) for x in (advantages, advantages.abs()))
-        return {
-            "contributions": self.attribution.prompts,
-            "covariance": -self.prompts.total(self.attribution.covariances.sum(1)),
-            # what centring leaves of a sum over equal lengths is rounding
-            "advantages": torch.where(sums.abs() > ROUNDING * sizes, sums, 0.0),
+    @property
+    def policy(self) -> Policy:
+        """Whose steps are taken."""
+        return self.plan.policy
+
+
+def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, subsets: int, seed: int) -> Validation:
+    """Steps on random halves of the update batch; see :meth:`entropy_probe.EntropyProbe.validate`."""
+    progress = policy.clock.progress
+    policy = replace(policy, clock=Clock(None))  # progress is that of the halves, not of each one's scoring
+    update, batch = admit_batches(policy, attribution.update, evaluation)
+    if policy.config.geometry != "frozen" and not is_adam(policy.optimizer):
+        raise ValueError(
+            "validate: expected the optimizer of the attribution, Adam or AdamW, got "
+            f"{optimizer_name(policy.optimizer)}; validate with the probe that attributed"
+        )
+    check_halves(update.prompts.count, subsets)
+    moving = update.prompts.total(update.rollouts.token_advantages.abs().sum(1)) > 0
+    kept_prompts = distinct_halves(moving, subsets, seed)
+    if len(kept_prompts) < subsets:
+        policy.log.messages.append(
+            f"{int(moving.sum())} update prompts with an advantage have {len(kept_prompts)} different halves, "
+            f"fewer than the {subsets} asked for"
+        )
+    planned = plan(policy, update, batch)
+    question = _Question(attribution, planned, batch_digest(batch.rollouts) == attribution.evaluation)
+    halves = halved(batch.units, batch.part, planned.before.scores, policy.ranks, seed)
+    by_half = torch.stack([_contributions(planned, half) for half in halves])
+    scale = policy.frozen_scale() if policy.config.geometry == "frozen" else None
+    measured: list[_Measured | str] = []
+    for kept in kept_prompts:
+        measured.append(_change(planned, halves, kept, scale))
+        if progress:
+            progress("subsets", len(measured), len(kept_prompts))
+    return _judged(question, kept_prompts, measured, by_half, seed)
+
+
+def _forecasts(attribution: Attribution, update: UpdateBatch) -> dict[str, Tensor]:
+    """What each update prompt is said to add to the change, ``[B]``, by name."""
+    advantages = update.rollouts.token_advantages.double()
+    sums, sizes = (update.prompts.total(x.sum(1)) for x in (advantages, advantages.abs()))
+    return {
+        "contributions": attribution.prompts,
+        "covariance": -update.prompts.total(attribution.covariances.sum(1)),
+        # what centring leaves of a sum over equal lengths is rounding
+        "advantages": torch.where(sums.abs() > ROUNDING * sizes, sums, 0.0),
+    }
+
+
+def _contributions(planned: Plan, half: EvaluationHalf) -> Tensor:
+    """The contributions of the update prompts by one half of the evaluation batch, ``[B]``."""
+    policy, evaluation = planned.policy, planned.evaluation
+    rollouts, draws = evaluation.own.select(half.rows), evaluation.draws.select(evaluation.part.rows[half.rows])
+    given = (half.scores, rollouts.prompt_ids, half.part.units, draws, half.positions, policy.config)
+    side = Side(entropy_coefficients(*given))
+    with policy.clock.phase("evaluation gradient") as progress:
+        slope = differentiate(policy, rollouts, half.part, side, progress=progress)
+    weights = sequence_weights(half.scores, policy.config.normalization).double()
+    return prompt_contributions(planned, slope, policy.ranks.sum(weights.sum()[None]).item())
+
+
+def _change(planned: Plan, halves: list[EvaluationHalf], kept: Tensor, frozen: tuple | None) -> _Measured | str:
+    """The entropy change measured after the step on some of the prompts, or why there is none."""
+    policy, update, part = planned.policy, planned.update, planned.update.part
+    own = torch.isin(part.present_units, kept).nonzero()[:, 0]
+    with policy.on_part(part):
+        given = (policy.scorer, policy.parameters, update.own, part.local_units)
+        gradient = kept_gradient(*given, own, planned.loss, planned.gradient)
+    gradient = policy.ranks.sum_vector(gradient, policy.parameters)
+    trained = (policy.parameters, policy.optimizer)
+    step = plan_step(*trained, gradient, policy.config, lambda: frozen or policy.frozen_scale())
+    try:
+        measured = _measure_halves(planned, step, halves)
+    except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
+        return str(error)
+    for each in measured:
+        if each.change is None:
+            assert each.note is not None
+            return each.note
+    whole, *others = [each.change for each in measured if each.change is not None]
+    return _Measured(whole, others)
+
+
+def _measure_halves(planned: Plan, step: PlannedStep, halves: list[EvaluationHalf]) -> list[Measurement]:
+    """The change on the whole evaluation batch, and on its halves, from one scoring."""
+    policy, before, part = planned.policy, planned.before, planned.evaluation.part
+    config, ranks = policy.config, policy.ranks
+    with after_step(planned, step, config.learning_rate, "score after steps") as (after, _):
+        fresh = cache(lambda: fresh_scores(planned))
+        measured = [measure_change(before.scores, after, part, before.positions, config, ranks, fresh)]
+        for half in halves:
+            given = (half.scores, after.select(half.rows), half.part, half.positions, config, ranks)
+            measured.append(measure_change(*given, lambda rows=half.rows: fresh().select(rows)))
+    return measured
+
+
+def _judged(
+    question: _Question, kept_prompts: list[Tensor], results: list[_Measured | str], by_half: Tensor, seed: int
+) -> Validation:
+    """The rank correlations over the steps that were measured, and what to know about the others."""
+    policy, update, evaluation = question.policy, question.plan.update, question.plan.evaluation.rollouts
+    forecasts, messages = _forecasts(question.attribution, update), policy.log.messages
+    kept = torch.stack([torch.isin(torch.arange(update.prompts.count), rows) for rows in kept_prompts]).double()
+    summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}
+    halves = kept @ by_half.T
+    steps = _steps(question.attribution.prompt_ids, kept_prompts, results, summed, halves)
+    measured = [each for each in results if isinstance(each, _Measured)]
+    failures = [each for each in results if isinstance(each, str)]
+    if failures:
+        messages.append(
+            f"{len(failures)} of {len(steps)} steps on halves could not be measured and are left out of the rank "
+            f"correlations; the first because {failures[0]}"
+        )
+    known, correlations = None, dict.fromkeys(forecasts)
+    if len(measured) < LEAST_STEPS:
+        messages.append(
+            f"no rank correlation: expected at least {LEAST_STEPS} measured steps on different halves, got "
+            f"{len(measured)}"
+        )
+    else:
+        rows = torch.tensor([k for k, each in enumerate(results) if isinstance(each, _Measured)])
+        changes = _changes(measured)
+        known = reliability(changes.halves, 1.0 if question.crossed else 2.0)
+        messages += _about_reliability(known, len(evaluation))
+        correlations = {
+            name: _correlation(question, name, sums[rows], halves[rows].T, changes, seed)
+            for name, sums in summed.items()
         }
+    notes = (note for of_rank in policy.ranks.gather(policy.scorer.messages) for note in of_rank)
+    return Validation(
+        unit=policy.unit,
+        num_prompts=update.prompts.count,
+        num_sequences=len(evaluation),
+        seed=seed,
+        measured_on="halves" if question.crossed else "others",
+        reliability=known,
+        correlations=correlations,
+        steps=steps,
+        messages=tuple(dict.fromkeys((*messages, *notes))),
+    )
 
-    def _contributions(self, step: PlannedStep, half: EvaluationHalf) -> Tensor:
-        """The contributions of the update prompts by one half of the evaluation batch, ``[B]``."""
-        assert self._whole is not None
-        assert step.gradient_scale is not None
-        rollouts, units, config = self.own_evaluation.select(half.rows), half.part.units, self.config
-        draws = self.draws.select(self.part.rows[half.rows])
-        surrogate = entropy_coefficients(half.scores, rollouts.prompt_ids, units, draws, half.positions, config)
-        with self.clock.phase("evaluation gradient") as progress:
-            entropy = self._differentiate(rollouts, half.part, Side(surrogate), taps=None, progress=progress)
-        weight = self.ranks.sum(sequence_weights(half.scores, config.normalization).double().sum()[None]).item()
-        return self._by_update_prompt(self._whole, entropy, weight, step, step.gradient_scale, taps=self._taps)
 
-    def _update_gradient(self, *, store: bool, taps: Taps | None) -> UnitGradients:
-        """As for a prediction, whose gradients by prompt are what halves are put together from."""
-        self._taps = self.choose_taps(self.update)
-        self._whole = super()._update_gradient(store=True, taps=self._taps)
-        return self._whole
-
-    def _change(
-        self, start: Start, halves: list[EvaluationHalf], kept: Tensor, frozen: tuple | None
-    ) -> _Measured | str:
-        """The entropy change measured after the step on some of the prompts, or why there is none."""
-        assert self._whole is not None
-        part, loss = self.update_part, self._loss_coefficients()
-        own = torch.isin(part.present_units, kept).nonzero()[:, 0]
-        with self.on_part(part):
-            gradient = kept_gradient(
-                self.scorer, self.parameters, self.own_update, part.local_units, own, loss, self._whole
-            )
-        gradient = self.ranks.sum_vector(gradient, self.parameters)
-        step = plan_step(self.parameters, self.optimizer, gradient, self.config, lambda: frozen or self.frozen_scale())
-        try:
-            measured = self._measure_halves(replace(start, step=step), halves)
-        except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
-            return str(error)
-        for each in measured:
-            if each.change is None:
-                assert each.note is not None
-                return each.note
-        whole, *others = [each.change for each in measured if each.change is not None]
-        return _Measured(whole, others)
-
-    def _measure_halves(self, start: Start, halves: list[EvaluationHalf]) -> list[Measurement]:
-        """The change on the whole evaluation batch, and on its halves, from one scoring."""
-        before = start.before
-        with self._after(start, self.config.learning_rate, "score after steps") as (after, _):
-            fresh = cache(self._score_fresh)
-            found = [measure_change(before.scores, after, self.part, before.positions, self.config, self.ranks, fresh)]
-            for half in halves:
-                given = (half.scores, after.select(half.rows), half.part, half.positions, self.config, self.ranks)
-                found.append(measure_change(*given, lambda rows=half.rows: fresh().select(rows)))
-        return found
-
-    def _judged(
-        self, kept_prompts: list[Tensor], found: list[_Measured | str], by_half: Tensor, seed: int
-    ) -> Validation:
-        """The rank correlations over the steps that were measured, and what to know about the others."""
-        forecasts, ids = self._forecasts(), self.attribution.prompt_ids
-        kept = torch.stack([torch.isin(torch.arange(self.prompts.count), rows) for rows in kept_prompts]).double()
-        summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}
-        halves = kept @ by_half.T
-        steps = tuple(
-            SubsetStep(
-                kept=tuple(ids[rows].tolist()),
-                forecasts={name: sums[k].item() for name, sums in summed.items()},
-                contributions_by_half=tuple(halves[k].tolist()),
-                realized=None if isinstance(each, str) else each.whole.value,
-                realized_by_half=None if isinstance(each, str) else (each.halves[0].value, each.halves[1].value),
-                failure=each if isinstance(each, str) else None,
-            )
-            for k, (rows, each) in enumerate(zip(kept_prompts, found, strict=True))
+def _steps(
+    ids: Tensor, kept_prompts: list[Tensor], results: list[_Measured | str], summed: dict[str, Tensor], halves: Tensor
+) -> tuple[SubsetStep, ...]:
+    """The record of every step."""
+    return tuple(
+        SubsetStep(
+            kept=tuple(ids[rows].tolist()),
+            forecasts={name: sums[k].item() for name, sums in summed.items()},
+            contributions_by_half=tuple(halves[k].tolist()),
+            realized=None if isinstance(each, str) else each.whole.value,
+            realized_by_half=None if isinstance(each, str) else (each.halves[0].value, each.halves[1].value),
+            failure=each if isinstance(each, str) else None,
         )
-        measured = [each for each in found if isinstance(each, _Measured)]
-        failures = [each for each in found if isinstance(each, str)]
-        if failures:
-            self.messages.append(
-                f"{len(failures)} of {len(steps)} steps on halves could not be measured and are left out of the rank "
-                f"correlations; the first because {failures[0]}"
-            )
-        known, correlations = None, dict.fromkeys(forecasts)
-        if len(measured) < LEAST_STEPS:
-            self.messages.append(
-                f"no rank correlation: expected at least {LEAST_STEPS} measured steps on different halves, got "
-                f"{len(measured)}"
-            )
-        else:
-            rows = torch.tensor([k for k, each in enumerate(found) if isinstance(each, _Measured)])
-            changes = _changes(measured)
-            known = reliability(changes.halves, 1.0 if self.crossed else 2.0)
-            self._note_reliability(known)
-            correlations = {
-                name: self._correlation(name, sums[rows], halves[rows].T, changes, seed)
-                for name, sums in summed.items()
-            }
-        notes = (note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
-        return Validation(
-            unit=self.unit,
-            num_prompts=self.prompts.count,
-            num_sequences=len(self.evaluation),
-            seed=seed,
-            measured_on="halves" if self.crossed else "others",
-            reliability=known,
-            correlations=correlations,
-            steps=steps,
-            messages=tuple(dict.fromkeys((*self.messages, *notes))),
-        )
+        for k, (rows, each) in enumerate(zip(kept_prompts, results, strict=True))
+    )
 
-    def _correlation(
-        self, name: str, sums: Tensor, halves: Tensor, changes: Changes, seed: int
-    ) -> RankCorrelation | None:
-        forecast = Forecast(sums)
-        if name == "contributions":
-            times = 2 * self.attribution.result.diagnostics.num_evaluation_sequences / len(self.evaluation)
-            forecast = Forecast(sums, halves, None if self.crossed else times)
-        found = score(forecast, changes, crossed=self.crossed, seed=seed)
-        return None if found is None else RankCorrelation(**asdict(found))
 
-    def _note_reliability(self, known: float | None) -> None:
-        """How many evaluation rollouts would do, where these do not."""
-        if known is None or known >= LEAST_RELIABILITY:
-            return
-        if known <= 0:
-            self.messages.append(
-                "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps "
-                "is noise; use many times as many evaluation sequences"
-            )
-            return
-        needed = times_as_many(known, WANTED_RELIABILITY) * len(self.evaluation)
-        self.messages.append(
-            f"the measured changes have a reliability of {known:.2f}, which bounds what any forecast of them reaches; "
-            f"about {float(f'{needed:.2g}'):,.0f} evaluation sequences would bring it to {WANTED_RELIABILITY:g}"
-        )
+def _correlation(
+    question: _Question, name: str, sums: Tensor, halves: Tensor, changes: Changes, seed: int
+) -> RankCorrelation | None:
+    forecast = Forecast(sums)
+    if name == "contributions":
+        own = question.attribution.result.diagnostics.num_evaluation_sequences
+        times = 2 * own / len(question.plan.evaluation.rollouts)
+        forecast = Forecast(sums, halves, None if question.crossed else times)
+    correlation = score(forecast, changes, crossed=question.crossed, seed=seed)
+    return None if correlation is None else RankCorrelation(**asdict(correlation))
+
+
+def _about_reliability(known: float | None, sequences: int) -> list[str]:
+    """How many evaluation rollouts would do, where these do not."""
+    if known is None or known >= LEAST_RELIABILITY:
+        return []
+    if known <= 0:
+        return [
+            "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps "
+            "is noise; use many times as many evaluation sequences"
+        ]
+    needed = times_as_many(known, WANTED_RELIABILITY) * sequences
+    return [
+        f"the measured changes have a reliability of {known:.2f}, which bounds what any forecast of them reaches; "
+        f"about {float(f'{needed:.2g}'):,.0f} evaluation sequences would bring it to {WANTED_RELIABILITY:g}"
+    ]
 
 
 def _changes(measured: list[_Measured]) -> Changes:

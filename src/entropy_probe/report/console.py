@@ -16,7 +16,7 @@ from entropy_probe.report.terminal import print_not_modelled, print_note, print_
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
 from entropy_probe.report.wording import ESTIMATORS, HARMLESS_ESS, REPORT_FILE, UNITS, column_exponent
-from entropy_probe.results.probe import CrossPrompt, Diagnostics, Estimate, Prediction, ProbeResult, Realized
+from entropy_probe.results.probe import CrossPrompt, Diagnostics, Estimate, Predicted, ProbeResult, Realized
 
 __all__ = ["print_files", "print_result"]
 
@@ -108,7 +108,7 @@ def _title(result: ProbeResult) -> str:
     return f" Entropy change of the next step at learning rate {rates}"
 
 
-def _add_prediction(table: Table, result: ProbeResult, predicted: Prediction, exponent: int | None) -> None:
+def _add_prediction(table: Table, result: ProbeResult, predicted: Predicted, exponent: int | None) -> None:
     parts = (format_number(predicted.se_evaluation, 2), format_number(predicted.se_update, 2))
     how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
     table.add_row(

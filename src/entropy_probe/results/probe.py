@@ -21,7 +21,7 @@ __all__ = [
     "OptimizerStateReport",
     "PolicyFit",
     "PreconditionerReport",
-    "Prediction",
+    "Predicted",
     "ProbeResult",
     "Realized",
     "SamplerMismatch",
@@ -69,7 +69,7 @@ class Estimate(Record):
         return abs(self.value) > self.margin
 
 
-class Prediction(Estimate):
+class Predicted(Estimate):
     """The first-order change; ``standard_error`` combines the two parts in quadrature.
 
     Attributes:
@@ -347,7 +347,7 @@ class ProbeResult(SavedRecord):
     kept: ClassVar = Kept(RESULTS_FILE, "result", "run", "probe the checkpoint again")
     schema_version: Literal[2] = SCHEMA_VERSION
     entropy: Estimate
-    predicted: Prediction | None = None
+    predicted: Predicted | None = None
     components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
     difference: Estimate | None = None

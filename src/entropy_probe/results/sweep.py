@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from entropy_probe.results.probe import Estimate, Prediction, ProbeResult, Realized
+from entropy_probe.results.probe import Estimate, Predicted, ProbeResult, Realized
 from entropy_probe.results.record import Kept, Record, SavedRecord, read_record, write_atomically
 
 __all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
@@ -43,7 +43,7 @@ class SweepPoint(Record):
     """
 
     learning_rate: float = Field(gt=0)
-    predicted: Prediction
+    predicted: Predicted
     realized: Realized | None = None
     difference: Estimate | None = None
     failure: str | None = None

@@ -1,49 +1,38 @@
-"""What every probe run shares: the policy being probed, its settings, and how a result is put together."""
+"""The policy whose next step is asked about: model, optimizer and settings, and what a run computes of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from entropy_probe.analyses.admission import Role, admit, end_tokens
+from entropy_probe.analyses.admission import Role
 from entropy_probe.analyses.not_modelled import of_model
 from entropy_probe.analyses.policy_check import Checked, PolicyCheck
-from entropy_probe.analyses.provenance import Clock, Phase, library_versions, peak_memory
+from entropy_probe.analyses.provenance import Clock, Phase
 from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.gradients.hooks import Taps, tappable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.probe import (
-    Diagnostics,
-    Estimate,
-    OptimizerStateReport,
-    PolicyFit,
     PreconditionerReport,
-    ProbeResult,
     Unit,
 )
-from entropy_probe.results.student import combined_degrees
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.scoring.precision import precisions
-from entropy_probe.steps.adamw import is_adam
-from entropy_probe.steps.copied import optimizer_name
-from entropy_probe.steps.moments import summarize_moments
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
 
-__all__ = ["Resample", "Session", "Subject"]
+__all__ = ["Log", "Policy", "Resample", "open_policy"]
 
 LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 LOW = (
@@ -56,9 +45,26 @@ Resample = Callable[[Rollouts], Rollouts]
 """Fresh responses of the policy as it is now, to the prompts of the given rollouts, in the same order."""
 
 
+@dataclass(eq=False)
+class Log:
+    """What a run has to say beside its numbers; it grows while the run computes.
+
+    Attributes:
+        messages: what a careful reader should know.
+        not_modelled: what belongs to the trainer's step and not to the numbers.
+        checked: how each batch fits the policy.
+        per_unit_gradients: how they were computed.
+    """
+
+    messages: list[str]
+    not_modelled: list[str]
+    checked: dict[Role, Checked] = field(default_factory=dict)
+    per_unit_gradients: str = "not needed"
+
+
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """What is probed, and how.
+class Policy:
+    """The policy whose next step is asked about, as one run sees it.
 
     Attributes:
         model: the policy.
@@ -67,11 +73,14 @@ class Subject:
         learning_rates: of each parameter group, as used.
         mapping: how the optimizer's state was matched to parameters.
         config: the settings.
-        progress: where progress is reported.
+        scorer: computes log-probabilities and entropies of the model.
+        clock: seconds by phase, and where progress is reported.
+        log: what the run has to say beside its numbers.
         resample: samples fresh responses after the step, where the config asks for it.
         cache: scores at the policy as it is, of batches seen before.
         ranks: the processes that share the work.
         end_ids: tokens that end a response.
+        stop_texts: whether responses may end at a stop text instead.
     """
 
     model: nn.Module
@@ -80,52 +89,23 @@ class Subject:
     learning_rates: tuple[float, ...]
     mapping: str
     config: ProbeConfig
-    progress: Phase | None
+    scorer: Scorer
+    clock: Clock
+    log: Log
     resample: Resample | None
     cache: ScoreCache
     ranks: Ranks = ALONE
     end_ids: tuple[int, ...] = ()
     stop_texts: bool = False
 
-
-class Session:
-    """One run over one or two batches: clock, messages, scorer, and the parts of a result that every run has."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.config, self.parameters = subject, subject.config, subject.parameters
-        self.optimizer, self.ranks = subject.optimizer, subject.ranks
-        self.clock = Clock(subject.progress)
-        self.messages: list[str] = []
-        self.not_modelled = of_model(subject.model)
-        self.scorer = Scorer(subject.model, self.config.temperature, self.config.max_tokens_per_microbatch)
-        self.unit: Unit = "nats/token" if self.config.normalization == "token" else "nats/sequence"
-        self.per_unit_gradients = "not needed"
-        self.checked: dict[Role, Checked] = {}
-        narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(subject.model) if dtype in LOW_PRECISIONS}))
-        if self.config.autocast != "off":
-            narrow = f"{narrow + ' and ' if narrow else ''}autocast in {self.config.autocast}"
-        if narrow:
-            self.messages.append(LOW.format(narrow))
-        held = {id(p) for p in self.parameters.values()}
-        strays = sum(p.requires_grad and id(p) not in held for p in subject.model.parameters())
-        if strays:
-            self.messages.append(
-                f"{strays} tensors require a gradient but are not in the optimizer: they do not move, and are left out "
-                "of the norm that clipping uses"
-            )
-
-    def admit(self, batch: Rollouts, role: Role) -> Rollouts:
-        """A batch as this run counts it; see :func:`~entropy_probe.analyses.admission.admit`."""
-        config, subject = self.config, self.subject
-        end_ids, longest = end_tokens(subject.model, subject.end_ids), config.max_completion_length
-        found = admit(batch, role, config.merge_equal_prompts, end_ids, longest, subject.stop_texts)
-        self.messages += found.messages
-        self.not_modelled += found.not_modelled
-        return found.rollouts
+    @property
+    def unit(self) -> Unit:
+        """Of every change."""
+        return "nats/token" if self.config.normalization == "token" else "nats/sequence"
 
     def isolated(self) -> AbstractContextManager[None]:
         """The model ready to be scored and differentiated, and left as it was."""
-        return evaluating(self.subject.model, torch.bfloat16 if self.config.autocast == "bfloat16" else None)
+        return evaluating(self.model, torch.bfloat16 if self.config.autocast == "bfloat16" else None)
 
     def prepare(self, *batches: Rollouts) -> None:
         """Check batches against the model, choose how to compute, and see what shards make of it.
@@ -147,7 +127,7 @@ class Session:
                     "ProbeConfig.dtype"
                 )
             if lowest in LOW_PRECISIONS:
-                self.messages.append(LOW.format(lowest) + "; sharded gradients were not compared with differences")
+                self.log.messages.append(LOW.format(lowest) + "; sharded gradients were not compared with differences")
             else:
                 check_gradient(self.scorer, self.parameters, batches[0])
 
@@ -159,7 +139,7 @@ class Session:
         """
         if self.ranks is ALONE:
             return
-        model, state = self.subject.model, self.optimizer.state
+        model, state = self.model, self.optimizer.state
         known = {
             "config": repr(self.config),
             "optimizer": repr(self.optimizer.state_dict()["param_groups"]),
@@ -201,7 +181,7 @@ class Session:
             part: which sequences to score.
             phase: what to report progress under.
         """
-        scorer, model = self.scorer, self.subject.model
+        scorer, model = self.scorer, self.model
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
         own = part.select(batch)
         with self.clock.phase(phase) as progress, self.on_part(part):
@@ -210,7 +190,7 @@ class Session:
             if scorer.sharded:
                 state = " ".join(self.ranks.gather(state))  # all score, or none does
             key = f"{state} {rollouts_fingerprint(own)} {how}"
-            return self.subject.cache.get(key, lambda: scorer.score(own, progress))
+            return self.cache.get(key, lambda: scorer.score(own, progress))
 
     def check_rollouts(self, role: Role, scores: TokenScores, part: Part, rollouts: Rollouts) -> TokenScores:
         """Compare a batch with the policy: its tokens, and the sampler's own log-probabilities if there are any.
@@ -228,22 +208,18 @@ class Session:
             ValueError: if they differ by more than the config allows, or too much to reweight.
         """
         checked = PolicyCheck(self.scorer, self.config, self.ranks)(role, scores, part, rollouts)
-        self.checked[role] = checked
+        self.log.checked[role] = checked
         if checked.message is not None:
-            self.messages.append(checked.message)
+            self.log.messages.append(checked.message)
         if checked.not_modelled is not None:
-            self.not_modelled.append(checked.not_modelled)
+            self.log.not_modelled.append(checked.not_modelled)
         return checked.scores
-
-    def _checked(self, role: Role) -> Checked | None:
-        """What the check of a batch found, under its own role or as the batch that is both."""
-        return self.checked.get(role, self.checked.get("batch"))
 
     def choose_taps(self, rollouts: Rollouts) -> Taps | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
         with self.ranks.agreeing():
             taps = tappable(self.scorer, self.parameters, rollouts) if not self.scorer.sharded else SHARDED
-        self.per_unit_gradients = str(taps) if isinstance(taps, Taps) else f"per unit ({taps})"
+        self.log.per_unit_gradients = str(taps) if isinstance(taps, Taps) else f"per unit ({taps})"
         return taps if isinstance(taps, Taps) else None
 
     def frozen_scale(self) -> tuple[dict[str, Tensor], PreconditionerReport]:
@@ -258,116 +234,55 @@ class Session:
         )
         report, elements = frozen.report, sum(p.numel() for p in self.parameters.values())
         if report.num_identity:
-            self.messages.append(
+            self.log.messages.append(
                 f"frozen geometry: {report.num_identity / elements:.1%} of the elements are not preconditioned "
                 f"(second moment covers {report.coverage:.1%})"
             )
         if report.num_clamped:
-            self.messages.append(
+            self.log.messages.append(
                 f"frozen geometry: the scale of {report.num_clamped / elements:.1%} of the elements is clamped to "
                 f"{config.frozen_max_scale:g}, so this is not quite Adam's geometry; raise frozen_max_scale to see"
             )
-        groups = zip(self.optimizer.param_groups, self.subject.learning_rates, strict=True)
+        groups = zip(self.optimizer.param_groups, self.learning_rates, strict=True)
         rates = {id(p): rate for group, rate in groups for p in group["params"]}
         return {name: frozen.scale[name] * rates[id(p)] for name, p in self.parameters.items()}, report
 
-    def estimate_fields(
-        self, sampled: Sampled, units: Units, update: tuple[float, int] | None = None
-    ) -> dict[str, Any]:
-        """What every estimate over evaluation units has, with the update batch's error added in quadrature.
 
-        Args:
-            sampled: the estimate.
-            units: the evaluation units.
-            update: error from the update batch, and how many units of it that is from.
-        """
-        own = sampled.standard_error
-        fields = {"value": sampled.value, "standard_error": own, "num_units": units.count, "unit": self.unit}
-        if update is None:
-            return fields
-        error, number = update
-        degrees = combined_degrees([(own, units.count - 1), (error, number - 1)])
-        return fields | {"standard_error": math.hypot(own, error), "degrees_of_freedom": degrees}
+def open_policy(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, Parameter],
+    config: ProbeConfig,
+    *,
+    progress: Phase | None = None,
+    **more: Any,
+) -> Policy:
+    """The policy for one run, with what can be said before a batch is seen.
 
-    def optimizer_report(self) -> OptimizerStateReport:
-        """What the moments cover, with a message where they leave something open."""
-        if not is_adam(self.optimizer):
-            return self._other_optimizer_report()
-        group = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
-        entries = ((p.numel(), self.optimizer.state.get(p, {}), group[id(p)]) for p in self.parameters.values())
-        report = summarize_moments(entries, self.subject.mapping, self.subject.learning_rates)
-        if report.coverage < 1:
-            self.messages.append(
-                f"{1 - report.coverage:.1%} of the trained elements have no usable second moment (missing, not finite, "
-                "or all zero)"
-            )
-        return report
-
-    def _other_optimizer_report(self) -> OptimizerStateReport:
-        sizes = [(p.numel(), self.optimizer.state.get(p, {})) for p in self.parameters.values()]
-        steps = [int(float(state.get("step", 0))) for _, state in sizes]
-        elements, covered = sum(n for n, _ in sizes), sum(n for n, state in sizes if state)
-        return OptimizerStateReport(
-            optimizer=optimizer_name(self.optimizer),
-            num_parameters=len(sizes),
-            num_elements=elements,
-            coverage=covered / elements,
-            mapping=self.subject.mapping,
-            steps=(min(steps), max(steps)),
-            scale_min=None,
-            scale_max=None,
-            learning_rates=self.subject.learning_rates,
+    Args:
+        model: the policy.
+        optimizer: holds the moments.
+        parameters: what the optimizer steps, by name.
+        config: the settings.
+        progress: where progress is reported.
+        more: the other fields of :class:`Policy`.
+    """
+    messages: list[str] = []
+    narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(model) if dtype in LOW_PRECISIONS}))
+    if config.autocast != "off":
+        narrow = f"{narrow + ' and ' if narrow else ''}autocast in {config.autocast}"
+    if narrow:
+        messages.append(LOW.format(narrow))
+    held = {id(p) for p in parameters.values()}
+    strays = sum(p.requires_grad and id(p) not in held for p in model.parameters())
+    if strays:
+        messages.append(
+            f"{strays} tensors require a gradient but are not in the optimizer: they do not move, and are left out "
+            "of the norm that clipping uses"
         )
-
-    def assemble(
-        self,
-        entropy: Sampled,
-        units: Units,
-        evaluation: Rollouts,
-        update: Rollouts,
-        step: dict[str, float],
-        *,
-        unit: Literal["sequence", "prompt", "trajectory"],
-        **fields: Any,
-    ) -> ProbeResult:
-        """The result: what every run reports, and the fields of this one.
-
-        Args:
-            entropy: H.
-            units: the evaluation units.
-            evaluation: the evaluation batch.
-            update: the update batch.
-            unit: what an evaluation unit is.
-            step: the diagnostics ``gradient_norm``, ``clip_factor`` and ``step_norm``.
-            fields: everything else.
-        """
-        optimizer_state = self.optimizer_report()
-        judged, given = self._checked("evaluation"), self._checked("update")
-        notes = dict.fromkeys(note for of_rank in self.ranks.gather(self.scorer.messages) for note in of_rank)
-        return ProbeResult(
-            entropy=Estimate(**self.estimate_fields(entropy, units)),
-            optimizer_state=optimizer_state,
-            diagnostics=Diagnostics(
-                evaluation_unit=unit,
-                num_evaluation_sequences=len(evaluation),
-                num_update_sequences=len(update),
-                num_update_prompts=update.num_prompts,
-                head=self.scorer.head_path,
-                prefix_sharing=self.scorer.prefix_sharing,
-                per_unit_gradients=self.per_unit_gradients,
-                policy_fit=PolicyFit(evaluation=judged and judged.fit, update=given and given.fit),
-                mismatch=judged and judged.mismatch,
-                update_mismatch=given and given.mismatch,
-                messages=(*self.messages, *notes),
-                not_modelled=tuple(self.not_modelled),
-                **step,
-            ),
-            timing=self.clock.seconds,
-            memory=peak_memory(self.scorer.device),
-            config=self.config.model_dump(mode="json"),
-            versions=library_versions(),
-            **fields,
-        )
+    scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
+    log = Log(messages, of_model(model))
+    return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)
 
 
 def _tensors(values: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,198 @@
+"""The records of a result, put together from what a run computed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from entropy_probe.analyses.admission import UnitName
+from entropy_probe.analyses.measure import Measured, difference
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.predict import Plan, Prediction
+from entropy_probe.analyses.provenance import library_versions, peak_memory
+from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.named import norm
+from entropy_probe.results.probe import (
+    Diagnostics,
+    Estimate,
+    OptimizerStateReport,
+    PolicyFit,
+    Predicted,
+    ProbeResult,
+    Realized,
+)
+from entropy_probe.results.student import combined_degrees
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.steps.adamw import is_adam
+from entropy_probe.steps.copied import optimizer_name
+from entropy_probe.steps.moments import summarize_moments
+
+__all__ = ["assemble", "estimate_fields", "predicted_record", "realized_record", "result_of"]
+
+
+def result_of(
+    plan: Plan, prediction: Prediction | None = None, measured: Measured | None = None, **fields: Any
+) -> ProbeResult:
+    """The result of a step that was predicted, measured, or both, with these fields beside."""
+    step, evaluation = plan.step, plan.evaluation
+    if prediction is not None:
+        fields |= _predicted_fields(prediction)
+    if measured is not None:
+        fields |= _realized_fields(plan, prediction, measured)
+    return assemble(
+        plan.policy,
+        plan.before.entropy,
+        evaluation.units,
+        evaluation.rollouts,
+        plan.update.rollouts,
+        {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
+        unit=evaluation.unit_name,
+        preconditioner=step.preconditioner,
+        **fields,
+    )
+
+
+def predicted_record(prediction: Prediction) -> Predicted:
+    """The record of the first-order change."""
+    plan, change = prediction.plan, prediction.change
+    update = (prediction.se_update, plan.update.shares.count)
+    return Predicted(
+        **estimate_fields(plan.policy, change, plan.evaluation.units, update),
+        se_evaluation=change.standard_error,
+        se_update=prediction.se_update,
+        se_update_method="jackknife" if prediction.by_prompt is None else "linear",
+    )
+
+
+def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
+    plan, parts = prediction.plan, prediction.parts
+    policy, units = plan.policy, plan.evaluation.units
+    components = {name: Estimate(**estimate_fields(policy, part, units)) for name, part in parts.items()}
+    if "gradient" in parts:
+        update = (prediction.se_update, plan.update.shares.count)
+        components["gradient"] = Estimate(**estimate_fields(policy, parts["gradient"], units, update))
+    return {
+        "predicted": predicted_record(prediction),
+        "components": components,
+        "contributions": tuple((prediction.change.value + prediction.change.influence).tolist()),
+    }
+
+
+def realized_record(plan: Plan, measured: Measured) -> Realized:
+    """The record of a measured change."""
+    batch = "update" if plan.evaluation.is_update else "evaluation"
+    given = (plan.evaluation.units, plan.policy.unit, measured.floor, batch, measured.rounding)
+    return measured.measurement.report(*given)
+
+
+def _realized_fields(plan: Plan, prediction: Prediction | None, measured: Measured) -> dict[str, Any]:
+    fields: dict[str, Any] = {"realized": realized_record(plan, measured)}
+    gap = None if prediction is None else difference(prediction, measured.measurement)
+    if gap is not None:
+        fields["difference"] = Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.units))
+    return fields
+
+
+def estimate_fields(
+    policy: Policy, sampled: Sampled, units: Units, update: tuple[float, int] | None = None
+) -> dict[str, Any]:
+    """What every estimate over evaluation units has, with the update batch's error added in quadrature.
+
+    Args:
+        policy: whose unit it has.
+        sampled: the estimate.
+        units: the evaluation units.
+        update: error from the update batch, and how many units of it that is from.
+    """
+    own = sampled.standard_error
+    fields = {"value": sampled.value, "standard_error": own, "num_units": units.count, "unit": policy.unit}
+    if update is None:
+        return fields
+    error, number = update
+    degrees = combined_degrees([(own, units.count - 1), (error, number - 1)])
+    return fields | {"standard_error": math.hypot(own, error), "degrees_of_freedom": degrees}
+
+
+def _optimizer_report(policy: Policy) -> OptimizerStateReport:
+    """What the moments cover, with a message where they leave something open."""
+    if not is_adam(policy.optimizer):
+        return _other_optimizer_report(policy)
+    group = {id(p): g for g in policy.optimizer.param_groups for p in g["params"]}
+    entries = ((p.numel(), policy.optimizer.state.get(p, {}), group[id(p)]) for p in policy.parameters.values())
+    report = summarize_moments(entries, policy.mapping, policy.learning_rates)
+    if report.coverage < 1:
+        policy.log.messages.append(
+            f"{1 - report.coverage:.1%} of the trained elements have no usable second moment (missing, not finite, "
+            "or all zero)"
+        )
+    return report
+
+
+def _other_optimizer_report(policy: Policy) -> OptimizerStateReport:
+    sizes = [(p.numel(), policy.optimizer.state.get(p, {})) for p in policy.parameters.values()]
+    steps = [int(float(state.get("step", 0))) for _, state in sizes]
+    elements, covered = sum(n for n, _ in sizes), sum(n for n, state in sizes if state)
+    return OptimizerStateReport(
+        optimizer=optimizer_name(policy.optimizer),
+        num_parameters=len(sizes),
+        num_elements=elements,
+        coverage=covered / elements,
+        mapping=policy.mapping,
+        steps=(min(steps), max(steps)),
+        scale_min=None,
+        scale_max=None,
+        learning_rates=policy.learning_rates,
+    )
+
+
+def assemble(
+    policy: Policy,
+    entropy: Sampled,
+    units: Units,
+    evaluation: Rollouts,
+    update: Rollouts,
+    step: dict[str, float],
+    *,
+    unit: UnitName,
+    **fields: Any,
+) -> ProbeResult:
+    """The result: what every run reports, and the fields of this one.
+
+    Args:
+        policy: what was probed.
+        entropy: H.
+        units: the evaluation units.
+        evaluation: the evaluation batch.
+        update: the update batch.
+        unit: what an evaluation unit is.
+        step: the diagnostics ``gradient_norm``, ``clip_factor`` and ``step_norm``.
+        fields: everything else.
+    """
+    optimizer_state = _optimizer_report(policy)
+    checked = policy.log.checked  # a batch that is both has a role of its own
+    judged, given = (checked.get(role, checked.get("batch")) for role in ("evaluation", "update"))
+    notes = dict.fromkeys(note for of_rank in policy.ranks.gather(policy.scorer.messages) for note in of_rank)
+    return ProbeResult(
+        entropy=Estimate(**estimate_fields(policy, entropy, units)),
+        optimizer_state=optimizer_state,
+        diagnostics=Diagnostics(
+            evaluation_unit=unit,
+            num_evaluation_sequences=len(evaluation),
+            num_update_sequences=len(update),
+            num_update_prompts=update.num_prompts,
+            head=policy.scorer.head_path,
+            prefix_sharing=policy.scorer.prefix_sharing,
+            per_unit_gradients=policy.log.per_unit_gradients,
+            policy_fit=PolicyFit(evaluation=judged and judged.fit, update=given and given.fit),
+            mismatch=judged and judged.mismatch,
+            update_mismatch=given and given.mismatch,
+            messages=(*policy.log.messages, *notes),
+            not_modelled=tuple(policy.log.not_modelled),
+            **step,
+        ),
+        timing=policy.clock.seconds,
+        memory=peak_memory(policy.scorer.device),
+        config=policy.config.model_dump(mode="json"),
+        versions=library_versions(),
+        **fields,
+    )

@@ -1,0 +1,110 @@
+"""The update and the evaluation batch of a run: as given, as counted, and this rank's part of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from entropy_probe.analyses.admission import Role, UnitName, admit, draws_of, end_tokens, evaluation_units, in_groups
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.estimators.jackknife import blocks_of
+from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.parallel.batch import Part
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.steps.adamw import is_adam
+
+__all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admitted"]
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateBatch:
+    """The batch that the step is taken on.
+
+    Attributes:
+        given: as the user gave it, with the trainer's own groups.
+        rollouts: the same with equal prompts under one id.
+        prompts: the prompt of each sequence.
+        shares: what the gradient is divided over: prompts, or blocks of them where steps are taken on copies.
+        part: this rank's part.
+        own: its sequences.
+    """
+
+    given: Rollouts
+    rollouts: Rollouts
+    prompts: Units
+    shares: Units
+    part: Part
+    own: Rollouts
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationBatch:
+    """The batch that entropy is taken on.
+
+    Attributes:
+        rollouts: the batch, without responses that have no tokens.
+        units: what is independent in it.
+        unit_name: what that is called.
+        draws: which sequences were drawn together.
+        part: this rank's part.
+        own: its sequences.
+        is_update: whether it is the update batch itself.
+    """
+
+    rollouts: Rollouts
+    units: Units
+    unit_name: UnitName
+    draws: Units
+    part: Part
+    own: Rollouts
+    is_update: bool
+
+    @property
+    def role(self) -> Role:
+        """What the batch is used for."""
+        return "batch" if self.is_update else "evaluation"
+
+
+def admitted(policy: Policy, batch: Rollouts, role: Role) -> Rollouts:
+    """A batch as this run counts it; see :func:`~entropy_probe.analyses.admission.admit`."""
+    config = policy.config
+    end_ids, longest = end_tokens(policy.model, policy.end_ids), config.max_completion_length
+    seen = admit(batch, role, config.merge_equal_prompts, end_ids, longest, policy.stop_texts)
+    policy.log.messages += seen.messages
+    policy.log.not_modelled += seen.not_modelled
+    return seen.rollouts
+
+
+def admit_batches(policy: Policy, update: Rollouts, evaluation: Rollouts) -> tuple[UpdateBatch, EvaluationBatch]:
+    """Both batches as this run counts them.
+
+    Raises:
+        ValueError: for unusable rollouts, or ranks that were given different ones.
+    """
+    config, log = policy.config, policy.log
+    given, evaluation = update.cpu(), evaluation.cpu()
+    same = torch.equal(given.input_ids, evaluation.input_ids)
+    update = admitted(policy, given, "update")
+    grouped = in_groups(evaluation)
+    evaluation = admitted(policy, evaluation, "batch" if same else "evaluation")
+    grouped = grouped or in_groups(evaluation)
+    answered = evaluation.response_mask.any(1)
+    evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
+    unit_name, units, messages = evaluation_units(evaluation, config.evaluation_unit, grouped=grouped)
+    log.messages += messages
+    if same:
+        log.messages.append(
+            "update and evaluation are the same sequences: the step is fitted to the responses that it is judged "
+            "on, so predicted and realized changes are biased by what they share; cross_prompt predicts without "
+            "that bias, and other evaluation rollouts measure without it"
+        )
+    prompts = Units.prompts(update.prompt_ids)
+    shares = prompts if config.geometry == "frozen" or is_adam(policy.optimizer) else blocks_of(prompts)
+    policy.check_ranks_agree(update=update, evaluation=evaluation)
+    part = Part.of(evaluation, Units.prompts(evaluation.prompt_ids), units, policy.ranks)
+    update_part = Part.of(update, shares, shares, policy.ranks)
+    return (
+        UpdateBatch(given, update, prompts, shares, update_part, update_part.select(update)),
+        EvaluationBatch(evaluation, units, unit_name, draws_of(evaluation), part, part.select(evaluation), same),
+    )

@@ -1,0 +1,105 @@
+"""Gradients over a batch that ranks share, and what each update prompt adds along a direction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from entropy_probe.analyses.batches import UpdateBatch
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.gradients.hooks import Taps
+from entropy_probe.gradients.per_sample import Side, UnitGradients, stored_bytes, unit_gradients
+from entropy_probe.losses import loss_coefficients
+from entropy_probe.parallel.batch import Part
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.forward import Progress
+from entropy_probe.scoring.sheet import ScoreSheet
+from entropy_probe.types import TokenCoefficients
+
+__all__ = ["differentiate", "over_units", "update_gradient", "update_loss"]
+
+
+def update_loss(policy: Policy, update: UpdateBatch) -> TokenCoefficients:
+    """The loss of the step, of this rank's part of the update batch."""
+    config = policy.config
+    # by the trainer's own groups
+    whole = loss_coefficients(update.given, config.loss_type, config.max_completion_length)
+    return whole.select(update.part.rows)
+
+
+def over_units(policy: Policy, part: Part, values: Tensor) -> Tensor:
+    """Values of this rank's units, ``[..., u]``, with those of all others in their places, ``[..., U]``."""
+    return policy.ranks.sum(part.by_unit(values))
+
+
+def differentiate(
+    policy: Policy,
+    own: Rollouts,
+    part: Part,
+    side: Side,
+    *,
+    progress: Progress,
+    taps: Taps | None = None,
+    total: bool = True,
+    sheet: ScoreSheet | None = None,
+) -> UnitGradients:
+    """The gradient of a surrogate: its total over the whole batch, everything else of this rank's units.
+
+    Args:
+        policy: what is differentiated.
+        own: this rank's sequences.
+        part: which these are.
+        side: the surrogate, and what is wanted of its gradient.
+        progress: where progress is reported.
+        taps: where per-sample gradients can be read off the layers.
+        total: add up the total over ranks.
+        sheet: gets the scores of the pass.
+    """
+    parameters, ranks = policy.parameters, policy.ranks
+    with policy.on_part(part):
+        (gradients,) = unit_gradients(
+            policy.scorer, parameters, own, part.local_units, [side], taps=taps, progress=progress, sheet=sheet
+        )
+    if not total:
+        return gradients
+    if gradients.stored is None:
+        return replace(gradients, total=ranks.sum_vector(gradients.total, parameters))
+    # in float64, so that the step does not depend on which sequences share a microbatch or a rank
+    named = parameters.items()
+    double = {name: torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape) for name, p in named}
+    exact = ranks.sum_vector(gradients.total_of_stored(parameters), double)
+    dtypes = {name: torch.promote_types(p.dtype, torch.float32) for name, p in named}
+    return replace(gradients, total={name: None if x is None else x.to(dtypes[name]) for name, x in exact.items()})
+
+
+def update_gradient(
+    policy: Policy, update: UpdateBatch, loss: TokenCoefficients, *, store: bool, taps: Taps | None, scored: bool
+) -> UnitGradients:
+    """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits.
+
+    Args:
+        policy: what is differentiated.
+        update: the batch.
+        loss: coefficients of this rank's part.
+        store: keep the shares.
+        taps: where per-sample gradients can be read off the layers.
+        scored: whether the batch was scored and checked before; else it is now, by the scores of this pass.
+    """
+    fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
+    if store and not fits:
+        policy.log.messages.append(
+            "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
+        )
+    sheet = None if scored else ScoreSheet(update.own, policy.model)
+    with policy.clock.phase("update gradient") as progress:
+        side = Side(loss, store=store and fits)
+        gradient = differentiate(
+            policy, update.own, update.part, side, taps=taps if side.store else None, progress=progress, sheet=sheet
+        )
+    if sheet is not None:
+        with policy.on_part(update.part):
+            scores = sheet.read()
+        policy.check_rollouts("update", scores, update.part, update.rollouts)
+    return gradient

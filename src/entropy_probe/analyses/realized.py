@@ -1,0 +1,158 @@
+"""The realized change from scores before and after the step, with the estimator, diagnosis and fallback asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators.baselines import EntropyKind, PositionSums
+from entropy_probe.estimators.first_order import entropy
+from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
+from entropy_probe.estimators.realized import Change, change, per_decision, snis
+from entropy_probe.estimators.uncertainty import Units, UnitSums, in_chunks
+from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.parallel.ranks import ALONE, Ranks
+from entropy_probe.results.probe import Realized, Unit
+from entropy_probe.types import TokenScores
+
+__all__ = ["Measurement", "measure_change"]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A realized change and how it came about.
+
+    Attributes:
+        change: the change; ``None`` when it was refused.
+        estimator: which path produced it, or would have.
+        diagnosis: whether the weights can be trusted.
+        weights: of the sequences, after the step.
+        after: scores of this rank's part of the batch after the step.
+    """
+
+    change: Change | None
+    estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
+    diagnosis: Literal["ok", "low_ess", "high_pareto_k"]
+    weights: SequenceWeights
+    after: TokenScores
+
+    @property
+    def note(self) -> str | None:
+        """What a reader should know about weights that are not trusted."""
+        if self.diagnosis == "ok":
+            return None
+        w = self.weights
+        found = f"effective sample size {w.ess:.0f} of {w.normalized.numel()}"
+        if w.pareto_k is not None:
+            found += f", Pareto k {w.pareto_k:.2f} (at most {w.pareto_k_threshold:.2f})"
+        what = {
+            "psis": "the realized change is from Pareto-smoothed weights",
+            "resampled": "the realized change is from responses sampled anew after the step",
+        }
+        outcome = "no realized change is given" if self.change is None else what[self.estimator]
+        return f"the step moves the policy too far for these rollouts: {found}; {outcome}"
+
+    def report(
+        self,
+        units: Units,
+        unit: Unit,
+        floor: float | None = None,
+        batch: Literal["evaluation", "update"] = "evaluation",
+        step_rounding: float = 0.0,
+    ) -> Realized:
+        """The result's record of it.
+
+        Args:
+            units: the sampling units.
+            unit: of the change.
+            floor: what rounding does to the change.
+            batch: which rollouts it was measured on.
+            step_rounding: what rounding of the parameters adds to the step, relative to its length.
+        """
+        found, status = self.change, "ok"
+        if found is None:
+            status = self.diagnosis
+        elif floor is not None and abs(found.value) <= floor:
+            status = "below_noise_floor"
+        return Realized(
+            value=None if found is None else found.value,
+            standard_error=None if found is None else found.standard_error,
+            num_units=units.count,
+            unit=unit,
+            status=status,
+            estimator=self.estimator,
+            batch=batch,
+            ess=self.weights.ess,
+            ess_fraction=self.weights.ess_fraction,
+            max_weight=self.weights.max_weight,
+            pareto_k=self.weights.pareto_k,
+            pareto_k_threshold=self.weights.pareto_k_threshold,
+            noise_floor=floor,
+            step_rounding=step_rounding,
+        )
+
+
+def measure_change(
+    before: TokenScores,
+    after: TokenScores,
+    part: Part,
+    batch: PositionSums,
+    config: ProbeConfig,
+    ranks: Ranks = ALONE,
+    resample: Callable[[], TokenScores] | None = None,
+) -> Measurement:
+    """The realized change from scores of the same responses before and after the step.
+
+    Args:
+        before: scores of this rank's part of the batch before the step.
+        after: scores of the same after it.
+        part: which sequences these are, and their sampling units.
+        batch: sums over the whole batch of scores before the step.
+        config: the estimator, its options, and what to do when the weights are not trusted.
+        ranks: the ranks that have the other parts.
+        resample: scores, after the step, of fresh responses to the same prompts; needed for that fallback only.
+    """
+    units, normalization, kind = part.units, config.normalization, config.entropy
+
+    def change_to(new: UnitSums, kind: EntropyKind = kind) -> Change:
+        return change(add_up(ranks, new), add_up(ranks, entropy(before, units, normalization, kind)))
+
+    log_weights, base = ranks.sum(part.by_sequence(sequence_log_weights(before, after)))
+    weights = sequence_importance_weights(
+        log_weights,
+        config.is_mode,
+        base=base,
+        log_weight_clamp=config.log_weight_clamp,
+        weight_clip=config.weight_clip,
+    )
+    diagnosis = "ok"
+    if weights.heavy_tailed:
+        diagnosis = "high_pareto_k"
+    elif weights.ess_fraction < config.min_ess_fraction and config.is_mode != "psis":
+        diagnosis = "low_ess"
+    if diagnosis != "ok" and config.on_low_ess == "resample":
+        assert resample is not None
+        fresh = entropy(resample(), units, normalization, kind)
+        return Measurement(change_to(fresh), "resampled", diagnosis, weights, after)
+    if diagnosis != "ok" and config.on_low_ess == "psis" and weights.pareto_k is not None:
+        smoothed = sequence_importance_weights(log_weights, "psis", base=base, log_weight_clamp=config.log_weight_clamp)
+        if smoothed.heavy_tailed:
+            return Measurement(None, "psis", "high_pareto_k", weights, after)
+        new = snis(after, smoothed.normalized[part.rows], units, normalization, kind)
+        return Measurement(change_to(new), "psis", diagnosis, weights, after)
+    estimator = "per_decision" if config.realized == "per_decision" else config.is_mode
+    if diagnosis != "ok":
+        return Measurement(None, estimator, diagnosis, weights, after)
+    if estimator == "per_decision":
+        with ranks.agreeing():
+            table = torch.zeros(2, units.count, dtype=torch.float64)
+            for rows in in_chunks(units):
+                own = units.select(rows)
+                table += per_decision(before.select(rows), after.select(rows), own, batch, normalization).table
+        return Measurement(change_to(UnitSums(table), "rao_blackwell"), estimator, diagnosis, weights, after)
+    new = snis(after, weights.normalized[part.rows], units, normalization, kind)
+    return Measurement(change_to(new), estimator, diagnosis, weights, after)
