@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from entropy_probe.report.numbers import format_percent
 
 if TYPE_CHECKING:
+    from entropy_probe.analyses.policy import Resample
     from entropy_probe.analyses.provenance import Phase
-    from entropy_probe.analyses.session import Resample
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.cli.output import Output
