@@ -276,7 +276,7 @@ def measure(size: Size, precision: str, rounds: int, device: torch.device) -> di
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "per_unit_gradients": result.diagnostics.per_unit_gradients,
         "prefix_sharing": result.diagnostics.prefix_sharing,
-        "messages": result.diagnostics.messages,
+        "notes": [note.text for note in result.diagnostics.notes],
     }
 
 
@@ -289,7 +289,7 @@ def section(found: dict[str, Any]) -> str:
 
     sampled = f["sampling"]
     rest = 1 - sum(p["share_of_time"] for p in f["phases"].values())
-    notes = [f"{message}." for message in f["messages"] if "out of memory" in message]
+    notes = [f"{message}." for message in f["notes"] if "out of memory" in message]
     lines = [
         f"## {SECTION}",
         "",

@@ -43,7 +43,7 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
                     update=update, evaluation=evaluation, learning_rates=rates, direct_curvature=task == "direct"
                 )
                 if task == "direct" and sweep.curvature.direct is None:
-                    raise RuntimeError(f"no direct curvature: {sweep.messages}")
+                    raise RuntimeError(f"no direct curvature: {sweep.notes}")
             seconds[task].append(time.process_time() - start)
     paired = [s / t for s, t in zip(seconds["sweep"], seconds["training"], strict=True)]
     return {

@@ -21,6 +21,7 @@ from torch import nn
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.sampling import HFGenerator, SamplingParameters
+from tests.notes import texts
 from tests.tiny_architectures import UNBUILT, VARIANTS, register, tiny_model
 
 CONFIG = ProbeConfig(measure_noise_floor=False, learning_rate=1e-4, evaluation_unit="sequence")
@@ -189,7 +190,7 @@ def sampled(name: str) -> tuple[str, list[str], str | None]:
             log_p = plain_logits(model, ids)[start - 1 : -1].double().log_softmax(-1)
         gap = log_p.gather(-1, ids[start:, None])[:, 0] - torch.tensor(completion.logprobs, dtype=torch.float64)
         worst = max(worst, float(gap.abs().max()))
-    how = "; ".join(engine.messages) or "cache"
+    how = "; ".join(texts(engine.notes)) or "cache"
     for long, short in SHORT.items():
         how = how.replace(long, short)
     return how, [f"sampled log-probabilities off by {worst:.2g}"] if not worst < 1e-3 else [], None

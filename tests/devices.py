@@ -26,6 +26,7 @@ from entropy_probe.sampling import (
 )
 from tests.gradients.layers import Mixed
 from tests.invariants.problems import batches
+from tests.notes import texts
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 __all__ = ["SCENARIOS", "Numbers", "disagreements", "hf_policy", "numbers", "on_device", "rollouts"]
@@ -131,7 +132,7 @@ def curvature(device: torch.device) -> Numbers:
     sweep = _probe(model, optimizer, temperature=TEMPERATURE).sweep(
         update=update, evaluation=evaluation, learning_rates=rates, direct_curvature=True
     )
-    assert sweep.curvature.direct is not None, sweep.messages
+    assert sweep.curvature.direct is not None, texts(sweep.notes)
     return numbers(sweep)
 
 

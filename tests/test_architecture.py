@@ -20,10 +20,10 @@ ALLOWED = {
     "named": {"parallel"},
     "losses": {"types", "rollouts"},
     "config": {"estimators", "losses"},
-    "scoring": {"types", "rollouts", "parallel", "named"},
+    "scoring": {"types", "rollouts", "results", "parallel", "named"},
     "gradients": {"types", "rollouts", "parallel", "named", "losses", "scoring"},
     "steps": {"results", "parallel", "named", "config"},
-    "sampling": {"rollouts", "parallel"},
+    "sampling": {"rollouts", "results", "parallel"},
     "checkpoints": {"results", "parallel", "steps"},
     "analyses": {
         "types", "rollouts", "results", "estimators", "parallel", "named", "losses", "config", "scoring", "gradients",

@@ -8,6 +8,7 @@ from torch import nn
 
 from entropy_probe import Rollouts
 from entropy_probe.analyses.admission import admit, after_end, draws_of, end_tokens, evaluation_units, in_groups, joined
+from tests.notes import texts
 
 END = 9
 
@@ -42,15 +43,15 @@ def test_prompts_with_the_same_tokens_are_one_whatever_pads_them():
     given = batch([[1, 2], [2, 1], [1, 2], [4, 1, 2]], [[3], [3], [5, 6, 6], [3]], [40, 30, 20, 10])
     found = admitted(given)
     assert found.rollouts.prompt_ids.tolist() == [20, 30, 20, 10]
-    assert found.messages == [
+    assert texts(found.notes) == [
         "update: 4 prompt ids have 3 distinct prompts: equal prompts are one, under the smallest of its ids "
         "(merge_equal_prompts keeps them apart)"
     ]
     assert given.prompt_ids.tolist() == [40, 30, 20, 10]
     apart = admitted(given, merge=False)
     assert apart.rollouts.prompt_ids.tolist() == [40, 30, 20, 10]
-    assert apart.messages == []
-    assert admitted(found.rollouts).messages == []
+    assert texts(apart.notes) == []
+    assert texts(admitted(found.rollouts).notes) == []
 
 
 def test_a_masked_out_response_keeps_to_the_prompts_of_its_id():
@@ -66,7 +67,7 @@ def test_rows_of_a_trajectory_belong_together():
                   trajectory_ids=torch.tensor([8, 8, 6, 6]))  # fmt: skip
     found = admitted(given)
     assert found.rollouts.prompt_ids.tolist() == [1, 1, 3, 3]
-    assert "4 sequences are parts of 2 trajectories" in found.messages[0]
+    assert "4 sequences are parts of 2 trajectories" in texts(found.notes)[0]
     assert found.not_modelled == []
     as_evaluation = admitted(given, "evaluation")
     assert "prompts of a trajectory's later sequences" in as_evaluation.not_modelled[0]
@@ -74,9 +75,9 @@ def test_rows_of_a_trajectory_belong_together():
     assert (name, units.count, units.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
     repeated = replace(given, prompt_ids=torch.tensor([1, 1, 3, 3]), trajectory_ids=torch.tensor([8, 5, 6, 6]))
     *_, (said,) = evaluation_units(repeated, "auto", grouped=in_groups(repeated))
-    assert "every trajectory counts as independent" in said
+    assert "every trajectory counts as independent" in said.text
     whole = admitted(replace(given, trajectory_ids=torch.arange(4)), "evaluation")
-    assert (whole.messages, whole.not_modelled) == ([], [])
+    assert (texts(whole.notes), whole.not_modelled) == ([], [])
     assert not in_groups(whole.rollouts)
 
 
@@ -103,30 +104,30 @@ def test_tokens_behind_an_end_token_count_within_a_run_only():
     behind = after_end(given, [END])
     assert behind.sum(1).tolist() == [0, 2, 0, 0]
     assert given.input_ids[behind].tolist() == [4, 5]
-    (said,) = admitted(given, merge=False, end_ids=[END]).messages
+    (said,) = texts(admitted(given, merge=False, end_ids=[END]).notes)
     assert said.startswith("update: 2 response tokens of 1 of 4 sequences follow an end token (9) directly")
-    assert admitted(given, merge=False).messages == []
+    assert texts(admitted(given, merge=False).notes) == []
 
 
 def test_a_batch_without_any_end_token():
     given = batch([[1]] * 3, [[3, 4], [3], [3, 4]], [1, 2, 3], [[1, 1], [1], [0, 0]])
-    (said,) = admitted(given, merge=False, end_ids=[END, 8]).messages
+    (said,) = texts(admitted(given, merge=False, end_ids=[END, 8]).notes)
     assert said.startswith("update: no response has an end token (9, 8), though 1 of 2 are shorter than the longest")
     longer = batch([[1]] * 2, [[3, 4], [3, 4]], [1, 2])
-    assert admitted(longer, merge=False, end_ids=[END], longest=2).messages == []
-    assert admit(longer, "update", False, [END], 3, stop_texts=True).messages == []
-    assert "2 of 2 are shorter" in admitted(longer, merge=False, end_ids=[END], longest=3).messages[0]
+    assert texts(admitted(longer, merge=False, end_ids=[END], longest=2).notes) == []
+    assert texts(admit(longer, "update", False, [END], 3, stop_texts=True).notes) == []
+    assert "2 of 2 are shorter" in texts(admitted(longer, merge=False, end_ids=[END], longest=3).notes)[0]
     ended = batch([[1]] * 2, [[3, 4], [END]], [1, 2])
-    assert admitted(ended, merge=False, end_ids=[END]).messages == []
+    assert texts(admitted(ended, merge=False, end_ids=[END]).notes) == []
 
 
 def test_a_step_on_advantages_of_0_is_momentum_alone():
     given = batch([[1], [2]], [[3, 4], [END]], [1, 2], advantages=torch.zeros(2))
-    assert admitted(given).messages == [
+    assert texts(admitted(given).notes) == [
         "update: every advantage is 0, so the update gradient is 0 and only momentum is left"
     ]
-    assert admitted(given, "evaluation").messages == []
-    assert admitted(replace(given, advantages=torch.tensor([0.0, 1.0]))).messages == []
+    assert texts(admitted(given, "evaluation").notes) == []
+    assert texts(admitted(replace(given, advantages=torch.tensor([0.0, 1.0]))).notes) == []
 
 
 def test_where_end_tokens_come_from():
@@ -147,5 +148,5 @@ def test_entropy_is_that_of_all_responses():
     given = batch([[1]] * 3, [[3]] * 3, [1, 2, 3], [[1], [0], [1]])
     with pytest.raises(ValueError, match=r"evaluation: expected response tokens in every .* 1 of 3 \(index 1 first\)"):
         admitted(given, "evaluation")
-    assert "1 of 3 responses are masked out" in admitted(given, "batch", merge=False).messages[0]
-    assert admitted(given, merge=False).messages == []
+    assert "1 of 3 responses are masked out" in texts(admitted(given, "batch", merge=False).notes)[0]
+    assert texts(admitted(given, merge=False).notes) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from entropy_probe.report import run_page, sweep_page
+from tests.notes import noted
 from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables
 
@@ -25,7 +26,9 @@ def report(tmp_path_factory):
     tables = write_tables(directory, prompts=7, group=4, tokens=12, texts=texts, prompt_texts={0: f"Ask\x1b {NASTY}"})
     path = directory / "report.html"
     config = f"checkpoint: {NASTY}\n"
-    result = result_of(tables, messages=(f"update: 3 prompts have equal rewards, so their advantages are 0 {NASTY}",))
+    result = result_of(
+        tables, notes=noted(f"update: 3 prompts have equal rewards, so their advantages are 0 {NASTY}", remedy=NASTY)
+    )
     path.write_text(run_page(result, tables=tables, config=config, name=f"a/{NASTY}"), encoding="utf-8")
     return path
 

@@ -12,6 +12,7 @@ from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.checkpoints import MappingError, inspect_checkpoint, load_checkpoint
 from tests.checkpoints.conftest import edit_optimizer, edit_tensors
 from tests.devices import rollouts
+from tests.notes import texts
 
 NORM = "model.norm.weight"
 
@@ -49,7 +50,7 @@ def test_full_weights_that_are_as_training_began(runs, copy_of):
     result = EntropyProbe(loaded.model, loaded.optimizer, ProbeConfig()).predict(
         update=rollouts(4, 4, 0, 40), evaluation=rollouts(16, 1, 1, 40)
     )
-    assert any("without a history" in message for message in result.diagnostics.messages)
+    assert any("without a history" in message for message in texts(result.diagnostics.notes))
 
 
 def test_an_adapter_layer_whose_lora_b_is_still_zero(runs, copy_of):

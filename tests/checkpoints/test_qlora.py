@@ -17,6 +17,7 @@ from entropy_probe.integrations.trl import ManifestCallback
 from entropy_probe.steps.adamw import adamw_step, optimizer_parameters, shadow_step
 from tests.checkpoints.conftest import edit_json
 from tests.invariants.traces import assert_same, state
+from tests.notes import texts
 from tests.tiny import train_grpo
 from tests.trained import Run
 
@@ -131,7 +132,7 @@ def test_the_precision_is_that_of_everything_but_the_codes(run, dtype):
     assert {m.compute_dtype for m in loaded.model.modules() if hasattr(m, "compute_dtype")} == {wanted}
     config = ProbeConfig(dtype=dtype, max_grad_norm=None)
     result = EntropyProbe(loaded.model, loaded.optimizer, config).predict(update=rollouts(0), evaluation=rollouts(1))
-    assert any("computed in torch.bfloat16" in m for m in result.diagnostics.messages) == (dtype == "bfloat16")
+    assert any("computed in torch.bfloat16" in m for m in texts(result.diagnostics.notes)) == (dtype == "bfloat16")
     if dtype == "bfloat16":
         with pytest.raises(ValueError, match=r"expected parameters of at least float32, got torch\.bfloat16"):
             EntropyProbe(loaded.model, loaded.optimizer)
@@ -151,7 +152,7 @@ def test_the_storage_type_of_codes_is_no_precision(run):
     batch = rollouts(0)
     assert torch.equal(logits(loaded.model, batch), logits(run.load(2).model, batch))
     result = EntropyProbe(loaded.model, loaded.optimizer).predict(update=batch, evaluation=rollouts(1))
-    assert not any("computed in" in m for m in result.diagnostics.messages)
+    assert not any("computed in" in m for m in texts(result.diagnostics.notes))
 
 
 def test_a_probe_runs_and_leaves_everything_as_it_was(run):

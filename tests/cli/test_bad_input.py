@@ -225,5 +225,5 @@ def test_inspect_exit_codes(trained, checkpoint, refused, tmp_path):
     assert unusable.exit_code == 2
     report = json.loads(unusable.stdout)
     assert report["verdict"] == "unusable"
-    assert "optimizer.pt" in report["reasons"][0]
+    assert "optimizer.pt" in report["notes"][0]["text"]
     assert "expected a checkpoint directory" in refused("inspect", tmp_path / "none")

@@ -14,11 +14,11 @@ import yaml
 
 from entropy_probe import EntropyProbe, ProbeResult, Rollouts, Validation
 from entropy_probe.cli.output import locked
-from entropy_probe.cli.run import of_one_batch
 from entropy_probe.report.wording import RESULT_FIGURES
 from entropy_probe.sampling import HFGenerator
 from tests.checkpoints.conftest import edit_json
 from tests.cli.conftest import SHARD, command_line, execute, invoke, killed_before
+from tests.notes import texts
 from tests.processes import Process
 
 AS_USERS_DO = ("-m", "entropy_probe")
@@ -162,7 +162,7 @@ def test_dropped_prompts_and_other_notes_reach_the_reader(config, checkpoint, tm
     assert "every prompt has equal rewards" in shown
     assert "not modelled: the KL term to a reference policy (the log has kl, 0.25 last)" in shown
     diagnostics = ProbeResult.load(tmp_path / "out").diagnostics
-    assert any(message.startswith("update: every prompt has equal rewards") for message in diagnostics.messages)
+    assert any(message.startswith("update: every prompt has equal rewards") for message in texts(diagnostics.notes))
     assert len(diagnostics.not_modelled) == 1
 
 
@@ -192,18 +192,6 @@ def test_both_modes_side_by_side(config, tmp_path):
     assert "one batch δH₁" in done.stdout
     assert "predicted δH₁" in done.stdout
     assert "cross-prompt gradients" in result.timing
-
-
-def test_one_batch_beside_two_does_not_repeat_what_is_said_of_the_update_batch():
-    said = "batch: the responses do not fit the policy: surprisal minus entropy is +0.1; "
-    assert of_one_batch("frozen geometry") == "frozen geometry"
-    assert of_one_batch(f"{said}so results are biased, and the step is taken on it as given") == (
-        "results are biased by what is said of the update batch"
-    )
-    assert "may be biased by" in str(of_one_batch("batch: sampled_logprobs differ; so results may be biased"))
-    assert of_one_batch("batch: amiss; nothing is computed from them, so results stand") is None
-    kept = f"{said}its sequences are reweighted, which leaves that share of them effective"
-    assert of_one_batch(kept) == kept
 
 
 def test_attribution_fills_tables_that_a_later_run_without_it_removes(config, tmp_path):

@@ -31,7 +31,7 @@ def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
         found = subject.sweep(
             update=update, evaluation=evaluation, learning_rates=RATES, direct_curvature=True
         ).model_dump(mode="json")
-        return {key: value for key, value in found.items() if key not in ("notes", "messages")}
+        return {key: value for key, value in found.items() if key != "notes"}
     return subject.attribute(update=update, evaluation=evaluation)
 
 

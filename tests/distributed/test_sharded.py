@@ -73,7 +73,7 @@ def whole(name: str):
     return json.loads(json.dumps(probe(case, *subject_of(case))))
 
 
-HOW = ("head", "prefix_sharing", "per_unit_gradients", "messages", "gradients", "direct", "direct_slope")
+HOW = ("head", "prefix_sharing", "per_unit_gradients", "notes", "gradients", "direct", "direct_slope")
 """Fields that say how it was computed, which shards change, and what they cannot have."""
 
 

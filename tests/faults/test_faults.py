@@ -75,10 +75,10 @@ def test_fault(case, examine, fault):
         assert loaded["error"] is None, loaded
         assert loaded["finite"]
         if fault.suspicious is not None:
-            assert any(re.search(fault.suspicious, reason) for reason in loaded["report"]["reasons"])
+            assert any(re.search(fault.suspicious, note["text"]) for note in loaded["report"]["notes"])
         else:
             assert fault.harmless
-            assert (loaded["report"]["verdict"], loaded["report"]["reasons"]) == ("healthy", [])
+            assert (loaded["report"]["verdict"], loaded["report"]["notes"]) == ("healthy", [])
     verdict = fault.inspects or ("unusable" if fault.error else "suspicious" if fault.suspicious else "healthy")
     assert f'"verdict": "{verdict}"' in report
     assert report.isascii()

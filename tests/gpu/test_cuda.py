@@ -14,6 +14,7 @@ from entropy_probe.steps.adamw import shadow_step
 from tests.devices import SCENARIOS, disagreements, hf_policy, on_device, rollouts
 from tests.invariants.problems import batches
 from tests.invariants.traces import assert_same, state
+from tests.notes import texts
 from tests.reference.enumeration import TinyPolicy
 
 pytestmark = [
@@ -143,7 +144,7 @@ def test_out_of_memory_halves_the_microbatch():
         scorer, found = _scores(model, batch, whole)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
-    assert "out of memory" in scorer.messages[0]
+    assert "out of memory" in texts(scorer.notes)[0]
     torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=1e-5)
 
 
@@ -166,7 +167,7 @@ def test_sampling_out_of_memory_halves_the_batch():
         engine, found = sampled(512)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
-    assert "out of memory" in engine.messages[0]
+    assert "out of memory" in texts(engine.notes)[0]
     same = sum(a.token_ids == b.token_ids for a, b in zip(expected, found, strict=True))
     assert same >= 0.98 * len(prompts)  # a uniform number within rounding of a boundary may give another token
 

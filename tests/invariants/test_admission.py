@@ -13,6 +13,7 @@ from entropy_probe.report.tables import check_tables, read_tables
 from tests.invariants.hf_problems import policy
 from tests.invariants.hf_problems import rollouts as tiny_rollouts
 from tests.invariants.problems import batches, numbers, same
+from tests.notes import texts
 from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "per_prompt_max")
@@ -72,7 +73,7 @@ def test_a_batch_in_groups_stays_one_when_groups_merge_or_responses_are_masked_o
         found = subject.predict(update=batch, evaluation=batch)
         assert found.diagnostics.evaluation_unit == "prompt", name
         assert found.entropy.num_units == (3 if name == "merged" else 13)
-        assert not any("independent" in message for message in found.diagnostics.messages)
+        assert not any("independent" in message for message in texts(found.diagnostics.notes))
 
 
 def test_the_trainers_groups_stay_as_given():
@@ -146,7 +147,7 @@ def test_everything_downstream_takes_masked_out_responses(shared):
     a, b = (subject.cross_prompt(x) for x in (masked_out(update, rows), update.select(kept)))
     assert a.delta_h1 == pytest.approx(b.delta_h1, rel=1e-4)
     result = subject.one_batch(masked_out(update, rows))
-    assert any("4 of 24 responses are masked out" in m for m in result.diagnostics.messages)
+    assert any("4 of 24 responses are masked out" in m for m in texts(result.diagnostics.notes))
     # the first shows that it was sampled in groups, the second no longer does
     config = ProbeConfig(max_tokens_per_microbatch=40, merge_equal_prompts=False, evaluation_unit="prompt")
     of_prompts = EntropyProbe(model, optimizer, config)

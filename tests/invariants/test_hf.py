@@ -14,6 +14,7 @@ from entropy_probe.scoring.packing import bounded_groups, pack, pack_shared, sha
 from entropy_probe.types import TokenCoefficients
 from tests.invariants.hf_problems import IDS, KINDS, long_prompts, policy, rollouts
 from tests.invariants.problems import numbers
+from tests.notes import texts
 from tests.tiny import tiny_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -268,7 +269,7 @@ def test_bfloat16_runs_when_asked_for(kind):
     config = ProbeConfig(dtype="bfloat16")
     result = EntropyProbe(model, optimizer, config).run(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
     assert result.diagnostics.per_unit_gradients == ("linear-layer taps" if kind == "lora" else "taps")
-    assert any("quantised" in m for m in result.diagnostics.messages)
+    assert any("quantised" in m for m in texts(result.diagnostics.notes))
     full, _ = policy(kind)
     full.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     exact = torch.optim.AdamW([p for p in full.parameters() if p.requires_grad], lr=1e-3)

@@ -9,6 +9,7 @@ from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.scoring.cache import ScoreCache, fingerprint, mixed_sums
 from entropy_probe.scoring.forward import Scorer
 from tests.invariants.problems import TABLE, batches, float32_problem, numbers, probe
+from tests.notes import texts
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 LARGE = 0.5
@@ -34,7 +35,9 @@ def test_a_step_too_large_is_refused():
         result.realized.value is result.realized.standard_error is result.realized.estimate is result.difference is None
     )
     assert result.predicted.value
-    assert any("effective sample size" in m and "no realized change is given" in m for m in result.diagnostics.messages)
+    assert any(
+        "effective sample size" in m and "no realized change is given" in m for m in texts(result.diagnostics.notes)
+    )
 
 
 def test_fresh_responses_measure_a_step_of_any_size():
@@ -59,7 +62,7 @@ def test_fresh_responses_measure_a_step_of_any_size():
     assert abs(values.mean() - exact) < 4 * values.std() / len(values) ** 0.5
     assert 0.89 <= ((values - exact).abs() <= 1.96 * errors).double().mean() <= 0.99
     assert result.realized.status == "ok"
-    assert any("sampled anew" in m for m in result.diagnostics.messages)
+    assert any("sampled anew" in m for m in texts(result.diagnostics.notes))
 
 
 def test_fresh_responses_are_measured_by_the_surprisal_that_was_asked_for():
@@ -147,7 +150,7 @@ def test_same_batch_measurement_is_labelled_and_grouped_by_prompt():
     result = probe(model, trained_optimizer(model)).measure(update=update)
     assert result.realized.batch == "update"
     assert result.diagnostics.evaluation_unit == "prompt"
-    assert any("biased by what they share" in m for m in result.diagnostics.messages)
+    assert any("biased by what they share" in m for m in texts(result.diagnostics.notes))
     other = probe(model, trained_optimizer(model)).measure(update=update, evaluation=evaluation)
     assert other.realized.batch == "evaluation"
 
@@ -163,10 +166,10 @@ def test_the_noise_floor_tells_a_real_change_from_rounding():
     assert 0 < real.noise_floor < 1e-2 * abs(real.value)
     lost = realized(learning_rate=1e-11)
     assert lost.realized.status == lost.realized.estimate.status == "below_noise_floor"
-    assert any("rounding to the parameters' precision" in m for m in lost.diagnostics.messages)
+    assert any("rounding to the parameters' precision" in m for m in texts(lost.diagnostics.notes))
     coarse = realized(autocast="bfloat16")
     assert coarse.realized.noise_floor > 30 * real.noise_floor
-    assert any("autocast in bfloat16" in m for m in coarse.diagnostics.messages)
+    assert any("autocast in bfloat16" in m for m in texts(coarse.diagnostics.notes))
     # the cache of converted weights must not hide the step
     assert coarse.realized.value != 0
     assert realized(measure_noise_floor=False).realized.noise_floor is None

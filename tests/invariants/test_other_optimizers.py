@@ -12,6 +12,7 @@ from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.report.console import print_result
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.invariants.traces import assert_same, state
+from tests.notes import texts
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 from tests.steps.optimizers import Lion
 
@@ -47,7 +48,9 @@ def test_model_and_optimizer_are_bitwise_what_they_were(name):
     assert_same(before, state(model, optimizer))
     assert result.components == {}
     assert result.predicted.se_update_method == "jackknife"
-    assert any("no components, and se_update is a jackknife over 9 blocks" in m for m in result.diagnostics.messages)
+    assert any(
+        "no components, and se_update is a jackknife over 9 blocks" in m for m in texts(result.diagnostics.notes)
+    )
     assert result.optimizer_state.optimizer.endswith(OPTIMIZERS[name][0].__name__)
     assert (result.optimizer_state.coverage, result.optimizer_state.scale_max) == (1.0, None)
 
@@ -111,7 +114,7 @@ def test_blocks_differentiated_again_equal_stored_ones(cls, train_embedding):
     stored = probe(model, optimizer).run(update=update, evaluation=evaluation)
     again = probe(model, optimizer, max_stored_gradient_gib=0).run(update=update, evaluation=evaluation)
     same(numbers(stored), numbers(again), rel=1e-8)
-    assert any("jackknife over 16 blocks" in m for m in stored.diagnostics.messages)
+    assert any("jackknife over 16 blocks" in m for m in texts(stored.diagnostics.notes))
 
 
 def reported_over_true(name: str, repeats: int, lr: float = 1e-3, **settings: object) -> float:

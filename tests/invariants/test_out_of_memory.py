@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.demo.policy import build_model
 from tests.invariants.problems import float32_problem
+from tests.notes import texts
 from tests.reference.enumeration import trained_optimizer
 
 NUMBERS = ("entropy", "predicted", "components", "realized", "difference")
@@ -74,10 +75,10 @@ def test_microbatches_are_halved_and_the_numbers_stay(lora, settings, where):
     small, small_one, limited = run(lora, where, tokens=60 if lora else 30, **settings)
     assert limited.failures >= 2
     assert plain.diagnostics.per_unit_gradients == ("linear-layer taps" if lora else "taps")
-    said = [m for m in small.diagnostics.messages if "out of memory" in m]
+    said = [m for m in texts(small.diagnostics.notes) if "out of memory" in m]
     assert len(said) == 1
     assert "max_tokens_per_microbatch was lowered to" in said[0]
-    assert not any("out of memory" in m for m in plain.diagnostics.messages)
+    assert not any("out of memory" in m for m in texts(plain.diagnostics.notes))
     rounding = 1e-3 * plain.realized.standard_error
     for name in NUMBERS:
         a, b = (getattr(result, name) for result in (plain, small))
@@ -107,7 +108,7 @@ def test_attribution_in_smaller_microbatches():
     small = probe.attribute(update=update, evaluation=evaluation)
     assert limited.failures >= 2
     assert small.summary.method == plain.summary.method == "forward-mode"
-    assert any("out of memory" in m for m in small.result.diagnostics.messages)
+    assert any("out of memory" in m for m in texts(small.result.diagnostics.notes))
     torch.testing.assert_close(small.tokens, plain.tokens, rtol=1e-3, atol=1e-4 * plain.tokens.abs().max().item())
     limited.tokens = 10
     with pytest.raises(MemoryError, match="with padding, do not fit"):

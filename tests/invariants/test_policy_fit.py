@@ -15,6 +15,7 @@ from entropy_probe.losses import loss_coefficients
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
 from tests.invariants.problems import TABLE, batches, probe
+from tests.notes import texts
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 from tests.reference.samplers import at_temperature, cut, draw, full_scores
 from tests.tiny import tiny_policy
@@ -42,7 +43,7 @@ def run(evaluation: Rollouts = EVALUATION, update: Rollouts = UPDATE, **settings
     return probe(model, trained_optimizer(model), **settings).predict(update=update, evaluation=evaluation).diagnostics
 
 
-def about(messages: tuple[str, ...], role: str) -> str:
+def about(messages: list[str], role: str) -> str:
     found = [m for m in messages if m.startswith(f"{role}: ")]
     assert len(found) == 1, messages
     return found[0]
@@ -125,7 +126,7 @@ def test_tokens_that_do_not_fit_are_told_by_their_sign(logprobs, said):
     evaluation = sampled(logprobs)
     found = run(evaluation)
     assert found.policy_fit.evaluation.status == "off_policy"
-    message = about(found.messages, "evaluation")
+    message = about(texts(found.notes), "evaluation")
     assert message.startswith("evaluation: the responses do not fit the policy: surprisal minus entropy is ")
     assert message.endswith("so results are biased")
     torch.testing.assert_close(torch.tensor(found.policy_fit.update.z), torch.tensor(run().policy_fit.update.z))
@@ -140,9 +141,9 @@ def test_tokens_that_do_not_fit_are_told_by_their_sign(logprobs, said):
 
 def test_log_probabilities_that_agree_with_tokens_that_do_not():
     found = run(sampled(cut(TABLE, MODEL, top_p=0.8), given=SCORES.logprobs))
-    assert "took a part of the distribution" in about(found.messages, "evaluation")
+    assert "took a part of the distribution" in about(texts(found.notes), "evaluation")
     found = run(sampled(at_temperature(TABLE, MODEL, 1.8), given=SCORES.logprobs))
-    assert "not computed by the sampler, or it changed the logits" in about(found.messages, "evaluation")
+    assert "not computed by the sampler, or it changed the logits" in about(texts(found.notes), "evaluation")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_log_probabilities_amiss_are_not_a_batch_amiss(given, said):
     """The tokens are the policy's: the results stand, and nothing is weighted by what is wrong."""
     evaluation = sampled(SCORES.logprobs, 1500, given=given)
     found = run(evaluation)
-    message = about(found.messages, "evaluation")
+    message = about(texts(found.notes), "evaluation")
     assert "the tokens fit the policy" in message
     assert f"the log-probabilities themselves are amiss: {said}" in message
     assert message.endswith("results stand")
@@ -167,7 +168,7 @@ def test_log_probabilities_amiss_are_not_a_batch_amiss(given, said):
     with pytest.raises(ValueError, match=r"themselves are amiss.*weights from them would bias the results"):
         run(evaluation, on_mismatch="reweight")
     update = grouped(evaluation)
-    message = about(run(update=update).messages, "update")
+    message = about(texts(run(update=update).notes), "update")
     assert said in message
     assert "importance weights" not in message
     with pytest.raises(ValueError, match=r"update: sampled_logprobs differ .*themselves are amiss"):
@@ -176,13 +177,13 @@ def test_log_probabilities_amiss_are_not_a_batch_amiss(given, said):
 
 def test_a_batch_amiss_with_right_log_probabilities_says_how():
     hot, part, greedy = at_temperature(TABLE, MODEL, 1.25), cut(TABLE, MODEL, top_k=2), cut(TABLE, MODEL, top_k=1)
-    message = about(run(sampled(hot, given=hot)).messages, "evaluation")
+    message = about(texts(run(sampled(hot, given=hot)).notes), "evaluation")
     assert "the policy's at temperature 1, not 0.8: the batch was sampled at that temperature" in message
     for logprobs in (part, greedy):
-        message = about(run(sampled(logprobs, given=logprobs), max_mismatch=0.01).messages, "evaluation")
+        message = about(texts(run(sampled(logprobs, given=logprobs), max_mismatch=0.01).notes), "evaluation")
         assert "sampled from a part of the distribution (top_p, top_k or greedy)" in message
     other = full_scores(TABLE, TinyPolicy(seed=3)).logprobs
-    message = about(run(update=grouped(sampled(other, given=other))).messages, "update")
+    message = about(texts(run(update=grouped(sampled(other, given=other))).notes), "update")
     assert "sampled from another policy" in message
     assert "importance weights of the trainer's loss are not modelled" in message
 
@@ -198,19 +199,19 @@ def test_another_tokenizers_ids_are_called_that():
     ids = TABLE.rollouts.input_ids
     least = SCORES.sequence_logprobs.argsort()[:30].repeat(4)
     assert ids.shape[1] == 4
-    message = about(run(TABLE.rollouts.select(least)).messages, "evaluation")
+    message = about(texts(run(TABLE.rollouts.select(least)).notes), "evaluation")
     assert "ids of another tokenizer" in message
 
 
 def test_a_selected_update_batch_is_not_held_against_the_policy():
     update = grouped(sampled(at_temperature(TABLE, MODEL, 0.5)))
-    assert "update_selected" in about(run(update=update).messages, "update")
+    assert "update_selected" in about(texts(run(update=update).notes), "update")
     found = run(update=update, update_selected=True)
     assert found.policy_fit.update.status == "selected"
-    assert not any("policy" in m for m in found.messages)
+    assert not any("policy" in m for m in texts(found.notes))
     assert run(update=update, update_selected=True, on_mismatch="refuse").policy_fit.update.status == "selected"
     # the evaluation batch is judged all the same
-    about(run(sampled(at_temperature(TABLE, MODEL, 0.5)), update_selected=True).messages, "evaluation")
+    about(texts(run(sampled(at_temperature(TABLE, MODEL, 0.5)), update_selected=True).notes), "evaluation")
 
 
 def test_every_kind_of_run_says_so():
@@ -220,15 +221,15 @@ def test_every_kind_of_run_says_so():
     subject = probe(model, trained_optimizer(model))
     one = subject.one_batch(update).diagnostics
     assert one.policy_fit.evaluation == one.policy_fit.update
-    assert about(one.messages, "batch")
+    assert about(texts(one.notes), "batch")
     same = subject.measure(update=update).diagnostics
     assert same.policy_fit.evaluation == same.policy_fit.update
     assert same.policy_fit.update == one.policy_fit.update
-    assert about(same.messages, "batch")
+    assert about(texts(same.notes), "batch")
     sweep = subject.sweep(update=update, evaluation=cold, learning_rates=(1e-5, 1e-4))
-    assert about(sweep.prediction.diagnostics.messages, "update")
+    assert about(texts(sweep.prediction.diagnostics.notes), "update")
     attribution = subject.attribute(update=update, evaluation=cold)
-    assert about(attribution.result.diagnostics.messages, "evaluation")
+    assert about(texts(attribution.result.diagnostics.notes), "evaluation")
     halves = subject.validate(attribution, evaluation=cold, subsets=4)
-    assert about(halves.messages, "update")
-    assert about(halves.messages, "evaluation")
+    assert about(texts(halves.notes), "update")
+    assert about(texts(halves.notes), "evaluation")

@@ -14,6 +14,7 @@ from entropy_probe.gradients.per_sample import UnitGradients
 from entropy_probe.steps import plan as step
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
 from tests.invariants.problems import TABLE, batches, numbers, pad, probe, same
+from tests.notes import texts
 from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients
 
@@ -102,7 +103,7 @@ def test_two_passes_equal_stored_gradients():
         stored = probe(model, optimizer).run(update=update, evaluation=evaluation)
         second = probe(model, optimizer, max_stored_gradient_gib=0).run(update=update, evaluation=evaluation)
         same(numbers(stored), numbers(second))
-        assert any("passed over twice" in m for m in second.diagnostics.messages)
+        assert any("passed over twice" in m for m in texts(second.diagnostics.notes))
 
 
 @pytest.mark.parametrize("max_norm", [None, 1e-3], ids=["unclipped", "clipped"])
@@ -121,7 +122,7 @@ def test_components_sum_and_clipping_is_reported(max_norm):
         ratio = result.components[name].standard_error / only_e.components[name].standard_error
         assert ratio == pytest.approx(2.0, rel=0.1)
     assert (result.diagnostics.clip_factor < 1) == (max_norm is not None)
-    assert any("clipping scales" in m for m in result.diagnostics.messages) == (max_norm is not None)
+    assert any("clipping scales" in m for m in texts(result.diagnostics.notes)) == (max_norm is not None)
     assert sum(result.contributions) / len(evaluation) == pytest.approx(result.predicted.value, rel=1e-12)
 
 
@@ -209,8 +210,8 @@ def test_zero_advantages_without_history_change_nothing():
     assert result.predicted.value == result.realized.value == 0
     assert result.realized.ess == len(evaluation)
     assert result.realized.max_weight == 1
-    assert any("no usable second moment" in m for m in result.diagnostics.messages)
-    assert any("without a history" in m for m in result.diagnostics.messages)
+    assert any("no usable second moment" in m for m in texts(result.diagnostics.notes))
+    assert any("without a history" in m for m in texts(result.diagnostics.notes))
 
 
 @pytest.mark.parametrize("train_embedding", [True, False])
@@ -263,7 +264,7 @@ def test_evaluation_unit_is_recognised():
     grouped = p.predict(update=update, evaluation=update)
     assert grouped.diagnostics.evaluation_unit == "prompt"
     assert grouped.predicted.num_units == update.num_prompts
-    assert any("same sequences" in m for m in grouped.diagnostics.messages)
+    assert any("same sequences" in m for m in texts(grouped.diagnostics.notes))
 
 
 @pytest.mark.parametrize("unit", ["sequence", "prompt"])
@@ -369,7 +370,7 @@ def test_a_sampler_that_is_not_the_policy_is_noted():
         given = Rollouts(evaluation.input_ids, evaluation.attention_mask, evaluation.response_mask,
                          evaluation.prompt_ids, sampled_logprobs=sampled)  # fmt: skip
         result = probe(model, trained_optimizer(model)).predict(update=update, evaluation=given)
-        assert any("evaluation: sampled_logprobs differ" in m for m in result.diagnostics.messages) == noted
+        assert any("evaluation: sampled_logprobs differ" in m for m in texts(result.diagnostics.notes)) == noted
         found = result.diagnostics.mismatch
         assert found.mean == pytest.approx(shift, abs=1e-12)
         assert found.max == pytest.approx(shift, abs=1e-12)
@@ -449,8 +450,8 @@ def test_save_and_load_round_trip(tmp_path):
     assert loaded == result.model_copy(update={"contributions": None})
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
     file = tmp_path / "out" / "results.json"
-    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 1'))
-    with pytest.raises(ValueError, match=r"not a result of schema 2: schema_version: .* 2; probe the checkpoint again"):
+    file.write_text(file.read_text().replace('"schema_version": 3', '"schema_version": 2'))
+    with pytest.raises(ValueError, match=r"not a result of schema 3: schema_version: .* 3; probe the checkpoint again"):
         ProbeResult.load(tmp_path / "out")
     (tmp_path / "out" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="not a result of schema"):

@@ -15,6 +15,7 @@ from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from tests.invariants.exact import TARGET, Setting, sampled_elsewhere, sampler_scores, scores_at
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
+from tests.notes import texts
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients, derivatives, per_decision, predicted, snis
 
@@ -216,8 +217,8 @@ def test_the_probe_reweights(settings):
     given, drawn = sampled_elsewhere(model, 400)
     subject = probe(model, trained_optimizer(model), on_mismatch="reweight", **settings)
     result = subject.run(update=update, evaluation=given)
-    assert any("sequences are reweighted" in m for m in result.diagnostics.messages)
-    assert not any("biased" in m for m in result.diagnostics.messages)
+    assert any("sequences are reweighted" in m for m in texts(result.diagnostics.notes))
+    assert not any("biased" in m for m in texts(result.diagnostics.notes))
     scores, sampled = drawn
     v = (scores.sequence_logprobs - sampled.sequence_logprobs).exp()
     if settings:

@@ -9,6 +9,7 @@ from entropy_probe.analyses import sweep as analysis
 from entropy_probe.scoring.directional import directional_derivatives
 from tests.invariants.problems import batches, probe
 from tests.invariants.traces import assert_same, state
+from tests.notes import texts
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 
 RATES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -95,7 +96,7 @@ def test_what_a_sweep_says():
 def test_direct_curvature_agrees_for_every_estimator_and_unit():
     for config in ({"normalization": "sequence"}, {"entropy": "surprisal"}, {"evaluation_unit": "prompt"}):
         sweep = swept(*setting(), rates=(1e-6, 1e-5, 1e-4, 1e-3), config=config, direct_curvature=True)
-        assert sweep.messages == (), config
+        assert texts(sweep.notes) == [], config
         assert sweep.curvature.direct.value == pytest.approx(sweep.curvature.from_fit.value, rel=0.02), config
 
 
@@ -104,7 +105,7 @@ def test_a_range_that_reaches_the_end_of_the_grid_is_a_lower_bound():
     assert sweep.linear_range.learning_rate == 1e-5
     assert sweep.linear_range.at_least
     assert sweep.fit is None
-    assert sweep.messages == ("no fit: expected at least 3 rates up to 3.33e-06, got 2; add smaller rates",)
+    assert texts(sweep.notes) == ["no fit: expected at least 3 rates up to 3.33e-06, got 2; add smaller rates"]
 
 
 def test_too_large_rates_are_reported_and_not_fitted(monkeypatch):
@@ -125,8 +126,8 @@ def test_too_large_rates_are_reported_and_not_fitted(monkeypatch):
     assert [point.status for point in sweep.points][-1] == "failed"
     assert sweep.points[-1].realized is None
     assert sweep.points[-1].failure == "scores: expected finite log-probabilities"
-    assert len(sweep.messages) == 2
-    assert all("not even the smallest rate lies within the linear range" in message for message in sweep.messages)
+    assert len(texts(sweep.notes)) == 2
+    assert all("not even the smallest rate lies within the linear range" in message for message in texts(sweep.notes))
 
 
 def test_points_of_low_ess_end_the_linear_range():
@@ -184,7 +185,7 @@ def test_a_saved_sweep_is_read_back_without_influences(tmp_path):
     with pytest.raises(ValueError, match="finished: expected points at rates of this sweep"):
         swept(*setting(), rates=RATES[1:4], finished=sweep.points)
     (tmp_path / "sweep.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep of schema 2: .*: Field required"):
+    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep of schema 3: .*: Field required"):
         Sweep.load(tmp_path)
     with pytest.raises(ValueError, match="expected a saved sweep, found no such file"):
         Sweep.load(tmp_path / "none")
@@ -221,7 +222,7 @@ def test_a_model_without_forward_mode_is_swept_and_says_so():
     assert sweep.curvature.direct is None
     assert sweep.curvature.direct_slope is None
     assert sweep.curvature.from_fit is not None
-    (message,) = sweep.messages
+    (message,) = texts(sweep.notes)
     assert message.startswith("no direct curvature: the model cannot be differentiated twice in forward mode (Trying")
 
 
@@ -233,7 +234,7 @@ def test_a_slope_that_differs_between_the_two_modes_is_found_out(monkeypatch):
     monkeypatch.setattr("entropy_probe.analyses.sweep.directional_derivatives", wrong)
     sweep = swept(*setting(), rates=(1e-6, 1e-5, 1e-4, 1e-3), direct_curvature=True)
     assert sweep.curvature.direct is None
-    (message,) = sweep.messages
+    (message,) = texts(sweep.notes)
     assert message.startswith("no direct curvature: in forward mode the first-order change is")
 
 

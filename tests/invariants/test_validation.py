@@ -12,6 +12,7 @@ from entropy_probe.analyses import validate
 from entropy_probe.analyses.validate import distinct_halves
 from tests.invariants.problems import batches, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state
+from tests.notes import texts
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 
 
@@ -90,7 +91,7 @@ def test_more_rollouts_are_proposed_where_the_changes_are_mostly_noise():
     update, evaluation = batches(seed=3, groups=12, n=12)
     found = subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=20)
     assert found.reliability < 0.8
-    (message,) = [m for m in found.messages if "reliability" in m]
+    (message,) = [m for m in texts(found.notes) if "reliability" in m]
     needed = 12 * 0.9 * (1 - found.reliability) / (found.reliability * 0.1)
     (said,) = re.findall(r"about ([\d,]+) evaluation sequences would bring it to 0.9", message)
     assert int(said.replace(",", "")) == pytest.approx(needed, rel=0.05)
@@ -122,7 +123,9 @@ def test_fewer_halves_than_asked_for_are_counted_and_said():
     update = with_advantages(update, torch.tensor([1.0, -1.0] * (len(update) // 2)))
     found = subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=40)
     assert len({step.kept for step in found.steps}) == len(found.steps) == found.num_measured == 6
-    assert "4 update prompts with an advantage have 6 different halves, fewer than the 40 asked for" in found.messages
+    assert "4 update prompts with an advantage have 6 different halves, fewer than the 40 asked for" in texts(
+        found.notes
+    )
     contributions = found.correlations["contributions"]
     assert contributions.low < contributions.value
 
@@ -131,7 +134,7 @@ def test_fewer_halves_than_asked_for_are_counted_and_said():
     assert [len(step.kept) for step in found.steps] == [2, 2]  # with the one prompt, and without
     assert set(found.correlations.values()) == {None}
     assert found.reliability is None
-    assert "no rank correlation: expected at least 4 measured steps on different halves, got 2" in found.messages
+    assert "no rank correlation: expected at least 4 measured steps on different halves, got 2" in texts(found.notes)
     assert found.undefined == "fewer than 4 steps were measured"
 
 
@@ -189,7 +192,7 @@ def test_steps_that_cannot_be_measured_are_left_out_and_said(monkeypatch):
     found = subject.validate(attribution, evaluation=evaluation, subsets=5)
     assert found.num_measured == 0
     assert all(step.realized is None and step.failure for step in found.steps)
-    assert "5 of 5 steps on halves could not be measured" in " ".join(found.messages)
+    assert "5 of 5 steps on halves could not be measured" in " ".join(texts(found.notes))
     assert found.correlations["contributions"] is None
 
     after, calls = validate.after_step, []
@@ -204,7 +207,7 @@ def test_steps_that_cannot_be_measured_are_left_out_and_said(monkeypatch):
     found = subject.validate(attribution, evaluation=evaluation, subsets=8)
     assert [k for k, step in enumerate(found.steps) if step.realized is None] == [2, 4]
     assert "effective sample size" in found.steps[2].failure
-    assert found.steps[2].failure in next(m for m in found.messages if m.startswith("2 of 8 steps on halves"))
+    assert found.steps[2].failure in next(m for m in texts(found.notes) if m.startswith("2 of 8 steps on halves"))
     assert found.steps[4].failure == "scores after the step: not finite"
     assert found.num_measured == 6
     kept = [step for step in found.steps if step.realized is not None]

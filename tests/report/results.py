@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from entropy_probe.results.note import Note
 from entropy_probe.results.probe import (
     BatchFit,
     CrossPrompt,
@@ -28,7 +29,7 @@ def make_result(
     status: str = "ok",
     estimator: str = "per_decision",
     noise_floor: float | None = 2e-8,
-    messages: tuple[str, ...] = (),
+    notes: tuple[Note, ...] = (),
     cross_prompt: CrossPrompt | None = None,
 ) -> ProbeResult:
     """A result from ``(value, standard error)`` pairs; a pair of None leaves that part out."""
@@ -88,7 +89,7 @@ def make_result(
                 evaluation=BatchFit(z=-0.42, excess=-0.0031, num_sequences=256),
                 update=BatchFit(z=5.26, excess=0.041, num_sequences=32, status="off_policy"),
             ),
-            messages=messages,
+            notes=notes,
         ),
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from entropy_probe.report.tables import Tables, read_tables
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.results.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TOKENS_FILE, write_table
+from entropy_probe.results.note import Note
 from entropy_probe.results.probe import Estimate, ProbeResult
 from tests.report.results import COMMON, make_result
 
@@ -93,11 +94,11 @@ def write_tables(
     return found
 
 
-def result_of(tables: Tables, messages: tuple[str, ...] = ()) -> ProbeResult:
+def result_of(tables: Tables, notes: tuple[Note, ...] = ()) -> ProbeResult:
     """A result whose numbers are the tables' sums."""
     parts = {name: float(tables.layers[name].sum()) for name in ("gradient", "momentum", "weight_decay")}
     whole, size = sum(parts.values()), 0.05 * abs(sum(parts.values()))
-    result = make_result((whole, size), (1.02 * whole, size), (0.02 * whole, 0.1 * size), messages=messages)
+    result = make_result((whole, size), (1.02 * whole, size), (0.02 * whole, 0.1 * size), notes=notes)
     components = {name: Estimate(value=value, standard_error=size, **COMMON) for name, value in parts.items()}
     advantages, contributions = tables.tokens["advantage"], tables.tokens["contribution"]
     summary = AttributionSummary(

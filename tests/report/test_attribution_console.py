@@ -7,6 +7,7 @@ from entropy_probe.report import print_result, print_validation
 from entropy_probe.report.tables import Tables
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.results.validation import RankCorrelation, SubsetStep, Validation
+from tests.notes import noted
 from tests.report.results import make_result
 
 SUMMARY = AttributionSummary(
@@ -69,7 +70,7 @@ def test_top_prompts_from_the_table():
     assert all(len(line) <= 80 for line in lines)
 
 
-def show_validation(*realized, said=(), messages=(), found=None, covariance=None, measured_on="halves") -> str:
+def show_validation(*realized, said=(), notes=(), found=None, covariance=None, measured_on="halves") -> str:
     steps = [
         SubsetStep(
             kept=(0, 1),
@@ -89,7 +90,7 @@ def show_validation(*realized, said=(), messages=(), found=None, covariance=None
         reliability=0.81,
         correlations={"contributions": found, "covariance": covariance},
         steps=steps,
-        messages=messages,
+        notes=notes,
     )
     console = Console(width=80)
     with console.capture() as captured:
@@ -97,9 +98,9 @@ def show_validation(*realized, said=(), messages=(), found=None, covariance=None
     return captured.get()
 
 
-def test_validation_with_its_interval_and_messages():
+def test_validation_with_its_interval_and_notes():
     found = RankCorrelation(value=0.981, low=0.95, high=0.993, ceiling=0.99)
-    shown = show_validation(1.0, 2.0, 3.0, 4.0, None, messages=("new", "known"), said=("known",), found=found)
+    shown = show_validation(1.0, 2.0, 3.0, 4.0, None, notes=noted("new", "known"), said=noted("known"), found=found)
     assert "4 real steps on 2 of 4 prompts" in shown
     assert "0.981             0.950 to 0.993  0.99" in shown
     assert "on one half of 1,024 evaluation sequences and forecast from the other" in " ".join(shown.split())
@@ -110,6 +111,7 @@ def test_validation_with_its_interval_and_messages():
     assert "unknown" in show_validation(*range(4), found=lost)
     assert "all forecasts or changes are equal" in shown
     assert "note: new" in shown
+    assert "Look again." in shown
     assert "known" not in shown
     assert "fewer than 4 steps were measured" in show_validation(1.0, 2.0, 3.0, None)
 

@@ -14,6 +14,7 @@ from entropy_probe.report import print_checkpoint, print_result
 from entropy_probe.report.wording import HARMLESS_ESS
 from entropy_probe.results.checkpoint import CheckpointReport, GroupReport, MovementReport
 from entropy_probe.results.probe import SamplerMismatch
+from tests.notes import noted
 from tests.report.results import make_cross_prompt, make_result
 
 
@@ -93,8 +94,11 @@ def test_notes_and_paths_are_printed_as_they_are(tmp_path):
     directory.mkdir(parents=True)
     (directory / "results.json").write_text("{}")
     (directory / ".hidden").write_text("")
-    text = show(print_result, make_result(messages=("layer [bold]0[/bold] :smile:",)), directory)
+    text = show(
+        print_result, make_result(notes=noted("layer [bold]0[/bold] :smile:", remedy="Look at [i]it[/i].")), directory
+    )
     assert "note: layer [bold]0[/bold] :smile:" in text
+    assert "   Look at [i]it[/i]. " in text
     assert f"Saved in {directory}: results.json\n" in text
 
 
@@ -113,7 +117,7 @@ def make_report(**changes) -> CheckpointReport:
         "num_zero_elements": 1200,
         "optimizer_state": make_result().optimizer_state,
         "verdict": "suspicious",
-        "reasons": ("trainer_state.json is [missing]",),
+        "notes": noted("trainer_state.json is [missing]", remedy="Copy [b]it[/b]."),
     }
     return CheckpointReport(**(fields | changes))
 
@@ -136,6 +140,7 @@ def test_checkpoint_table():
     assert "all at 20" in text
     assert "Verdict: suspicious" in text
     assert "- trainer_state.json is [missing]" in text
+    assert "Copy [b]it[/b]." in text
 
 
 def test_what_files_say_cannot_act_on_the_terminal():
@@ -148,9 +153,11 @@ def test_what_files_say_cannot_act_on_the_terminal():
         exchanged=(("a", "b"),),
     )
     hostile = "\x1b]0;owned\x07\u202e[red]x"
-    report = make_report(base_model=hostile, reasons=(hostile,), movement=movement, manifest="training")
+    report = make_report(
+        base_model=hostile, notes=noted(hostile, remedy=hostile), movement=movement, manifest="training"
+    )
     text = show(print_checkpoint, report, width=200)
-    assert text.count(r"\x1b]0;owned\x07\u202e[red]x") == 2
+    assert text.count(r"\x1b]0;owned\x07\u202e[red]x") == 3
     assert not {"\x1b", "\x07", "\u202e"} & set(text)
     assert "from 0, where lora_B starts, 14 tensors: correlation 0.05" in text
     assert "entries exchanged" in text
@@ -158,11 +165,12 @@ def test_what_files_say_cannot_act_on_the_terminal():
 
 
 def test_checkpoint_that_could_not_be_read_shows_the_reason():
-    report = CheckpointReport(path="x", kind="lora", verdict="unusable", reasons=("optimizer.pt: truncated",))
+    report = CheckpointReport(path="x", kind="lora", verdict="unusable", notes=noted("optimizer.pt: truncated"))
     text = show(print_checkpoint, report)
     assert "LoRA adapter" in text
     assert "Verdict: unusable" in text
     assert "- optimizer.pt: truncated" in text
+    assert "Look again." not in text
 
 
 def test_showing_a_result_imports_no_heavy_library():
@@ -176,13 +184,13 @@ def test_showing_a_result_imports_no_heavy_library():
 
 
 def test_what_is_not_modelled_stands_below_the_notes():
-    result = make_result(messages=("a note",))
+    result = make_result(notes=noted("a note"))
     assert "not modelled" not in show(print_result, result)
     diagnostics = result.diagnostics.model_copy(
         update={"not_modelled": ("dropout of up to 0.1", "momentum"), "evaluation_unit": "trajectory"}
     )
     text = " ".join(show(print_result, result.model_copy(update={"diagnostics": diagnostics})).split())
-    assert "note: a note not modelled: dropout of up to 0.1 not modelled: momentum" in text
+    assert "note: a note Look again. not modelled: dropout of up to 0.1 not modelled: momentum" in text
     assert "256 trajectories on the evaluation side" in text
 
 

@@ -17,6 +17,7 @@ from entropy_probe.report.charts import Axis, Bar, bar_chart
 from entropy_probe.report.views import caveats
 from entropy_probe.results.probe import PolicyFit, SamplerMismatch
 from entropy_probe.results.validation import RankCorrelation, SubsetStep, Validation
+from tests.notes import noted
 from tests.report.results import make_cross_prompt, make_result
 from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables
@@ -180,10 +181,9 @@ def test_parts_that_work_against_each_other_are_said_to():
 
 
 def test_every_problem_comes_with_advice():
-    messages = ("update: 3 of 16 prompts have equal rewards, so their advantages are 0",)
-    text = " ".join("".join(Checker(run_page(make_result(messages=messages))).text).split())
-    assert messages[0] in text
-    assert "What to do: They cost memory and add nothing" in text
+    notes = noted("update: 3 of 16 prompts have equal rewards, so their advantages are 0", remedy="Draw others.")
+    text = " ".join("".join(Checker(run_page(make_result(notes=notes))).text).split())
+    assert f"{notes[0].text}What to do: Draw others." in text
     refused = pages()["refused"]
     assert 'class="check bad"' in refused
     assert "set probe.on_low_ess to resample" in refused
@@ -202,11 +202,11 @@ def test_what_is_not_modelled_is_on_the_page():
 
 def test_text_of_files_is_escaped_and_made_visible():
     bad = "<script>alert(1)</script>\x1b[2J\u202e\x00&"
-    result = make_result(messages=(bad,))
+    result = make_result(notes=noted(bad, remedy=bad))
     state = result.optimizer_state.model_copy(update={"mapping": bad})
     page = run_page(result.model_copy(update={"optimizer_state": state}), config=f"a: {bad}\nb: 1\n", name=bad)
     assert "<script>alert" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 6
     assert not {"\x1b", "\u202e", "\x00"} & set(page)
     assert "\nb: 1\n" in page
 
@@ -229,11 +229,10 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
             "advantages": None,
         },
         steps=(step,) * 40,
-        messages=("4 update prompts with an advantage have 6 different halves, fewer than the 40 asked for",),
+        notes=noted("few halves", remedy="Use more update prompts."),
     )
     text = "".join(Checker(run_page(result_of(tables), tables=tables, validation=validation)).text)
-    assert "6 different halves, fewer than the 40 asked for" in text
-    assert "Use more update prompts: few halves" in text
+    assert "few halvesWhat to do: Use more update prompts." in text
     assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
     assert (
         "with the contributions 0.981 (0.950 to 0.993) and with the negated covariance terms −0.120 (−0.400 to 0.200)."

@@ -9,6 +9,7 @@ from rich.console import Console
 from entropy_probe.report import figure_files, plots, print_sweeps, result_figures
 from entropy_probe.report.sweep import sweep_sentence
 from entropy_probe.results.sweep import LinearRange, Sweep, SweepPoint
+from tests.notes import noted
 from tests.report.sweeps import make_sweep
 from tests.report.tables import result_of, write_tables
 
@@ -20,7 +21,7 @@ def show(sweeps: dict[str, Sweep]) -> str:
 
 
 def test_what_files_say_cannot_act_on_the_terminal():
-    sweep = make_sweep(messages=("\x1b]0;owned\x07\u202e",))
+    sweep = make_sweep(notes=noted("\x1b]0;owned\x07\u202e"))
     for shown in (show({"": sweep}), show({"a": sweep, "b": make_sweep()})):
         assert r"\x1b]0;owned\x07\u202e" in shown
         assert not {"\x1b", "\x07", "\u202e"} & set(shown)
@@ -41,11 +42,11 @@ def test_sentences():
 
 
 def test_every_rate_and_fit_is_shown_within_80_columns():
-    text = show({"": make_sweep(messages=("a remark",))})
+    text = show({"": make_sweep(notes=noted("a remark"))})
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "…" not in text
     for words in ("1e-06", "0.001", "10.0% low ess", "0.9900 ± 0.0010", "-9.00 ± 0.30",
-                  "1140 ± 100", "1140 ± 90", "note: a remark"):  # fmt: skip
+                  "1140 ± 100", "1140 ± 90", "note: a remark", "Look again."):  # fmt: skip
         assert words in text, words
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from tests.notes import texts
 
 from entropy_probe.sampling import (
     EvaluationSettings,
@@ -173,7 +174,7 @@ def test_filter_resamples_other_prompts(model, tokenizer):
     assert report.num_prompts == 3
     assert report.rounds > 1
     assert report.prompts_dropped == report.prompts_tried - 3 > 0
-    assert report.messages == ()
+    assert texts(report.notes) == []
 
 
 def test_filter_falls_short_and_says_so(model, tokenizer):
@@ -182,7 +183,7 @@ def test_filter_falls_short_and_says_so(model, tokenizer):
     )
     assert rollouts.num_prompts == report.num_prompts == 3
     assert (report.prompts_tried, report.prompts_dropped) == (6, 3)
-    assert report.messages == ("filter_zero_advantage: asked for 5 prompts, got 3 after trying 6 in 2 rounds",)
+    assert texts(report.notes) == ["filter_zero_advantage: asked for 5 prompts, got 3 after trying 6 in 2 rounds"]
 
 
 def test_filter_stops_at_the_bound(model, tokenizer):
@@ -192,13 +193,13 @@ def test_filter_stops_at_the_bound(model, tokenizer):
     assert report.rounds == 1
     assert report.prompts_tried == 4
     assert report.num_prompts < 4
-    assert "got" in report.messages[0]
+    assert "got" in texts(report.notes)[0]
 
 
 def test_without_filter_equal_rewards_are_kept_and_reported(model, tokenizer):
     rollouts, report = _update(model, tokenizer, _only_odd_vary, num_prompts=6)
     assert rollouts.num_prompts == 6
-    assert report.messages == ("3 of 6 prompts have equal rewards, so their advantages are 0",)
+    assert texts(report.notes) == ["3 of 6 prompts have equal rewards, so their advantages are 0"]
     assert (rollouts.advantages[rollouts.prompt_ids % 20 == 0] == 0).all()
 
 
@@ -214,7 +215,7 @@ def test_equal_rewards_everywhere_are_an_error_unless_allowed(model, tokenizer):
     assert str(no.value).count(" with reward ") == 2
     rollouts, report = _update(model, tokenizer, by_prompt, allow_zero_advantages=True)
     assert not rollouts.advantages.any()
-    assert report.messages[0].startswith("every prompt has equal rewards, so every advantage is 0")
+    assert texts(report.notes)[0].startswith("every prompt has equal rewards, so every advantage is 0")
 
 
 def test_columns_of_the_whole_source_reach_the_reward(model, tokenizer):
@@ -298,6 +299,6 @@ def test_a_source_that_repeats_its_prompts_says_so():
     once = [Prompt(k, f"{k}=") for k in range(3)]
     assert repeated_prompts(once) == ()
     copies = [*once, Prompt(3, "1="), Prompt(4, ({"role": "user", "content": "1="},)), Prompt(5, "1=", answer="1")]
-    assert repeated_prompts(copies) == (
+    assert texts(repeated_prompts(copies)) == [
         "the source holds 6 prompts, 4 of them distinct: copies are drawn as they are there",
-    )
+    ]

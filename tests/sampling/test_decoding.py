@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from tests.notes import texts
 from tests.tiny_architectures import tiny_model
 from transformers import cache_utils
 
@@ -60,7 +61,7 @@ def test_a_cache_that_the_model_ignores_is_not_used(model, tokenizer, monkeypatc
         Watched(model, patch, forgetful)
         engine, found = draw(model, tokenizer)
     assert_plain(model, found)
-    (message,) = engine.messages
+    (message,) = texts(engine.notes)
     assert message.startswith("sampling goes on recomputing whole sequences at every token, which is slow: ")
     assert "log-probabilities differ from a plain call's by" in message
 
@@ -83,7 +84,7 @@ def test_prompts_of_one_length_share_a_batch_where_padding_changes_anything(mode
         _, found = draw(model, tokenizer, engine=engine)
     assert_plain(model, found)
     assert set(seen) == {1.0}
-    (message,) = engine.messages
+    (message,) = texts(engine.notes)
     assert message.startswith("sampling goes on with the model's cache and prompts of one length to a batch: ")
 
 
@@ -99,7 +100,7 @@ def test_a_fault_that_short_sequences_do_not_show_is_seen_in_the_batch(model, to
         engine, found = draw(model, tokenizer, [tuple([2, 3, 4] * 13)] * 4 + [(3, 2)] * 2, length=12)
     assert any(len(c.token_ids) > 5 for c in found)
     assert_plain(model, found)
-    (message,) = engine.messages
+    (message,) = texts(engine.notes)
     assert message.startswith("sampling goes on recomputing whole sequences")
 
 
@@ -113,7 +114,7 @@ def test_an_error_of_the_cache_is_a_reason_too(model, tokenizer, monkeypatch):
         Watched(model, patch, refusing)
         engine, found = draw(model, tokenizer)
     assert_plain(model, found)
-    assert engine.messages[0].endswith("it fails (RuntimeError: not here)")
+    assert texts(engine.notes)[0].endswith("it fails (RuntimeError: not here)")
 
 
 def test_a_model_that_sees_what_follows_is_refused(tokenizer):
@@ -130,7 +131,7 @@ def test_the_check_is_made_once(model, tokenizer, monkeypatch):
     with_check = counter.calls
     _, again = draw(model, tokenizer, engine=engine)
     assert again == first
-    assert engine.messages == ()
+    assert texts(engine.notes) == []
     without = counter.calls - with_check
     assert without <= 6
     assert with_check - without <= 20
@@ -138,7 +139,7 @@ def test_the_check_is_made_once(model, tokenizer, monkeypatch):
 
 def test_in_half_precision_rounding_is_no_fault(model, tokenizer):
     engine, _ = draw(model.to(torch.bfloat16), tokenizer)
-    assert engine.messages == ()
+    assert texts(engine.notes) == []
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "mamba", "rwkv", "bart", "gemma3_text", "minimax", "openai-gpt"])
@@ -148,9 +149,9 @@ def test_architectures_with_their_own_states(architecture, tokenizer):
     engine, found = draw(model, tokenizer, length=12)
     assert_plain(model, found)
     if architecture in ("rwkv", "openai-gpt"):
-        assert engine.messages[0].endswith("it fails (TypeError: its forward takes no cache)")
+        assert texts(engine.notes)[0].endswith("it fails (TypeError: its forward takes no cache)")
     if architecture == "bart":  # it counts positions from the first token, padding or not
-        assert "prompts of one length to a batch: with the model's cache, log-prob" in engine.messages[0]
+        assert "prompts of one length to a batch: with the model's cache, log-prob" in texts(engine.notes)[0]
 
 
 # classes of caches that came with transformers 5

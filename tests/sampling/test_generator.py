@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from tests.notes import noted, texts
 
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling import (
@@ -37,7 +38,7 @@ class CoinEngine:
     """An engine without a model: coin flips that depend on the seed alone, as another library might make them."""
 
     context_length: int | None = 40
-    messages = ("the coin is fair",)
+    notes = noted("the coin is fair")
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -61,11 +62,11 @@ def test_any_engine_fits_behind_the_interface(tokenizer, tmp_path):
         engine, tokenizer, PROMPTS, lambda responses: [float(len(x)) for x in responses], settings, PARAMETERS
     )
     assert len(update) == 12
-    assert "the coin is fair" in report.messages
+    assert "the coin is fair" in texts(report.notes)
     evaluation, report = sample_evaluation(
         engine, tokenizer, PROMPTS, EvaluationSettings(total_sequences=30, seed=5), PARAMETERS
     )
-    assert report.messages == engine.messages
+    assert texts(report.notes) == texts(engine.notes)
     assert torch.equal(evaluation.sampled_logprobs, -0.5 * evaluation.response_mask)
     again = resample_responses(engine, evaluation, PARAMETERS, seed=5)
     assert torch.equal(again.input_ids, evaluation.input_ids)
@@ -121,7 +122,7 @@ def test_a_response_depends_on_its_seed_and_not_on_the_batch(model, tokenizer, s
     engine = HFGenerator(model, tokenizer, batch_size)
     found = engine.generate([prompts[i] for i in order], PARAMETERS, [seeds[i] for i in order])
     assert tokens(found) == [tokens(expected)[i] for i in order]
-    assert engine.messages == ()
+    assert texts(engine.notes) == []
     other = engine.generate(prompts, PARAMETERS, [seed + 1000 for seed in seeds])
     assert sum(a == b for a, b in zip(tokens(other), tokens(expected), strict=True)) < len(prompts) / 2
 
@@ -150,7 +151,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(model, tokenizer, sa
     found = engine.generate(prompts, PARAMETERS, seeds, lambda done, total: seen.append(done))
     assert tokens(found) == tokens(expected)
     assert max(sizes) > 3
-    assert engine.messages == ("sampling ran out of memory: the batch size was lowered to 2",)
+    assert texts(engine.notes) == ["sampling ran out of memory: the batch size was lowered to 2"]
     assert seen == sorted(set(seen))
     assert seen[-1] == len(prompts)
 

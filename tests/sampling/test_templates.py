@@ -136,19 +136,19 @@ def test_no_second_bos(with_bos):
     prompts = [prompt for prompt, _ in counts]
     assert [ids.count(bos) for ids in encode_prompts(with_bos, prompts)] == [count for _, count in counts]
     (note,) = prompt_notes(with_bos, prompts)
-    assert note.startswith("1 of 6 prompts are text that begins with the BOS token b")
+    assert note.text.startswith("1 of 6 prompts are text that begins with the BOS token b")
     assert prompt_notes(with_bos, prompts[2:]) == ()
 
 
 def test_a_prompt_that_ends_with_an_answer_is_noted(tokenizer):
     answered = Prompt(1, (USER, {"role": "assistant", "content": "1"}))
     (note,) = prompt_notes(tokenizer, [Prompt(0, (USER,)), answered, Prompt(2, "q")])
-    assert note.startswith("1 of 3 prompts end with an assistant's turn")
+    assert note.text.startswith("1 of 3 prompts end with an assistant's turn")
 
 
 def test_a_tokenizer_that_takes_responses_apart_is_noted_for_conversations(tokenizer):
     assert prompt_notes(tokenizer, [Prompt(0, (USER,))]) == ()
     tokenizer.response_schema = {"type": "object"}
     (note,) = prompt_notes(tokenizer, [Prompt(0, "q"), Prompt(1, (USER,))])
-    assert "rewards get the whole text as content" in note
+    assert "rewards get the whole text as content" in note.text
     assert prompt_notes(tokenizer, [Prompt(0, "q")]) == ()

@@ -15,9 +15,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from entropy_probe.estimators.uncertainty import Units, is_grouped
+from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 
 __all__ = [
+    "SAME_BATCH",
     "Admitted",
     "Role",
     "UnitName",
@@ -34,6 +36,57 @@ __all__ = [
 Role = Literal["update", "evaluation", "batch"]
 UnitName = Literal["sequence", "prompt", "trajectory"]
 
+EQUAL_PROMPTS = NoteKind(
+    "equal_prompts",
+    "{batch}: {ids} prompt ids have {prompts} distinct prompts: equal prompts are one, under the smallest of its ids "
+    "(merge_equal_prompts keeps them apart)",
+    "Right where a data set holds a prompt several times. Set probe.merge_equal_prompts to false where ids with equal "
+    "tokens are different prompts (images, say).",
+)
+SAME_BATCH = NoteKind(
+    "same_batch",
+    "update and evaluation are the same sequences: the step is fitted to the responses that it is judged on, so "
+    "predicted and realized changes are biased by what they share; cross_prompt predicts without that bias, and other "
+    "evaluation rollouts measure without it",
+    "Give or sample a separate evaluation batch, or read the one-batch prediction (mode: one_batch).",
+)
+TRAJECTORIES = NoteKind(
+    "trajectories",
+    "{batch}: {sequences} sequences are parts of {trajectories} trajectories: what has a trajectory in common counts "
+    "as sampled together, and prompts that do as one ({prompts} in all)",
+    f"{NOTHING_TO_DO} Leave trajectory_ids out to count every sequence by itself.",
+)
+NO_ADVANTAGES = NoteKind(
+    "no_advantages",
+    "{batch}: every advantage is 0, so the update gradient is 0 and only momentum is left",
+    "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing.",
+)
+WITH_REPLACEMENT = NoteKind(
+    "with_replacement",
+    "evaluation prompts repeat and are taken as drawn with replacement: every {drawn} counts as independent (set "
+    "evaluation_unit to change this)",
+    "Set probe.evaluation_unit to prompt if responses to one prompt were drawn together.",
+)
+MASKED_OUT = NoteKind(
+    "masked_out",
+    "{masked} of {responses} responses are masked out: they count in what the loss divides by, but entropy is that of "
+    "the others, which are not a random sample of the policy's responses",
+    "Read the entropy as that of the responses the trainer keeps, or give evaluation rollouts with full masks.",
+)
+AFTER_END = NoteKind(
+    "after_end",
+    "{batch}: {tokens} response tokens of {affected} of {sequences} sequences follow an end token ({ids}) directly: "
+    "the policy did not sample them, but they count in every number",
+    "Let response_mask end with the end token: padding and the next turn's template are not the policy's.",
+)
+NO_END = NoteKind(
+    "no_end",
+    "{batch}: no response has an end token ({ids}), though {short} of {responses} are shorter than the longest "
+    "possible ({limit} tokens): entropy and gradients are of text that is cut off before its end",
+    "Keep the end token that the policy sampled, in the ids and in the mask. Where stop texts end the responses "
+    "instead, set generation.stop to them.",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Admitted:
@@ -41,12 +94,12 @@ class Admitted:
 
     Attributes:
         rollouts: on the CPU; ids of one prompt, or of prompts that a trajectory goes through, are the smallest of them.
-        messages: what a reader should know of it.
+        notes: what a reader should know of it.
         not_modelled: what no number from it can show.
     """
 
     rollouts: Rollouts
-    messages: list[str]
+    notes: list[Note]
     not_modelled: list[str]
 
 
@@ -71,34 +124,29 @@ def admit(
     Raises:
         ValueError: if a response is masked out and entropy is that of all of them.
     """
-    batch, messages, not_modelled = batch.cpu(), [], []
+    batch, notes, not_modelled = batch.cpu(), [], []
     name = "update" if role == "batch" else role
     ids = batch.prompt_ids
     if merge:
         ids = joined(ids, _prompts(batch))
         before, after = batch.num_prompts, ids.unique().numel()
         if after < before:
-            messages.append(
-                f"{name}: {before} prompt ids have {after} distinct prompts: equal prompts are one, under the smallest "
-                "of its ids (merge_equal_prompts keeps them apart)"
-            )
+            notes.append(EQUAL_PROMPTS(batch=name, ids=before, prompts=after))
     if (count := draws_of(batch).count) < len(batch):
         assert batch.trajectory_ids is not None
         ids = joined(ids, batch.trajectory_ids.tolist())
-        messages.append(
-            f"{name}: {len(batch)} sequences are parts of {count} trajectories: what has a trajectory in common counts "
-            f"as sampled together, and prompts that do as one ({ids.unique().numel()} in all)"
-        )
+        prompts = ids.unique().numel()
+        notes.append(TRAJECTORIES(batch=name, sequences=len(batch), trajectories=count, prompts=prompts))
         if role != "update":
             not_modelled.append(
                 "how the step changes the prompts of a trajectory's later sequences, which are held as they are"
             )
     if role != "update":
-        messages += _about_masked_out(batch, role)
+        notes += _about_masked_out(batch, role)
     if role != "evaluation" and batch.advantages is not None and not bool(batch.advantages.any()):
-        messages.append(f"{name}: every advantage is 0, so the update gradient is 0 and only momentum is left")
-    messages += _about_ends(batch, name, end_ids, longest, stop_texts)
-    return Admitted(replace(batch, prompt_ids=ids), messages, not_modelled)
+        notes.append(NO_ADVANTAGES(batch=name))
+    notes += _about_ends(batch, name, end_ids, longest, stop_texts)
+    return Admitted(replace(batch, prompt_ids=ids), notes, not_modelled)
 
 
 def joined(ids: Int[Tensor, " N"], keys: Iterable[Hashable | None]) -> Int[Tensor, " N"]:
@@ -147,7 +195,7 @@ def in_groups(batch: Rollouts) -> bool:
 
 def evaluation_units(
     evaluation: Rollouts, asked: Literal["auto", "sequence", "prompt"], *, grouped: bool
-) -> tuple[UnitName, Units, list[str]]:
+) -> tuple[UnitName, Units, list[Note]]:
     """What is independent in an admitted evaluation batch, and what a reader should know of the choice.
 
     Args:
@@ -156,24 +204,20 @@ def evaluation_units(
         grouped: whether it was sampled in groups (:func:`in_groups`), which a batch no longer shows once two groups of
             one prompt are merged or responses are left out.
     """
-    ids, draws, messages = evaluation.prompt_ids, draws_of(evaluation), []
+    ids, draws, notes = evaluation.prompt_ids, draws_of(evaluation), []
     unit = asked
     if unit == "auto":
         unit = "prompt" if grouped else "sequence"
         if unit == "sequence" and evaluation.num_prompts < draws.count:
             drawn = "sequence" if draws.count == len(ids) else "trajectory"
-            messages.append(
-                f"evaluation prompts repeat and are taken as drawn with replacement: every {drawn} counts as "
-                "independent (set evaluation_unit to change this)"
-            )
+            notes.append(WITH_REPLACEMENT(drawn=drawn))
     if unit == "prompt":
-        return "prompt", Units.prompts(ids), messages
-    return "sequence" if draws.count == len(ids) else "trajectory", draws, messages
+        return "prompt", Units.prompts(ids), notes
+    return "sequence" if draws.count == len(ids) else "trajectory", draws, notes
 
 
-def _about_masked_out(batch: Rollouts, role: Role) -> list[str]:
+def _about_masked_out(batch: Rollouts, role: Role) -> list[Note]:
     """Responses without tokens, which entropy cannot be estimated on."""
-    messages: list[str] = []
     empty = (~batch.response_mask.any(1)).nonzero()[:, 0]
     if len(empty) and role == "evaluation":
         raise ValueError(
@@ -181,12 +225,7 @@ def _about_masked_out(batch: Rollouts, role: Role) -> list[str]:
             f"{int(empty[0])} first); entropy is that of all responses, those that the trainer masks out of its loss "
             "too, so give these unmasked"
         )
-    if len(empty):
-        messages.append(
-            f"{len(empty)} of {len(batch)} responses are masked out: they count in what the loss divides by, but "
-            "entropy is that of the others, which are not a random sample of the policy's responses"
-        )
-    return messages
+    return [MASKED_OUT(masked=len(empty), responses=len(batch))] if len(empty) else []
 
 
 def end_tokens(model: nn.Module, more: Sequence[int] = ()) -> tuple[int, ...]:
@@ -214,23 +253,20 @@ def after_end(batch: Rollouts, end_ids: Sequence[int]) -> Bool[Tensor, "N L"]:
     return mask & (before > torch.where(run_starts, before, 0).cummax(1).values)
 
 
-def _about_ends(batch: Rollouts, name: str, end_ids: Sequence[int], longest: int | None, stop_texts: bool) -> list[str]:
-    messages: list[str] = []
+def _about_ends(
+    batch: Rollouts, name: str, end_ids: Sequence[int], longest: int | None, stop_texts: bool
+) -> list[Note]:
+    notes: list[Note] = []
     if not end_ids:
-        return messages
+        return notes
     shown, behind = ", ".join(map(str, end_ids)), after_end(batch, end_ids)
     if bool(behind.any()):
-        messages.append(
-            f"{name}: {int(behind.sum())} response tokens of {int(behind.any(1).sum())} of {len(batch)} sequences "
-            f"follow an end token ({shown}) directly: the policy did not sample them, but they count in every number"
-        )
+        tokens, affected = int(behind.sum()), int(behind.any(1).sum())
+        notes.append(AFTER_END(batch=name, tokens=tokens, affected=affected, sequences=len(batch), ids=shown))
     lengths = batch.response_lengths[batch.response_mask.any(1)]
     limit = max(longest or 0, int(lengths.max()))
     short = int((lengths < limit).sum())
     ended = torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype)) & batch.response_mask
     if short and not (stop_texts or bool(ended.any())):
-        messages.append(
-            f"{name}: no response has an end token ({shown}), though {short} of {len(lengths)} are shorter than the "
-            f"longest possible ({limit} tokens): entropy and gradients are of text that is cut off before its end"
-        )
-    return messages
+        notes.append(NO_END(batch=name, ids=shown, short=short, responses=len(lengths), limit=limit))
+    return notes

@@ -12,6 +12,7 @@ from entropy_probe.analyses.predict import Plan, Prediction
 from entropy_probe.analyses.provenance import library_versions, peak_memory
 from entropy_probe.estimators.uncertainty import Sampled, Units
 from entropy_probe.named import norm
+from entropy_probe.results.note import NoteKind, distinct
 from entropy_probe.results.probe import (
     Diagnostics,
     Estimate,
@@ -28,6 +29,12 @@ from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import summarize_moments
 
 __all__ = ["assemble", "estimate_fields", "predicted_record", "realized_record", "result_of"]
+
+NO_SECOND_MOMENT = NoteKind(
+    "no_second_moment",
+    "{share:.1%} of the trained elements have no usable second moment (missing, not finite, or all zero)",
+    "Normal for lora_A after the first step and for parts that were never trained; else inspect the checkpoint.",
+)
 
 
 def result_of(
@@ -114,17 +121,14 @@ def estimate_fields(
 
 
 def _optimizer_report(policy: Policy) -> OptimizerStateReport:
-    """What the moments cover, with a message where they leave something open."""
+    """What the moments cover, with a note where they leave something open."""
     if not is_adam(policy.optimizer):
         return _other_optimizer_report(policy)
     group = {id(p): g for g in policy.optimizer.param_groups for p in g["params"]}
     entries = ((p.numel(), policy.optimizer.state.get(p, {}), group[id(p)]) for p in policy.parameters.values())
     report = summarize_moments(entries, policy.mapping, policy.learning_rates)
     if report.coverage < 1:
-        policy.log.messages.append(
-            f"{1 - report.coverage:.1%} of the trained elements have no usable second moment (missing, not finite, "
-            "or all zero)"
-        )
+        policy.log.notes.append(NO_SECOND_MOMENT(share=1 - report.coverage))
     return report
 
 
@@ -171,7 +175,7 @@ def assemble(
     optimizer_state = _optimizer_report(policy)
     checked = policy.log.checked  # a batch that is both has a role of its own
     judged, given = (checked.get(role, checked.get("batch")) for role in ("evaluation", "update"))
-    notes = dict.fromkeys(note for of_rank in policy.ranks.gather(policy.scorer.messages) for note in of_rank)
+    notes = distinct(note for of_rank in policy.ranks.gather(policy.scorer.notes) for note in of_rank)
     return ProbeResult(
         entropy=Estimate(**estimate_fields(policy, entropy, units)),
         optimizer_state=optimizer_state,
@@ -186,7 +190,7 @@ def assemble(
             policy_fit=PolicyFit(evaluation=judged and judged.fit, update=given and given.fit),
             mismatch=judged and judged.mismatch,
             update_mismatch=given and given.mismatch,
-            messages=(*policy.log.messages, *notes),
+            notes=(*policy.log.notes, *notes),
             not_modelled=tuple(policy.log.not_modelled),
             **step,
         ),

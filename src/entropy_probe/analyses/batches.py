@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from entropy_probe.analyses.admission import Role, UnitName, admit, draws_of, end_tokens, evaluation_units, in_groups
+from entropy_probe.analyses.admission import (
+    SAME_BATCH,
+    Role,
+    UnitName,
+    admit,
+    draws_of,
+    end_tokens,
+    evaluation_units,
+    in_groups,
+)
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators.jackknife import blocks_of
 from entropy_probe.estimators.uncertainty import Units
@@ -71,7 +80,7 @@ def admitted(policy: Policy, batch: Rollouts, role: Role) -> Rollouts:
     config = policy.config
     end_ids, longest = end_tokens(policy.model, policy.end_ids), config.max_completion_length
     seen = admit(batch, role, config.merge_equal_prompts, end_ids, longest, policy.stop_texts)
-    policy.log.messages += seen.messages
+    policy.log.notes += seen.notes
     policy.log.not_modelled += seen.not_modelled
     return seen.rollouts
 
@@ -91,14 +100,10 @@ def admit_batches(policy: Policy, update: Rollouts, evaluation: Rollouts) -> tup
     grouped = grouped or in_groups(evaluation)
     answered = evaluation.response_mask.any(1)
     evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
-    unit_name, units, messages = evaluation_units(evaluation, config.evaluation_unit, grouped=grouped)
-    log.messages += messages
+    unit_name, units, notes = evaluation_units(evaluation, config.evaluation_unit, grouped=grouped)
+    log.notes += notes
     if same:
-        log.messages.append(
-            "update and evaluation are the same sequences: the step is fitted to the responses that it is judged "
-            "on, so predicted and realized changes are biased by what they share; cross_prompt predicts without "
-            "that bias, and other evaluation rollouts measure without it"
-        )
+        log.notes.append(SAME_BATCH())
     prompts = Units.prompts(update.prompt_ids)
     shares = prompts if config.geometry == "frozen" or is_adam(policy.optimizer) else blocks_of(prompts)
     policy.check_ranks_agree(update=update, evaluation=evaluation)

@@ -13,12 +13,19 @@ from entropy_probe.gradients.hooks import Taps
 from entropy_probe.gradients.per_sample import Side, UnitGradients, stored_bytes, unit_gradients
 from entropy_probe.losses import loss_coefficients
 from entropy_probe.parallel.batch import Part
+from entropy_probe.results.note import NOTHING_TO_DO, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
 __all__ = ["differentiate", "over_units", "update_gradient", "update_loss"]
+
+PASSED_OVER_TWICE = NoteKind(
+    "passed_over_twice",
+    "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice",
+    f"{NOTHING_TO_DO} Raise probe.max_stored_gradient_gib to pass over the batch once.",
+)
 
 
 def update_loss(policy: Policy, update: UpdateBatch) -> TokenCoefficients:
@@ -89,9 +96,7 @@ def update_gradient(
     """
     fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
     if store and not fits:
-        policy.log.messages.append(
-            "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice"
-        )
+        policy.log.notes.append(PASSED_OVER_TWICE())
     sheet = None if scored else ScoreSheet(update.own, policy.model)
     with policy.clock.phase("update gradient") as progress:
         side = Side(loss, store=store and fits)

@@ -12,6 +12,7 @@ from entropy_probe.analyses.noise import measured_noise_floor
 from entropy_probe.analyses.predict import Plan, Prediction
 from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.results.note import NoteKind
 from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.plan import PlannedStep, stepped_parameters
 from entropy_probe.types import TokenScores
@@ -19,6 +20,13 @@ from entropy_probe.types import TokenScores
 __all__ = ["Measured", "after_step", "difference", "fresh_scores", "measure", "measure_at", "noise_floor"]
 
 NOTABLE_ROUNDING = 0.01
+STEP_ROUNDED = NoteKind(
+    "step_rounded",
+    "rounding to the parameters' precision changes the step by {share:.1%} of its length: the realized change is that "
+    "of the rounded step, as it is in training; use dtype float64 or a larger learning rate to compare it with the "
+    "prediction",
+    "Set probe.dtype to float64 to separate rounding from the step.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +45,13 @@ class Measured:
 
 
 def measure(plan: Plan) -> Measured:
-    """The realized change of a step, with messages where it is not to be trusted or rounded."""
+    """The realized change of a step, with notes where it is not to be trusted or rounded."""
     measured = measure_at(plan, plan.policy.config.learning_rate, "score after step")
-    messages = plan.policy.log.messages
+    notes = plan.policy.log.notes
     if measured.measurement.note:
-        messages.append(measured.measurement.note)
+        notes.append(measured.measurement.note)
     if measured.rounding > NOTABLE_ROUNDING:
-        messages.append(
-            f"rounding to the parameters' precision changes the step by {measured.rounding:.1%} of its length: the "
-            "realized change is that of the rounded step, as it is in training; use dtype float64 or a larger learning "
-            "rate to compare it with the prediction"
-        )
+        notes.append(STEP_ROUNDED(share=measured.rounding))
     return replace(measured, floor=noise_floor(plan))
 
 

@@ -24,6 +24,7 @@ from entropy_probe.gradients.per_sample import unit_backward
 from entropy_probe.losses import divides_by_tokens, loss_coefficients
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
@@ -38,6 +39,12 @@ SHARE_FOR_LENGTH, LEAST_FOR_LENGTH = 1 / 16, 8
 """The units, half of them at most, that the change of the mean length is taken from, which multiplies an error only."""
 SUSPICIOUS_RATIO = 1e3
 """P should change the scale of the statistic by no more than this."""
+LARGE_SCALE = NoteKind(
+    "large_scale",
+    "the preconditioner scales the product of the mean gradients by {ratio:.3g}: a few elements with tiny second "
+    "moments may dominate; lower frozen_max_scale and compare",
+    "Lower probe.frozen_max_scale and see whether the number moves.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,10 +239,7 @@ def _ratio_to_unscaled(policy: Policy, bars_dot: float, unscaled: float) -> floa
         return None
     ratio = bars_dot / unscaled
     if abs(ratio) > SUSPICIOUS_RATIO:
-        policy.log.messages.append(
-            f"the preconditioner scales the product of the mean gradients by {ratio:.3g}: a few elements with tiny "
-            "second moments may dominate; lower frozen_max_scale and compare"
-        )
+        policy.log.notes.append(LARGE_SCALE(ratio=ratio))
     return ratio
 
 

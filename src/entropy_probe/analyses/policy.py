@@ -20,6 +20,7 @@ from entropy_probe.gradients.hooks import Taps, tappable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import ALONE, Ranks
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import (
     PreconditionerReport,
     Unit,
@@ -36,8 +37,30 @@ __all__ = ["Log", "Policy", "Resample", "open_policy"]
 
 LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 LOW = (
-    "computed in {}: log-probabilities are quantised; measured on small models, that costs the realized change tens of "
-    "percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
+    "computed in {precision}: log-probabilities are quantised; measured on small models, that costs the realized "
+    "change tens of percent at a learning rate of 1e-4 and leaves only noise at 1e-6"
+)
+_WIDEN = "Set probe.dtype to float32 and probe.autocast to off, and compare."
+LOW_PRECISION = NoteKind("low_precision", LOW, _WIDEN)
+LOW_PRECISION_SHARDED = NoteKind(
+    "low_precision_sharded", LOW + "; sharded gradients were not compared with differences", _WIDEN
+)
+NOT_IN_OPTIMIZER = NoteKind(
+    "not_in_optimizer",
+    "{tensors} tensors require a gradient but are not in the optimizer: they do not move, and are left out of the norm "
+    "that clipping uses",
+    "Fine if the trainer froze them on purpose; otherwise the optimizer was built before they were unfrozen.",
+)
+NOT_PRECONDITIONED = NoteKind(
+    "not_preconditioned",
+    "frozen geometry: {share:.1%} of the elements are not preconditioned (second moment covers {coverage:.1%})",
+    "The frozen prediction mixes Adam's geometry with the plain gradient's; a later checkpoint covers more.",
+)
+SCALE_CLAMPED = NoteKind(
+    "scale_clamped",
+    "frozen geometry: the scale of {share:.1%} of the elements is clamped to {largest:g}, so this is not quite Adam's "
+    "geometry; raise frozen_max_scale to see",
+    "Raise probe.frozen_max_scale and see whether the number moves.",
 )
 SHARDED = "the parameters are sharded"
 """Why single units take a backward pass each: a layer's call does not show where its gradient is summed."""
@@ -50,13 +73,13 @@ class Log:
     """What a run has to say beside its numbers; it grows while the run computes.
 
     Attributes:
-        messages: what a careful reader should know.
+        notes: what a careful reader should know.
         not_modelled: what belongs to the trainer's step and not to the numbers.
         checked: how each batch fits the policy.
         per_unit_gradients: how they were computed.
     """
 
-    messages: list[str]
+    notes: list[Note]
     not_modelled: list[str]
     checked: dict[Role, Checked] = field(default_factory=dict)
     per_unit_gradients: str = "not needed"
@@ -127,7 +150,7 @@ class Policy:
                     "ProbeConfig.dtype"
                 )
             if lowest in LOW_PRECISIONS:
-                self.log.messages.append(LOW.format(lowest) + "; sharded gradients were not compared with differences")
+                self.log.notes.append(LOW_PRECISION_SHARDED(precision=str(lowest)))
             else:
                 check_gradient(self.scorer, self.parameters, batches[0])
 
@@ -209,8 +232,8 @@ class Policy:
         """
         checked = PolicyCheck(self.scorer, self.config, self.ranks)(role, scores, part, rollouts)
         self.log.checked[role] = checked
-        if checked.message is not None:
-            self.log.messages.append(checked.message)
+        if checked.note is not None:
+            self.log.notes.append(checked.note)
         if checked.not_modelled is not None:
             self.log.not_modelled.append(checked.not_modelled)
         return checked.scores
@@ -234,15 +257,9 @@ class Policy:
         )
         report, elements = frozen.report, sum(p.numel() for p in self.parameters.values())
         if report.num_identity:
-            self.log.messages.append(
-                f"frozen geometry: {report.num_identity / elements:.1%} of the elements are not preconditioned "
-                f"(second moment covers {report.coverage:.1%})"
-            )
+            self.log.notes.append(NOT_PRECONDITIONED(share=report.num_identity / elements, coverage=report.coverage))
         if report.num_clamped:
-            self.log.messages.append(
-                f"frozen geometry: the scale of {report.num_clamped / elements:.1%} of the elements is clamped to "
-                f"{config.frozen_max_scale:g}, so this is not quite Adam's geometry; raise frozen_max_scale to see"
-            )
+            self.log.notes.append(SCALE_CLAMPED(share=report.num_clamped / elements, largest=config.frozen_max_scale))
         groups = zip(self.optimizer.param_groups, self.learning_rates, strict=True)
         rates = {id(p): rate for group, rate in groups for p in group["params"]}
         return {name: frozen.scale[name] * rates[id(p)] for name, p in self.parameters.items()}, report
@@ -267,21 +284,18 @@ def open_policy(
         progress: where progress is reported.
         more: the other fields of :class:`Policy`.
     """
-    messages: list[str] = []
+    notes: list[Note] = []
     narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(model) if dtype in LOW_PRECISIONS}))
     if config.autocast != "off":
         narrow = f"{narrow + ' and ' if narrow else ''}autocast in {config.autocast}"
     if narrow:
-        messages.append(LOW.format(narrow))
+        notes.append(LOW_PRECISION(precision=narrow))
     held = {id(p) for p in parameters.values()}
     strays = sum(p.requires_grad and id(p) not in held for p in model.parameters())
     if strays:
-        messages.append(
-            f"{strays} tensors require a gradient but are not in the optimizer: they do not move, and are left out "
-            "of the norm that clipping uses"
-        )
+        notes.append(NOT_IN_OPTIMIZER(tensors=strays))
     scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
-    log = Log(messages, of_model(model))
+    log = Log(notes, of_model(model))
     return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)
 
 

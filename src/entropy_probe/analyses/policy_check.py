@@ -1,4 +1,4 @@
-"""Are rollouts the policy's own? What their tokens and the sampler's log-probabilities say, in words.
+"""Are rollouts the policy's own? What their tokens and the sampler's log-probabilities say.
 
 Formulas: ``docs/theory.md``, "Do the rollouts fit the policy" and "The sampler".
 """
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from entropy_probe.analyses.admission import Role
+from entropy_probe.analyses.misfit import Misfit
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.policy_fit import LARGEST_Z, Fit, excess_sums, policy_fit
 from entropy_probe.estimators.sampler import (
     MISTAKES,
-    Mismatch,
     mistake_sums,
     recorded_amiss,
     sampler_gaps,
@@ -27,6 +27,7 @@ from entropy_probe.estimators.sampler import (
 )
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import Ranks
+from entropy_probe.results.note import Note
 from entropy_probe.results.probe import BatchFit, SamplerMismatch
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
@@ -41,8 +42,6 @@ WIDEST = 5.0
 """A temperature this many times off is no temperature."""
 EXPLAINED = 0.2
 """A temperature explains log-probabilities if at most this share of their distance from the policy's is left."""
-FOREIGN = 1.0
-"""Nats per token above the entropy, beyond which ids are more likely another tokenizer's than another policy's."""
 UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss"
 
 
@@ -54,35 +53,15 @@ class Checked:
         scores: of this rank's part, with weights where the batch is to be reweighted.
         fit: the tokens against the policy.
         mismatch: the sampler's log-probabilities against the policy's; ``None`` without any.
-        message: what a reader should know; ``None`` where all is well.
+        note: what a reader should know; ``None`` where all is well.
         not_modelled: what the trainer may do about it that the prediction leaves out.
     """
 
     scores: TokenScores
     fit: BatchFit
     mismatch: SamplerMismatch | None
-    message: str | None = None
+    note: Note | None = None
     not_modelled: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """The numbers that a diagnosis is made from."""
-
-    fit: Fit
-    strange: bool
-    mismatch: Mismatch | None
-    share: float
-    differ: bool
-    amiss: str | None = None
-    of_tokens: tuple[float, float] | None = None
-    of_logprobs: float | None = None
-
-    @property
-    def blame_logprobs(self) -> bool:
-        """Whether the sampler's log-probabilities are wrong, whoever drew the tokens."""
-        contradicted = self.mismatch is not None and self.mismatch.z > LARGEST_Z
-        return self.differ and (self.amiss is not None or contradicted)
 
 
 class PolicyCheck:
@@ -125,7 +104,7 @@ class PolicyCheck:
             share = mismatch.ess / int(answered.sum())
             record = SamplerMismatch(mean=mismatch.mean, max=mismatch.max, ess_fraction=share)
         selected = role != "evaluation" and config.update_selected
-        found = _Found(
+        found = Misfit(
             fit,
             strange=not fit.holds and not selected,
             mismatch=mismatch,
@@ -136,30 +115,30 @@ class PolicyCheck:
         if not (found.strange or found.differ):
             return checked
         found = self._investigated(found, scores, part, rollouts)
-        said = f"{role}: {_diagnosis(found, config.temperature)}"
+        said = found.said(role, config.temperature)
         if config.on_mismatch == "refuse":
             raise ValueError(
                 f"{said}; on_mismatch refuse: expected at most {config.max_mismatch:g} nats per token and |z| of at "
-                f"most {LARGEST_Z:g}, so {_remedy(found)}, or use on_mismatch: report"
+                f"most {LARGEST_Z:g}, so {found.remedy}, or use on_mismatch: report"
             )
         if config.on_mismatch == "reweight" and role != "update" and found.differ and gaps is not None:
             return self._reweighted(checked, found, said, (sums, gaps[0]), part)
         return replace(
             checked,
-            message=f"{said}; {_consequence(role, found)}",
-            not_modelled=None if role == "evaluation" or _only_logprobs(found) else UNMODELLED,
+            note=found.note(role, said),
+            not_modelled=None if role == "evaluation" or found.only_logprobs else UNMODELLED,
         )
 
     def _sum(self, part: Part, values: Tensor) -> Tensor:
         return self.ranks.sum(part.by_sequence(values))
 
     def _reweighted(
-        self, checked: Checked, found: _Found, said: str, sums: tuple[Tensor, Tensor], part: Part
+        self, checked: Checked, found: Misfit, said: str, sums: tuple[Tensor, Tensor], part: Part
     ) -> Checked:
         """The scores with each sequence's weight, from sums over all of them."""
         if found.blame_logprobs:
             raise ValueError(
-                f"{said}; weights from them would bias the results instead of correcting them, so {_remedy(found)}, or "
+                f"{said}; weights from them would bias the results instead of correcting them, so {found.remedy}, or "
                 "use on_mismatch: report"
             )
         excess, log_weights = sums
@@ -182,10 +161,10 @@ class PolicyCheck:
             checked,
             scores=replace(checked.scores, log_weights=normalized[part.rows]),
             fit=_record(fit),
-            message=f"{said}; its sequences are reweighted, which leaves that share of them effective",
+            note=found.reweighted(said),
         )
 
-    def _investigated(self, found: _Found, scores: TokenScores, part: Part, rollouts: Rollouts) -> _Found:
+    def _investigated(self, found: Misfit, scores: TokenScores, part: Part, rollouts: Rollouts) -> Misfit:
         """With what the likely causes would explain."""
         sampled, amiss, of_logprobs = rollouts.sampled_logprobs, None, None
         few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
@@ -259,104 +238,3 @@ def _at(scorer: Scorer, temperature: float) -> Scorer:
 def _record(fit: Fit, *, selected: bool = False) -> BatchFit:
     status = "ok" if fit.holds else "selected" if selected else "off_policy"
     return BatchFit(z=fit.z, excess=fit.excess, num_sequences=fit.num_sequences, status=status)
-
-
-def _only_logprobs(found: _Found) -> bool:
-    return found.blame_logprobs and not found.strange
-
-
-def _diagnosis(found: _Found, temperature: float) -> str:
-    """What was found and what it looks like."""
-    fit, parts = found.fit, []
-    if found.strange:
-        parts.append(
-            f"the responses do not fit the policy: surprisal minus entropy is {fit.excess:+.3g} nats per token (z = "
-            f"{fit.z:+.1f} over {fit.num_sequences} sequences, and 0 for the policy's own)"
-        )
-    if found.mismatch is not None and found.differ:
-        parts.append(
-            f"sampled_logprobs differ from the policy's by {found.mismatch.mean:.3g} nats per token on average, "
-            f"{found.mismatch.max:.3g} at most (effective sample size of the weights between them {found.share:.1%})"
-        )
-        if fit.holds:
-            parts.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
-    return "; ".join((*parts, _cause(found, temperature)))
-
-
-def _cause(found: _Found, temperature: float) -> str:
-    """The likely cause."""
-    said = []
-    if found.differ:
-        said.append(_cause_of_logprobs(found, temperature))
-    if found.strange and (not found.differ or found.blame_logprobs):
-        said.append(_cause_of_tokens(found))
-    return ", and ".join(said)
-
-
-def _cause_of_logprobs(found: _Found, temperature: float) -> str:
-    assert found.mismatch is not None
-    if found.amiss is not None:
-        return f"the log-probabilities themselves are amiss: {found.amiss}"
-    at = (
-        "" if found.of_logprobs is None else f"the policy's at temperature {found.of_logprobs:.3g}, not {temperature:g}"
-    )
-    if found.blame_logprobs:
-        return "the log-probabilities themselves are amiss: " + (
-            at or "the tokens are likelier under the policy, so they were not drawn with these"
-        )
-    if found.mismatch.never_lower:
-        return (
-            "no token is less likely under the sampler than under the policy, as where the batch was sampled from a "
-            "part of the distribution (top_p, top_k or greedy)"
-        )
-    if at:
-        return f"the log-probabilities are {at}: the batch was sampled at that temperature"
-    return "the batch was sampled from another policy (other weights, such as an older policy's, or changed logits)"
-
-
-def _cause_of_tokens(found: _Found) -> str:
-    agree = found.mismatch is not None and not found.differ
-    as_at = ""
-    if found.of_tokens is not None:
-        as_at = "; the tokens are likeliest at temperature {:.2f} ± {:.2f}".format(*found.of_tokens)
-    if found.fit.z < 0:
-        if agree:
-            return (
-                "sampled_logprobs agree with the policy's, so the sampler took a part of the distribution (top_p, "
-                "top_k or greedy) after computing them" + as_at
-            )
-        return (
-            "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
-        )
-    if found.fit.excess > FOREIGN:
-        return (
-            "as far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
-        )
-    if agree:
-        return (
-            "sampled_logprobs agree with the policy's, so they were not computed by the sampler, or it changed the "
-            "logits after them" + as_at
-        )
-    return "sampled at a higher temperature, or by other weights, such as an older policy's" + as_at
-
-
-def _remedy(found: _Found) -> str:
-    if _only_logprobs(found):
-        return "record the log-probability that each token was drawn with, or leave them out"
-    return "sample from the policy itself or set the temperature of sampling"
-
-
-def _consequence(role: Role, found: _Found) -> str:
-    if _only_logprobs(found):
-        return "nothing is computed from them, so results stand"
-    biased = "so results are biased" if found.strange or not found.fit.holds else "so results may be biased"
-    if role == "evaluation":
-        return biased
-    if role == "update" and found.strange and found.fit.excess > FOREIGN and (found.blame_logprobs or not found.differ):
-        return "the step is taken on it as given"
-    as_given = (
-        "the step is taken on it as given; importance weights of the trainer's loss are not modelled (give "
-        "advantages per token times the weight to include them)"
-    )
-    chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if found.strange else ""
-    return (as_given if role == "update" else f"{biased}, and {as_given}") + chosen

@@ -25,12 +25,26 @@ from entropy_probe.gradients.leave_out import reduced_gradients, renormalisation
 from entropy_probe.gradients.per_sample import Side, UnitGradients
 from entropy_probe.named import dot
 from entropy_probe.parallel.batch import add_up
+from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import clip_gradient
-from entropy_probe.steps.copied import copied_step, moved, optimizer_name
+from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
 from entropy_probe.types import TokenCoefficients
 
 __all__ = ["Plan", "Prediction", "entropy_surrogate", "plan", "predict", "prompt_contributions"]
+
+NO_HISTORY = NoteKind(
+    "no_history",
+    "se_update holds Adam's denominators fixed, but for parameters without a history the update batch itself sets "
+    "them: the error from the update batch is overstated",
+    "Trust the error from the evaluation rollouts; probe a checkpoint some steps later for both.",
+)
+CLIPPED = NoteKind(
+    "clipped",
+    "clipping scales the update gradient by {factor:.3g}; se_update holds that factor fixed, which overstates the "
+    "error from the update batch when the factor is small",
+    "Compare with probe.max_grad_norm: null to see what clipping does.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,11 +213,7 @@ def _jackknife(planned: Plan, slope: UnitGradients, total_weight: float) -> floa
     """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
     policy, update, step = planned.policy, planned.update, planned.step
     config, blocks, part = policy.config, update.shares, update.part
-    policy.log.messages.append(
-        f"{optimizer_name(policy.optimizer)}: its own code takes the step on copies, so the prediction has no "
-        f"components, and se_update is a jackknife over {blocks.count} blocks of update prompts (too large for "
-        "steps that are not smooth in the gradient, such as signs or Muon's)"
-    )
+    policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
     factors = renormalisation(update.given, blocks.index, config.loss_type, config.max_completion_length)
     own_factors = [factors[block] for block in part.present_units.tolist()]
     direction = {
@@ -233,12 +243,6 @@ def _jackknife(planned: Plan, slope: UnitGradients, total_weight: float) -> floa
 def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:
     policy, step = planned.policy, planned.step
     if policy.config.geometry == "adamw" and any(not policy.optimizer.state.get(p) for p in policy.parameters.values()):
-        policy.log.messages.append(
-            "se_update holds Adam's denominators fixed, but for parameters without a history the update batch "
-            "itself sets them: the error from the update batch is overstated"
-        )
+        policy.log.notes.append(NO_HISTORY())
     if step.gradient.factor < 1:
-        policy.log.messages.append(
-            f"clipping scales the update gradient by {step.gradient.factor:.3g}; se_update holds that factor "
-            "fixed, which overstates the error from the update batch when the factor is small"
-        )
+        policy.log.notes.append(CLIPPED(factor=step.gradient.factor))

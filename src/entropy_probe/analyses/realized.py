@@ -16,10 +16,18 @@ from entropy_probe.estimators.realized import Change, change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Units, UnitSums, in_chunks
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.parallel.ranks import ALONE, Ranks
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import Realized, Unit
 from entropy_probe.types import TokenScores
 
 __all__ = ["Measurement", "measure_change"]
+
+TOO_FAR = NoteKind(
+    "policy_moves_too_far",
+    "the step moves the policy too far for these rollouts: effective sample size {ess:.0f} of {sequences}{tail}; "
+    "{outcome}",
+    "Probe a smaller learning rate, or set probe.on_low_ess to resample (fresh responses after the step).",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +49,20 @@ class Measurement:
     after: TokenScores
 
     @property
-    def note(self) -> str | None:
+    def note(self) -> Note | None:
         """What a reader should know about weights that are not trusted."""
         if self.diagnosis == "ok":
             return None
-        w = self.weights
-        found = f"effective sample size {w.ess:.0f} of {w.normalized.numel()}"
+        w, tail, of_tail = self.weights, "", {}
         if w.pareto_k is not None:
-            found += f", Pareto k {w.pareto_k:.2f} (at most {w.pareto_k_threshold:.2f})"
+            tail = f", Pareto k {w.pareto_k:.2f} (at most {w.pareto_k_threshold:.2f})"
+            of_tail = {"pareto_k": w.pareto_k, "pareto_k_threshold": w.pareto_k_threshold}
         what = {
             "psis": "the realized change is from Pareto-smoothed weights",
             "resampled": "the realized change is from responses sampled anew after the step",
         }
         outcome = "no realized change is given" if self.change is None else what[self.estimator]
-        return f"the step moves the policy too far for these rollouts: {found}; {outcome}"
+        return TOO_FAR(ess=w.ess, sequences=w.normalized.numel(), tail=tail, outcome=outcome, **of_tail)
 
     def report(
         self,

@@ -19,6 +19,7 @@ from entropy_probe.estimators import sweep as curves
 from entropy_probe.estimators.curvature import per_decision_taylor
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import add_up
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import Estimate, Predicted, ProbeResult
 from entropy_probe.results.sweep import (
     Curvature,
@@ -35,6 +36,38 @@ __all__ = ["check_finished", "check_learning_rates", "sweep"]
 
 SLOPE_TOLERANCE = 1e-3
 """How far the forward-mode slope may be from the backward one, relative to the sum of absolute contributions."""
+NO_FORWARD_MODE = NoteKind(
+    "no_forward_mode",
+    "no direct curvature: the model cannot be differentiated twice in forward mode ({reason})",
+    "Read the curvature from the fit.",
+)
+FORWARD_MODE_DIFFERS = NoteKind(
+    "forward_mode_differs",
+    "no direct curvature: in forward mode the first-order change is {forward:.6g}, not {backward:.6g} as in backward "
+    "mode",
+    "Read the curvature from the fit.",
+)
+BELOW_FLOOR = NoteKind(
+    "below_noise_floor",
+    "{lost} of {points} changes are below the noise floor and enter neither range nor fits; use dtype float64 or "
+    "larger rates",
+    "Set probe.dtype to float64, or start the sweep at a larger rate.",
+)
+SIGNS_DIFFER = NoteKind(
+    "no_power_law",
+    "no log-log slope: the measured changes are 0 or change sign within the linear range",
+    "Add smaller learning rates to the sweep.",
+)
+NO_LINEAR_RANGE = NoteKind(
+    "no_linear_range",
+    "no {what}: not even the smallest rate lies within the linear range; add smaller rates",
+    "Add smaller learning rates to the sweep.",
+)
+FEW_RATES = NoteKind(
+    "few_rates",
+    "no {what}: expected at least {least} rates up to {rate:.3g}, got {rates}; add smaller rates",
+    "Add smaller learning rates to the sweep.",
+)
 
 
 def check_learning_rates(learning_rates: Sequence[float]) -> tuple[float, ...]:
@@ -79,7 +112,8 @@ def sweep(
         finished: points that are taken as they are.
         on_point: called with every other point.
     """
-    points, notes = {point.learning_rate: point for point in finished}, []
+    points = {point.learning_rate: point for point in finished}
+    notes: list[Note] = []
     derivatives = _direct_derivatives(prediction, notes) if direct_curvature else None
     floor = noise_floor(prediction.plan)
     for rate in rates:
@@ -122,7 +156,7 @@ def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoi
     )
 
 
-def _direct_derivatives(prediction: Prediction, notes: list[str]) -> tuple[Sampled, Sampled] | None:
+def _direct_derivatives(prediction: Prediction, notes: list[Note]) -> tuple[Sampled, Sampled] | None:
     """Slope and second derivative along the step by nested forward mode, or a note on why there are none."""
     plan, rate, predicted = prediction.plan, _planned_rate(prediction), prediction.change
     policy, part, before = plan.policy, plan.evaluation.part, plan.before
@@ -131,7 +165,7 @@ def _direct_derivatives(prediction: Prediction, notes: list[str]) -> tuple[Sampl
     given = (policy.scorer, plan.evaluation.rollouts, policy.parameters, direction)
     reason = policy.ranks.broadcast(why_not_forward_mode(*given))
     if reason is not None:
-        notes.append(f"no direct curvature: the model cannot be differentiated twice in forward mode ({reason})")
+        notes.append(NO_FORWARD_MODE(reason=reason))
         return None
     with policy.clock.phase("direct curvature") as progress, policy.on_part(part):
         given = (policy.scorer, plan.evaluation.own, policy.parameters, direction)
@@ -142,10 +176,7 @@ def _direct_derivatives(prediction: Prediction, notes: list[str]) -> tuple[Sampl
     d, size = policy.ranks.sum(part.by_sequence(d.double())), before.sums.size.sum()
     gap = rate * float(d.sum() / size) - predicted.value
     if abs(gap) > SLOPE_TOLERANCE * rate * float(d.abs().sum() / size):
-        notes.append(
-            f"no direct curvature: in forward mode the first-order change is {predicted.value + gap:.6g}, not "
-            f"{predicted.value:.6g} as in backward mode"
-        )
+        notes.append(FORWARD_MODE_DIFFERS(forward=predicted.value + gap, backward=predicted.value))
         return None
     own = per_decision_taylor(before.scores, first, second, part.units, before.positions, policy.config.normalization)
     return add_up(policy.ranks, own).derivatives()
@@ -156,7 +187,7 @@ def fitted(
     own_learning_rates: tuple[float, ...],
     points: Sequence[SweepPoint],
     derivatives: tuple[Sampled, Sampled] | None,
-    notes: Sequence[str],
+    notes: Sequence[Note],
 ) -> Sweep:
     """Linear range and fits from finished points, by increasing rate.
 
@@ -173,10 +204,7 @@ def fitted(
     end = None if last is None else points[last].learning_rate
     lost = sum(point.status == "below_noise_floor" for point in points)
     if lost:
-        notes.append(
-            f"{lost} of {len(points)} changes are below the noise floor and enter neither range nor fits; use dtype "
-            "float64 or larger rates"
-        )
+        notes.append(BELOW_FLOOR(lost=lost, points=len(points)))
     law = _power_law(points, end, notes)
     near = _measured(points, end, curves.FIT_REACH, "fit", notes)
     curve = near and curves.quadratic(*near)
@@ -203,34 +231,31 @@ def fitted(
             direct_slope=derivatives and _fitted(derivatives[0]),
         ),
         learning_rate_star=star and _coefficient(star, rounding),
-        messages=tuple(notes),
+        notes=tuple(notes),
     )
 
 
-def _power_law(points: Sequence[SweepPoint], end: float | None, notes: list[str]) -> PowerLawFit | None:
+def _power_law(points: Sequence[SweepPoint], end: float | None, notes: list[Note]) -> PowerLawFit | None:
     inside = _measured(points, end, 1.0, "log-log slope", notes)
     if inside is None:
         return None
     law = curves.power_law(*inside)
     if law is None:
-        notes.append("no log-log slope: the measured changes are 0 or change sign within the linear range")
+        notes.append(SIGNS_DIFFER())
         return None
     return PowerLawFit(slope=_fitted(law.slope), r_squared=law.r_squared, learning_rates=tuple(inside[0].tolist()))
 
 
 def _measured(
-    points: Sequence[SweepPoint], end: float | None, reach: float, what: str, notes: list[str]
+    points: Sequence[SweepPoint], end: float | None, reach: float, what: str, notes: list[Note]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Rates, changes and influences up to a share of the linear range, or a note on why they are too few."""
     if end is None:
-        notes.append(f"no {what}: not even the smallest rate lies within the linear range; add smaller rates")
+        notes.append(NO_LINEAR_RANGE(what=what))
         return None
     chosen = [(p, p.estimate) for p in points if p.estimate and p.status == "ok" and p.learning_rate <= reach * end]
     if len(chosen) < curves.LEAST_RATES:
-        notes.append(
-            f"no {what}: expected at least {curves.LEAST_RATES} rates up to {reach * end:.3g}, got {len(chosen)}; add "
-            "smaller rates"
-        )
+        notes.append(FEW_RATES(what=what, least=curves.LEAST_RATES, rate=reach * end, rates=len(chosen)))
         return None
     influences = torch.tensor([point.influence for point, _ in chosen], dtype=torch.float64)
     rates, changes = [p.learning_rate for p, _ in chosen], [estimate.value for _, estimate in chosen]

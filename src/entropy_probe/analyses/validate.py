@@ -29,6 +29,7 @@ from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
 from entropy_probe.gradients.leave_out import kept_gradient
 from entropy_probe.gradients.per_sample import Side
+from entropy_probe.results.note import Note, NoteKind, distinct
 from entropy_probe.results.validation import LEAST_STEPS, RankCorrelation, SubsetStep, Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import batch_digest
@@ -42,6 +43,34 @@ LEAST_PROMPTS = 4
 LEAST_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
 ROUNDING = 1e-9
 """A sum of advantages below this share of the sum of their sizes is none."""
+FEW_HALVES = NoteKind(
+    "few_halves",
+    "{moving} update prompts with an advantage have {halves} different halves, fewer than the {asked} asked for",
+    "Use more update prompts: few halves leave the rank correlation uncertain.",
+)
+NOT_MEASURED = NoteKind(
+    "halves_not_measured",
+    "{failed} of {steps} steps on halves could not be measured and are left out of the rank correlations; the first "
+    "because {reason}",
+    "Set a smaller probe.learning_rate, or probe.on_low_ess to resample (fresh responses after the step).",
+)
+NO_CORRELATION = NoteKind(
+    "no_rank_correlation",
+    "no rank correlation: expected at least {least} measured steps on different halves, got {measured}",
+    "Use more update prompts whose responses have different rewards.",
+)
+ONLY_NOISE = NoteKind(
+    "halves_disagree",
+    "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps is noise; "
+    "use many times as many evaluation sequences",
+    "Raise evaluation.total_sequences many times over, or read the correlations without noise.",
+)
+LOW_RELIABILITY = NoteKind(
+    "low_reliability",
+    "the measured changes have a reliability of {reliability:.2f}, which bounds what any forecast of them reaches; "
+    "about {sequences:,.0f} evaluation sequences would bring it to {wanted:g}",
+    "Use that many evaluation sequences (evaluation.total_sequences), or read the correlations without noise.",
+)
 
 
 def check_halves(prompts: int, subsets: int) -> None:
@@ -130,10 +159,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
     moving = update.prompts.total(update.rollouts.token_advantages.abs().sum(1)) > 0
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
-        policy.log.messages.append(
-            f"{int(moving.sum())} update prompts with an advantage have {len(kept_prompts)} different halves, "
-            f"fewer than the {subsets} asked for"
-        )
+        policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
     planned = plan(policy, update, batch)
     question = _Question(attribution, planned, batch_digest(batch.rollouts) == attribution.evaluation)
     halves = halved(batch.units, batch.part, planned.before.scores, policy.ranks, seed)
@@ -188,7 +214,7 @@ def _change(planned: Plan, halves: list[EvaluationHalf], kept: Tensor, frozen: t
     for each in measured:
         if each.change is None:
             assert each.note is not None
-            return each.note
+            return each.note.text
     whole, *others = [each.change for each in measured if each.change is not None]
     return _Measured(whole, others)
 
@@ -211,7 +237,7 @@ def _judged(
 ) -> Validation:
     """The rank correlations over the steps that were measured, and what to know about the others."""
     policy, update, evaluation = question.policy, question.plan.update, question.plan.evaluation.rollouts
-    forecasts, messages = _forecasts(question.attribution, update), policy.log.messages
+    forecasts, notes = _forecasts(question.attribution, update), policy.log.notes
     kept = torch.stack([torch.isin(torch.arange(update.prompts.count), rows) for rows in kept_prompts]).double()
     summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}
     halves = kept @ by_half.T
@@ -219,26 +245,20 @@ def _judged(
     measured = [each for each in results if isinstance(each, _Measured)]
     failures = [each for each in results if isinstance(each, str)]
     if failures:
-        messages.append(
-            f"{len(failures)} of {len(steps)} steps on halves could not be measured and are left out of the rank "
-            f"correlations; the first because {failures[0]}"
-        )
+        notes.append(NOT_MEASURED(failed=len(failures), steps=len(steps), reason=failures[0]))
     known, correlations = None, dict.fromkeys(forecasts)
     if len(measured) < LEAST_STEPS:
-        messages.append(
-            f"no rank correlation: expected at least {LEAST_STEPS} measured steps on different halves, got "
-            f"{len(measured)}"
-        )
+        notes.append(NO_CORRELATION(least=LEAST_STEPS, measured=len(measured)))
     else:
         rows = torch.tensor([k for k, each in enumerate(results) if isinstance(each, _Measured)])
         changes = _changes(measured)
         known = reliability(changes.halves, 1.0 if question.crossed else 2.0)
-        messages += _about_reliability(known, len(evaluation))
+        notes += _about_reliability(known, len(evaluation))
         correlations = {
             name: _correlation(question, name, sums[rows], halves[rows].T, changes, seed)
             for name, sums in summed.items()
         }
-    notes = (note for of_rank in policy.ranks.gather(policy.scorer.messages) for note in of_rank)
+    of_scorer = (note for of_rank in policy.ranks.gather(policy.scorer.notes) for note in of_rank)
     return Validation(
         unit=policy.unit,
         num_prompts=update.prompts.count,
@@ -248,7 +268,7 @@ def _judged(
         reliability=known,
         correlations=correlations,
         steps=steps,
-        messages=tuple(dict.fromkeys((*messages, *notes))),
+        notes=distinct((*notes, *of_scorer)),
     )
 
 
@@ -281,20 +301,14 @@ def _correlation(
     return None if correlation is None else RankCorrelation(**asdict(correlation))
 
 
-def _about_reliability(known: float | None, sequences: int) -> list[str]:
+def _about_reliability(known: float | None, sequences: int) -> list[Note]:
     """How many evaluation rollouts would do, where these do not."""
     if known is None or known >= LEAST_RELIABILITY:
         return []
     if known <= 0:
-        return [
-            "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps "
-            "is noise; use many times as many evaluation sequences"
-        ]
-    needed = times_as_many(known, WANTED_RELIABILITY) * sequences
-    return [
-        f"the measured changes have a reliability of {known:.2f}, which bounds what any forecast of them reaches; "
-        f"about {float(f'{needed:.2g}'):,.0f} evaluation sequences would bring it to {WANTED_RELIABILITY:g}"
-    ]
+        return [ONLY_NOISE()]
+    needed = float(f"{times_as_many(known, WANTED_RELIABILITY) * sequences:.2g}")
+    return [LOW_RELIABILITY(reliability=known, sequences=needed, wanted=WANTED_RELIABILITY)]
 
 
 def _changes(measured: list[_Measured]) -> Changes:

@@ -36,6 +36,7 @@ from entropy_probe.checkpoints.weights import (
     weight_files,
 )
 from entropy_probe.results.checkpoint import CheckpointReport, MovementReport
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import OptimizerStateReport
 
 __all__ = ["Examination"]
@@ -43,6 +44,59 @@ __all__ = ["Examination"]
 LARGE_LEARNING_RATE = 0.1
 LARGE_UNSCALED = {"SGD": 100.0, "Adadelta": 100.0}
 """Optimizers whose learning rate is not about the size of an element's step, so that only a far larger one is odd."""
+UNUSABLE = NoteKind("unusable", "{reason}", "Nothing can be computed from this checkpoint until that is put right.")
+EXCHANGED = NoteKind(
+    "moments_exchanged",
+    "the optimizer state of {parameters} seems exchanged{more}: the weights have moved along each other's moments, not "
+    "their own; the entries are in another order than the mapping says",
+    "Do not use these numbers: record a manifest during training, which maps entries by name.",
+)
+RATE_IS_ZERO = NoteKind(
+    "learning_rate_zero",
+    "learning rate is 0, as after a finished schedule; set probe.learning_rate",
+    "Set probe.learning_rate to that of the step you ask about; a sweep has rates of its own.",
+)
+RATE_IS_LARGE = NoteKind(
+    "learning_rate_large",
+    "learning rate {rate:g} is above {bound:g}; check it",
+    "Make sure that the rate is meant; probe.learning_rate sets another.",
+)
+ZERO_MOMENTS = NoteKind(
+    "zero_moments",
+    "exp_avg_sq is all zero for {share:.0%} of the elements; normal for lora_A after the first step and for embeddings "
+    "of tokens that never occurred; otherwise these parameters were not trained",
+    "Compare with a later checkpoint; frozen or unused parts may be left out of training.",
+)
+STEPS_DIFFER = NoteKind(
+    "steps_differ",
+    "step counts differ between parameters ({least} to {most}); some were not always trained",
+    "Make sure that the late starters were unfrozen on purpose.",
+)
+_WHOLE = "Use a checkpoint that was saved to its end, or make sure of this one."
+NO_TRAINER_STATE = NoteKind(
+    "no_trainer_state", "trainer_state.json, written last, is missing; the save may be incomplete", _WHOLE
+)
+NO_SCHEDULER = NoteKind(
+    "no_scheduler",
+    "scheduler.pt is missing; the save may be incomplete (the next step's rate is in optimizer.pt)",
+    _WHOLE,
+)
+TWO_SAVES = NoteKind(
+    "two_saves",
+    "optimizer.pt is at step {optimizer}, trainer_state.json at {trainer}; files of two saves?",
+    "Do not mix files of different saves: copy the checkpoint again.",
+)
+DECAY_UNKNOWN = NoteKind(
+    "weight_decay_unknown",
+    "the file does not say whether weight decay is decoupled; taken as AdamW, the Trainer's",
+    "Right for the Trainer's AdamW; else record a manifest during training.",
+)
+OTHER_BASE = NoteKind(
+    "other_base_model",
+    "the adapter was trained on {recorded}, the base model given is {given}; with other weights of the same shapes "
+    "every number is wrong, and only a manifest could tell",
+    "Give the base model that it was trained on, and record a manifest.",
+)
 
 
 @dataclass
@@ -256,7 +310,7 @@ class Examination:
 
     def report(self, unusable: str | None = None) -> CheckpointReport:
         """What was established, and the verdict."""
-        reasons = (unusable,) if unusable else tuple(self._doubts())
+        notes = (UNUSABLE(reason=unusable),) if unusable else tuple(self._doubts())
         saved = self.saved
         state, num_zero = self.summary or (None, None)
         return CheckpointReport(
@@ -273,12 +327,12 @@ class Examination:
             movement=self.movement,
             movement_not_checked=self.movement_not_checked,
             manifest=self.manifest.recorded if self.manifest else None,
-            verdict="unusable" if unusable else "suspicious" if reasons else "healthy",
-            reasons=reasons,
+            verdict="unusable" if unusable else "suspicious" if notes else "healthy",
+            notes=notes,
             not_modelled=() if unusable else not_modelled_by_log(self.path),
         )
 
-    def _doubts(self) -> Iterator[str]:
+    def _doubts(self) -> Iterator[Note]:
         """What does not keep the checkpoint from loading but should be read before its numbers are used."""
         assert self.saved is not None
         assert self.summary is not None
@@ -287,59 +341,49 @@ class Examination:
         state, _ = self.summary
         rates = [group["lr"] for group in self.saved.groups if group["params"]]
         if not any(rates):
-            yield "learning rate is 0, as after a finished schedule; set probe.learning_rate"
+            yield RATE_IS_ZERO()
         large = LARGE_UNSCALED.get(self.saved.kind.name, LARGE_LEARNING_RATE)
         if max(rates) > large:
-            yield f"learning rate {max(rates):g} is above {large:g}; check it"
+            yield RATE_IS_LARGE(rate=max(rates), bound=large)
         if self.saved.is_adam and state.coverage < 1:
-            yield (
-                f"exp_avg_sq is all zero for {1 - state.coverage:.0%} of the elements; normal for lora_A after "
-                "the first step and for embeddings of tokens that never occurred; otherwise these parameters were not "
-                "trained"
-            )
+            yield ZERO_MOMENTS(share=1 - state.coverage)
         low, high = state.steps
         if low != high:
-            yield f"step counts differ between parameters ({low} to {high}); some were not always trained"
+            yield STEPS_DIFFER(least=low, most=high)
         yield from self._doubts_about_the_save(high)
         if self.saved.is_adam and any(
             g["weight_decay"] and "decoupled_weight_decay" not in g for g in self.saved.groups
         ):
-            yield "the file does not say whether weight decay is decoupled; taken as AdamW, the Trainer's"
+            yield DECAY_UNKNOWN()
         yield from self._doubts_about_base()
 
-    def _doubts_about_the_save(self, steps: int) -> Iterator[str]:
+    def _doubts_about_the_save(self, steps: int) -> Iterator[Note]:
         """Files that a trainer writes beside the state, missing or of another step."""
         assert self.saved is not None
         if self.global_step is None and self.saved.path.name != "optimizer.pt":
             return  # not a Trainer's: torch.distributed.checkpoint, which writes its index last, or accelerate
         if self.global_step is None:
-            yield "trainer_state.json, written last, is missing; the save may be incomplete"
+            yield NO_TRAINER_STATE()
         elif self.global_step != steps and self.saved.count("step"):
-            yield f"optimizer.pt is at step {steps}, trainer_state.json at {self.global_step}; files of two saves?"
+            yield TWO_SAVES(optimizer=steps, trainer=self.global_step)
         if not (self.path / "scheduler.pt").is_file():
-            yield "scheduler.pt is missing; the save may be incomplete (the next step's rate is in optimizer.pt)"
+            yield NO_SCHEDULER()
 
-    def _doubts_about_base(self) -> Iterator[str]:
+    def _doubts_about_base(self) -> Iterator[Note]:
         """Another base model of the same shapes loads without an error and gives wrong numbers."""
         proven = self.manifest is not None and self.manifest.base_model is not None and self.manifest.base_model.files
         recorded = self._config.get("base_model_name_or_path")
         if self.base is None or proven or not isinstance(recorded, str):
             return
         if Path(recorded).name.lower() != Path(self.base).name.lower():
-            yield (
-                f"the adapter was trained on {recorded}, the base model given is {self.base}; with other weights of "
-                "the same shapes every number is wrong, and only a manifest could tell"
-            )
+            yield OTHER_BASE(recorded=recorded, given=self.base)
 
     @staticmethod
-    def _exchange(movement: MovementReport) -> str:
+    def _exchange(movement: MovementReport) -> Note:
         first = movement.exchanged[0]
         more = f" and {len(movement.exchanged) - 1} more" if len(movement.exchanged) > 1 else ""
         shown = " and ".join(first[:2]) + (f" and {len(first) - 2} others" if len(first) > 2 else "")
-        return (
-            f"the optimizer state of {shown} seems exchanged{more}: the weights have moved along each other's moments, "
-            "not their own; the entries are in another order than the mapping says"
-        )
+        return EXCHANGED(parameters=shown, more=more)
 
 
 def _difference(now: Callable[[], Tensor], before: Callable[[], Tensor]) -> Callable[[], Tensor]:

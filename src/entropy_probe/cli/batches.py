@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from entropy_probe.report.numbers import format_percent
+from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
 if TYPE_CHECKING:
     from entropy_probe.analyses.policy import Resample
@@ -24,6 +25,27 @@ __all__ = ["Sources", "collect_batches", "end_ids", "read_sources", "required", 
 
 T = TypeVar("T")
 
+UNUSED_COLUMNS = NoteKind(
+    "unused_columns",
+    "{batch}: of the file's columns, {columns} are not used",
+    f"{NOTHING_TO_DO} The columns that are read are in docs/rollouts.md.",
+)
+DROPPED = NoteKind(
+    "prompts_dropped",
+    "{batch}: {dropped} of {tried} prompts had equal rewards and were dropped in {rounds} rounds",
+    f"{NOTHING_TO_DO} If the trainer keeps such prompts, keep them here too.",
+)
+TRUNCATED = NoteKind(
+    "truncated",
+    "{batch}: {percent} of the responses hit the largest length",
+    "Make sure that probe.max_completion_length is the one of training.",
+)
+STOP_TEXTS = NoteKind(
+    "stop_texts",
+    "{batch}: {percent} of the responses end at a stop text ({texts}) instead of an end token",
+    "Right only if the trainer samples with the same stop texts; else leave generation.stop out.",
+)
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -33,7 +55,7 @@ class Sources:
     evaluation: Rollouts | None
     prompts: list[Prompt]
     reward: Rewards | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def read_sources(config: RunConfig) -> Sources:
@@ -57,11 +79,7 @@ def read_sources(config: RunConfig) -> Sources:
     if update is None:
         reward = load_rewards(required(config.reward), config.reward_weights, _trainer_state(config.checkpoint))
         reward.check(prompts)
-    notes = (
-        f"{batch}: of the file's columns, {', '.join(columns)} are not used"
-        for batch, columns in unused.items()
-        if columns
-    )
+    notes = (UNUSED_COLUMNS(batch=batch, columns=", ".join(names)) for batch, names in unused.items() if names)
     return Sources(update, evaluation, prompts, reward, tuple(notes))
 
 
@@ -124,7 +142,7 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
 
 def collect_batches(
     config: RunConfig, output: Output, sources: Sources, state: CheckpointState, ranks: Ranks, progress: Phase
-) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
+) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
     """The update batch, the evaluation batch if there is one, and notes on how they were sampled where they were.
 
     What is sampled goes into the output directory, is recorded there, and is read back, so that a command that resumes
@@ -133,7 +151,7 @@ def collect_batches(
     from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import share_engine
 
-    def collect(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[str, ...]]:
+    def collect(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
         found = {"update": sources.update, "evaluation": sources.evaluation}
         there, notes = output, []
         for batch in ("update",) if config.needs_no_evaluation else ("update", "evaluation"):
@@ -156,7 +174,7 @@ def _sample_batch(
     output: Output,
     engine: SequenceGenerator | None,
     progress: Phase,
-) -> list[str]:
+) -> list[Note]:
     """Sample one of the two batches as configured into its file; notes on how that went.
 
     Raises:
@@ -172,7 +190,7 @@ def _sample_batch(
         )
     parameters = _parameters(config)
     subject, report_progress = (engine, state.tokenizer, sources.prompts), partial(progress, f"sample {batch}")
-    notes = [f"{batch}: {note}" for note in prompt_notes(state.tokenizer, sources.prompts)]
+    notes = [note.about(batch) for note in prompt_notes(state.tokenizer, sources.prompts)]
     if batch == "update":
         reward, settings = required(sources.reward), required(config.update)
         rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
@@ -196,20 +214,15 @@ def required(value: T | None) -> T:
     return value
 
 
-def _describe(batch: str, report: SamplingReport, config: RunConfig) -> list[str]:
-    """What a reader should know about a sampled batch, one line each."""
-    notes = [f"{batch}: {message}" for message in report.messages]
+def _describe(batch: str, report: SamplingReport, config: RunConfig) -> list[Note]:
+    """What a reader should know about a sampled batch."""
+    notes = [note.about(batch) for note in report.notes]
     if report.prompts_dropped:
-        notes.append(
-            f"{batch}: {report.prompts_dropped} of {report.prompts_tried} prompts had equal rewards and were dropped "
-            f"in {report.rounds} rounds"
-        )
-    if report.truncated_fraction:
-        notes.append(f"{batch}: {format_percent(report.truncated_fraction)} of the responses hit the largest length")
+        tried, rounds = report.prompts_tried, report.rounds
+        notes.append(DROPPED(batch=batch, dropped=report.prompts_dropped, tried=tried, rounds=rounds))
+    if share := report.truncated_fraction:
+        notes.append(TRUNCATED(batch=batch, percent=format_percent(share), share=share))
     if config.generation.stop:
-        texts = ", ".join(map(repr, config.generation.stop))
-        notes.append(
-            f"{batch}: {format_percent(report.stopped_fraction)} of the responses end at a stop text ({texts}) instead "
-            "of an end token"
-        )
+        texts, share = ", ".join(map(repr, config.generation.stop)), report.stopped_fraction
+        notes.append(STOP_TEXTS(batch=batch, percent=format_percent(share), texts=texts, share=share))
     return notes

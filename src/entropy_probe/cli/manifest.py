@@ -36,5 +36,6 @@ def manifest(
     )
     assert report.optimizer_state is not None
     typer.echo(printable(f"Wrote {path}: mapping by {report.optimizer_state.mapping}"))
-    for reason in report.reasons:
-        typer.echo(printable(f"note: {reason}"), err=True)
+    for note in report.notes:
+        typer.echo(printable(f"note: {note.text}"), err=True)
+        typer.echo(printable(f"  {note.remedy}"), err=True)

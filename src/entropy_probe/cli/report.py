@@ -38,7 +38,7 @@ def report(
         result = ProbeResult.load(directory)
         print_result(result, console, tables=read_tables(where))
         if (where / VALIDATION_FILE).is_file():
-            print_validation(Validation.load(where), console, result.diagnostics.messages)
+            print_validation(Validation.load(where), console, result.diagnostics.notes)
     try:
         if sweeps:
             write_sweep_report(where, sweeps)

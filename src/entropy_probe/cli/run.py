@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.probe import EntropyProbe
+    from entropy_probe.results.note import Note
     from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = ["of_one_batch", "open_checkpoint", "open_probe", "probe_checkpoint", "run"]
+__all__ = ["open_checkpoint", "open_probe", "probe_checkpoint", "run"]
 
 
 def run(
@@ -163,7 +163,7 @@ def _probe_into(
         with clock.phase("sample"):
             update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         result, attribution = _run_mode(probe, config, update, evaluation)
-        notes = (*state.report.reasons, *sources.notes, *notes)
+        notes = (*state.report.notes, *sources.notes, *notes)
         result = _annotate(result, notes, state.report.not_modelled, clock.seconds)
         if output.writes:
             if attribution is not None:
@@ -192,6 +192,9 @@ def _run_mode(
 
     The one-batch prediction joins a two-batch result or measurement.
     """
+    from entropy_probe.analyses.misfit import beside_two_batches
+    from entropy_probe.results.note import distinct
+
     attribution = None
     if config.mode == "one_batch":
         return probe.one_batch(update), None
@@ -209,28 +212,18 @@ def _run_mode(
     one = probe.one_batch(update)
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})
 
-    def new(said: str) -> tuple[str, ...]:
-        lines = (of_one_batch(line) for line in getattr(one.diagnostics, said))
-        return tuple(f"one batch: {line}" for line in lines if line and line not in getattr(result.diagnostics, said))
-
-    return _annotate(result, new("messages"), new("not_modelled"), one.timing), attribution
-
-
-def of_one_batch(line: str) -> str | None:
-    """A message beside those of the two batches, of which the update batch's has the same misfit in full."""
-    if not line.startswith("batch: "):
-        return line
-    biased = re.search(r"so results (are|may be) biased", line)
-    if biased is None:
-        return None if "so results stand" in line else line
-    return f"results {biased[1]} biased by what is said of the update batch"
+    said, known = one.diagnostics, result.diagnostics
+    beside = (beside_two_batches(note, said.policy_fit.update) for note in said.notes)
+    notes = (note.about("one batch") for note in distinct(filter(None, beside), known.notes))
+    left_out = (f"one batch: {line}" for line in said.not_modelled if line not in known.not_modelled)
+    return _annotate(result, tuple(notes), tuple(left_out), one.timing), attribution
 
 
 def _annotate(
-    result: ProbeResult, notes: tuple[str, ...], not_modelled: tuple[str, ...], seconds: dict[str, float]
+    result: ProbeResult, notes: tuple[Note, ...], not_modelled: tuple[str, ...], seconds: dict[str, float]
 ) -> ProbeResult:
     """The result with what is known from elsewhere."""
     said = result.diagnostics
-    more = {"messages": (*said.messages, *notes), "not_modelled": (*said.not_modelled, *not_modelled)}
+    more = {"notes": (*said.notes, *notes), "not_modelled": (*said.not_modelled, *not_modelled)}
     diagnostics = said.model_copy(update=more)
     return result.model_copy(update={"diagnostics": diagnostics, "timing": seconds | result.timing})

@@ -142,7 +142,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
         found = found.model_copy(
             update={
                 "prediction": found.prediction.model_copy(update={"diagnostics": diagnostics}),
-                "messages": (*state.report.reasons, *sources.notes, *notes, *found.messages),
+                "notes": (*state.report.notes, *sources.notes, *notes, *found.notes),
             }
         )
         if output.writes:

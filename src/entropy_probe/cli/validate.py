@@ -42,5 +42,5 @@ def validate(
         if ranks.rank == 0:
             console = Console()
             print_result(result, console, tables=read_tables(settings.output_dir))
-            print_validation(Validation.load(settings.output_dir), console, result.diagnostics.messages)
+            print_validation(Validation.load(settings.output_dir), console, result.diagnostics.notes)
             print_files(settings.output_dir, console)

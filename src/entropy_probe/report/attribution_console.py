@@ -13,9 +13,10 @@ from rich.text import Text
 from entropy_probe.report.attribution import forecast_name, measured_on
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, signed
 from entropy_probe.report.tables import Columns
-from entropy_probe.report.terminal import print_note, print_titled
+from entropy_probe.report.terminal import print_notes, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.note import Note, distinct
 from entropy_probe.results.validation import RankCorrelation, Validation
 
 __all__ = ["print_attribution", "print_validation"]
@@ -55,13 +56,13 @@ def print_attribution(summary: AttributionSummary, console: Console, prompts: Co
     console.print()
 
 
-def print_validation(validation: Validation, console: Console, said: Collection[str] = ()) -> None:
+def print_validation(validation: Validation, console: Console, said: Collection[Note] = ()) -> None:
     """Print how well contributions and other forecasts rank real steps on halves of the update prompts.
 
     Args:
         validation: what to show.
         console: where to print.
-        said: messages that need not be repeated, such as those of the result.
+        said: notes that need not be repeated, such as those of the result.
     """
     kept, count = len(validation.steps[0].kept), validation.num_measured
     title = f" {count} real steps on {kept} of {validation.num_prompts} prompts: are they ranked as forecast?"
@@ -76,9 +77,7 @@ def print_validation(validation: Validation, console: Console, said: Collection[
         lines.append(f"undefined where {validation.undefined}")
     for line in lines:
         console.print(Padding(Text(line, style="dim"), (0, 1)))
-    for message in validation.messages:
-        if message not in said:
-            print_note(message, console)
+    print_notes(distinct(validation.notes, said), console)
     console.print()
 
 

@@ -20,7 +20,7 @@ STYLES = {"healthy": "bold green", "suspicious": "bold yellow", "unusable": "bol
 
 
 def print_checkpoint(report: CheckpointReport, console: Console) -> None:
-    """Print parameter groups, what the optimizer state covers, the verdict and the reasons for it."""
+    """Print parameter groups, what the optimizer state covers, the verdict and the notes that it comes from."""
     console.print(Text(printable(f" {report.path}"), "bold"), soft_wrap=True)
     facts = Table(box=None, show_header=False, padding=(0, 1))
     for label, value in _facts(report):
@@ -29,8 +29,10 @@ def print_checkpoint(report: CheckpointReport, console: Console) -> None:
     if report.groups:
         console.print(_groups(report.groups))
     console.print(Padding(Text.assemble("Verdict: ", (report.verdict, STYLES[report.verdict])), (1, 1, 0, 1)))
-    for reason in report.reasons:
-        console.print(Padding(Text(printable(f"- {reason}")), (0, 1)))
+    for note in report.notes:
+        console.print(Padding(Text(printable(f"- {note.text}")), (0, 1)))
+        if report.verdict != "unusable":  # whose reason says what to do
+            console.print(Padding(Text(printable(note.remedy), style="dim"), (0, 1, 0, 3)))
     print_not_modelled(report.not_modelled, console)
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from entropy_probe.report.attribution_console import print_attribution
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
 from entropy_probe.report.tables import Tables, read_tables
-from entropy_probe.report.terminal import print_not_modelled, print_note, print_titled
+from entropy_probe.report.terminal import print_not_modelled, print_notes, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.report.verdict import VerdictKind, verdict
 from entropy_probe.report.wording import ESTIMATORS, HARMLESS_ESS, REPORT_FILE, UNITS, column_exponent
@@ -47,8 +47,7 @@ def print_result(
     """
     judged = verdict(result)
     print_titled(_title(result), _table(result), console)
-    for message in result.diagnostics.messages:
-        print_note(message, console)
+    print_notes(result.diagnostics.notes, console)
     print_not_modelled(result.diagnostics.not_modelled, console)
     console.print(Padding(Text.assemble((_sentence_case(judged.kind), STYLES[judged.kind]), f". {judged.sentence}"), 1))
     if result.attribution is not None:

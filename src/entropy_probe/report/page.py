@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from entropy_probe.report.advice import advice
 from entropy_probe.report.attribution import (
     layer_grid,
     prompt_chart,
@@ -41,6 +40,7 @@ from entropy_probe.report.views import (
     story,
     waterfall,
 )
+from entropy_probe.results.note import Note, distinct
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.results.sweep import Sweep
 from entropy_probe.results.validation import Validation
@@ -85,7 +85,7 @@ def run_page(
         result=result,
         sweeps=[],
         config=config,
-        **_of_result(result, () if validation is None else validation.messages),
+        **_of_result(result, () if validation is None else validation.notes),
         **_of_tables(tables, result, validation),
     )
 
@@ -126,7 +126,7 @@ STATES = {
 _RESULT_KEYS = ("cards", "caveats", "changes", "comparison", "waterfall", "checks", "state", "notes", "how")
 
 
-def _of_result(result: ProbeResult, more: Sequence[str] = ()) -> dict[str, Any]:
+def _of_result(result: ProbeResult, more: Sequence[Note] = ()) -> dict[str, Any]:
     return {
         "cards": cards(result),
         "caveats": caveats(result),
@@ -135,7 +135,7 @@ def _of_result(result: ProbeResult, more: Sequence[str] = ()) -> dict[str, Any]:
         "waterfall": waterfall(result),
         "checks": checks(result),
         "state": optimizer_checks(result.optimizer_state),
-        "notes": [(said, advice(said)) for said in dict.fromkeys((*result.diagnostics.messages, *more))],
+        "notes": distinct((*result.diagnostics.notes, *more)),
         "how": how_computed(result),
     }
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from entropy_probe.report.console import print_files
 from entropy_probe.report.numbers import format_estimate, format_number, format_percent, signed
-from entropy_probe.report.terminal import print_not_modelled, print_note, print_titled
+from entropy_probe.report.terminal import print_not_modelled, print_notes, print_titled
 from entropy_probe.report.text import printable
 from entropy_probe.results.student import critical_value
 from entropy_probe.results.sweep import Fitted, Sweep, SweepPoint
@@ -34,8 +34,7 @@ def print_sweeps(sweeps: Mapping[str, Sweep], console: Console, directory: Path 
         unit = next(iter(sweeps.values())).unit
         print_titled(f" Learning-rate sweeps of {len(sweeps)} checkpoints, {unit}", _summary(sweeps), console)
         for name, sweep in sweeps.items():
-            for message in sweep.messages:
-                print_note(f"{name}: {message}", console)
+            print_notes((note.about(name) for note in sweep.notes), console)
     if directory is not None:
         print_files(directory, console)
 
@@ -50,8 +49,7 @@ def _print_sweep(sweep: Sweep, console: Console) -> None:
         table.add_row(f"{point.learning_rate:.3g}", *point_row(point), style="" if linear else "dim")
     print_titled(f" Entropy change in {sweep.unit}, step at different learning rates", table, console)
     console.print(_fits(sweep))
-    for message in (*sweep.prediction.diagnostics.messages, *sweep.messages):
-        print_note(message, console)
+    print_notes((*sweep.prediction.diagnostics.notes, *sweep.notes), console)
     print_not_modelled(sweep.prediction.diagnostics.not_modelled, console)
     console.print(Padding(Text(sweep_sentence(sweep)), 1))
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from entropy_probe.report.advice import advice
 from entropy_probe.report.charts import Axis, Curve, Marker, line_chart
 from entropy_probe.report.numbers import format_estimate, typeset
 from entropy_probe.report.sweep import fit_rows, point_row, sweep_sentence
+from entropy_probe.results.note import Note
 from entropy_probe.results.sweep import Sweep, SweepPoint
 
 __all__ = ["SweepView", "sweep_view"]
@@ -27,7 +27,7 @@ class SweepView:
         ratios: chart of measured over predicted; None likewise.
         rows: of each rate: the rate, four columns as written, and whether it is in the linear range.
         fits: name, number, what it is.
-        notes: messages about the sweep, with what to do.
+        notes: on the sweep.
     """
 
     name: str
@@ -36,7 +36,7 @@ class SweepView:
     ratios: dict[str, Markup] | None
     rows: tuple[tuple[str, tuple[str, ...], bool], ...]
     fits: tuple[tuple[str, str, str], ...]
-    notes: tuple[tuple[str, str | None], ...]
+    notes: tuple[Note, ...]
 
 
 def sweep_view(sweep: Sweep, name: str = "") -> SweepView:
@@ -59,7 +59,7 @@ def sweep_view(sweep: Sweep, name: str = "") -> SweepView:
             (label, typeset(format_estimate(fitted.value, fitted.standard_error)), note)
             for label, fitted, note in fit_rows(sweep)
         ),
-        notes=tuple((message, advice(message)) for message in sweep.messages),
+        notes=sweep.notes,
     )
 
 

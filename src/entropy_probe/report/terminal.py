@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.padding import Padding
@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.report.text import printable
+from entropy_probe.results.note import Note
 
-__all__ = ["print_not_modelled", "print_note", "print_titled"]
+__all__ = ["print_not_modelled", "print_notes", "print_titled"]
 
 
 def print_titled(title: str, table: Table, console: Console) -> None:
@@ -26,6 +27,8 @@ def print_not_modelled(parts: Sequence[str], console: Console) -> None:
         console.print(Padding(Text(printable(f"not modelled: {part}"), style="yellow"), (0, 1)))
 
 
-def print_note(message: str, console: Console) -> None:
-    """Print what a careful reader should know."""
-    console.print(Padding(Text(printable(f"note: {message}"), style="yellow"), (0, 1)))
+def print_notes(notes: Iterable[Note], console: Console) -> None:
+    """Print what a careful reader should know, each note with what to do."""
+    for note in notes:
+        console.print(Padding(Text(printable(f"note: {note.text}"), style="yellow"), (0, 1)))
+        console.print(Padding(Text(printable(note.remedy), style="dim"), (0, 1, 0, 3)))

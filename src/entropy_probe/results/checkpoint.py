@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from entropy_probe.results.note import Note
 from entropy_probe.results.probe import OptimizerStateReport
 from entropy_probe.results.record import Record
 
@@ -57,7 +58,7 @@ class MovementReport(Record):
 class CheckpointReport(Record):
     """What a checkpoint holds and whether the next optimizer step can be computed from it.
 
-    A field is null, or a tuple empty, when an earlier problem kept it from being read; ``reasons`` says which.
+    A field is null, or a tuple empty, when an earlier problem kept it from being read; ``notes`` say which.
 
     Attributes:
         path: the checkpoint directory.
@@ -73,8 +74,8 @@ class CheckpointReport(Record):
         optimizer_state: coverage, mapping, steps and Adam scale over all parameters.
         movement: the check of entries of equal shape; null where ``movement_not_checked`` says why there was none.
         manifest: how the manifest was recorded; null where there is none.
-        verdict: ``healthy``; ``suspicious``: loads, but read the reasons first; ``unusable``: loading raises.
-        reasons: one line for everything that speaks against the checkpoint.
+        verdict: ``healthy``; ``suspicious``: loads, but read the notes first; ``unusable``: loading raises.
+        notes: everything that speaks against the checkpoint.
         not_modelled: one line for each part of the trainer's loss that its log shows and a probe leaves out.
     """
 
@@ -92,5 +93,10 @@ class CheckpointReport(Record):
     movement_not_checked: str | None = None
     manifest: Literal["training", "inspection"] | None = None
     verdict: Literal["healthy", "suspicious", "unusable"]
-    reasons: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     not_modelled: tuple[str, ...] = ()
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The texts of the notes."""
+        return tuple(note.text for note in self.notes)

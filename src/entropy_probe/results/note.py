@@ -5,14 +5,16 @@ A kind of note stands beside the code that finds it; computing creates the note,
 
 from __future__ import annotations
 
+import math
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import Field
 
 from entropy_probe.results.record import Record
 
-__all__ = ["NOTHING_TO_DO", "Note", "NoteKind", "note_kinds"]
+__all__ = ["NOTHING_TO_DO", "Note", "NoteKind", "distinct", "note_kinds"]
 
 NOTHING_TO_DO = "Nothing to do: the numbers are right as they are."
 
@@ -26,13 +28,18 @@ class Note(Record):
         code: which kind of thing, for scripts; it stays the same when the words change.
         text: what was found, in one line.
         remedy: what to do about it.
-        numbers: the numbers of the text, by name, in the units that the text gives.
+        numbers: the numbers of the text that are finite, by name, in the units that the text gives (a percentage is a
+            share of 1).
     """
 
     code: str
     text: str
     remedy: str
     numbers: dict[str, float] = Field(default_factory=dict)
+
+    def about(self, subject: str) -> Note:
+        """The same note, said of something: ``update: 3 of 8 prompts ...``."""
+        return self.model_copy(update={"text": f"{subject}: {self.text}"})
 
 
 @dataclass(frozen=True)
@@ -54,19 +61,28 @@ class NoteKind:
         _KINDS[self.code] = self
 
     def __call__(self, **values: str | int | float) -> Note:
-        """The note with these values; numbers among them are kept as numbers beside the text.
+        """The note with these values.
+
+        Numbers are kept as numbers beside the text; those that stand in one of its phrases are given by themselves too.
 
         Raises:
             KeyError: if a value of the text is missing.
         """
-        assert values.keys() <= self.names, f"{self.code}: {sorted(values.keys() - self.names)} are not in its text"
-        numbers = {name: float(x) for name, x in values.items() if not isinstance(x, str)}
+        words = {name for name, x in values.items() if isinstance(x, str)}
+        assert words <= self.names, f"{self.code}: {sorted(words - self.names)} are not in its text"
+        numbers = {name: float(x) for name, x in values.items() if not isinstance(x, str) and math.isfinite(x)}
         return Note(code=self.code, text=self.text.format(**values), remedy=self.remedy, numbers=numbers)
 
     @property
     def names(self) -> set[str]:
         """The values that the text takes."""
         return {name for _, name, _, _ in string.Formatter().parse(self.text) if name}
+
+
+def distinct(notes: Iterable[Note], known: Iterable[Note] = ()) -> tuple[Note, ...]:
+    """Each note once, and without those that are known, by their texts: numbers may differ by rounding."""
+    seen = {note.text for note in known}
+    return tuple({note.text: note for note in notes if note.text not in seen}.values())
 
 
 def note_kinds() -> dict[str, NoteKind]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.results.student import critical_value
 
@@ -27,7 +28,7 @@ __all__ = [
     "SamplerMismatch",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RESULTS_FILE = "results.json"
 
 Unit = Literal["nats/token", "nats/sequence"]
@@ -297,7 +298,7 @@ class Diagnostics(Record):
         policy_fit: whether the batches' tokens may be the policy's own.
         mismatch: the evaluation batch's sampler against the policy; null if the sampler reported no log-probabilities.
         update_mismatch: the update batch's; null likewise.
-        messages: one line each for everything a careful reader should know.
+        notes: everything a careful reader should know.
         not_modelled: one line each for what is part of the trainer's step, as far as anything at hand shows, and not of
             these numbers; ``docs/theory.md``, "What is not modelled".
     """
@@ -315,7 +316,7 @@ class Diagnostics(Record):
     policy_fit: PolicyFit = PolicyFit()
     mismatch: SamplerMismatch | None = None
     update_mismatch: SamplerMismatch | None = None
-    messages: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     not_modelled: tuple[str, ...] = ()
 
 
@@ -345,7 +346,7 @@ class ProbeResult(SavedRecord):
     """
 
     kept: ClassVar = Kept(RESULTS_FILE, "result", "run", "probe the checkpoint again")
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     entropy: Estimate
     predicted: Predicted | None = None
     components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)

@@ -7,12 +7,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from entropy_probe.results.note import Note
 from entropy_probe.results.probe import Estimate, Predicted, ProbeResult, Realized
 from entropy_probe.results.record import Kept, Record, SavedRecord, read_record, write_atomically
 
 __all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SWEEP_FILE = "sweep.json"
 REMEDY = "sweep again with --overwrite"
 
@@ -142,13 +143,13 @@ class Sweep(SavedRecord):
         power_law: the log-log slope over the linear range; null likewise, or if changes differ in sign.
         curvature: the second derivative.
         learning_rate_star: ``-linear / quadratic`` of the fit, where the two parts cancel; null unless positive.
-        messages: one line each for everything about the sweep that a careful reader should know.
+        notes: everything about the sweep that a careful reader should know.
     """
 
     kept: ClassVar = Kept(SWEEP_FILE, "sweep", "sweep", REMEDY)
     # influences are in the files of the points
     left_out: ClassVar = {"points": {"__all__": {"influence", "difference_influence"}}}
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     prediction: ProbeResult
     own_learning_rates: tuple[float, ...]
     points: tuple[SweepPoint, ...]
@@ -157,7 +158,7 @@ class Sweep(SavedRecord):
     power_law: PowerLawFit | None = None
     curvature: Curvature = Curvature()
     learning_rate_star: Fitted | None = None
-    messages: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def unit(self) -> str:

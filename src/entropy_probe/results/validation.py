@@ -6,11 +6,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
 
 __all__ = ["LEAST_STEPS", "VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VALIDATION_FILE = "validation.json"
 LEAST_STEPS = 4
 """Of a rank correlation with an interval."""
@@ -79,11 +80,11 @@ class Validation(SavedRecord):
             entropy; ``advantages``, the sums of their tokens' advantages, a control that knows nothing of the policy.
             1 is best. Null where all forecasts are equal, or with fewer than 4 measured steps.
         steps: the single steps, on different halves.
-        messages: what a careful reader should know.
+        notes: what a careful reader should know.
     """
 
     kept: ClassVar = Kept(VALIDATION_FILE, "validation", "validate", "validate again")
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     unit: Literal["nats/token", "nats/sequence"]
     num_prompts: int
     num_sequences: int
@@ -92,7 +93,7 @@ class Validation(SavedRecord):
     reliability: float | None
     correlations: dict[str, RankCorrelation | None]
     steps: tuple[SubsetStep, ...] = Field(min_length=1, repr=False)
-    messages: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def num_measured(self) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
 from entropy_probe.sampling.generator import (
@@ -37,6 +38,26 @@ __all__ = [
 ]
 
 UPDATE_STREAM, EVALUATION_STREAM = 0, 1
+
+_NOTHING_TO_LEARN = "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing."
+TOO_FEW_PROMPTS = NoteKind(
+    "too_few_prompts",
+    "filter_zero_advantage: asked for {asked} prompts, got {prompts} after trying {tried} in {rounds} rounds",
+    "Raise update.max_resampling_rounds, or give more prompts.",
+)
+ALL_EQUAL_REWARDS = NoteKind(
+    "all_equal_rewards", "every prompt has equal rewards, so every advantage is 0", _NOTHING_TO_LEARN
+)
+EQUAL_REWARDS = NoteKind(
+    "equal_rewards",
+    "{flat} of {prompts} prompts have equal rewards, so their advantages are 0",
+    "They cost memory and add nothing; set update.filter_zero_advantage to draw others in their place.",
+)
+COPIES = NoteKind(
+    "copies_in_source",
+    "the source holds {prompts} prompts, {distinct} of them distinct: copies are drawn as they are there",
+    "Leave copies out of the source, unless training draws from it as it is.",
+)
 
 
 class _Settings(BaseModel):
@@ -120,7 +141,7 @@ class SamplingReport:
         truncated_fraction: share of all responses sampled that hit the maximum length, dropped ones included.
         mean_response_length: tokens per response of the batch.
         stopped_fraction: share of all responses sampled that end with a stop text, dropped ones included.
-        messages: one line for each thing that is not as asked for.
+        notes: on what is not as asked for.
     """
 
     num_sequences: int
@@ -132,7 +153,7 @@ class SamplingReport:
     truncated_fraction: float
     mean_response_length: float
     stopped_fraction: float = 0.0
-    messages: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,7 +219,7 @@ def sample_update(
         kept += [g for g in groups if not (settings.filter_zero_advantage and g.has_equal_rewards)]
         rounds += 1
     _check_differences(kept, tried, rounds, settings)
-    notes = (*engine.messages, *repeated_prompts(prompts))
+    notes = (*engine.notes, *repeated_prompts(prompts))
     return _update_rollouts(kept, settings), _update_report(kept, tried, rounds, settings, notes)
 
 
@@ -257,19 +278,16 @@ def _update_rollouts(groups: list[_Group], settings: UpdateSettings) -> Rollouts
 
 
 def _update_report(
-    kept: list[_Group], tried: list[_Group], rounds: int, settings: UpdateSettings, notes: Sequence[str]
+    kept: list[_Group], tried: list[_Group], rounds: int, settings: UpdateSettings, notes: Sequence[Note]
 ) -> SamplingReport:
-    messages = list(notes)
+    notes = list(notes)
     if len(kept) < settings.num_prompts:
-        messages.append(
-            f"filter_zero_advantage: asked for {settings.num_prompts} prompts, got {len(kept)} after trying "
-            f"{len(tried)} in {rounds} rounds"
-        )
+        notes.append(TOO_FEW_PROMPTS(asked=settings.num_prompts, prompts=len(kept), tried=len(tried), rounds=rounds))
     flat = sum(group.has_equal_rewards for group in kept)
     if flat == len(kept):
-        messages.insert(0, "every prompt has equal rewards, so every advantage is 0")
+        notes.insert(0, ALL_EQUAL_REWARDS())
     elif flat:
-        messages.append(f"{flat} of {len(kept)} prompts have equal rewards, so their advantages are 0")
+        notes.append(EQUAL_REWARDS(flat=flat, prompts=len(kept)))
     return SamplingReport(
         num_sequences=len(kept) * settings.group_size,
         num_prompts=len(kept),
@@ -280,18 +298,14 @@ def _update_report(
         truncated_fraction=fmean(c.truncated for group in tried for c in group.completions),
         mean_response_length=fmean(len(c.token_ids) for group in kept for c in group.completions),
         stopped_fraction=fmean(c.stopped for group in tried for c in group.completions),
-        messages=tuple(messages),
+        notes=tuple(notes),
     )
 
 
-def repeated_prompts(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """A line where a source holds a prompt several times; each copy can be drawn, as in training on that source."""
+def repeated_prompts(prompts: Sequence[Prompt]) -> tuple[Note, ...]:
+    """A note where a source holds a prompt several times; each copy can be drawn, as in training on that source."""
     distinct = len({repr(prompt.prompt) for prompt in prompts})
-    if distinct == len(prompts):
-        return ()
-    return (
-        f"the source holds {len(prompts)} prompts, {distinct} of them distinct: copies are drawn as they are there",
-    )
+    return () if distinct == len(prompts) else (COPIES(prompts=len(prompts), distinct=distinct),)
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TypeVar, final
 
 from entropy_probe.parallel.ranks import Ranks
+from entropy_probe.results.note import Note, distinct
 from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters, SequenceGenerator
 
 __all__ = ["share_engine"]
@@ -26,15 +27,15 @@ class _DividedGenerator:
 
     def __init__(self, engine: SequenceGenerator, ranks: Ranks, *, together: bool) -> None:
         self._engine, self._ranks, self._together = engine, ranks, together
-        self._messages: dict[str, None] = {}
+        self._notes: tuple[Note, ...] = ()
 
     @property
     def context_length(self) -> int | None:
         return self._engine.context_length
 
     @property
-    def messages(self) -> tuple[str, ...]:
-        return tuple(self._messages)
+    def notes(self) -> tuple[Note, ...]:
+        return self._notes
 
     def generate(
         self,
@@ -51,7 +52,7 @@ class _DividedGenerator:
         if self._together:
             with self._ranks.agreeing():
                 completions = self._engine.generate(prompts, parameters, seeds, progress)
-            self._messages |= dict.fromkeys(self._engine.messages)
+            self._notes = distinct((*self._notes, *self._engine.notes))
             return completions
         total, rank, size = len(prompts), self._ranks.rank, self._ranks.size
         own = slice(total * rank // size, total * (rank + 1) // size)
@@ -60,8 +61,8 @@ class _DividedGenerator:
         with self._ranks.agreeing():
             if prompts[own]:
                 completions = self._engine.generate(prompts[own], parameters, seeds[own], report)
-        shares = self._ranks.gather((completions, self._engine.messages))
-        self._messages |= dict.fromkeys(message for _, messages in shares for message in messages)
+        shares = self._ranks.gather((completions, self._engine.notes))
+        self._notes = distinct((*self._notes, *(note for _, notes in shares for note in notes)))
         return [completion for share, _ in shares for completion in share]
 
 

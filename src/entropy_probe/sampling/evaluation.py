@@ -191,5 +191,5 @@ def _report(
         truncated_fraction=truncated / len(drawn),
         mean_response_length=tokens / len(drawn),
         stopped_fraction=stopped / len(drawn),
-        messages=engine.messages,
+        notes=engine.notes,
     )

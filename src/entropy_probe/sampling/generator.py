@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.stopping import cut_at_stop
@@ -91,8 +92,8 @@ class SequenceGenerator(Protocol):
         ...
 
     @property
-    def messages(self) -> tuple[str, ...]:
-        """One line for everything so far that a careful reader should know, such as a smaller batch size."""
+    def notes(self) -> tuple[Note, ...]:
+        """Everything so far that a careful reader should know, such as a smaller batch size."""
         ...
 
     def generate(

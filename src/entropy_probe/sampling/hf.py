@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.parallel.shards import reshard
+from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
 from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters
 
@@ -30,19 +31,30 @@ _DIFFER = "log-probabilities differ from a plain call's"
 _COMPARED = 512
 """Tokens of a response that are compared with a plain call, which bounds the logits that it holds."""
 
+SMALLER_BATCHES = NoteKind(
+    "smaller_batches",
+    "sampling ran out of memory: the batch size was lowered to {size}",
+    f"{NOTHING_TO_DO} Set generation.batch_size to save the retries.",
+)
+SLOWER = NoteKind(
+    "slower_sampling",
+    "sampling goes on {way}: {reason}",
+    f"{NOTHING_TO_DO} Where sampling takes too long, give rollouts that another engine sampled.",
+)
+
 
 class HFGenerator:
     """Samples with a causal language model of transformers, or a PEFT model around one.
 
     Sequences are batched by length. Equal prompts of a batch are computed once and their cache repeated; sequences
     that have ended leave the batch once they are half of it. Where a batch does not fit the device's memory the batch
-    size is halved from there on, and :attr:`messages` says so. The model is in eval mode while it samples and left as
+    size is halved from there on, and :attr:`notes` say so. The model is in eval mode while it samples and left as
     found, also after an error; its generation config is read for its end tokens only.
 
     The model's cache is used in the first of :data:`~entropy_probe.sampling.decoding.WAYS` that gives a few short
     sequences the log-probabilities of plain calls on each alone: with prompts of several lengths, repeated and dropped
     rows, once per engine. So are two sequences of each batch that holds a longer one than any before. Where no cache
-    agrees, whole sequences are computed anew at every token, which :attr:`messages` says.
+    agrees, whole sequences are computed anew at every token, which :attr:`notes` say.
 
     Args:
         model: called as ``model(input_ids=..., attention_mask=...)``, with a cache if it takes one.
@@ -79,7 +91,7 @@ class HFGenerator:
         self._ways = list(WAYS)
         self._faults: list[str] = []
         self._verified: tuple[int, int] | None = None
-        self._messages: list[str] = []
+        self._notes: list[Note] = []
 
     @property
     def context_length(self) -> int | None:
@@ -88,9 +100,9 @@ class HFGenerator:
         return bound if isinstance(bound, int) and bound > 0 else None
 
     @property
-    def messages(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """What has been noted so far."""
-        return tuple(self._messages)
+        return tuple(self._notes)
 
     @torch.no_grad()
     def generate(
@@ -190,8 +202,11 @@ class HFGenerator:
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         self._batch_size = size // 2
-        line = "sampling ran out of memory: the batch size was lowered to"
-        self._messages = [m for m in self._messages if not m.startswith(line)] + [f"{line} {self._batch_size}"]
+        self._note(SMALLER_BATCHES(size=self._batch_size))
+
+    def _note(self, note: Note) -> None:
+        """In place of an earlier note of the kind."""
+        self._notes = [*(n for n in self._notes if n.code != note.code), note]
 
     def _difference(self, completions: list[Completion], temperature: float) -> str | None:
         """How the completions' log-probabilities differ from plain calls', if beyond rounding.
@@ -254,8 +269,7 @@ class HFGenerator:
         if str(failed) != str(self._ways[0]):
             # that a method is missing is not the reason if another one is there
             reason = next((f for f in reversed(self._faults) if _DIFFER in f), self._faults[-1])
-            self._messages = [m for m in self._messages if not m.startswith("sampling goes on")]
-            self._messages.append(f"sampling goes on {self._ways[0]}: {reason}")
+            self._note(SLOWER(way=str(self._ways[0]), reason=reason))
 
     def _sample(self, batch: _Request) -> list[Completion]:
         longest, device = max(batch.limits), self._model.device

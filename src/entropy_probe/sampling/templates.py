@@ -7,12 +7,32 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.sampling.prompts import Prompt
 
 __all__ = ["encode_prompts", "prompt_notes"]
 
 _PRINTED = ("'type': 'text'", '"type": "text"')
 """What a list of text parts looks like when a template prints it as it stands."""
+
+SECOND_BOS = NoteKind(
+    "second_bos",
+    "{rendered} of {prompts} prompts are text that begins with the BOS token {bos}, so the tokenizer's second one was "
+    "left out",
+    "TRL adds the second one: set prompts.add_special_tokens to true for prompts that it tokenized as text.",
+)
+ANSWERED = NoteKind(
+    "prompts_end_with_assistant",
+    "{answered} of {prompts} prompts end with an assistant's turn, which is kept as it is and followed by a new one",
+    "If that turn is the reference answer, take it out of the prompt. Where the trainer lets the policy continue it "
+    "(continue_final_message), give the rendered prompt as text.",
+)
+WHOLE_TEXT = NoteKind(
+    "rewards_get_whole_text",
+    "the tokenizer can take responses apart (thoughts, tool calls), as TRL does before a reward; here rewards get the "
+    "whole text as content",
+    "Make sure that the reward finds what it looks for in the whole text, thoughts included.",
+)
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -33,27 +53,18 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]
     return [list(encoded[id(prompt)]) for prompt in prompts]
 
 
-def prompt_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """One line for everything about the tokens of prompts that a careful reader should know."""
-    notes = []
+def prompt_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[Note, ...]:
+    """Everything about the tokens of prompts that a careful reader should know."""
+    notes: list[Note] = []
     rendered = sum(prompt.add_special_tokens is None and _has_bos(tokenizer, prompt.prompt) for prompt in prompts)
     if rendered:
-        notes.append(
-            f"{rendered} of {len(prompts)} prompts are text that begins with the BOS token {tokenizer.bos_token}, so "
-            "the tokenizer's second one was left out"
-        )
+        notes.append(SECOND_BOS(rendered=rendered, prompts=len(prompts), bos=str(tokenizer.bos_token)))
     answered = sum(not isinstance(p.prompt, str) and p.prompt[-1].get("role") == "assistant" for p in prompts)
     if answered:
-        notes.append(
-            f"{answered} of {len(prompts)} prompts end with an assistant's turn, which is kept as it is and followed "
-            "by a new one"
-        )
+        notes.append(ANSWERED(answered=answered, prompts=len(prompts)))
     parses = any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
     if parses and not all(isinstance(prompt.prompt, str) for prompt in prompts):
-        notes.append(
-            "the tokenizer can take responses apart (thoughts, tool calls), as TRL does before a reward; here rewards "
-            "get the whole text as content"
-        )
+        notes.append(WHOLE_TEXT())
     return tuple(notes)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from entropy_probe.parallel.shards import is_sharded, reshard
+from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.logits import (
     FlatScores,
@@ -43,6 +44,12 @@ __all__ = ["PolicyCalls"]
 
 T = TypeVar("T")
 
+OUT_OF_MEMORY = NoteKind(
+    "out_of_memory",
+    "out of memory: max_tokens_per_microbatch was lowered to {tokens}",
+    f"{NOTHING_TO_DO} Set probe.max_tokens_per_microbatch to save the retries.",
+)
+
 
 class PolicyCalls:
     """Calls of the policy, microbatch by microbatch, under the parameters that the model holds at the time.
@@ -51,14 +58,14 @@ class PolicyCalls:
         model: called as ``model(input_ids=..., attention_mask=...)``, returning an object with ``.logits``.
         temperature: the sampling temperature, part of the policy.
         max_tokens_per_microbatch: the bound on padded tokens per forward pass; lowered where the device's memory is
-            too small for it, which ``messages`` then says.
+            too small for it, which ``notes`` then says.
     """
 
     def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int) -> None:
         self.model = model
         self.temperature = temperature
         self.max_tokens = max_tokens_per_microbatch
-        self.messages: tuple[str, ...] = ()
+        self.notes: tuple[Note, ...] = ()
         self.device = next(model.parameters()).device
         self.sharded = is_sharded(model)
         self._split: tuple[nn.Module, nn.Linear] | None = None
@@ -207,7 +214,7 @@ class PolicyCalls:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.max_tokens = size // 2
-        self.messages = (f"out of memory: max_tokens_per_microbatch was lowered to {self.max_tokens}",)
+        self.notes = (OUT_OF_MEMORY(tokens=self.max_tokens),)
         return None
 
     def scores(self, batch: Microbatch) -> FlatScores:

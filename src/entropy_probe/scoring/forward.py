@@ -29,7 +29,7 @@ class Scorer(PolicyCalls):
             through its trunk, with the output layer applied in chunks; :meth:`prepare` checks that this is so.
         temperature: the sampling temperature, part of the policy.
         max_tokens_per_microbatch: the bound on padded tokens per forward pass; lowered where the device's memory is
-            too small for it, which ``messages`` then says.
+            too small for it, which ``notes`` then says.
     """
 
     def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int) -> None:
@@ -71,7 +71,7 @@ class Scorer(PolicyCalls):
         trials = Trials.of(tried, [rollouts], gradients=False)
         tried.lay_out(self._split, alone=self._alone, width=self._width)
         why = trials.difference() or (self._width and trials.shared_difference())
-        self.max_tokens, self.messages = tried.max_tokens, tried.messages
+        self.max_tokens, self.notes = tried.max_tokens, tried.notes
         if why:
             raise ValueError(
                 f"rollouts: expected sequences that the model treats as those it was tried on, but {why}; keep to the "

@@ -137,7 +137,7 @@ def token_slopes(
         done += len(batch.rows)
         if progress:
             progress(done, len(rollouts))
-    scorer.messages = narrow.messages
+    scorer.notes = narrow.notes
     bad = ~torch.isfinite(slopes).all(1)
     if bool(bad.any()):
         raise ValueError(

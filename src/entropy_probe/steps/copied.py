@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import Gradient, check_adam, is_adam
 
-__all__ = ["check_optimizer", "check_repeatable", "copied_step", "moved", "optimizer_name"]
+__all__ = ["STEP_ON_COPIES", "check_optimizer", "check_repeatable", "copied_step", "moved", "optimizer_name"]
 
+STEP_ON_COPIES = NoteKind(
+    "step_on_copies",
+    "{optimizer}: its own code takes the step on copies, so the prediction has no components, and se_update is a "
+    "jackknife over {blocks} blocks of update prompts (too large for steps that are not smooth in the gradient, such "
+    "as signs or Muon's)",
+    "Use more update prompts for a sharper error; the prediction is exact.",
+)
 _REFUSED_LIBRARIES = {
     "bitsandbytes": "its kernels keep quantised state that a copy does not reproduce",
     "torchao": "its state is made of tensor subclasses that a copy does not reproduce",

@@ -15,6 +15,7 @@ from entropy_probe.cli.config import RunConfig
 from entropy_probe.cli.output import Inputs, locked, unfinished
 from entropy_probe.cli.output.directory import OWN_FILES, resume
 from entropy_probe.parallel.ranks import ALONE
+from entropy_probe.results.note import Note
 from entropy_probe.results.record import write_atomically
 from entropy_probe.results.validation import VALIDATION_FILE
 from tests.processes import Process
@@ -24,6 +25,7 @@ INPUTS = Inputs(
     command="validate", config={"update": {"seed": 0}}, checkpoint="c", base_model=None, given={}, prompts="p",
     reward="r", versions={"entropy-probe": "1"},
 )  # fmt: skip
+NOTE = Note(code="code", text="a note", remedy="a remedy")
 ORDER = ("report.html", "validation.json", "results.json")
 FILES = {
     *("config.yaml", "evaluation.parquet", "figures/parts.png", "inputs.json", "report.html", "results.json"),
@@ -58,7 +60,7 @@ def command(directory: Path, inputs: Inputs = INPUTS, fail: str = "", **settings
                         write(f"evaluation/shard-{shard:05d}.parquet", text)
                     write(f"{batch}.parquet", batch + text)
                     sampled.append(batch)
-                    output = output.record(batch, ["a note"])
+                    output = output.record(batch, [NOTE])
                 write("tokens.parquet", text)
                 write("results.json", make_result().model_dump_json())
                 write(VALIDATION_FILE, text)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.parallel.ranks import Ranks
+    from entropy_probe.results.note import Note
 
 __all__ = ["CONFIG_FILE", "FIGURES", "OWN_FILES", "POINTS", "Output", "check_new", "open_output", "unfinished"]
 
@@ -100,7 +101,7 @@ class Output:
                 error.add_note(kept)
             raise
 
-    def record(self, batch: Batch, notes: Sequence[str]) -> Output:
+    def record(self, batch: Batch, notes: Sequence[Note]) -> Output:
         """Take note of a sampled batch whose file is there."""
         recorded = Recorded(sha256=hash_file(self.batch_file(batch)), notes=tuple(notes))
         inputs = self.inputs.model_copy(update={"rollouts": {**self.inputs.rollouts, batch: recorded}})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Recorded(Record):
     """A sampled batch on disk: the SHA-256 of its file, and notes on how it was sampled."""
 
     sha256: str
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 class Inputs(SavedRecord):

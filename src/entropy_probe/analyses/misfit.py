@@ -1,0 +1,238 @@
+"""Rollouts that are not the policy's own, in words: what was found, the likely cause, what it does and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from entropy_probe.analyses.admission import Role
+from entropy_probe.estimators.policy_fit import LARGEST_Z, Fit
+from entropy_probe.estimators.sampler import Mismatch
+from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.results.probe import BatchFit
+
+__all__ = ["Misfit", "beside_two_batches"]
+
+FOREIGN = 1.0
+"""Nats per token above the entropy, beyond which ids are more likely another tokenizer's than another policy's."""
+REWEIGHTED = NoteKind(
+    "reweighted",
+    "{said}; its sequences are reweighted, which leaves that share of them effective",
+    "Read the errors, which the weights enlarge; sampling from this checkpoint has none.",
+)
+_MISFIT = "{said}; {consequence}"
+LOGPROBS_AMISS = NoteKind(
+    "logprobs_amiss",
+    _MISFIT,
+    "Record the log-probability that each token was drawn with (after temperature, per token), or leave them out.",
+)
+OTHER_TOKENIZER = NoteKind(
+    "other_tokenizer",
+    _MISFIT,
+    "Tokenize prompts and responses with this checkpoint's tokenizer, or keep the sampler's own token ids.",
+)
+OTHER_TEMPERATURE = NoteKind(
+    "other_temperature",
+    _MISFIT,
+    "Set probe.temperature to that of sampling if it is the trainer's too; else sample again.",
+)
+OFF_POLICY_UPDATE = NoteKind(
+    "off_policy_update",
+    _MISFIT,
+    "If the trainer weights tokens by importance ratios, multiply the advantages per token by them.",
+)
+OFF_POLICY = NoteKind(
+    "off_policy",
+    _MISFIT,
+    "Sample from this checkpoint at the training temperature without top_p or top_k, or let entropy-probe sample.",
+)
+OF_UPDATE_BATCH = NoteKind(
+    "biased_as_update_batch",
+    "results {how} biased by what is said of the update batch",
+    "Read the prediction from two batches, or sample from this checkpoint.",
+)
+_AS_IT_IS = {k.code for k in (LOGPROBS_AMISS, OTHER_TOKENIZER, OTHER_TEMPERATURE, OFF_POLICY_UPDATE, OFF_POLICY)}
+"""Notes on a batch that is not the policy's and counts as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Misfit:
+    """What a diagnosis is made from.
+
+    Attributes:
+        fit: of the tokens to the policy.
+        strange: whether they are not the policy's, by chance or by selection.
+        mismatch: the sampler's log-probabilities against the policy's; ``None`` without any.
+        share: of the sequences that weights between them leave effective.
+        differ: whether they are further apart than allowed.
+        amiss: what went wrong in recording them, if that explains it.
+        of_tokens: the temperature at which the tokens are likeliest, with its error.
+        of_logprobs: the temperature at which the policy has the sampler's log-probabilities.
+    """
+
+    fit: Fit
+    strange: bool
+    mismatch: Mismatch | None
+    share: float
+    differ: bool
+    amiss: str | None = None
+    of_tokens: tuple[float, float] | None = None
+    of_logprobs: float | None = None
+
+    @property
+    def blame_logprobs(self) -> bool:
+        """Whether the sampler's log-probabilities are wrong, whoever drew the tokens."""
+        contradicted = self.mismatch is not None and self.mismatch.z > LARGEST_Z
+        return self.differ and (self.amiss is not None or contradicted)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the tokens look like those of another tokenizer."""
+        return self.strange and self.fit.z >= 0 and self.fit.excess > FOREIGN
+
+    @property
+    def only_logprobs(self) -> bool:
+        """Whether nothing is wrong but log-probabilities that nothing is computed from."""
+        return self.blame_logprobs and not self.strange
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a batch that is refused."""
+        if self.only_logprobs:
+            return "record the log-probability that each token was drawn with, or leave them out"
+        return "sample from the policy itself or set the temperature of sampling"
+
+    def said(self, role: Role, temperature: float) -> str:
+        """What was found and what it looks like, where the policy is taken at this temperature."""
+        return f"{role}: {_diagnosis(self, temperature)}"
+
+    def note(self, role: Role, said: str) -> Note:
+        """The note on a batch that counts as it is; the likely cause decides on what to do."""
+        if self.blame_logprobs:
+            kind = LOGPROBS_AMISS
+        elif self.foreign and not self.differ:
+            kind = OTHER_TOKENIZER
+        elif self.of_logprobs is not None and self.mismatch is not None and not self.mismatch.never_lower:
+            kind = OTHER_TEMPERATURE
+        else:
+            kind = OFF_POLICY if role == "evaluation" else OFF_POLICY_UPDATE
+        return kind(said=said, consequence=_consequence(role, self), **self._numbers)
+
+    def reweighted(self, said: str) -> Note:
+        """The note on a batch whose sequences are weighted to be the policy's."""
+        return REWEIGHTED(said=said, **self._numbers)
+
+    @property
+    def _numbers(self) -> dict[str, float]:
+        """Those of the diagnosis."""
+        found: dict[str, float | None] = {"z": self.fit.z, "sequences": self.fit.num_sequences}
+        if self.strange:
+            found |= {"excess": self.fit.excess, "token_temperature": self.of_tokens and self.of_tokens[0]}
+        if self.mismatch is not None and self.differ:
+            found |= {"mean": self.mismatch.mean, "max": self.mismatch.max, "effective_share": self.share}
+            found |= {"logprob_temperature": self.of_logprobs}
+        return {name: x for name, x in found.items() if x is not None}
+
+
+def beside_two_batches(note: Note, fit: BatchFit | None) -> Note | None:
+    """A note of a one-batch prediction beside those of two batches, of which the update batch's says the same in full.
+
+    Args:
+        note: of the prediction.
+        fit: of its batch to the policy.
+    """
+    if note.code not in _AS_IT_IS or fit is None:
+        return note
+    if note.code == LOGPROBS_AMISS.code and fit.status != "off_policy":
+        return None  # nothing is computed from them
+    return OF_UPDATE_BATCH(how="may be" if fit.status == "ok" else "are")
+
+
+def _diagnosis(found: Misfit, temperature: float) -> str:
+    """What was found and what it looks like."""
+    fit, parts = found.fit, []
+    if found.strange:
+        parts.append(
+            f"the responses do not fit the policy: surprisal minus entropy is {fit.excess:+.3g} nats per token (z = "
+            f"{fit.z:+.1f} over {fit.num_sequences} sequences, and 0 for the policy's own)"
+        )
+    if found.mismatch is not None and found.differ:
+        parts.append(
+            f"sampled_logprobs differ from the policy's by {found.mismatch.mean:.3g} nats per token on average, "
+            f"{found.mismatch.max:.3g} at most (effective sample size of the weights between them {found.share:.1%})"
+        )
+        if fit.holds:
+            parts.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
+    return "; ".join((*parts, _cause(found, temperature)))
+
+
+def _cause(found: Misfit, temperature: float) -> str:
+    """The likely cause."""
+    said = []
+    if found.differ:
+        said.append(_cause_of_logprobs(found, temperature))
+    if found.strange and (not found.differ or found.blame_logprobs):
+        said.append(_cause_of_tokens(found))
+    return ", and ".join(said)
+
+
+def _cause_of_logprobs(found: Misfit, temperature: float) -> str:
+    assert found.mismatch is not None
+    if found.amiss is not None:
+        return f"the log-probabilities themselves are amiss: {found.amiss}"
+    at = (
+        "" if found.of_logprobs is None else f"the policy's at temperature {found.of_logprobs:.3g}, not {temperature:g}"
+    )
+    if found.blame_logprobs:
+        return "the log-probabilities themselves are amiss: " + (
+            at or "the tokens are likelier under the policy, so they were not drawn with these"
+        )
+    if found.mismatch.never_lower:
+        return (
+            "no token is less likely under the sampler than under the policy, as where the batch was sampled from a "
+            "part of the distribution (top_p, top_k or greedy)"
+        )
+    if at:
+        return f"the log-probabilities are {at}: the batch was sampled at that temperature"
+    return "the batch was sampled from another policy (other weights, such as an older policy's, or changed logits)"
+
+
+def _cause_of_tokens(found: Misfit) -> str:
+    agree = found.mismatch is not None and not found.differ
+    as_at = ""
+    if found.of_tokens is not None:
+        as_at = "; the tokens are likeliest at temperature {:.2f} ± {:.2f}".format(*found.of_tokens)
+    if found.fit.z < 0:
+        if agree:
+            return (
+                "sampled_logprobs agree with the policy's, so the sampler took a part of the distribution (top_p, "
+                "top_k or greedy) after computing them" + as_at
+            )
+        return (
+            "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
+        )
+    if found.foreign:
+        return (
+            "as far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
+        )
+    if agree:
+        return (
+            "sampled_logprobs agree with the policy's, so they were not computed by the sampler, or it changed the "
+            "logits after them" + as_at
+        )
+    return "sampled at a higher temperature, or by other weights, such as an older policy's" + as_at
+
+
+def _consequence(role: Role, found: Misfit) -> str:
+    if found.only_logprobs:
+        return "nothing is computed from them, so results stand"
+    biased = "so results are biased" if found.strange or not found.fit.holds else "so results may be biased"
+    if role == "evaluation":
+        return biased
+    if role == "update" and found.foreign and (found.blame_logprobs or not found.differ):
+        return "the step is taken on it as given"
+    as_given = (
+        "the step is taken on it as given; importance weights of the trainer's loss are not modelled (give "
+        "advantages per token times the weight to include them)"
+    )
+    chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if found.strange else ""
+    return (as_given if role == "update" else f"{biased}, and {as_given}") + chosen
