@@ -273,3 +273,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot write into .*out: No space left on device; choose another one"):
         command(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_full_later_leaves_no_half_file(tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(self, content):
+        write(self, content[:5])
+        if "results.json" in self.name:
+            raise OSError(28, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        command(tmp_path / "out")
+    assert "the rollouts are kept, the same command goes on with them" in caught.value.__notes__[0]
+    assert contents(tmp_path / "out").keys() == FILES - {*ORDER, "figures/parts.png"}
+    monkeypatch.undo()
+    assert command(tmp_path / "out") == []
