@@ -164,7 +164,7 @@ def _probe_into(
             update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         result, attribution = _run_mode(probe, config, update, evaluation)
         notes = (*state.report.notes, *sources.notes, *notes)
-        result = _annotate(result, notes, state.report.not_modelled, clock.seconds)
+        result = _annotate(result, notes, beyond_loss(config, state.report.not_modelled), clock.seconds)
         if output.writes:
             if attribution is not None:
                 attribution.save_tables(output.path, state.tokenizer)
@@ -217,6 +217,12 @@ def _run_mode(
     notes = (note.about("one batch") for note in distinct(filter(None, beside), known.notes))
     left_out = (f"one batch: {line}" for line in said.not_modelled if line not in known.not_modelled)
     return _annotate(result, tuple(notes), tuple(left_out), one.timing), attribution
+
+
+def beyond_loss(config: RunConfig, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
+    """What a trainer's log shows of its loss, without what the configured loss models."""
+    models = config.probe.loss.models
+    return tuple(line for line in not_modelled if not line.startswith(models))
 
 
 def _annotate(

@@ -114,7 +114,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
     """Load, sample and sweep; rank 0 writes what comes of it."""
     from entropy_probe.analyses.provenance import Clock
     from entropy_probe.cli.batches import collect_batches, required
-    from entropy_probe.cli.run import open_probe
+    from entropy_probe.cli.run import beyond_loss, open_probe
 
     rates = config.sweep.rates()
     settings = config.model_copy(update={"probe": config.probe.model_copy(update={"learning_rate": rates[-1]})})
@@ -137,7 +137,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             finished=ranks.broadcast(finished),
             on_point=save if output.writes else None,
         )
-        left_out = (*found.prediction.diagnostics.not_modelled, *state.report.not_modelled)
+        left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
         diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
         found = found.model_copy(
             update={
