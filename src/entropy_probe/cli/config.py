@@ -126,6 +126,16 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_places(self) -> RunConfig:
+        for batch, other in (("update", "evaluation"), ("evaluation", "update")):
+            path = getattr(self.rollouts, batch)
+            if path is not None and path.absolute() == self.output_dir.absolute() / f"{other}.parquet":
+                raise ValueError(
+                    f"rollouts.{batch}: lies in output_dir where the {other} batch goes; choose another output_dir"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_resampling(self) -> RunConfig:
         if self.probe.on_low_ess == "resample" and self.probe.max_completion_length is None:
             raise ValueError(

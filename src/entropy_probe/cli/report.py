@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.results.sweep import Sweep
 
-__all__ = ["report", "write_run_report", "write_sweep_page"]
+__all__ = ["report", "write_run_report", "write_sweep_report"]
 
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="RESULT_DIR", help="A run's or a sweep's output directory.")],
 ) -> None:
-    """Show a saved result or sweep; write its report.html, and a run's figures, again. Needs no model."""
+    """Show a saved result or sweep; write its report.html and figures again. Needs no model."""
     from rich.console import Console
 
-    from entropy_probe.cli.sweep_directory import load_sweeps, unfinished
+    from entropy_probe.cli.output import unfinished
+    from entropy_probe.cli.sweep import load_sweeps
     from entropy_probe.report import print_files, print_result, print_sweeps, print_validation, read_tables
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.results.validation import VALIDATION_FILE, Validation
@@ -40,7 +41,7 @@ def report(
             print_validation(Validation.load(where), console, result.diagnostics.notes)
     try:
         if sweeps:
-            write_sweep_page(where, sweeps)
+            write_sweep_report(where, sweeps)
         else:
             write_run_report(where, result)
     except OSError as error:
@@ -54,7 +55,7 @@ def write_run_report(directory: Path, result: ProbeResult) -> None:
     Raises:
         ValueError: if the tables of the attribution cannot be used.
     """
-    from entropy_probe.cli.run_directory import FIGURES
+    from entropy_probe.cli.output import FIGURES
     from entropy_probe.report import REPORT_FILE, read_tables, result_figures, run_page
     from entropy_probe.results.record import write_atomically
     from entropy_probe.results.validation import VALIDATION_FILE, Validation
@@ -69,11 +70,13 @@ def write_run_report(directory: Path, result: ProbeResult) -> None:
     write_atomically(directory / REPORT_FILE, page.encode())
 
 
-def write_sweep_page(directory: Path, sweeps: Mapping[str, Sweep]) -> None:
-    """Write ``report.html`` of a sweep, or of several, into its directory."""
-    from entropy_probe.report import REPORT_FILE, sweep_page
+def write_sweep_report(directory: Path, sweeps: Mapping[str, Sweep]) -> None:
+    """Write the figures and ``report.html`` of a sweep, or of several, into its directory."""
+    from entropy_probe.report import REPORT_FILE, figure_files, sweep_page
     from entropy_probe.results.record import write_atomically
 
+    for name, content in figure_files(sweeps).items():
+        write_atomically(directory / name, content)
     settings = _settings(directory)
     if "" not in sweeps:
         settings["name"] = directory.absolute().name
@@ -84,7 +87,7 @@ def _settings(directory: Path) -> dict[str, Any]:
     """The resolved settings as text, and the checkpoint's name in them."""
     import yaml
 
-    from entropy_probe.cli.run_directory import CONFIG_FILE
+    from entropy_probe.cli.output import CONFIG_FILE
 
     if not (directory / CONFIG_FILE).is_file():
         return {"config": None, "name": ""}

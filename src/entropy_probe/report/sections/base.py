@@ -29,7 +29,7 @@ class Verbatim(str):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A finding: which of a fixed set, its numbers in a sentence with what to do where something is wrong, its state."""
+    """A finding: one of a fixed set, its numbers in a sentence with what to do where something is wrong, its state."""
 
     kind: str
     sentence: str = ""
