@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +73,16 @@ def check_folds(folds: int | None, evaluation: EvaluationBatch) -> None:
         raise ValueError(f"attribution_folds: expected 2 to {count}, the number of evaluation units, got {folds}")
 
 
-def attribute(prediction: Prediction, folds: int | None = None, measured: Measured | None = None) -> Attribution:
+def attribute(
+    prediction: Prediction, folds: int | None = None, measured: Measured | None = None, **fields: Any
+) -> Attribution:
     """Divide a prediction over its sources.
 
     Args:
         prediction: of a step in closed form.
         folds: of the evaluation batch, for standard errors of the prompts' contributions.
         measured: the realized change, which joins the result.
+        fields: further fields of the result.
     """
     began = time.perf_counter()
     plan, policy = prediction.plan, prediction.plan.policy
@@ -102,7 +106,7 @@ def attribute(prediction: Prediction, folds: int | None = None, measured: Measur
         folds=folds,
         seconds=seconds,
     )
-    result = result_of(plan, prediction, measured, attribution=summary)
+    result = result_of(plan, prediction, measured, attribution=summary, **fields)
     prompts = plan.update.prompts.total(tokens.sum(1))
     of = (update.prompt_ids, batch_digest(plan.evaluation.rollouts))
     return Attribution(result, plan.update.given, *of, slopes.scores, tokens, covariances, prompts, errors, layers)

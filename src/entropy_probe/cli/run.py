@@ -169,6 +169,8 @@ def _probe_into(
             if attribution is not None:
                 attribution.save_tables(output.path, state.tokenizer)
             output.add_given(sources)
+            for answer in result.answers.values():
+                answer.save(output.path)
             result.save(output.path)
         if halves is None:
             return result
@@ -202,11 +204,15 @@ def _run_mode(
         result = probe.measure(update=update)
     elif config.attribution:
         attribution = probe.attribute(
-            update=update, evaluation=required(evaluation), folds=config.attribution_folds, measure=True
+            update=update,
+            evaluation=required(evaluation),
+            folds=config.attribution_folds,
+            measure=True,
+            questions=config.questions,
         )
         result = attribution.result
     else:
-        result = probe.run(update=update, evaluation=required(evaluation))
+        result = probe.run(update=update, evaluation=required(evaluation), questions=config.questions)
     if config.mode == "two_batch":
         return result, attribution
     one = probe.one_batch(update)

@@ -6,6 +6,7 @@ An analysis is a module of this folder, of which it takes the name; it has ``Set
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -17,7 +18,7 @@ from entropy_probe.analyses.predict import Prediction
 from entropy_probe.report.sections.base import Section
 from entropy_probe.results.record import SavedRecord
 
-__all__ = ["Analysis", "question_settings", "questions"]
+__all__ = ["Analysis", "answer_all", "check_questions", "questions"]
 
 
 @runtime_checkable
@@ -51,17 +52,29 @@ def questions() -> dict[str, Analysis]:
     return members
 
 
-def question_settings(name: str, settings: dict[str, Any]) -> BaseModel:
-    """The settings of a question.
+def check_questions(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, BaseModel]:
+    """The settings of each question.
 
     Raises:
         ValueError: for an unknown question, or settings that it refuses.
     """
-    if name not in questions():
-        raise ValueError(f"questions: expected one of {', '.join(questions())}, got {name!r}")
-    try:
-        return questions()[name].Settings(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, (name, *first["loc"])))
-        raise ValueError(f"questions.{where}: {first['msg']}, got {first['input']!r}") from error
+    checked = {}
+    for name, settings in asked.items():
+        if name not in questions():
+            raise ValueError(f"questions: expected one of {', '.join(questions())}, got {name!r}")
+        try:
+            checked[name] = questions()[name].Settings(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (name, *first["loc"])))
+            raise ValueError(f"questions.{where}: {first['msg']}, got {first['input']!r}") from error
+    return checked
+
+
+def answer_all(prediction: Prediction, asked: Mapping[str, BaseModel]) -> dict[str, SavedRecord]:
+    """The answers to checked questions, by name.
+
+    Raises:
+        ValueError: if a question does not fit the prediction.
+    """
+    return {name: questions()[name].run(prediction, settings) for name, settings in asked.items()}

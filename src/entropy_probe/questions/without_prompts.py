@@ -66,7 +66,7 @@ class Answer(SavedRecord):
         scenarios: the others.
     """
 
-    kept: ClassVar = Kept("without_prompts.json", "what-if", "run", "ask again")
+    kept: ClassVar = Kept("answers/without_prompts.json", "what-if", "run", "ask again")
     schema_version: Literal[1] = 1
     whole: Predicted
     scenarios: tuple[Scenario, ...]

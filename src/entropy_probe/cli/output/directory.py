@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG_FILE", "FIGURES", "OWN_FILES", "POINTS", "Output", "check_new", "open_output", "unfinished"]
 
 CONFIG_FILE = "config.yaml"
-FIGURES, POINTS, SHARDS = "figures", "points", "evaluation"
-FOLDERS = (FIGURES, POINTS, SHARDS)
+FIGURES, POINTS, SHARDS, ANSWERS = "figures", "points", "evaluation", "answers"
+FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS)
 ROLLOUT_FILES: dict[Batch, str] = {"update": "update.parquet", "evaluation": "evaluation.parquet"}
 LAST_FILES = {"run": RESULTS_FILE, "validate": VALIDATION_FILE, "sweep": SWEEP_FILE}
 NOUNS = {"run": "run", "validate": "validation", "sweep": "sweep"}
@@ -38,6 +38,7 @@ OWN_FILES = (
     *(REPORT_FILE, VALIDATION_FILE, RESULTS_FILE, SWEEP_FILE),
     *(f"{FIGURES}/{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")),
     *("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg", "sweeps.json", *TABLES, f"{POINTS}/[0-9]*.json"),
+    f"{ANSWERS}/*.json",
     *(*ROLLOUT_FILES.values(), f"{SHARDS}/shard-*.parquet", CONFIG_FILE, INPUTS_FILE),
 )
 
