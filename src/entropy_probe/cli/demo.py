@@ -23,7 +23,7 @@ def demo() -> None:
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.demo.train import MAX_COMPLETION_LENGTH, quiet_single_thread, train_demo
     from entropy_probe.parallel.ranks import ALONE
-    from entropy_probe.report import print_result
+    from entropy_probe.report import print_files, print_sections, read_tables, run_sections
 
     with quiet_single_thread():
         checkpoint = train_demo(CHECKPOINT_DIR, on_progress=lambda line: typer.echo(line, err=True))
@@ -44,4 +44,6 @@ def demo() -> None:
                 "probe": {"max_completion_length": MAX_COMPLETION_LENGTH},
             }
         )
-        print_result(probe_checkpoint(config, ALONE), Console(), OUTPUT_DIR)
+        result, console = probe_checkpoint(config, ALONE), Console()
+        print_sections(run_sections(result, read_tables(OUTPUT_DIR)), console)
+        print_files(OUTPUT_DIR, console)

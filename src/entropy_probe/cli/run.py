@@ -49,7 +49,7 @@ def run(
 
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
-    from entropy_probe.report import print_result
+    from entropy_probe.report import print_files, print_sections, read_tables, run_sections
 
     options = {
         "output_dir": None if output_dir is None else str(output_dir),
@@ -60,7 +60,9 @@ def run(
         settings = load_config(config, overrides or (), options)
         result = probe_checkpoint(settings, ranks)
         if ranks.rank == 0:
-            print_result(result, Console(), settings.output_dir)
+            console = Console()
+            print_sections(run_sections(result, read_tables(settings.output_dir)), console)
+            print_files(settings.output_dir, console)
 
 
 def open_checkpoint(config: RunConfig) -> CheckpointState:

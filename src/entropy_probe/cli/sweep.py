@@ -46,7 +46,7 @@ def sweep(
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.sweep_config import SweepConfig
-    from entropy_probe.report import print_sweeps
+    from entropy_probe.report import print_files, print_sections, sweep_sections
 
     options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
     with launched_ranks() as ranks:
@@ -54,7 +54,9 @@ def sweep(
         assert isinstance(settings, SweepConfig)
         sweeps = sweep_checkpoints(settings, ranks)
         if ranks.rank == 0:
-            print_sweeps(sweeps, Console(), settings.output_dir)
+            console = Console()
+            print_sections(sweep_sections(sweeps), console)
+            print_files(settings.output_dir, console)
 
 
 def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
@@ -74,10 +76,9 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
 def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) -> dict[str, Sweep]:
     """A sweep for each of several checkpoints, and what compares them."""
     from entropy_probe.cli.lock import locked
-    from entropy_probe.cli.report import write_sweep_page
+    from entropy_probe.cli.report import write_sweep_report
     from entropy_probe.cli.run_directory import CONFIG_FILE
     from entropy_probe.cli.sweep_directory import open_index
-    from entropy_probe.report import figure_files
     from entropy_probe.results.record import write_atomically
 
     writing = ranks.rank == 0
@@ -90,9 +91,7 @@ def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) 
             sweeps[one.output_dir.name] = sweep_checkpoint(one, ranks)
     if not writing:
         return sweeps
-    for name, content in figure_files(sweeps).items():
-        write_atomically(config.output_dir / name, content)
-    write_sweep_page(config.output_dir, sweeps)
+    write_sweep_report(config.output_dir, sweeps)
     return sweeps
 
 
@@ -103,12 +102,10 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     """
     from entropy_probe.cli.batches import end_ids, engine_for, read_inputs, resampler
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.report import write_sweep_page
+    from entropy_probe.cli.report import write_sweep_report
     from entropy_probe.cli.run import open_checkpoint
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.report import figure_files
-    from entropy_probe.results.record import write_atomically
     from entropy_probe.results.sweep import SWEEP_FILE, Sweep
     from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import share_engine
@@ -165,9 +162,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     )
     if not writing:
         return found
-    for name, content in figure_files({"": found}).items():
-        write_atomically(config.output_dir / name, content)
-    write_sweep_page(config.output_dir, {"": found})
+    write_sweep_report(config.output_dir, {"": found})
     found.save(config.output_dir)
     return found
 

@@ -32,7 +32,7 @@ def validate(
     from entropy_probe.cli.config import ValidateConfig, load_config
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.run import probe_checkpoint
-    from entropy_probe.report import print_files, print_result, print_validation, read_tables
+    from entropy_probe.report import print_files, print_sections, read_tables, run_sections
     from entropy_probe.results.validation import Validation
 
     options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
@@ -41,6 +41,6 @@ def validate(
         result = probe_checkpoint(settings, ranks, (subsets, seed))
         if ranks.rank == 0:
             console = Console()
-            print_result(result, console, tables=read_tables(settings.output_dir))
-            print_validation(Validation.load(settings.output_dir), console, result.diagnostics.notes)
+            validation = Validation.load(settings.output_dir)
+            print_sections(run_sections(result, read_tables(settings.output_dir), validation), console)
             print_files(settings.output_dir, console)

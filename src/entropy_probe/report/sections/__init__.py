@@ -1,0 +1,1 @@
+"""A record as sections, to be shown anywhere."""

@@ -1,0 +1,345 @@
+"""What a record shows of itself: a section of rows, tables, charts and sentences, for console, page and figures alike.
+
+Numbers are written here as ``-1.4e-3 ± 0.1e-3``; the page sets them as print has them, except in :class:`Verbatim`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+from entropy_probe.report.numbers import format_estimate
+from entropy_probe.results.note import Note
+
+__all__ = [
+    "Axis", "Bar", "BarChart", "Block", "Curve", "HeatMap", "LineChart", "Listing", "Point", "Row", "Rows", "Section",
+    "State", "Table", "TokenViewer", "Verbatim", "Verdict", "bar_charts", "sentence_case", "written",
+]  # fmt: skip
+
+State = Literal["ok", "look", "bad", "plain"]
+
+
+class Verbatim(str):
+    """Text of a file, a user or a model, which is shown letter by letter: what looks like a number in it stays."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finding: which of a fixed set, a sentence with its numbers and what to do, and how it is."""
+
+    kind: str
+    sentence: str = ""
+    state: State = "plain"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A number, or a fact, and its name.
+
+    Attributes:
+        label: its name; the row without a value is a heading.
+        value: as written, with its error.
+        note: what belongs beside it, in a few words.
+        quote: what the row is about, if a file says it; the console shows its end in place of the label.
+        headline: whether it is one of the few numbers at the head of a page.
+        indent: whether it is a part of the row above.
+        state: how a check came out.
+        meaning: what a check means, for the page.
+        advice: what to do about it, for the page.
+    """
+
+    label: str
+    value: str = ""
+    note: str = ""
+    quote: str = ""
+    headline: bool = False
+    indent: bool = False
+    state: State = "plain"
+    meaning: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows below each other.
+
+    Attributes:
+        rows: in order.
+        unit: of the values.
+        title: a heading; "" for none.
+        page_only: whether a terminal has no room for them.
+    """
+
+    rows: tuple[Row, ...]
+    unit: str = ""
+    title: str = ""
+    page_only: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of more than one number.
+
+    Attributes:
+        title: what it holds.
+        columns: headings; the first column names the rows.
+        rows: as written.
+        mark: what ``marked`` says of a row, in a word; "" where nothing is said.
+        marked: of each row; the others are faint.
+        folded: whether the page shows it only when asked to, and the console not at all.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    mark: str = ""
+    marked: tuple[bool, ...] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A text of many lines, for the page."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis over ``[low, high]``, or a logarithmic one over powers of ten; ``names`` are those of 0, 1, 2 …."""
+
+    low: float
+    high: float
+    logarithmic: bool = False
+    label: str = ""
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def around(cls, values: Iterable[float], label: str = "", share: float = 0.04) -> Axis:
+        """A linear axis over all values, and a share of their range to either side."""
+        numbers = list(values)
+        low, high = min(numbers), max(numbers)
+        margin = share * (high - low or 1.0)
+        return cls(low - margin, high + margin, label=label)
+
+    def at(self, value: float) -> float:
+        """Where a value lies, 0 to 1; what is beyond either end, at that end."""
+        low, high = self._scale(self.low), self._scale(self.high)
+        share = (self._scale(value) - low) / (high - low) if value > 0 or not self.logarithmic else 0.0
+        return min(1.0, max(0.0, share))
+
+    def ticks(self, about: int = 4) -> list[float]:
+        """Round values within the axis, about so many."""
+        if self.logarithmic:
+            powers = range(math.ceil(self._scale(self.low) - 1e-9), math.floor(self._scale(self.high) + 1e-9) + 1)
+            return [10.0**power for power in list(powers)[:: max(1, len(powers) // about)]]
+        raw = (self.high - self.low) / about
+        power = 10 ** math.floor(math.log10(raw))
+        step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
+        return [float(step * k) for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+    def _scale(self, value: float) -> float:
+        return math.log10(value) if self.logarithmic else value
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row with its drawing.
+
+    Attributes:
+        row: what is written beside it.
+        value: the length of the bar, signed.
+        margin: how far its 95% interval reaches to either side; None draws none.
+        start: where the bar begins; in a waterfall, where the one before ended.
+        look: ``bar``, ``total`` (a sum), or ``dot`` (a point on the line).
+        linked: whether the bar before ends where this one begins.
+        prompt: whose responses a click shows; None for no click.
+    """
+
+    row: Row
+    value: float
+    margin: float | None = None
+    start: float = 0.0
+    look: Literal["bar", "total", "dot"] = "bar"
+    linked: bool = False
+    prompt: int | None = None
+
+    @property
+    def end(self) -> float:
+        """Where the bar ends."""
+        return self.start + self.value
+
+    @property
+    def reach(self) -> tuple[float, float, float]:
+        """The values that must be on the axis."""
+        margin = self.margin or 0.0
+        return self.start, self.end - margin, self.end + margin
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Horizontal bars about a common zero line.
+
+    Attributes:
+        title: what is drawn.
+        bars: from top to bottom; not all zero.
+        unit: of their values.
+        caption: how to read it.
+        figure: the name of its files; "" for none.
+    """
+
+    title: str
+    bars: tuple[Bar, ...]
+    unit: str
+    caption: str
+    figure: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point with what its 95% interval reaches to either side; hollow where it should not be used."""
+
+    x: float
+    y: float
+    margin: float = 0.0
+    usable: bool = True
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one kind.
+
+    Attributes:
+        look: ``predicted``, ``realized`` or ``fit``; "" for one of several records, told apart by their order.
+        label: its name in the legend; "" for none.
+        points: from left to right.
+        style: whether a line goes through them, they are drawn themselves with their intervals, or both, where the
+            intervals are a band.
+    """
+
+    look: Literal["predicted", "realized", "fit", ""]
+    label: str
+    points: tuple[Point, ...]
+    style: Literal["line", "points", "band"] = "line"
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Curves over a common axis.
+
+    Attributes:
+        title: what is drawn.
+        curves: from the back to the front.
+        x: the horizontal axis.
+        y: the vertical one.
+        caption: how to read it.
+        shaded: a range of x, and its name in the legend.
+        figure: the name of its files, which it shares with other charts of that name; "" for none.
+        on_page: whether the page shows it.
+    """
+
+    title: str
+    curves: tuple[Curve, ...]
+    x: Axis
+    y: Axis
+    caption: str
+    shaded: tuple[float, float, str] | None = None
+    figure: str = ""
+    on_page: bool = True
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Numbers in a grid, coloured by sign and size.
+
+    Attributes:
+        title: what is shown.
+        columns: headings; the first is that of the rows' names.
+        rows: name and numbers; None where there is nothing.
+        totals: of each row, in a column of their own colours; empty for none.
+        unit: of the numbers.
+        figure: the name of its files; "" for none.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    unit: str
+    totals: tuple[float, ...] = ()
+    figure: str = ""
+
+
+@dataclass(frozen=True)
+class TokenViewer:
+    """Responses, token by token, for the page's script; see :func:`~entropy_probe.report.payload.responses_payload`."""
+
+    payload: dict[str, Any]
+
+
+Block: TypeAlias = Rows | Table | Listing | BarChart | LineChart | HeatMap | TokenViewer
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that is said of a record, or of one side of it.
+
+    Attributes:
+        title: what it is about.
+        key: its name in links within a page; unique there.
+        short: its title in the page's list of sections; "" leaves it out.
+        subtitle: what else to say in the title's line.
+        verdict: the finding.
+        sentences: what else there is to say, the most important first.
+        summary: the one sentence that the head of a page repeats where the section is not the first.
+        cautions: what a reader of the numbers must know.
+        blocks: rows, tables and charts, in order.
+        notes: what a careful reader should know, each with what to do.
+        not_modelled: what is not in the numbers.
+        page_only: whether a terminal has no room for it.
+    """
+
+    title: str
+    key: str
+    short: str = ""
+    subtitle: str = ""
+    verdict: Verdict | None = None
+    sentences: tuple[str, ...] = ()
+    summary: str = ""
+    cautions: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    notes: tuple[Note, ...] = ()
+    not_modelled: tuple[str, ...] = ()
+    page_only: bool = False
+
+    def without_figures(self) -> Section:
+        """The same with its charts on the page alone."""
+        blocks = (replace(b, figure="") if isinstance(b, BarChart | LineChart | HeatMap) else b for b in self.blocks)
+        return replace(self, blocks=tuple(blocks))
+
+
+class _WithError(Protocol):
+    @property
+    def value(self) -> float: ...
+    @property
+    def standard_error(self) -> float: ...
+
+
+def written(estimate: _WithError, exponent: int | None = None) -> str:
+    """An estimate with its error, the same digits for both; see :func:`format_estimate`."""
+    return format_estimate(estimate.value, estimate.standard_error, exponent)
+
+
+def bar_charts(title: str, bars: Sequence[Bar], unit: str, caption: str, figure: str = "") -> tuple[BarChart, ...]:
+    """The chart of these bars; none where there is nothing but zeros."""
+    drawn = any(x for bar in bars for x in bar.reach)
+    return (BarChart(title, tuple(bars), unit, caption, figure),) if drawn else ()
+
+
+def sentence_case(text: str) -> str:
+    """With a capital at its beginning."""
+    return text[:1].upper() + text[1:]
