@@ -29,12 +29,12 @@ def inspect(
     from rich.console import Console
 
     from entropy_probe.checkpoints import inspect_checkpoint
-    from entropy_probe.report import print_checkpoint
+    from entropy_probe.report import checkpoint_section, print_sections
 
     settings = parse_quantization(quantization)
     report = inspect_checkpoint(checkpoint, base_model, adapter=adapter, quantization=settings)
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json"), indent=2))
     else:
-        print_checkpoint(report, Console())
+        print_sections([checkpoint_section(report)], Console())
     raise typer.Exit(EXIT_CODES[report.verdict])

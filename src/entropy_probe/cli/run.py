@@ -48,7 +48,7 @@ def run(
 
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
-    from entropy_probe.report import print_result
+    from entropy_probe.cli.report import print_run
 
     options = {
         "output_dir": None if output_dir is None else str(output_dir),
@@ -59,7 +59,7 @@ def run(
         settings = load_config(config, overrides or (), options)
         result = probe_checkpoint(settings, ranks)
         if ranks.rank == 0:
-            print_result(result, Console(), settings.output_dir)
+            print_run(settings.output_dir, result, Console())
 
 
 def open_checkpoint(config: RunConfig) -> CheckpointState:

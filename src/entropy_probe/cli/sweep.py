@@ -47,7 +47,7 @@ def sweep(
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.sweep_config import SweepConfig
-    from entropy_probe.report import print_sweeps
+    from entropy_probe.report import print_files, print_sections, sweep_sections
 
     options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
     with launched_ranks() as ranks:
@@ -55,7 +55,9 @@ def sweep(
         assert isinstance(settings, SweepConfig)
         sweeps = sweep_checkpoints(settings, ranks)
         if ranks.rank == 0:
-            print_sweeps(sweeps, Console(), settings.output_dir)
+            console = Console()
+            print_sections(sweep_sections(sweeps), console)
+            print_files(settings.output_dir, console)
 
 
 def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:

@@ -1,30 +1,34 @@
-"""Showing a result to people: console tables, words, figures and a page. Needs neither torch nor a model."""
+"""Showing a record to people: sections of rows, sentences and charts, on the console, as a page and as figures.
+
+Needs neither torch nor a model. A record shows itself everywhere by a function that makes a
+:class:`~entropy_probe.report.sections.base.Section` of it.
+"""
 
 from __future__ import annotations
 
-from entropy_probe.report.attribution_console import print_validation
-from entropy_probe.report.checkpoint import print_checkpoint
-from entropy_probe.report.console import print_files, print_result
-from entropy_probe.report.page import run_page, sweep_page
-from entropy_probe.report.plots import figure_files, result_figures
-from entropy_probe.report.sweep import print_sweeps
+from entropy_probe.report.console import print_files, print_sections
+from entropy_probe.report.figures import figure_files
+from entropy_probe.report.page import page
+from entropy_probe.report.sections.base import Section, Verdict
+from entropy_probe.report.sections.checkpoint import checkpoint_section
+from entropy_probe.report.sections.run import run_sections
+from entropy_probe.report.sections.sweep import sweep_sections
 from entropy_probe.report.tables import Tables, read_tables
-from entropy_probe.report.verdict import Verdict, verdict
+from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import REPORT_FILE
 
 __all__ = [
     "REPORT_FILE",
+    "Section",
     "Tables",
     "Verdict",
+    "checkpoint_section",
     "figure_files",
-    "print_checkpoint",
+    "page",
     "print_files",
-    "print_result",
-    "print_sweeps",
-    "print_validation",
+    "print_sections",
     "read_tables",
-    "result_figures",
-    "run_page",
-    "sweep_page",
+    "run_sections",
+    "sweep_sections",
     "verdict",
 ]

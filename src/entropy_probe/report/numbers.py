@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-__all__ = ["common_exponent", "format_estimate", "format_number", "format_percent", "signed", "typeset"]
+__all__ = ["common_exponent", "format_estimate", "format_in", "format_number", "format_percent", "signed", "typeset"]
 
 PLAIN_EXPONENTS = range(-2, 5)
 MAX_DIGITS = 7
@@ -45,6 +45,13 @@ def format_estimate(value: float, standard_error: float, exponent: int | None = 
     if exponent is None or not exponent - 2 <= own <= exponent:
         exponent = own
     return f"{_write(rounded, exponent)} ± {_write(error, exponent)}"
+
+
+def format_in(value: float, exponent: int | None) -> str:
+    """One number of a column with a common power of ten; without one, as :func:`format_number` has it."""
+    if exponent is None or exponent in PLAIN_EXPONENTS:
+        return format_number(value)
+    return f"{value / 10.0**exponent:.2f}e{exponent}"
 
 
 def common_exponent(*numbers: float) -> int | None:

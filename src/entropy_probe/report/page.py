@@ -1,4 +1,4 @@
-"""A saved result as one self-contained HTML file: no network, no model, no torch.
+"""Sections as one self-contained HTML file: no network, no model, no torch.
 
 Text from models and files goes through the template's escaping or into JSON that the script writes with
 ``textContent``. A content security policy allows the page's own style and script, by their hashes, and nothing else.
@@ -8,164 +8,87 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from entropy_probe.report.attribution import (
-    layer_grid,
-    prompt_chart,
-    prompt_sentence,
-    token_sentence,
-    validation_sentence,
+from entropy_probe.report.numbers import typeset
+from entropy_probe.report.payload import script_json
+from entropy_probe.report.sections.base import (
+    Bar,
+    BarChart,
+    Block,
+    LineChart,
+    Row,
+    Rows,
+    Section,
+    Verbatim,
+    sentence_case,
 )
-from entropy_probe.report.numbers import format_number, typeset
-from entropy_probe.report.payload import responses_payload, script_json
-from entropy_probe.report.sweep_views import sweep_view
-from entropy_probe.report.tables import Tables, check_tables
+from entropy_probe.report.svg import draw_bars, draw_lines, heat_cells
 from entropy_probe.report.text import visible_parts
-from entropy_probe.report.verdict import verdict
-from entropy_probe.report.views import (
-    cards,
-    caveats,
-    changes,
-    checks,
-    comparison,
-    how_computed,
-    optimizer_checks,
-    story,
-    waterfall,
-)
-from entropy_probe.results.note import Note, distinct
-from entropy_probe.results.probe import ProbeResult
-from entropy_probe.results.sweep import Sweep
-from entropy_probe.results.validation import Validation
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["run_page", "sweep_page"]
-
-MEBIBYTE = 2**20
+__all__ = ["page"]
 
 
-def run_page(
-    result: ProbeResult,
-    *,
-    tables: Tables | None = None,
-    validation: Validation | None = None,
-    config: str | None = None,
-    name: str = "",
-) -> str:
-    """The report of a run.
+def page(sections: Sequence[Section], *, name: str = "") -> str:
+    """The report of a record: the first section at its head, then all that the sections hold.
 
     Args:
-        result: what to show.
-        tables: the attribution, if there is one.
-        validation: its validation by real steps, if there is one.
-        config: the resolved settings as text; those in the result if None.
-        name: of the checkpoint.
-
-    Raises:
-        ValueError: if the result holds no change at all, or the tables are of another run.
-    """
-    judged = verdict(result)
-    kind = judged.kind[0].upper() + judged.kind[1:]
-    rates = ", ".join(f"{rate:g}" for rate in sorted(set(result.optimizer_state.learning_rates)))
-    return _render(
-        title="Entropy change of the next step",
-        subtitle=f"learning rate {typeset(rates)}",
-        name=name,
-        verdict=(kind, typeset(judged.sentence), STATES[judged.kind]),
-        story=story(result),
-        result=result,
-        sweeps=[],
-        config=config,
-        **_of_result(result, () if validation is None else validation.notes),
-        **_of_tables(tables, result, validation),
-    )
-
-
-def sweep_page(sweeps: Mapping[str, Sweep], *, config: str | None = None, name: str = "") -> str:
-    """The report of a sweep, or of several.
-
-    Args:
-        sweeps: by the checkpoint's name; a single one has the name "".
-        config: the resolved settings as text.
+        sections: in order.
         name: of the checkpoint, or of the directory.
     """
-    views = [sweep_view(sweep, key) for key, sweep in sweeps.items()]
-    prediction = sweeps[""].prediction if len(sweeps) == 1 and "" in sweeps else None
-    unit = next(iter(sweeps.values())).unit
-    return _render(
-        title="Entropy change at different learning rates",
-        subtitle=f"{len(next(iter(sweeps.values())).points)} rates, {unit}",
-        name=name,
-        verdict=None,
-        story="",
-        result=prediction,
-        sweeps=views,
-        config=config,
-        **(dict.fromkeys(_RESULT_KEYS, ()) if prediction is None else _of_result(prediction)),
-        **_of_tables(None, prediction),
-    )
-
-
-STATES = {
-    "agrees within error": "ok",
-    "distinguishable from 0": "ok",
-    "indistinguishable from 0": "look",
-    "beyond the linear range": "look",
-    "below the noise floor": "look",
-    "not measured": "bad",
-}
-_RESULT_KEYS = ("cards", "caveats", "changes", "comparison", "waterfall", "checks", "state", "notes", "how")
-
-
-def _of_result(result: ProbeResult, more: Sequence[Note] = ()) -> dict[str, Any]:
-    return {
-        "cards": cards(result),
-        "caveats": caveats(result),
-        "changes": changes(result),
-        "comparison": comparison(result),
-        "waterfall": waterfall(result),
-        "checks": checks(result),
-        "state": optimizer_checks(result.optimizer_state),
-        "notes": distinct((*result.diagnostics.notes, *more)),
-        "how": how_computed(result),
-    }
-
-
-def _of_tables(
-    tables: Tables | None, result: ProbeResult | None, validation: Validation | None = None
-) -> dict[str, Any]:
-    if tables is None or result is None:
-        return dict.fromkeys(("prompts", "prompt_story", "prompt_table", "grid", "payload", "token_story", "validated"))
-    check_tables(tables, result)
-    unit, prompts = result.entropy.unit, tables.prompts
-    return {
-        "prompts": prompt_chart(prompts, unit, result.attribution and result.attribution.folds),
-        "prompt_story": prompt_sentence(prompts),
-        "prompt_table": prompts,
-        "grid": layer_grid(tables.layers, unit),
-        "payload": script_json(responses_payload(tables, unit)),
-        "validated": validation_sentence(validation) if validation is not None else "",
-        "token_story": token_sentence(tables, result),
-    }
-
-
-def _render(**context: Any) -> str:
     style, script = (Markup(_asset(name)) for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; "
         "form-action 'none'"
     )
+    lead, *others = sections
     template = _environment().get_template("page.html")
-    return template.render(style=style, script=script, policy=policy, **context)
+    return template.render(
+        style=style,
+        script=script,
+        policy=policy,
+        name=name,
+        sections=sections,
+        lead=lead,
+        headlines=_headlines(lead),
+        unit=next((block.unit for block in lead.blocks if isinstance(block, Rows)), ""),
+        summaries=[section.summary for section in others if section.summary],
+        diagnosed=any(section.key == "diagnostics" for section in others),
+    )
+
+
+def _headlines(section: Section) -> list[Row]:
+    return [row for block in section.blocks if isinstance(block, Rows) for row in block.rows if row.headline]
+
+
+def _groups(section: Section) -> list[tuple[str, list[Block]]]:
+    """The blocks of a section in order, neighbours of one kind together, with what the template calls the kind."""
+    shown = [block for block in section.blocks if not isinstance(block, LineChart) or block.on_page]
+    return [(kind, list(blocks)) for kind, blocks in groupby(shown, key=lambda block: type(block).__name__)]
+
+
+def _plain_rows(block: Rows, section: Section) -> list[Row]:
+    """The rows that are neither headlines nor written beside a bar of the section, nor headings of such."""
+    drawn = {bar.row for chart in section.blocks if isinstance(chart, BarChart) for bar in chart.bars}
+    return [row for row in block.rows if not row.headline and row.value and (row.meaning or row not in drawn)]
+
+
+def _legend(charts: Sequence[LineChart]) -> list[tuple[str, str]]:
+    """Class and name of everything in charts that show the same things."""
+    keys = {curve.look: curve.label for chart in charts for curve in chart.curves if curve.label}
+    if any(not point.usable for chart in charts for curve in chart.curves for point in curve.points):
+        keys["hollow"] = "not to be used"
+    keys.update(("shade", chart.shaded[2]) for chart in charts if chart.shaded is not None)
+    return list(keys.items())
 
 
 @cache
@@ -180,11 +103,25 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["visible"] = visible
-    environment.filters["number"] = lambda value, digits=3: typeset(format_number(float(value), digits))
-    environment.filters["optional"] = lambda value: "" if math.isnan(value) else typeset(format_number(float(value)))
-    environment.filters["mebibytes"] = lambda size: f"{size / MEBIBYTE:,.0f} MiB"
+    environment.filters |= {
+        "visible": visible, "said": said, "sentence": lambda text: said(text, sentence=True), "headlines": _headlines,
+        "groups": _groups, "plain_rows": _plain_rows, "legend": _legend, "draw_bars": draw_bars,
+        "draw_lines": draw_lines, "heat_cells": heat_cells, "small": _small, "json": script_json,
+        "is_text": lambda cell: isinstance(cell, Verbatim),
+    }  # fmt: skip
     return environment
+
+
+def _small(bar: Bar) -> str:
+    """What stands in small letters beside a bar's name: what a file says of it, else its note where it is a button."""
+    return bar.row.quote or (bar.row.note if bar.prompt is not None else "")
+
+
+def said(text: str, sentence: bool = False) -> Markup:
+    """Text of a section: its numbers as print has them, its first letter a capital if that is asked for."""
+    if isinstance(text, Verbatim):
+        return visible(text)
+    return visible(typeset(sentence_case(text) if sentence else text))
 
 
 def visible(text: str, keep_lines: bool = False) -> Markup:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 from entropy_probe.report.numbers import format_number, format_percent
+from entropy_probe.report.sections.base import State, Verdict
 from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
-__all__ = ["Verdict", "VerdictKind", "verdict"]
+__all__ = ["VerdictKind", "verdict"]
 
 VerdictKind = Literal[
     "agrees within error",
@@ -22,17 +23,14 @@ VerdictKind = Literal[
 LINEAR_RANGE = 0.1
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A result in words.
-
-    Attributes:
-        kind: the finding, one of a fixed set.
-        sentence: the finding with its numbers and, where something is wrong, what to do.
-    """
-
-    kind: VerdictKind
-    sentence: str
+STATES: dict[VerdictKind, State] = {
+    "agrees within error": "ok",
+    "distinguishable from 0": "ok",
+    "indistinguishable from 0": "look",
+    "beyond the linear range": "look",
+    "below the noise floor": "look",
+    "not measured": "bad",
+}
 
 
 def verdict(result: ProbeResult) -> Verdict:
@@ -60,7 +58,11 @@ def verdict(result: ProbeResult) -> Verdict:
     if fit is None or fit.status != "off_policy":
         return judged
     caution = "But the evaluation rollouts are not the policy's own, which biases every number above (see the notes)."
-    return Verdict(judged.kind, f"{judged.sentence} {caution}")
+    return replace(judged, sentence=f"{judged.sentence} {caution}")
+
+
+def _finding(kind: VerdictKind, sentence: str) -> Verdict:
+    return Verdict(kind, sentence, STATES[kind])
 
 
 def _judged(result: ProbeResult) -> Verdict:
@@ -85,7 +87,7 @@ def _judged(result: ProbeResult) -> Verdict:
 
 def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> Verdict:
     if _is_beyond_linear_range(predicted, difference):
-        return Verdict(
+        return _finding(
             "beyond the linear range",
             f"The entropy {_went(realized)} by {_size(realized)}, not by the {_size(predicted)} predicted"
             f"{_direction(predicted, realized)}: the difference is {_in_errors(difference)} paired standard errors. "
@@ -96,7 +98,7 @@ def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> V
         qualifier = f"up to a small curvature of {_size(difference)}"
     else:
         qualifier = f"to within {_in_errors(difference)} paired standard errors"
-    return Verdict(
+    return _finding(
         "agrees within error", f"The entropy {_went(realized)} by {_size(realized)}, as predicted, {qualifier}."
     )
 
@@ -115,11 +117,11 @@ def _indistinguishable(result: ProbeResult) -> Verdict:
     else:
         subject = f"The {'predicted' if realized is None else 'measured'} change does not exceed its"
         ending = "Use more rollouts to resolve it."
-    return Verdict("indistinguishable from 0", f"{subject} 95% margin of error. {ending}")
+    return _finding("indistinguishable from 0", f"{subject} 95% margin of error. {ending}")
 
 
 def _one_sided(change: Estimate, how: str) -> Verdict:
-    return Verdict(
+    return _finding(
         "distinguishable from 0",
         f"The {how} change is {_in_errors(change)} standard errors from 0: the entropy {_goes(change)} by "
         f"{_size(change)}.",
@@ -135,7 +137,7 @@ def _not_measured(realized: Realized, predicted: Estimate | None) -> Verdict:
             f"have weights with too heavy a tail (Pareto k {format_number(realized.pareto_k or 0.0, 2)}, at most "
             f"{format_number(realized.pareto_k_threshold, 2)} allowed)"
         )
-    return Verdict(
+    return _finding(
         "not measured",
         f"The realized change was refused: after the step the evaluation rollouts {reason}.{kept} Probe a smaller "
         "learning rate, or set on_low_ess to resample (fresh responses after the step) or psis (smoothed weights).",
@@ -144,7 +146,7 @@ def _not_measured(realized: Realized, predicted: Estimate | None) -> Verdict:
 
 def _below_noise_floor(realized: Realized, predicted: Estimate | None) -> Verdict:
     kept = "" if predicted is None else " The prediction does not depend on it."
-    return Verdict(
+    return _finding(
         "below the noise floor",
         f"The realized change ({format_number(realized.value or 0.0)} {realized.unit}) is not above what rounding "
         f"alone does to it ({format_number(realized.noise_floor or 0.0, 2)}).{kept} Use dtype float64, switch autocast "

@@ -19,6 +19,7 @@ error nothing is left unless something was sampled or measured.
 from __future__ import annotations
 
 from entropy_probe.cli.output.directory import (
+    ANSWERS,
     CONFIG_FILE,
     FIGURES,
     POINTS,
@@ -31,6 +32,7 @@ from entropy_probe.cli.output.inputs import Inputs, hash_directory, inputs_of
 from entropy_probe.cli.output.lock import LOCK_FILE, locked
 
 __all__ = [
+    "ANSWERS",
     "CONFIG_FILE",
     "FIGURES",
     "LOCK_FILE",

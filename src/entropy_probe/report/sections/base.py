@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from entropy_probe.report.numbers import format_estimate
@@ -29,7 +29,7 @@ class Verbatim(str):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A finding: one of a fixed set, its numbers in a sentence with what to do where something is wrong, its state."""
+    """A finding: which of a fixed set, a sentence with its numbers and what to do, and how it is."""
 
     kind: str
     sentence: str = ""
@@ -124,7 +124,7 @@ class Axis:
         """A linear axis over all values, and a share of their range to either side."""
         numbers = list(values)
         low, high = min(numbers), max(numbers)
-        margin = share * (high - low)
+        margin = share * (high - low or 1.0)
         return cls(low - margin, high + margin, label=label)
 
     def at(self, value: float) -> float:
@@ -315,6 +315,11 @@ class Section:
     notes: tuple[Note, ...] = ()
     not_modelled: tuple[str, ...] = ()
     page_only: bool = False
+
+    def without_figures(self) -> Section:
+        """The same with its charts on the page alone."""
+        blocks = (replace(b, figure="") if isinstance(b, BarChart | LineChart | HeatMap) else b for b in self.blocks)
+        return replace(self, blocks=tuple(blocks))
 
 
 @runtime_checkable

@@ -1,39 +1,33 @@
-"""What a checkpoint holds, as a table for the terminal."""
+"""What a checkpoint holds, and whether the next step can be computed from it."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from entropy_probe.report.numbers import format_number, format_percent
-from entropy_probe.report.terminal import print_not_modelled
-from entropy_probe.report.text import printable
+from entropy_probe.report.sections.base import Row, Rows, Section, State, Table, Verbatim, Verdict
 from entropy_probe.results.checkpoint import CheckpointReport, GroupReport, MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["print_checkpoint"]
+__all__ = ["checkpoint_section"]
 
 MANIFESTS = {"training": "during training", "inspection": "by inspection, after training"}
-STYLES = {"healthy": "bold green", "suspicious": "bold yellow", "unusable": "bold red"}
+STATES: dict[str, State] = {"healthy": "ok", "suspicious": "look", "unusable": "bad"}
 
 
-def print_checkpoint(report: CheckpointReport, console: Console) -> None:
-    """Print parameter groups, what the optimizer state covers, the verdict and the notes that it comes from."""
-    console.print(Text(printable(f" {report.path}"), "bold"), soft_wrap=True)
-    facts = Table(box=None, show_header=False, padding=(0, 1))
-    for label, value in _facts(report):
-        facts.add_row(label, Text(printable(value)))
-    console.print(facts)
-    if report.groups:
-        console.print(_groups(report.groups))
-    console.print(Padding(Text.assemble("Verdict: ", (report.verdict, STYLES[report.verdict])), (1, 1, 0, 1)))
-    for note in report.notes:
-        console.print(Padding(Text(printable(f"- {note.text}")), (0, 1)))
-        if report.verdict != "unusable":  # whose reason says what to do
-            console.print(Padding(Text(printable(note.remedy), style="dim"), (0, 1, 0, 3)))
-    print_not_modelled(report.not_modelled, console)
+def checkpoint_section(report: CheckpointReport) -> Section:
+    """Parameter groups, what the optimizer state covers, the verdict and the notes that it comes from."""
+    facts = Rows(tuple(Row(label, Verbatim(value)) for label, value in _facts(report)))
+    notes = report.notes
+    if report.verdict == "unusable":  # the reason says what to do
+        notes = tuple(note.model_copy(update={"remedy": ""}) for note in notes)
+    return Section(
+        title=Verbatim(report.path),
+        key="checkpoint",
+        short="Checkpoint",
+        verdict=Verdict(f"verdict: {report.verdict}", state=STATES[report.verdict]),
+        blocks=(facts, *([_groups(report.groups)] if report.groups else [])),
+        notes=notes,
+        not_modelled=report.not_modelled,
+    )
 
 
 def _facts(report: CheckpointReport) -> list[tuple[str, str]]:
@@ -93,13 +87,12 @@ def _movement(movement: MovementReport) -> str:
 
 
 def _groups(groups: tuple[GroupReport, ...]) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim")
     others = list(dict.fromkeys(name for group in groups for name in group.others))
-    for name in ("group", "tensors", "learning rate", "betas", "eps", "weight decay", *others):
-        table.add_column(name.replace("_", " "), justify="right")
+    columns = ("group", "tensors", "learning rate", "betas", "eps", "weight decay")
+    rows = []
     for i, group in enumerate(groups):
         betas = "-" if group.betas is None else ", ".join(f"{beta:g}" for beta in group.betas)
         values = (group.learning_rate, group.eps, group.weight_decay, *(group.others.get(name) for name in others))
         rate, eps, decay, *more = ("-" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in values)
-        table.add_row(str(i), str(group.num_parameters), rate, betas, eps, decay, *more)
-    return table
+        rows.append((str(i), str(group.num_parameters), rate, betas, eps, decay, *more))
+    return Table("Parameter groups", (*columns, *(name.replace("_", " ") for name in others)), tuple(rows))

@@ -1,0 +1,229 @@
+"""What the prediction comes from: which prompts, which tokens, which layers and modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from entropy_probe.report.numbers import common_exponent, format_estimate, format_in, format_number, format_percent
+from entropy_probe.report.payload import responses_payload
+from entropy_probe.report.sections.base import (
+    Bar,
+    Block,
+    HeatMap,
+    Row,
+    Rows,
+    Section,
+    Table,
+    TokenViewer,
+    Verbatim,
+    bar_charts,
+)
+from entropy_probe.report.tables import Columns, Tables
+from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.probe import ProbeResult
+from entropy_probe.results.student import critical_value
+
+__all__ = ["attribution_sections", "culprits", "layers_section", "prompt_sentences", "prompts_section"]
+
+ENOUGH = 0.5
+ENDS = 8
+MOST_NAMED = 3
+EXCERPT = 60
+PARTS = ("gradient", "momentum", "weight_decay", "total")
+
+
+def attribution_sections(result: ProbeResult, tables: Tables | None) -> tuple[Section, ...]:
+    """Prompts, tokens and layers; of a result without tables only what it says itself."""
+    summary = result.attribution
+    if summary is None:
+        how = "with attribution=true on the command line, or attribution: true in the config"
+        notice = f"Not computed in this run. Run again {how}."
+        title = "Which prompts, tokens and layers did it"
+        return (Section(title, "prompts", "Prompts", sentences=(notice,), page_only=True),)
+    if tables is None:
+        return (_tokens_section(summary),)
+    return (
+        prompts_section(tables.prompts, summary.unit, summary.folds),
+        _tokens_section(summary, tables),
+        layers_section(tables.layers, summary.unit),
+    )
+
+
+def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
+    """What each prompt adds, from the most negative to the most positive; drawn, of many, only at the two ends.
+
+    Args:
+        prompts: the table.
+        unit: of the contributions.
+        folds: how many folds the standard errors are from, if there are any.
+    """
+    contributions = prompts["contribution"].tolist()
+    exponent = common_exponent(*contributions)
+    order = np.argsort(prompts["contribution"], kind="stable").tolist()
+    shown = order if len(order) <= 2 * ENDS else order[:ENDS] + order[-ENDS:]
+    bars = {k: _prompt_bar(prompts, k, folds, exponent) for k in shown}
+    named = []
+    for heading, rows in (
+        ("lowering entropy most", [k for k in shown[:MOST_NAMED] if contributions[k] < 0]),
+        ("raising entropy most", [k for k in shown[::-1][:MOST_NAMED] if contributions[k] > 0]),
+    ):
+        named += [Row(heading), *(bars[k].row for k in rows)] if rows else []
+    intervals = any(bar.margin is not None for bar in bars.values())
+    caption = "; what each prompt's tokens add to δH₁ through the gradient"
+    caption += "; whiskers: 95% intervals, from the choice of evaluation rollouts" if intervals else ""
+    sentences = prompt_sentences(prompts)
+    return Section(
+        title="Which prompts did it",
+        key="prompts",
+        short="Prompts",
+        sentences=tuple(sentences),
+        summary=sentences[0],
+        blocks=(
+            *bar_charts("Contribution of each prompt", list(bars.values()), unit, caption, "prompts"),
+            *([Rows(tuple(named), unit)] if named else []),
+            _all_prompts(prompts),
+        ),
+    )
+
+
+def _prompt_bar(prompts: Columns, k: int, folds: int | None, exponent: int | None) -> Bar:
+    value, error = float(prompts["contribution"][k]), float(prompts["standard_error"][k])
+    known, number, reward = not math.isnan(error), int(prompts["prompt_id"][k]), float(prompts["mean_reward"][k])
+    note = f"{prompts['num_responses'][k]} responses"
+    note += "" if math.isnan(reward) else f", reward {format_number(reward, 2)}"
+    text = format_estimate(value, error, exponent) if known else format_in(value, exponent)
+    row = Row(f"prompt {number}", text, note, quote=_excerpt(prompts["prompt"][k]), indent=True)
+    return Bar(row, value, critical_value(folds - 1) * error if known and folds else None, prompt=number)
+
+
+def _excerpt(text: str | None) -> str:
+    """The end of a prompt on one line: chat templates begin alike."""
+    line = " ".join((text or "").split())
+    return Verbatim(line if len(line) <= EXCERPT else f"…{line[-EXCERPT:]}")
+
+
+def _all_prompts(prompts: Columns) -> Table:
+    def number(value: float) -> str:
+        return "" if math.isnan(value) else format_number(float(value))
+
+    columns = ("prompt", "text", "responses", "tokens", "mean reward", "contribution", "standard error",
+               "covariance term")  # fmt: skip
+    rows = tuple(
+        (
+            str(prompts["prompt_id"][k]),
+            Verbatim(_cut(prompts["prompt"][k] or "")),
+            str(prompts["num_responses"][k]),
+            str(prompts["num_tokens"][k]),
+            *(number(prompts[name][k]) for name in ("mean_reward", "contribution", "standard_error", "covariance")),
+        )
+        for k in range(len(prompts["prompt_id"]))
+    )
+    return Table(f"All {len(rows)} prompts", columns, rows, folded=True)
+
+
+def _cut(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def culprits(contributions: np.ndarray, share: float = ENOUGH) -> tuple[list[int], float]:
+    """The fewest prompts that together give at least a share of all that pushes the way the batch goes.
+
+    Prompts that push the other way do not count against it, so the share is at most 1.
+
+    Args:
+        contributions: of each prompt, ``[B]``.
+        share: to reach.
+
+    Returns:
+        Rows of ``contributions``, largest first, and the share that they reach; none and 0 where all is 0.
+    """
+    pushing = contributions * np.sign(contributions.sum())
+    total = pushing[pushing > 0].sum()
+    if not total > 0:
+        return [], 0.0
+    order = np.argsort(-pushing, kind="stable").tolist()
+    reached = list(accumulate(pushing[row] / total for row in order))
+    count = next(k for k, sum_ in enumerate(reached, 1) if sum_ >= share * (1 - 1e-12))
+    return order[:count], min(1.0, float(reached[count - 1]))
+
+
+def prompt_sentences(prompts: Columns) -> list[str]:
+    """Who did it, in sentences, the most important first."""
+    contributions = prompts["contribution"]
+    rows, share = culprits(contributions)
+    if not rows:
+        return ["No prompt of this batch contributes anything: all advantages are 0, or all cancel."]
+    number, down = len(contributions), contributions.sum() < 0
+    ids = _listed([str(prompts["prompt_id"][row]) for row in rows])
+    who = f"{len(rows)} of {number} prompts cause" if len(rows) > 1 else f"One of {number} prompts causes"
+    way, back = ("down", "up") if down else ("up", "down")
+    sentences = [f"{who} {format_percent(share, 0)} of all that pushes entropy {way} in this batch: {ids}."]
+    against = contributions[contributions > 0 if down else contributions < 0]
+    if len(against):
+        size = format_number(abs(float(against.sum())), 2)
+        push = f"Another {len(against)} prompts push" if len(against) > 1 else "Another prompt pushes"
+        sentences.append(f"{push} it {back}, by {size} together.")
+    silent = int((contributions == 0).sum())
+    if silent:
+        who = f"{silent} prompts contribute" if silent > 1 else "One prompt contributes"
+        sentences.append(f"{who} nothing, as where all rewards are equal.")
+    return sentences
+
+
+def _tokens_section(summary: AttributionSummary, tables: Tables | None = None) -> Section:
+    """How many tokens, what those of good and of bad responses add, and how they compare with the covariance term."""
+    sums = (summary.positive_advantages, summary.negative_advantages)
+    exponent = common_exponent(summary.gradient, *sums)
+    correlation = summary.rank_correlation_with_covariance
+    said = "undefined" if correlation is None else f"{correlation:.2f}"
+    rows = (
+        Row("advantages > 0", format_in(sums[0], exponent), f"{summary.unit}, from tokens with a positive advantage"),
+        Row("advantages < 0", format_in(sums[1], exponent), f"{summary.unit}, from tokens with a negative one"),
+        Row("covariance term", said, "rank correlation with Cui et al. (2025)",
+            meaning="Over tokens, of contributions with the covariance terms of that theory; -1 where they agree."),
+    )  # fmt: skip
+    blocks: list[Block] = [Rows(rows)]
+    count = f"{summary.num_tokens:,} tokens"
+    if tables is not None:
+        count += f" of {len(np.unique(tables.tokens['response_id'])):,} responses"
+        blocks.append(TokenViewer(responses_payload(tables, summary.unit)))
+    how = () if summary.method == "forward-mode" else (Verbatim(f"Tokens by {summary.method}."),)
+    sentences = (f"The gradient part comes from {count}.", *how)
+    return Section("Which tokens did it", "responses", "Responses", sentences=sentences, blocks=tuple(blocks))
+
+
+def layers_section(layers: Columns, unit: str) -> Section:
+    """The contribution of each layer and module type to the whole first-order change, and by part of the step."""
+    names, modules = list(dict.fromkeys(layers["layer"])), list(dict.fromkeys(layers["module"]))
+    cells: dict[tuple[str, str], float] = {}
+    for layer, module, total in zip(layers["layer"], layers["module"], layers["total"], strict=True):
+        cells[layer, module] = cells.get((layer, module), 0.0) + float(total)
+    grid = HeatMap(
+        title="Layers by module",
+        columns=("layer", *modules),
+        rows=tuple((name, tuple(cells.get((name, module)) for module in modules)) for name in names),
+        unit=unit,
+        totals=tuple(sum(x for (layer, _), x in cells.items() if layer == name) for name in names),
+        figure="layers",
+    )
+    sums = {
+        module: tuple(
+            sum(float(x) for x, name in zip(layers[part], layers["module"], strict=True) if name == module)
+            for part in PARTS
+        )
+        for module in modules
+    }
+    parts = HeatMap("By part of the step", ("module", "gradient", "momentum", "weight decay", "all"),
+                    tuple(sums.items()), unit)  # fmt: skip
+    whole = "The whole of δH₁, momentum and weight decay included, by where the parameters are."
+    return Section("Through which layers", "layers", "Layers", sentences=(whole,), blocks=(grid, parts), page_only=True)
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,222 @@
+"""A run: how the next step changes entropy, what the change comes from, and how far the numbers can be trusted."""
+
+from __future__ import annotations
+
+from entropy_probe.report.numbers import common_exponent, format_number, format_percent
+from entropy_probe.report.sections.attribution import attribution_sections
+from entropy_probe.report.sections.base import (
+    Bar,
+    Block,
+    Listing,
+    Row,
+    Rows,
+    Section,
+    Table,
+    Verbatim,
+    bar_charts,
+    written,
+)
+from entropy_probe.report.sections.diagnostics import diagnostics_section, optimizer_section
+from entropy_probe.report.sections.validation import validation_section
+from entropy_probe.report.tables import Tables, check_tables
+from entropy_probe.report.verdict import verdict
+from entropy_probe.report.wording import ESTIMATORS, UNITS
+from entropy_probe.results.probe import CrossPrompt, Predicted, ProbeResult, Realized
+from entropy_probe.results.validation import Validation
+
+__all__ = ["cautions", "run_sections", "settings_sections", "step_section", "story"]
+
+MEBIBYTE = 2**20
+INTERVALS = "whiskers: 95% intervals"
+_SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight_decay": "weight decay"}
+
+
+def run_sections(
+    result: ProbeResult,
+    tables: Tables | None = None,
+    validation: Validation | None = None,
+    config: str | None = None,
+    answers: Sequence[Section] = (),
+) -> tuple[Section, ...]:
+    """Everything that is shown of a run.
+
+    Args:
+        result: what to show.
+        tables: its attribution, if there is one.
+        validation: the attribution's validation by real steps, if there is one.
+        config: the resolved settings as text; those in the result if None.
+        answers: to further questions.
+
+    Raises:
+        ValueError: if the result holds no change at all, or the tables are of another run.
+    """
+    if tables is not None:
+        check_tables(tables, result)
+    validated = () if validation is None else (validation_section(validation, result.diagnostics.notes),)
+    return (
+        step_section(result),
+        *attribution_sections(result, tables),
+        *validated,
+        *answers,
+        diagnostics_section(result),
+        optimizer_section(result.optimizer_state),
+        *settings_sections(config, result),
+    )
+
+
+def step_section(result: ProbeResult) -> Section:
+    """The change, predicted and realized, and the parts of the step that it comes from.
+
+    Raises:
+        ValueError: if the result holds no change at all.
+    """
+    exponent, entropy = _exponent(result), result.entropy
+    units = f"{entropy.num_units} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
+    rows, changes, parts = [Row("entropy H(θ)", written(entropy), units, headline=True)], [], []
+    if (predicted := result.predicted) is not None:
+        total = _predicted_row(predicted, exponent)
+        changes.append(Bar(total, predicted.value, predicted.margin, look="dot"))
+        parts = _part_bars(result, exponent)
+        rows += [total, *(bar.row for bar in parts)]
+        parts += [Bar(total, predicted.value, predicted.margin, look="total")] if parts else []
+    if (cross := result.cross_prompt) is not None:
+        rows += _cross_prompt_rows(cross, exponent)
+        changes.append(Bar(rows[-2], cross.delta_h1, cross.estimate.margin, look="dot"))
+    if (realized := result.realized) is not None:
+        rows.append(_realized_row(realized, exponent))
+        if (estimate := realized.estimate) is not None:
+            changes.append(Bar(rows[-1], estimate.value, estimate.margin, look="dot"))
+            rest = _comparison_rows(result, estimate.value, exponent)
+            if predicted is not None and result.difference is not None and parts:
+                difference = result.difference
+                parts.append(Bar(rest[-1], difference.value, difference.margin, predicted.value, linked=True))
+                parts.append(Bar(rows[-1], estimate.value, estimate.margin, look="total"))
+            rows += rest
+    rates = ", ".join(f"{rate:g}" for rate in sorted(set(result.optimizer_state.learning_rates)))
+    beginning = f"; each bar begins where the one before ends; {INTERVALS}"
+    return Section(
+        title="Entropy change of the next step",
+        key="result",
+        short="Step",
+        subtitle=f"learning rate {rates}",
+        verdict=verdict(result),
+        sentences=tuple(filter(None, [story(result)])),
+        cautions=cautions(result),
+        blocks=(
+            *bar_charts("Predicted against realized", changes, entropy.unit, f"; {INTERVALS}", "change"),
+            *bar_charts("Where it comes from", parts, entropy.unit, beginning, "parts"),
+            Rows(tuple(rows), entropy.unit),
+        ),
+    )
+
+
+def _exponent(result: ProbeResult) -> int | None:
+    """The power of ten that all changes of a result are written with."""
+    estimates = (
+        result.predicted,
+        result.realized and result.realized.estimate,
+        result.cross_prompt and result.cross_prompt.estimate,
+    )
+    return common_exponent(*(number for one in estimates if one for number in (one.value, one.standard_error)))
+
+
+def _predicted_row(predicted: Predicted, exponent: int | None) -> Row:
+    parts = f"evaluation {format_number(predicted.se_evaluation, 2)}, update {format_number(predicted.se_update, 2)}"
+    how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
+    return Row("predicted δH₁", written(predicted, exponent), f"SE: {parts}{how}", headline=True)
+
+
+def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
+    bars, start = [], 0.0
+    for name, part in result.components.items():
+        row = Row(name.replace("_", " "), written(part, exponent), indent=True)
+        bars.append(Bar(row, part.value, part.margin, start, linked=bool(bars)))
+        start += part.value
+    return bars
+
+
+def _cross_prompt_rows(cross: CrossPrompt, exponent: int | None) -> list[Row]:
+    errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"
+    blocks = "prompts" if cross.mode == "exact" else f"blocks of {cross.block_size} prompts"
+    return [
+        Row("one batch δH₁", written(cross.estimate, exponent), errors, headline=True),
+        Row("units", str(cross.num_units), f"{blocks}, frozen geometry", indent=True),
+    ]
+
+
+def _realized_row(realized: Realized, exponent: int | None) -> Row:
+    estimate = realized.estimate
+    value = "refused" if estimate is None else written(estimate, exponent)
+    how = "on the update batch: biased" if realized.batch == "update" else ESTIMATORS[realized.estimator]
+    return Row("realized ΔH", value, how, headline=True, state="bad" if estimate is None else "plain")
+
+
+def _comparison_rows(result: ProbeResult, realized: float, exponent: int | None) -> list[Row]:
+    predicted, difference = result.predicted, result.difference
+    if predicted is None or difference is None:
+        return []
+    ratio = format_number(realized / predicted.value) if predicted.value else "undefined"
+    meaning = "The two share most of their sampling noise, so their difference is sharper than either."
+    return [
+        Row("ΔH / δH₁", ratio, "ratio", meaning="1 where the change is linear in the step."),
+        Row("ΔH − δH₁", written(difference, exponent), "paired difference", meaning=meaning),
+    ]
+
+
+def story(result: ProbeResult) -> str:
+    """The prediction in a sentence: how much, which part of the entropy, and which part of the step; "" without one."""
+    predicted = result.predicted
+    if predicted is None:
+        return ""
+    way = "lower" if predicted.value < 0 else "raise"
+    sentence = f"To first order the step will {way} entropy by {format_number(abs(predicted.value))} {predicted.unit}"
+    if result.entropy.value > 0:
+        sentence += f", {format_percent(abs(predicted.value) / result.entropy.value)} of what it is"
+    parts = {name: part.value for name, part in result.components.items() if part.value}
+    if len(parts) < 2:
+        return f"{sentence}."
+    largest = max(parts, key=lambda name: abs(parts[name]))
+    if all(value * predicted.value > 0 for value in parts.values()):
+        share = format_percent(parts[largest] / predicted.value, 0)
+        return f"{sentence}; {share} of that comes from {_SOURCES[largest]}."
+    against = [_SOURCES[name] for name, value in parts.items() if value * predicted.value < 0]
+    return f"{sentence}; {' and '.join(against)} work{'s' * (len(against) == 1)} against it."
+
+
+def cautions(result: ProbeResult) -> tuple[str, ...]:
+    """What a reader of the headline must know: rollouts that are not the policy's, parts that are not modelled."""
+    found, diagnostics = [], result.diagnostics
+    fit = diagnostics.policy_fit
+    if fit.evaluation is not None and fit.evaluation.status == "off_policy":
+        found.append("The evaluation rollouts do not fit the policy, so the numbers are biased.")
+    if fit.update is not None and fit.update.status == "off_policy":
+        found.append("The update rollouts do not fit the policy; the step is taken on them as given.")
+    if count := len(diagnostics.not_modelled):
+        parts = "One part of the trainer's step is" if count == 1 else f"{count} parts of the trainer's step are"
+        found.append(f"{parts} not in these numbers.")
+    return tuple(found)
+
+
+def settings_sections(config: str | None, result: ProbeResult | None = None) -> tuple[Section, ...]:
+    """What the numbers were computed with, if anything is known of it.
+
+    Args:
+        config: the resolved settings as text; those in the result if None.
+        result: whose time, memory and versions to list.
+    """
+    blocks: list[Block] = []
+    if config is not None:
+        blocks.append(Listing("Resolved configuration (config.yaml)", config))
+    elif result is not None:
+        lines = [f"{key}: {value}\n" for key, value in result.config.items()]
+        blocks.append(Listing("Resolved settings of the probe", "".join(lines)))
+    if result is not None:
+        costs = [(phase, f"{seconds:.2f} s") for phase, seconds in result.timing.items()]
+        costs += [
+            (f"{kind.replace('_', ' ')} memory", f"{size / MEBIBYTE:,.0f} MiB") for kind, size in result.memory.items()
+        ]
+        versions = [(library, Verbatim(version)) for library, version in result.versions.items()]
+        folded = (("Time and memory", ("phase", "used"), costs), ("Versions", ("library", "version"), versions))
+        blocks += [Table(title, columns, tuple(rows), folded=True) for title, columns, rows in folded if rows]
+    section = Section("Settings", "settings", "Settings", blocks=tuple(blocks), page_only=True)
+    return (section,) if blocks else ()
