@@ -133,8 +133,8 @@ def _rows(prediction: Prediction, ids: tuple[int, ...]) -> Tensor:
     if strange or not ids or len(set(ids)) == len(known):
         got = f"{strange[0]}" if strange else "none" if not ids else "all of them"
         raise ValueError(
-            f"without_prompts.prompts: expected some of the {len(known)} prompt ids of the update batch, but not all, "
-            f"got {got}"
+            f"without_prompts.prompts: expected some of the {len(known)} prompt ids of the update batch, "
+            f"{', '.join(map(str, known[:8].tolist()))}{' …' if len(known) > 8 else ''}, but not all, got {got}"
         )
     return torch.searchsorted(known, torch.tensor(sorted(set(ids))))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from entropy_probe.report.numbers import common_exponent, format_number, format_percent
 from entropy_probe.report.sections.attribution import attribution_sections
 from entropy_probe.report.sections.base import (
