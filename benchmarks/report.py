@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.report.tables import result_of, write_tables  # noqa: E402
 
-from entropy_probe.report import run_page  # noqa: E402
+from entropy_probe.report import page, run_sections  # noqa: E402
 
 LIMIT = 2.0
 FIRST_FRAME = """() => new Promise((done) => {
@@ -46,16 +46,16 @@ def measure(prompts: int, group: int, tokens: int, rounds: int) -> dict[str, flo
         tables = write_tables(Path(directory), prompts=prompts, group=group, tokens=tokens, layers=28, texts=texts)
         result, path = result_of(tables), Path(directory) / "report.html"
         started = time.perf_counter()
-        path.write_text(run_page(result, tables=tables), encoding="utf-8")
+        path.write_text(page(run_sections(result, tables)), encoding="utf-8")
         written = time.perf_counter() - started
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         opened, elements = [], 0
         for _ in range(rounds):
-            page = browser.new_page()
-            page.goto(path.as_uri(), wait_until="commit")
-            opened.append(page.evaluate(FIRST_FRAME) / 1000)
-            elements = page.evaluate("document.querySelectorAll('*').length")
-            page.close()
+            tab = browser.new_page()
+            tab.goto(path.as_uri(), wait_until="commit")
+            opened.append(tab.evaluate(FIRST_FRAME) / 1000)
+            elements = tab.evaluate("document.querySelectorAll('*').length")
+            tab.close()
         browser.close()
         return {
             "responses": prompts * group,

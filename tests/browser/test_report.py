@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from entropy_probe.report import run_page, sweep_page
 from tests.notes import noted
-from tests.report.sweeps import make_sweep
+from tests.report.results import run_page
+from tests.report.sweeps import make_sweep, sweep_page
 from tests.report.tables import result_of, write_tables
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"

@@ -8,7 +8,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.losses import build_loss
-from entropy_probe.report.page import run_page
+from entropy_probe.report import page, run_sections
 from entropy_probe.report.tables import check_tables, read_tables
 from tests.invariants.hf_problems import policy
 from tests.invariants.hf_problems import rollouts as tiny_rollouts
@@ -181,7 +181,7 @@ def test_a_prompt_whose_responses_are_all_masked_out_is_in_the_tables(tmp_path):
     assert tables.prompts["prompt_id"].tolist() == [0, 1, 2, 3]
     assert tables.prompts["num_responses"].tolist() == [6] * 4
     assert (tables.prompts["num_tokens"][1], tables.prompts["contribution"][1]) == (0, 0.0)
-    assert "<!doctype html>" in run_page(found.result, tables=tables)
+    assert "<!doctype html>" in page(run_sections(found.result, tables))
 
 
 def test_the_jackknife_takes_masked_out_responses():

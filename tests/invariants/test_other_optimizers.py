@@ -8,8 +8,8 @@ from torch.func import functional_call
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.report.console import print_result
 from entropy_probe.types import Units
+from entropy_probe.report import print_sections, run_sections
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.invariants.traces import assert_same, state
 from tests.notes import texts
@@ -229,7 +229,7 @@ def test_the_result_is_saved_and_printed(tmp_path, capsys):
     )
     result.save(tmp_path)
     assert ProbeResult.load(tmp_path).predicted == result.predicted
-    print_result(result, Console(width=80))
+    print_sections(run_sections(result), Console(width=80))
     out = " ".join(capsys.readouterr().out.split())
     assert "torch.optim.Adafactor: its own code takes the step on copies" in out
     assert "(jackknife)" in out

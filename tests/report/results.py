@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from typing import Any
 
+from rich.console import Console
+
+from entropy_probe.report import Section, page, print_sections, run_sections
 from entropy_probe.results.note import Note
 from entropy_probe.results.probe import (
     BatchFit,
@@ -19,6 +24,18 @@ from entropy_probe.results.probe import (
 )
 
 COMMON: dict[str, Any] = {"num_units": 256, "unit": "nats/token"}
+
+
+def shown(sections: Iterable[Section], width: int = 80, terminal: bool = False) -> str:
+    """What the console shows of sections."""
+    stream = io.StringIO()
+    print_sections(sections, Console(file=stream, width=width, force_terminal=terminal))
+    return stream.getvalue()
+
+
+def run_page(result: ProbeResult, *more: Any, name: str = "", **settings: Any) -> str:
+    """The page of a run."""
+    return page(run_sections(result, *more, **settings), name=name)
 
 
 def make_result(

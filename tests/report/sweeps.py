@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from entropy_probe.report import page, sweep_sections
 from entropy_probe.results.probe import Estimate, Predicted, Realized
 from entropy_probe.results.sweep import Curvature, Fitted, LinearRange, PowerLawFit, QuadraticFit, Sweep, SweepPoint
 from tests.report.results import COMMON, make_result
+
+
+def sweep_page(sweeps: dict[str, Sweep], name: str = "", **settings: Any) -> str:
+    """The page of a sweep, or of several."""
+    return page(sweep_sections(sweeps, **settings), name=name)
+
 
 RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 

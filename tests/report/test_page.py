@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from entropy_probe.report import result_figures, run_page, sweep_page
-from entropy_probe.report.charts import Axis, Bar, bar_chart
-from entropy_probe.report.views import caveats
+from entropy_probe.report import figure_files, run_sections
+from entropy_probe.report.sections.base import Axis, Bar, Row, bar_charts
+from entropy_probe.report.sections.run import cautions
+from entropy_probe.report.svg import draw_bars
 from entropy_probe.results.probe import PolicyFit, SamplerMismatch
 from entropy_probe.results.validation import RankCorrelation, SubsetStep, Validation
 from tests.notes import noted
-from tests.report.results import make_cross_prompt, make_result
-from tests.report.sweeps import make_sweep
+from tests.report.results import make_cross_prompt, make_result, run_page
+from tests.report.sweeps import make_sweep, sweep_page
 from tests.report.tables import result_of, write_tables
 
 ROOT = Path(__file__).parents[2]
@@ -144,11 +145,12 @@ def test_the_numbers_are_those_of_the_result():
     text = "".join(Checker(run_page(make_result())).text)
     for number in (
         "(−1.432 ± 0.081)×10⁻³", "(−1.380 ± 0.080)×10⁻³", "0.842 ± 0.012", "(−0.520 ± 0.030)×10⁻³",
-        "(−0.912 ± 0.060)×10⁻³", "(0.052 ± 0.030)×10⁻³", "0.964", "6.0×10⁻⁵", "5.4×10⁻⁵", "98.3%", "0.31, at most 0.58",
+        "(−0.912 ± 0.060)×10⁻³", "(0.052 ± 0.030)×10⁻³", "0.964", "6.0×10⁻⁵", "5.4×10⁻⁵", "98.3%", "0.31",
+        "at most 0.58",
     ):  # fmt: skip
         assert number in text, number
     assert "64% of that comes from momentum" in text
-    assert "z −0.4; −3.1×10⁻³ nats/token" in text
+    assert "z −0.4surprisal − entropy −3.1×10⁻³ nats/token" in text
     assert "Policy fit, update" in text
     assert "attribution=true" in text
 
@@ -164,9 +166,9 @@ def test_a_headline_does_not_stand_without_what_spoils_it():
     def found(**more):
         return result.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=more)})
 
-    assert caveats(found(policy_fit=PolicyFit())) == []
-    said = ["The evaluation rollouts do not fit the policy, so the numbers are biased."]
-    assert caveats(found(policy_fit=fits)) == said
+    assert cautions(found(policy_fit=PolicyFit())) == ()
+    said = ("The evaluation rollouts do not fit the policy, so the numbers are biased.",)
+    assert cautions(found(policy_fit=fits)) == said
     page = run_page(found(not_modelled=parts))
     headline = html.unescape(page[: page.index('id="result"')])
     assert "The update rollouts do not fit the policy; the step is taken on them as given." in headline
@@ -233,11 +235,9 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
     )
     text = "".join(Checker(run_page(result_of(tables), tables=tables, validation=validation)).text)
     assert "few halvesWhat to do: Use more update prompts." in text
-    assert "Checked by 40 real steps on 2 of 4 prompts each: rank" in text
-    assert (
-        "with the contributions 0.981 (0.950 to 0.993) and with the negated covariance terms −0.120 (−0.400 to 0.200)."
-        in text
-    )
+    assert "40 real steps on 2 of 4 prompts: are they ranked as forecast?" in text
+    assert re.search(r"contributions\s*0.981\s*0.950 to 0.993\s*0.99", text)
+    assert re.search(r"negated covariance terms\s*−0.120\s*−0.400 to 0.200\s*−0.12", text)
     assert "Changes are measured on one half of 2,048 evaluation sequences and forecast from the other" in text
     assert "reliability of the measured changes: 0.970" in text
 
@@ -250,9 +250,9 @@ def test_the_same_result_gives_the_same_bytes(attributed, tmp_path):
 def test_a_page_needs_neither_torch_nor_the_network():
     code = (
         "import sys, socket; socket.socket = None\n"
-        "from entropy_probe.report import run_page, result_figures\n"
+        "from entropy_probe.report import figure_files, page, run_sections\n"
         "from tests.report.results import make_result\n"
-        "run_page(make_result()); result_figures(make_result(), None)\n"
+        "sections = run_sections(make_result()); page(sections); figure_files(sections)\n"
         "sys.exit(' '.join(m for m in ('torch', 'transformers', 'scipy') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -262,30 +262,33 @@ def test_a_page_needs_neither_torch_nor_the_network():
 def test_figures_for_papers(tmp_path):
     tables = write_tables(tmp_path)
     result = result_of(tables)
-    found = result_figures(result, tables)
+    found = figure_files(run_sections(result, tables))
     assert found.keys() == {f"{n}.{k}" for n in ("change", "parts", "prompts", "layers") for k in ("png", "svg")}
     assert all(content[1:4] == b"PNG" for name, content in found.items() if name.endswith("png"))
     assert b"Prompt 100" in found["prompts.svg"] or b"<svg" in found["prompts.svg"]
-    assert result_figures(result, tables) == found
-    assert result_figures(make_result(predicted=None, difference=None), None).keys() == {"change.png", "change.svg"}
+    assert figure_files(run_sections(result, tables)) == found
+    assert figure_files(run_sections(make_result(predicted=None, difference=None))).keys() == {
+        "change.png",
+        "change.svg",
+    }
 
 
 def test_bars_lie_where_their_values_are():
-    bars = [Bar("a", -2.0, "", 0.5), Bar("b", -1.0, "", start=-2.0, linked=True), Bar("c", 1.0, "", look="total")]
-    chart = bar_chart(bars, "nats")
-    assert chart is not None
+    bars = [Bar(Row("a"), -2.0, 0.5), Bar(Row("b"), -1.0, start=-2.0, linked=True), Bar(Row("c"), 1.0, look="total")]
+    (chart,) = bar_charts("", bars, "nats", "")
+    rows, _, _ = draw_bars(chart)
     low, high = -3.0, 1.0
     axis = Axis(low - 0.04 * 4, high + 0.04 * 4)
-    for (bar, drawing), (left, right) in zip(chart.rows, [(-2.0, 0.0), (-3.0, -2.0), (0.0, 1.0)], strict=True):
+    for (bar, drawing), (left, right) in zip(rows, [(-2.0, 0.0), (-3.0, -2.0), (0.0, 1.0)], strict=True):
         found = re.search(r'<rect class="([a-z ]+)" x="([\d.]+)%" width="([\d.]+)%"', drawing)
         assert found
         assert float(found[2]) == pytest.approx(100 * axis.at(left), abs=2e-3)
         assert float(found[3]) == pytest.approx(100 * (axis.at(right) - axis.at(left)), abs=2e-3)
         assert found[1].split()[0] == ("up" if bar.value > 0 else "down")
-    whiskers = re.findall(r'<line class="whisker" x1="([\d.]+)%" x2="([\d.]+)%"', chart.rows[0][1])
+    whiskers = re.findall(r'<line class="whisker" x1="([\d.]+)%" x2="([\d.]+)%"', rows[0][1])
     ends = [100 * axis.at(-2.0 + k * 0.5) for k in (-1, 1)]
     assert [float(x) for x in whiskers[0]] == pytest.approx(ends, abs=2e-3)
-    assert bar_chart([Bar("zero", 0.0, "")], "nats") is None
+    assert bar_charts("", [Bar(Row("zero"), 0.0)], "nats", "") == ()
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, TypeAlias
 
 from entropy_probe.report.numbers import format_estimate
 from entropy_probe.results.note import Note
+from entropy_probe.results.probe import Estimate
+from entropy_probe.results.sweep import Fitted
 
 __all__ = [
     "Axis", "Bar", "BarChart", "Block", "Curve", "HeatMap", "LineChart", "Listing", "Point", "Row", "Rows", "Section",
@@ -322,15 +324,7 @@ class Section:
         return replace(self, blocks=tuple(blocks))
 
 
-@runtime_checkable
-class _WithError(Protocol):
-    @property
-    def value(self) -> float: ...
-    @property
-    def standard_error(self) -> float: ...
-
-
-def written(estimate: _WithError, exponent: int | None = None) -> str:
+def written(estimate: Estimate | Fitted, exponent: int | None = None) -> str:
     """An estimate with its error, the same digits for both; see :func:`format_estimate`."""
     return format_estimate(estimate.value, estimate.standard_error, exponent)
 

@@ -6,11 +6,77 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from entropy_probe.report.attribution import culprits, layer_grid, prompt_chart, prompt_sentence, token_sentence
+from entropy_probe.report import run_sections
 from entropy_probe.report.payload import MAX_TOKENS, responses_payload, script_json
+from entropy_probe.report.sections.attribution import (
+    attribution_sections,
+    culprits,
+    layers_section,
+    prompt_sentences,
+    prompts_section,
+)
+from entropy_probe.report.sections.base import BarChart, HeatMap, Rows
+from entropy_probe.report.svg import heat_cells
 from entropy_probe.report.tables import check_tables, read_tables
-from tests.report.results import make_result
+from entropy_probe.results.attribution import AttributionSummary
+from tests.report.results import make_result, shown
 from tests.report.tables import result_of, write_tables
+
+SUMMARY = AttributionSummary(
+    unit="nats/token",
+    method="forward-mode",
+    num_tokens=1535,
+    gradient=-3.34e-4,
+    momentum=-2.2e-3,
+    weight_decay=0.0,
+    positive_advantages=-1.22e-4,
+    negative_advantages=-2.12e-4,
+    rank_correlation_with_covariance=-0.36,
+    seconds=0.5,
+)
+
+
+def show(**changes) -> str:
+    return shown(run_sections(make_result().model_copy(update={"attribution": SUMMARY.model_copy(update=changes)})))
+
+
+def test_signs_and_covariance_without_tables():
+    text = show()
+    assert " Which tokens did it\n" in text
+    assert "from 1,535 tokens." in text
+    assert "advantages > 0   -1.22e-4" in text
+    assert "advantages < 0   -2.12e-4" in text
+    assert "covariance term  -0.36" in text
+    assert "lowering" not in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "undefined" in show(rank_correlation_with_covariance=None)
+    assert "reverse-mode (no rule for [x])" in show(method="reverse-mode (no rule for [x])")
+
+
+def test_top_prompts_from_the_table():
+    contributions = [-2e-4, 1e-5, -1e-4, 3e-5, -6e-5, -1.4e-5, 0.0]
+    columns = {
+        "prompt_id": np.arange(7),
+        "prompt": ["1+1=", None, "[bold]\x1b[31m", "x" * 60 + "end", "d", "e", "f"],
+        "num_responses": [4] * 7,
+        "num_tokens": [9] * 7,
+        "mean_reward": np.array([0.5, *[np.nan] * 6]),
+        "contribution": np.array(contributions),
+        "standard_error": np.array([1e-5, *[np.nan] * 6]),
+        "covariance": np.zeros(7),
+    }
+    lines = shown([prompts_section(columns, "nats/token", 8)]).splitlines()
+    first = next(i for i, line in enumerate(lines) if "lowering entropy most" in line)
+    assert "1+1=" in lines[first + 1]
+    assert "-2.00e-4 ± 0.10e-4" in lines[first + 1]
+    assert "reward 0.50" in lines[first + 1]
+    assert r"[bold]\x1b[31m" in lines[first + 2]
+    assert "d " in lines[first + 3]
+    assert "raising entropy most" in lines[first + 4]
+    assert "…" in lines[first + 5]
+    assert "end" in lines[first + 5]
+    assert "prompt 1" in lines[first + 6]
+    assert all(len(line) <= 80 for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -50,50 +116,62 @@ def prompts(contributions, **more):
         "contribution": np.array(contributions),
         "standard_error": np.full(count, np.nan),
         "mean_reward": np.full(count, np.nan),
+        "covariance": np.zeros(count),
+        "num_responses": [4] * count,
+        "num_tokens": [9] * count,
         "prompt": [None] * count,
     }
     return columns | {name: np.array(values) for name, values in more.items()}
 
 
 def test_the_sentence_names_who_did_it():
-    said = prompt_sentence(prompts([-5e-4, 1e-4, -3e-4, 0.0, -2e-4, 1e-4]))
+    said = prompt_sentences(prompts([-5e-4, 1e-4, -3e-4, 0.0, -2e-4, 1e-4]))
     assert said[0] == "One of 6 prompts causes 50% of all that pushes entropy down in this batch: 10."
-    assert said[1] == "Another 2 prompts push it up, by 2.0×10⁻⁴ together."
+    assert said[1] == "Another 2 prompts push it up, by 2.0e-4 together."
     assert said[2].startswith("One prompt contributes nothing")
-    both = prompt_sentence(prompts([3.0, 3.0, 2.0, 2.0]))
+    both = prompt_sentences(prompts([3.0, 3.0, 2.0, 2.0]))
     assert both == ["2 of 4 prompts cause 60% of all that pushes entropy up in this batch: 10 and 11."]
-    assert "No prompt" in prompt_sentence(prompts([0.0, 0.0]))[0]
+    assert "No prompt" in prompt_sentences(prompts([0.0, 0.0]))[0]
 
 
 def test_many_prompts_show_both_ends():
-    chart = prompt_chart(prompts([float(k) for k in range(-20, 20)], standard_error=np.full(40, 0.5)), "nats/token", 8)
-    assert chart is not None
-    assert [bar.value for bar, _ in chart.rows] == [*range(-20, -12), *range(12, 20)]
-    assert chart.rows[0][0].text == "−20.00 ± 0.50"
-    assert chart.rows[0][0].key == 10
+    columns = prompts([float(k) for k in range(-20, 20)], standard_error=np.full(40, 0.5))
+    section = prompts_section(columns, "nats/token", 8)
+    chart = next(block for block in section.blocks if isinstance(block, BarChart))
+    assert [bar.value for bar in chart.bars] == [*range(-20, -12), *range(12, 20)]
+    assert chart.bars[0].row.value == "-20.00 ± 0.50"
+    assert chart.bars[0].prompt == 10
+    named = next(block for block in section.blocks if isinstance(block, Rows)).rows
+    assert [row.label for row in named] == ["lowering entropy most", "prompt 10", "prompt 11", "prompt 12",
+                                            "raising entropy most", "prompt 49", "prompt 48", "prompt 47"]  # fmt: skip
 
 
-def test_the_grid_adds_up(tmp_path):
+def test_the_grids_add_up(tmp_path):
     layers = write_tables(tmp_path, layers=2).layers
-    grid = layer_grid(layers, "nats/token")
-    assert grid.modules == ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head")
-    power = float(grid.scale.split(" ")[0].replace("×10⁻", "1e-").translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")))
-
-    def number(cell) -> float:
-        return float(cell.text.replace("−", "-")) * power
-
-    for name, cells, total in grid.layers:
+    grid, parts = (block for block in layers_section(layers, "nats/token").blocks if isinstance(block, HeatMap))
+    assert grid.columns[1:] == ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head")
+    for (name, numbers), total in zip(grid.rows, grid.totals, strict=True):
         own = layers["total"][[layer == name for layer in layers["layer"]]]
-        assert [cell is None for cell in cells] == [(name == "lm_head") != (m == "lm_head") for m in grid.modules]
-        assert [number(cell) for cell in cells if cell] == pytest.approx(own.tolist(), abs=0.006 * power)
-        assert number(total) == pytest.approx(own.sum(), abs=0.006 * power)
-    for name, cells in grid.parts:
+        assert [x is None for x in numbers] == [(name == "lm_head") != (m == "lm_head") for m in grid.columns[1:]]
+        assert [x for x in numbers if x is not None] == pytest.approx(own.tolist())
+        assert total == pytest.approx(own.sum())
+    for name, numbers in parts.rows:
         own = [layers[part][[m == name for m in layers["module"]]].sum() for part in
                ("gradient", "momentum", "weight_decay", "total")]  # fmt: skip
-        assert [number(cell) for cell in cells] == pytest.approx(own, abs=0.006 * power)
-        assert all((cell.level > 0) == (number(cell) > 0) for cell in cells if cell.level)
-    levels = [abs(cell.level) for _, cells, _ in grid.layers for cell in cells if cell]
-    assert max(levels) == 6
+        assert numbers == pytest.approx(own)
+
+
+def test_heat_follows_sign_and_size(tmp_path):
+    grid = next(block for block in layers_section(write_tables(tmp_path).layers, "nats/token").blocks)
+    rows, scale = heat_cells(grid)
+    power = float(scale.split(" ")[0].replace("×10⁻", "1e-").translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")))
+    for (_, numbers), total, (_, cells) in zip(grid.rows, grid.totals, rows, strict=True):
+        for x, cell in zip((*numbers, total), cells, strict=True):
+            assert (x is None) == (cell is None)
+            if cell is not None:
+                assert float(cell.text.replace("−", "-")) * power == pytest.approx(x, abs=0.006 * power)
+                assert not cell.level or (cell.level > 0) == (x > 0)
+    assert max(abs(cell.level) for _, cells in rows for cell in cells[:-1] if cell) == 6
 
 
 def test_the_payload_holds_every_token(tmp_path):
@@ -143,16 +221,14 @@ def test_json_cannot_leave_its_element():
         script_json([float("nan")])
 
 
-def test_the_sign_split_is_in_the_sentence(tmp_path):
+def test_the_sign_split_is_in_the_rows(tmp_path):
     tables = write_tables(tmp_path, prompts=2, group=2, tokens=2)
-    result = result_of(tables)
     tables.tokens["advantage"][:] = [1, 1, -1, -1, 0, 0, 0, 0]
     tables.tokens["contribution"][:] = [-1e-4, -2e-4, 5e-5, 0, 0, 0, 0, 0]
-    said = token_sentence(tables, result)
-    assert "8 tokens of 4 responses" in said
-    assert "positive advantage add −3.0×10⁻⁴ nats/token" in said
-    assert "negative one 5.0×10⁻⁵" in said
-    assert "(2025): −0.43," in said
+    _, tokens, _ = attribution_sections(result_of(tables), tables)
+    assert tokens.sentences == ("The gradient part comes from 8 tokens of 4 responses.",)
+    said = {row.label: row.value for block in tokens.blocks if isinstance(block, Rows) for row in block.rows}
+    assert said == {"advantages > 0": "-3.00e-4", "advantages < 0": "0.50e-4", "covariance term": "-0.43"}
 
 
 def test_a_run_without_attribution_has_no_tables(tmp_path):

@@ -1,30 +1,33 @@
 from __future__ import annotations
 
-import io
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
-from entropy_probe.report import figure_files, plots, print_sweeps, result_figures
-from entropy_probe.report.sweep import sweep_sentence
+from entropy_probe.report import figure_files, sweep_sections
+from entropy_probe.report.figures import SETTINGS
+from entropy_probe.report.sections.attribution import layers_section
+from entropy_probe.report.sections.sweep import sweep_sentence
 from entropy_probe.results.sweep import LinearRange, Sweep, SweepPoint
 from tests.notes import noted
+from tests.report.results import shown
 from tests.report.sweeps import make_sweep
-from tests.report.tables import result_of, write_tables
+from tests.report.tables import write_tables
 
 
 def show(sweeps: dict[str, Sweep]) -> str:
-    stream = io.StringIO()
-    print_sweeps(sweeps, Console(file=stream, width=80))
-    return stream.getvalue()
+    return shown(sweep_sections(sweeps))
+
+
+def figures(sweeps: dict[str, Sweep]) -> dict[str, bytes]:
+    return figure_files(sweep_sections(sweeps))
 
 
 def test_what_files_say_cannot_act_on_the_terminal():
     sweep = make_sweep(notes=noted("\x1b]0;owned\x07\u202e"))
-    for shown in (show({"": sweep}), show({"a": sweep, "b": make_sweep()})):
-        assert r"\x1b]0;owned\x07\u202e" in shown
-        assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    for text in (show({"": sweep}), show({"a": sweep, "b": make_sweep()})):
+        assert r"\x1b]0;owned\x07\u202e" in text
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
 
 
 def test_sentences():
@@ -55,7 +58,7 @@ def test_failed_points_are_shown_and_drawn():
     failed = SweepPoint(learning_rate=1.0, predicted=sweep.points[0].predicted, failure="overflow")
     sweep = sweep.model_copy(update={"points": (*sweep.points, failed)})
     assert " failed" in show({"": sweep})
-    assert figure_files({"": sweep}).keys() == {"sweep.png", "sweep.svg"}
+    assert figures({"": sweep}).keys() == {"sweep.png", "sweep.svg"}
 
 
 def test_a_summary_of_several():
@@ -70,7 +73,7 @@ def test_a_summary_of_several():
 @pytest.mark.parametrize("several", [False, True])
 def test_figures_are_the_same_every_time(several):
     sweeps = {"a": make_sweep(), "b": make_sweep(9.0, end=None)} if several else {"": make_sweep()}
-    first, again = figure_files(sweeps), figure_files(sweeps)
+    first, again = figures(sweeps), figures(sweeps)
     assert first == again
     assert all(len(content) > 1000 for content in first.values())
 
@@ -78,7 +81,7 @@ def test_figures_are_the_same_every_time(several):
 def test_figures_without_a_single_usable_point():
     sweep = make_sweep(end=None, fit=None, power_law=None, learning_rate_star=None)
     sweep = sweep.model_copy(update={"points": sweep.points[-1:]})
-    assert figure_files({"": sweep}).keys() == {"sweep.png", "sweep.svg"}
+    assert figures({"": sweep}).keys() == {"sweep.png", "sweep.svg"}
 
 
 NAMES = ["a$b$c", r"x$\frac", r"\$y$", "_last", "a\x1b[2J", "[red]"]
@@ -89,20 +92,20 @@ def drawn(svg: bytes) -> set[str]:
 
 
 def test_names_are_drawn_letter_by_letter(monkeypatch, tmp_path):
-    monkeypatch.setitem(plots.SETTINGS, "svg.fonttype", "none")  # text as text, not as outlines
+    monkeypatch.setitem(SETTINGS, "svg.fonttype", "none")  # text as text, not as outlines
     expected = {*NAMES, r"a\x1b[2J"} - {"a\x1b[2J"}
     sweeps = {name: make_sweep() for name in NAMES}
-    svg = figure_files(sweeps)["sweeps.svg"]
+    svg = figures(sweeps)["sweeps.svg"]
     assert expected <= drawn(svg)
     assert svg.count(b"_last") >= 2  # at the axis and in the legend
     tables = write_tables(tmp_path)
     tables.layers["layer"][:2] = NAMES[:2]
     tables.layers["module"][:2] = NAMES[2:4]
-    assert set(NAMES[:4]) <= drawn(result_figures(result_of(tables), tables)["layers.svg"])
+    assert set(NAMES[:4]) <= drawn(figure_files([layers_section(tables.layers, "nats")])["layers.svg"])
 
 
 def test_a_summary_shows_names_as_they_are():
-    shown = show({name: make_sweep() for name in NAMES})
-    assert all(name in shown for name in NAMES if "\x1b" not in name)
-    assert r"a\x1b[2J" in shown
-    assert "\x1b" not in shown
+    text = show({name: make_sweep() for name in NAMES})
+    assert all(name in text for name in NAMES if "\x1b" not in name)
+    assert r"a\x1b[2J" in text
+    assert "\x1b" not in text
