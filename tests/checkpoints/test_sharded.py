@@ -21,7 +21,7 @@ from entropy_probe.checkpoints import CheckpointError, UnsupportedError, errors,
 from entropy_probe.checkpoints import dcp as sharded_directory
 from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory, make_up
 from entropy_probe.checkpoints.record import record_checkpoint
-from entropy_probe.cli.output import hash_directory
+from entropy_probe.cli.output.inputs import hash_directory
 from entropy_probe.steps.adamw import optimizer_parameters, shadow_step
 from tests.cli.conftest import invoke
 from tests.faults.payloads import Payload, raw_pickle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,10 +144,7 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
             (result,) = ranks.broadcast([ProbeResult.load(output.path)] if writing else [])
         else:
             result = _probe_into(output, sources, ranks, progress, halves)
-        if writing:
-            output.tidy()
-            if not output.shown:
-                write_run_report(output.path, result)
+        output.finish(partial(write_run_report, output.path, result))
     return result
 
 

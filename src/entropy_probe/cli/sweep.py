@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -105,10 +106,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
             (found,) = ranks.broadcast([Sweep.load(output.path)] if output.writes else [])
         else:
             found = _sweep_into(output, config, sources, ranks, progress)
-    if output.writes:
-        output.tidy()
-        if not output.shown:
-            write_sweep_report(output.path, {"": found})
+    output.finish(partial(write_sweep_report, output.path, {"": found}))
     return found
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from entropy_probe.cli.config import RunConfig
-from entropy_probe.cli.output import Inputs, locked, unfinished
+from entropy_probe.cli.output import locked, unfinished
 from entropy_probe.cli.output.directory import OWN_FILES, resume
+from entropy_probe.cli.output.inputs import Inputs
 from entropy_probe.parallel.ranks import ALONE
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import write_atomically
@@ -64,10 +65,7 @@ def command(directory: Path, inputs: Inputs = INPUTS, fail: str = "", **settings
                 write("tokens.parquet", text)
                 write("results.json", make_result().model_dump_json())
                 write(VALIDATION_FILE, text)
-        output.tidy()
-        if not output.shown:
-            write("figures/parts.png", "drawn")
-            write("report.html", text)
+        output.finish(lambda: (write("figures/parts.png", "drawn"), write("report.html", text)))
     return sampled
 
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from entropy_probe.cli.output import LOCK_FILE, check_new, locked
+from entropy_probe.cli.output import check_new
+from entropy_probe.cli.output.lock import LOCK_FILE, locked
 
 
 def check(directory) -> None:

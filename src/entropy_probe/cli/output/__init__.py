@@ -18,6 +18,7 @@ error nothing is left unless something was sampled or measured.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from entropy_probe.cli.output.directory import (
     ANSWERS,
     CONFIG_FILE,
@@ -46,3 +47,9 @@ __all__ = [
     "open_output",
     "unfinished",
 ]
+=======
+from entropy_probe.cli.output.directory import CONFIG_FILE, FIGURES, POINTS, Output, check_new, open_output, unfinished
+from entropy_probe.cli.output.lock import locked
+
+__all__ = ["CONFIG_FILE", "FIGURES", "POINTS", "Output", "check_new", "locked", "open_output", "unfinished"]
+>>>>>>> w-output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -81,11 +81,6 @@ class Output:
         """Where an evaluation batch is collected."""
         return self.path / SHARDS
 
-    @property
-    def shown(self) -> bool:
-        """Whether what is drawn from the rest is there."""
-        return (self.path / REPORT_FILE).is_file()
-
     def batch_file(self, batch: Batch) -> Path:
         """Where a batch goes."""
         return self.path / ROLLOUT_FILES[batch]
@@ -129,12 +124,16 @@ class Output:
             if self.config.save_rollouts and rollouts is not None and file.resolve() not in self._given:
                 rollouts.to_parquet(file)
 
-    def tidy(self) -> None:
-        """Delete what a finished directory does without."""
+    def finish(self, draw: Callable[[], None]) -> None:
+        """Delete what a finished directory does without, and draw what is shown of the rest, last the report."""
+        if not self.writes:
+            return
         unsaved = [] if self.config.save_rollouts else map(self.batch_file, ROLLOUT_FILES)
         _delete([*_temporary_files(self.path), *self.shards.glob("shard-*")])
         _delete(file for file in unsaved if file.resolve() not in self._given)
         _delete_empty(self.path)
+        if not (self.path / REPORT_FILE).is_file():
+            draw()
 
     @property
     def _given(self) -> set[Path]:
