@@ -18,7 +18,6 @@ error nothing is left unless something was sampled or measured.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from entropy_probe.cli.output.directory import (
     ANSWERS,
     CONFIG_FILE,
@@ -29,27 +28,6 @@ from entropy_probe.cli.output.directory import (
     open_output,
     unfinished,
 )
-from entropy_probe.cli.output.inputs import Inputs, hash_directory, inputs_of
-from entropy_probe.cli.output.lock import LOCK_FILE, locked
-
-__all__ = [
-    "ANSWERS",
-    "CONFIG_FILE",
-    "FIGURES",
-    "LOCK_FILE",
-    "POINTS",
-    "Inputs",
-    "Output",
-    "check_new",
-    "hash_directory",
-    "inputs_of",
-    "locked",
-    "open_output",
-    "unfinished",
-]
-=======
-from entropy_probe.cli.output.directory import CONFIG_FILE, FIGURES, POINTS, Output, check_new, open_output, unfinished
 from entropy_probe.cli.output.lock import locked
 
-__all__ = ["CONFIG_FILE", "FIGURES", "POINTS", "Output", "check_new", "locked", "open_output", "unfinished"]
->>>>>>> w-output
+__all__ = ["ANSWERS", "CONFIG_FILE", "FIGURES", "POINTS", "Output", "check_new", "locked", "open_output", "unfinished"]
