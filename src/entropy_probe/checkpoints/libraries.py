@@ -26,7 +26,7 @@ _BAD_FILES = (
 
 
 class WithoutInitialization(TorchFunctionMode):
-    """Leave out the initialisation of weights: on a model without storage it takes time and does nothing."""
+    """Leave out the initialisation of weights, which are written later or never: it would take time and memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the tensor that an initialiser was to fill."""
