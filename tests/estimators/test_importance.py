@@ -181,7 +181,7 @@ def test_the_path_that_produced_the_number_is_named(log_weights, settings, estim
     assert (record.value is None) == (record.estimate is None) == (not measured)
     assert record.status == ("ok" if measured else diagnosis)
     if not measured:
-        assert "no realized change is given" in found.note
+        assert "no realized change is given" in found.note.text
         return
     expected = {
         "per_decision": lambda: per_decision(before, after, units),
