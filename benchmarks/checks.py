@@ -33,7 +33,7 @@ from two_batch import Setup, training_gradient
 
 Seconds = defaultdict[str, float]
 PARTS = {
-    "layout": [(Policy, "prepare"), (Policy, "choose_taps")],
+    "layout": [(Policy, "prepare"), (Policy, "choose_hooks")],
     "length": [(LengthSample, "of"), (predict, "_length_changes"), (LengthSample, "beyond")],
     "update gradient": [(predict, "update_gradient")],
 }

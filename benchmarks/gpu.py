@@ -274,7 +274,7 @@ def measure(size: Size, precision: str, rounds: int, device: torch.device) -> di
         },
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "per_unit_gradients": result.diagnostics.per_unit_gradients,
+        "per_sample_gradients": result.diagnostics.per_sample_gradients,
         "prefix_sharing": result.diagnostics.prefix_sharing,
         "notes": [note.text for note in result.diagnostics.notes],
     }
@@ -320,7 +320,7 @@ def section(found: dict[str, Any]) -> str:
         ),
         f"| rest | {rest:.0%} | {rest * f['ratio']:.2f} | | |",
         "",
-        " ".join([f"Gradients by {f['per_unit_gradients']}, prefix sharing {f['prefix_sharing']}.", *notes]),
+        " ".join([f"Gradients by {f['per_sample_gradients']}, prefix sharing {f['prefix_sharing']}.", *notes]),
         "",
     ]
     return "\n".join(lines)

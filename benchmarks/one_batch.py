@@ -29,19 +29,19 @@ from entropy_probe.losses import build_loss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.steps.preconditioner import frozen_preconditioner
-from entropy_probe.types import TokenCoefficients, Units
+from entropy_probe.types import Clusters, TokenCoefficients
 from two_batch import FULL, QUICK, Setup, training_gradient
 
 
 def surrogates(scorer: Scorer, batch: Rollouts) -> list[TokenCoefficients]:
     """Coefficients of the two sides; the scoring pass they need is not charged to the straightforward algorithm."""
-    units = Units.prompts(batch.prompt_ids)
+    clusters = Clusters.prompts(batch.prompt_ids)
     scores = scorer.score(batch)
-    towards = entropy_coefficients(scores, batch.prompt_ids, units, PositionSums.of(scores))
-    factor = -units.count / batch.response_mask.sum().item()
+    towards = entropy_coefficients(scores, batch.prompt_ids, clusters, PositionSums.of(scores))
+    factor = -clusters.count / batch.response_mask.sum().item()
     assert towards.entropies is not None
     x = TokenCoefficients(factor * towards.logprobs, factor * towards.entropies)
-    return [x, TokenCoefficients(-units.count * build_loss("dapo", {}).coefficients(batch, None).logprobs, None)]
+    return [x, TokenCoefficients(-clusters.count * build_loss("dapo", {}).coefficients(batch, None).logprobs, None)]
 
 
 def straightforward(
@@ -55,7 +55,7 @@ def straightforward(
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     scale = frozen_preconditioner(parameters, optimizer).scale
     flat_scale = torch.cat([scale[n].reshape(-1) for n in parameters]).double()
-    units = Units.prompts(batch.prompt_ids)
+    clusters = Clusters.prompts(batch.prompt_ids)
 
     def gradient(side: TokenCoefficients, rows: Tensor | None) -> Tensor:
         total = torch.zeros(len(flat_scale), dtype=torch.float64)
@@ -68,8 +68,8 @@ def straightforward(
     with evaluating(model):
         x_sum, y_sum = (gradient(side, None) for side in sides)
         rows = []
-        for unit in range(units.count):
-            members = (units.index == unit).nonzero()[:, 0]
+        for unit in range(clusters.count):
+            members = (clusters.index == unit).nonzero()[:, 0]
             a, b = (gradient(side, members) for side in sides)
             rows.append((a @ (flat_scale * y_sum), b @ (flat_scale * x_sum), a @ (flat_scale * b)))
     return cross_statistic(*(torch.stack(column) for column in zip(*rows, strict=True))).value

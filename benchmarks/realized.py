@@ -52,7 +52,7 @@ from entropy_probe.sampling import (
     sample_update,
 )
 from entropy_probe.sampling.rewards import exact_match
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
 
 def brevity(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -84,25 +84,27 @@ QUICK = Setup(
     training=(("warm_start_steps", 20), ("steps", 2), ("save_steps", 2)),
     reward=brevity,
 )
-Estimator = Callable[[TokenScores, TokenScores, Units], Sampled]
+Estimator = Callable[[TokenScores, TokenScores, Clusters], Sampled]
 
 
 def weighted(mode: Any, kind: Any) -> Estimator:
     """Self-normalised importance sampling with the given weights and entropies."""
 
-    def estimate(before: TokenScores, after: TokenScores, units: Units) -> Sampled:
+    def estimate(before: TokenScores, after: TokenScores, clusters: Clusters) -> Sampled:
         weights = sequence_importance_weights(sequence_log_weights(before, after)[0], mode)
-        return change(snis(after, weights.normalized, units, "token", kind), entropy(before, units, "token", kind))
+        return change(
+            snis(after, weights.normalized, clusters, "token", kind), entropy(before, clusters, "token", kind)
+        )
 
     return estimate
 
 
-def exact_entropies(before: TokenScores, after: TokenScores, units: Units) -> Sampled:
+def exact_entropies(before: TokenScores, after: TokenScores, clusters: Clusters) -> Sampled:
     """The per-decision estimator."""
-    return change(per_decision(before, after, units, PositionSums.of(before)), entropy(before, units))
+    return change(per_decision(before, after, clusters, PositionSums.of(before)), entropy(before, clusters))
 
 
-Baseline = Callable[[Tensor, Tensor, Units, Tensor, Tensor, Tensor], Tensor]
+Baseline = Callable[[Tensor, Tensor, Clusters, Tensor, Tensor, Tensor], Tensor]
 FOLDS = 5
 
 
@@ -113,10 +115,10 @@ def no_baseline(values: Tensor, *_: Any) -> Tensor:
 def with_baseline(baseline: Baseline | None) -> Estimator:
     """The per-decision estimator with another baseline; ``None`` is the regression."""
 
-    def estimate(before: TokenScores, after: TokenScores, units: Units) -> Sampled:
+    def estimate(before: TokenScores, after: TokenScores, clusters: Clusters) -> Sampled:
         chosen = baseline or partial(regression_baseline, before.entropies)
         with mock.patch.object(realized, "position_baseline", chosen):
-            return exact_entropies(before, after, units)
+            return exact_entropies(before, after, clusters)
 
     return estimate
 
@@ -125,7 +127,7 @@ def regression_baseline(
     entropies: Tensor,
     values: Tensor,
     mask: Tensor,
-    units: Units,
+    clusters: Clusters,
     reaching: Tensor,
     sums: Tensor,
     weights: Tensor,
@@ -136,11 +138,11 @@ def regression_baseline(
     total = h.cumsum(1)
     previous = torch.nn.functional.pad(h, (1, 0))[:, :-1]
     x = torch.stack([position, position**2, h, h**2, total, total / (position + 1), previous, h * position], -1)
-    mean = position_baseline(values, mask, units, reaching, sums, weights)
+    mean = position_baseline(values, mask, clusters, reaching, sums, weights)
     residual = torch.where(mask, values.double() - mean, 0.0)
     out = mean.clone()
     for fold in range(FOLDS):
-        held_out = units.index % FOLDS == fold
+        held_out = clusters.index % FOLDS == fold
         train = mask & ~held_out[:, None]
         center, spread = x[train].mean(0), x[train].std(0) + 1e-12
         design = (x[train] - center) / spread
@@ -204,10 +206,10 @@ def compare(setup: Setup, directory: Path) -> dict[str, Any]:
 
 def estimate_all(probe: EntropyProbe, update: Rollouts, evaluation: Rollouts) -> dict[str, tuple[float, float]]:
     """Value and standard error by every estimator, and of the paired difference, from the scores of one probe."""
-    seen: list[tuple[TokenScores, TokenScores, Units]] = []
+    seen: list[tuple[TokenScores, TokenScores, Clusters]] = []
 
     def record(before: TokenScores, after: TokenScores, part: Part, *rest: Any) -> Measurement:
-        seen.append((before, after, part.units))
+        seen.append((before, after, part.clusters))
         return measure_change(before, after, part, *rest)
 
     with mock.patch.object(measure, "measure_change", record):

@@ -208,7 +208,7 @@ def cost(setup: Setup, *, lora: bool, rounds: int, clock: Callable[[], float]) -
         "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "head": result.diagnostics.head,
         "prefix_sharing": result.diagnostics.prefix_sharing,
-        "per_unit_gradients": result.diagnostics.per_unit_gradients,
+        "per_sample_gradients": result.diagnostics.per_sample_gradients,
     }
 
 
@@ -383,7 +383,7 @@ def _show_cost(c: dict[str, Any], label: str, console: Console) -> None:
     table.add_row("training gradient", f"{c['training_seconds']:.2f} s", "1")
     console.print(table)
     console.print(
-        f"prefix sharing {c['prefix_sharing']}; per-unit gradients: {c['per_unit_gradients']}", soft_wrap=True
+        f"prefix sharing {c['prefix_sharing']}; per-sample gradients: {c['per_sample_gradients']}", soft_wrap=True
     )
 
 

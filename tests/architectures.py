@@ -43,7 +43,7 @@ class Row:
         name: the model type, and what was set.
         scores: how logits were computed.
         sharing: whether responses to one prompt share a row, or why not.
-        gradients: how per-unit gradients were computed.
+        gradients: how per-sample gradients were computed.
         sampling: with the model's cache, or how else.
         verdict: right, refused, or what is wrong.
         detail: the refusals' lines, or the differences.
@@ -169,7 +169,7 @@ def scored(name: str, update: Rollouts, evaluation: Rollouts) -> tuple[tuple[str
         if (a is None) != (b is None) or (a is not None and not abs(a - b) <= tolerance * abs(b))
     ]
     d = found.diagnostics
-    return (d.head, d.prefix_sharing, d.per_unit_gradients), wrong, None
+    return (d.head, d.prefix_sharing, d.per_sample_gradients), wrong, None
 
 
 def sampled(name: str) -> tuple[str, list[str], str | None]:

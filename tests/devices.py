@@ -141,7 +141,7 @@ def every_layer(device: torch.device) -> Numbers:
     model, optimizer = on_device(Mixed().double(), device)
     update, evaluation = rollouts(4, 3, 0, 12), rollouts(12, 1, 1, 12)
     result = _probe(model, optimizer, learning_rate=1e-4).run(update=update, evaluation=evaluation)
-    assert result.diagnostics.per_unit_gradients.startswith("taps; by autograd"), result.diagnostics
+    assert result.diagnostics.per_sample_gradients.startswith("hooks; by autograd"), result.diagnostics
     return numbers(result)
 
 
@@ -155,7 +155,7 @@ def hugging_face(
     result = work(update=rollouts(6, 4, 0), evaluation=rollouts(16, 1, 1))
     assert result.diagnostics.prefix_sharing == "on", result.diagnostics
     assert result.diagnostics.head == "chunked", result.diagnostics
-    assert "taps" in result.diagnostics.per_unit_gradients, result.diagnostics
+    assert "hooks" in result.diagnostics.per_sample_gradients, result.diagnostics
     robust = (".entropy.value", ".diagnostics.gradient_norm") if "autocast" in settings else None
     return {key: x for key, x in numbers(result).items() if robust is None or key in robust}
 

@@ -13,7 +13,7 @@ def test_critical_values(degrees):
 
 
 def test_no_degree_of_freedom_is_refused():
-    with pytest.raises(ValueError, match="expected a standard error from at least 2 independent units, got 1"):
+    with pytest.raises(ValueError, match="expected a standard error from at least 2 independent clusters, got 1"):
         critical_value(0)
 
 
@@ -26,8 +26,8 @@ def test_combined_degrees():
 
 
 def test_intervals_of_estimates():
-    few = Estimate(value=-2.0, standard_error=1.0, num_units=10, unit="nats/token")
+    few = Estimate(value=-2.0, standard_error=1.0, num_clusters=10, unit="nats/token")
     assert few.interval == pytest.approx((-2 - stdtrit(9, 0.975), -2 + stdtrit(9, 0.975)))
     assert not few.distinguishable
-    assert few.model_copy(update={"num_units": 400}).distinguishable
+    assert few.model_copy(update={"num_clusters": 400}).distinguishable
     assert few.model_copy(update={"degrees_of_freedom": 200.0}).distinguishable

@@ -3,10 +3,10 @@
 Legend of shapes (also used as suffixes of local names):
 
 * ``N`` sequences, ``L`` padded tokens per sequence (prompt and response), ``V`` vocabulary,
-* ``T`` response tokens of a whole batch laid out flat, ``U`` independent sampling units,
+* ``T`` response tokens of a whole batch laid out flat, ``U`` independent clusters,
 * ``B`` prompts of the update batch, ``G`` responses per prompt.
 
-Units: log-probabilities and entropies are in nats. Entropies and entropy changes of a batch are in nats per
+Clusters: log-probabilities and entropies are in nats. Entropies and entropy changes of a batch are in nats per
 token or nats per sequence, and every :class:`Estimate` says which. A negative change means that entropy falls.
 """
 
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["TokenCoefficients", "TokenScores", "Units"]
+__all__ = ["Clusters", "TokenCoefficients", "TokenScores"]
 
 if TYPE_CHECKING:
     Ids = Tensor
@@ -95,8 +95,8 @@ class TokenCoefficients:
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
-    """Which sequences belong to the same independent sampling unit.
+class Clusters:
+    """Which sequences belong to the same independent cluster.
 
     Attributes:
         index: the unit of each sequence, 0 to ``count - 1``, ``[N]``.
@@ -107,19 +107,19 @@ class Units:
     count: int
 
     @classmethod
-    def sequences(cls, num_sequences: int) -> Units:
+    def sequences(cls, num_sequences: int) -> Clusters:
         """Every sequence is a unit: responses drawn independently, prompts with replacement."""
         return cls(torch.arange(num_sequences), num_sequences)
 
     @classmethod
-    def prompts(cls, prompt_ids: Int[Tensor, " N"]) -> Units:
+    def prompts(cls, prompt_ids: Int[Tensor, " N"]) -> Clusters:
         """The sequences of a prompt form a unit: distinct prompts, several responses each."""
         distinct, index = prompt_ids.unique(return_inverse=True)
         return cls(index, distinct.numel())
 
-    def select(self, rows: Tensor) -> Units:
+    def select(self, rows: Tensor) -> Clusters:
         """The units of the sequences at the given indices, numbered as before."""
-        return Units(self.index[rows], self.count)
+        return Clusters(self.index[rows], self.count)
 
     def total(self, values: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
         """Sum over the sequences of each unit, in float64; 0 for units without any here, so that parts add up."""

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from entropy_probe import Rollouts
-from entropy_probe.analyses.admission import admit, after_end, draws_of, end_tokens, evaluation_units, in_groups, joined
+from entropy_probe.analyses.admission import (
+    admit,
+    after_end,
+    draws_of,
+    end_tokens,
+    evaluation_clusters,
+    in_groups,
+    joined,
+)
 from tests.notes import texts
 
 END = 9
@@ -71,10 +79,10 @@ def test_rows_of_a_trajectory_belong_together():
     assert found.not_modelled == []
     as_evaluation = admitted(given, "evaluation")
     assert "prompts of a trajectory's later sequences" in as_evaluation.not_modelled[0]
-    name, units, _ = evaluation_units(as_evaluation.rollouts, "auto", grouped=in_groups(given))
-    assert (name, units.count, units.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
+    name, clusters, _ = evaluation_clusters(as_evaluation.rollouts, "auto", grouped=in_groups(given))
+    assert (name, clusters.count, clusters.index.tolist()) == ("trajectory", 2, [1, 1, 0, 0])
     repeated = replace(given, prompt_ids=torch.tensor([1, 1, 3, 3]), trajectory_ids=torch.tensor([8, 5, 6, 6]))
-    *_, (said,) = evaluation_units(repeated, "auto", grouped=in_groups(repeated))
+    *_, (said,) = evaluation_clusters(repeated, "auto", grouped=in_groups(repeated))
     assert "every trajectory counts as independent" in said.text
     whole = admitted(replace(given, trajectory_ids=torch.arange(4)), "evaluation")
     assert (texts(whole.notes), whole.not_modelled) == ([], [])
@@ -87,9 +95,9 @@ def test_groups_are_counted_in_trajectories():
     given = batch(prompts, [[3]] * 24, [p for p in range(8) for _ in range(3)],
                   trajectory_ids=torch.tensor([2 * p + k for p in range(8) for k in (0, 1, 1)]))  # fmt: skip
     found = admitted(given, "evaluation").rollouts
-    name, units, _ = evaluation_units(found, "auto", grouped=in_groups(found))
-    assert (name, units.count) == ("prompt", 8)
-    assert evaluation_units(given, "sequence", grouped=True)[:1] == ("trajectory",)
+    name, clusters, _ = evaluation_clusters(found, "auto", grouped=in_groups(found))
+    assert (name, clusters.count) == ("prompt", 8)
+    assert evaluation_clusters(given, "sequence", grouped=True)[:1] == ("trajectory",)
     assert draws_of(given).count == 16
 
 

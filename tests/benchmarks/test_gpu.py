@@ -35,7 +35,7 @@ def test_figures_and_section(run, tmp_path, precision):
     )
     figures = found["figures"]
     assert figures["ratio"] == pytest.approx(figures["probe_seconds"] / figures["training_seconds"])
-    assert figures["per_unit_gradients"] == "linear-layer taps"
+    assert figures["per_sample_gradients"] == "linear-layer hooks"
     assert sorted(figures["phases"]) == sorted(PHASES)
     shares = [phase["share_of_time"] for phase in figures["phases"].values()]
     assert all(share > 0 for share in shares)

@@ -7,9 +7,9 @@ def test_cost(run):
     printed, figures = run("two_batch", "--quick", "--only", "lora", "full")
     assert "LoRA" in printed
     assert "full weights" in printed
-    for kind, per_unit in (("lora", "linear-layer taps"), ("full", "taps")):
+    for kind, per_unit in (("lora", "linear-layer hooks"), ("full", "hooks")):
         cost = figures[kind]
-        assert cost["per_unit_gradients"].startswith(per_unit)
+        assert cost["per_sample_gradients"].startswith(per_unit)
         assert cost["head"] == "chunked"
         assert cost["ratio"] == pytest.approx(cost["probe_seconds"] / cost["training_seconds"])
         assert cost["ratio_min"] <= cost["ratio_max"]

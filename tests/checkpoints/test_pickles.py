@@ -9,7 +9,7 @@ import torch
 
 from entropy_probe.checkpoints import CheckpointError
 from entropy_probe.checkpoints.errors import shown
-from entropy_probe.checkpoints.safe_read import MOST_VALUES, PLAIN, check_pickle, read_archived
+from entropy_probe.checkpoints.safe_read import MAX_VALUES, PLAIN, check_pickle, read_archived
 
 
 def doubled(times: int, empty: object = ()) -> object:
@@ -25,9 +25,9 @@ def test_tuples_that_unfold_to_more_than_they_take_are_refused(protocol):
     for value in (doubled(60), [1, {"a": doubled(60)}]):
         with pytest.raises(pickle.UnpicklingError, match="a tuple of 1000 values"):
             check_pickle(pickle.dumps(value, protocol))
-    check_pickle(pickle.dumps([doubled(8), tuple(range(MOST_VALUES - 1))], protocol))
+    check_pickle(pickle.dumps([doubled(8), tuple(range(MAX_VALUES - 1))], protocol))
     with pytest.raises(pickle.UnpicklingError, match="a tuple of 1000 values"):
-        check_pickle(pickle.dumps(tuple(range(MOST_VALUES)), protocol))
+        check_pickle(pickle.dumps(tuple(range(MAX_VALUES)), protocol))
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -161,7 +161,7 @@ def test_a_probe_runs_and_leaves_everything_as_it_was(run):
     before = state(loaded.model, loaded.optimizer)
     result = EntropyProbe(loaded.model, loaded.optimizer).run(update=rollouts(0), evaluation=rollouts(1))
     assert_same(before, state(loaded.model, loaded.optimizer))
-    assert result.diagnostics.per_unit_gradients == "linear-layer taps"
+    assert result.diagnostics.per_sample_gradients == "linear-layer hooks"
     assert abs(result.difference.value) < 0.3 * abs(result.realized.value)
 
 

@@ -174,7 +174,7 @@ def test_one_batch_needs_no_evaluation(config, tmp_path):
     assert result.predicted is None
     assert result.realized is None
     assert result.cross_prompt is not None
-    assert result.cross_prompt.num_units == 4
+    assert result.cross_prompt.num_clusters == 4
     assert result.cross_prompt.delta_h1 != 0
     assert "one batch δH₁" in done.stdout
     assert not (tmp_path / "out" / "evaluation.parquet").exists()

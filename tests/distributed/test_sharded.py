@@ -73,7 +73,7 @@ def whole(name: str):
     return json.loads(json.dumps(probe(case, *subject_of(case))))
 
 
-HOW = ("head", "prefix_sharing", "per_unit_gradients", "notes", "gradients", "direct", "direct_slope")
+HOW = ("head", "prefix_sharing", "per_sample_gradients", "notes", "gradients", "direct", "direct_slope")
 """Fields that say how it was computed, which shards change, and what they cannot have."""
 
 
@@ -131,7 +131,7 @@ def run_whole_and_sharded(directory: Path, **settings) -> tuple[dict, dict]:
     codes, _, errors = on_processes(2, "run", str(directory / "run.yaml"), "shard=true", "--output-dir", str(two))
     assert codes == [0, 0], errors
     first, second = saved(one), saved(two)
-    assert second["diagnostics"]["per_unit_gradients"] == "per unit (the parameters are sharded)"
+    assert second["diagnostics"]["per_sample_gradients"] == "per cluster (the parameters are sharded)"
     return numbers(first), numbers(second)
 
 

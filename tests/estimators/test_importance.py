@@ -12,7 +12,7 @@ from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.realized import change, noise_floor, rounding_of
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import Part
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.whole_batch import per_decision, snis
 
 
@@ -45,7 +45,7 @@ def test_extreme_steps_stay_finite():
     with pytest.raises(ValueError, match="finite log-probabilities"):
         weights([float("inf")])
     with pytest.raises(ValueError, match="far beyond the reach of importance sampling"):
-        per_decision(scores([0.0, 0.0]), scores([2000.0, 0.0]), Units.sequences(2))
+        per_decision(scores([0.0, 0.0]), scores([2000.0, 0.0]), Clusters.sequences(2))
 
 
 @pytest.mark.parametrize("k", [0.3, 0.6, 0.9])
@@ -138,7 +138,7 @@ def test_options_that_would_change_nothing_are_errors(settings, message):
 
 
 def measure(before, after, resample=None, **settings):
-    part = Part.whole(Units.sequences(len(before.response_mask)))
+    part = Part.whole(Clusters.sequences(len(before.response_mask)))
     return measure_change(before, after, part, PositionSums.of(before), ProbeConfig(**settings), resample=resample)
 
 
@@ -173,22 +173,22 @@ HEAVY = pareto(1.2, 2000)
 )
 def test_the_path_that_produced_the_number_is_named(log_weights, settings, estimator, diagnosis, measured):
     before, after = batch(log_weights)
-    units = Units.sequences(len(log_weights))
+    clusters = Clusters.sequences(len(log_weights))
     found = measure(before, after, resample=lambda: after, **settings)
     assert (found.estimator, found.diagnosis, found.change is not None) == (estimator, diagnosis, measured)
     assert (found.note is None) == (diagnosis == "ok")
-    record = found.report(units, "nats/token", None, "evaluation")
+    record = found.report(clusters, "nats/token", None, "evaluation")
     assert (record.value is None) == (record.estimate is None) == (not measured)
     assert record.status == ("ok" if measured else diagnosis)
     if not measured:
         assert "no realized change is given" in found.note.text
         return
     expected = {
-        "per_decision": lambda: per_decision(before, after, units),
-        "resampled": lambda: change(entropy(after, units), entropy(before, units)),
+        "per_decision": lambda: per_decision(before, after, clusters),
+        "resampled": lambda: change(entropy(after, clusters), entropy(before, clusters)),
     }.get(
         estimator,
-        lambda: snis(before, after, estimator, units),
+        lambda: snis(before, after, estimator, clusters),
     )()
     assert record.value == expected.value
     assert record.standard_error == expected.standard_error
@@ -222,5 +222,5 @@ def test_noise_floor_separates_systematic_from_random_rounding():
     before, after = batch(torch.zeros(30))
     found = measure(before, after)
     value = found.change.value
-    assert found.report(Units.sequences(30), "nats/token", abs(value), "evaluation").status == "below_noise_floor"
-    assert found.report(Units.sequences(30), "nats/token", abs(value) / 2, "evaluation").status == "ok"
+    assert found.report(Clusters.sequences(30), "nats/token", abs(value), "evaluation").status == "below_noise_floor"
+    assert found.report(Clusters.sequences(30), "nats/token", abs(value) / 2, "evaluation").status == "ok"

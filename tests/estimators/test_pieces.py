@@ -7,7 +7,7 @@ from entropy_probe import TokenScores
 from entropy_probe.estimators.baselines import PositionSums, leave_one_out_mean, position_baseline, strictly_after
 from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.steps.moments import step_count, summarize_moments
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
 MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]]).bool()
 VALUES = torch.arange(16, dtype=torch.float64).view(4, 4) ** 2
@@ -19,10 +19,10 @@ def positions(row: int) -> list[int]:
 
 @pytest.mark.parametrize("unit", [[0, 1, 2, 3], [0, 0, 1, 1], [0, 1, 0, 1]])
 def test_position_baseline_leaves_the_whole_unit_out(unit):
-    units, whole = Units(torch.tensor(unit), max(unit) + 1), PositionSums.of(TokenScores(-VALUES, VALUES, MASK))
+    clusters, whole = Clusters(torch.tensor(unit), max(unit) + 1), PositionSums.of(TokenScores(-VALUES, VALUES, MASK))
     to_go = strictly_after(VALUES, MASK)
     got = position_baseline(
-        to_go, MASK, units, whole.reaching, whole.of_kind("rao_blackwell"), torch.ones(len(MASK)).double()
+        to_go, MASK, clusters, whole.reaching, whole.of_kind("rao_blackwell"), torch.ones(len(MASK)).double()
     )
     for i in range(4):
         for t, column in enumerate(positions(i)):
@@ -52,7 +52,7 @@ def test_ratio_is_the_mean_when_the_denominator_is_one():
     got = ratio(x, torch.ones(3, dtype=torch.float64))
     assert got.value == pytest.approx(3.0)
     assert got.standard_error == pytest.approx((x.std() / 3**0.5).item())
-    with pytest.raises(ValueError, match="at least 2 independent units, got 1"):
+    with pytest.raises(ValueError, match="at least 2 independent clusters, got 1"):
         ratio(x[:1], x[:1])
 
 

@@ -8,8 +8,8 @@ from entropy_probe.estimators.sweep import Coefficient, Quadratic, cancelling_ra
 RATES = torch.tensor([1e-5, 3e-5, 1e-4, 3e-4, 1e-3], dtype=torch.float64)
 
 
-def noise(k: int = len(RATES), units: int = 50) -> torch.Tensor:
-    return torch.randn(k, units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def noise(k: int = len(RATES), clusters: int = 50) -> torch.Tensor:
+    return torch.randn(k, clusters, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def test_a_quadratic_is_recovered_exactly():
@@ -24,7 +24,7 @@ def test_a_quadratic_is_recovered_exactly():
 
 def test_the_quadratic_is_the_least_squares_one():
     """Against the normal equations, solved by another route."""
-    y = -9.0 * RATES + 570.0 * RATES**2 + 1e-5 * noise(units=1)[:, 0]
+    y = -9.0 * RATES + 570.0 * RATES**2 + 1e-5 * noise(clusters=1)[:, 0]
     design = torch.stack([RATES, RATES**2], 1)
     expected = torch.linalg.lstsq(design, y).solution
     fit = quadratic(RATES, y, noise())
@@ -38,7 +38,7 @@ def test_rounding_of_every_change_is_part_of_the_error():
     """Over many draws of independent rounding the coefficients scatter as their errors say."""
     exact, size = -9.0 * RATES + 570.0 * RATES**2, 1e-6
     silent = torch.zeros(len(RATES), 50, dtype=torch.float64)
-    fits = [quadratic(RATES, exact + size * row, silent) for row in noise(units=2000).T]
+    fits = [quadratic(RATES, exact + size * row, silent) for row in noise(clusters=2000).T]
     for name in ("linear", "quadratic"):
         found = [getattr(fit, name) for fit in fits]
         scatter = torch.tensor([f.value for f in found]).std().item()

@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from entropy_probe.gradients.cross import cross_products
-from entropy_probe.gradients.hooks import Taps, tappable
-from entropy_probe.gradients.per_sample import Side, unit_gradients
+from entropy_probe.gradients.hooks import Hooks, hookable
+from entropy_probe.gradients.per_sample import Side, sample_gradients
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
@@ -41,19 +41,19 @@ def coefficients(batch: Rollouts, seed: int) -> TokenCoefficients:
     return TokenCoefficients(*(torch.randn(batch.input_ids.shape, generator=g, dtype=torch.float64) for _ in range(2)))
 
 
-def check(model: nn.Module, batch: Rollouts, tolerance: float, max_tokens: int = 300) -> Taps:
+def check(model: nn.Module, batch: Rollouts, tolerance: float, max_tokens: int = 300) -> Hooks:
     """Every unit's gradient of every parameter by taps and by a backward pass per unit, in three forms."""
     parameters = trained(model)
     scorer = Scorer(model, 0.8, max_tokens)
     with evaluating(model):
         scorer.prepare(batch)
-        taps = tappable(scorer, parameters, batch)
-        assert isinstance(taps, Taps), taps
+        hooks = hookable(scorer, parameters, batch)
+        assert isinstance(hooks, Hooks), hooks
         g = torch.Generator().manual_seed(7)
         direction = {n: torch.randn(p.shape, generator=g).to(p.dtype) for n, p in parameters.items()}
-        for units in (batch.prompt_ids, torch.arange(len(batch)), batch.prompt_ids // 2):
+        for clusters in (batch.prompt_ids, torch.arange(len(batch)), batch.prompt_ids // 2):
             sides = [Side(coefficients(batch, 1), [direction], True), Side(coefficients(batch, 2), [direction], True)]
-            fast, slow = (unit_gradients(scorer, parameters, batch, units, sides, taps=t) for t in (taps, None))
+            fast, slow = (sample_gradients(scorer, parameters, batch, clusters, sides, hooks=t) for t in (hooks, None))
             for a, b in zip(fast, slow, strict=True):
                 start = 0
                 for name, p in parameters.items():
@@ -63,12 +63,12 @@ def check(model: nn.Module, batch: Rollouts, tolerance: float, max_tokens: int =
                     assert size > 0, name
                     assert (a.total[name] - b.total[name]).norm() <= 3 * tolerance * size, name
                 assert (a.dots - b.dots).norm() <= tolerance * b.stored.norm() * start**0.5
-                pairs = unit_gradients(scorer, parameters, batch, units,
-                                       [Side(coefficients(batch, 2), pair_with=fast[0].stored)], taps=taps)  # fmt: skip
+                side = Side(coefficients(batch, 2), pair_with=fast[0].stored)
+                pairs = sample_gradients(scorer, parameters, batch, clusters, [side], hooks=hooks)
                 expected = (fast[0].stored.double() * fast[1].stored.double()).sum(1)
                 size = fast[0].stored.norm() * fast[1].stored.norm()
                 assert (pairs[0].paired - expected).norm() <= tolerance * size
-    return taps
+    return hooks
 
 
 @pytest.fixture
@@ -92,9 +92,9 @@ def test_full_weights(architecture, tied, dtype, request):
     if dtype == torch.float64:
         request.getfixturevalue("exact_norms")
     model, _ = tiny_policy(architecture, tie_word_embeddings=tied, num_layers=2, hidden_size=32)
-    taps = check(model.to(dtype), rollouts(), 1e-9 if dtype == torch.float64 else 3e-6)
-    assert str(taps) == "taps"
-    assert set(taps.head.values()) == {"model.embed_tokens.weight" if tied else "lm_head.weight"}
+    hooks = check(model.to(dtype), rollouts(), 1e-9 if dtype == torch.float64 else 3e-6)
+    assert str(hooks) == "hooks"
+    assert set(hooks.head.values()) == {"model.embed_tokens.weight" if tied else "lm_head.weight"}
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["norm"], ["embed_tokens", "lm_head", "norm"]], ids=len)
@@ -108,8 +108,8 @@ def test_lora_with_modules_to_save(saved, dtype, request):
     model = get_peft_model(model, config).to(dtype)
     names = {name for name in trained(model) if "modules_to_save" in name}
     assert {name.split(".modules_to_save")[0].split(".")[-1] for name in names} >= {*saved}
-    taps = check(model, rollouts(), 1e-9 if dtype == torch.float64 else 3e-6)
-    assert str(taps) == "taps"
+    hooks = check(model, rollouts(), 1e-9 if dtype == torch.float64 else 3e-6)
+    assert str(hooks) == "hooks"
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 base", "autocast"])
@@ -124,12 +124,12 @@ def test_low_precision_around_adapters_in_float32(autocast):
     scorer, batch = Scorer(model, 1.0, 300), rollouts()
     with evaluating(model, torch.bfloat16 if autocast else None):
         scorer.prepare(batch)
-        taps = tappable(scorer, trained(model), batch)
-        assert isinstance(taps, Taps), taps
+        hooks = hookable(scorer, trained(model), batch)
+        assert isinstance(hooks, Hooks), hooks
         side = Side(coefficients(batch, 1), store=True)
         fast, slow = (
-            unit_gradients(scorer, trained(model), batch, batch.prompt_ids, [side], taps=t)[0].stored
-            for t in (taps, None)
+            sample_gradients(scorer, trained(model), batch, batch.prompt_ids, [side], hooks=t)[0].stored
+            for t in (hooks, None)
         )
     assert ((fast - slow).norm(dim=1) <= 2e-2 * slow.norm(dim=1)).all()
 
@@ -145,8 +145,8 @@ def test_a_head_with_a_bias(exact_norms):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_layers_without_a_formula(dtype):
-    taps = check(Mixed().to(dtype), rollouts(), 1e-9 if dtype == torch.float64 else 3e-6)
-    assert str(taps) == "taps; by autograd: conv.bias, conv.weight, norm.weight and 2 more"
+    hooks = check(Mixed().to(dtype), rollouts(), 1e-9 if dtype == torch.float64 else 3e-6)
+    assert str(hooks) == "hooks; by autograd: conv.bias, conv.weight, norm.weight and 2 more"
 
 
 def test_the_padding_row_gets_no_gradient():
@@ -155,10 +155,10 @@ def test_the_padding_row_gets_no_gradient():
     assert bool((batch.input_ids[batch.attention_mask] == 0).any())
     scorer = Scorer(model, 1.0, 300)
     parameters = trained(model)
-    taps = tappable(scorer, parameters, batch)
-    assert isinstance(taps, Taps)
+    hooks = hookable(scorer, parameters, batch)
+    assert isinstance(hooks, Hooks)
     side = Side(coefficients(batch, 1), store=True)
-    (got,) = unit_gradients(scorer, parameters, batch, batch.prompt_ids, [side], taps=taps)
+    (got,) = sample_gradients(scorer, parameters, batch, batch.prompt_ids, [side], hooks=hooks)
     embedding = got.stored[:, : model.embed.weight.numel()].view(-1, *model.embed.weight.shape)
     assert (embedding[:, 0] == 0).all()
     assert (embedding[:, 1:] != 0).any(-1).any(0).all()
@@ -182,19 +182,19 @@ def test_cross_products(kind, exact_norms):
     scorer = Scorer(model, 1.0, 300)
     with evaluating(model):
         scorer.prepare(batch)
-        taps = tappable(scorer, parameters, batch)
-        assert isinstance(taps, Taps)
+        hooks = hookable(scorer, parameters, batch)
+        assert isinstance(hooks, Hooks)
         g = torch.Generator().manual_seed(2)
         scale = {n: torch.rand(p.shape, generator=g).double() for n, p in parameters.items()}
         x, y = coefficients(batch, 1), coefficients(batch, 2)
         sides = [Side(x, store=True), Side(y, store=True)]
-        xs, ys = (s.stored for s in unit_gradients(scorer, parameters, batch, batch.prompt_ids, sides))
+        xs, ys = (s.stored for s in sample_gradients(scorer, parameters, batch, batch.prompt_ids, sides))
         k = xs * torch.cat([s.reshape(-1) for s in scale.values()]) @ ys.T
         one_side = ys.numel() * 8
         for bound, how in ((2 * one_side, "one pass, gradients of 4"), (2 * one_side - 1, "two passes, one side's"),
                            (one_side, "two passes, one side's"), (one_side - 1, "two passes, since")):  # fmt: skip
-            for path in (taps, None):
-                got = cross_products(scorer, parameters, batch, batch.prompt_ids, 4, x, y, scale, taps=path,
+            for path in (hooks, None):
+                got = cross_products(scorer, parameters, batch, batch.prompt_ids, 4, x, y, scale, hooks=path,
                                      max_bytes=float(bound), progress=lambda done, total: None)  # fmt: skip
                 assert got.how.startswith(how)
                 for found, expected in ((got.left, k.sum(1)), (got.right, k.sum(0)), (got.diagonal, k.diagonal())):
@@ -287,7 +287,7 @@ class MeanFree(nn.Module):
 )  # fmt: skip
 def test_what_layers_do_not_show_is_said(what, why):
     model = Custom(what)
-    assert tappable(Scorer(model, 1.0, 300), trained(model), rollouts()) == why
+    assert hookable(Scorer(model, 1.0, 300), trained(model), rollouts()) == why
 
 
 def test_what_follows_a_layer_may_change_its_output_in_place():
@@ -296,7 +296,7 @@ def test_what_follows_a_layer_may_change_its_output_in_place():
     model.scale = nn.Sequential(nn.Linear(8, 8), nn.LeakyReLU(inplace=True), Gain(8), nn.LeakyReLU(inplace=True))
     model.double().scale.forward = lambda h, mask, inner=model.scale.forward: inner(h)
     assert str(check(model, rollouts(), 1e-9)).startswith(
-        "taps; by autograd: conv.bias, conv.weight, norm.weight and 1"
+        "hooks; by autograd: conv.bias, conv.weight, norm.weight and 1"
     )
 
 

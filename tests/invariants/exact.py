@@ -9,7 +9,7 @@ from torch.func import functional_call, jvp
 from entropy_probe import Rollouts, TokenScores
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.uncertainty import Sampled
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.invariants.problems import TABLE
 from tests.reference.enumeration import Table, TinyPolicy
 from tests.whole_batch import per_decision, predicted, snis
@@ -67,14 +67,14 @@ class Setting:
     def estimate(self, what: str, rows: Tensor, norm: str, kind: str = "rao_blackwell") -> Sampled:
         """One estimate from one batch, by the package's own functions."""
         before, after, slope = (s.select(rows) for s in (self.before, self.after, self.slope))
-        units = Units.sequences(len(rows))
+        clusters = Clusters.sequences(len(rows))
         if what == "H":
-            return entropy(before, units, norm, kind).ratio()
+            return entropy(before, clusters, norm, kind).ratio()
         if what in ("snis", "clip", "psis"):
-            return snis(before, after, what, units, norm, kind)
+            return snis(before, after, what, clusters, norm, kind)
         if what == "per_decision":
-            return per_decision(before, after, units, norm)
-        return predicted(before, slope, self.table.rollouts.prompt_ids[rows], units, norm, kind)
+            return per_decision(before, after, clusters, norm)
+        return predicted(before, slope, self.table.rollouts.prompt_ids[rows], clusters, norm, kind)
 
 
 def scores_at(setting: Setting, parameters: dict[str, Tensor]) -> TokenScores:

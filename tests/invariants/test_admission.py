@@ -54,10 +54,10 @@ def test_copies_of_a_prompt_are_one_prompt():
     one, two = merging.cross_prompt(update), apart.cross_prompt(by_hand)
     assert one.delta_h1 == pytest.approx(two.delta_h1, rel=1e-10)
     assert one.se_jackknife == pytest.approx(two.se_jackknife, rel=1e-10)
-    assert apart.cross_prompt(update).num_units == update.num_prompts > one.num_units
+    assert apart.cross_prompt(update).num_clusters == update.num_prompts > one.num_clusters
     # the evaluation batch: groups of a prompt under several ids are one unit
     grouped = probe(model, optimizer, evaluation_unit="prompt").predict(update=update, evaluation=update)
-    assert grouped.entropy.num_units == by_hand.num_prompts
+    assert grouped.entropy.num_clusters == by_hand.num_prompts
     validated = merging.validate(found, evaluation=evaluation, subsets=4) if by_hand.num_prompts >= 4 else None
     assert validated is None or validated.num_prompts == by_hand.num_prompts
 
@@ -72,7 +72,7 @@ def test_a_batch_in_groups_stays_one_when_groups_merge_or_responses_are_masked_o
     for name, (subject, batch) in given.items():
         found = subject.predict(update=batch, evaluation=batch)
         assert found.diagnostics.evaluation_unit == "prompt", name
-        assert found.entropy.num_units == (3 if name == "merged" else 13)
+        assert found.entropy.num_clusters == (3 if name == "merged" else 13)
         assert not any("independent" in message for message in texts(found.diagnostics.notes))
 
 
@@ -217,7 +217,7 @@ def test_rows_of_a_trajectory_are_one_sample(monkeypatch, kind, normalization):
                     merge_equal_prompts=False, measure_noise_floor=False)  # fmt: skip
     found, expected = (subject.run(update=update, evaluation=batch) for batch in (twice, evaluation))
     assert found.diagnostics.evaluation_unit == "trajectory"
-    assert found.entropy.num_units == 50
+    assert found.entropy.num_clusters == 50
     assert "prompts of a trajectory's later sequences" in found.diagnostics.not_modelled[0]
     assert expected.diagnostics.not_modelled == ()
     for name in ("entropy", "predicted", "realized"):

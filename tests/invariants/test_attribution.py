@@ -14,7 +14,7 @@ from entropy_probe.losses import build_loss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.invariants import hf_problems as hf
 from tests.invariants.problems import batches, pad, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state
@@ -56,9 +56,9 @@ def one_backward_per_token(
     def gradient(value: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(named, torch.autograd.grad(value, list(named.values()), retain_graph=True), strict=True))
 
-    e, units = scores(evaluation), Units.sequences(len(evaluation))
+    e, clusters = scores(evaluation), Clusters.sequences(len(evaluation))
     fixed = TokenScores(e.logprobs.detach(), e.entropies.detach(), e.response_mask)
-    c = coefficients(fixed, evaluation.prompt_ids, units, normalization)
+    c = coefficients(fixed, evaluation.prompt_ids, clusters, normalization)
     size = sequence_weights(fixed, normalization).sum()
     entropy = gradient((c.logprobs * e.logprobs + c.entropies * e.entropies).sum() / size)
     s = scores(update).logprobs
@@ -317,7 +317,7 @@ def test_errors_from_folds(gib, monkeypatch):
     )
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     scorer = Scorer(model, TEMPERATURE, 8192)
-    scores, single = scorer.score(evaluation), Units.sequences(12)
+    scores, single = scorer.score(evaluation), Clusters.sequences(12)
     c = coefficients(scores, evaluation.prompt_ids, single)
     to_go = length_coefficients(scores, single, PositionSums.of(scores)).logprobs
 
@@ -335,9 +335,9 @@ def test_errors_from_folds(gib, monkeypatch):
     total = {n: sum(g[n] for g in by_prompt) for n in named}
     clipped = clip_gradient(total, 1.0)
     scale = adamw_step(named, optimizer, clipped.values).gradient_scale
-    by_unit = [gradient(evaluation.select(r), c.logprobs[r], c.entropies[r]) for r in torch.arange(12).view(-1, 1)]
+    by_cluster = [gradient(evaluation.select(r), c.logprobs[r], c.entropies[r]) for r in torch.arange(12).view(-1, 1)]
     a = torch.tensor([
-        [-clipped.factor * sum((x[n] * scale[n] * y[n]).sum() for n in named) for y in by_prompt] for x in by_unit
+        [-clipped.factor * sum((x[n] * scale[n] * y[n]).sum() for n in named) for y in by_prompt] for x in by_cluster
     ], dtype=torch.float64)  # fmt: skip
     sizes = evaluation.response_lengths.double()
     q = a.sum(0) / sizes.sum()

@@ -20,7 +20,7 @@ from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import ALONE
 from entropy_probe.results.student import critical_value
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.reference.enumeration import Table, TinyPolicy
 from tests.whole_batch import coefficients
 
@@ -84,7 +84,9 @@ class Setting:
         self.predicted = _dot(gradients[1], step)
         self.difference = (targets[1](moved) - targets[1](theta)).item() - self.predicted
 
-    def estimate(self, rows: Tensor, units: Units, kind: str, tilt: Tensor | None) -> tuple[Sampled, Sampled, Sampled]:
+    def estimate(
+        self, rows: Tensor, clusters: Clusters, kind: str, tilt: Tensor | None
+    ) -> tuple[Sampled, Sampled, Sampled]:
         """The prediction, its paired difference from the measurement, and the prediction as if H were known.
 
         By the package's own functions; the length changes on the sequences that a probe would take it from.
@@ -92,15 +94,15 @@ class Setting:
         before, after, slope = (s.select(rows) for s in (self.before, self.after, self.slope))
         before = before if tilt is None else replace(before, log_weights=-tilt[rows] - (-tilt[rows]).exp().mean().log())
         batch = TABLE.rollouts.select(rows)
-        batch = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, units.index)
-        positions, sums = PositionSums.of(before), entropy(before, units, "token", kind)
-        lengths = LengthSample.of(batch, units, Part.whole(units), before, positions)
+        batch = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, clusters.index)
+        positions, sums = PositionSums.of(before), entropy(before, clusters, "token", kind)
+        lengths = LengthSample.of(batch, clusters, Part.whole(clusters), before, positions)
         longer = (lengths.coefficients().logprobs * slope.logprobs[lengths.rows]).sum().item() / lengths.tokens
-        c = coefficients(before, units.index, units, "token", kind)
+        c = coefficients(before, clusters.index, clusters, "token", kind)
         d = (c.logprobs * slope.logprobs).sum(1)
-        d = units.total(d if c.entropies is None else d + (c.entropies * slope.entropies).sum(1))
+        d = clusters.total(d if c.entropies is None else d + (c.entropies * slope.entropies).sum(1))
         found = first_order(d, sums.size, sums.ratio(), longer)
-        realized = change(per_decision(before, after, units, positions), entropy(before, units))
+        realized = change(per_decision(before, after, clusters, positions), entropy(before, clusters))
         gap = realized.minus(found, sums.ratio(), lengths.beyond(after, longer, ALONE))
         return found, gap, first_order(d, sums.size, sums.ratio(), 0.0)
 
@@ -135,7 +137,7 @@ def repeat(
     A group answers one prompt, or as many as it has sequences. Reweighted, they come from a policy with shorter ones.
     """
     setting, generator = Setting(case), torch.Generator().manual_seed(0)
-    units, tilt = Units(torch.arange(n) // group, n // group), None
+    clusters, tilt = Clusters(torch.arange(n) // group, n // group), None
     p = setting.probabilities.view(3, -1)
     if reweighted:
         q = p * torch.exp(-0.4 * TABLE.rollouts.response_lengths.view(3, -1))
@@ -146,11 +148,11 @@ def repeat(
         size = group if one_prompt else 1
         prompt = torch.randint(3, (n // size,), generator=generator)
         rows = torch.multinomial(p[prompt], size, replacement=True, generator=generator) + p.shape[1] * prompt[:, None]
-        found.append(setting.estimate(rows.flatten(), units, kind, tilt))
+        found.append(setting.estimate(rows.flatten(), clusters, kind, tilt))
     pairs = [(x.value, x.standard_error) for each in found for x in each]
     values, errors = torch.tensor(pairs, dtype=torch.float64).view(-1, 3, 2).unbind(2)
     exact = torch.tensor([setting.predicted, setting.difference, setting.predicted], dtype=torch.float64)
-    covered = ((values - exact).abs() <= critical_value(units.count - 1) * errors).double().mean(0).tolist()
+    covered = ((values - exact).abs() <= critical_value(clusters.count - 1) * errors).double().mean(0).tolist()
     variance = (errors.square().mean(0) / values.var(0)).tolist()
     return Repeated(covered[0], variance[0], variance[2] / variance[0], covered[1], variance[1])
 

@@ -13,7 +13,7 @@ from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating, parameters_at
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.invariants.exact import Bound, Setting
 from tests.invariants.hf_problems import policy, rollouts
 from tests.reference.enumeration import TEMPERATURE, Table, TinyPolicy
@@ -71,10 +71,10 @@ def line() -> Line:
 
 def fitted(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
     """``a`` and ``b`` from one batch, by the sweep's own rules."""
-    units = Units.sequences(len(rows))
+    clusters = Clusters.sequences(len(rows))
     before = line.scores.select(rows)
-    changes = [per_decision(before, after.select(rows), units, norm) for after in line.after]
-    slope, _ = derivatives(before, line.first.select(rows), line.second.select(rows), units, norm)
+    changes = [per_decision(before, after.select(rows), clusters, norm) for after in line.after]
+    slope, _ = derivatives(before, line.first.select(rows), line.second.select(rows), clusters, norm)
     values = torch.tensor([c.value for c in changes], dtype=torch.float64)
     everything = torch.ones(len(values), dtype=torch.bool)
     last = linear_range(slope.value * line.rates, slope.standard_error * line.rates, values, everything)
@@ -87,7 +87,7 @@ def fitted(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
 def direct(line: Line, rows: Tensor, norm: str) -> tuple[Sampled, Sampled]:
     """``a`` and ``b`` from one batch, by derivatives of the scores."""
     picked = (x.select(rows) for x in (line.scores, line.first, line.second))
-    slope, second = derivatives(*picked, Units.sequences(len(rows)), norm)
+    slope, second = derivatives(*picked, Clusters.sequences(len(rows)), norm)
     return slope, Sampled(second.value / 2, second.influence / 2)
 
 
@@ -134,7 +134,7 @@ def test_second_derivative_has_no_bias_per_sequence_even_in_tiny_batches(line):
 def test_derivatives_are_those_of_the_realized_change(line, norm, grouped):
     """Value and every unit's influence, against central differences of the estimator itself."""
     rows = line.setting.draw(40, torch.Generator().manual_seed(24))
-    units = Units.prompts(torch.arange(40) // 4) if grouped else Units.sequences(40)
+    clusters = Clusters.prompts(torch.arange(40) // 4) if grouped else Clusters.sequences(40)
     before, first, second = (x.select(rows) for x in (line.scores, line.first, line.second))
 
     def change(eta: float) -> Tensor:
@@ -143,13 +143,13 @@ def test_derivatives_are_those_of_the_realized_change(line, norm, grouped):
             getattr(before, k) + eta * getattr(first, k) + eta**2 / 2 * getattr(second, k)
             for k in ("logprobs", "entropies")
         )
-        found = per_decision(before, TokenScores(s, h, before.response_mask), units, norm)
+        found = per_decision(before, TokenScores(s, h, before.response_mask), clusters, norm)
         return torch.cat([torch.tensor([found.value]), found.influence])
 
     eta = 1e-4
     above, below, middle = change(eta), change(-eta), change(0.0)
     for got, expected in zip(
-        derivatives(before, first, second, units, norm),
+        derivatives(before, first, second, clusters, norm),
         ((above - below) / (2 * eta), (above + below - 2 * middle) / eta**2),
         strict=True,
     ):

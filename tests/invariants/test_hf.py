@@ -7,8 +7,8 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.gradients.hooks import tappable
-from entropy_probe.gradients.per_sample import Side, unit_gradients
+from entropy_probe.gradients.hooks import hookable
+from entropy_probe.gradients.per_sample import Side, sample_gradients
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.packing import bounded_groups, pack, pack_shared, shared_prompts
 from entropy_probe.types import TokenCoefficients
@@ -177,7 +177,7 @@ def test_taps_equal_one_backward_per_unit(kind, config, dtype, monkeypatch):
     if dtype == "float64":
         to_float64(model, optimizer)
     fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
-    assert fast.diagnostics.per_unit_gradients == ("linear-layer taps" if kind == "lora" else "taps")
+    assert fast.diagnostics.per_sample_gradients == ("linear-layer hooks" if kind == "lora" else "hooks")
     monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off by a test")
     generic = numbers(EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation))
     for key, value in numbers(fast).items():
@@ -192,7 +192,7 @@ def test_a_weight_that_acts_outside_its_layer_is_noticed():
     layer = next(m for n, m in model.named_modules() if n.endswith("q_proj.lora_A.default"))
     model.get_base_model().model.norm.register_forward_hook(lambda module, args, out: out + layer.weight[0])
     result = EntropyProbe(model, optimizer).predict(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
-    assert "q_proj.lora_A.default.weight also acts outside its layer" in result.diagnostics.per_unit_gradients
+    assert "q_proj.lora_A.default.weight also acts outside its layer" in result.diagnostics.per_sample_gradients
 
 
 @pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
@@ -268,7 +268,7 @@ def test_bfloat16_runs_when_asked_for(kind):
     optimizer.zero_grad()
     config = ProbeConfig(dtype="bfloat16")
     result = EntropyProbe(model, optimizer, config).run(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
-    assert result.diagnostics.per_unit_gradients == ("linear-layer taps" if kind == "lora" else "taps")
+    assert result.diagnostics.per_sample_gradients == ("linear-layer hooks" if kind == "lora" else "hooks")
     assert any("quantised" in m for m in texts(result.diagnostics.notes))
     full, _ = policy(kind)
     full.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
@@ -324,9 +324,9 @@ def test_shared_prompts_give_the_same_scores_and_gradients(architecture, gaps, d
     for width in (scorer._width, None):
         scorer._width = width
         scores = scorer.score(batch)
-        for taps in (tappable(scorer, parameters, batch), None):
+        for hooks in (hookable(scorer, parameters, batch), None):
             side = Side(TokenCoefficients(a, c), store=True)
-            gradients = unit_gradients(scorer, parameters, batch, batch.prompt_ids, [side], taps=taps)[0].stored
+            gradients = sample_gradients(scorer, parameters, batch, batch.prompt_ids, [side], hooks=hooks)[0].stored
             found.append((scores.logprobs, scores.entropies, gradients))
     # rotary embeddings and norms compute in float32 in any model
     tolerance = {"rtol": 1e-4, "atol": 2e-4} if dtype == torch.float32 else {"rtol": 1e-5, "atol": 1e-5}

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.analyses.before import chosen_units
+from entropy_probe.analyses.before import chosen_clusters
 from entropy_probe.estimators.baselines import strictly_after
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.losses import build_loss
 from entropy_probe.results.student import critical_value
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
 
 TABLE = Table.build()
@@ -67,11 +67,11 @@ def per_prompt(model, rollouts, entropy: str) -> tuple[torch.Tensor, torch.Tenso
     return torch.stack(xs), torch.stack(ys)
 
 
-@pytest.mark.parametrize("path", ["per unit", "taps", "linear-layer taps"])
+@pytest.mark.parametrize("path", ["per unit", "hooks", "linear-layer hooks"])
 @pytest.mark.parametrize("entropy", ["rao_blackwell", "surprisal"])
 @pytest.mark.parametrize("memory", [2.0, 6e-6, 0.0], ids=["stored", "one side stored", "two passes"])
 def test_equals_a_double_loop(path, entropy, memory, monkeypatch):
-    model = TinyPolicy(train_embedding=path != "linear-layer taps")
+    model = TinyPolicy(train_embedding=path != "linear-layer hooks")
     if path == "per unit":
         monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off by a test")
     optimizer = trained_optimizer(model)
@@ -118,7 +118,7 @@ def test_blocks_of_one_are_exact_and_blocks_are_units():
     ones = cross(model, optimizer, rollouts, one_batch_units="block", block_size=1)
     assert ones == exact
     blocks = cross(model, optimizer, rollouts, one_batch_units="block", block_size=3)
-    assert (blocks.mode, blocks.num_units, blocks.block_size) == ("block", 4, 3)
+    assert (blocks.mode, blocks.num_clusters, blocks.block_size) == ("block", 4, 3)
     assert blocks.u_cross != exact.u_cross
     renamed = Rollouts(rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask, rollouts.prompt_ids // 3,
                        advantages=rollouts.advantages)  # fmt: skip
@@ -129,7 +129,7 @@ def test_large_batches_use_blocks():
     model = TinyPolicy(train_embedding=False)
     optimizer = trained_optimizer(model)
     got = cross(model, optimizer, batch(3, prompts=192, group=2))
-    assert (got.mode, got.num_units, got.block_size) == ("block", 96, 2)
+    assert (got.mode, got.num_clusters, got.block_size) == ("block", 96, 2)
     assert cross(model, optimizer, batch(3, prompts=131, group=2)).mode == "exact"
 
 
@@ -165,18 +165,18 @@ def rows():
     return x, p * y, exact_cross(model, optimizer)
 
 
-def statistics(rows, units):
+def statistics(rows, clusters):
     x, py, exact = rows
     found = []
-    for start in range(0, len(x) - units + 1, units):
-        a, b = x[start : start + units], py[start : start + units]
+    for start in range(0, len(x) - clusters + 1, clusters):
+        a, b = x[start : start + clusters], py[start : start + clusters]
         found.append(cross_statistic(a @ b.sum(0), b @ a.sum(0), (a * b).sum(1)))
     return found, exact
 
 
 @pytest.mark.parametrize("units", [4, 8, 32])
-def test_unbiased_where_the_v_statistic_is_not(rows, units):
-    found, exact = statistics(rows, units)
+def test_unbiased_where_the_v_statistic_is_not(rows, clusters):
+    found, exact = statistics(rows, clusters)
     for name, biased in (("value", False), ("bars_dot", True)):
         values = torch.tensor([getattr(f, name) for f in found])
         z = (values.mean() - exact) / (values.std() / len(values) ** 0.5)
@@ -234,12 +234,12 @@ def test_rates_of_groups_are_folded_into_the_scale():
 @pytest.mark.parametrize(
     ("given", "settings", "message"),
     [
-        ({"prompts": 2}, {}, "expected at least 3 units for the U-statistic and its jackknife error, got 2"),
+        ({"prompts": 2}, {}, "expected at least 3 clusters for the U-statistic and its jackknife error, got 2"),
         ({"prompts": 8, "group": 1}, {"entropy": "surprisal"}, "expected at least 2 responses per prompt"),
         ({"prompts": 8}, {"one_batch_units": "block", "block_size": 9}, "expected a divisor of the 8 prompts"),
         ({"prompts": 8}, {"block_size": 3}, "use one of 1, 2, 4"),
         ({"prompts": 8}, {"one_batch_units": "exact", "block_size": 2}, "expected 1 or nothing"),
-        ({"prompts": 8}, {"one_batch_units": "block", "block_size": 4}, "expected at least 3 units"),
+        ({"prompts": 8}, {"one_batch_units": "block", "block_size": 4}, "expected at least 3 clusters"),
         ({"prompts": 8}, {"one_batch_units": "block"}, "set block_size, or use 'exact'"),
     ],
 )
@@ -345,9 +345,9 @@ def test_a_probe_takes_these_terms_from_its_batch(loss):
     got = cross(model, optimizer, rollouts, normalization="token", loss_type=loss)
     scores = TABLE.token_scores(model)
     rows = [int((TABLE.rollouts.input_ids == ids).all(1).nonzero()[0, 0]) for ids in rollouts.input_ids]
-    units, own = Units.prompts(rollouts.prompt_ids), scores.select(torch.tensor(rows))
-    tokens = units.total(rollouts.response_lengths)
-    h = ratio(units.total(own.entropies.detach().sum(1)), tokens)
+    clusters, own = Clusters.prompts(rollouts.prompt_ids), scores.select(torch.tensor(rows))
+    tokens = clusters.total(rollouts.response_lengths)
+    h = ratio(clusters.total(own.entropies.detach().sum(1)), tokens)
     parameters = [p for p in model.parameters() if p.requires_grad]
     scale = torch.cat([s.reshape(-1) for s in scale_of(model, optimizer).values()])
 
@@ -355,10 +355,10 @@ def test_a_probe_takes_these_terms_from_its_batch(loss):
         return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters, retain_graph=True)])
 
     to_go = strictly_after(own.response_mask.double(), own.response_mask)
-    some = chosen_units(rollouts, units, 4)
+    some = chosen_clusters(rollouts, clusters, 4)
     baseline = torch.zeros_like(to_go)
     for i, t in own.response_mask.nonzero().tolist():
-        other = own.response_mask[:, t] & (units.index != units.index[i])
+        other = own.response_mask[:, t] & (clusters.index != clusters.index[i])
         baseline[i, t] = to_go[other, t].mean() if bool(other.any()) else 0.0
     omega = build_loss(loss, {}).weights(rollouts)
     longer, gain = (
@@ -366,7 +366,7 @@ def test_a_probe_takes_these_terms_from_its_batch(loss):
         omega * rollouts.token_advantages * own.logprobs,
     )
     products = [
-        flat(longer[units.index == u].sum()) @ (scale * 9 * flat(gain[units.index != u].sum())) / 8 for u in some
+        flat(longer[clusters.index == u].sum()) @ (scale * 9 * flat(gain[clusters.index != u].sum())) / 8 for u in some
     ]
     slope = (sum(products) / tokens[some].sum()).item()
     of_loss = tokens if loss == "dapo" else torch.full_like(tokens, GROUP)

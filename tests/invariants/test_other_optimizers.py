@@ -9,7 +9,7 @@ from torch.func import functional_call
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
 from entropy_probe.report import print_sections, run_sections
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.invariants.traces import assert_same, state
 from tests.notes import texts
@@ -175,10 +175,10 @@ def test_the_jackknife_of_a_mean_and_of_unequal_blocks():
     left_out = (x.sum() - x) / 11
     expected = x.std().item() / 12**0.5
     assert jackknife_standard_error(x.mean().item(), left_out, torch.ones(12)) == pytest.approx(expected, rel=1e-12)
-    blocks = blocks_of(Units.sequences(21))
+    blocks = blocks_of(Clusters.sequences(21))
     sizes = blocks.index.bincount()
     assert (blocks.count, sizes.min(), sizes.max()) == (16, 1, 2)
-    assert blocks_of(Units.sequences(5)).count == 5
+    assert blocks_of(Clusters.sequences(5)).count == 5
     # a mean over units in blocks of unequal size: unbiased for the variance of the mean
     y = torch.randn(4_000, 21, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = []

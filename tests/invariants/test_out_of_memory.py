@@ -74,7 +74,7 @@ def test_microbatches_are_halved_and_the_numbers_stay(lora, settings, where):
     plain, plain_one, _ = roomy(lora, **settings)
     small, small_one, limited = run(lora, where, tokens=60 if lora else 30, **settings)
     assert limited.failures >= 2
-    assert plain.diagnostics.per_unit_gradients == ("linear-layer taps" if lora else "taps")
+    assert plain.diagnostics.per_sample_gradients == ("linear-layer hooks" if lora else "hooks")
     said = [m for m in texts(small.diagnostics.notes) if "out of memory" in m]
     assert len(said) == 1
     assert "max_tokens_per_microbatch was lowered to" in said[0]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from entropy_probe import Rollouts
 from entropy_probe.estimators.policy_fit import excess_sums, policy_fit
-from entropy_probe.gradients.hooks import tappable
-from entropy_probe.gradients.per_sample import Side, unit_gradients
+from entropy_probe.gradients.hooks import hookable
+from entropy_probe.gradients.per_sample import Side, sample_gradients
 from entropy_probe.losses import build_loss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
@@ -91,13 +91,13 @@ def test_the_update_gradient_leaves_the_scores_that_scoring_gives(chunked):
     if not chunked:
         scorer._split, scorer._width = None, None
     expected, loss = scorer.score(batch), build_loss("dapo", {}).coefficients(batch, None)
-    for taps, store in ((None, False), (tappable(scorer, parameters, batch), True), (None, True)):
-        assert not isinstance(taps, str)
+    for hooks, store in ((None, False), (hookable(scorer, parameters, batch), True), (None, True)):
+        assert not isinstance(hooks, str)
         sheet = ScoreSheet(batch, model)
         with_sheet, without = (
-            unit_gradients(scorer, parameters, batch, batch.prompt_ids, [Side(loss, store=store)], taps=taps, sheet=s)[
-                0
-            ]
+            sample_gradients(
+                scorer, parameters, batch, batch.prompt_ids, [Side(loss, store=store)], hooks=hooks, sheet=s
+            )[0]
             for s in (sheet, None)
         )
         found = sheet.read()

@@ -9,10 +9,10 @@ from torch.func import functional_call, jvp
 from entropy_probe import ProbeResult, Rollouts, TokenScores
 from entropy_probe.analyses.before import chosen_sequences
 from entropy_probe.estimators import uncertainty
-from entropy_probe.gradients.per_sample import UnitGradients
+from entropy_probe.gradients.per_sample import SampleGradients
 from entropy_probe.steps import plan as step
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.invariants.problems import TABLE, batches, numbers, pad, probe, same
 from tests.notes import texts
 from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer
@@ -60,7 +60,7 @@ def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rol
     value = d.sum() / b.sum()
     longer = 0.0
     if normalization == "token":  # the error of the batch's own entropy, times the change of the mean length
-        chosen, tokens_to_go = chosen_sequences(evaluation, Units.sequences(n)).tolist(), torch.zeros(())
+        chosen, tokens_to_go = chosen_sequences(evaluation, Clusters.sequences(n)).tolist(), torch.zeros(())
         for i in chosen:
             for t in range(int(weights[i])):
                 others = [weights[j] - t - 1 for j in range(n) if j != i and weights[j] > t]
@@ -78,10 +78,10 @@ def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rol
     return {"value": value.item(), "se_evaluation": se_e.item(), "se_update": se_u.item()}
 
 
-@pytest.mark.parametrize("path", ["per unit (switched off)", "taps", "linear-layer taps"])
+@pytest.mark.parametrize("path", ["per cluster (switched off)", "hooks", "linear-layer hooks"])
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_prediction_equals_brute_force(path, normalization, monkeypatch):
-    model = TinyPolicy(train_embedding=path != "linear-layer taps")
+    model = TinyPolicy(train_embedding=path != "linear-layer hooks")
     if path.startswith("per unit"):
         monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off")
     optimizer = trained_optimizer(model, weight_decay=0.1)
@@ -92,7 +92,7 @@ def test_prediction_equals_brute_force(path, normalization, monkeypatch):
     expected = brute_force(model, optimizer, update, evaluation, normalization)
     got = {k: getattr(result.predicted, k) for k in expected}
     assert got == pytest.approx(expected, rel=1e-9)
-    assert result.diagnostics.per_unit_gradients == path
+    assert result.diagnostics.per_sample_gradients == path
 
 
 def test_two_passes_equal_stored_gradients():
@@ -263,7 +263,7 @@ def test_evaluation_unit_is_recognised():
     assert p.predict(update=update, evaluation=evaluation).diagnostics.evaluation_unit == "sequence"
     grouped = p.predict(update=update, evaluation=update)
     assert grouped.diagnostics.evaluation_unit == "prompt"
-    assert grouped.predicted.num_units == update.num_prompts
+    assert grouped.predicted.num_clusters == update.num_prompts
     assert any("same sequences" in m for m in texts(grouped.diagnostics.notes))
 
 
@@ -274,7 +274,7 @@ def test_evaluation_unit_can_be_set(unit):
     model = TinyPolicy()
     got = probe(model, trained_optimizer(model), evaluation_unit=unit).predict(update=update, evaluation=evaluation)
     assert got.diagnostics.evaluation_unit == unit
-    assert got.entropy.num_units == (evaluation.num_prompts if unit == "prompt" else len(evaluation))
+    assert got.entropy.num_clusters == (evaluation.num_prompts if unit == "prompt" else len(evaluation))
 
 
 def test_frozen_step_by_hand():
@@ -407,7 +407,7 @@ def test_surprisal_coefficients_equal_the_textbook_form():
     rows = torch.arange(0, 120, 4)
     picked = TokenScores(scores.logprobs.detach()[rows], scores.entropies.detach()[rows], scores.response_mask[rows])
     ids = torch.arange(len(rows))
-    c = coefficients(picked, ids, Units.sequences(len(rows)), "sequence", "surprisal")
+    c = coefficients(picked, ids, Clusters.sequences(len(rows)), "sequence", "surprisal")
     s = picked.sequence_logprobs
     expected = -(s - (s.sum() - s) / (len(s) - 1))
     torch.testing.assert_close(c.logprobs, expected[:, None] * picked.response_mask)
@@ -479,9 +479,9 @@ def test_a_step_that_is_not_the_optimizers_is_noticed(monkeypatch):
 def test_a_prediction_that_does_not_add_up_over_prompts_is_noticed(monkeypatch):
     model = TinyPolicy()
     update, evaluation = batches()
-    real = UnitGradients.dot_stored
-    monkeypatch.setattr(UnitGradients, "dot_stored", lambda self, direction: 1.1 * real(self, direction))
-    with pytest.raises(RuntimeError, match="summed over evaluation units but"):
+    real = SampleGradients.dot_stored
+    monkeypatch.setattr(SampleGradients, "dot_stored", lambda self, direction: 1.1 * real(self, direction))
+    with pytest.raises(RuntimeError, match="summed over evaluation clusters but"):
         probe(model, trained_optimizer(model)).predict(update=update, evaluation=evaluation)
 
 

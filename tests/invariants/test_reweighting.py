@@ -13,7 +13,7 @@ from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import noise_floor
 from entropy_probe.estimators.uncertainty import Sampled
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.invariants.exact import TARGET, Setting, sampled_elsewhere, sampler_scores, scores_at
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.notes import texts
@@ -49,14 +49,14 @@ class Other(Setting):
     def of(self, what: str, rows: Tensor, norm: str, kind: str, *, reweight: bool) -> Sampled:
         before, after, slope = (s.select(rows) for s in (self.before, self.after, self.slope))
         before = weighted(before, self.base[rows]) if reweight else before
-        units = Units.sequences(len(rows))
+        clusters = Clusters.sequences(len(rows))
         if what == "H":
-            return entropy(before, units, norm, kind).ratio()
+            return entropy(before, clusters, norm, kind).ratio()
         if what == "snis":
-            return snis(before, after, "snis", units, norm, kind)
+            return snis(before, after, "snis", clusters, norm, kind)
         if what == "per_decision":
-            return per_decision(before, after, units, norm)
-        return predicted(before, slope, TABLE.rollouts.prompt_ids[rows], units, norm, kind)
+            return per_decision(before, after, clusters, norm)
+        return predicted(before, slope, TABLE.rollouts.prompt_ids[rows], clusters, norm, kind)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +91,14 @@ def test_reweighting_removes_the_bias_and_its_error_covers(other, what, norm, ki
 def test_equal_weights_are_no_weights(other):
     rows = other.draw(50, torch.Generator().manual_seed(1))
     equal = replace(other.before.select(rows), log_weights=torch.zeros(50, dtype=torch.float64))
-    units = Units.prompts(torch.arange(50) // 5)
+    clusters = Clusters.prompts(torch.arange(50) // 5)
     for norm in ("token", "sequence"):
         for kind in ("rao_blackwell", "surprisal"):
             a, b = (
-                coefficients(s, torch.arange(50) // 5, units, norm, kind) for s in (equal, other.before.select(rows))
+                coefficients(s, torch.arange(50) // 5, clusters, norm, kind) for s in (equal, other.before.select(rows))
             )
             assert torch.equal(a.logprobs, b.logprobs)
-        a, b = (per_decision(s, other.after.select(rows), units, norm) for s in (equal, other.before.select(rows)))
+        a, b = (per_decision(s, other.after.select(rows), clusters, norm) for s in (equal, other.before.select(rows)))
         assert a.value == b.value
 
 
@@ -111,37 +111,37 @@ def test_a_weight_of_three_is_a_sequence_three_times(other, norm):
     after = other.after.select(rows)
     for a, b in (
         (
-            entropy(once, Units.sequences(30), norm).ratio(),
-            entropy(other.before.select(repeated), Units.sequences(len(repeated)), norm).ratio(),
+            entropy(once, Clusters.sequences(30), norm).ratio(),
+            entropy(other.before.select(repeated), Clusters.sequences(len(repeated)), norm).ratio(),
         ),
         (
-            snis(once, after, "snis", Units.sequences(30), norm),
+            snis(once, after, "snis", Clusters.sequences(30), norm),
             snis(
                 other.before.select(repeated),
                 other.after.select(repeated),
                 "snis",
-                Units.sequences(len(repeated)),
+                Clusters.sequences(len(repeated)),
                 norm,
             ),
         ),
         # with the copies of a sequence as one unit the baselines are the same as well
         (
-            per_decision(once, after, Units.sequences(30), norm),
+            per_decision(once, after, Clusters.sequences(30), norm),
             per_decision(
                 other.before.select(repeated),
                 other.after.select(repeated),
-                Units(torch.arange(30).repeat_interleave(times), 30),
+                Clusters(torch.arange(30).repeat_interleave(times), 30),
                 norm,
             ),
         ),
     ):
         assert a.value == pytest.approx(b.value, rel=1e-12)
         assert a.size_change == pytest.approx(b.size_change, rel=1e-9) if hasattr(a, "size_change") else True
-    c = coefficients(once, torch.arange(30), Units.sequences(30), norm)
+    c = coefficients(once, torch.arange(30), Clusters.sequences(30), norm)
     of_copies = coefficients(
         other.before.select(repeated),
         torch.arange(30).repeat_interleave(times),
-        Units(torch.arange(30).repeat_interleave(times), 30),
+        Clusters(torch.arange(30).repeat_interleave(times), 30),
         norm,
     )
     summed = torch.zeros(30, of_copies.logprobs.shape[1], dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_surprisal_coefficients_equal_a_loop(other, norm):
     v, s, t = scores.weights.tolist(), scores.sequence_logprobs.tolist(), scores.response_lengths.tolist()
     per_token = -sum(a * b for a, b in zip(v, s, strict=True)) / sum(a * b for a, b in zip(v, t, strict=True))
     x = [-s[i] - (per_token * t[i] if norm == "token" else 0.0) for i in range(9)]
-    found = coefficients(scores, torch.tensor(prompts), Units.sequences(9), norm, "surprisal")
+    found = coefficients(scores, torch.tensor(prompts), Clusters.sequences(9), norm, "surprisal")
     for i in range(9):
         others = [j for j in range(9) if j != i and prompts[j] == prompts[i]] or [j for j in range(9) if j != i]
         mean = sum(v[j] * x[j] for j in others) / sum(v[j] for j in others)
@@ -170,7 +170,7 @@ def test_surprisal_coefficients_equal_a_loop(other, norm):
 def test_derivatives_are_those_of_the_reweighted_change(other, norm):
     """Slope and second derivative against differences of the estimate itself; the slope is the first-order change."""
     rows, eta = other.draw(40, torch.Generator().manual_seed(4)), 1e-3
-    units, base = Units.sequences(40), other.base[rows]
+    clusters, base = Clusters.sequences(40), other.base[rows]
     theta = {n: p.detach() for n, p in other.model.named_parameters()}
     generator = torch.Generator().manual_seed(3)
     direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in theta.items()}
@@ -188,16 +188,16 @@ def test_derivatives_are_those_of_the_reweighted_change(other, norm):
     mask = TABLE.rollouts.response_mask
     one_, two = (TokenScores(*(x.detach() for x in d), mask).select(rows) for d in (first, second))
     before = weighted(other.before.select(rows), base)
-    slope, curve = derivatives(before, one_, two, units, norm)
+    slope, curve = derivatives(before, one_, two, clusters, norm)
 
     def change(x: float) -> float:
         found = at(torch.tensor(x, dtype=torch.float64))
         after = TokenScores(found.logprobs.detach(), found.entropies.detach(), mask).select(rows)
-        return per_decision(before, after, units, norm).value
+        return per_decision(before, after, clusters, norm).value
 
     assert slope.value == pytest.approx((change(eta) - change(-eta)) / (2 * eta), rel=1e-4)
     assert curve.value == pytest.approx((change(eta) + change(-eta)) / eta**2, rel=1e-3)
-    first_order = predicted(before, one_, TABLE.rollouts.prompt_ids[rows], units, norm)
+    first_order = predicted(before, one_, TABLE.rollouts.prompt_ids[rows], clusters, norm)
     assert first_order.value == pytest.approx(slope.value, rel=1e-10)
     torch.testing.assert_close(first_order.influence, slope.influence, rtol=1e-9, atol=1e-12)
 

@@ -59,8 +59,8 @@ def test_every_point_is_the_probe_at_that_rate(config, kind):
             for key, value in wanted.items():
                 number = isinstance(value, float)
                 assert got[key] == (pytest.approx(value, rel=1e-6, abs=1e-12) if number else value), (name, key)
-        units = torch.tensor(point.influence, dtype=torch.float64)
-        assert float(units.std() / len(units) ** 0.5) == pytest.approx(point.realized.standard_error, rel=1e-12)
+        clusters = torch.tensor(point.influence, dtype=torch.float64)
+        assert float(clusters.std() / len(clusters) ** 0.5) == pytest.approx(point.realized.standard_error, rel=1e-12)
         assert sum(point.difference_influence) == pytest.approx(0, abs=1e-9)
 
 

@@ -7,7 +7,7 @@ from torch.func import jvp
 
 from entropy_probe import TokenScores
 from entropy_probe.estimators.first_order import entropy
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 from tests.invariants.exact import TARGET, Bound, Setting
 from tests.whole_batch import per_decision, predicted
 
@@ -78,8 +78,8 @@ def test_same_prompt_groups_need_prompt_units(setting):
         rows = setting.table.sample_groups(setting.model, 40, 8, generator)
         groups = torch.arange(40).repeat_interleave(8)
         scores = setting.before.select(rows)
-        for name, units in (("prompt", Units.prompts(groups)), ("sequence", Units.sequences(320))):
-            found = entropy(scores, units, "sequence").ratio()
+        for name, clusters in (("prompt", Clusters.prompts(groups)), ("sequence", Clusters.sequences(320))):
+            found = entropy(scores, clusters, "sequence").ratio()
             covered[name] += abs(found.value - exact) <= 1.96 * found.standard_error
     assert 0.91 <= covered["prompt"] / 400 <= 0.98
     assert covered["sequence"] / 400 < 0.9
@@ -98,22 +98,22 @@ def test_per_decision_becomes_the_first_order_sequence_by_sequence(setting):
 
     _, slope = jvp(scores, (theta,), (direction,))
     before = setting.before.select(rows)
-    for norm, units in (
-        ("token", Units.sequences(64)),
-        ("sequence", Units.sequences(64)),
-        ("token", Units.prompts(torch.arange(64) // 4)),
-        ("sequence", Units.prompts(torch.arange(64) // 4)),
+    for norm, clusters in (
+        ("token", Clusters.sequences(64)),
+        ("sequence", Clusters.sequences(64)),
+        ("token", Clusters.prompts(torch.arange(64) // 4)),
+        ("sequence", Clusters.prompts(torch.arange(64) // 4)),
     ):
         slopes = TokenScores(slope[0][rows], slope[1][rows], before.response_mask)
-        along = predicted(before, slopes, table.rollouts.prompt_ids[rows], units, norm)
+        along = predicted(before, slopes, table.rollouts.prompt_ids[rows], clusters, norm)
         each = along.value + along.influence
         errors = []
         for eta in (1e-4, 1e-5, 1e-6):
             s, h = scores({n: theta[n] + eta * direction[n] for n in theta})
             after = TokenScores(s.detach(), h.detach(), table.rollouts.response_mask).select(rows)
-            change = per_decision(before, after, units, norm)
+            change = per_decision(before, after, clusters, norm)
             longer = change.size_change - eta * along.length_change
-            gap = change.minus(along.times(eta), entropy(before, units, norm).ratio(), longer)
+            gap = change.minus(along.times(eta), entropy(before, clusters, norm).ratio(), longer)
             errors.append(((gap.value + gap.influence).abs() / (eta * each.abs().max())).max().item())
         assert errors[0] < 5e-2
         assert errors[1] < 0.15 * errors[0]

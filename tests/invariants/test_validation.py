@@ -97,7 +97,7 @@ def test_more_rollouts_are_proposed_where_the_changes_are_mostly_noise():
     assert int(said.replace(",", "")) == pytest.approx(needed, rel=0.05)
     few = batches(n=3)[1]
     with pytest.raises(
-        ValueError, match="expected at least 4 independent units of evaluation rollouts to halve, got 3"
+        ValueError, match="expected at least 4 independent clusters of evaluation rollouts to halve, got 3"
     ):
         subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=few, subsets=4)
 

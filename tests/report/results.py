@@ -23,7 +23,7 @@ from entropy_probe.results.probe import (
     Realized,
 )
 
-COMMON: dict[str, Any] = {"num_units": 256, "unit": "nats/token"}
+COMMON: dict[str, Any] = {"num_clusters": 256, "unit": "nats/token"}
 
 
 def shown(sections: Iterable[Section], width: int = 80, terminal: bool = False) -> str:
@@ -101,7 +101,7 @@ def make_result(
             step_norm=0.1,
             prefix_sharing="on",
             head="chunked",
-            per_unit_gradients="taps",
+            per_sample_gradients="hooks",
             policy_fit=PolicyFit(
                 evaluation=BatchFit(z=-0.42, excess=-0.0031, num_sequences=256),
                 update=BatchFit(z=5.26, excess=0.041, num_sequences=32, status="off_policy"),
@@ -127,7 +127,7 @@ def make_cross_prompt(
         bars_dot_ratio=120.0,
         diagonal=3.0,
         row_means=(1.0, 2.0, 3.0),
-        num_units=48,
+        num_clusters=48,
         mode="block",
         block_size=2,
         learning_rate=3e-4,

@@ -75,7 +75,7 @@ def test_one_batch_and_two_batch_predictions_stand_side_by_side():
     text = show(make_result(cross_prompt=make_cross_prompt()))
     lines = [line.strip() for line in text.splitlines()]
     assert "one batch δH₁   -1.90e-3 ± 0.45e-3    SE: jackknife 4.5e-4, plug-in 4.0e-4" in lines
-    assert "units          48                   blocks of 2 prompts, frozen geometry" in lines
+    assert "clusters       48                   blocks of 2 prompts, frozen geometry" in lines
     assert "predicted δH₁" in text
     alone = show(make_result(None, None, cross_prompt=make_cross_prompt()))
     assert "one batch δH₁" in alone

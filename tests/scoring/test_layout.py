@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.gradients.per_sample import unit_backward
+from entropy_probe.gradients.per_sample import cluster_backward
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.scoring.packing import row_tokens, shared_groups
@@ -66,7 +66,7 @@ def compare(model: nn.Module, rollouts: Rollouts, max_tokens: int = 300) -> Scor
         scorer.prepare(rollouts)
         scores = scorer.score(rollouts)
         rows = torch.arange(len(rollouts))
-        (got,) = unit_backward(scorer, trained, rollouts, rows, [TokenCoefficients(weights, weights)])
+        (got,) = cluster_backward(scorer, trained, rollouts, rows, [TokenCoefficients(weights, weights)])
         total = torch.zeros((), dtype=torch.float64)
         for row in rows:
             real, response = rollouts.attention_mask[row], rollouts.response_mask[row]

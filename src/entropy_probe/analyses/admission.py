@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from entropy_probe.estimators.uncertainty import is_grouped
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
 __all__ = [
     "SAME_BATCH",
     "Admitted",
+    "ClusterName",
     "Role",
-    "UnitName",
     "admit",
     "after_end",
     "draws_of",
     "end_tokens",
-    "evaluation_units",
+    "evaluation_clusters",
     "in_groups",
     "joined",
 ]
 
 
 Role = Literal["update", "evaluation", "batch"]
-UnitName = Literal["sequence", "prompt", "trajectory"]
+ClusterName = Literal["sequence", "prompt", "trajectory"]
 
 EQUAL_PROMPTS = NoteKind(
     "equal_prompts",
@@ -183,9 +183,9 @@ def _prompts(batch: Rollouts) -> Iterable[bytes | None]:
         yield ids[start:end].tobytes() if some else None
 
 
-def draws_of(batch: Rollouts) -> Units:
+def draws_of(batch: Rollouts) -> Clusters:
     """What was drawn together at the least: the rows of a trajectory, else every sequence by itself."""
-    return Units.sequences(len(batch)) if batch.trajectory_ids is None else Units.prompts(batch.trajectory_ids)
+    return Clusters.sequences(len(batch)) if batch.trajectory_ids is None else Clusters.prompts(batch.trajectory_ids)
 
 
 def in_groups(batch: Rollouts) -> bool:
@@ -194,9 +194,9 @@ def in_groups(batch: Rollouts) -> bool:
     return is_grouped(ids.new_zeros(draws.count).scatter_reduce(0, draws.index, ids, "amin", include_self=False))
 
 
-def evaluation_units(
+def evaluation_clusters(
     evaluation: Rollouts, asked: Literal["auto", "sequence", "prompt"], *, grouped: bool
-) -> tuple[UnitName, Units, list[Note]]:
+) -> tuple[ClusterName, Clusters, list[Note]]:
     """What is independent in an admitted evaluation batch, and what a reader should know of the choice.
 
     Args:
@@ -213,7 +213,7 @@ def evaluation_units(
             drawn = "sequence" if draws.count == len(ids) else "trajectory"
             notes.append(WITH_REPLACEMENT(drawn=drawn))
     if unit == "prompt":
-        return "prompt", Units.prompts(ids), notes
+        return "prompt", Clusters.prompts(ids), notes
     return "sequence" if draws.count == len(ids) else "trajectory", draws, notes
 
 

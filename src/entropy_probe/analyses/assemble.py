@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from entropy_probe.analyses.admission import UnitName
+from entropy_probe.analyses.admission import ClusterName
 from entropy_probe.analyses.measure import Measured, difference
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Plan, Prediction
@@ -27,7 +27,7 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import summarize_moments
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
 __all__ = ["assemble", "estimate_fields", "predicted_record", "realized_record", "result_of"]
 
@@ -50,11 +50,11 @@ def result_of(
     return assemble(
         plan.policy,
         plan.before.entropy,
-        evaluation.units,
+        evaluation.clusters,
         evaluation.rollouts,
         plan.update.rollouts,
         {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
-        unit=evaluation.unit_name,
+        unit=evaluation.cluster_name,
         preconditioner=step.preconditioner,
         **fields,
     )
@@ -65,7 +65,7 @@ def predicted_record(prediction: Prediction) -> Predicted:
     plan, change = prediction.plan, prediction.change
     update = (prediction.se_update, plan.update.shares.count)
     return Predicted(
-        **estimate_fields(plan.policy, change, plan.evaluation.units, update),
+        **estimate_fields(plan.policy, change, plan.evaluation.clusters, update),
         se_evaluation=change.standard_error,
         se_update=prediction.se_update,
         se_update_method="jackknife" if prediction.by_prompt is None else "linear",
@@ -74,11 +74,11 @@ def predicted_record(prediction: Prediction) -> Predicted:
 
 def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
     plan, parts = prediction.plan, prediction.parts
-    policy, units = plan.policy, plan.evaluation.units
-    components = {name: Estimate(**estimate_fields(policy, part, units)) for name, part in parts.items()}
+    policy, clusters = plan.policy, plan.evaluation.clusters
+    components = {name: Estimate(**estimate_fields(policy, part, clusters)) for name, part in parts.items()}
     if "gradient" in parts:
         update = (prediction.se_update, plan.update.shares.count)
-        components["gradient"] = Estimate(**estimate_fields(policy, parts["gradient"], units, update))
+        components["gradient"] = Estimate(**estimate_fields(policy, parts["gradient"], clusters, update))
     return {
         "predicted": predicted_record(prediction),
         "components": components,
@@ -89,7 +89,7 @@ def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
 def realized_record(plan: Plan, measured: Measured) -> Realized:
     """The record of a measured change."""
     batch = "update" if plan.evaluation.is_update else "evaluation"
-    given = (plan.evaluation.units, plan.policy.unit, measured.floor, batch, measured.rounding)
+    given = (plan.evaluation.clusters, plan.policy.unit, measured.floor, batch, measured.rounding)
     return measured.measurement.report(*given)
 
 
@@ -97,27 +97,27 @@ def _realized_fields(plan: Plan, prediction: Prediction | None, measured: Measur
     fields: dict[str, Any] = {"realized": realized_record(plan, measured)}
     gap = None if prediction is None else difference(prediction, measured.measurement)
     if gap is not None:
-        fields["difference"] = Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.units))
+        fields["difference"] = Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.clusters))
     return fields
 
 
 def estimate_fields(
-    policy: Policy, sampled: Sampled, units: Units, update: tuple[float, int] | None = None
+    policy: Policy, sampled: Sampled, clusters: Clusters, update: tuple[float, int] | None = None
 ) -> dict[str, Any]:
-    """What every estimate over evaluation units has, with the update batch's error added in quadrature.
+    """What every estimate over evaluation clusters has, with the update batch's error added in quadrature.
 
     Args:
         policy: whose unit it has.
         sampled: the estimate.
-        units: the evaluation units.
+        clusters: the evaluation clusters.
         update: error from the update batch, and how many units of it that is from.
     """
     own = sampled.standard_error
-    fields = {"value": sampled.value, "standard_error": own, "num_units": units.count, "unit": policy.unit}
+    fields = {"value": sampled.value, "standard_error": own, "num_clusters": clusters.count, "unit": policy.unit}
     if update is None:
         return fields
     error, number = update
-    degrees = combined_degrees([(own, units.count - 1), (error, number - 1)])
+    degrees = combined_degrees([(own, clusters.count - 1), (error, number - 1)])
     return fields | {"standard_error": math.hypot(own, error), "degrees_of_freedom": degrees}
 
 
@@ -153,12 +153,12 @@ def _other_optimizer_report(policy: Policy) -> OptimizerStateReport:
 def assemble(
     policy: Policy,
     entropy: Sampled,
-    units: Units,
+    clusters: Clusters,
     evaluation: Rollouts,
     update: Rollouts,
     step: dict[str, float],
     *,
-    unit: UnitName,
+    unit: ClusterName,
     **fields: Any,
 ) -> ProbeResult:
     """The result: what every run reports, and the fields of this one.
@@ -166,10 +166,10 @@ def assemble(
     Args:
         policy: what was probed.
         entropy: H.
-        units: the evaluation units.
+        clusters: the evaluation clusters.
         evaluation: the evaluation batch.
         update: the update batch.
-        unit: what an evaluation unit is.
+        unit: what an evaluation cluster is.
         step: the diagnostics ``gradient_norm``, ``clip_factor`` and ``step_norm``.
         fields: everything else.
     """
@@ -178,7 +178,7 @@ def assemble(
     judged, given = (checked.get(role, checked.get("batch")) for role in ("evaluation", "update"))
     notes = distinct(note for of_rank in policy.ranks.gather(policy.scorer.notes) for note in of_rank)
     return ProbeResult(
-        entropy=Estimate(**estimate_fields(policy, entropy, units)),
+        entropy=Estimate(**estimate_fields(policy, entropy, clusters)),
         optimizer_state=optimizer_state,
         diagnostics=Diagnostics(
             evaluation_unit=unit,
@@ -187,7 +187,7 @@ def assemble(
             num_update_prompts=update.num_prompts,
             head=policy.scorer.head_path,
             prefix_sharing=policy.scorer.prefix_sharing,
-            per_unit_gradients=policy.log.per_unit_gradients,
+            per_sample_gradients=policy.log.per_sample_gradients,
             policy_fit=PolicyFit(evaluation=judged and judged.fit, update=given and given.fit),
             mismatch=judged and judged.mismatch,
             update_mismatch=given and given.mismatch,

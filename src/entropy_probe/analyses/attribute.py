@@ -25,7 +25,7 @@ from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, prompt_contributions
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
-from entropy_probe.estimators.uncertainty import UnitSums
+from entropy_probe.estimators.uncertainty import ClusterSums
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.parallel.batch import Part
 from entropy_probe.results.attribution import AttributionSummary
@@ -35,7 +35,7 @@ from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import TokenScores, Units
+from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["attribute", "check_divides", "check_folds"]
 
@@ -68,9 +68,9 @@ def check_folds(folds: int | None, evaluation: EvaluationBatch) -> None:
     Raises:
         ValueError: if not.
     """
-    count = evaluation.units.count
+    count = evaluation.clusters.count
     if folds is not None and not 2 <= folds <= count:
-        raise ValueError(f"attribution_folds: expected 2 to {count}, the number of evaluation units, got {folds}")
+        raise ValueError(f"attribution_folds: expected 2 to {count}, the number of evaluation clusters, got {folds}")
 
 
 def attribute(
@@ -163,12 +163,12 @@ def _fold_errors(prediction: Prediction, folds: int) -> Tensor:
     """Standard errors of the prompts' contributions, from the entropy gradient of one fold at a time."""
     plan, policy, evaluation = prediction.plan, prediction.plan.policy, prediction.plan.evaluation
     part, table = evaluation.part, plan.before.sums.table
-    surrogate, fold_of = entropy_surrogate(plan), torch.arange(evaluation.units.count) % folds
-    sums = UnitSums(table.new_zeros(len(table), folds).index_add_(1, fold_of, table))
+    surrogate, fold_of = entropy_surrogate(plan), torch.arange(evaluation.clusters.count) % folds
+    sums = ClusterSums(table.new_zeros(len(table), folds).index_add_(1, fold_of, table))
     numerators = []
     for fold in range(folds):
-        rows = (fold_of[part.units.index] == fold).nonzero()[:, 0]
-        own, side = Part(part.rows[rows], part.size, part.units.select(rows)), Side(surrogate.select(rows))
+        rows = (fold_of[part.clusters.index] == fold).nonzero()[:, 0]
+        own, side = Part(part.rows[rows], part.size, part.clusters.select(rows)), Side(surrogate.select(rows))
         with policy.clock.phase("attribution folds") as progress:
             slope = differentiate(policy, evaluation.own.select(rows), own, side, progress=_unreported)
             progress(fold + 1, folds)
@@ -190,15 +190,15 @@ def _length_changes_by_prompt(prediction: Prediction) -> Tensor:
 def _check_sums(
     prediction: Prediction, tokens: Tensor, layers: tuple[LayerShare, ...], parts: Mapping[str, float]
 ) -> None:
-    """Tokens and layers must sum to the parts of the prediction, which are sums over evaluation units."""
+    """Tokens and layers must sum to the parts of the prediction, which are sums over evaluation clusters."""
     policy, change = prediction.plan.policy, prediction.change
     dtypes = (p.dtype for p in policy.parameters.values())
     tolerance = max(SUM_TOLERANCE, UNITS_OF_ROUNDING * _rounding(policy, dtypes))
-    by_unit = (change.value + change.influence).abs().mean()
+    by_cluster = (change.value + change.influence).abs().mean()
     terms = {f"layers ({part})": (_column(layers, part), value) for part, value in parts.items()}
     for what, (values, total) in (terms | {"tokens": (tokens, parts["gradient"])}).items():
         sum_of_values = values.sum().item()
-        if abs(sum_of_values - total) > tolerance * (values.abs().sum() + by_unit).item():
+        if abs(sum_of_values - total) > tolerance * (values.abs().sum() + by_cluster).item():
             raise RuntimeError(
                 f"attribution: {what} sum to {sum_of_values:.9g}, not to {total:.9g} as predicted; please report this"
             )
@@ -208,7 +208,7 @@ def _unreported(done: int, total: int) -> None:
     """Progress within a fold, which nobody needs to see."""
 
 
-def _reconciled(tokens: Tensor, prompts: Units, by_prompt: Tensor, tolerance: float) -> Tensor:
+def _reconciled(tokens: Tensor, prompts: Clusters, by_prompt: Tensor, tolerance: float) -> Tensor:
     """Tokens that sum to what backward passes say of each prompt, once it is sure that only rounding is in between.
 
     The rest is spread over the prompt's tokens in proportion to their size, below each one's own rounding.

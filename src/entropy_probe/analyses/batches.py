@@ -8,12 +8,12 @@ import torch
 
 from entropy_probe.analyses.admission import (
     SAME_BATCH,
+    ClusterName,
     Role,
-    UnitName,
     admit,
     draws_of,
     end_tokens,
-    evaluation_units,
+    evaluation_clusters,
     in_groups,
 )
 from entropy_probe.analyses.policy import Policy
@@ -21,7 +21,7 @@ from entropy_probe.estimators.jackknife import blocks_of
 from entropy_probe.parallel.batch import Part
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
 __all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admitted"]
 
@@ -41,8 +41,8 @@ class UpdateBatch:
 
     given: Rollouts
     rollouts: Rollouts
-    prompts: Units
-    shares: Units
+    prompts: Clusters
+    shares: Clusters
     part: Part
     own: Rollouts
 
@@ -53,8 +53,8 @@ class EvaluationBatch:
 
     Attributes:
         rollouts: the batch, without responses that have no tokens.
-        units: what is independent in it.
-        unit_name: what that is called.
+        clusters: what is independent in it.
+        cluster_name: what that is called.
         draws: which sequences were drawn together.
         part: this rank's part.
         own: its sequences.
@@ -62,9 +62,9 @@ class EvaluationBatch:
     """
 
     rollouts: Rollouts
-    units: Units
-    unit_name: UnitName
-    draws: Units
+    clusters: Clusters
+    cluster_name: ClusterName
+    draws: Clusters
     part: Part
     own: Rollouts
     is_update: bool
@@ -100,16 +100,16 @@ def admit_batches(policy: Policy, update: Rollouts, evaluation: Rollouts) -> tup
     grouped = grouped or in_groups(evaluation)
     answered = evaluation.response_mask.any(1)
     evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
-    unit_name, units, notes = evaluation_units(evaluation, config.evaluation_unit, grouped=grouped)
+    cluster_name, clusters, notes = evaluation_clusters(evaluation, config.evaluation_unit, grouped=grouped)
     log.notes += notes
     if same:
         log.notes.append(SAME_BATCH())
-    prompts = Units.prompts(update.prompt_ids)
+    prompts = Clusters.prompts(update.prompt_ids)
     shares = prompts if config.geometry == "frozen" or is_adam(policy.optimizer) else blocks_of(prompts)
     policy.check_ranks_agree(update=update, evaluation=evaluation)
-    part = Part.of(evaluation, Units.prompts(evaluation.prompt_ids), units, policy.ranks)
+    part = Part.of(evaluation, Clusters.prompts(evaluation.prompt_ids), clusters, policy.ranks)
     update_part = Part.of(update, shares, shares, policy.ranks)
     return (
         UpdateBatch(given, update, prompts, shares, update_part, update_part.select(update)),
-        EvaluationBatch(evaluation, units, unit_name, draws_of(evaluation), part, part.select(evaluation), same),
+        EvaluationBatch(evaluation, clusters, cluster_name, draws_of(evaluation), part, part.select(evaluation), same),
     )

@@ -18,48 +18,48 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.realized import per_decision
-from entropy_probe.estimators.uncertainty import Sampled, UnitSums, in_chunks
-from entropy_probe.gradients.per_sample import UnitGradients
+from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
+from entropy_probe.gradients.per_sample import SampleGradients
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest, sequence_digests
-from entropy_probe.types import TokenCoefficients, TokenScores, Units
+from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
-__all__ = ["Before", "LengthSample", "chosen_sequences", "chosen_units", "entropy_coefficients"]
+__all__ = ["Before", "LengthSample", "chosen_clusters", "chosen_sequences", "entropy_coefficients"]
 
 SHARE, LEAST = 1 / 16, 8
 """A gradient over that share costs a sixteenth of the evaluation gradient at most; see the theory for its error."""
 
 
-def chosen_sequences(rollouts: Rollouts, units: Units) -> Int[Tensor, " n"]:
+def chosen_sequences(rollouts: Rollouts, clusters: Clusters) -> Int[Tensor, " n"]:
     """The places of some sequences of a batch, at random, by what is in the batch and not by its order or padding."""
     contents = sequence_digests(rollouts)
-    in_unit = _unit_digests(contents, units)
+    in_cluster = _cluster_digests(contents, clusters)
     seed, copies, keys = digest(b"".join(sorted(contents))), Counter[bytes](), []
-    for unit, content in zip(units.index.tolist(), contents, strict=True):
-        key = seed + content + in_unit[unit]
+    for unit, content in zip(clusters.index.tolist(), contents, strict=True):
+        key = seed + content + in_cluster[unit]
         copies[key] += 1
         keys.append(digest(b"%b%d" % (key, copies[key])))
     count = min(len(keys), max(LEAST, round(SHARE * len(keys))))
     return torch.tensor(sorted(sorted(range(len(keys)), key=keys.__getitem__)[:count]))
 
 
-def chosen_units(rollouts: Rollouts, units: Units, number: int) -> Int[Tensor, " n"]:
+def chosen_clusters(rollouts: Rollouts, clusters: Clusters, number: int) -> Int[Tensor, " n"]:
     """Some units of a batch, at random, by what is in the batch and not by its order, its padding or its ids."""
     contents = sequence_digests(rollouts)
     seed = digest(b"".join(sorted(contents)))
-    keys = {unit: digest(seed + content) for unit, content in _unit_digests(contents, units).items()}
+    keys = {unit: digest(seed + content) for unit, content in _cluster_digests(contents, clusters).items()}
     return torch.tensor(sorted(sorted(keys, key=keys.__getitem__)[:number]))
 
 
-def _unit_digests(contents: Sequence[bytes], units: Units) -> dict[int, bytes]:
+def _cluster_digests(contents: Sequence[bytes], clusters: Clusters) -> dict[int, bytes]:
     """What the sequences of each unit are recognised by together."""
     members: dict[int, list[bytes]] = {}
-    for unit, content in zip(units.index.tolist(), contents, strict=True):
+    for unit, content in zip(clusters.index.tolist(), contents, strict=True):
         members.setdefault(unit, []).append(content)
-    return {unit: digest(b"".join(sorted(of_unit))) for unit, of_unit in members.items()}
+    return {unit: digest(b"".join(sorted(of_cluster))) for unit, of_cluster in members.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +80,11 @@ class LengthSample:
 
     @classmethod
     def of(
-        cls, whole: Rollouts, units: Units, part: Part, before: TokenScores, positions: PositionSums
+        cls, whole: Rollouts, clusters: Clusters, part: Part, before: TokenScores, positions: PositionSums
     ) -> LengthSample:
-        """Out of a rank's part of the whole batch, with its scores; ``units`` are those of the whole batch."""
-        rows = torch.isin(part.rows, chosen_sequences(whole, units)).nonzero()[:, 0]
-        own = Part(part.rows[rows], part.size, part.units.select(rows))
+        """Out of a rank's part of the whole batch, with its scores; ``clusters`` are those of the whole batch."""
+        rows = torch.isin(part.rows, chosen_sequences(whole, clusters)).nonzero()[:, 0]
+        own = Part(part.rows[rows], part.size, part.clusters.select(rows))
         return cls(rows, own, before.select(rows), positions)
 
     @property
@@ -94,9 +94,9 @@ class LengthSample:
 
     def coefficients(self) -> TokenCoefficients:
         """Of the surrogate whose gradient is that of their number of tokens."""
-        return fo.length_coefficients(self.before, self.part.units, self.positions)
+        return fo.length_coefficients(self.before, self.part.clusters, self.positions)
 
-    def along(self, steps: Sequence[NamedVector], found: UnitGradients, ranks: Ranks) -> Float[Tensor, " K"]:
+    def along(self, steps: Sequence[NamedVector], found: SampleGradients, ranks: Ranks) -> Float[Tensor, " K"]:
         """The relative first-order change of the mean length by each of some steps.
 
         Args:
@@ -117,7 +117,7 @@ class LengthSample:
             first_order: what :meth:`along` says of the step.
             ranks: the ranks that have the others.
         """
-        new = per_decision(self.before, after.select(self.rows), self.part.units, self.positions)
+        new = per_decision(self.before, after.select(self.rows), self.part.clusters, self.positions)
         size, tokens = ranks.sum(torch.tensor([new.size.sum().item(), self.tokens], dtype=torch.float64)).tolist()
         return size / tokens - 1 - first_order
 
@@ -129,14 +129,14 @@ class Before:
     Attributes:
         scores: of this rank's part of it.
         positions: sums by response position over the whole batch.
-        sums: entropies and tokens or sequences of every unit.
+        sums: entropies and tokens or sequences of every cluster.
         entropy: H.
         lengths: what the change of the mean length is taken from; ``None`` per sequence, where it adds no error.
     """
 
     scores: TokenScores
     positions: PositionSums
-    sums: UnitSums
+    sums: ClusterSums
     entropy: Sampled
     lengths: LengthSample | None
 
@@ -144,8 +144,8 @@ class Before:
 def entropy_coefficients(
     scores: TokenScores,
     prompt_ids: Int[Tensor, " n"],
-    units: Units,
-    draws: Units,
+    clusters: Clusters,
+    draws: Clusters,
     positions: PositionSums,
     config: ProbeConfig,
 ) -> TokenCoefficients:
@@ -154,14 +154,14 @@ def entropy_coefficients(
     Args:
         scores: of the sequences, whole units and prompts.
         prompt_ids: their prompts.
-        units: their units.
+        clusters: their units.
         draws: which of them were sampled together.
         positions: sums over the whole batch.
         config: the estimator.
     """
     of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
-    for rows in in_chunks(Units.prompts(prompt_ids)):
-        some, ids, own = scores.select(rows), prompt_ids[rows], units.select(rows)
+    for rows in in_chunks(Clusters.prompts(prompt_ids)):
+        some, ids, own = scores.select(rows), prompt_ids[rows], clusters.select(rows)
         how = (config.normalization, config.entropy, draws.select(rows))
         found = fo.entropy_coefficients(some, ids, own, positions, *how)
         of_logprobs[rows] = found.logprobs

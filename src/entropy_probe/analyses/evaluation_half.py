@@ -11,11 +11,11 @@ from torch import Tensor
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.parallel.ranks import Ranks
-from entropy_probe.types import TokenScores, Units
+from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["LEAST_UNITS", "EvaluationHalf", "halved"]
+__all__ = ["MIN_CLUSTERS", "EvaluationHalf", "halved"]
 
-LEAST_UNITS = 4
+MIN_CLUSTERS = 4
 """Two for each half: the least that a standard error takes."""
 
 
@@ -36,11 +36,11 @@ class EvaluationHalf:
     positions: PositionSums
 
 
-def halved(units: Units, part: Part, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
+def halved(clusters: Clusters, part: Part, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
     """Two random halves of a batch.
 
     Args:
-        units: of the whole batch.
+        clusters: of the whole batch.
         part: this rank's part of it.
         scores: of that part.
         ranks: the ranks that have the others.
@@ -49,18 +49,18 @@ def halved(units: Units, part: Part, scores: TokenScores, ranks: Ranks, seed: in
     Raises:
         ValueError: with fewer than four units.
     """
-    if units.count < LEAST_UNITS:
+    if clusters.count < MIN_CLUSTERS:
         raise ValueError(
-            f"validate: expected at least {LEAST_UNITS} independent units of evaluation rollouts to halve, got "
-            f"{units.count}; give more rollouts"
+            f"validate: expected at least {MIN_CLUSTERS} independent clusters of evaluation rollouts to halve, got "
+            f"{clusters.count}; give more rollouts"
         )
-    half_of = torch.randperm(units.count, generator=torch.Generator().manual_seed(seed)) % 2
+    half_of = torch.randperm(clusters.count, generator=torch.Generator().manual_seed(seed)) % 2
     halves = []
     for half in (0, 1):
         ids = (half_of == half).nonzero()[:, 0]
-        members = (half_of[units.index] == half).nonzero()[:, 0]
-        rows = (half_of[part.units.index] == half).nonzero()[:, 0]
-        own = Units(torch.searchsorted(ids, part.units.index[rows]), len(ids))
+        members = (half_of[clusters.index] == half).nonzero()[:, 0]
+        rows = (half_of[part.clusters.index] == half).nonzero()[:, 0]
+        own = Clusters(torch.searchsorted(ids, part.clusters.index[rows]), len(ids))
         places = Part(torch.searchsorted(members, part.rows[rows]), len(members), own)
         some = scores.select(rows)
         halves.append(EvaluationHalf(rows, places, some, add_up(ranks, PositionSums.of(some))))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from entropy_probe.analyses.batches import UpdateBatch
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.gradients.hooks import Taps
-from entropy_probe.gradients.per_sample import Side, UnitGradients, stored_bytes, unit_gradients
+from entropy_probe.gradients.hooks import Hooks
+from entropy_probe.gradients.per_sample import SampleGradients, Side, sample_gradients, stored_bytes
 from entropy_probe.parallel.batch import Part
 from entropy_probe.results.note import NOTHING_TO_DO, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
@@ -18,7 +18,7 @@ from entropy_probe.scoring.forward import Progress
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["differentiate", "over_units", "update_gradient", "update_loss", "whole_scores"]
+__all__ = ["differentiate", "over_clusters", "update_gradient", "update_loss", "whole_scores"]
 
 PASSED_OVER_TWICE = NoteKind(
     "passed_over_twice",
@@ -54,9 +54,9 @@ def whole_scores(policy: Policy, part: Part, own: TokenScores) -> TokenScores:
     return TokenScores(logprobs, entropies, mask.bool())
 
 
-def over_units(policy: Policy, part: Part, values: Tensor) -> Tensor:
+def over_clusters(policy: Policy, part: Part, values: Tensor) -> Tensor:
     """Values of this rank's units, ``[..., u]``, with those of all others in their places, ``[..., U]``."""
-    return policy.ranks.sum(part.by_unit(values))
+    return policy.ranks.sum(part.by_cluster(values))
 
 
 def differentiate(
@@ -66,10 +66,10 @@ def differentiate(
     side: Side,
     *,
     progress: Progress,
-    taps: Taps | None = None,
+    hooks: Hooks | None = None,
     total: bool = True,
     sheet: ScoreSheet | None = None,
-) -> UnitGradients:
+) -> SampleGradients:
     """The gradient of a surrogate: its total over the whole batch, everything else of this rank's units.
 
     Args:
@@ -78,14 +78,14 @@ def differentiate(
         part: which these are.
         side: the surrogate, and what is wanted of its gradient.
         progress: where progress is reported.
-        taps: where per-sample gradients can be read off the layers.
+        hooks: where per-sample gradients can be read off the layers.
         total: add up the total over ranks.
         sheet: gets the scores of the pass.
     """
     parameters, ranks = policy.parameters, policy.ranks
     with policy.on_part(part):
-        (gradients,) = unit_gradients(
-            policy.scorer, parameters, own, part.local_units, [side], taps=taps, progress=progress, sheet=sheet
+        (gradients,) = sample_gradients(
+            policy.scorer, parameters, own, part.local_clusters, [side], hooks=hooks, progress=progress, sheet=sheet
         )
     if not total:
         return gradients
@@ -100,8 +100,8 @@ def differentiate(
 
 
 def update_gradient(
-    policy: Policy, update: UpdateBatch, loss: TokenCoefficients, *, store: bool, taps: Taps | None, scored: bool
-) -> UnitGradients:
+    policy: Policy, update: UpdateBatch, loss: TokenCoefficients, *, store: bool, hooks: Hooks | None, scored: bool
+) -> SampleGradients:
     """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits.
 
     Args:
@@ -109,7 +109,7 @@ def update_gradient(
         update: the batch.
         loss: coefficients of this rank's part.
         store: keep the shares.
-        taps: where per-sample gradients can be read off the layers.
+        hooks: where per-sample gradients can be read off the layers.
         scored: whether the batch was scored and checked before; else it is now, by the scores of this pass.
     """
     fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
@@ -119,7 +119,7 @@ def update_gradient(
     with policy.clock.phase("update gradient") as progress:
         side = Side(loss, store=store and fits)
         gradient = differentiate(
-            policy, update.own, update.part, side, taps=taps if side.store else None, progress=progress, sheet=sheet
+            policy, update.own, update.part, side, hooks=hooks if side.store else None, progress=progress, sheet=sheet
         )
     if sheet is not None:
         with policy.on_part(update.part):

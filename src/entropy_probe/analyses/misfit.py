@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from entropy_probe.analyses.admission import Role
-from entropy_probe.estimators.policy_fit import LARGEST_Z, Fit
+from entropy_probe.estimators.policy_fit import MAX_Z, Fit
 from entropy_probe.estimators.sampler import Mismatch
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import BatchFit
@@ -81,7 +81,7 @@ class Misfit:
     @property
     def blame_logprobs(self) -> bool:
         """Whether the sampler's log-probabilities are wrong, whoever drew the tokens."""
-        contradicted = self.mismatch is not None and self.mismatch.z > LARGEST_Z
+        contradicted = self.mismatch is not None and self.mismatch.z > MAX_Z
         return self.differ and (self.amiss is not None or contradicted)
 
     @property

@@ -19,7 +19,7 @@ from entropy_probe.parallel.shards import sharded_as
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import parameters_at
-from entropy_probe.types import TokenScores, Units
+from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["measured_noise_floor"]
 
@@ -64,7 +64,7 @@ def measured_noise_floor(
     """
     chosen = torch.linspace(0, len(rollouts) - 1, min(len(rollouts), NOISE_SEQUENCES)).long()
     mine = torch.isin(chosen, part.rows).nonzero()[:, 0]
-    few = Part(mine, len(chosen), Units.sequences(len(chosen)).select(mine))
+    few = Part(mine, len(chosen), Clusters.sequences(len(chosen)).select(mine))
     few_rollouts = rollouts.select(chosen[mine])
     # rounding has nothing to do with who sampled the responses
     plain = replace(before, log_weights=None)

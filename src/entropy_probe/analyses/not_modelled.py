@@ -17,7 +17,7 @@ from entropy_probe.parallel.shards import count, local
 __all__ = ["of_frozen_geometry", "of_model", "of_rounding"]
 
 NARROW = (torch.bfloat16, torch.float16)
-LEAST_SHARE = 0.5
+MIN_SHARE = 0.5
 """Of the trained elements; single tensors may fit a narrow type because they never moved."""
 
 
@@ -66,7 +66,7 @@ def of_rounding(
     elements = sum(p.numel() for p in trained.values())
     for dtype in NARROW:
         narrow = {name: p for name, p in trained.items() if _fits(p.detach(), dtype)}
-        if not elements or sum(p.numel() for p in narrow.values()) < LEAST_SHARE * elements:
+        if not elements or sum(p.numel() for p in narrow.values()) < MIN_SHARE * elements:
             continue
         moving = sum(count(delta[name] != 0) for name in narrow)
         gone = sum(count(_vanishes(p.detach(), delta[name], dtype)) for name, p in narrow.items())

@@ -11,7 +11,7 @@ from torch import Tensor
 from entropy_probe.analyses.admission import draws_of
 from entropy_probe.analyses.assemble import assemble
 from entropy_probe.analyses.batches import admitted
-from entropy_probe.analyses.before import chosen_units
+from entropy_probe.analyses.before import chosen_clusters
 from entropy_probe.analyses.gradient import whole_scores
 from entropy_probe.analyses.not_modelled import of_frozen_geometry
 from entropy_probe.analyses.policy import Policy
@@ -20,21 +20,21 @@ from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.gradients.cross import cross_products
-from entropy_probe.gradients.per_sample import unit_backward
+from entropy_probe.gradients.per_sample import cluster_backward
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.types import TokenCoefficients, TokenScores, Units
+from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
 __all__ = ["one_batch"]
 
-MOST_UNITS = 128
+MAX_CLUSTERS = 128
 """More prompts than this are put into blocks, unless asked otherwise."""
-LEAST_BLOCKS = 16
+MIN_BLOCKS = 16
 """Fewer blocks than this would give a poor standard error; a number of prompts that allows no more is left whole."""
-SHARE_FOR_LENGTH, LEAST_FOR_LENGTH = 1 / 16, 8
+SHARE_FOR_LENGTH, MIN_FOR_LENGTH = 1 / 16, 8
 """The units, half of them at most, that the change of the mean length is taken from, which multiplies an error only."""
 SUSPICIOUS_RATIO = 1e3
 """P should change the scale of the statistic by no more than this."""
@@ -52,9 +52,9 @@ class _Batch:
 
     given: Rollouts
     rollouts: Rollouts
-    prompts: Units
+    prompts: Clusters
     block_size: int
-    units: Units
+    clusters: Clusters
     part: Part
 
 
@@ -65,9 +65,9 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
         ValueError: see :meth:`entropy_probe.EntropyProbe.cross_prompt`.
     """
     config, ranks, whole = policy.config, policy.ranks, _admitted(policy, batch)
-    units, part, own = whole.units, whole.part, whole.part.select(whole.rollouts)
+    clusters, part, own = whole.clusters, whole.part, whole.part.select(whole.rollouts)
     policy.prepare(whole.rollouts)
-    taps = policy.choose_taps(whole.rollouts)
+    hooks = policy.choose_hooks(whole.rollouts)
     scale, report = policy.frozen_scale()
     rate = max(policy.learning_rates)
     relative = {name: s / rate for name, s in scale.items()}
@@ -77,31 +77,31 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
         add_up(ranks, PositionSums.of(before)),
     )
     how = (config.normalization, config.entropy, draws_of(whole.rollouts).select(part.rows))
-    towards = fo.entropy_coefficients(before, own.prompt_ids, part.units, positions, *how)
+    towards = fo.entropy_coefficients(before, own.prompt_ids, part.clusters, positions, *how)
     scores = whole_scores(policy, part, before) if config.loss.needs_scores else None
     loss = config.loss.coefficients(whole.given, scores).select(part.rows)
-    left, right = _times(towards, -units.count / by_prompt.size.sum().item()), _times(loss, -float(units.count))
+    left, right = _times(towards, -clusters.count / by_prompt.size.sum().item()), _times(loss, -float(clusters.count))
     with policy.clock.phase("cross-prompt gradients") as progress:
         products = cross_products(
             policy.scorer,
             policy.parameters,
             own,
-            part.local_units,
-            units.count,
+            part.local_clusters,
+            clusters.count,
             # mean X = -grad H and mean Y = -grad loss, over units
             left,
             right,
             relative,
-            taps=taps,
+            hooks=hooks,
             max_bytes=config.max_stored_gradient_gib * 2**30,
             progress=progress,
             ranks=ranks,
         )
     slope = _length_slope(policy, whole, before, positions, right, products.right_total, relative)
-    by_unit = part.by_unit(torch.stack([products.left, products.right, products.diagonal]))
-    x_side, y_side, diagonal = ranks.sum(by_unit)
+    by_cluster = part.by_cluster(torch.stack([products.left, products.right, products.diagonal]))
+    x_side, y_side, diagonal = ranks.sum(by_cluster)
     statistic = cross_statistic(x_side, y_side, diagonal, _of_sums(policy, whole, before, slope))
-    ratio = _ratio_to_unscaled(policy, statistic.bars_dot, products.unscaled_total / units.count**2)
+    ratio = _ratio_to_unscaled(policy, statistic.bars_dot, products.unscaled_total / clusters.count**2)
     cross = CrossPrompt(
         delta_h1=-rate * statistic.value,
         se_plugin=rate * statistic.se_plugin,
@@ -114,14 +114,14 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
         bars_dot_ratio=ratio,
         diagonal=statistic.diagonal,
         row_means=tuple(statistic.row_means.tolist()),
-        num_units=units.count,
+        num_clusters=clusters.count,
         mode="exact" if whole.block_size == 1 else "block",
         block_size=whole.block_size,
         learning_rate=rate,
         gradients=products.how,
         preconditioner=report,
     )
-    ascent = {name: g / units.count for name, g in products.right_total.items()}
+    ascent = {name: g / clusters.count for name, g in products.right_total.items()}
     step = {name: scale[name] * g for name, g in ascent.items()}
     diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
     trained = (policy.parameters, policy.optimizer)
@@ -133,9 +133,9 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
 def _admitted(policy: Policy, batch: Rollouts) -> _Batch:
     given = batch.cpu()
     rollouts = admitted(policy, given, "batch")
-    prompts = Units.prompts(rollouts.prompt_ids)
+    prompts = Clusters.prompts(rollouts.prompt_ids)
     block_size = _block_size(prompts.count, policy.config)
-    units = Units(prompts.index // block_size, prompts.count // block_size)
+    clusters = Clusters(prompts.index // block_size, prompts.count // block_size)
     policy.check_ranks_agree(batch=rollouts)
     answered = prompts.index[rollouts.response_mask.any(1)]
     if policy.config.entropy == "surprisal" and bool((answered.bincount(minlength=prompts.count) < 2).any()):
@@ -143,7 +143,7 @@ def _admitted(policy: Policy, batch: Rollouts) -> _Batch:
             "one batch: expected at least 2 responses per prompt for the surprisal baseline, got a prompt with 1; "
             "sample more, or use entropy='rao_blackwell'"
         )
-    return _Batch(given, rollouts, prompts, block_size, units, Part.of(rollouts, units, units, policy.ranks))
+    return _Batch(given, rollouts, prompts, block_size, clusters, Part.of(rollouts, clusters, clusters, policy.ranks))
 
 
 def _scores(policy: Policy, whole: _Batch) -> TokenScores:
@@ -160,10 +160,10 @@ def _scores(policy: Policy, whole: _Batch) -> TokenScores:
 def _of_sums(policy: Policy, whole: _Batch, before: TokenScores, slope: float) -> Callable[[float], Tensor]:
     """What each unit does to the statistic through the batch's sums, from the statistic."""
     config, of_loss = policy.config, whole.given.response_lengths.double()
-    sums = add_up(policy.ranks, fo.entropy(before, whole.part.units, config.normalization, config.entropy))
+    sums = add_up(policy.ranks, fo.entropy(before, whole.part.clusters, config.normalization, config.entropy))
     if not config.loss.per_token:
         of_loss = torch.ones_like(of_loss)
-    return lambda value: influence_of_sums(value, sums.size, whole.units.total(of_loss), sums.ratio(), slope)
+    return lambda value: influence_of_sums(value, sums.size, whole.clusters.total(of_loss), sums.ratio(), slope)
 
 
 def _length_slope(
@@ -188,17 +188,17 @@ def _length_slope(
     """
     if policy.config.normalization != "token":
         return 0.0
-    count, part = whole.units.count, whole.part
-    number = min(count // 2, max(LEAST_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
-    some = chosen_units(whole.rollouts, whole.units, number)
-    rows = torch.isin(part.units.index, some).nonzero()[:, 0]
-    chosen, units = before.select(rows), part.units.select(rows)
-    sides = [fo.length_coefficients(chosen, units, positions), right.select(rows)]
-    own, present, along = part.select(whole.rollouts).select(rows), units.index.unique().tolist(), 0.0
+    count, part = whole.clusters.count, whole.part
+    number = min(count // 2, max(MIN_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
+    some = chosen_clusters(whole.rollouts, whole.clusters, number)
+    rows = torch.isin(part.clusters.index, some).nonzero()[:, 0]
+    chosen, clusters = before.select(rows), part.clusters.select(rows)
+    sides = [fo.length_coefficients(chosen, clusters, positions), right.select(rows)]
+    own, present, along = part.select(whole.rollouts).select(rows), clusters.index.unique().tolist(), 0.0
     with policy.clock.phase("length gradient") as progress, policy.on_part(part):
         for done, unit in enumerate(present, start=1):
-            members = (units.index == unit).nonzero()[:, 0]
-            lengths, loss = unit_backward(policy.scorer, policy.parameters, own, members, sides)
+            members = (clusters.index == unit).nonzero()[:, 0]
+            lengths, loss = cluster_backward(policy.scorer, policy.parameters, own, members, sides)
             others = {name: right_total[name] - loss[name] if name in loss else right_total[name] for name in lengths}
             along += dot(lengths, {name: relative[name] * y for name, y in others.items()})
             progress(done, len(present))
@@ -222,13 +222,13 @@ def _block_size(count: int, config: ProbeConfig) -> int:
                 f"{', '.join(map(str, divisors[:-1]))}"
             )
         return asked
-    if config.one_batch_units == "auto" and count <= MOST_UNITS:
+    if config.one_batch_units == "auto" and count <= MAX_CLUSTERS:
         return 1
-    fitting = [size for size in divisors if size > 1 and LEAST_BLOCKS <= count // size <= MOST_UNITS]
+    fitting = [size for size in divisors if size > 1 and MIN_BLOCKS <= count // size <= MAX_CLUSTERS]
     if not fitting and config.one_batch_units == "block":
         raise ValueError(
-            f"one_batch_units 'block': expected a number of prompts that makes {LEAST_BLOCKS} to "
-            f"{MOST_UNITS} equal blocks, got {count}; set block_size, or use 'exact'"
+            f"one_batch_units 'block': expected a number of prompts that makes {MIN_BLOCKS} to "
+            f"{MAX_CLUSTERS} equal blocks, got {count}; set block_size, or use 'exact'"
         )
     return fitting[0] if fitting else 1
 

@@ -16,7 +16,7 @@ from entropy_probe.analyses.not_modelled import of_model
 from entropy_probe.analyses.policy_check import Checked, PolicyCheck
 from entropy_probe.analyses.provenance import Clock, Phase
 from entropy_probe.config import ProbeConfig
-from entropy_probe.gradients.hooks import Taps, tappable
+from entropy_probe.gradients.hooks import Hooks, hookable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import ALONE, Ranks
@@ -76,13 +76,13 @@ class Log:
         notes: what a careful reader should know.
         not_modelled: what belongs to the trainer's step and not to the numbers.
         checked: how each batch fits the policy.
-        per_unit_gradients: how they were computed.
+        per_sample_gradients: how they were computed.
     """
 
     notes: list[Note]
     not_modelled: list[str]
     checked: dict[Role, Checked] = field(default_factory=dict)
-    per_unit_gradients: str = "not needed"
+    per_sample_gradients: str = "not needed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,12 +238,12 @@ class Policy:
             self.log.not_modelled.append(checked.not_modelled)
         return checked.scores
 
-    def choose_taps(self, rollouts: Rollouts) -> Taps | None:
+    def choose_hooks(self, rollouts: Rollouts) -> Hooks | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
         with self.ranks.agreeing():
-            taps = tappable(self.scorer, self.parameters, rollouts) if not self.scorer.sharded else SHARDED
-        self.log.per_unit_gradients = str(taps) if isinstance(taps, Taps) else f"per unit ({taps})"
-        return taps if isinstance(taps, Taps) else None
+            hooks = hookable(self.scorer, self.parameters, rollouts) if not self.scorer.sharded else SHARDED
+        self.log.per_sample_gradients = str(hooks) if isinstance(hooks, Hooks) else f"per cluster ({hooks})"
+        return hooks if isinstance(hooks, Hooks) else None
 
     def frozen_scale(self) -> tuple[dict[str, Tensor], PreconditionerReport]:
         """``lr P`` of the frozen geometry, each parameter with its own group's rate, and how P came about."""

@@ -17,7 +17,7 @@ from entropy_probe.analyses.admission import Role
 from entropy_probe.analyses.misfit import Misfit
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.importance import sequence_importance_weights
-from entropy_probe.estimators.policy_fit import LARGEST_Z, Fit, excess_sums, policy_fit
+from entropy_probe.estimators.policy_fit import MAX_Z, Fit, excess_sums, policy_fit
 from entropy_probe.estimators.sampler import (
     MISTAKES,
     mistake_sums,
@@ -119,7 +119,7 @@ class PolicyCheck:
         if config.on_mismatch == "refuse":
             raise ValueError(
                 f"{said}; on_mismatch refuse: expected at most {config.max_mismatch:g} nats per token and |z| of at "
-                f"most {LARGEST_Z:g}, so {found.remedy}, or use on_mismatch: report"
+                f"most {MAX_Z:g}, so {found.remedy}, or use on_mismatch: report"
             )
         if config.on_mismatch == "reweight" and role != "update" and found.differ and gaps is not None:
             return self._reweighted(checked, found, said, (sums, gaps[0]), part)
@@ -169,7 +169,7 @@ class PolicyCheck:
         sampled, amiss, of_logprobs = rollouts.sampled_logprobs, None, None
         few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
         keep = torch.isin(part.rows, few).nonzero()[:, 0]
-        own = Part(part.rows[keep], part.size, part.units.select(keep))
+        own = Part(part.rows[keep], part.size, part.clusters.select(keep))
         some = own.select(rollouts)
         if found.mismatch is not None and sampled is not None and found.differ:
             amiss = recorded_amiss(self._sum(part, mistake_sums(scores, sampled[part.rows])), found.mismatch)

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
 from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
-from entropy_probe.analyses.gradient import differentiate, over_units, update_gradient, update_loss
+from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
 from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_rounding
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import jackknife_standard_error
-from entropy_probe.gradients.hooks import Taps
+from entropy_probe.gradients.hooks import Hooks
 from entropy_probe.gradients.leave_out import reduced_gradients, renormalisation
-from entropy_probe.gradients.per_sample import Side, UnitGradients
+from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import dot
 from entropy_probe.parallel.batch import add_up
 from entropy_probe.results.note import NoteKind
@@ -58,7 +58,7 @@ class Plan:
         evaluation: the batch that entropy is taken on.
         before: what that is before the step.
         loss: coefficients of this rank's part of the update batch.
-        taps: where per-sample gradients are read off the layers.
+        hooks: where per-sample gradients are read off the layers.
         gradient: of the loss, with each prompt's share where these are kept.
         step: the parameter change, in parts.
     """
@@ -68,8 +68,8 @@ class Plan:
     evaluation: EvaluationBatch
     before: Before
     loss: TokenCoefficients
-    taps: Taps | None
-    gradient: UnitGradients
+    hooks: Hooks | None
+    gradient: SampleGradients
     step: PlannedStep
 
 
@@ -89,8 +89,8 @@ class Prediction:
     """
 
     plan: Plan
-    slope: UnitGradients
-    length_slope: UnitGradients | None
+    slope: SampleGradients
+    length_slope: SampleGradients | None
     change: fo.FirstOrder
     parts: dict[str, fo.FirstOrder]
     by_prompt: Float[Tensor, " B"] | None
@@ -112,15 +112,15 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     config, trained = policy.config, (policy.parameters, policy.optimizer)
     policy.prepare(update.rollouts, evaluation.rollouts)
     before = _before(policy, evaluation)
-    taps = policy.choose_taps(update.rollouts) if shares else None
+    hooks = policy.choose_hooks(update.rollouts) if shares else None
     loss = update_loss(policy, update, checked=evaluation.is_update)
     checked = evaluation.is_update or config.loss.needs_scores
-    gradient = update_gradient(policy, update, loss, store=shares, taps=taps, scored=checked)
+    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
     step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
     policy.log.not_modelled += of_rounding(*trained, step.delta)
     if config.geometry == "frozen":
         policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
-    return Plan(policy, update, evaluation, before, loss, taps, gradient, step)
+    return Plan(policy, update, evaluation, before, loss, hooks, gradient, step)
 
 
 def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) -> Prediction:
@@ -132,7 +132,7 @@ def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) ->
     planned = plan(policy, update, evaluation)
     step, before, sizes = planned.step, planned.before, planned.before.sums.size
     slope = _entropy_slope(planned)
-    dots = over_units(policy, evaluation.part, slope.dots)
+    dots = over_clusters(policy, evaluation.part, slope.dots)
     length_slope, lengths = _length_changes(planned)
     change = fo.first_order(dots.sum(0), sizes, before.entropy, float(lengths.sum()))
     if step.gradient_scale is None:
@@ -155,10 +155,10 @@ def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
     scores = policy.reference_scores(rollouts, part, "score evaluation")
     scores = policy.check_rollouts(evaluation.role, scores, part, rollouts)
     positions = add_up(ranks, PositionSums.of(scores))
-    sums = add_up(ranks, fo.entropy(scores, part.units, config.normalization, config.entropy))
+    sums = add_up(ranks, fo.entropy(scores, part.clusters, config.normalization, config.entropy))
     lengths = None
     if config.normalization == "token":
-        lengths = LengthSample.of(rollouts, evaluation.units, part, scores, positions)
+        lengths = LengthSample.of(rollouts, evaluation.clusters, part, scores, positions)
     return Before(scores, positions, sums, sums.ratio(), lengths)
 
 
@@ -167,20 +167,22 @@ def entropy_surrogate(planned: Plan) -> TokenCoefficients:
     evaluation, before = planned.evaluation, planned.before
     part, draws = evaluation.part, evaluation.draws.select(evaluation.part.rows)
     config = planned.policy.config
-    return entropy_coefficients(before.scores, evaluation.own.prompt_ids, part.units, draws, before.positions, config)
+    return entropy_coefficients(
+        before.scores, evaluation.own.prompt_ids, part.clusters, draws, before.positions, config
+    )
 
 
-def _entropy_slope(planned: Plan) -> UnitGradients:
+def _entropy_slope(planned: Plan) -> SampleGradients:
     """The entropy gradient, along the parts of the step."""
     surrogate, evaluation = entropy_surrogate(planned), planned.evaluation
     with planned.policy.clock.phase("evaluation gradient") as progress:
         side = Side(surrogate, directions=list(planned.step.components.values()))
         return differentiate(
-            planned.policy, evaluation.own, evaluation.part, side, taps=planned.taps, progress=progress
+            planned.policy, evaluation.own, evaluation.part, side, hooks=planned.hooks, progress=progress
         )
 
 
-def _length_changes(planned: Plan) -> tuple[UnitGradients | None, Float[Tensor, " K"]]:
+def _length_changes(planned: Plan) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
     """The relative first-order change of the mean length by each part of the step; 0 per sequence."""
     lengths, steps, policy = planned.before.lengths, list(planned.step.components.values()), planned.policy
     if lengths is None:
@@ -192,7 +194,7 @@ def _length_changes(planned: Plan) -> tuple[UnitGradients | None, Float[Tensor, 
     return slope, lengths.along(steps, slope, policy.ranks)
 
 
-def prompt_contributions(planned: Plan, slope: UnitGradients, total_weight: float) -> Float[Tensor, " B"]:
+def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: float) -> Float[Tensor, " B"]:
     """What each update prompt adds, through the gradient part of the step, to a mean that has this slope.
 
     Args:
@@ -205,19 +207,21 @@ def prompt_contributions(planned: Plan, slope: UnitGradients, total_weight: floa
     direction = scaled(slope.total, step.gradient_scale, -step.gradient.factor / total_weight)
     with policy.clock.phase("update error") as progress:
         if gradient.stored is not None:
-            return over_units(policy, update.part, gradient.dot_stored(direction))
+            return over_clusters(policy, update.part, gradient.dot_stored(direction))
         side = Side(planned.loss, directions=[direction])
-        again = differentiate(policy, update.own, update.part, side, taps=planned.taps, progress=progress, total=False)
-        return over_units(policy, update.part, again.dots[0])
+        again = differentiate(
+            policy, update.own, update.part, side, hooks=planned.hooks, progress=progress, total=False
+        )
+        return over_clusters(policy, update.part, again.dots[0])
 
 
-def _jackknife(planned: Plan, slope: UnitGradients, total_weight: float) -> float:
+def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:
     """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
     policy, update, step = planned.policy, planned.update, planned.step
     config, blocks, part = policy.config, update.shares, update.part
     policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
     factors = renormalisation(update.given, blocks.index, config.loss)
-    own_factors = [factors[block] for block in part.present_units.tolist()]
+    own_factors = [factors[block] for block in part.present_clusters.tolist()]
     direction = {
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
         for name, p in step.delta.items()
@@ -228,7 +232,7 @@ def _jackknife(planned: Plan, slope: UnitGradients, total_weight: float) -> floa
             policy.scorer,
             policy.parameters,
             update.own,
-            part.local_units,
+            part.local_clusters,
             planned.loss,
             planned.gradient,
             own_factors,
@@ -237,7 +241,7 @@ def _jackknife(planned: Plan, slope: UnitGradients, total_weight: float) -> floa
             stepped = copied_step(policy.parameters, policy.optimizer, clipped, config.learning_rate)
             left_out.append(dot(direction, moved(policy.parameters, stepped)))
             progress(len(left_out), len(own_factors))
-    changes = over_units(policy, part, torch.tensor(left_out, dtype=torch.float64))
+    changes = over_clusters(policy, part, torch.tensor(left_out, dtype=torch.float64))
     sizes = torch.stack([update.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
     return jackknife_standard_error(dot(direction, step.delta), changes, sizes)
 

@@ -13,12 +13,12 @@ from entropy_probe.estimators.baselines import EntropyKind, PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
-from entropy_probe.estimators.uncertainty import UnitSums, in_chunks
+from entropy_probe.estimators.uncertainty import ClusterSums, in_chunks
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import Realized, Unit
-from entropy_probe.types import TokenScores, Units
+from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["Measurement", "measure_change"]
 
@@ -66,7 +66,7 @@ class Measurement:
 
     def report(
         self,
-        units: Units,
+        clusters: Clusters,
         unit: Unit,
         floor: float | None = None,
         batch: Literal["evaluation", "update"] = "evaluation",
@@ -75,7 +75,7 @@ class Measurement:
         """The result's record of it.
 
         Args:
-            units: the sampling units.
+            clusters: the clusters.
             unit: of the change.
             floor: what rounding does to the change.
             batch: which rollouts it was measured on.
@@ -89,7 +89,7 @@ class Measurement:
         return Realized(
             value=None if found is None else found.value,
             standard_error=None if found is None else found.standard_error,
-            num_units=units.count,
+            num_clusters=clusters.count,
             unit=unit,
             status=status,
             estimator=self.estimator,
@@ -118,16 +118,16 @@ def measure_change(
     Args:
         before: scores of this rank's part of the batch before the step.
         after: scores of the same after it.
-        part: which sequences these are, and their sampling units.
+        part: which sequences these are, and their clusters.
         batch: sums over the whole batch of scores before the step.
         config: the estimator, its options, and what to do when the weights are not trusted.
         ranks: the ranks that have the other parts.
         resample: scores, after the step, of fresh responses to the same prompts; needed for that fallback only.
     """
-    units, normalization, kind = part.units, config.normalization, config.entropy
+    clusters, normalization, kind = part.clusters, config.normalization, config.entropy
 
-    def change_to(new: UnitSums, kind: EntropyKind = kind) -> Change:
-        return change(add_up(ranks, new), add_up(ranks, entropy(before, units, normalization, kind)))
+    def change_to(new: ClusterSums, kind: EntropyKind = kind) -> Change:
+        return change(add_up(ranks, new), add_up(ranks, entropy(before, clusters, normalization, kind)))
 
     log_weights, base = ranks.sum(part.by_sequence(sequence_log_weights(before, after)))
     weights = sequence_importance_weights(
@@ -144,23 +144,23 @@ def measure_change(
         diagnosis = "low_ess"
     if diagnosis != "ok" and config.on_low_ess == "resample":
         assert resample is not None
-        fresh = entropy(resample(), units, normalization, kind)
+        fresh = entropy(resample(), clusters, normalization, kind)
         return Measurement(change_to(fresh), "resampled", diagnosis, weights, after)
     if diagnosis != "ok" and config.on_low_ess == "psis" and weights.pareto_k is not None:
         smoothed = sequence_importance_weights(log_weights, "psis", base=base, log_weight_clamp=config.log_weight_clamp)
         if smoothed.heavy_tailed:
             return Measurement(None, "psis", "high_pareto_k", weights, after)
-        new = snis(after, smoothed.normalized[part.rows], units, normalization, kind)
+        new = snis(after, smoothed.normalized[part.rows], clusters, normalization, kind)
         return Measurement(change_to(new), "psis", diagnosis, weights, after)
     estimator = "per_decision" if config.realized == "per_decision" else config.is_mode
     if diagnosis != "ok":
         return Measurement(None, estimator, diagnosis, weights, after)
     if estimator == "per_decision":
         with ranks.agreeing():
-            table = torch.zeros(2, units.count, dtype=torch.float64)
-            for rows in in_chunks(units):
-                own = units.select(rows)
+            table = torch.zeros(2, clusters.count, dtype=torch.float64)
+            for rows in in_chunks(clusters):
+                own = clusters.select(rows)
                 table += per_decision(before.select(rows), after.select(rows), own, batch, normalization).table
-        return Measurement(change_to(UnitSums(table), "rao_blackwell"), estimator, diagnosis, weights, after)
-    new = snis(after, weights.normalized[part.rows], units, normalization, kind)
+        return Measurement(change_to(ClusterSums(table), "rao_blackwell"), estimator, diagnosis, weights, after)
+    new = snis(after, weights.normalized[part.rows], clusters, normalization, kind)
     return Measurement(change_to(new), estimator, diagnosis, weights, after)

@@ -149,7 +149,7 @@ def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoi
         return point
     return point.model_copy(
         update={
-            "difference": Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.units)),
+            "difference": Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.clusters)),
             "influence": tuple(change.influence.tolist()),
             "difference_influence": tuple(gap.influence.tolist()),
         }
@@ -178,7 +178,9 @@ def _direct_derivatives(prediction: Prediction, notes: list[Note]) -> tuple[Samp
     if abs(gap) > SLOPE_TOLERANCE * rate * float(d.abs().sum() / size):
         notes.append(FORWARD_MODE_DIFFERS(forward=predicted.value + gap, backward=predicted.value))
         return None
-    own = per_decision_taylor(before.scores, first, second, part.units, before.positions, policy.config.normalization)
+    own = per_decision_taylor(
+        before.scores, first, second, part.clusters, before.positions, policy.config.normalization
+    )
     return add_up(policy.ranks, own).derivatives()
 
 
@@ -254,8 +256,8 @@ def _measured(
         notes.append(NO_LINEAR_RANGE(what=what))
         return None
     chosen = [(p, p.estimate) for p in points if p.estimate and p.status == "ok" and p.learning_rate <= reach * end]
-    if len(chosen) < curves.LEAST_RATES:
-        notes.append(FEW_RATES(what=what, least=curves.LEAST_RATES, rate=reach * end, rates=len(chosen)))
+    if len(chosen) < curves.MIN_RATES:
+        notes.append(FEW_RATES(what=what, least=curves.MIN_RATES, rate=reach * end, rates=len(chosen)))
         return None
     influences = torch.tensor([point.influence for point, _ in chosen], dtype=torch.float64)
     rates, changes = [p.learning_rate for p, _ in chosen], [estimate.value for _, estimate in chosen]

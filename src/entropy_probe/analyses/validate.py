@@ -30,7 +30,7 @@ from entropy_probe.estimators.validation import Changes, Forecast, reliability, 
 from entropy_probe.gradients.leave_out import kept_gradient
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.results.note import Note, NoteKind, distinct
-from entropy_probe.results.validation import LEAST_STEPS, RankCorrelation, SubsetStep, Validation
+from entropy_probe.results.validation import MIN_STEPS, RankCorrelation, SubsetStep, Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import batch_digest
 from entropy_probe.steps.adamw import is_adam
@@ -39,8 +39,8 @@ from entropy_probe.steps.plan import PlannedStep, plan_step
 
 __all__ = ["check_halves", "distinct_halves", "validate"]
 
-LEAST_PROMPTS = 4
-LEAST_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
+MIN_PROMPTS = 4
+MIN_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
 ROUNDING = 1e-9
 """A sum of advantages below this share of the sum of their sizes is none."""
 FEW_HALVES = NoteKind(
@@ -83,13 +83,13 @@ def check_halves(prompts: int, subsets: int) -> None:
     Raises:
         ValueError: if not.
     """
-    if prompts < LEAST_PROMPTS:
+    if prompts < MIN_PROMPTS:
         raise ValueError(
-            f"validate: expected at least {LEAST_PROMPTS} update prompts to take halves of, got {prompts}; use a "
+            f"validate: expected at least {MIN_PROMPTS} update prompts to take halves of, got {prompts}; use a "
             "larger update batch"
         )
-    if subsets < LEAST_STEPS:
-        raise ValueError(f"subsets: expected at least {LEAST_STEPS}, got {subsets}")
+    if subsets < MIN_STEPS:
+        raise ValueError(f"subsets: expected at least {MIN_STEPS}, got {subsets}")
 
 
 def distinct_halves(moving: Bool[Tensor, " B"], subsets: int, seed: int) -> list[Tensor]:
@@ -162,7 +162,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
     planned = plan(policy, update, batch)
     question = _Question(attribution, planned, batch_digest(batch.rollouts) == attribution.evaluation)
-    halves = halved(batch.units, batch.part, planned.before.scores, policy.ranks, seed)
+    halves = halved(batch.clusters, batch.part, planned.before.scores, policy.ranks, seed)
     by_half = torch.stack([_contributions(planned, half) for half in halves])
     scale = policy.frozen_scale() if policy.config.geometry == "frozen" else None
     measured: list[_Measured | str] = []
@@ -189,7 +189,7 @@ def _contributions(planned: Plan, half: EvaluationHalf) -> Tensor:
     """The contributions of the update prompts by one half of the evaluation batch, ``[B]``."""
     policy, evaluation = planned.policy, planned.evaluation
     rollouts, draws = evaluation.own.select(half.rows), evaluation.draws.select(evaluation.part.rows[half.rows])
-    given = (half.scores, rollouts.prompt_ids, half.part.units, draws, half.positions, policy.config)
+    given = (half.scores, rollouts.prompt_ids, half.part.clusters, draws, half.positions, policy.config)
     side = Side(entropy_coefficients(*given))
     with policy.clock.phase("evaluation gradient") as progress:
         slope = differentiate(policy, rollouts, half.part, side, progress=progress)
@@ -200,9 +200,9 @@ def _contributions(planned: Plan, half: EvaluationHalf) -> Tensor:
 def _change(planned: Plan, halves: list[EvaluationHalf], kept: Tensor, frozen: tuple | None) -> _Measured | str:
     """The entropy change measured after the step on some of the prompts, or why there is none."""
     policy, update, part = planned.policy, planned.update, planned.update.part
-    own = torch.isin(part.present_units, kept).nonzero()[:, 0]
+    own = torch.isin(part.present_clusters, kept).nonzero()[:, 0]
     with policy.on_part(part):
-        given = (policy.scorer, policy.parameters, update.own, part.local_units)
+        given = (policy.scorer, policy.parameters, update.own, part.local_clusters)
         gradient = kept_gradient(*given, own, planned.loss, planned.gradient)
     gradient = policy.ranks.sum_vector(gradient, policy.parameters)
     trained = (policy.parameters, policy.optimizer)
@@ -247,8 +247,8 @@ def _judged(
     if failures:
         notes.append(NOT_MEASURED(failed=len(failures), steps=len(steps), reason=failures[0]))
     known, correlations = None, dict.fromkeys(forecasts)
-    if len(measured) < LEAST_STEPS:
-        notes.append(NO_CORRELATION(least=LEAST_STEPS, measured=len(measured)))
+    if len(measured) < MIN_STEPS:
+        notes.append(NO_CORRELATION(least=MIN_STEPS, measured=len(measured)))
     else:
         rows = torch.tensor([k for k, each in enumerate(results) if isinstance(each, _Measured)])
         changes = _changes(measured)
@@ -303,7 +303,7 @@ def _correlation(
 
 def _about_reliability(known: float | None, sequences: int) -> list[Note]:
     """How many evaluation rollouts would do, where these do not."""
-    if known is None or known >= LEAST_RELIABILITY:
+    if known is None or known >= MIN_RELIABILITY:
         return []
     if known <= 0:
         return [ONLY_NOISE()]

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 """Bound on the layers of a configuration whose weight files are not there to compare with."""
 
 
@@ -107,7 +107,7 @@ def read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
     file = Path(name) / "config.json"
     if file.is_file():
         _refuse_remote_code(file, CONFIG_MAPPING)
-        _check_layers(file, len(shapes) if shapes else MOST_LAYERS)
+        _check_layers(file, len(shapes) if shapes else MAX_LAYERS)
     with one_line_errors(name), quiet():
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 

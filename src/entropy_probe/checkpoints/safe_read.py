@@ -38,7 +38,7 @@ __all__ = ["PLAIN", "StandIn", "check_pickle", "read_archive", "read_archived", 
 
 Built = TypeVar("Built")
 
-MOST_VALUES = 1000
+MAX_VALUES = 1000
 """Values in one tuple, at any depth."""
 
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -100,8 +100,8 @@ def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
                 stack = outer.pop()
             for _ in range(count):
                 held += stack.pop()
-            if held >= MOST_VALUES and made_of_them:
-                raise pickle.UnpicklingError(f"it has a tuple of {MOST_VALUES} values or more")
+            if held >= MAX_VALUES and made_of_them:
+                raise pickle.UnpicklingError(f"it has a tuple of {MAX_VALUES} values or more")
             if leaves:
                 stack.append(1 + held if made_of_them else 1)
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entropy_probe.estimators.first_order import first_order
-from entropy_probe.estimators.uncertainty import UnitSums
+from entropy_probe.estimators.uncertainty import ClusterSums
 
 __all__ = ["covariance_terms", "fold_errors", "rank_correlation", "rank_correlation_interval"]
 
@@ -67,7 +67,7 @@ def rank_correlation_interval(correlation: float, count: int, more: float = 0.0)
 
 
 def fold_errors(
-    numerators: Float[Tensor, "K B"], sums: UnitSums, length_changes: Float[Tensor, " B"]
+    numerators: Float[Tensor, "K B"], sums: ClusterSums, length_changes: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """Standard errors of prompts' contributions from the choice of evaluation rollouts.
 

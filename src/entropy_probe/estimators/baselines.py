@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entropy_probe.estimators.uncertainty import in_chunks
-from entropy_probe.types import TokenScores, Units
+from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["EntropyKind", "PositionSums", "leave_one_out_mean", "position_baseline", "strictly_after"]
 
 EntropyKind = Literal["rao_blackwell", "surprisal"]
-LEAST_SHARE = 1e-9
+MIN_SHARE = 1e-9
 """Others whose weight is below this share of all are none: their mean would be the rounding of a difference."""
 
 
@@ -42,7 +42,7 @@ class PositionSums:
     def of(cls, scores: TokenScores) -> PositionSums:
         """The sums over some sequences; ``P`` is the padded length."""
         table = torch.zeros(3, scores.response_mask.shape[1], dtype=torch.float64)
-        for rows in in_chunks(Units.sequences(len(scores.response_mask))):
+        for rows in in_chunks(Clusters.sequences(len(scores.response_mask))):
             some = scores.select(rows)
             mask = some.response_mask
             flat = torch.stack([mask[mask], some.entropies[mask], -some.logprobs[mask]]).double()
@@ -77,7 +77,7 @@ def strictly_after(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> F
 def position_baseline(
     to_go: Float[Tensor, "N L"],
     mask: Bool[Tensor, "N L"],
-    units: Units,
+    clusters: Clusters,
     reaching: Float[Tensor, " P"],
     sums: Float[Tensor, " P"],
     weights: Float[Tensor, " N"],
@@ -89,14 +89,14 @@ def position_baseline(
     Args:
         to_go: sums over later tokens, of :func:`strictly_after`.
         mask: response tokens.
-        units: of these sequences, all sequences of a unit among them.
+        clusters: of these sequences, all sequences of a unit among them.
         reaching: sequences of the whole batch that reach each position.
         sums: over the whole batch, at each position, what ``to_go`` adds up. Since a sequence that reaches a later
             position reaches t as well, the sum of ``to_go`` at t is that of ``sums`` after t.
         weights: what these sequences count in the sums and in the mean.
     """
     position, length = _positions(mask), len(reaching)
-    present, local = units.index.unique(return_inverse=True)
+    present, local = clusters.index.unique(return_inverse=True)
     cell = local[:, None].expand_as(mask)[mask] * length + position
     own = weights[:, None].expand_as(mask)[mask]
     own_sum = torch.zeros(len(present) * length, dtype=torch.float64).index_add_(0, cell, own * to_go.double()[mask])
@@ -104,7 +104,7 @@ def position_baseline(
     other_sum = (sums.sum() - sums.cumsum(0))[position] - own_sum[cell]
     other_count = reaching[position] - own_count[cell]
     out = torch.zeros(mask.shape, dtype=torch.float64)
-    some = other_count > LEAST_SHARE * reaching[position]
+    some = other_count > MIN_SHARE * reaching[position]
     out[mask] = torch.where(some, other_sum / torch.where(some, other_count, 1.0), 0.0)
     return out
 
@@ -115,7 +115,7 @@ def leave_one_out_mean(
     batch_sum: float,
     batch_count: float,
     weights: Float[Tensor, " N"],
-    draws: Units | None = None,
+    draws: Clusters | None = None,
 ) -> Float[Tensor, " N"]:
     """For each sequence the mean of the others of its prompt, or of the whole batch if its prompt has no other.
 
@@ -136,12 +136,12 @@ def leave_one_out_mean(
     if batch_count < 1.5:
         raise ValueError(f"leave-one-out baseline: expected at least 2 sequences, got {batch_count:.0f}")
     own_count, own_sum = weights, weights * values.double()
-    group = Units.prompts(prompt_ids)
+    group = Clusters.prompts(prompt_ids)
     count, total = group.total(own_count)[group.index], group.total(own_sum)[group.index]
     if draws is not None:
         own_count, own_sum = draws.total(own_count)[draws.index], draws.total(own_sum)[draws.index]
-    some = count - own_count > LEAST_SHARE * count
+    some = count - own_count > MIN_SHARE * count
     within = (total - own_sum) / torch.where(some, count - own_count, 1.0)
     rest = batch_count - own_count
-    outside = torch.where(rest > LEAST_SHARE * batch_count, (batch_sum - own_sum) / rest, 0.0)
+    outside = torch.where(rest > MIN_SHARE * batch_count, (batch_sum - own_sum) / rest, 0.0)
     return torch.where(some, within, outside)

@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_probe.estimators.baselines import PositionSums, position_baseline, strictly_after
 from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.uncertainty import Sampled, ratio
-from entropy_probe.types import TokenScores, Units
+from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["TaylorSums", "per_decision_taylor"]
 
@@ -30,9 +30,9 @@ class TaylorSums:
     table: Float[Tensor, "2 3 U"]
 
     def derivatives(self) -> tuple[Sampled, Sampled]:
-        """Slope and second derivative of the ratio, with each unit's influence.
+        """Slope and second derivative of the ratio, with each cluster's influence.
 
-        ``r = sum a / sum b``: from ``a' = r' b + r b'`` and ``a'' = r'' b + 2 r' b' + r b''``, unit by unit.
+        ``r = sum a / sum b``: from ``a' = r' b + r b'`` and ``a'' = r'' b + 2 r' b' + r b''``, unit by cluster.
         """
         (a, a1, a2), (b, b1, b2) = self.table
         r = ratio(a, b)
@@ -53,7 +53,7 @@ def per_decision_taylor(
     scores: TokenScores,
     first: TokenScores,
     second: TokenScores,
-    units: Units,
+    clusters: Clusters,
     batch: PositionSums,
     normalization: Normalization = "token",
 ) -> TaylorSums:
@@ -74,7 +74,7 @@ def per_decision_taylor(
         scores: ``s``, ``h`` at 0, nats, of all or some sequences of a batch, whole units.
         first: their first derivatives in ``eta``, 0 off the response.
         second: their second derivatives.
-        units: their units.
+        clusters: their units.
         batch: sums over the whole batch of scores at 0.
         normalization: per token or per sequence.
 
@@ -88,9 +88,9 @@ def per_decision_taylor(
     innovation2 = s2 + s1.square() + 2 * before1 * s1
 
     def reweighted(h: Tensor, sums: Tensor, h1: Tensor, h2: Tensor) -> Tensor:
-        baseline = position_baseline(strictly_after(h, mask), mask, units, batch.reaching, sums, weights)
+        baseline = position_baseline(strictly_after(h, mask), mask, clusters, batch.reaching, sums, weights)
         by_token = (h, h1 + before1 * h - baseline * s1, h2 + 2 * before1 * h1 + weight2 * h - baseline * innovation2)
-        return torch.stack([units.total(weights * torch.where(mask, x, 0.0).sum(1)) for x in by_token])
+        return torch.stack([clusters.total(weights * torch.where(mask, x, 0.0).sum(1)) for x in by_token])
 
     h = scores.entropies.double()
     numerator = reweighted(h, batch.of_kind("rao_blackwell"), first.entropies.double(), second.entropies.double())
@@ -99,5 +99,5 @@ def per_decision_taylor(
         size = reweighted(mask.double(), batch.reaching, zeros, zeros)
     else:
         size = torch.zeros_like(numerator)
-        size[0] = units.total(weights)
+        size[0] = clusters.total(weights)
     return TaylorSums(torch.stack([numerator, size]))

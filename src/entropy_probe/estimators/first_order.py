@@ -19,8 +19,8 @@ from entropy_probe.estimators.baselines import (
     position_baseline,
     strictly_after,
 )
-from entropy_probe.estimators.uncertainty import Sampled, UnitSums, ratio
-from entropy_probe.types import TokenCoefficients, TokenScores, Units
+from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, ratio
+from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
 __all__ = [
     "FirstOrder",
@@ -50,23 +50,23 @@ def sequence_entropies(scores: TokenScores, kind: EntropyKind) -> Float[Tensor, 
 
 def entropy(
     scores: TokenScores,
-    units: Units,
+    clusters: Clusters,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
-) -> UnitSums:
+) -> ClusterSums:
     """H in nats per token, ``E[sum_t h_t] / E[T]`` (a ratio of means), or per sequence, ``E[sum_t h_t]``."""
     numerator = scores.weights * sequence_entropies(scores, kind)
-    return UnitSums.of(units, numerator, sequence_weights(scores, normalization))
+    return ClusterSums.of(clusters, numerator, sequence_weights(scores, normalization))
 
 
 def entropy_coefficients(
     scores: TokenScores,
     prompt_ids: Int[Tensor, " N"],
-    units: Units,
+    clusters: Clusters,
     batch: PositionSums,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
-    draws: Units | None = None,
+    draws: Clusters | None = None,
 ) -> TokenCoefficients:
     """Coefficients of the entropy-gradient surrogate, before division by the tokens or sequences of the batch.
 
@@ -79,7 +79,7 @@ def entropy_coefficients(
     Args:
         scores: of all or some sequences of a batch, whole units and prompts.
         prompt_ids: their prompts.
-        units: their units.
+        clusters: their units.
         batch: sums over the whole batch.
         normalization: per token or per sequence.
         kind: how the entropy of a sequence is estimated.
@@ -97,11 +97,11 @@ def entropy_coefficients(
         others = leave_one_out_mean(surprisal, prompt_ids, sums.sum().item(), reaching[0].item(), counted, draws)
         return TokenCoefficients((weights * (surprisal - others))[:, None] * mask, None)
     to_go = strictly_after(scores.entropies.double() - per_token, mask)
-    centred = to_go - position_baseline(to_go, mask, units, reaching, sums, weights)
+    centred = to_go - position_baseline(to_go, mask, clusters, reaching, sums, weights)
     return TokenCoefficients(weights[:, None] * centred, weights[:, None] * mask)
 
 
-def length_coefficients(scores: TokenScores, units: Units, batch: PositionSums) -> TokenCoefficients:
+def length_coefficients(scores: TokenScores, clusters: Clusters, batch: PositionSums) -> TokenCoefficients:
     """Coefficients of the length-gradient surrogate, before division by the tokens of the batch.
 
     ``(L_it - b_it) s_it`` with ``L_it`` the response tokens still to come after token t and ``b_it`` their mean at
@@ -111,7 +111,7 @@ def length_coefficients(scores: TokenScores, units: Units, batch: PositionSums) 
 
     Args:
         scores: of all or some sequences of a batch.
-        units: their units.
+        clusters: their units.
         batch: sums over the whole batch.
 
     Returns:
@@ -119,7 +119,7 @@ def length_coefficients(scores: TokenScores, units: Units, batch: PositionSums) 
     """
     mask, weights = scores.response_mask, scores.weights
     to_go = strictly_after(mask.double(), mask)
-    centred = to_go - position_baseline(to_go, mask, units, batch.reaching, batch.reaching, weights)
+    centred = to_go - position_baseline(to_go, mask, clusters, batch.reaching, batch.reaching, weights)
     return TokenCoefficients(weights[:, None] * centred, None)
 
 
@@ -154,8 +154,8 @@ def first_order(
     ``docs/theory.md``, "Error from the evaluation batch".
 
     Args:
-        contributions: ``d_u``, the inner product of each unit's surrogate gradient with the step.
-        weights: ``b_u``, each unit's tokens or sequences (:func:`sequence_weights` summed over the unit).
+        contributions: ``d_u``, the inner product of each cluster's surrogate gradient with the step.
+        weights: ``b_u``, each cluster's tokens or sequences (:func:`sequence_weights` summed over the unit).
         entropy: H on the same units.
         length_change: the relative first-order change of the mean length along the step; 0 per sequence.
     """
@@ -185,7 +185,7 @@ def update_standard_error(contributions: Float[Tensor, " B"]) -> float:
 
 
 def check_sums(by_prompt: Float[Tensor, " B"], gradient_part: float, tolerance: float) -> None:
-    """The gradient part, summed over evaluation units, must equal its sum over update prompts.
+    """The gradient part, summed over evaluation clusters, must equal its sum over update prompts.
 
     Raises:
         RuntimeError: if it does not, by more than this share of the sum of absolute contributions.
@@ -193,6 +193,6 @@ def check_sums(by_prompt: Float[Tensor, " B"], gradient_part: float, tolerance: 
     error = abs(by_prompt.sum().item() - gradient_part)
     if error > tolerance * by_prompt.abs().sum().item() + 1e-12:
         raise RuntimeError(
-            f"gradient part: {gradient_part:.6g} summed over evaluation units but {by_prompt.sum().item():.6g} summed "
-            "over update prompts; please report this"
+            f"gradient part: {gradient_part:.6g} summed over evaluation clusters but {by_prompt.sum().item():.6g} "
+            "summed over update prompts; please report this"
         )

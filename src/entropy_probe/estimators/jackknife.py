@@ -1,22 +1,22 @@
-"""The error of any smooth function of independent units, from its values with some of them left out."""
+"""The error of any smooth function of independent clusters, from its values with some of them left out."""
 
 from __future__ import annotations
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
 __all__ = ["blocks_of", "jackknife_standard_error"]
 
-MOST_BLOCKS = 16
+MAX_BLOCKS = 16
 """A block costs one optimizer step; the error itself is then known to about 18%, one part in the root of 2 (M - 1)."""
 
 
-def blocks_of(units: Units, most: int = MOST_BLOCKS) -> Units:
+def blocks_of(clusters: Clusters, most: int = MAX_BLOCKS) -> Clusters:
     """Consecutive units joined into at most ``most`` blocks whose numbers of units differ by at most one."""
-    count = min(units.count, most)
-    return Units(units.index * count // units.count, count)
+    count = min(clusters.count, most)
+    return Clusters(clusters.index * count // clusters.count, count)
 
 
 def jackknife_standard_error(

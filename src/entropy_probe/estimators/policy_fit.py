@@ -13,9 +13,9 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = ["LARGEST_Z", "Fit", "excess_sums", "policy_fit"]
+__all__ = ["MAX_Z", "Fit", "excess_sums", "policy_fit"]
 
-LARGEST_Z = 4.0
+MAX_Z = 4.0
 """The policy's own rollouts exceed it about once in 16,000 batches."""
 _ROUNDING = 1e-5
 """Nats by which a token's surprisal and entropy may be off, all in one direction."""
@@ -38,7 +38,7 @@ class Fit:
     @property
     def holds(self) -> bool:
         """Whether the batch may well be the policy's."""
-        return abs(self.z) <= LARGEST_Z
+        return abs(self.z) <= MAX_Z
 
 
 def excess_sums(scores: TokenScores) -> Float[Tensor, "4 N"]:

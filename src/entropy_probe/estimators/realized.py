@@ -16,8 +16,8 @@ from torch import Tensor
 
 from entropy_probe.estimators.baselines import EntropyKind, PositionSums, position_baseline, strictly_after
 from entropy_probe.estimators.first_order import FirstOrder, Normalization, sequence_entropies, sequence_weights
-from entropy_probe.estimators.uncertainty import Sampled, UnitSums
-from entropy_probe.types import TokenScores, Units
+from entropy_probe.estimators.uncertainty import ClusterSums, Sampled
+from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["Change", "change", "noise_floor", "per_decision", "rounding_of", "snis"]
 
@@ -51,7 +51,7 @@ class Change(Sampled):
         return Sampled(self.value - predicted.value, self.influence - predicted.influence + back * entropy.influence)
 
 
-def change(new: UnitSums, old: UnitSums) -> Change:
+def change(new: ClusterSums, old: ClusterSums) -> Change:
     """The entropy after the step minus the one before it, both over the same units, whose influences are paired.
 
     ``new`` may come from :func:`per_decision` or :func:`snis`, or be the entropy of fresh responses, sampled to the
@@ -59,7 +59,7 @@ def change(new: UnitSums, old: UnitSums) -> Change:
     either: the noise of both batches stays, and only what their units have in common, the prompts, cancels.
 
     Args:
-        new: entropies after the step, of every unit.
+        new: entropies after the step, of every cluster.
         old: entropies before it, from :func:`~entropy_probe.estimators.first_order.entropy`.
     """
     paired = new.ratio() - old.ratio()
@@ -69,10 +69,10 @@ def change(new: UnitSums, old: UnitSums) -> Change:
 def snis(
     after: TokenScores,
     weights: Float[Tensor, " N"],
-    units: Units,
+    clusters: Clusters,
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
-) -> UnitSums:
+) -> ClusterSums:
     """Self-normalised importance sampling: ``sum w (sum_t h+) / sum w b`` with ``b`` the tokens or 1.
 
     Consistent, with a bias of order ``1 / N``; capped or smoothed weights add the bias of what they cut off.
@@ -80,12 +80,12 @@ def snis(
     Args:
         after: scores of the old responses at the new parameters.
         weights: of each of these sequences, normalised over the batch.
-        units: their units.
+        clusters: their units.
         normalization: per token or per sequence.
         kind: ``sum_t h+`` or ``-S+`` as the entropy of a sequence.
     """
     w = weights.double()
-    return UnitSums.of(units, w * sequence_entropies(after, kind), w * sequence_weights(after, normalization))
+    return ClusterSums.of(clusters, w * sequence_entropies(after, kind), w * sequence_weights(after, normalization))
 
 
 def rounding_of(there: Sampled, opposite: Sampled) -> Sampled:
@@ -114,10 +114,10 @@ def noise_floor(spurious: Sequence[Sampled], num_sequences: int | float) -> floa
 def per_decision(
     before: TokenScores,
     after: TokenScores,
-    units: Units,
+    clusters: Clusters,
     batch: PositionSums,
     normalization: Normalization = "token",
-) -> UnitSums:
+) -> ClusterSums:
     """Per-decision importance sampling with position baselines; as the step shrinks it becomes the first order.
 
     Each entropy ``h+_it`` is weighted by the ratios of the tokens before it only. Per sequence::
@@ -131,7 +131,7 @@ def per_decision(
     Args:
         before: scores at the old parameters of all or some sequences of a batch, whole units.
         after: of the same responses at the new parameters.
-        units: their units.
+        clusters: their units.
         batch: sums over the whole batch of scores at the old parameters.
         normalization: per token or per sequence.
 
@@ -149,11 +149,11 @@ def per_decision(
         )
 
     def reweighted(old: Tensor, sums: Tensor, new: Tensor) -> Float[Tensor, " N"]:
-        baseline = position_baseline(strictly_after(old, mask), mask, units, batch.reaching, sums, before.weights)
+        baseline = position_baseline(strictly_after(old, mask), mask, clusters, batch.reaching, sums, before.weights)
         return before.weights * (earlier * new - innovation * baseline).sum(1)
 
     numerator = reweighted(before.entropies, batch.of_kind("rao_blackwell"), after.entropies.double())
     if normalization == "sequence":
-        return UnitSums.of(units, numerator, before.weights)
+        return ClusterSums.of(clusters, numerator, before.weights)
     ones = mask.double()
-    return UnitSums.of(units, numerator, reweighted(ones, batch.reaching, ones))
+    return ClusterSums.of(clusters, numerator, reweighted(ones, batch.reaching, ones))

@@ -17,8 +17,8 @@ from entropy_probe.estimators.uncertainty import Sampled
 
 __all__ = [
     "FIT_REACH",
-    "LEAST_RATES",
     "LINEAR_TOLERANCE",
+    "MIN_RATES",
     "Coefficient",
     "PowerLaw",
     "Quadratic",
@@ -32,7 +32,7 @@ LINEAR_TOLERANCE = 0.1
 """How far the change may be from the prediction within the linear range, relative to the prediction."""
 FIT_REACH = 1 / 3
 """The quadratic is fitted to rates up to this share of the linear range, where the next order is small beside it."""
-LEAST_RATES = 3
+MIN_RATES = 3
 """Rates that a fit needs; two determine the curve exactly and say nothing about how well it fits."""
 
 
@@ -79,7 +79,7 @@ class PowerLaw:
     r_squared: float
 
 
-def _check(learning_rates: Tensor, least: int = LEAST_RATES) -> Tensor:
+def _check(learning_rates: Tensor, least: int = MIN_RATES) -> Tensor:
     rates = learning_rates.double()
     if len(rates) < least or bool((rates <= 0).any() | (rates.diff() <= 0).any()):
         raise ValueError(

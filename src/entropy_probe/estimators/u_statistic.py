@@ -86,27 +86,27 @@ def cross_statistic(
     Raises:
         ValueError: with fewer than three units, which leaves the jackknife nothing to leave out.
     """
-    units = diagonal.numel()
-    if units < 3:
+    clusters = diagonal.numel()
+    if clusters < 3:
         raise ValueError(
-            f"one batch: expected at least 3 units for the U-statistic and its jackknife error, got {units}; give more "
-            "prompts or smaller blocks"
+            f"one batch: expected at least 3 clusters for the U-statistic and its jackknife error, got {clusters}; "
+            "give more prompts or smaller blocks"
         )
     a, b, k = entropy_side.double(), update_side.double(), diagonal.double()
     total = a.sum()
-    value = (total - k.sum()) / (units * (units - 1))
-    rows = ((a - k) + (b - k)) / (2 * (units - 1))
+    value = (total - k.sum()) / (clusters * (clusters - 1))
+    rows = ((a - k) + (b - k)) / (2 * (clusters - 1))
     beyond = torch.zeros_like(rows) if of_sums is None else of_sums(value.item())
-    zeta = (rows - rows.mean() + beyond / 2).square().sum() / (units - 1)
-    left_out = (units * value - 2 * rows) / (units - 2) - beyond / (units - 1)
-    variance = (units - 1) / units * (left_out - left_out.mean()).square().sum()
+    zeta = (rows - rows.mean() + beyond / 2).square().sum() / (clusters - 1)
+    left_out = (clusters * value - 2 * rows) / (clusters - 2) - beyond / (clusters - 1)
+    variance = (clusters - 1) / clusters * (left_out - left_out.mean()).square().sum()
     return CrossStatistic(
         value=value.item(),
-        bars_dot=(total / units**2).item(),
+        bars_dot=(total / clusters**2).item(),
         diagonal=k.sum().item(),
         row_means=rows,
         zeta_plugin=zeta.item(),
-        zeta_jackknife=(units * variance / 4).item(),
-        se_plugin=(4 * zeta / units).sqrt().item(),
+        zeta_jackknife=(clusters * variance / 4).item(),
+        se_plugin=(4 * zeta / clusters).sqrt().item(),
         se_jackknife=variance.sqrt().item(),
     )

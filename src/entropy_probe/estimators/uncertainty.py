@@ -1,4 +1,4 @@
-"""Ratios over independent units, and their standard errors by the delta method."""
+"""Ratios over independent clusters, and their standard errors by the delta method."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
-__all__ = ["Sampled", "UnitSums", "in_chunks", "is_grouped", "ratio"]
+__all__ = ["ClusterSums", "Sampled", "in_chunks", "is_grouped", "ratio"]
 
 CHUNK_SEQUENCES = 2048
 """Estimators are given about so many sequences at a time: what they compute per token takes several times the memory of
 the scores."""
-LEAST_PROMPTS = 8
+MIN_PROMPTS = 8
 """Draws with replacement give this many prompts equally often once in thousands of batches."""
 
 
@@ -30,10 +30,10 @@ def is_grouped(prompt_ids: Int[Tensor, " N"]) -> bool:
     if size < 2 or not bool((counts == size).all()):
         return False
     blocks = prompt_ids.view(-1, size)
-    return len(prompts) >= LEAST_PROMPTS or bool((blocks == blocks[:, :1]).all())
+    return len(prompts) >= MIN_PROMPTS or bool((blocks == blocks[:, :1]).all())
 
 
-def in_chunks(uncut: Units) -> Iterator[Int[Tensor, " n"]]:
+def in_chunks(uncut: Clusters) -> Iterator[Int[Tensor, " n"]]:
     """The places of sequences, a chunk at a time; once, with none, if there are none.
 
     Args:
@@ -85,9 +85,11 @@ def ratio(numerator: Float[Tensor, " U"], denominator: Float[Tensor, " U"]) -> S
     Raises:
         ValueError: with fewer than two units, or if a sum is not finite.
     """
-    units = numerator.numel()
-    if units < 2:
-        raise ValueError(f"standard error: expected at least 2 independent units, got {units}; give more rollouts")
+    clusters = numerator.numel()
+    if clusters < 2:
+        raise ValueError(
+            f"standard error: expected at least 2 independent clusters, got {clusters}; give more rollouts"
+        )
     a, b = numerator.double(), denominator.double()
     value = a.sum() / b.sum()
     if not bool(torch.isfinite(value)):
@@ -96,7 +98,7 @@ def ratio(numerator: Float[Tensor, " U"], denominator: Float[Tensor, " U"]) -> S
 
 
 @dataclass(frozen=True, eq=False)
-class UnitSums:
+class ClusterSums:
     """Numerator and denominator of a ratio, summed over each unit; those of parts of a batch add up.
 
     Attributes:
@@ -106,9 +108,9 @@ class UnitSums:
     table: Float[Tensor, "2 U"]
 
     @classmethod
-    def of(cls, units: Units, numerator: Float[Tensor, " N"], size: Float[Tensor, " N"]) -> UnitSums:
+    def of(cls, clusters: Clusters, numerator: Float[Tensor, " N"], size: Float[Tensor, " N"]) -> ClusterSums:
         """From what each sequence adds to the two."""
-        return cls(torch.stack([units.total(numerator), units.total(size)]))
+        return cls(torch.stack([clusters.total(numerator), clusters.total(size)]))
 
     @property
     def size(self) -> Float[Tensor, " U"]:

@@ -42,9 +42,11 @@ class Changes:
 
 
 def _redrawn(influences: Tensor, generator: torch.Generator, times: float) -> Tensor:
-    units = influences.shape[1]
-    count = max(2, round(times * units))
-    drawn = [torch.randint(units, (count,), generator=generator).bincount(minlength=units) for _ in range(BOOTSTRAPS)]
+    clusters = influences.shape[1]
+    count = max(2, round(times * clusters))
+    drawn = [
+        torch.randint(clusters, (count,), generator=generator).bincount(minlength=clusters) for _ in range(BOOTSTRAPS)
+    ]
     return torch.stack(drawn).double() @ influences.T / count
 
 

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.gradients.hooks import Taps
+from entropy_probe.gradients.hooks import Hooks
 from entropy_probe.gradients.per_sample import (
+    SampleGradients,
     Side,
-    UnitGradients,
+    cluster_backward,
+    sample_gradients,
     stored_bytes,
     sum_over_columns,
-    unit_backward,
-    unit_gradients,
 )
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.parallel.ranks import ALONE, Ranks
@@ -42,7 +42,7 @@ class CrossProducts:
         diagonal: ``<X_u, P Y_u>``, ``[u]``, float64.
         unscaled_total: ``<sum X, sum Y>``, without P.
         right_total: ``sum Y`` by parameter name.
-        how: how per-unit gradients were held.
+        how: how per-sample gradients were held.
     """
 
     left: Float[Tensor, " u"]
@@ -57,18 +57,18 @@ def cross_products(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
-    units: Tensor,
+    clusters: Tensor,
     count: int,
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,
     *,
-    taps: Taps | None,
+    hooks: Hooks | None,
     max_bytes: float,
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> CrossProducts:
-    """Differentiate both surrogates unit by unit, with one forward pass for the two, and multiply.
+    """Differentiate both surrogates unit by cluster, with one forward pass for the two, and multiply.
 
     Gradients of all units are kept in host memory if they fit ``max_bytes``. If only those of one surrogate fit, a
     first pass keeps Y's and a second one, over X, needs nothing else. If these do not fit either, a first pass gives
@@ -78,20 +78,20 @@ def cross_products(
         scorer: the policy.
         parameters: what to differentiate with respect to.
         rollouts: this rank's part of the batch, whole units.
-        units: the unit of each of these sequences, ``[N]``, numbered from 0 without gaps.
+        clusters: the unit of each of these sequences, ``[N]``, numbered from 0 without gaps.
         count: the units of the whole batch.
         x: coefficients of the entropy side.
         y: coefficients of the update side.
         scale: P, by parameter name.
-        taps: how to read per-sequence gradients off layers, if they can be.
+        hooks: how to read per-sequence gradients off layers, if they can be.
         max_bytes: how much the gradients of all units may take, on all ranks together.
         progress: called with sequences done and in all.
         ranks: the ranks that have the other parts.
     """
 
-    def differentiate(sides: list[Side]) -> list[UnitGradients]:
+    def differentiate(sides: list[Side]) -> list[SampleGradients]:
         with ranks.agreeing():
-            return unit_gradients(scorer, parameters, rollouts, units, sides, taps=taps, progress=progress)
+            return sample_gradients(scorer, parameters, rollouts, clusters, sides, hooks=hooks, progress=progress)
 
     size = stored_bytes(parameters, count)
     if 2 * size <= max_bytes:
@@ -102,7 +102,7 @@ def cross_products(
         how = f"two passes, one side's gradients of {count} units kept ({size / 2**20:.0f} MiB)"
         return _one_side_stored(differentiate, x, y, scale, how, ranks)
     with ranks.agreeing():
-        totals, diagonal = _totals(scorer, parameters, rollouts, units, x, y, scale)
+        totals, diagonal = _totals(scorer, parameters, rollouts, clusters, x, y, scale)
     return _two_passes(differentiate, x, y, scale, [_added(t, scale, ranks) for t in totals], diagonal)
 
 
@@ -117,7 +117,7 @@ def _flat(vector: NamedVector, names: Iterable[str]) -> Tensor:
     return torch.cat([local(vector[name]).reshape(-1) for name in names]).cpu()
 
 
-def _from_stored(x: UnitGradients, y: UnitGradients, scale: NamedVector, how: str, ranks: Ranks) -> CrossProducts:
+def _from_stored(x: SampleGradients, y: SampleGradients, scale: NamedVector, how: str, ranks: Ranks) -> CrossProducts:
     assert x.stored is not None
     assert y.stored is not None
     x_total, y_total = (_added(side.total, scale, ranks) for side in (x, y))
@@ -132,7 +132,7 @@ def _from_stored(x: UnitGradients, y: UnitGradients, scale: NamedVector, how: st
 
 
 def _one_side_stored(
-    differentiate: Callable[[list[Side]], list[UnitGradients]],
+    differentiate: Callable[[list[Side]], list[SampleGradients]],
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,
@@ -156,17 +156,17 @@ def _totals(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
-    units: Tensor,
+    clusters: Tensor,
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,
 ) -> tuple[list[dict[str, Tensor | None]], Tensor]:
-    """``sum X``, ``sum Y`` and the diagonal, unit by unit."""
+    """``sum X``, ``sum Y`` and the diagonal, unit by cluster."""
     totals: list[dict[str, Tensor | None]] = [dict.fromkeys(scale), dict.fromkeys(scale)]
-    counts = units.bincount().tolist()
+    counts = clusters.bincount().tolist()
     diagonal = torch.zeros(len(counts), dtype=torch.float64)
-    for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
-        gradients = unit_backward(scorer, parameters, rollouts, rows, [x, y])
+    for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
+        gradients = cluster_backward(scorer, parameters, rollouts, rows, [x, y])
         for total, side in zip(totals, gradients, strict=True):
             for name, g in side.items():
                 wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
@@ -178,7 +178,7 @@ def _totals(
 
 
 def _two_passes(
-    differentiate: Callable[[list[Side]], list[UnitGradients]],
+    differentiate: Callable[[list[Side]], list[SampleGradients]],
     x: TokenCoefficients,
     y: TokenCoefficients,
     scale: NamedVector,

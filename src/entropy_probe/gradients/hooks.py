@@ -2,8 +2,8 @@
 
 What a layer was called on and the gradient of its output determine what each sequence adds to the gradient of the
 layer's parameters. Linear layers, embeddings and norms have a formula for it; the output layer, which the scorer
-applies itself, has its own; any other layer is called again on each unit's sequences and differentiated on its own
-(*by autograd*). :func:`tappable` tries all this on two sequences and says what holds.
+applies itself, has its own; any other layer is called again on each cluster's sequences and differentiated on its own
+(*by autograd*). :func:`hookable` tries all this on two sequences and says what holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from entropy_probe.gradients.layers import (
     Call,
     Rule,
     Sink,
-    UntappableError,
+    UnhookableError,
     call_again,
     detach,
     linear,
@@ -34,11 +34,11 @@ from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Taps", "tappable", "tapped_backward"]
+__all__ = ["Hooks", "hookable", "hooked_backward"]
 
 
 @dataclass(frozen=True, eq=False)
-class Taps:
+class Hooks:
     """How the gradients of all trained parameters are read off layers; ``str()`` of it is one line for the user.
 
     Attributes:
@@ -53,15 +53,15 @@ class Taps:
         rules = [rule for rule, _ in self.layers.values()]
         again = sorted(name for rule, names in self.layers.values() if rule is call_again for name in names.values())
         if again:
-            return f"taps; by autograd: {_list(again)}"
-        return "linear-layer taps" if all(rule is linear for rule in rules) and not self.head else "taps"
+            return f"hooks; by autograd: {_list(again)}"
+        return "linear-layer hooks" if all(rule is linear for rule in rules) and not self.head else "hooks"
 
 
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-class _Tap(torch.autograd.Function):
+class _Hook(torch.autograd.Function):
     """The identity on a layer's output; its backward hands the gradient of that output to a consumer.
 
     ``anchor`` is a scalar that every tap takes as an input: asking for its gradient makes the engine visit all taps
@@ -84,11 +84,11 @@ class _Tap(torch.autograd.Function):
         return gradient, gradient.new_zeros(()), None, None
 
 
-class _Tapped:
+class _Hooked:
     """Taps on the layers of a model, for one microbatch of ``n`` rows."""
 
-    def __init__(self, taps: Taps, anchor: Tensor, units: Tensor, sinks: Sequence[Sink]) -> None:
-        self.taps, self.anchor, self.units, self.sinks = taps, anchor, units, sinks
+    def __init__(self, hooks: Hooks, anchor: Tensor, clusters: Tensor, sinks: Sequence[Sink]) -> None:
+        self.hooks, self.anchor, self.clusters, self.sinks = hooks, anchor, clusters, sinks
         self.current = 0
         self.reading = False
 
@@ -96,7 +96,7 @@ class _Tapped:
     def attached(self) -> Iterator[None]:
         handles = [
             layer.register_forward_hook(self._hook, with_kwargs=True)  # pyright: ignore[reportArgumentType]
-            for layer in self.taps.layers
+            for layer in self.hooks.layers
         ]
         try:
             yield
@@ -107,19 +107,19 @@ class _Tapped:
     def _hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         if self.reading:  # a rule calls its layer again
             return None
-        rule, names = self.taps.layers[layer]
-        n = len(self.units)
+        rule, names = self.hooks.layers[layer]
+        n = len(self.clusters)
         if not isinstance(output, Tensor) or output.dim() < 3 or output.shape[0] != n:
-            raise UntappableError(layer, "was not called on [sequences, tokens, features]")
+            raise UnhookableError(layer, "was not called on [sequences, tokens, features]")
         if rule is not call_again and (len(args) != 1 or kwargs or args[0].shape[:2] != output.shape[:2]):
-            raise UntappableError(layer, "was not called on one [sequences, tokens, features]")
+            raise UnhookableError(layer, "was not called on one [sequences, tokens, features]")
         call = Call(layer, names, detach(args), detach(kwargs), output.detach().clone() if rule is call_again else None)
-        return _Tap.apply(output, self.anchor, call, self._read)  # pyright: ignore[reportReturnType]
+        return _Hook.apply(output, self.anchor, call, self._read)  # pyright: ignore[reportReturnType]
 
     def _read(self, call: Call, gradient: Tensor) -> None:
         self.reading = True
         try:
-            self.taps.layers[call.layer][0](call, gradient, self.units, self.sinks[self.current])
+            self.hooks.layers[call.layer][0](call, gradient, self.clusters, self.sinks[self.current])
         finally:
             self.reading = False
 
@@ -130,8 +130,8 @@ class _HeadShares:
     Tokens come row by row; one row's gradient, ``[V, D]``, is held at a time.
     """
 
-    def __init__(self, names: Mapping[str, str], batch: Microbatch, units: Tensor, sinks: Sequence[Sink]) -> None:
-        self.names, self.units, self.sinks = names, units, sinks
+    def __init__(self, names: Mapping[str, str], batch: Microbatch, clusters: Tensor, sinks: Sequence[Sink]) -> None:
+        self.names, self.clusters, self.sinks = names, clusters, sinks
         self.row_of_token = (batch.source // batch.input_ids.shape[1]).tolist()
         self.held: dict[str, Tensor] = {}
 
@@ -151,16 +151,16 @@ class _HeadShares:
                 self.held["bias"] = self.held.get("bias", 0) + d.sum(0)
             if end == len(self.row_of_token) or self.row_of_token[end] != row:
                 for kind, gradient in self.held.items():
-                    self.sinks[side].add_units(self.names[kind], self.units[row : row + 1], gradient[None])
+                    self.sinks[side].add_clusters(self.names[kind], self.clusters[row : row + 1], gradient[None])
                 self.held = {}
 
 
-def tapped_backward(
+def hooked_backward(
     scorer: Scorer,
-    taps: Taps,
+    hooks: Hooks,
     batch: Microbatch,
     coefficients: Sequence[TokenCoefficients],
-    units: Tensor,
+    clusters: Tensor,
     sinks: Sequence[Sink],
     sheet: ScoreSheet | None = None,
 ) -> None:
@@ -168,21 +168,21 @@ def tapped_backward(
 
     Args:
         scorer: the policy.
-        taps: how to read gradients, from :func:`tappable`.
+        hooks: how to read gradients, from :func:`hookable`.
         batch: rows that each belong to one unit.
         coefficients: of the surrogates.
-        units: the unit of each row of the microbatch.
+        clusters: the unit of each row of the microbatch.
         sinks: where the gradients of each surrogate go.
         sheet: where the scores of the tokens go.
     """
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
-    tapped = _Tapped(taps, anchor, units, sinks)
-    head = _HeadShares(taps.head, batch, units, sinks) if taps.head else None
-    with tapped.attached():
+    hooked = _Hooked(hooks, anchor, clusters, sinks)
+    head = _HeadShares(hooks.head, batch, clusters, sinks) if hooks.head else None
+    with hooked.attached():
         values = scorer.surrogates(batch, coefficients, head, sheet)
-        for tapped.current, value in enumerate(values):
+        for hooked.current, value in enumerate(values):
             if value.requires_grad:
-                last = tapped.current + 1 == len(values)
+                last = hooked.current + 1 == len(values)
                 torch.autograd.grad(value, anchor, allow_unused=True, retain_graph=not last)
 
 
@@ -199,17 +199,17 @@ class _Weighted(Sink):
             self.total[name] = torch.zeros(self.parameters[name].shape, dtype=wide, device=like.device)
         return self.total[name]
 
-    def add_units(self, name: str, units: Tensor, gradients: Tensor) -> None:
+    def add_clusters(self, name: str, clusters: Tensor, gradients: Tensor) -> None:
         out = self._to(name, gradients)
-        out += torch.tensordot(self.weights[units].to(out), gradients.to(out), 1)
+        out += torch.tensordot(self.weights[clusters].to(out), gradients.to(out), 1)
 
-    def add_lookups(self, name: str, units: Tensor, ids: Tensor, gradients: Tensor) -> None:
+    def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
         out = self._to(name, gradients)
-        weighted = self.weights[units].to(out)[:, None, None] * gradients.to(out)
+        weighted = self.weights[clusters].to(out)[:, None, None] * gradients.to(out)
         out.index_add_(0, ids.flatten(), weighted.flatten(0, 1))
 
 
-def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> Taps | str:
+def hookable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> Hooks | str:
     """How per-sequence gradients of the parameters can be read off layers, or why they cannot.
 
     On the shortest and the longest sequence, the tapped gradients of both, weighted differently, are compared with
@@ -223,10 +223,10 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     few = rollouts.select(by_length[[0, -1]] if len(by_length) > 1 else by_length)
     expected = _autograd(scorer, parameters, few)
     while True:
-        taps = Taps({layer: (rules[layer], names) for layer, names in layers.items()}, head)
+        hooks = Hooks({layer: (rules[layer], names) for layer, names in layers.items()}, head)
         try:
-            actual = _tapped_sum(scorer, parameters, taps, few)
-        except UntappableError as error:
+            actual = _hooked_sum(scorer, parameters, hooks, few)
+        except UnhookableError as error:
             why = f"belongs to {type(error.layer).__name__}, which {error.why}"
             failed = dict.fromkeys(layers[error.layer].values(), why)
             to_blame = {error.layer}
@@ -234,7 +234,7 @@ def tappable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
             failed = dict.fromkeys(_wrong(scorer, parameters, actual, expected), "also acts outside its layer")
             to_blame = {layer for layer, names in layers.items() if failed.keys() & names.values()}
         if not failed:
-            return taps
+            return hooks
         formulas = [layer for layer in to_blame if rules[layer] is not call_again]
         if not formulas:
             return f"{min(failed)} {failed[min(failed)]}" + (f"; {len(failed) - 1} more" if len(failed) > 1 else "")
@@ -249,12 +249,12 @@ def _ones(few: Rollouts) -> TokenCoefficients:
     return TokenCoefficients(few.response_mask.double(), few.response_mask.double())
 
 
-def _tapped_sum(scorer: Scorer, parameters: Mapping[str, Parameter], taps: Taps, few: Rollouts) -> dict[str, Tensor]:
+def _hooked_sum(scorer: Scorer, parameters: Mapping[str, Parameter], hooks: Hooks, few: Rollouts) -> dict[str, Tensor]:
     """The weighted gradient as tapped."""
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         sink = _Weighted(parameters, _WEIGHTS)
-        tapped_backward(scorer, taps, batch, [_ones(few)], batch.leaders, [sink])
+        hooked_backward(scorer, hooks, batch, [_ones(few)], batch.leaders, [sink])
         return sink.total
 
     return _sum(found for _, found in scorer.each(few, work, share=False))

@@ -1,7 +1,7 @@
 """What each sequence of a microbatch adds to the gradient of a layer's parameters.
 
 A rule turns one call of a layer and the gradient of its output into contributions per row. Linear layers, embeddings
-and norms have a formula; any other layer is called again on each unit's rows and differentiated on its own.
+and norms have a formula; any other layer is called again on each cluster's rows and differentiated on its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from entropy_probe.scoring.isolation import substituted
 
-__all__ = ["Call", "Rule", "Sink", "UntappableError", "call_again", "detach", "linear", "rule_for", "tolerance"]
+__all__ = ["Call", "Rule", "Sink", "UnhookableError", "call_again", "detach", "linear", "rule_for", "tolerance"]
 
 _BLOCK_ELEMENTS = 2**23
 """Per-sequence gradients of one layer are formed for at most this many elements at a time."""
@@ -26,15 +26,15 @@ class Sink(ABC):
     """Where gradients go, one contribution at a time."""
 
     @abstractmethod
-    def add_units(self, name: str, units: Tensor, gradients: Tensor) -> None:
-        """Gradients of one parameter, ``[n, ...]``, each belonging to ``units[n]``."""
+    def add_clusters(self, name: str, clusters: Tensor, gradients: Tensor) -> None:
+        """Gradients of one parameter, ``[n, ...]``, each belonging to ``clusters[n]``."""
 
     @abstractmethod
-    def add_lookups(self, name: str, units: Tensor, ids: Tensor, gradients: Tensor) -> None:
-        """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``units[n]``."""
+    def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
+        """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``clusters[n]``."""
 
 
-class UntappableError(RuntimeError):
+class UnhookableError(RuntimeError):
     """A layer was called in a way that does not show which sequence is which, or depends on more than its inputs."""
 
     def __init__(self, layer: nn.Module, why: str) -> None:
@@ -65,70 +65,70 @@ Rule = Callable[[Call, Tensor, Tensor, Sink], None]
 """What each row adds to a layer's parameters: from a call, the gradient of its output, and the rows' units."""
 
 
-def linear(call: Call, gradient: Tensor, units: Tensor, sink: Sink) -> None:
+def linear(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> None:
     """``sum_t delta_t x_t^T`` and ``sum_t delta_t``; Goodfellow (2015)."""
-    n = len(units)
+    n = len(clusters)
     gradient = gradient.reshape(n, -1, gradient.shape[-1])
     if "bias" in call.names:
-        sink.add_units(call.names["bias"], units, gradient.sum(1))
+        sink.add_clusters(call.names["bias"], clusters, gradient.sum(1))
     if "weight" in call.names:
         inputs = call.args[0].reshape(n, -1, call.args[0].shape[-1])
         size = max(1, _BLOCK_ELEMENTS // (gradient.shape[-1] * inputs.shape[-1]))
         for block in (slice(start, start + size) for start in range(0, n, size)):
             # [n, l, out] and [n, l, in] -> the weight gradient of each row, [n, out, in]
             product = torch.bmm(gradient[block].transpose(1, 2), inputs[block].to(gradient.dtype))
-            sink.add_units(call.names["weight"], units[block], product)
+            sink.add_clusters(call.names["weight"], clusters[block], product)
 
 
-def embedding(call: Call, gradient: Tensor, units: Tensor, sink: Sink) -> None:
+def embedding(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> None:
     """``sum_t delta_t`` over the positions that look up a row; the padding row gets none."""
-    n, ids = len(units), call.args[0]
+    n, ids = len(clusters), call.args[0]
     padding = cast(nn.Embedding, call.layer).padding_idx
     if padding is not None:
         gradient = gradient.masked_fill((ids == padding)[..., None], 0)
-    sink.add_lookups(call.names["weight"], units, ids.reshape(n, -1), gradient.reshape(n, -1, gradient.shape[-1]))
+    sink.add_lookups(call.names["weight"], clusters, ids.reshape(n, -1), gradient.reshape(n, -1, gradient.shape[-1]))
 
 
-def norm(call: Call, gradient: Tensor, units: Tensor, sink: Sink) -> None:
+def norm(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> None:
     """``sum_t delta_t * x_hat_t`` and ``sum_t delta_t``, for ``w * x_hat + b``, or ``(1 + w) * x_hat``, per element."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     own = dict(call.layer.named_parameters(recurse=False))
-    rows = (len(units), -1, *own["weight"].shape)
+    rows = (len(clusters), -1, *own["weight"].shape)
     gradient = gradient.to(wide)
     if "bias" in call.names:
-        sink.add_units(call.names["bias"], units, gradient.reshape(rows).sum(1))
+        sink.add_clusters(call.names["bias"], clusters, gradient.reshape(rows).sum(1))
     if "weight" in call.names:
         at = []
         for value in (1.0, 0.0):
             filled = {kind: torch.full_like(p, value if kind == "weight" else 0.0) for kind, p in own.items()}
             with substituted(call.layer, own, filled):
                 at.append(call.layer(*call.args))
-        sink.add_units(call.names["weight"], units, (gradient * (at[0] - at[1]).to(wide)).reshape(rows).sum(1))
+        sink.add_clusters(call.names["weight"], clusters, (gradient * (at[0] - at[1]).to(wide)).reshape(rows).sum(1))
 
 
-def call_again(call: Call, gradient: Tensor, units: Tensor, sink: Sink) -> None:
-    """Any layer that treats sequences independently: called again on each unit's rows, and differentiated."""
+def call_again(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> None:
+    """Any layer that treats sequences independently: called again on each cluster's rows, and differentiated."""
     parameters = [call.layer.get_parameter(kind) for kind in call.names]
-    n = len(units)
-    for unit in units.unique():
-        rows = (units == unit).nonzero()[:, 0].to(gradient.device)
+    n = len(clusters)
+    for unit in clusters.unique():
+        rows = (clusters == unit).nonzero()[:, 0].to(gradient.device)
         try:
             with torch.enable_grad():
                 output = call.layer(*_select(call.args, n, rows), **_select(call.kwargs, n, rows))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, LookupError) as error:  # states of its last call are of other rows
-            raise UntappableError(call.layer, "cannot be called again on one of its sequences") from error
+            raise UnhookableError(call.layer, "cannot be called again on one of its sequences") from error
         assert call.output is not None
         first = call.output[rows]
         if output.shape != first.shape or bool(
             (output.detach() - first).norm() > tolerance(first.dtype) * first.norm()
         ):
-            raise UntappableError(call.layer, "depends on more than one sequence")
+            raise UnhookableError(call.layer, "depends on more than one sequence")
         found = torch.autograd.grad(output, parameters, gradient[rows], allow_unused=True)
         for name, g in zip(call.names.values(), found, strict=True):
             if g is not None:
-                sink.add_units(name, unit[None], g[None])
+                sink.add_clusters(name, unit[None], g[None])
 
 
 def _select(value: Any, n: int, rows: Tensor) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.gradients.per_sample import UnitGradients, unit_backward
+from entropy_probe.gradients.per_sample import SampleGradients, cluster_backward
 from entropy_probe.losses import Loss
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
@@ -43,7 +43,7 @@ def reduced_gradients(
     rollouts: Rollouts,
     blocks: Tensor,
     loss: TokenCoefficients,
-    whole: UnitGradients,
+    whole: SampleGradients,
     factors: list[float],
 ) -> Iterator[dict[str, Tensor | None]]:
     """The gradient of the loss without block 0, without block 1, and so on.
@@ -64,7 +64,7 @@ def reduced_gradients(
         if whole.stored is not None:
             share: Mapping[str, Tensor] = _by_name(whole.stored[block], parameters)
         else:
-            (share,) = unit_backward(scorer, parameters, rollouts, (blocks == block).nonzero()[:, 0], [loss])
+            (share,) = cluster_backward(scorer, parameters, rollouts, (blocks == block).nonzero()[:, 0], [loss])
         yield {name: _without(total, share.get(name), factor) for name, total in whole.total.items()}
 
 
@@ -72,10 +72,10 @@ def kept_gradient(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
-    units: Tensor,
+    clusters: Tensor,
     kept: Tensor,
     loss: TokenCoefficients,
-    whole: UnitGradients,
+    whole: SampleGradients,
 ) -> dict[str, Tensor | None]:
     """The gradient of the loss over some units only, every token at the weight that it has in the whole batch.
 
@@ -83,7 +83,7 @@ def kept_gradient(
         scorer: the policy.
         parameters: what to differentiate with respect to.
         rollouts: the update batch.
-        units: the unit of each sequence, ``[N]``.
+        clusters: the unit of each sequence, ``[N]``.
         kept: which units, ``[K]``.
         loss: coefficients of the whole batch's loss.
         whole: its gradient; where it keeps no gradient per unit, the kept units are differentiated again.
@@ -91,8 +91,8 @@ def kept_gradient(
     if whole.stored is not None:
         shares: Mapping[str, Tensor] = _by_name(whole.stored[kept].sum(0), parameters)
     else:
-        rows = torch.isin(units, kept).nonzero()[:, 0]
-        shares = unit_backward(scorer, parameters, rollouts, rows, [loss])[0]
+        rows = torch.isin(clusters, kept).nonzero()[:, 0]
+        shares = cluster_backward(scorer, parameters, rollouts, rows, [loss])[0]
     return {
         name: None if total is None else shares[name].to(total.dtype) if name in shares else torch.zeros_like(total)
         for name, total in whole.total.items()

@@ -1,7 +1,7 @@
 """Gradients of token surrogates: their sum over a batch, and their share per unit, in one streaming pass.
 
-Two paths give the same numbers. With ``taps`` one backward pass over a microbatch of many sequences is enough, since
-what each sequence adds is read off the layers. ``per unit``: for any module, one backward pass per unit. Only one
+Two paths give the same numbers. With ``hooks`` one backward pass over a microbatch of many sequences is enough, since
+what each sequence adds is read off the layers. ``per cluster``: for any module, one backward pass per unit. Only one
 microbatch's graph is alive at a time, and ``.grad`` is left as it was.
 
 Of sharded parameters every rank keeps its part of each gradient; inner products are summed over the parts at the end.
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.gradients.hooks import Taps, tapped_backward
+from entropy_probe.gradients.hooks import Hooks, hooked_backward
 from entropy_probe.gradients.layers import Sink
 from entropy_probe.named import NamedVector
 from entropy_probe.parallel.shards import local, reshard, sum_of_shards, take_part
@@ -29,7 +29,7 @@ from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Side", "UnitGradients", "stored_bytes", "sum_over_columns", "unit_backward", "unit_gradients"]
+__all__ = ["SampleGradients", "Side", "cluster_backward", "sample_gradients", "stored_bytes", "sum_over_columns"]
 
 _CACHED_ELEMENTS = 2**26
 """Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
@@ -43,10 +43,10 @@ class Side:
 
     Attributes:
         coefficients: of the surrogate ``sum_it a_it s_it + c_it h_it``.
-        directions: vectors to take each unit's inner product with.
-        store: keep each unit's gradient.
+        directions: vectors to take each cluster's inner product with.
+        store: keep each cluster's gradient.
         pair_with: a vector for each unit to take its own inner product with, ``[U, P]``, laid out as in
-            :attr:`UnitGradients.stored`.
+            :attr:`SampleGradients.stored`.
     """
 
     coefficients: TokenCoefficients
@@ -56,14 +56,14 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False)
-class UnitGradients:
+class SampleGradients:
     """The outcome of one pass over a batch.
 
     Attributes:
         total: the gradient of the whole surrogate by parameter name; ``None`` where it does not reach.
-        dots: inner products of each unit's gradient with the given directions, ``[K, U]``, float64.
-        stored: each unit's gradient, parameters laid out in order, ``[U, P]`` on the CPU; ``None`` unless asked for.
-        paired: inner product of each unit's gradient with its own row of :attr:`Side.pair_with`, ``[U]``, float64;
+        dots: inner products of each cluster's gradient with the given directions, ``[K, U]``, float64.
+        stored: each cluster's gradient, parameters laid out in order, ``[U, P]`` on the CPU; ``None`` unless asked for.
+        paired: inner product of each cluster's gradient with its own row of :attr:`Side.pair_with`, ``[U]``, float64;
             zeros unless given.
     """
 
@@ -109,44 +109,44 @@ def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Ten
 class _Sums(Sink):
     """Where a pass accumulates, one contribution at a time."""
 
-    def __init__(self, parameters: Mapping[str, Parameter], side: Side, num_units: int) -> None:
+    def __init__(self, parameters: Mapping[str, Parameter], side: Side, num_clusters: int) -> None:
         self.total: dict[str, Tensor | None] = dict.fromkeys(parameters)
-        self.dots = torch.zeros(len(side.directions), num_units, dtype=torch.float64)
-        self.paired = torch.zeros(num_units, dtype=torch.float64)
+        self.dots = torch.zeros(len(side.directions), num_clusters, dtype=torch.float64)
+        self.paired = torch.zeros(num_clusters, dtype=torch.float64)
         sizes = [local(p).numel() for p in parameters.values()]
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
         self._slices = {name: slice(a, b) for name, a, b in zip(parameters, starts[:-1], starts[1:], strict=True)}
         self._shapes = {name: local(p).shape for name, p in parameters.items()}
         self._parameters = parameters
-        self.stored = torch.zeros(num_units, starts[-1], dtype=_stored_dtype(parameters)) if side.store else None
-        self._directions, self._pair_with, self._units = side.directions, side.pair_with, list(range(num_units))
+        self.stored = torch.zeros(num_clusters, starts[-1], dtype=_stored_dtype(parameters)) if side.store else None
+        self._directions, self._pair_with, self._clusters = side.directions, side.pair_with, list(range(num_clusters))
         small = len(side.directions) * starts[-1] <= _CACHED_ELEMENTS
         self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
 
-    def outcome(self) -> UnitGradients:
+    def outcome(self) -> SampleGradients:
         total = {name: None if x is None else take_part(x, self._parameters[name]) for name, x in self.total.items()}
         dots, paired = (sum_of_shards(x, self._parameters.values()) for x in (self.dots, self.paired))
-        return UnitGradients(total, dots, self.stored, paired)
+        return SampleGradients(total, dots, self.stored, paired)
 
-    def part(self, units: Tensor) -> _Sums:
+    def part(self, clusters: Tensor) -> _Sums:
         """Empty sums for one microbatch with these units, for :meth:`merge` once it is known to be complete."""
         part = copy.copy(self)
         part.total = dict.fromkeys(self.total)
-        part.dots = torch.zeros(len(self._directions), len(units), dtype=torch.float64)
-        part.paired = torch.zeros(len(units), dtype=torch.float64)
-        part.stored = None if self.stored is None else self.stored.new_zeros(len(units), self.stored.shape[1])
-        part._units = units.tolist()
+        part.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
+        part.paired = torch.zeros(len(clusters), dtype=torch.float64)
+        part.stored = None if self.stored is None else self.stored.new_zeros(len(clusters), self.stored.shape[1])
+        part._clusters = clusters.tolist()
         return part
 
-    def merge(self, part: _Sums, units: Tensor) -> None:
-        """Add the sums of a microbatch whose units are ``units``, distinct."""
+    def merge(self, part: _Sums, clusters: Tensor) -> None:
+        """Add the sums of a microbatch whose units are ``clusters``, distinct."""
         for name, gradient in part.total.items():
             if gradient is not None:
                 self.add_total(name, gradient)
-        self.dots[:, units] += part.dots
-        self.paired[units] += part.paired
+        self.dots[:, clusters] += part.dots
+        self.paired[clusters] += part.paired
         if self.stored is not None and part.stored is not None:
-            self.stored.index_add_(0, units, part.stored)
+            self.stored.index_add_(0, clusters, part.stored)
 
     def _stack(self, name: str) -> Tensor:
         """The directions of one parameter in float64, ``[K, p]``."""
@@ -157,24 +157,24 @@ class _Sums(Sink):
         seen = self.total[name]
         self.total[name] = gradient.clone() if seen is None else seen.add_(gradient)
 
-    def add_units(self, name: str, units: Tensor, gradients: Tensor) -> None:
-        """Gradients of one parameter, ``[n, ...]``, each belonging to ``units[n]``; their sum joins the total."""
+    def add_clusters(self, name: str, clusters: Tensor, gradients: Tensor) -> None:
+        """Gradients of one parameter, ``[n, ...]``, each belonging to ``clusters[n]``; their sum joins the total."""
         self.add_total(name, gradients[0] if len(gradients) == 1 else gradients.sum(0))
-        flat = gradients.reshape(len(units), -1)
+        flat = gradients.reshape(len(clusters), -1)
         if self._directions:
             along = self._cache[name] if self._cache else self._stack(name)
-            self.dots.index_add_(1, units, sum_over_columns(lambda g, d: d @ g.T, flat, along).cpu())
+            self.dots.index_add_(1, clusters, sum_over_columns(lambda g, d: d @ g.T, flat, along).cpu())
         if self.stored is not None:
             block = flat.to("cpu", self.stored.dtype)
-            for unit, row in zip(units.tolist(), block, strict=True):
+            for unit, row in zip(clusters.tolist(), block, strict=True):
                 self.stored[unit, self._slices[name]] += row
         if self._pair_with is not None:
-            for unit, row in zip(units.tolist(), flat.cpu(), strict=True):
-                other = self._pair_with[self._units[unit], self._slices[name]]
+            for unit, row in zip(clusters.tolist(), flat.cpu(), strict=True):
+                other = self._pair_with[self._clusters[unit], self._slices[name]]
                 self.paired[unit] += sum_over_columns(lambda g, o: (g * o).sum(), row[None], other[None])
 
-    def add_lookups(self, name: str, units: Tensor, ids: Tensor, gradients: Tensor) -> None:
-        """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``units[n]``.
+    def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
+        """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``clusters[n]``.
 
         Only these rows are touched: nothing of the embedding's size is formed per unit.
         """
@@ -185,15 +185,15 @@ class _Sums(Sink):
         total.index_add_(0, ids.flatten(), wide.flatten(0, 1))
         for dots, direction in zip(self.dots, self._directions, strict=True):
             products = torch.linalg.vecdot(direction[name][ids].double(), wide.double())
-            dots.index_add_(0, units, products.sum(1).cpu())
+            dots.index_add_(0, clusters, products.sum(1).cpu())
         if self.stored is None and self._pair_with is None:
             return
-        for unit, row_ids, row in zip(units.tolist(), ids.cpu(), wide.cpu(), strict=True):
+        for unit, row_ids, row in zip(clusters.tolist(), ids.cpu(), wide.cpu(), strict=True):
             if self.stored is not None:
                 own = self.stored[unit, self._slices[name]].view(self._shapes[name])
                 own.index_add_(0, row_ids, row.to(own.dtype))
             if self._pair_with is not None:
-                other = self._pair_with[self._units[unit], self._slices[name]].view(self._shapes[name])
+                other = self._pair_with[self._clusters[unit], self._slices[name]].view(self._shapes[name])
                 self.paired[unit] += torch.linalg.vecdot(row.double(), other[row_ids].double()).sum()
 
 
@@ -201,31 +201,31 @@ def _stored_dtype(parameters: Mapping[str, Parameter]) -> torch.dtype:
     return torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
 
 
-def stored_bytes(parameters: Mapping[str, Parameter], num_units: int) -> int:
+def stored_bytes(parameters: Mapping[str, Parameter], num_clusters: int) -> int:
     """What the stored gradients of one side take in host memory, on this rank where parameters are sharded."""
-    return num_units * sum(local(p).numel() for p in parameters.values()) * _stored_dtype(parameters).itemsize
+    return num_clusters * sum(local(p).numel() for p in parameters.values()) * _stored_dtype(parameters).itemsize
 
 
-def unit_gradients(
+def sample_gradients(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
-    units: Tensor,
+    clusters: Tensor,
     sides: Sequence[Side],
     *,
-    taps: Taps | None = None,
+    hooks: Hooks | None = None,
     progress: Progress | None = None,
     sheet: ScoreSheet | None = None,
-) -> list[UnitGradients]:
+) -> list[SampleGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to, by name.
         rollouts: the batch.
-        units: the unit of each sequence, ``[N]``, numbered from 0.
+        clusters: the unit of each sequence, ``[N]``, numbered from 0.
         sides: the surrogates.
-        taps: how to read per-sequence gradients off layers, from :func:`~entropy_probe.gradients.hooks.tappable`;
+        hooks: how to read per-sequence gradients off layers, from :func:`~entropy_probe.gradients.hooks.hookable`;
             without, what is wanted of single units takes a backward pass per unit.
         progress: called with sequences done and in all.
         sheet: gets the scores of the batch, which the forward pass computes on its way.
@@ -233,10 +233,10 @@ def unit_gradients(
     Returns:
         One outcome per side.
     """
-    counts = units.bincount().tolist()
+    counts = clusters.bincount().tolist()
     sums = [_Sums(parameters, side, len(counts)) for side in sides]
     coefficients = [side.coefficients for side in sides]
-    by_unit = any(side.directions or side.store or side.pair_with is not None for side in sides)
+    by_cluster = any(side.directions or side.store or side.pair_with is not None for side in sides)
     done = 0
 
     def report(rows: Tensor) -> None:
@@ -245,28 +245,28 @@ def unit_gradients(
         if progress:
             progress(done, len(rollouts))
 
-    if taps:
-        share = _prompts_are_whole(rollouts.prompt_ids, units)
+    if hooks:
+        share = _prompts_are_whole(rollouts.prompt_ids, clusters)
 
-        def tapped(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
-            """What the microbatch adds, by unit; kept apart until it is complete."""
-            present, row_units = units[batch.leaders].unique(return_inverse=True)
+        def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
+            """What the microbatch adds, by cluster; kept apart until it is complete."""
+            present, row_units = clusters[batch.leaders].unique(return_inverse=True)
             parts = [side.part(present) for side in sums]
-            tapped_backward(scorer, taps, batch, coefficients, row_units, parts, sheet)
+            hooked_backward(scorer, hooks, batch, coefficients, row_units, parts, sheet)
             return present, parts
 
-        for batch, (present, parts) in scorer.each(rollouts, tapped, share=share):
+        for batch, (present, parts) in scorer.each(rollouts, hooked, share=share):
             for side, part in zip(sums, parts, strict=True):
                 side.merge(part, present)
             report(batch.rows)
-    elif by_unit:
-        for unit, rows in enumerate(torch.split(units.argsort(stable=True), counts)):
+    elif by_cluster:
+        for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
             index = torch.tensor([unit])
             for side, gradients in zip(
-                sums, unit_backward(scorer, parameters, rollouts, rows, coefficients, sheet), strict=True
+                sums, cluster_backward(scorer, parameters, rollouts, rows, coefficients, sheet), strict=True
             ):
                 for name, gradient in gradients.items():
-                    side.add_units(name, index, local(gradient)[None])
+                    side.add_clusters(name, index, local(gradient)[None])
             report(rows)
     else:
         work = partial(_backward, scorer, parameters, coefficients, sheet)
@@ -278,13 +278,13 @@ def unit_gradients(
     return [side.outcome() for side in sums]
 
 
-def _prompts_are_whole(prompt_ids: Tensor, units: Tensor) -> bool:
+def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:
     """Whether no prompt's sequences are spread over several units, so that they may share a row."""
-    pairs = torch.stack([prompt_ids, units], 1).unique(dim=0)
+    pairs = torch.stack([prompt_ids, clusters], 1).unique(dim=0)
     return len(pairs) == prompt_ids.unique().numel()
 
 
-def unit_backward(
+def cluster_backward(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from entropy_probe.gradients.per_sample import unit_backward
+from entropy_probe.gradients.per_sample import cluster_backward
 from entropy_probe.named import norm, scale
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
@@ -22,7 +22,7 @@ __all__ = ["check_gradient", "gathered_precisions"]
 SHARES = (0.1, 0.01, 0.001)
 """How far the log-probability of the sequence is moved, of a nat or of itself: beyond rounding, and, with the last at
 the latest, little enough to be almost linear."""
-LEAST_SURPRISE = 1e-3
+MIN_SURPRISE = 1e-3
 """Nats; a policy that is this sure of any token cannot be moved by more than rounding."""
 TOLERANCE = 0.3
 """A gradient that is averaged where it should be summed, or the other way round, is off by a factor of at least 2."""
@@ -63,9 +63,9 @@ def check_gradient(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts
     first = shortest.input_ids[shortest.attention_mask][0]
     tried = replace(shortest, input_ids=shortest.input_ids.masked_fill(shortest.response_mask, int(first)))
     everything = TokenCoefficients(tried.response_mask.double(), None)
-    (gradient,) = unit_backward(scorer, parameters, tried, torch.tensor([0]), [everything])
+    (gradient,) = cluster_backward(scorer, parameters, tried, torch.tensor([0]), [everything])
     length, surprise = norm(gradient), -float(scorer.score(tried).logprobs.sum())
-    if length == 0 or surprise < LEAST_SURPRISE:
+    if length == 0 or surprise < MIN_SURPRISE:
         return
     moving = {name: parameters[name] for name in gradient}
 

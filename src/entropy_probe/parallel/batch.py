@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.types import Units
+from entropy_probe.types import Clusters
 
 __all__ = ["Part", "add_up", "balanced"]
 
@@ -28,32 +28,32 @@ class Part:
     Attributes:
         rows: their places in the batch, increasing, ``[n]``; possibly none.
         size: sequences of the whole batch, ``N``.
-        units: the sampling unit of each of these sequences, numbered over the whole batch.
+        clusters: the cluster of each of these sequences, numbered over the whole batch.
     """
 
     rows: Int[Tensor, " n"]
     size: int
-    units: Units
+    clusters: Clusters
 
     @classmethod
-    def whole(cls, units: Units) -> Part:
+    def whole(cls, clusters: Clusters) -> Part:
         """All of a batch."""
-        return cls(torch.arange(len(units.index)), len(units.index), units)
+        return cls(torch.arange(len(clusters.index)), len(clusters.index), clusters)
 
     @classmethod
-    def of(cls, rollouts: Rollouts, uncut: Units, units: Units, ranks: Ranks) -> Part:
+    def of(cls, rollouts: Rollouts, uncut: Clusters, clusters: Clusters, ranks: Ranks) -> Part:
         """This rank's part, such that all ranks have about as many tokens.
 
         Args:
             rollouts: the batch, the same on all ranks.
             uncut: what is never spread over several ranks; no prompt may have sequences in two of these.
-            units: the sampling units.
+            clusters: the clusters.
             ranks: the ranks.
         """
         tokens = uncut.total(rollouts.attention_mask.sum(1).double())
         rank_of = torch.tensor(balanced(tokens.tolist(), ranks.size))
         rows = (rank_of[uncut.index] == ranks.rank).nonzero()[:, 0]
-        return cls(rows, len(rollouts), units.select(rows))
+        return cls(rows, len(rollouts), clusters.select(rows))
 
     def select(self, rollouts: Rollouts) -> Rollouts:
         """These sequences of the batch; the batch itself, and no copy, where they are all of it."""
@@ -61,16 +61,16 @@ class Part:
 
     @cached_property
     def _present(self) -> tuple[Tensor, Tensor]:
-        present, local = self.units.index.unique(return_inverse=True)
+        present, local = self.clusters.index.unique(return_inverse=True)
         return present, local
 
     @property
-    def local_units(self) -> Int[Tensor, " n"]:
+    def local_clusters(self) -> Int[Tensor, " n"]:
         """The unit of each of these sequences, numbered from 0 without gaps."""
         return self._present[1]
 
     @property
-    def present_units(self) -> Int[Tensor, " u"]:
+    def present_clusters(self) -> Int[Tensor, " u"]:
         """What the local number of a unit stands for."""
         return self._present[0]
 
@@ -78,9 +78,9 @@ class Part:
         """Values of these sequences at their places in the batch, 0 elsewhere."""
         return values.new_zeros(*values.shape[:-1], self.size).index_copy_(-1, self.rows, values)
 
-    def by_unit(self, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
+    def by_cluster(self, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
         """Values by local units at the units' places in the batch, 0 elsewhere."""
-        return values.new_zeros(*values.shape[:-1], self.units.count).index_copy_(-1, self.present_units, values)
+        return values.new_zeros(*values.shape[:-1], self.clusters.count).index_copy_(-1, self.present_clusters, values)
 
 
 def balanced(sizes: Sequence[float], parts: int) -> list[int]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields, predicted_record
-from entropy_probe.analyses.gradient import differentiate, over_units
+from entropy_probe.analyses.gradient import differentiate, over_clusters
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate
 from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.gradients.leave_out import kept_gradient, renormalisation
@@ -89,7 +89,9 @@ def run(prediction: Prediction, settings: Settings) -> Answer:
             prediction.change.influence + difference.influence,
             prediction.change.length_change + difference.length_change,
         )
-        estimates = (Estimate(**estimate_fields(plan.policy, x, plan.evaluation.units)) for x in (changed, difference))
+        estimates = (
+            Estimate(**estimate_fields(plan.policy, x, plan.evaluation.clusters)) for x in (changed, difference)
+        )
         scenarios.append(Scenario(left_out=ids, **dict(zip(("predicted", "difference"), estimates, strict=True)),
                                   clip_factor=step.gradient.factor))  # fmt: skip
     return Answer(whole=predicted_record(prediction), scenarios=tuple(scenarios))
@@ -100,8 +102,8 @@ def step_without(prediction: Prediction, dropped: Tensor) -> PlannedStep:
     plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.update
     out = torch.isin(update.prompts.index, dropped)
     (factor,) = renormalisation(update.given, (~out).long(), policy.config.loss)[:1]
-    own = (~torch.isin(update.part.present_units, dropped)).nonzero()[:, 0]
-    given = (policy.scorer, policy.parameters, update.own, update.part.local_units, own, plan.loss, plan.gradient)
+    own = (~torch.isin(update.part.present_clusters, dropped)).nonzero()[:, 0]
+    given = (policy.scorer, policy.parameters, update.own, update.part.local_clusters, own, plan.loss, plan.gradient)
     with policy.on_part(update.part):
         gradient = policy.ranks.sum_vector(kept_gradient(*given), policy.parameters)
     gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
@@ -114,7 +116,9 @@ def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[F
     with plan.policy.clock.phase("what if") as progress:
         side = Side(entropy_surrogate(plan), directions=moves)
         given = (plan.policy, evaluation.own, evaluation.part, side)
-        dots = over_units(plan.policy, evaluation.part, differentiate(*given, taps=plan.taps, progress=progress).dots)
+        dots = over_clusters(
+            plan.policy, evaluation.part, differentiate(*given, hooks=plan.hooks, progress=progress).dots
+        )
     lengths = torch.zeros(len(moves), dtype=torch.float64)
     if before.lengths is not None and prediction.length_slope is not None:
         lengths = before.lengths.along(moves, prediction.length_slope, plan.policy.ranks)

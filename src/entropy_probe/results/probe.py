@@ -40,15 +40,15 @@ class Estimate(Record):
     Attributes:
         value: the estimate, in ``unit``.
         standard_error: one standard error, in ``unit``.
-        num_units: independent sampling units behind the standard error (sequences, or prompts).
+        num_clusters: independent clusters behind the standard error (sequences, or prompts).
         unit: nats per token or nats per sequence.
         status: ``ok``, or ``below_noise_floor`` if rounding alone could have made the number.
-        degrees_of_freedom: of the standard error; null where that is one fewer than ``num_units``.
+        degrees_of_freedom: of the standard error; null where that is one fewer than ``num_clusters``.
     """
 
     value: float
     standard_error: float = Field(ge=0)
-    num_units: int
+    num_clusters: int
     unit: Unit
     status: Literal["ok", "below_noise_floor"] = "ok"
     degrees_of_freedom: float | None = Field(default=None, gt=0)
@@ -56,7 +56,7 @@ class Estimate(Record):
     @property
     def margin(self) -> float:
         """How far the 95% interval reaches to either side, by Student's t, in ``unit``."""
-        degrees = self.num_units - 1 if self.degrees_of_freedom is None else self.degrees_of_freedom
+        degrees = self.num_clusters - 1 if self.degrees_of_freedom is None else self.degrees_of_freedom
         return critical_value(degrees) * self.standard_error
 
     @property
@@ -91,7 +91,7 @@ class Realized(Record):
     Attributes:
         value: the estimate, in ``unit``; null when it was refused.
         standard_error: one standard error, in ``unit``; null with ``value``.
-        num_units: independent sampling units behind the standard error.
+        num_clusters: independent clusters behind the standard error.
         unit: nats per token or nats per sequence.
         status: ``ok``; ``below_noise_floor``: rounding alone could have made the number; ``low_ess`` or
             ``high_pareto_k``: refused, since the step moves the policy too far for these rollouts.
@@ -109,7 +109,7 @@ class Realized(Record):
 
     value: float | None
     standard_error: float | None = Field(ge=0)
-    num_units: int
+    num_clusters: int
     unit: Unit
     status: Literal["ok", "below_noise_floor", "low_ess", "high_pareto_k"]
     estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
@@ -131,7 +131,7 @@ class Realized(Record):
         return Estimate(
             value=self.value,
             standard_error=self.standard_error,
-            num_units=self.num_units,
+            num_clusters=self.num_clusters,
             unit=self.unit,
             status=status,
         )
@@ -201,11 +201,11 @@ class CrossPrompt(Record):
         bars_dot_ratio: ``bars_dot`` over its value without P; null if that is 0.
         diagonal: ``sum_u <X_u, P Y_u>``.
         row_means: what each unit contributes to ``u_cross``, which is their mean.
-        num_units: units in the statistic.
+        num_clusters: clusters in the statistic.
         mode: ``exact`` (a unit is a prompt) or ``block`` (a block of prompts).
         block_size: prompts per unit.
         learning_rate: the largest rate of the parameter groups; rates of other groups are folded into P.
-        gradients: how per-unit gradients were held.
+        gradients: how per-sample gradients were held.
         preconditioner: how P was built.
     """
 
@@ -220,7 +220,7 @@ class CrossPrompt(Record):
     bars_dot_ratio: float | None
     diagonal: float
     row_means: tuple[float, ...]
-    num_units: int
+    num_clusters: int
     mode: Literal["exact", "block"]
     block_size: int
     learning_rate: float
@@ -231,7 +231,7 @@ class CrossPrompt(Record):
     def estimate(self) -> Estimate:
         """``delta_h1`` with the larger of its two errors."""
         error = max(self.se_plugin, self.se_jackknife)
-        return Estimate(value=self.delta_h1, standard_error=error, num_units=self.num_units, unit=self.unit)
+        return Estimate(value=self.delta_h1, standard_error=error, num_clusters=self.num_clusters, unit=self.unit)
 
 
 class SamplerMismatch(Record):
@@ -293,8 +293,9 @@ class Diagnostics(Record):
         step_norm: Euclidean norm of the parameter change.
         prefix_sharing: whether responses to one prompt were computed with the prompt once, or why not.
         head: how log-probabilities were computed (``chunked``, or ``logits`` and why).
-        per_unit_gradients: how per-unit gradients were computed: ``linear-layer taps`` or ``taps`` (read off the
-            layers), ``taps; by autograd: NAMES`` (these by differentiating their layers alone), or ``per unit (WHY)``.
+        per_sample_gradients: how per-sample gradients were computed: ``linear-layer hooks`` or ``hooks`` (read
+            off the layers), ``hooks; by autograd: NAMES`` (these by differentiating their layers alone), or
+            ``per cluster (WHY)``: a backward pass each.
         policy_fit: whether the batches' tokens may be the policy's own.
         mismatch: the evaluation batch's sampler against the policy; null if the sampler reported no log-probabilities.
         update_mismatch: the update batch's; null likewise.
@@ -312,7 +313,7 @@ class Diagnostics(Record):
     step_norm: float
     head: str
     prefix_sharing: str
-    per_unit_gradients: str
+    per_sample_gradients: str
     policy_fit: PolicyFit = PolicyFit()
     mismatch: SamplerMismatch | None = None
     update_mismatch: SamplerMismatch | None = None
@@ -330,11 +331,11 @@ class ProbeResult(SavedRecord):
             optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
         difference: realized minus predicted, with the standard error of the paired difference over
-            evaluation units. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
+            evaluation clusters. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
             share their sampling noise.
         cross_prompt: the first-order change from the update batch alone; null unless asked for.
         attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
-        contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
+        contributions: each evaluation cluster's contribution to ``predicted`` (their mean is its value); kept in
             memory only.
         answers: to further questions, by name; each has a file of its own.
         optimizer_state: what the optimizer's state covers.

@@ -28,7 +28,7 @@ def critical_value(degrees_of_freedom: int | float) -> float:
     """
     if not degrees_of_freedom > 0:
         raise ValueError(
-            f"interval: expected a standard error from at least 2 independent units, got {degrees_of_freedom + 1:g}"
+            f"interval: expected a standard error from at least 2 independent clusters, got {degrees_of_freedom + 1:g}"
         )
     low, high, degrees = 1.0, 2.0, float(degrees_of_freedom)
     while _outside(high, degrees) > OUTSIDE:

@@ -23,7 +23,7 @@ class Fitted(Record):
 
     Attributes:
         value: the estimate.
-        standard_error: one standard error, from the evaluation units' influences and, for what is fitted, rounding.
+        standard_error: one standard error, from the evaluation clusters' influences and, for what is fitted, rounding.
     """
 
     value: float
@@ -39,8 +39,8 @@ class SweepPoint(Record):
         realized: the change measured after the step at this rate, or why it was refused; null if scoring failed.
         difference: realized minus predicted, with the error of the paired difference.
         failure: why scoring failed after the step; null if it did not.
-        influence: of each evaluation unit on ``realized``, in its unit.
-        difference_influence: of each evaluation unit on ``difference``.
+        influence: of each evaluation cluster on ``realized``, in its unit.
+        difference_influence: of each evaluation cluster on ``difference``.
     """
 
     learning_rate: float = Field(gt=0)

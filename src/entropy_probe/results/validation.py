@@ -9,11 +9,11 @@ from pydantic import Field
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
 
-__all__ = ["LEAST_STEPS", "VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
+__all__ = ["MIN_STEPS", "VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
 
 SCHEMA_VERSION = 3
 VALIDATION_FILE = "validation.json"
-LEAST_STEPS = 4
+MIN_STEPS = 4
 """Of a rank correlation with an interval."""
 
 
@@ -103,6 +103,6 @@ class Validation(SavedRecord):
     @property
     def undefined(self) -> str:
         """Why a rank correlation is null, where it is."""
-        if self.num_measured < LEAST_STEPS:
-            return f"fewer than {LEAST_STEPS} steps were measured"
+        if self.num_measured < MIN_STEPS:
+            return f"fewer than {MIN_STEPS} steps were measured"
         return "all forecasts or changes are equal"

@@ -39,7 +39,7 @@ def sample_evaluation(
 ) -> tuple[Rollouts, SamplingReport]:
     """Sample an evaluation batch: prompts drawn uniformly with replacement, one response per draw.
 
-    Every sequence is then an independent sampling unit. A prompt drawn again keeps its id in ``prompt_ids``.
+    Every sequence is then an independent cluster. A prompt drawn again keeps its id in ``prompt_ids``.
 
     Args:
         engine: samples the responses.

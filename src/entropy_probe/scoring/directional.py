@@ -116,11 +116,11 @@ def why_not_forward_mode(
     at = {k: torch.cat(line.slope(k * eta)).double() for k in (-2, -1, 1, 2)}
     difference = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * eta)
     error = float((difference - second).norm() / second.norm())
-    return None if error < LARGEST_ERROR else f"its second derivative is off by {error:.2g} of a finite difference"
+    return None if error < MAX_ERROR else f"its second derivative is off by {error:.2g} of a finite difference"
 
 
 NUM_TRIED = 4
-LARGEST_ERROR = 0.01
+MAX_ERROR = 0.01
 """In float32 the difference is good to about a thousandth; torch's rule for layer_norm was off by 3% and more."""
 
 

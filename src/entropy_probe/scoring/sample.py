@@ -33,7 +33,7 @@ __all__ = [
 
 REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What models raise where they cannot be called in some way: on masks of four dimensions, on more than one sequence."""
-LEAST_RESPONSE = 3
+MIN_RESPONSE = 3
 """A response of fewer tokens hardly sees what stands between it and its prompt."""
 
 
@@ -130,7 +130,7 @@ def take_sample(
 def most_packed(calls: PolicyCalls, rollouts: Rollouts, width: int) -> int | None:
     """The sequence with most tokens of others between its response and its prompt, if there would be any."""
     groups, _ = shared_groups(rollouts, torch.arange(len(rollouts)), width, calls.max_tokens, calls.context)
-    enough = rollouts.response_lengths >= LEAST_RESPONSE
+    enough = rollouts.response_lengths >= MIN_RESPONSE
     ends = {
         int(group[k]): row_tokens(rollouts, group[: k + 1])
         for group in groups
@@ -142,7 +142,7 @@ def most_packed(calls: PolicyCalls, rollouts: Rollouts, width: int) -> int | Non
 
 def _without_later_half(rollouts: Rollouts, row: int) -> Rollouts | None:
     response = rollouts.response_mask[row].nonzero()[:, 0]
-    kept = max(LEAST_RESPONSE, len(response) // 2)
+    kept = max(MIN_RESPONSE, len(response) // 2)
     return cut(rollouts, row, int(response[kept - 1]) + 1) if kept < len(response) else None
 
 

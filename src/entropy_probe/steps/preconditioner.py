@@ -29,7 +29,7 @@ class Preconditioner:
     report: PreconditionerReport
 
 
-LEAST_COVERAGE = 0.9
+MIN_COVERAGE = 0.9
 """Below this share of elements with a usable second moment the geometry is not Adam's."""
 
 
@@ -76,9 +76,9 @@ def frozen_preconditioner(
     identity = [name for name, v in usable.items() if v is None]
     elements = sum(p.numel() for p in parameters.values())
     coverage = 1 - sum(parameters[name].numel() for name in identity) / elements
-    if identity_if_coverage_below is None and coverage < LEAST_COVERAGE:
+    if identity_if_coverage_below is None and coverage < MIN_COVERAGE:
         raise ValueError(
-            f"frozen geometry: expected a usable second moment for at least {LEAST_COVERAGE:.0%} of the elements, got "
+            f"frozen geometry: expected a usable second moment for at least {MIN_COVERAGE:.0%} of the elements, got "
             f"{coverage:.1%} (first parameter without one: {identity[0]}); load the optimizer state, or set "
             "identity_if_coverage_below to accept the identity"
         )

@@ -31,7 +31,7 @@ __all__ = ["attribution_sections", "culprits", "layers_section", "prompt_sentenc
 
 ENOUGH = 0.5
 ENDS = 8
-MOST_NAMED = 3
+MAX_NAMED = 3
 EXCERPT = 60
 PARTS = ("gradient", "momentum", "weight_decay", "total")
 
@@ -68,8 +68,8 @@ def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
     bars = {k: _prompt_bar(prompts, k, folds, exponent) for k in shown}
     named = []
     for heading, rows in (
-        ("lowering entropy most", [k for k in shown[:MOST_NAMED] if contributions[k] < 0]),
-        ("raising entropy most", [k for k in shown[::-1][:MOST_NAMED] if contributions[k] > 0]),
+        ("lowering entropy most", [k for k in shown[:MAX_NAMED] if contributions[k] < 0]),
+        ("raising entropy most", [k for k in shown[::-1][:MAX_NAMED] if contributions[k] > 0]),
     ):
         named += [Row(heading), *(bars[k].row for k in rows)] if rows else []
     intervals = any(bar.margin is not None for bar in bars.values())

@@ -148,7 +148,7 @@ def _how_computed(result: ProbeResult) -> tuple[Row, ...]:
         Row("update batch", f"{found.num_update_sequences} sequences of {found.num_update_prompts} prompts"),
         Row("output layer", Verbatim(found.head)),
         Row("shared prompts", Verbatim(found.prefix_sharing)),
-        Row("gradients of each unit", Verbatim(found.per_unit_gradients)),
+        Row("per-sample gradients", Verbatim(found.per_sample_gradients)),
     ]
     if (frozen := result.preconditioner) is not None:
         rows.append(Row("frozen geometry", f"bias correction: {frozen.bias_correction}; {frozen.num_clamped} clamped"))

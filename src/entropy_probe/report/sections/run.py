@@ -73,8 +73,8 @@ def step_section(result: ProbeResult) -> Section:
         ValueError: if the result holds no change at all.
     """
     exponent, entropy = _exponent(result), result.entropy
-    units = f"{entropy.num_units} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
-    rows, changes, parts = [Row("entropy H(θ)", written(entropy), units, headline=True)], [], []
+    clusters = f"{entropy.num_clusters} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
+    rows, changes, parts = [Row("entropy H(θ)", written(entropy), clusters, headline=True)], [], []
     if (predicted := result.predicted) is not None:
         total = _predicted_row(predicted, exponent)
         changes.append(Bar(total, predicted.value, predicted.margin, look="dot"))
@@ -142,7 +142,7 @@ def _cross_prompt_rows(cross: CrossPrompt, exponent: int | None) -> list[Row]:
     blocks = "prompts" if cross.mode == "exact" else f"blocks of {cross.block_size} prompts"
     return [
         Row("one batch δH₁", written(cross.estimate, exponent), errors, headline=True),
-        Row("units", str(cross.num_units), f"{blocks}, frozen geometry", indent=True),
+        Row("clusters", str(cross.num_clusters), f"{blocks}, frozen geometry", indent=True),
     ]
 
 

@@ -134,7 +134,7 @@ def _star_sentence(sweep: Sweep) -> str:
     if sweep.fit is None:
         return ""
     quadratic, star, end = sweep.fit.quadratic, sweep.learning_rate_star, sweep.linear_range.learning_rate
-    degrees = sweep.prediction.entropy.num_units - 1
+    degrees = sweep.prediction.entropy.num_clusters - 1
     if abs(quadratic.value) <= critical_value(degrees) * quadratic.standard_error:
         return "The curvature does not exceed its 95% margin of error."
     if star is None:
