@@ -4,6 +4,7 @@ BIN := .venv/bin
 # an interpreter whose torch finds a CUDA device
 GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
+DOCS := .venv/.docs-installed
 # two processes that keep to neighbouring tests, which share what they prepare; then the slowest tests
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=20 --durations-min=0.5
 # The build of torch that is on the development machines; there another would pull gigabytes of CUDA packages.
@@ -15,7 +16,7 @@ CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators t
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.analyses.provenance import library_versions; print(library_versions())
 
-.PHONY: demo test test-full test-gpu test-latest test-oldest same-numbers lint lock bench bench-gpu clean
+.PHONY: demo test test-full test-gpu test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu clean
 
 # -qq hides pip's warnings, not its errors; the build backend comes from the lock too
 $(STAMP): pyproject.toml lock.txt
@@ -30,6 +31,18 @@ lock:
 	echo '$(TORCH)' | UV_CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/uv pip compile --quiet --universal \
 	    --fork-strategy fewest --python-version 3.11 --no-config --no-annotate $(if $(UPGRADE),--upgrade) \
 	    --all-extras --constraints - --output-file lock.txt pyproject.toml
+
+$(DOCS): $(STAMP)
+	$(BIN)/pip install -qq --disable-pip-version-check -c lock.txt --no-build-isolation -e '.[docs]'
+	touch $@
+
+# The docs site, into site/; a broken link is an error. Open site/index.html.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# docs/images/imports-*.svg; needs graphviz
+import-picture: $(DOCS)
+	$(BIN)/python docs/make_import_picture.py
 
 demo: $(STAMP)
 	$(BIN)/entropy-probe demo
@@ -90,4 +103,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/report.py
 
 clean:
-	rm -rf .venv .venv-* runs examples/tiny
+	rm -rf .venv .venv-* runs examples/tiny site

@@ -26,7 +26,7 @@ from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.u_statistic import cross_statistic
 from entropy_probe.estimators.uncertainty import Units
-from entropy_probe.losses import loss_coefficients
+from entropy_probe.losses import build_loss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.steps.preconditioner import frozen_preconditioner
@@ -42,7 +42,7 @@ def surrogates(scorer: Scorer, batch: Rollouts) -> list[TokenCoefficients]:
     factor = -units.count / batch.response_mask.sum().item()
     assert towards.entropies is not None
     x = TokenCoefficients(factor * towards.logprobs, factor * towards.entropies)
-    return [x, TokenCoefficients(-units.count * loss_coefficients(batch, "dapo").logprobs, None)]
+    return [x, TokenCoefficients(-units.count * build_loss("dapo", {}).coefficients(batch, None).logprobs, None)]
 
 
 def straightforward(

@@ -1,6 +1,7 @@
 """Imports point one way, and importing the package loads nothing heavy."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_imports_point_one_way(path):
     allowed = ALLOWED[me]
     if allowed is not None:
         assert imported(path) - allowed - {me} == set()
+
+
+def test_the_law_is_that_of_the_architecture_page():
+    """Its table has a row for every part, in an order in which imports point downwards."""
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([^|]*) \|$", page, re.MULTILINE)
+    law = {name: None if "anything" in may else set(re.findall(r"`(\w+)`", may)) for name, may in rows}
+    assert law == ALLOWED
+    parts = {part(path) for path in SOURCE.rglob("*.py")}
+    assert parts == law.keys()
+    order = [name for name, _ in rows]
+    assert [(a, b) for a in order for b in law[a] or () if order.index(b) < order.index(a)] == []
 
 
 def test_nothing_imports_the_command_line():

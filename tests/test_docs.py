@@ -1,14 +1,22 @@
-"""The documents agree with the code and with each other: titles, links, modules, and math that GitHub renders."""
+"""The documents agree with the code and with each other: titles, links, pages, examples, math that GitHub renders."""
 
 import re
 from pathlib import Path
+from pydoc import locate
 
 import pytest
+import yaml
+from typer.testing import CliRunner
+
+from entropy_probe.cli import app
+from entropy_probe.cli.config import load_config
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "entropy_probe"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+PAGES = sorted(ROOT.glob("docs/**/*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES, *sorted(ROOT.glob("benchmarks/*.md"))]
 MAIN = "https://github.com/entropy-probe/entropy-probe/blob/main/"
+RAW = "https://raw.githubusercontent.com/entropy-probe/entropy-probe/main/"
 FENCES = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,11 +62,12 @@ def test_sections_that_docstrings_point_to_exist():
 def test_links_within_the_repository_resolve(document):
     broken = []
     for address in links(document):
-        link = address.removeprefix(MAIN)
+        link = address.removeprefix(MAIN).removeprefix(RAW)
+        here = document.parent if link == address else ROOT
         if re.match(r"[a-z]+:", link):
             continue
         name, _, fragment = link.partition("#")
-        target = (document.parent / name).resolve() if name else document
+        target = (here / name).resolve() if name else document
         if not target.exists() or (fragment and fragment not in map(anchor, headings(target))):
             broken.append(link)
     assert broken == []
@@ -70,13 +79,74 @@ def test_links_of_the_readme_are_absolute_for_the_package_index():
     assert [link for link in found if not link.startswith("https://")] == []
 
 
-def test_architecture_names_every_module_and_none_that_is_gone():
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    table = "\n".join(line for line in text.splitlines() if line.startswith("| `"))
-    named = re.findall(r"`([\w/]+(?:\.py|/))`", table)
-    assert [name for name in named if not (SOURCE / name).exists()] == []
-    parts = {p.name for p in SOURCE.iterdir() if not p.name.startswith("__") and (p.is_dir() or p.suffix == ".py")}
-    assert parts == {name.split("/")[0] for name in named}
+def test_every_page_is_in_the_navigation_once():
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES]
+    assert sorted(re.findall(r"[\w/-]+\.md", nav)) == pages
+
+
+def test_what_the_reference_documents_exists():
+    names = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+    assert len(names) > 8
+    assert [name for name in names if locate(name) is None] == []
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own-checkpoint.md"])
+def test_configs_are_valid(page, tmp_path):
+    (config,) = blocks(page, "yaml")
+    (tmp_path / "probe.yaml").write_text(config)
+    assert load_config(tmp_path / "probe.yaml").output_dir == Path("runs/probe-40")
+
+
+@pytest.fixture(scope="module")
+def demo(trained, tmp_path_factory) -> tuple[Path, str]:
+    """A directory with a checkpoint and batches where the demo leaves its own, and what the run printed."""
+    directory = tmp_path_factory.mktemp("demo")
+    (directory / "examples/tiny").mkdir(parents=True)
+    (directory / "examples/tiny/checkpoint-20").symlink_to(trained.checkpoint)
+    settings = {
+        "checkpoint": str(trained.checkpoint),
+        "output_dir": str(directory / "runs/demo"),
+        "device": "cpu",
+        "prompts": {"jsonl": str(trained.prompts)},
+        "reward": "tests.cli.rewards:odd_characters",
+        "update": {"num_prompts": 4, "group_size": 4},
+        "evaluation": {"total_sequences": 48},
+        "attribution": True,
+        "attribution_folds": 4,
+        "probe": {"max_completion_length": 8, "learning_rate": 1e-4},
+    }
+    (directory / "run.yaml").write_text(yaml.safe_dump(settings))
+    result = CliRunner().invoke(app, ["run", str(directory / "run.yaml")])
+    assert result.exit_code == 0, result.output
+    return directory, result.output
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/api.md", "docs/trainers.md"])
+def test_python_examples_run(page, demo, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(demo[0])
+    code = next(block for block in blocks(page, "python") if "import Rollouts" in block or "load_checkpoint" in block)
+    exec(compile(code.replace("runs/from-python", str(tmp_path / "out")), page, "exec"), {})
+    printed = capsys.readouterr().out
+    assert "print(" not in code or len(printed.split()) > 4
+
+
+def row_labels(table: str) -> set[str]:
+    """What stands before the first number of every line that has columns."""
+    return set(re.findall(r"^ {1,3}(\S+(?: \S+)*?)  +[-−+\d]", table, re.MULTILINE))
+
+
+def test_the_table_of_the_demo_has_the_rows_that_a_run_prints(demo):
+    (table,) = (block for block in blocks("docs/results.md", "") if "predicted" in block)
+    prompts = {label for label in row_labels(table) if label.endswith("=")}
+    shown = row_labels(table) - prompts
+    assert {"predicted δH₁", "momentum", "realized ΔH", "noise floor", "advantages > 0"} <= shown
+    assert len(prompts) == 3
+    assert shown - row_labels(demo[1]) == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))

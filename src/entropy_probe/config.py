@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from entropy_probe.estimators.baselines import EntropyKind
 from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.importance import ImportanceMode
-from entropy_probe.losses import LossType
+from entropy_probe.losses import Loss, build_loss
 
 __all__ = ["ProbeConfig"]
 
@@ -19,7 +19,9 @@ class ProbeConfig(BaseModel):
 
     Attributes:
         temperature: the sampling temperature; the policy is ``softmax(logits / temperature)``.
-        loss_type: the trainer's loss, which sets the weight of every update token.
+        loss_type: the trainer's loss, which sets the weight of every update token: a name that
+            :func:`entropy_probe.losses.loss_types` lists.
+        loss_settings: its own settings, such as ``beta`` of ``policy_gradient_with_kl``.
         max_completion_length: the trainer's generation limit in tokens; needed by ``dr_grpo``.
         max_grad_norm: the trainer's clipping threshold; ``None`` for no clipping.
         learning_rate: replaces the optimizer's rate in every group; ``None`` keeps each group's own.
@@ -72,7 +74,8 @@ class ProbeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(default=1.0, gt=0)
-    loss_type: LossType = "dapo"
+    loss_type: str = "dapo"
+    loss_settings: dict[str, float | str] = Field(default_factory=dict)
     max_completion_length: int | None = Field(default=None, gt=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -100,6 +103,16 @@ class ProbeConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     autocast: Literal["off", "bfloat16"] = "off"
     measure_noise_floor: bool = True
+
+    @property
+    def loss(self) -> Loss:
+        """The trainer's loss."""
+        return build_loss(self.loss_type, self.loss_settings, self.max_completion_length)
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> ProbeConfig:
+        _ = self.loss
+        return self
 
     @model_validator(mode="after")
     def _check_weight_options(self) -> ProbeConfig:

@@ -6,7 +6,6 @@ import torch
 from entropy_probe import TokenScores
 from entropy_probe.estimators.baselines import PositionSums, leave_one_out_mean, position_baseline, strictly_after
 from entropy_probe.estimators.uncertainty import Units, ratio
-from entropy_probe.losses import LOSS_TYPES, token_weights
 from entropy_probe.steps.moments import step_count, summarize_moments
 
 MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]]).bool()
@@ -54,27 +53,6 @@ def test_ratio_is_the_mean_when_the_denominator_is_one():
     assert got.standard_error == pytest.approx((x.std() / 3**0.5).item())
     with pytest.raises(ValueError, match="at least 2 independent units, got 1"):
         ratio(x[:1], x[:1])
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_token_weights(loss_type):
-    prompts = torch.tensor([3, 3, 8, 8])
-    lengths, longest, n = [3, 2, 2, 1], [3, 3, 2, 2], 4
-    expected = {
-        "grpo": [1 / (n * t) for t in lengths],
-        "dr_grpo": [1 / (n * 10)] * n,
-        "per_prompt_max": [1 / (n * t) for t in longest],
-    }.get(loss_type, [1 / 8] * n)
-    got = token_weights(MASK, prompts, loss_type, 10)
-    assert (got[~MASK] == 0).all()
-    for row, weight in enumerate(expected):
-        assert got[row][MASK[row]].tolist() == pytest.approx([weight] * lengths[row])
-
-
-def test_dr_grpo_needs_its_length_and_unknown_losses_are_refused():
-    prompts = torch.zeros(4, dtype=torch.long)
-    with pytest.raises(ValueError, match="dr_grpo: expected max_completion_length, got None"):
-        token_weights(MASK, prompts, "dr_grpo")
 
 
 def test_moments_are_counted_by_element_and_corrected():

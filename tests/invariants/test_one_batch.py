@@ -10,7 +10,7 @@ from entropy_probe.analyses.before import chosen_units
 from entropy_probe.estimators.baselines import strictly_after
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import Units, ratio
-from entropy_probe.losses import token_weights
+from entropy_probe.losses import build_loss
 from entropy_probe.results.student import critical_value
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
 
@@ -359,7 +359,7 @@ def test_a_probe_takes_these_terms_from_its_batch(loss):
     for i, t in own.response_mask.nonzero().tolist():
         other = own.response_mask[:, t] & (units.index != units.index[i])
         baseline[i, t] = to_go[other, t].mean() if bool(other.any()) else 0.0
-    omega = token_weights(rollouts.response_mask, rollouts.prompt_ids, loss)
+    omega = build_loss(loss, {}).weights(rollouts)
     longer, gain = (
         (to_go - baseline) * own.response_mask * own.logprobs,
         omega * rollouts.token_advantages * own.logprobs,

@@ -11,7 +11,7 @@ from entropy_probe import Rollouts
 from entropy_probe.estimators.policy_fit import excess_sums, policy_fit
 from entropy_probe.gradients.hooks import tappable
 from entropy_probe.gradients.per_sample import Side, unit_gradients
-from entropy_probe.losses import loss_coefficients
+from entropy_probe.losses import build_loss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
 from tests.invariants.problems import TABLE, batches, probe
@@ -90,7 +90,7 @@ def test_the_update_gradient_leaves_the_scores_that_scoring_gives(chunked):
     assert scorer.prefix_sharing == "on"
     if not chunked:
         scorer._split, scorer._width = None, None
-    expected, loss = scorer.score(batch), loss_coefficients(batch, "dapo", None)
+    expected, loss = scorer.score(batch), build_loss("dapo", {}).coefficients(batch, None)
     for taps, store in ((None, False), (tappable(scorer, parameters, batch), True), (None, True)):
         assert not isinstance(taps, str)
         sheet = ScoreSheet(batch, model)

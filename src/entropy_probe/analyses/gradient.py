@@ -11,15 +11,14 @@ from entropy_probe.analyses.batches import UpdateBatch
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.gradients.hooks import Taps
 from entropy_probe.gradients.per_sample import Side, UnitGradients, stored_bytes, unit_gradients
-from entropy_probe.losses import loss_coefficients
 from entropy_probe.parallel.batch import Part
 from entropy_probe.results.note import NOTHING_TO_DO, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress
 from entropy_probe.scoring.sheet import ScoreSheet
-from entropy_probe.types import TokenCoefficients
+from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["differentiate", "over_units", "update_gradient", "update_loss"]
+__all__ = ["differentiate", "over_units", "update_gradient", "update_loss", "whole_scores"]
 
 PASSED_OVER_TWICE = NoteKind(
     "passed_over_twice",
@@ -28,12 +27,31 @@ PASSED_OVER_TWICE = NoteKind(
 )
 
 
-def update_loss(policy: Policy, update: UpdateBatch) -> TokenCoefficients:
-    """The loss of the step, of this rank's part of the update batch."""
-    config = policy.config
+def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> TokenCoefficients:
+    """The loss of the step, of this rank's part of the update batch.
+
+    Args:
+        policy: whose loss it is.
+        update: the batch; scored first where the loss takes that.
+        checked: whether the batch has been checked against the policy; else its scores are.
+    """
+    loss, part, scores = policy.config.loss, update.part, None
+    if loss.needs_scores:
+        scores = policy.reference_scores(update.rollouts, part, "score update")
+        if not checked:
+            policy.check_rollouts("update", scores, part, update.rollouts)
+        scores = whole_scores(policy, part, scores)
     # by the trainer's own groups
-    whole = loss_coefficients(update.given, config.loss_type, config.max_completion_length)
-    return whole.select(update.part.rows)
+    return loss.coefficients(update.given, scores).select(part.rows)
+
+
+def whole_scores(policy: Policy, part: Part, own: TokenScores) -> TokenScores:
+    """Scores of the whole batch from those of the parts that the ranks have."""
+    logprobs, entropies, mask = (
+        policy.ranks.sum(part.by_sequence(x.T).T.contiguous())
+        for x in (own.logprobs, own.entropies, own.response_mask.double())
+    )
+    return TokenScores(logprobs, entropies, mask.bool())
 
 
 def over_units(policy: Policy, part: Part, values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from entropy_probe.analyses.admission import draws_of
 from entropy_probe.analyses.assemble import assemble
 from entropy_probe.analyses.batches import admitted
 from entropy_probe.analyses.before import chosen_units
+from entropy_probe.analyses.gradient import whole_scores
 from entropy_probe.analyses.not_modelled import of_frozen_geometry
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.config import ProbeConfig
@@ -21,7 +22,6 @@ from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_s
 from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.gradients.cross import cross_products
 from entropy_probe.gradients.per_sample import unit_backward
-from entropy_probe.losses import divides_by_tokens, loss_coefficients
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.results.note import NoteKind
@@ -79,7 +79,8 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
     )
     how = (config.normalization, config.entropy, draws_of(whole.rollouts).select(part.rows))
     towards = fo.entropy_coefficients(before, own.prompt_ids, part.units, positions, *how)
-    loss = loss_coefficients(whole.given, config.loss_type, config.max_completion_length).select(part.rows)
+    scores = whole_scores(policy, part, before) if config.loss.needs_scores else None
+    loss = config.loss.coefficients(whole.given, scores).select(part.rows)
     left, right = _times(towards, -units.count / by_prompt.size.sum().item()), _times(loss, -float(units.count))
     with policy.clock.phase("cross-prompt gradients") as progress:
         products = cross_products(
@@ -161,7 +162,7 @@ def _of_sums(policy: Policy, whole: _Batch, before: TokenScores, slope: float) -
     """What each unit does to the statistic through the batch's sums, from the statistic."""
     config, of_loss = policy.config, whole.given.response_lengths.double()
     sums = add_up(policy.ranks, fo.entropy(before, whole.part.units, config.normalization, config.entropy))
-    if not divides_by_tokens(config.loss_type):
+    if not config.loss.per_token:
         of_loss = torch.ones_like(of_loss)
     return lambda value: influence_of_sums(value, sums.size, whole.units.total(of_loss), sums.ratio(), slope)
 

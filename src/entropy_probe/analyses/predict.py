@@ -1,7 +1,8 @@
 """The prediction: the next step, and what it does to the policy's entropy to first order.
 
 Everything that is asked of a step is a function of one of two values: :class:`Plan`, the step, and
-:class:`Prediction`, the step with the entropy's slope along it. Formulas: ``docs/theory.md``.
+:class:`Prediction`, the step with the entropy's slope along it. Formulas: ``docs/theory.md``, "The
+first-order change" and "The step".
 """
 
 from __future__ import annotations
@@ -112,8 +113,9 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     policy.prepare(update.rollouts, evaluation.rollouts)
     before = _before(policy, evaluation)
     taps = policy.choose_taps(update.rollouts) if shares else None
-    loss = update_loss(policy, update)
-    gradient = update_gradient(policy, update, loss, store=shares, taps=taps, scored=evaluation.is_update)
+    loss = update_loss(policy, update, checked=evaluation.is_update)
+    checked = evaluation.is_update or config.loss.needs_scores
+    gradient = update_gradient(policy, update, loss, store=shares, taps=taps, scored=checked)
     step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
     policy.log.not_modelled += of_rounding(*trained, step.delta)
     if config.geometry == "frozen":
@@ -214,7 +216,7 @@ def _jackknife(planned: Plan, slope: UnitGradients, total_weight: float) -> floa
     policy, update, step = planned.policy, planned.update, planned.step
     config, blocks, part = policy.config, update.shares, update.part
     policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
-    factors = renormalisation(update.given, blocks.index, config.loss_type, config.max_completion_length)
+    factors = renormalisation(update.given, blocks.index, config.loss)
     own_factors = [factors[block] for block in part.present_units.tolist()]
     direction = {
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight

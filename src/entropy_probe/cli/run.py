@@ -179,7 +179,8 @@ def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, 
         update, evaluation, notes = share_engine(ranks, engine, sample, together=config.shard)
     result, attribution = _run_mode(probe, config, update, evaluation)
     notes = (*state.report.notes, *inputs.notes, *notes)
-    result = _annotate(result, notes, state.report.not_modelled, clock.seconds)
+    not_modelled = beyond_loss(config, state.report.not_modelled)
+    result = _annotate(result, notes, not_modelled, clock.seconds)
     if ranks.rank == 0:
         if attribution is not None:
             attribution.save_tables(staging, state.tokenizer)
@@ -240,6 +241,12 @@ def _run_mode(
     notes = (note.about("one batch") for note in distinct(filter(None, beside), known.notes))
     left_out = (f"one batch: {line}" for line in said.not_modelled if line not in known.not_modelled)
     return _annotate(result, tuple(notes), tuple(left_out), one.timing), attribution
+
+
+def beyond_loss(config: RunConfig, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
+    """What a trainer's log shows of its loss, without what the configured loss models."""
+    models = config.probe.loss.models
+    return tuple(line for line in not_modelled if not line.startswith(models))
 
 
 def _annotate(

@@ -103,7 +103,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     from entropy_probe.cli.batches import end_ids, engine_for, read_inputs, resampler
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_report
-    from entropy_probe.cli.run import open_checkpoint
+    from entropy_probe.cli.run import beyond_loss, open_checkpoint
     from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.results.sweep import SWEEP_FILE, Sweep
@@ -152,7 +152,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
         )
     records = [collected.rollouts[batch] for batch in ("update", "evaluation")]
     notes = [note for record in records for note in record.notes]
-    left_out = (*found.prediction.diagnostics.not_modelled, *state.report.not_modelled)
+    left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
     diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
     found = found.model_copy(
         update={

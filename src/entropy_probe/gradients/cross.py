@@ -171,9 +171,7 @@ def _totals(
             for name, g in side.items():
                 wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
                 total[name] = wide if seen is None else seen + wide
-        for name in (
-            name for name in gradients[0] if name in gradients[1]
-        ):  # a set would sum in another order each run
+        for name in (name for name in gradients[0] if name in gradients[1]):  # in a fixed order
             a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
             diagonal[unit] += (a @ (p * b)).item()
     return totals, sum_of_shards(diagonal, scale.values())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from entropy_probe.gradients.per_sample import UnitGradients, unit_backward
-from entropy_probe.losses import LossType, token_weights
+from entropy_probe.losses import Loss
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenCoefficients
@@ -17,9 +17,7 @@ from entropy_probe.types import TokenCoefficients
 __all__ = ["kept_gradient", "reduced_gradients", "renormalisation"]
 
 
-def renormalisation(
-    rollouts: Rollouts, blocks: Tensor, loss_type: LossType, max_completion_length: int | None
-) -> list[float]:
+def renormalisation(rollouts: Rollouts, blocks: Tensor, loss: Loss) -> list[float]:
     """What the remaining tokens' weights are multiplied by when the loss no longer counts a block.
 
     One number per block, since every supported loss divides by one number for the batch.
@@ -27,15 +25,13 @@ def renormalisation(
     Args:
         rollouts: the update batch.
         blocks: the block of each sequence, ``[N]``.
-        loss_type: the trainer's loss.
-        max_completion_length: as in :func:`entropy_probe.losses.token_weights`.
+        loss: the trainer's loss.
     """
-    mask, prompts = rollouts.response_mask, rollouts.prompt_ids
-    whole = token_weights(mask, prompts, loss_type, max_completion_length)
+    whole = loss.weights(rollouts)
     factors = []
     for block in range(int(blocks.max()) + 1):
         kept = blocks != block
-        reduced = token_weights(mask[kept], prompts[kept], loss_type, max_completion_length)
+        reduced = loss.weights(rollouts.select(kept))
         before = whole[kept].sum().item()
         factors.append(reduced.sum().item() / before if before else 1.0)  # nothing is left where all are masked out
     return factors

@@ -1,6 +1,7 @@
-"""Student's t, for every interval and every verdict: with few independent units 1.96 standard errors are too few.
+"""Student's t, for every interval and every verdict: with few clusters 1.96 standard errors are too few.
 
-A standard error from ``n`` units has ``n - 1`` degrees of freedom. See ``docs/theory.md``, "Units and standard errors".
+A standard error from ``n`` clusters has ``n - 1`` degrees of freedom. See ``docs/theory.md``, "Clusters and standard
+errors".
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ class Rollouts:
         advantages: per sequence ``[N]`` or per token ``[N, L]``, used as given. Needed for the update batch only.
         rewards: the scalar reward of each sequence, ``[N]``.
         sampled_logprobs: the sampler's own log-probabilities in nats, ``[N, L]``.
+        reference_logprobs: those of the reference policy that a loss with a KL term holds to, in nats, ``[N, L]``.
         trajectory_ids: which rollout a sequence is a part of, ``[N]``, where one is spread over several sequences, such
             as the turns of a conversation whose prompts hold the earlier turns. What has one id was sampled together.
             Strings as for ``prompt_ids``.
@@ -55,6 +56,7 @@ class Rollouts:
     advantages: Tensor | None = None
     rewards: Tensor | None = None
     sampled_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
     trajectory_ids: Ids | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class Rollouts:
             "advantages": [(n,), (n, length)],
             "rewards": [(n,)],
             "sampled_logprobs": [(n, length)],
+            "reference_logprobs": [(n, length)],
             "trajectory_ids": [(n,)],
         }
         for name, shapes in allowed.items():
@@ -109,7 +112,7 @@ class Rollouts:
         )
 
     def _check_finite(self) -> None:
-        for name in ("advantages", "rewards", "sampled_logprobs"):
+        for name in ("advantages", "rewards", "sampled_logprobs", "reference_logprobs"):
             value = getattr(self, name)
             if value is None:
                 continue

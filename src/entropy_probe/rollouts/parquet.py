@@ -8,8 +8,8 @@ One row per sequence, padding not stored. Columns:
 * ``response_mask`` (list of bool): per entry of ``response_token_ids``, whether the policy sampled it; all false, or no
   entry, for a response that the trainer masks out of its loss;
 * ``advantage`` (float, or list of float per entry of ``response_token_ids``), ``reward`` (float),
-  ``sampled_logprobs`` (list of float in nats per entry of ``response_token_ids``) and ``trajectory_id`` (int64, or
-  strings): each absent when the batch has none.
+  ``sampled_logprobs``, ``reference_logprobs`` (lists of float in nats per entry of ``response_token_ids``) and
+  ``trajectory_id`` (int64, or strings): each absent when the batch has none.
 
 Per-token numbers are kept where ``response_mask`` is true and are 0 elsewhere; in a file of other origin they may be
 anything there, null included. Numbers are float64 if the batch holds float64, else float32 (exact for half precisions).
@@ -44,7 +44,7 @@ SCHEMA_VERSION = 2
 _SCHEMA_KEY = b"entropy_probe.rollouts_schema"
 _NOTE_KEY = b"entropy_probe.note"
 _REQUIRED = ("prompt_id", "prompt_token_ids", "response_token_ids", "response_mask")
-_OPTIONAL = ("advantage", "reward", "sampled_logprobs")
+_OPTIONAL = ("advantage", "reward", "sampled_logprobs", "reference_logprobs")
 _TRAJECTORY = "trajectory_id"
 _KNOWN = (*_REQUIRED, *_OPTIONAL, _TRAJECTORY)
 _EXACT = 2.0**53
@@ -71,7 +71,7 @@ def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | Non
         "response_token_ids": _ragged(rollouts.input_ids.long(), is_response),
         "response_mask": _ragged(rollouts.response_mask, is_response),
     }
-    numbers = (rollouts.advantages, rollouts.rewards, rollouts.sampled_logprobs)
+    numbers = (rollouts.advantages, rollouts.rewards, rollouts.sampled_logprobs, rollouts.reference_logprobs)
     for name, value in zip(_OPTIONAL, numbers, strict=True):
         if value is None:
             continue
@@ -162,6 +162,7 @@ def read_rollouts(path: Path) -> Rollouts:
         "advantages": optional("advantage"),
         "rewards": optional("reward"),
         "sampled_logprobs": optional("sampled_logprobs"),
+        "reference_logprobs": optional("reference_logprobs"),
         "trajectory_ids": optional(_TRAJECTORY),
     }
     try:

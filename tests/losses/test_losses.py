@@ -1,0 +1,138 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from entropy_probe import ProbeConfig, Rollouts
+from entropy_probe.losses import build_loss, loss_types
+from entropy_probe.steps.adamw import clip_gradient
+from tests.invariants.problems import batches, probe
+from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
+
+MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 0, 0]]).bool()
+LENGTHS = [3, 2, 2, 1]
+POLICY_GRADIENTS = ("grpo", "bnpo", "dapo", "cispo", "dr_grpo", "per_prompt_max")
+
+
+def rollouts(**more):
+    ids = torch.arange(16).view(4, 4)
+    return Rollouts(ids, torch.ones_like(ids), MASK, torch.tensor([3, 3, 8, 8]), torch.ones(4), **more)
+
+
+def with_reference(update, seed=3):
+    noise = torch.randn(update.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return replace(update, reference_logprobs=noise - 2)
+
+
+def test_every_file_of_the_room_is_a_member():
+    assert set(loss_types()) == {*POLICY_GRADIENTS, "policy_gradient_with_kl"}
+
+
+@pytest.mark.parametrize("loss_type", POLICY_GRADIENTS)
+def test_weights(loss_type):
+    expected = {
+        "grpo": [1 / (4 * t) for t in LENGTHS],
+        "dr_grpo": [1 / (4 * 10)] * 4,
+        "per_prompt_max": [1 / (4 * t) for t in [3, 3, 2, 2]],
+    }.get(loss_type, [1 / 8] * 4)
+    weights = build_loss(loss_type, {}, 10).weights(rollouts())
+    assert (weights[~MASK] == 0).all()
+    for row, weight in enumerate(expected):
+        assert weights[row][MASK[row]].tolist() == pytest.approx([weight] * LENGTHS[row])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"loss_type": "ppo"}, "loss_type: expected one of bnpo, .*, got 'ppo'"),
+        ({"loss_settings": {"beta": 1.0}}, "loss_settings: expected none for loss_type dapo, got beta too"),
+        ({"loss_type": "policy_gradient_with_kl"}, "expected beta, policy_loss for .*, got none for beta"),
+        (
+            {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": -1.0}},
+            "loss_settings: expected a beta of at least 0, got -1.0",
+        ),
+        (
+            {
+                "loss_type": "policy_gradient_with_kl",
+                "loss_settings": {"beta": 1.0, "policy_loss": "policy_gradient_with_kl"},
+            },
+            "loss_settings",
+        ),
+    ],
+)
+def test_what_a_loss_does_not_take_is_refused(settings, expected):
+    with pytest.raises(ValueError, match=expected):
+        ProbeConfig(**settings)
+
+
+def test_what_a_loss_needs_of_a_batch():
+    with pytest.raises(ValueError, match="dr_grpo: expected max_completion_length, got None"):
+        build_loss("dr_grpo", {}).weights(rollouts())
+    update, evaluation = batches()
+    model = TinyPolicy()
+    with pytest.raises(ValueError, match=r"reference_logprobs: expected \[N, L\] .*, got None"):
+        with_kl(model, "dapo", 0.1).predict(update=update, evaluation=evaluation)
+
+
+def with_kl(model, policy_loss, beta, **settings):
+    chosen = {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": beta, "policy_loss": policy_loss}}
+    return probe(model, trained_optimizer(model), max_completion_length=5, max_grad_norm=None, **chosen, **settings)
+
+
+def autograd(model, update, policy_loss, beta):
+    """The norm of the gradient of the loss as a trainer writes it."""
+    mask, lengths = update.response_mask[:, 1:], update.response_mask.sum(1).double()
+    log_p = torch.log_softmax(model(update.input_ids, update.attention_mask.long()).logits / TEMPERATURE, -1)
+    s = log_p[:, :-1].gather(-1, update.input_ids[:, 1:, None])[..., 0]
+    beyond = update.reference_logprobs[:, 1:] - s
+    per_token = -(s - s.detach()).exp() * update.advantages[:, None] + beta * (beyond.exp() - beyond - 1)
+    divided = {"dapo": lengths.sum(), "grpo": len(update) * lengths[:, None], "dr_grpo": len(update) * 5.0}[policy_loss]
+    gradient = torch.autograd.grad((per_token * mask / divided).sum(), list(model.parameters()))
+    return dict(zip(dict(model.named_parameters()), gradient, strict=True))
+
+
+@pytest.mark.parametrize("policy_loss", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("beta", [0.04, 2.0])
+def test_the_kl_term_is_that_of_autograd(policy_loss, beta):
+    model = TinyPolicy()
+    update, evaluation = batches()
+    update = with_reference(update)
+    gradient = autograd(model, update, policy_loss, beta)
+    norm = clip_gradient(gradient, None).norm
+    result = with_kl(model, policy_loss, beta).predict(update=update, evaluation=evaluation)
+    assert result.diagnostics.gradient_norm == pytest.approx(norm, rel=1e-10)
+    assert result.diagnostics.policy_fit.update is not None  # its scores are checked as those of any batch
+    plain = probe(model, trained_optimizer(model), max_grad_norm=None).predict(update=update, evaluation=evaluation)
+    assert result.predicted.value != pytest.approx(plain.predicted.value, rel=1e-3)
+    one = with_kl(model, policy_loss, beta, identity_if_coverage_below=0.0).one_batch(update)
+    assert one.diagnostics.gradient_norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_a_reference_that_is_the_policy_pulls_nowhere_and_beta_0_is_no_term():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    log_p = torch.log_softmax(model(update.input_ids, update.attention_mask.long()).logits / TEMPERATURE, -1).detach()
+    own = torch.zeros(update.input_ids.shape, dtype=torch.float64)
+    own[:, 1:] = log_p[:, :-1].gather(-1, update.input_ids[:, 1:, None])[..., 0]
+    plain = probe(model, trained_optimizer(model), max_grad_norm=None).predict(update=update, evaluation=evaluation)
+    for beta, reference in ((5.0, own), (0.0, own - 1)):
+        given = {"update": replace(update, reference_logprobs=reference), "evaluation": evaluation}
+        result = with_kl(model, "dapo", beta).predict(**given)
+        assert result.predicted.value == pytest.approx(plain.predicted.value, rel=1e-12)
+
+
+def test_contributions_of_tokens_add_up_with_a_kl_term():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    attribution = with_kl(model, "grpo", 0.5).attribute(update=with_reference(update), evaluation=evaluation)
+    total = attribution.result.components["gradient"].value
+    assert attribution.tokens.sum().item() == pytest.approx(total, rel=1e-6)
+
+
+def test_reference_logprobs_are_kept_in_a_file(tmp_path):
+    batch = rollouts(reference_logprobs=torch.randn(4, 4))
+    batch.to_parquet(tmp_path / "batch.parquet")
+    again = Rollouts.from_parquet(tmp_path / "batch.parquet")
+    for row in range(4):
+        kept = again.reference_logprobs[row][again.response_mask[row]]
+        assert torch.equal(kept, batch.reference_logprobs[row][MASK[row]])
