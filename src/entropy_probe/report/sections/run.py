@@ -137,9 +137,9 @@ def _comparison_rows(predicted: Estimate, realized: Estimate, difference: Estima
 
 
 def story(result: ProbeResult) -> str:
-    """The prediction in a sentence: how much, which part of the entropy, and which part of the step; "" without one."""
+    """The prediction in a sentence: how much, which part of the entropy, and which part of the step; "" if it is none."""
     predicted = result.predicted
-    if predicted is None:
+    if predicted is None or not predicted.value:
         return ""
     way = "lower" if predicted.value < 0 else "raise"
     sentence = f"To first order the step will {way} entropy by {format_number(abs(predicted.value))} {predicted.unit}"

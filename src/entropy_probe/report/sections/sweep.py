@@ -10,6 +10,7 @@ from typing import TypeAlias
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import (
     Axis,
+    BarChart,
     Curve,
     LineChart,
     Point,
@@ -52,8 +53,10 @@ def sweep_sections(sweeps: Mapping[str, Sweep], config: str | None = None) -> tu
 
 def _largest_step(prediction: ProbeResult) -> Section:
     """The parts of the step; the rest of what is said of a run is in the sweep."""
-    step = step_section(prediction).without_figures()
-    return Section("The step at the largest rate", step.key, step.short, blocks=step.blocks[1:], page_only=True)
+    step = step_section(prediction)
+    blocks = tuple(block for block in step.blocks if not (isinstance(block, BarChart) and block.figure == "change"))
+    one = Section("The step at the largest rate", step.key, step.short, blocks=blocks, page_only=True)
+    return one.without_figures()
 
 
 def sweep_section(sweep: Sweep) -> Section:
@@ -96,8 +99,8 @@ def _fits(sweep: Sweep) -> tuple[Row, ...]:
     if sweep.power_law is not None:
         rows.append(("log-log slope", sweep.power_law.slope, f"R² {sweep.power_law.r_squared:.5f}; 1 is linear"))
     if sweep.fit is not None:
-        reach = f"{len(sweep.fit.learning_rates)} rates up to {sweep.fit.learning_rates[-1]:.3g}"
-        rows.append(("slope at 0", sweep.fit.linear, f"per unit of η; from {reach}"))
+        reach = f"{len(sweep.fit.learning_rates)} rates to {sweep.fit.learning_rates[-1]:.3g}"
+        rows.append(("slope at 0", sweep.fit.linear, f"per unit of η, from {reach}"))
     if sweep.curvature.from_fit is not None:
         rows.append(("curvature, fit", sweep.curvature.from_fit, "per squared unit of η"))
     if sweep.curvature.direct is not None:
