@@ -156,12 +156,13 @@ def _tokens_section(summary: AttributionSummary, tables: Tables | None = None) -
     """How many tokens, what those of good and of bad responses add, and how they compare with the covariance term."""
     good, bad = summary.positive_advantages, summary.negative_advantages
     exponent, rank = common_exponent(summary.gradient, good, bad), summary.rank_correlation_with_covariance
-    meaning = "Over tokens, of contributions with the covariance terms of that theory; -1 where they agree."
+    adds = "What the tokens with a {} advantage add to δH₁ through the gradient."
+    ranks = "Over tokens, of contributions with the covariance terms of that theory; -1 where they agree."
+    said, theory = "undefined" if rank is None else f"{rank:.2f}", "rank correlation with Cui et al. (2025)"
     rows = Rows((
-        Row("advantages > 0", format_in(good, exponent), f"{summary.unit}, from tokens with a positive advantage"),
-        Row("advantages < 0", format_in(bad, exponent), f"{summary.unit}, from tokens with a negative one"),
-        Row("covariance term", "undefined" if rank is None else f"{rank:.2f}",
-            "rank correlation with Cui et al. (2025)", meaning=meaning),
+        Row("advantages > 0", format_in(good, exponent), summary.unit, meaning=adds.format("positive")),
+        Row("advantages < 0", format_in(bad, exponent), summary.unit, meaning=adds.format("negative")),
+        Row("covariance term", said, theory, meaning=ranks),
     ))  # fmt: skip
     count = f"{summary.num_tokens:,} tokens"
     if tables is not None:
