@@ -137,7 +137,7 @@ def _comparison_rows(predicted: Estimate, realized: Estimate, difference: Estima
 
 
 def story(result: ProbeResult) -> str:
-    """The prediction in a sentence: how much, which part of the entropy, and which part of the step; "" if it is none."""
+    """The prediction in a sentence: how much, of how much entropy, and by which part of the step; "" if it is none."""
     predicted = result.predicted
     if predicted is None or not predicted.value:
         return ""
