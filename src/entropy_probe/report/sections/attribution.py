@@ -9,7 +9,6 @@ from itertools import accumulate
 import numpy as np
 
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_in, format_number, format_percent
-from entropy_probe.report.payload import responses_payload
 from entropy_probe.report.sections.base import (
     Bar,
     HeatMap,
@@ -167,7 +166,7 @@ def _tokens_section(summary: AttributionSummary, tables: Tables | None = None) -
     count = f"{summary.num_tokens:,} tokens"
     if tables is not None:
         count += f" of {len(np.unique(tables.tokens['response_id'])):,} responses"
-    viewer = () if tables is None else (TokenViewer(responses_payload(tables, summary.unit)),)
+    viewer = () if tables is None else (TokenViewer(tables, summary.unit),)
     how = () if summary.method == "forward-mode" else (Verbatim(f"Tokens by {summary.method}."),)
     sentences = (f"The gradient part comes from {count}.", *how)
     return Section("Which tokens did it", "responses", "Responses", sentences=sentences, blocks=(rows, *viewer))

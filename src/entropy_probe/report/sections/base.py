@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from entropy_probe.report.numbers import format_estimate
+from entropy_probe.report.tables import Tables
 from entropy_probe.results.note import Note
 from entropy_probe.results.probe import Estimate
 from entropy_probe.results.sweep import Fitted
@@ -204,9 +205,10 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class TokenViewer:
-    """Responses, token by token, for the page's script; see :func:`~entropy_probe.report.payload.responses_payload`."""
+    """The responses of the tables, token by token, for the page's script; contributions are in ``unit``."""
 
-    payload: dict[str, Any]
+    tables: Tables
+    unit: str
 
 
 Block: TypeAlias = Rows | Table | Listing | BarChart | LineChart | HeatMap | TokenViewer
