@@ -36,7 +36,7 @@ from entropy_probe.analyses.provenance import library_versions
 from entropy_probe.demo.policy import build_tokenizer
 from entropy_probe.demo.train import LORA_TARGETS
 from entropy_probe.sampling import HFGenerator, SamplingParameters
-from entropy_probe.sampling.generator import completed_rollouts, generate_responses, sequence_seeds
+from entropy_probe.sampling.responses import completed_rollouts, generate_responses, sequence_seeds
 from entropy_probe.scoring.isolation import evaluating
 from two_batch import training_gradient
 

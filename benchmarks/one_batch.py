@@ -25,12 +25,11 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.u_statistic import cross_statistic
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.losses import build_loss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.steps.preconditioner import frozen_preconditioner
-from entropy_probe.types import TokenCoefficients
+from entropy_probe.types import TokenCoefficients, Units
 from two_batch import FULL, QUICK, Setup, training_gradient
 
 

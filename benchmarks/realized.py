@@ -39,7 +39,7 @@ from entropy_probe.estimators.baselines import PositionSums, position_baseline
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import change, per_decision, snis
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import Part
 from entropy_probe.sampling import (
     EvaluationSettings,
@@ -52,6 +52,7 @@ from entropy_probe.sampling import (
     sample_update,
 )
 from entropy_probe.sampling.rewards import exact_match
+from entropy_probe.types import Units
 
 
 def brevity(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -48,7 +48,7 @@ from entropy_probe.sampling import (
     sample_evaluation,
     sample_update,
 )
-from entropy_probe.sampling.generator import completed_rollouts, generate_responses, sequence_seeds
+from entropy_probe.sampling.responses import completed_rollouts, generate_responses, sequence_seeds
 
 SECTIONS = ("memory", "lora", "full", "variance")
 MIB = 2**20

@@ -18,8 +18,8 @@ import transformers.models.auto.tokenization_auto
 import transformers.models.qwen2.modeling_qwen2
 
 import entropy_probe.cli.config
+import entropy_probe.cli.output
 import entropy_probe.cli.ranks
-import entropy_probe.cli.run_directory
 import entropy_probe.integrations.trl
 import entropy_probe.parallel.shards
 import entropy_probe.probe

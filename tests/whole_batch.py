@@ -12,8 +12,8 @@ from entropy_probe.estimators.curvature import per_decision_taylor
 from entropy_probe.estimators.first_order import FirstOrder
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change
-from entropy_probe.estimators.uncertainty import Sampled, Units
-from entropy_probe.types import TokenCoefficients
+from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.types import TokenCoefficients, Units
 
 
 def coefficients(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,9 @@ from entropy_probe.analyses.validate import validate
 from entropy_probe.config import ProbeConfig
 from entropy_probe.parallel.ranks import ALONE, SameWork, joined_ranks
 from entropy_probe.parallel.shards import check_shards, is_sharded, reshard
+from entropy_probe.questions.base import answer_all, check_questions
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
+from entropy_probe.results.record import SavedRecord
 from entropy_probe.results.sweep import Sweep, SweepPoint
 from entropy_probe.results.validation import Validation
 from entropy_probe.rollouts.batch import Rollouts
@@ -122,15 +124,26 @@ class EntropyProbe:
         rates = learning_rates(optimizer, config.learning_rate)
         return open_policy(model, optimizer, parameters, config, learning_rates=rates, **self._shared)
 
-    def run(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
+    def run(
+        self, *, update: Rollouts, evaluation: Rollouts, questions: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> ProbeResult:
         """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.
 
+        Args:
+            update: the batch the step is taken on.
+            evaluation: the batch whose entropy is predicted and measured.
+            questions: what else to ask of the prediction, as :meth:`ask`: settings by the question's name. Answers are
+                in ``result.answers``.
+
         Raises:
-            ValueError: for unusable rollouts (too long, too few units, no advantages) or non-finite numbers.
+            ValueError: for unusable rollouts (too long, too few units, no advantages) or non-finite numbers, or
+                questions that do not fit.
         """
+        asked = check_questions(questions or {})
         with self._opened() as policy:
             prediction = predict(policy, *admit_batches(policy, update, evaluation))
-            return result_of(prediction.plan, prediction, measure_step(prediction.plan))
+            answers = answer_all(prediction, asked)
+            return result_of(prediction.plan, prediction, measure_step(prediction.plan), answers=answers)
 
     def predict(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """The first-order part of :meth:`run` only."""
@@ -150,7 +163,13 @@ class EntropyProbe:
             return result_of(planned, measured=measure_step(planned))
 
     def attribute(
-        self, *, update: Rollouts, evaluation: Rollouts, folds: int | None = None, measure: bool = False
+        self,
+        *,
+        update: Rollouts,
+        evaluation: Rollouts,
+        folds: int | None = None,
+        measure: bool = False,
+        questions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Attribution:
         """Divide the prediction over the tokens, responses and prompts of ``update``, and over the model's layers.
 
@@ -163,6 +182,7 @@ class EntropyProbe:
                 one more gradient over the evaluation batch, and one more over the update batch for each fold where
                 its per-prompt gradients are not kept (``max_stored_gradient_gib``).
             measure: also measure the change, as :meth:`run` does.
+            questions: what else to ask of the prediction, as :meth:`run`.
 
         Raises:
             ValueError: as :meth:`run`, for an optimizer other than Adam, a sharded model, or unusable folds.
@@ -173,12 +193,13 @@ class EntropyProbe:
                 "which it is not built; load the checkpoint into a model on one device"
             )
         check_divides(self._optimizer, self._config)
+        asked = check_questions(questions or {})
         with self._opened() as policy:
             batches = admit_batches(policy, update, evaluation)
             check_folds(folds, batches[1])
             prediction = predict(policy, *batches)
             measured = measure_step(prediction.plan) if measure else None
-            return attribute(prediction, folds, measured)
+            return attribute(prediction, folds, measured, answers=answer_all(prediction, asked))
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0
@@ -232,6 +253,25 @@ class EntropyProbe:
         with self._opened(rates[-1]) as policy:
             prediction = predict(policy, *admit_batches(policy, update, evaluation))
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
+
+    def ask(self, question: str, *, update: Rollouts, evaluation: Rollouts, **settings: Any) -> SavedRecord:
+        """Ask something of the prediction, such as ``without_prompts`` with ``prompts=[[3], [5, 8]]``.
+
+        Args:
+            question: a module of :mod:`entropy_probe.questions`.
+            update: the batch the step is taken on.
+            evaluation: the batch whose entropy is predicted.
+            settings: of the question; see its ``Settings``.
+
+        Returns:
+            The question's ``Answer``.
+
+        Raises:
+            ValueError: as :meth:`run`, for an unknown question, or settings that do not fit.
+        """
+        asked = check_questions({question: settings})
+        with self._opened() as policy:
+            return answer_all(predict(policy, *admit_batches(policy, update, evaluation)), asked)[question]
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:
         """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""

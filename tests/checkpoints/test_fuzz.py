@@ -20,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 
 from entropy_probe.checkpoints import CheckpointError
 from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory
+from entropy_probe.checkpoints.formats.dcp import read_sharded_optimizer, read_sharded_weights
 from entropy_probe.checkpoints.optimizer_file import check_entries, read_optimizer
-from entropy_probe.checkpoints.optimizer_sharded import read_sharded_optimizer, with_values
 from entropy_probe.checkpoints.weights import check_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, about what it finds in the files
@@ -144,10 +144,10 @@ def sharded(r: random.Random, directory: Path) -> Callable[[], Any]:
 
     def read() -> None:
         opened = ShardedDirectory.open(directory)
-        check_finite([file])
+        check_finite(read_sharded_weights(opened))
         found = read_sharded_optimizer(opened)
         check_entries(found)
-        with_values(found, opened)
+        found.loaded()
 
     return read
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from entropy_probe.checkpoints import UnsupportedError, models
-from entropy_probe.checkpoints import layout as layout_module
-from entropy_probe.checkpoints.layout import layout_of, repeat_layers, thin_out, treats_layers_alike
+from entropy_probe.checkpoints import parameters as layout_module
+from entropy_probe.checkpoints.parameters import layout_of, repeat_layers, thin_out, treats_layers_alike
 from tests.tiny import tiny_policy
 
 pytestmark = pytest.mark.filterwarnings(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import random
 import shutil
 
@@ -10,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from entropy_probe.checkpoints import CheckpointError, CheckpointReport, inspect_checkpoint, load_checkpoint
-from entropy_probe.checkpoints.libraries import collector_paused, random_state_kept
-from entropy_probe.checkpoints.weights import check_loaded
+from entropy_probe.checkpoints.libraries import random_state_kept
+from entropy_probe.checkpoints.weights import check_loaded, read_weights
 from entropy_probe.demo.policy import build_tokenizer
 from tests.checkpoints.conftest import NO_OTHER_DOUBTS, UNDECIDED, edit_json, edit_tensors
 
@@ -28,7 +27,6 @@ def test_trained_parameters_and_nothing_else_require_a_gradient(runs, name, trai
     assert held == {id(p) for p in named.values()}
     assert not any(module.training for module in state.model.modules())
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
-    assert state.loss is None
 
 
 @pytest.mark.parametrize("name", ["lora", "full", "tied"])
@@ -79,18 +77,6 @@ def test_loading_and_inspecting_leave_the_random_states_alone(runs, name):
     inspect_checkpoint(checkpoint)
     after = list(np.random.get_state()[1]), torch.get_rng_state().tolist()  # noqa: NPY002
     assert before == after
-
-
-@pytest.mark.parametrize("running", [True, False])
-def test_the_collector_is_as_it_was_also_after_an_error(running):
-    before = gc.isenabled()
-    try:
-        (gc.enable if running else gc.disable)()
-        with pytest.raises(ZeroDivisionError), collector_paused():
-            1 // gc.isenabled()
-        assert gc.isenabled() == running
-    finally:
-        (gc.enable if before else gc.disable)()
 
 
 def test_random_states_are_restored_also_after_an_error():
@@ -380,8 +366,8 @@ def test_what_is_no_checkpoint_raises(runs, tmp_path):
 
 def test_a_model_that_does_not_hold_the_values_of_the_files_is_noticed(runs):
     checkpoint = runs("full").checkpoint(2)
-    files = [checkpoint / "model.safetensors"]
-    tensors = load_file(files[0])
+    files = read_weights(checkpoint, "model")
+    tensors = load_file(checkpoint / "model.safetensors")
     check_loaded(files, tensors, all_names=True)
     name = "model.layers.1.self_attn.o_proj.weight"
     with pytest.raises(CheckpointError, match=r"o_proj\.weight: expected the model to hold these values"):

@@ -19,9 +19,9 @@ from entropy_probe.checkpoints import (
     inspect_checkpoint,
     load_checkpoint,
 )
-from entropy_probe.checkpoints.examine import Examination
+from entropy_probe.checkpoints.adapters import live_settings
+from entropy_probe.checkpoints.examine import Request, examine
 from entropy_probe.checkpoints.manifest import MANIFEST_FILE, plain_name, read_manifest, write_manifest
-from entropy_probe.checkpoints.quantization import live_settings
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.integrations.trl import ManifestCallback
 from tests.checkpoints.conftest import edit_optimizer
@@ -178,9 +178,7 @@ def test_a_manifest_knows_how_training_quantised_the_base(trained, tmp_path):
     expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 
     def examined(given=None):
-        examination = Examination(checkpoint, trained / "base", None, given)
-        examination.run()
-        return examination.quantization.settings
+        return examine(Request(checkpoint, trained / "base", None, given), {}).model.quantization.settings
 
     assert examined() == expected
     assert examined(expected | {"bnb_4bit_use_double_quant": True})["bnb_4bit_use_double_quant"]

@@ -13,7 +13,7 @@ from entropy_probe.checkpoints import inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.evidence import check_movement
 from entropy_probe.checkpoints.libraries import quiet
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.checkpoints.optimizer_kinds import ADAM
+from entropy_probe.checkpoints.optimizers import ADAM
 from tests.checkpoints.conftest import edit_json, edit_optimizer
 from tests.tiny import LORA_TARGETS, tiny_policy, train_grpo
 

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
-from entropy_probe.checkpoints.layout import layout_of
-from entropy_probe.checkpoints.mapping import grouping_rules, map_parameters
 from entropy_probe.checkpoints.optimizer_file import read_optimizer
+from entropy_probe.checkpoints.parameters import grouping_rules, layout_of, map_parameters
 from tests.checkpoints.conftest import edit_optimizer
 from tests.tiny import tiny_policy
 

@@ -16,10 +16,9 @@ from torch import nn, optim
 
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
-from entropy_probe.checkpoints.layout import layout_of
-from entropy_probe.checkpoints.mapping import grouping_rules
 from entropy_probe.checkpoints.optimizer_file import check_entries, read_optimizer
-from entropy_probe.checkpoints.optimizer_kinds import KINDS
+from entropy_probe.checkpoints.optimizers import KINDS
+from entropy_probe.checkpoints.parameters import grouping_rules, layout_of
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.steps.adamw import optimizer_parameters
 from entropy_probe.steps.copied import check_repeatable, copied_step

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from entropy_probe.checkpoints import CheckpointError, MappingError, inspect_checkpoint, load_checkpoint
-from entropy_probe.checkpoints.directory import optimizer_file
-from entropy_probe.checkpoints.other_trainers import checkpoints_below, whose_directory
+from entropy_probe.checkpoints.directory import checkpoints_below, find_optimizer, whose_directory
 from tests.checkpoints.conftest import edit_optimizer, edit_tensors
 
 LAYOUTS = {
@@ -18,7 +17,6 @@ LAYOUTS = {
     "Megatron": ["mp_rank_01/distrib_optim.pt"],
     "checkpoint of Megatron": [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
     "torchtune": ["recipe_state/recipe_state.pt", "model-00001.safetensors"],
-    "FULL_STATE_DICT": ["pytorch_model_fsdp.bin", "optimizer.bin"],
 }
 
 
@@ -33,14 +31,14 @@ def test_torchtune_keeps_its_state_beside_the_epochs(tmp_path):
     """And the weights of an epoch have the names of any model."""
     touch(tmp_path, ["recipe_state/recipe_state.pt", "epoch_0/config.json", "epoch_0/model.safetensors"])
     with pytest.raises(CheckpointError, match=r"expected optimizer\.pt, got a checkpoint of torchtune"):
-        optimizer_file(tmp_path / "epoch_0")
+        find_optimizer(tmp_path / "epoch_0")
 
 
 @pytest.mark.parametrize("maker", LAYOUTS)
 @pytest.mark.parametrize("above", ["", "step_2", "run/step_2"])
 def test_a_directory_of_another_trainer_is_named(tmp_path, maker, above):
     touch(tmp_path / "x" / above, LAYOUTS[maker])
-    if maker in ("FULL_STATE_DICT", "checkpoint of Megatron") and above:
+    if maker == "checkpoint of Megatron" and above:
         assert checkpoints_below(tmp_path / "x") == [tmp_path / "x" / above]  # for its optimizer's sake
         return
     with pytest.raises(CheckpointError, match=f"expected a checkpoint that is read, got .*{maker}.*; what is|{maker}"):
@@ -78,22 +76,6 @@ def assert_same_moments(checkpoint: Path, expected) -> None:
     found, wanted = first_moments(load_checkpoint(checkpoint)), first_moments(expected)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_the_state_that_accelerate_calls_optimizer_bin_is_read(copy_of, runs, by_name):
-    checkpoint, original = copy_of("full"), runs("full").load(2)
-    names = parameter_names(original)
-
-    def rename(saved):
-        saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
-        for group in saved["param_groups"]:
-            group["params"] = [names[i] for i in group["params"]]
-
-    if by_name:
-        edit_optimizer(checkpoint, rename)
-    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
-    assert_same_moments(checkpoint, original)
 
 
 def flatten(order: list[int]):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from entropy_probe.checkpoints import CheckpointError
-from entropy_probe.checkpoints.messages import shown
+from entropy_probe.checkpoints.errors import shown
 from entropy_probe.checkpoints.safe_read import MOST_VALUES, PLAIN, check_pickle, read_archived
 
 

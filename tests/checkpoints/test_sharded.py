@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from entropy_probe.checkpoints import CheckpointError, UnsupportedError, errors, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints import dcp as sharded_directory
-from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory, _overlap
+from entropy_probe.checkpoints.dcp import METADATA, ShardedDirectory, make_up
 from entropy_probe.checkpoints.record import record_checkpoint
-from entropy_probe.cli.sweep_directory import hash_directory
+from entropy_probe.cli.output.inputs import hash_directory
 from entropy_probe.steps.adamw import optimizer_parameters, shadow_step
 from tests.cli.conftest import invoke
 from tests.faults.payloads import Payload, raw_pickle
@@ -473,41 +473,68 @@ def test_a_tied_model_under_an_untied_configuration_is_refused(sharded, copy_of)
         load_checkpoint(checkpoint, sharded / "full" / "base")
 
 
+def filled(shape, boxes) -> bool:
+    """By brute force."""
+    count = torch.zeros(tuple(2 * n + 8 for n in shape), dtype=torch.int)
+    for offsets, sizes in boxes:
+        count[tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))] += 1
+    count[tuple(slice(n) for n in shape)] -= 1
+    return not count.any()
+
+
+def cut(box, generator: torch.Generator, times: int) -> list[Any]:
+    """A box in parts, some of them empty, that no planes need keep apart."""
+    boxes = [box]
+    for _ in range(times):
+        at = int(torch.randint(len(boxes), (), generator=generator))
+        offsets, sizes = boxes.pop(at)
+        dim = int(torch.randint(len(sizes), (), generator=generator))
+        first = int(torch.randint(sizes[dim] + 1, (), generator=generator))
+        part = lambda x, value, dim=dim: (*x[:dim], value, *x[dim + 1 :])  # noqa: E731
+        boxes += [(offsets, part(sizes, first))]
+        boxes += [(part(offsets, offsets[dim] + first), part(sizes, sizes[dim] - first))]
+    return boxes
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_overlaps_are_those_of_brute_force(seed):
+@pytest.mark.parametrize("shape", [(9,), (6, 7), (4, 3, 5), (0, 3)])
+def test_what_makes_up_a_tensor_is_that_of_brute_force(seed, shape):
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(high: int, n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(0, high, (n,), generator=generator).tolist())
-
-    for dims, n, most in itertools.product((1, 2, 3), (1, 2, 3, 8), (1, 2, 4)):
-        boxes = [(draw(8, dims), tuple(1 + x for x in draw(most, dims))) for _ in range(n)]
-        cells = [set(itertools.product(*(range(a, a + n) for a, n in zip(*box, strict=True)))) for box in boxes]
-        assert _overlap("here", boxes) == (len(set().union(*cells)) < sum(map(len, cells)))
-
-
-def no_pairs(*_: Any) -> bool:
-    raise AssertionError("a pair was compared")
+    boxes = cut(((0,) * len(shape), shape), generator, seed)
+    assert filled(shape, boxes)
+    assert make_up(shape, boxes)
+    for at, (offsets, sizes) in enumerate(boxes):
+        for change in ((0, 1), (1, 0), (1, 1)):  # larger, moved, both: none of them empty before
+            move, grow = change
+            box = (offsets[0] + move, *offsets[1:]), (sizes[0] + grow, *sizes[1:])
+            others = [*boxes[:at], box, *boxes[at + 1 :]]
+            assert make_up(shape, others) == filled(shape, others)
+        others = [*boxes[:at], boxes[0], *boxes[at + 1 :]]  # one twice, as large in all where they are equal
+        assert make_up(shape, others) == filled(shape, others)
 
 
 @pytest.mark.parametrize("grid", [(1, 60_000), (60_000, 1), (30, 40, 50), (1, 245, 245), (60_000,)])
-def test_a_grid_of_many_shards_is_checked_without_comparing_pairs(grid, monkeypatch):
+def test_a_grid_of_many_shards_takes_no_pairs(grid):
+    shape = tuple(3 * n for n in grid)
     boxes = [(tuple(3 * at for at in place), (3,) * len(grid)) for place in itertools.product(*map(range, grid))]
-    with monkeypatch.context() as patched:
-        patched.setattr(sharded_directory, "_shared", no_pairs)
-        assert not _overlap("here", boxes)
+    assert make_up(shape, boxes)
     # one reaches into its neighbour
     offsets, sizes = boxes[-1]
     boxes[-1] = tuple(max(0, at - 1) for at in offsets), sizes
-    assert _overlap("here", boxes)
+    assert not make_up(shape, boxes)
 
 
-def test_a_tiling_without_a_plane_between_is_compared_up_to_a_bound():
+def test_tilings_that_no_plane_cuts_and_scalars():
     pinwheel = [((0, 0), (2, 1)), ((0, 1), (1, 2)), ((1, 2), (2, 1)), ((2, 0), (1, 2)), ((1, 1), (1, 1))]
-    assert not _overlap("here", pinwheel)
-    assert _overlap("here", [*pinwheel[:-1], ((1, 1), (1, 2))])
-    with pytest.raises(CheckpointError, match=r"here: not supported: 60,000 shards that overlap or are not in rows"):
-        _overlap("here", [((0, 0), (5, 5))] * 60_000)
-    staircase = [((i, i), (1, 10**4 - i)) if i % 2 else ((i, i), (10**4 - i, 1)) for i in range(10**4)]
-    with pytest.raises(CheckpointError, match="not supported: 10,000 shards"):
-        _overlap("here", staircase)
+    assert make_up((3, 3), pinwheel)
+    assert not make_up((3, 3), [*pinwheel[:-1], ((1, 1), (1, 2))])
+    assert make_up((), [((), ())])
+    assert not make_up((), [((), ())] * 2)
+    assert not make_up((5, 5), [((0, 0), (5, 5))] * 60_000)
+
+
+def test_more_dimensions_than_a_tensor_has_are_refused():
+    shards = tuple(sharded_directory._Shard((0,) * 40, (1,) * 40, "f", 0, 4) for _ in range(2))
+    entry = sharded_directory.Entry("x", ("x",), torch.float32, (1,) * 40, shards)
+    with pytest.raises(UnsupportedError, match=r"here: not supported: 2 shards of 40 dimensions; save it from fewer"):
+        sharded_directory._check_cover("here", entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from entropy_probe.cli import app, main
 from tests.processes import Process
+
+SHARD = "entropy_probe.sampling.evaluation.SHARD_SEQUENCES"
 
 
 @pytest.fixture
@@ -55,6 +58,19 @@ def start(*args: Any, **environment: str) -> Process:
 def command_line(*args: str) -> None:
     sys.argv = ["entropy-probe", *args]
     main()
+
+
+def killed_before(name: str, *args: str) -> None:
+    """In a process of its own, the command line, which ends by SIGKILL as a file of that name is about to appear."""
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and str(arguments[1]).endswith(name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SHARD, 12)
+        command_line(*args)
 
 
 def execute(*args: Any, command: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from entropy_probe.cli.sweep_directory import hash_directory
+from entropy_probe.cli.output.inputs import hash_directory
 from tests.cli.conftest import invoke
 
 

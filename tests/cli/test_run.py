@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,10 +13,11 @@ import torch
 import yaml
 
 from entropy_probe import EntropyProbe, ProbeResult, Rollouts, Validation
-from entropy_probe.cli.lock import locked
+from entropy_probe.cli.output import locked
+from entropy_probe.report.wording import RESULT_FIGURES
 from entropy_probe.sampling import HFGenerator
 from tests.checkpoints.conftest import edit_json
-from tests.cli.conftest import command_line, execute, invoke, start
+from tests.cli.conftest import SHARD, command_line, execute, invoke, killed_before
 from tests.notes import texts
 from tests.processes import Process
 
@@ -33,6 +36,14 @@ def numbers(directory) -> dict:
     if saved["attribution"]:
         del saved["attribution"]["seconds"]
     return {key: value for key, value in saved.items() if key not in ("timing", "memory")}
+
+
+def contents(directory) -> dict[str, object]:
+    """Every file but those that say how long it took or name the directory."""
+    files = {path for path in directory.rglob("*") if path.is_file()}
+    varying = {directory / name for name in ("config.yaml", "report.html", "results.json")}
+    found: dict[str, object] = {str(path.relative_to(directory)): path.read_bytes() for path in files - varying}
+    return found | {path.name: path.exists() for path in varying} | {"numbers": numbers(directory)}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +68,9 @@ def once(trained, tmp_path_factory):
 def test_a_run_directory_holds_the_run(once):
     out, done = once
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "evaluation.parquet", "figures", "report.html", "results.json", "update.parquet"
+        "config.yaml", "evaluation.parquet", "figures", "inputs.json", "report.html", "results.json", "update.parquet"
     ]  # fmt: skip
-    names = "config.yaml, evaluation.parquet, figures, report.html, results.json, update.parquet"
+    names = "config.yaml, evaluation.parquet, figures, inputs.json, report.html, results.json, update.parquet"
     assert f"Saved in {out}: {names}\n Open in a browser: {out / 'report.html'}\n" in done.stdout
     figures = [f"{name}.{kind}" for name in ("change", "parts") for kind in ("png", "svg")]
     assert sorted(path.name for path in (out / "figures").iterdir()) == figures
@@ -121,11 +132,12 @@ def test_overwrite_replaces_a_run(config, tmp_path, refused):
     run(config)
     first = numbers(out)
     (out / "notes.txt").write_text("mine")
-    assert "holds files; choose another one or pass --overwrite" in refused("run", config)
+    line = refused("run", config, "update.seed=7")
+    assert line == f"output_dir: {out} holds a run of another update.seed; choose another one, or pass --overwrite to run again"  # noqa: E501  # fmt: skip
     assert numbers(out) == first
     run(config, "--overwrite", "save_rollouts=false", "update.seed=7")
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "figures", "notes.txt", "report.html", "results.json"
+        "config.yaml", "figures", "inputs.json", "notes.txt", "report.html", "results.json"
     ]  # fmt: skip
     assert numbers(out)["predicted"] != first["predicted"]
     assert yaml.safe_load((out / "config.yaml").read_text())["update"]["seed"] == 7
@@ -248,6 +260,11 @@ def test_a_validation_that_fails_leaves_the_finished_run(config, tmp_path, monke
     assert {"tokens.parquet", "update.parquet", "evaluation.parquet", "report.html", "figures"} <= names
     assert not names & {"validation.json", ".lock"}
     assert invoke("report", out).exit_code == 0
+    monkeypatch.undo()
+    assert invoke("validate", config).exit_code == 0
+    assert "negated covariance terms" in (out / "report.html").read_text()
+    assert "holds a validation; choose another one, or pass --overwrite to replace it" in refused("run", config)
+    assert "holds a validation of another subsets; " in refused("validate", config, "--subsets", 5)
 
 
 def test_two_runs_do_not_work_in_one_directory(config, tmp_path, refused):
@@ -274,15 +291,53 @@ def test_a_reward_that_fails_is_one_line_and_leaves_nothing(config, tmp_path):
 
 def test_rollouts_sampled_before_a_failure_are_kept(config, tmp_path):
     """A learning rate that overflows the policy fails after sampling."""
-    done = execute("run", config, "probe.learning_rate=1e30")
-    assert done.returncode == 2, done.stderr
-    assert not (tmp_path / "out").exists()
-    (kept,) = tmp_path.glob("out.rollouts-*")
-    assert f"rollouts.update={kept}/update.parquet rollouts.evaluation={kept}/evaluation.parquet" in done.stderr
-    again = execute(
-        "run", config, f"rollouts.update={kept}/update.parquet", f"rollouts.evaluation={kept}/evaluation.parquet"
-    )
-    assert again.returncode == 0, again.stderr
+    out = tmp_path / "out"
+    failed = invoke("run", config, "probe.learning_rate=1e30")
+    assert failed.exit_code == 2
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml", "evaluation.parquet", "inputs.json", "update.parquet"
+    ]  # fmt: skip
+    settings = f"rollouts.update={out}/update.parquet rollouts.evaluation={out}/evaluation.parquet"
+    assert f"the rollouts are kept, the same command goes on with them, another one with {settings} --overwrite" in failed.stderr  # noqa: E501  # fmt: skip
+    assert "the run is not finished; give the same command again to resume it" in invoke("report", out).stderr
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    other = invoke("run", config)
+    assert other.exit_code == 2
+    assert f"holds a run of another probe.learning_rate; choose another one, or pass --overwrite to run again, with {settings} to keep" in other.stderr  # noqa: E501  # fmt: skip
+    run(config, *settings.split(), "--overwrite")
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")} == before
+
+
+def test_a_finished_run_is_shown_again(once, monkeypatch):
+    out, done = once
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.setattr(sys.modules["entropy_probe.cli.run"], "open_checkpoint", lambda _: pytest.fail("loaded"))
+    again = invoke("run", out / "config.yaml")
+    assert again.exit_code == 0, again.output
+    assert again.stdout == done.stdout
+    assert again.stderr == f"note: {out} holds this run, shown as it is; --overwrite starts afresh\n"
+    (out / "figures" / "parts.png").unlink()
+    (out / "report.html").unlink()
+    assert invoke("run", out / "config.yaml").stdout == done.stdout
+    assert {path for path in out.rglob("*") if path.is_file()} == {path for path in before if path.is_file()}
+
+
+def test_what_a_run_is_computed_from_is_compared_by_content(config, trained, tmp_path, refused, monkeypatch):
+    """Prompts and rewards are not in the config: a changed file must not be taken for the same run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = Path("tests/cli/rewards.py").read_text()
+    (tmp_path / "own_rewards.py").write_text(source)
+    prompts = Path(shutil.copy(trained.prompts, tmp_path / "prompts.jsonl"))
+    options = (f"prompts.jsonl={prompts}", "reward=own_rewards:odd_characters")
+    run(config, *options)
+    moved = prompts.rename(tmp_path / "moved.jsonl")
+    assert "holds this run" in invoke("run", config, f"prompts.jsonl={moved}", options[1]).stderr
+    moved.write_text("".join(moved.read_text().splitlines(keepends=True)[1:]))
+    assert "holds a run of other prompts; choose" in refused("run", config, f"prompts.jsonl={moved}", options[1])
+    shutil.copy(trained.prompts, prompts)
+    (tmp_path / "own_rewards.py").write_text(source + "\n")
+    assert "holds a run of other reward code; choose" in refused("run", config, *options)
 
 
 def test_help_loads_nothing_heavy():
@@ -349,21 +404,6 @@ def test_resampling_needs_the_largest_length(config, refused, once):
     assert "probe.max_completion_length: required to sample responses anew" in line
 
 
-def kill_when(path, *arguments) -> None:
-    """Start the command and kill it as soon as ``path`` exists."""
-    process = start("run", *arguments)
-    try:
-        while not path.exists():
-            assert process.poll() is None, process.communicate()
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-SHARD = "entropy_probe.sampling.evaluation.SHARD_SEQUENCES"
-
-
 def run_killed_at_sample(number: int, *args: str) -> None:
     """In a process of its own, which ends by SIGKILL as it is about to sample for that time."""
     generate, sampled = HFGenerator.generate, []
@@ -384,45 +424,59 @@ def test_a_killed_run_goes_on_with_the_shard_it_was_killed_in(config, tmp_path, 
     out, arguments = tmp_path / "out", (str(config), "evaluation.total_sequences=52")
     shards = [out / "evaluation" / f"shard-0000{k}.parquet" for k in range(5)]
     written: list[int] = []
-    # the update batch is sampled first, and again by every process
-    for number, finished in ((4, 2), (3, 3)):
+    # the update batch is sampled first, and only by the first process
+    for number, finished in ((4, 2), (2, 3)):
         process = Process(run_killed_at_sample, number, *arguments)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert [shard.exists() for shard in shards] == [k < finished for k in range(5)]
-        times = [shard.stat().st_mtime_ns for shard in shards[:finished]]
-        assert times[: len(written)] == written, "a finished shard was sampled again"
+        times = [(out / "update.parquet").stat().st_mtime_ns]
+        times += [shard.stat().st_mtime_ns for shard in shards[:finished]]
+        assert times[: len(written)] == written, "a finished shard or the update batch was sampled again"
         written = times
         assert not (out / "results.json").exists()
     monkeypatch.setattr(SHARD, 12)
     run(*arguments)
     run(*arguments, "--output-dir", tmp_path / "whole")
-    assert numbers(out) == numbers(tmp_path / "whole")
-    assert (out / "evaluation.parquet").read_bytes() == (tmp_path / "whole" / "evaluation.parquet").read_bytes()
-    assert not (out / "evaluation").exists()
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def killed_in_turn(names, command, config, directory) -> None:
+    """The same command again and again, each time killed before the next of these files appears."""
+    for name in names:
+        process = Process(killed_before, name, command, str(config), "--output-dir", str(directory))
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{name} never appeared"
+        assert not (directory / name).exists()
+        result, report = (directory / "results.json").exists(), (directory / "report.html").exists()
+        assert result == (name not in BEFORE_RESULT)
+        assert not report or name == "validation.json"
+
+
+BEFORE_RESULT = [
+    "inputs.json", "config.yaml", "update.parquet", "shard-00000.parquet", "shard-00001.parquet", "evaluation.parquet",
+    "tokens.parquet", "prompts.parquet", "layers.parquet", "results.json",
+]  # fmt: skip
+AFTER_RESULT = [*(f"{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")), "report.html"]
+
+
+def test_a_run_killed_before_a_file_appears_resumes_to_the_same_numbers(config, tmp_path, monkeypatch):
+    killed_in_turn(["update.parquet", "evaluation.parquet", "results.json", "report.html"], "run", config, tmp_path / "out")  # noqa: E501  # fmt: skip
+    resumed = execute("run", config)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "sample" not in resumed.stderr
+    monkeypatch.setattr(SHARD, 12)
+    assert run(config, "--output-dir", tmp_path / "whole").replace("/whole", "/out") == resumed.stdout
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_with_its_shards(config, tmp_path):
-    options = ("evaluation.total_sequences=1100", "generation.batch_size=32")
-    done = execute("run", config, *options, "--output-dir", tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
-    assert "sample evaluation" in done.stderr
-    out = tmp_path / "out"
-    kill_when(out / "evaluation" / "shard-00001.parquet", config, *options)
-    assert not (out / "results.json").exists()
-    first, second = (out / "evaluation" / f"shard-0000{k}.parquet" for k in (0, 1))
-    written = [shard.stat().st_mtime_ns for shard in (first, second)]
-    kill_when(out / "evaluation" / "shard-00003.parquet", config, *options)
-    assert [shard.stat().st_mtime_ns for shard in (first, second)] == written
-    again = execute("run", config, *options)
-    assert again.returncode == 0, again.stderr
-    assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "evaluation.parquet", "figures", "report.html", "results.json", "update.parquet"
-    ]  # fmt: skip
-    expected, found = numbers(tmp_path / "whole"), numbers(out)
-    assert found == expected
-    assert (out / "evaluation.parquet").read_bytes() == (tmp_path / "whole" / "evaluation.parquet").read_bytes()
+def test_a_validation_killed_before_any_file_appears_resumes_to_the_same_numbers(config, tmp_path, monkeypatch):
+    killed_in_turn([*BEFORE_RESULT, "validation.json", *AFTER_RESULT], "validate", config, tmp_path / "out")
+    monkeypatch.setattr(SHARD, 12)
+    for directory in ("out", "whole"):
+        assert invoke("validate", config, "--output-dir", tmp_path / directory).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_failure_while_sampling_keeps_the_shards(config, tmp_path, monkeypatch):
@@ -438,7 +492,6 @@ def test_a_failure_while_sampling_keeps_the_shards(config, tmp_path, monkeypatch
     result = invoke("run", config, "evaluation.total_sequences=520")
     assert "the same command goes on with them" in result.exception.__notes__[0]
     assert [path.name for path in (tmp_path / "out" / "evaluation").iterdir()] == ["shard-00000.parquet"]
-    assert not list(tmp_path.glob("out.rollouts-*"))
     run(config, "evaluation.total_sequences=520")
-    assert calls == [16, 256, 256, 16, 256, 8]
+    assert calls == [16, 256, 256, 256, 8]
     assert not (tmp_path / "out" / "evaluation").exists()

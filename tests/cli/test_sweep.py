@@ -15,10 +15,10 @@ import yaml
 from PIL import Image
 
 from entropy_probe import Rollouts, Sweep, SweepPoint
-from entropy_probe.cli.lock import locked
-from entropy_probe.cli.sweep_directory import open_index
+from entropy_probe.cli.output import locked
+from entropy_probe.cli.sweep import open_index
 from tests.checkpoints.conftest import edit_optimizer
-from tests.cli.conftest import command_line, execute, invoke, start
+from tests.cli.conftest import SHARD, command_line, execute, invoke, killed_before
 from tests.processes import Process
 
 RATES = [1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -49,16 +49,6 @@ def sweep(*args) -> str:
     result = invoke("sweep", *args)
     assert result.exit_code == 0, (result.output, result.exception)
     return result.stdout
-
-
-def kill_when(path: Path, *args) -> None:
-    """Start the command, and end it with SIGKILL as soon as the file is there."""
-    process = start("sweep", *args)
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-    process.kill()
-    process.communicate()
-    assert process.returncode == -9, "it had finished before it was killed"
 
 
 def sweep_killed_before(number: int, *args: str) -> None:
@@ -97,33 +87,26 @@ def test_a_killed_sweep_resumes_to_the_same_bytes(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [("points/1",), ("update.parquet", "points/0", "points/2", "points/5")])
-def test_sweeps_killed_at_any_moment_resume_to_the_same_bytes(config, tmp_path, kills):
+def test_a_sweep_killed_before_any_file_appears_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(SHARD, 12)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    # small microbatches make enough work for a kill to land between points
-    options = ("sweep.direct_curvature=true", "evaluation.total_sequences=64", "probe.max_tokens_per_microbatch=64")
-    done = execute("sweep", config, "--output-dir", whole, *options)
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in whole.iterdir()) == FILES
-    names = sorted(path.name for path in (whole / "points").iterdir())
-    assert len(names) == len(RATES)
-    arguments = (config, "--output-dir", killed, *options)
-    for kill in kills:
-        folder, _, number = kill.partition("/")
-        kill_when(killed / folder / names[int(number)] if number else killed / kill, *arguments)
-        assert not (killed / "sweep.json").exists()
-        refused = invoke("report", killed)
-        assert refused.exit_code == 2
-        assert "the sweep is not finished" in refused.stderr
-    kept = {path.name: path.stat().st_mtime_ns for path in (killed / "points").iterdir() if path.name in names}
-    assert len(kept) > int(kills[-1].partition("/")[2])
-    resumed = execute("sweep", *arguments)
-    assert resumed.returncode == 0, resumed.stderr
-    for name, modified in kept.items():
-        assert (killed / "points" / name).stat().st_mtime_ns == modified, "a finished point was computed again"
-    assert "sample" not in resumed.stderr
+    options = ("sweep.direct_curvature=true", "evaluation.total_sequences=64")
+    shown = sweep(config, *options, "--output-dir", whole)
+    points = sorted(path.name for path in (whole / "points").iterdir())
+    assert len(points) == len(RATES)
+    before = ["inputs.json", "config.yaml", "update.parquet", "shard-00000.parquet", "evaluation.parquet"]
+    after = ["sweep.png", "sweep.svg", "report.html"]
+    for name in (*before, *points, "sweep.json", *after):
+        process = Process(killed_before, name, "sweep", str(config), *options, "--output-dir", str(killed))
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{name} never appeared"
+        assert (killed / "sweep.json").exists() == (name in after)
+        if name in points:
+            assert "the sweep is not finished" in invoke("report", killed).stderr
+    kept = {path: path.stat().st_mtime_ns for path in (killed / "points").iterdir()}
+    assert sweep(config, *options, "--output-dir", killed).replace("/killed", "/whole") == shown
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a finished point was computed again"
     assert contents(killed) == contents(whole)
-    assert resumed.stdout.replace(str(killed), str(whole)) == done.stdout
 
 
 def test_what_a_sweep_writes_and_shows(config, tmp_path):
@@ -280,11 +263,17 @@ def test_evenly_spaced_rates(config, tmp_path):
 def test_a_directory_of_something_else_is_left_alone(config, refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    for extra in ([], ["--overwrite"], [f"sweep.checkpoints=[{tmp_path}/a]"]):
-        assert "holds files of something else; choose another one" in refused("sweep", config, *extra)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
-    line = refused("sweep", config, f"rollouts.update={tmp_path}/out/update.parquet")
-    assert "rollouts.update: lies in output_dir" in line
+    several = f"sweep.checkpoints=[{tmp_path}/a]"
+    for extra in ([], [several]):
+        line = refused("sweep", config, *extra)
+        assert f"expected a new or empty directory, {tmp_path}/out holds files; choose another one" in line
+    (tmp_path / "out" / "sweep.png").write_text("mine")
+    for extra, said in (([], "no result of an earlier run"), ([several], "no sweeps of several checkpoints")):
+        line = refused("sweep", config, "--overwrite", *extra)
+        assert f"holds sweep.png but {said}, so it is not overwritten; choose another one" in line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sweep.png", "thesis.tex"]
+    line = refused("sweep", config, f"rollouts.update={tmp_path}/out/evaluation.parquet")
+    assert "rollouts.update: lies in output_dir where the evaluation batch goes; choose another output_dir" in line
 
 
 def test_two_sweeps_do_not_work_in_one_directory(config, trained, tmp_path, refused):

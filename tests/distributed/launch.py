@@ -11,6 +11,8 @@ import socket
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from entropy_probe.analyses import provenance
 from entropy_probe.sampling import evaluation, hf
 from tests.cli.conftest import command_line
@@ -24,16 +26,19 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def rank_environment(size: int) -> list[dict[str, str]]:
-    """What a launcher tells each of several ranks."""
+def rank_environment(size: int, store: TCPStore | None = None) -> list[dict[str, str]]:
+    """What a launcher tells each of several ranks: also, as torchrun does, that it has a store for them."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if store is not None:
+        common |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     return [common | {"RANK": str(rank)} for rank in range(size)]
 
 
 def on_processes(size: int, *arguments, fault: str = "none", rank: int = 0) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, standard output and standard error of the command line on each rank."""
+    """Exit codes, standard output and standard error of the command line on each rank; nothing ends the others."""
     texts = [str(argument) for argument in arguments]
-    processes = [Process(one_rank, fault, rank, *texts, **environment) for environment in rank_environment(size)]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [Process(one_rank, fault, rank, *texts, **environment) for environment in rank_environment(size, store)]
     outputs = [process.communicate() for process in processes]
     return [p.returncode for p in processes], [out for out, _ in outputs], [err for _, err in outputs]
 

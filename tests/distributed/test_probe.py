@@ -30,7 +30,7 @@ def probe_on(ranks: ThreadRanks | None, optimizer=torch.optim.AdamW, **settings)
     config = ProbeConfig(**({"temperature": TEMPERATURE, "merge_equal_prompts": False} | settings))
     probe = EntropyProbe(model, trained_optimizer(model, cls=optimizer), config, resample=fresh)
     if ranks is not None:
-        probe._ranks = ranks
+        probe._shared["ranks"] = ranks
     return probe
 
 
@@ -194,7 +194,7 @@ def test_an_error_on_one_rank_is_that_error_on_all():
             def fail(*_):
                 raise ValueError("scores: expected finite log-probabilities, got others in 1 sequences")
 
-            probe._arguments[0].register_forward_hook(fail)
+            probe._model.register_forward_hook(fail)
         with pytest.raises(ValueError, match="expected finite log-probabilities") as found:
             run(probe)
         return str(found.value)
@@ -210,7 +210,7 @@ def test_a_sweep_goes_on_after_a_rate_that_fails_on_one_rank():
         model, update, evaluation = TinyPolicy(), *SEVEN
         optimizer = trained_optimizer(model)
         probe = EntropyProbe(model, optimizer, ProbeConfig(temperature=TEMPERATURE, merge_equal_prompts=False))
-        probe._ranks = ranks
+        probe._shared["ranks"] = ranks
         reference = model.out.bias.detach().clone()
 
         def overflow(module, args, output):
@@ -229,7 +229,7 @@ def test_a_sweep_goes_on_after_a_rate_that_fails_on_one_rank():
 def test_ranks_that_disagree_are_found_out():
     def work(ranks: ThreadRanks, what: str) -> str:
         probe, update, evaluation = probe_on(ranks), *SEVEN
-        model, optimizer = probe._arguments[:2]
+        model, optimizer = probe._model, probe._optimizer
         if ranks.rank == 1:
             if what == "policy":
                 model.out.bias.data[0] += 1

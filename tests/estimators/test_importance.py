@@ -10,8 +10,9 @@ from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.realized import change, noise_floor, rounding_of
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import Part
+from entropy_probe.types import Units
 from tests.whole_batch import per_decision, snis
 
 
@@ -180,7 +181,7 @@ def test_the_path_that_produced_the_number_is_named(log_weights, settings, estim
     assert (record.value is None) == (record.estimate is None) == (not measured)
     assert record.status == ("ok" if measured else diagnosis)
     if not measured:
-        assert "no realized change is given" in found.note
+        assert "no realized change is given" in found.note.text
         return
     expected = {
         "per_decision": lambda: per_decision(before, after, units),

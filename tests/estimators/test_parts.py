@@ -11,7 +11,8 @@ from entropy_probe.estimators.curvature import per_decision_taylor
 from entropy_probe.estimators.importance import sequence_log_weights
 from entropy_probe.estimators.realized import per_decision, snis
 from entropy_probe.estimators.sampler import sampler_gaps
-from entropy_probe.estimators.uncertainty import Units, in_chunks
+from entropy_probe.estimators.uncertainty import in_chunks
+from entropy_probe.types import Units
 
 N, L = 21, 9
 PROMPTS = torch.tensor([4, 7, 1, 4, 4, 9, 7, 1, 3, 9, 9, 3, 5, 4, 1, 6, 6, 8, 2, 2, 7])

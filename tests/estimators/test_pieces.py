@@ -5,8 +5,9 @@ import torch
 
 from entropy_probe import TokenScores
 from entropy_probe.estimators.baselines import PositionSums, leave_one_out_mean, position_baseline, strictly_after
-from entropy_probe.estimators.uncertainty import Units, ratio
+from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.steps.moments import step_count, summarize_moments
+from entropy_probe.types import Units
 
 MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]]).bool()
 VALUES = torch.arange(16, dtype=torch.float64).view(4, 4) ** 2

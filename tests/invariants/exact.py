@@ -8,7 +8,8 @@ from torch.func import functional_call, jvp
 
 from entropy_probe import Rollouts, TokenScores
 from entropy_probe.estimators.first_order import entropy
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.types import Units
 from tests.invariants.problems import TABLE
 from tests.reference.enumeration import Table, TinyPolicy
 from tests.whole_batch import per_decision, predicted, snis

@@ -9,11 +9,12 @@ from torch import nn
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import length_coefficients, sequence_weights
-from entropy_probe.estimators.uncertainty import Units, ratio
+from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.losses import build_loss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
+from entropy_probe.types import Units
 from tests.invariants import hf_problems as hf
 from tests.invariants.problems import batches, pad, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state

@@ -16,10 +16,11 @@ from entropy_probe.analyses.before import LengthSample
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy, first_order
 from entropy_probe.estimators.realized import change, per_decision
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import ALONE
 from entropy_probe.results.student import critical_value
+from entropy_probe.types import Units
 from tests.reference.enumeration import Table, TinyPolicy
 from tests.whole_batch import coefficients
 

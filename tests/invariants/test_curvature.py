@@ -9,10 +9,11 @@ from torch.func import jvp
 
 from entropy_probe import TokenScores
 from entropy_probe.estimators.sweep import FIT_REACH, linear_range, quadratic
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating, parameters_at
+from entropy_probe.types import Units
 from tests.invariants.exact import Bound, Setting
 from tests.invariants.hf_problems import policy, rollouts
 from tests.reference.enumeration import TEMPERATURE, Table, TinyPolicy

@@ -9,9 +9,10 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses.before import chosen_units
 from entropy_probe.estimators.baselines import strictly_after
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
-from entropy_probe.estimators.uncertainty import Units, ratio
+from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.losses import build_loss
 from entropy_probe.results.student import critical_value
+from entropy_probe.types import Units
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
 
 TABLE = Table.build()

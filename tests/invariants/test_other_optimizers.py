@@ -8,8 +8,8 @@ from torch.func import functional_call
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult
 from entropy_probe.estimators.jackknife import blocks_of, jackknife_standard_error
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.report import print_sections, run_sections
+from entropy_probe.types import Units
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.invariants.traces import assert_same, state
 from tests.notes import texts

@@ -9,10 +9,10 @@ from torch.func import functional_call, jvp
 from entropy_probe import ProbeResult, Rollouts, TokenScores
 from entropy_probe.analyses.before import chosen_sequences
 from entropy_probe.estimators import uncertainty
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.gradients.per_sample import UnitGradients
 from entropy_probe.steps import plan as step
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
+from entropy_probe.types import Units
 from tests.invariants.problems import TABLE, batches, numbers, pad, probe, same
 from tests.notes import texts
 from tests.reference.enumeration import LONGEST, TEMPERATURE, TinyPolicy, trained_optimizer

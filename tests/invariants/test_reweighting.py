@@ -12,7 +12,8 @@ from entropy_probe.analyses.realized import measure_change
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import noise_floor
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.types import Units
 from tests.invariants.exact import TARGET, Setting, sampled_elsewhere, sampler_scores, scores_at
 from tests.invariants.problems import TABLE, batches, numbers, probe, same
 from tests.notes import texts

@@ -7,7 +7,7 @@ from torch.func import jvp
 
 from entropy_probe import TokenScores
 from entropy_probe.estimators.first_order import entropy
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.types import Units
 from tests.invariants.exact import TARGET, Bound, Setting
 from tests.whole_batch import per_decision, predicted
 

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from entropy_probe.estimators.uncertainty import Units, is_grouped
+from entropy_probe.estimators.uncertainty import is_grouped
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.types import Units
 
 __all__ = [
     "SAME_BATCH",

@@ -10,7 +10,7 @@ from entropy_probe.analyses.measure import Measured, difference
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Plan, Prediction
 from entropy_probe.analyses.provenance import library_versions, peak_memory
-from entropy_probe.estimators.uncertainty import Sampled, Units
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.named import norm
 from entropy_probe.results.note import NoteKind, distinct
 from entropy_probe.results.probe import (
@@ -27,6 +27,7 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import summarize_moments
+from entropy_probe.types import Units
 
 __all__ = ["assemble", "estimate_fields", "predicted_record", "realized_record", "result_of"]
 

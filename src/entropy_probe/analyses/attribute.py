@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, prompt_contributions
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
-from entropy_probe.estimators.uncertainty import Units, UnitSums
+from entropy_probe.estimators.uncertainty import UnitSums
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.parallel.batch import Part
 from entropy_probe.results.attribution import AttributionSummary
@@ -34,7 +35,7 @@ from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["attribute", "check_divides", "check_folds"]
 
@@ -72,13 +73,16 @@ def check_folds(folds: int | None, evaluation: EvaluationBatch) -> None:
         raise ValueError(f"attribution_folds: expected 2 to {count}, the number of evaluation units, got {folds}")
 
 
-def attribute(prediction: Prediction, folds: int | None = None, measured: Measured | None = None) -> Attribution:
+def attribute(
+    prediction: Prediction, folds: int | None = None, measured: Measured | None = None, **fields: Any
+) -> Attribution:
     """Divide a prediction over its sources.
 
     Args:
         prediction: of a step in closed form.
         folds: of the evaluation batch, for standard errors of the prompts' contributions.
         measured: the realized change, which joins the result.
+        fields: further fields of the result.
     """
     began = time.perf_counter()
     plan, policy = prediction.plan, prediction.plan.policy
@@ -102,7 +106,7 @@ def attribute(prediction: Prediction, folds: int | None = None, measured: Measur
         folds=folds,
         seconds=seconds,
     )
-    result = result_of(plan, prediction, measured, attribution=summary)
+    result = result_of(plan, prediction, measured, attribution=summary, **fields)
     prompts = plan.update.prompts.total(tokens.sum(1))
     of = (update.prompt_ids, batch_digest(plan.evaluation.rollouts))
     return Attribution(result, plan.update.given, *of, slopes.scores, tokens, covariances, prompts, errors, layers)

@@ -18,10 +18,10 @@ from entropy_probe.analyses.admission import (
 )
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators.jackknife import blocks_of
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.parallel.batch import Part
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
+from entropy_probe.types import Units
 
 __all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admitted"]
 

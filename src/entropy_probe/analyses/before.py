@@ -18,14 +18,14 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.realized import per_decision
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, in_chunks
+from entropy_probe.estimators.uncertainty import Sampled, UnitSums, in_chunks
 from entropy_probe.gradients.per_sample import UnitGradients
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.parallel.batch import Part
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest, sequence_digests
-from entropy_probe.types import TokenCoefficients, TokenScores
+from entropy_probe.types import TokenCoefficients, TokenScores, Units
 
 __all__ = ["Before", "LengthSample", "chosen_sequences", "chosen_units", "entropy_coefficients"]
 

@@ -9,10 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.parallel.ranks import Ranks
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["LEAST_UNITS", "EvaluationHalf", "halved"]
 

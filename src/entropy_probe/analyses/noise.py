@@ -13,14 +13,13 @@ from entropy_probe.analyses.realized import measure_change
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.realized import Change, noise_floor, rounding_of
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.parallel.shards import sharded_as
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import parameters_at
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["measured_noise_floor"]
 

@@ -19,7 +19,6 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.gradients.cross import cross_products
 from entropy_probe.gradients.per_sample import unit_backward
 from entropy_probe.named import dot, norm
@@ -27,7 +26,7 @@ from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.types import TokenCoefficients, TokenScores
+from entropy_probe.types import TokenCoefficients, TokenScores, Units
 
 __all__ = ["one_batch"]
 

@@ -13,12 +13,12 @@ from entropy_probe.estimators.baselines import EntropyKind, PositionSums
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
-from entropy_probe.estimators.uncertainty import Units, UnitSums, in_chunks
+from entropy_probe.estimators.uncertainty import UnitSums, in_chunks
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import Realized, Unit
-from entropy_probe.types import TokenScores
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["Measurement", "measure_change"]
 

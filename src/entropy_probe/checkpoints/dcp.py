@@ -8,15 +8,13 @@ claims more data than the file has. No process group is needed. Format: ``torch.
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import pickle
-import types
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,15 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints.errors import (
-    CheckpointError,
     DamagedFileError,
     MissingFileError,
     UnsafeFileError,
     UnsupportedError,
+    shown,
 )
-from entropy_probe.checkpoints.messages import first_line, shown
-from entropy_probe.checkpoints.safe_read import UNREADABLE, check_pickle, read_archived
+from entropy_probe.checkpoints.safe_read import StandIn, read_archived, read_with_stand_ins
 
-__all__ = ["METADATA", "Entry", "ShardedDirectory", "ShardedWeights"]
+__all__ = ["METADATA", "Entry", "ShardedDirectory"]
 
 METADATA = ".metadata"
 Place = tuple[Any, ...]
@@ -42,22 +39,9 @@ _Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a part of a tensor."""
 
 _COPY = "copy the checkpoint again"
-_MOST_PAIRS = 10**6
-"""Pairs of shards of one tensor that are compared one by one."""
+_MAX_CORNERS = 10**7
+"""Corners of all shards of one tensor."""
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-
-
-class _StandIn:
-    """In place of any class that the index names: it holds what was stored and does nothing."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            vars(self).update(state)
-        else:
-            self.state = state
 
 
 def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
@@ -73,23 +57,15 @@ _CLASSES = (
     *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
 )
 _ALLOWED: dict[tuple[str, str], Any] = {
-    **{("torch.distributed.checkpoint.metadata", name): type(name, (_StandIn,), {}) for name in _CLASSES},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StandIn,
-    ("torch.serialization", "_get_layout"): _StandIn,
+    **{("torch.distributed.checkpoint.metadata", name): type(name, (StandIn,), {}) for name in _CLASSES},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StandIn,
+    ("torch.serialization", "_get_layout"): StandIn,
     ("torch", "Size"): _whole_numbers,
-    **{("pathlib", name): _StandIn for name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")},
-    **{("pathlib._local", name): _StandIn for name in ("PosixPath", "WindowsPath")},
+    **{("pathlib", name): StandIn for name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")},
+    **{("pathlib._local", name): StandIn for name in ("PosixPath", "WindowsPath")},
     ("collections", "OrderedDict"): dict,
     **{("torch", name): getattr(torch, name) for name in _DTYPES},
 }
-
-
-class _Index(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a class, if an index may name it."""
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
-        return _ALLOWED[module, name]
 
 
 @dataclass(frozen=True)
@@ -131,19 +107,9 @@ class ShardedDirectory:
         file = path / METADATA
         if not file.is_file():
             raise MissingFileError(f"{file}: expected the index of a sharded checkpoint, found none; {_COPY}")
-        try:
-            data = file.read_bytes()
-            check_pickle(data)
-            entries = {entry.place: entry for entry in _entries(file, _Index(io.BytesIO(data)).load())}
-        except pickle.UnpicklingError as error:
-            raise UnsafeFileError(
-                f"{file}: expected an index of tensors and values, got a pickle that is none "
-                f"({first_line(error, 100)}); nothing in it was run; {_COPY}"
-            ) from error
-        except CheckpointError:
-            raise
-        except UNREADABLE as error:
-            raise DamagedFileError(f"{file}: expected an intact index, got: {first_line(error)}; {_COPY}") from error
+        entries = read_with_stand_ins(
+            file, _ALLOWED, "index of tensors and values", lambda index: {e.place: e for e in _entries(file, index)}
+        )
         found = cls(path, entries)
         found._check_files()
         return found
@@ -217,22 +183,6 @@ class ShardedDirectory:
             stream.seek(shard.start)
             return read_archived(stream.read(shard.length), f"{file}: {entry.name}")
 
-    def model(self) -> dict[str, Entry]:
-        """The model's tensors by name: those under ``model``, or all where nothing is nested.
-
-        Raises:
-            UnsupportedError: if there are none, or several models.
-        """
-        inside = {place: e for place, e in self.entries.items() if e.dtype is not None}
-        parents = {place[:-1] for place in inside if place[-2:-1] in ((), ("model",))}
-        if len(parents) != 1:
-            raise UnsupportedError(
-                f"{self.path}: expected one 'model' with tensors by name, got {len(parents)}; save model and optimizer "
-                "as torch.distributed.checkpoint.state_dict gives them"
-            )
-        (parent,) = parents
-        return {str(place[-1]): entry for place, entry in inside.items() if place[:-1] == parent}
-
 
 def _entries(file: Path, index: Any) -> Iterator[Entry]:
     """The entries of an index as it was unpickled, with any error that malformed ones give."""
@@ -285,82 +235,38 @@ def _is_file_name(value: str) -> bool:
 
 
 def _check_cover(where: str, entry: Entry) -> None:
-    """The shards of a tensor lie in it, do not overlap, and leave nothing out."""
+    """The shards of a tensor make it up, each element once."""
     if entry.dtype is None:
         return
     boxes = [(shard.offsets, shard.sizes) for shard in entry.shards]
     dims = len(entry.shape)
+    if len(boxes) << dims > _MAX_CORNERS:
+        raise UnsupportedError(
+            f"{where}: not supported: {len(boxes):,} shards of {dims} dimensions; save it from fewer ranks"
+        )
     inside = all(
         len(offsets) == len(sizes) == dims
         and all(at + n <= whole for at, n, whole in zip(offsets, sizes, entry.shape, strict=True))
         for offsets, sizes in boxes
     )
-    covered = sum(math.prod(sizes) for _, sizes in boxes)
-    if not inside or covered != math.prod(entry.shape) or _overlap(where, [box for box in boxes if 0 not in box[1]]):
+    if not inside or not make_up(entry.shape, boxes):
+        covered = sum(math.prod(sizes) for _, sizes in boxes)
         raise DamagedFileError(
             f"{where}: expected shards that make up {list(entry.shape)}, got {len(boxes)} with {covered:,} elements; "
             f"{_COPY}"
         )
 
 
-def _overlap(where: str, boxes: list[_Box]) -> bool:
-    """Whether any two boxes share an element.
+def make_up(shape: tuple[int, ...], boxes: Iterable[_Box]) -> bool:
+    """Whether boxes make up a tensor: all of it, and no element twice.
 
-    They are divided between every two planes that cut none of them, which leaves each of a grid's alone. Those that
-    cannot be divided are compared pair by pair.
-
-    Raises:
-        UnsupportedError: if that would take too long.
+    What is 1 inside a box and 0 outside is a product over dimensions of a step up and a step down, so it is known by
+    the box's corners, each with the sign of its number of upper ends. Boxes make up the whole exactly if these add up
+    to those of the whole; the time is in proportion to their number.
     """
-    groups = [boxes]
-    for _ in range(8):  # once is enough for rows and columns; each time takes about as long as sorting
-        for dim in range(len(boxes[0][0]) if boxes else 0):
-            groups = [part for group in groups for part in _apart(group, dim) if len(part) > 1]
-    if sum(len(group) ** 2 for group in groups) > 2 * _MOST_PAIRS:
-        raise UnsupportedError(
-            f"{where}: not supported: {len(boxes):,} shards that overlap or are not in rows and columns; save it from "
-            "fewer ranks"
-        )
-    return any(_shared(*pair) for group in groups for pair in combinations(group, 2))
-
-
-def _apart(boxes: list[_Box], dim: int) -> list[list[_Box]]:
-    """Boxes in groups that one dimension keeps apart."""
-    groups: list[list[_Box]] = []
-    end = -1
-    for box in sorted(boxes, key=lambda box: box[0][dim]):
-        if box[0][dim] >= end:
-            groups.append([])
-        groups[-1].append(box)
-        end = max(end, box[0][dim] + box[1][dim])
-    return groups
-
-
-def _shared(one: _Box, other: _Box) -> bool:
-    return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
-
-
-class ShardedWeights:
-    """The model's tensors of a directory, read as those of a safetensors file are."""
-
-    def __init__(self, path: Path) -> None:
-        self.directory = ShardedDirectory.open(path)
-        self.entries = self.directory.model()
-
-    def __enter__(self) -> ShardedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def keys(self) -> list[str]:
-        """The tensors' names."""
-        return list(self.entries)
-
-    def get_slice(self, name: str) -> Any:
-        """Shape of a tensor, from the index."""
-        return types.SimpleNamespace(get_shape=lambda: list(self.entries[name].shape))
-
-    def get_tensor(self, name: str) -> Tensor:
-        """A tensor, put together from its shards."""
-        return self.directory.read(self.entries[name])
+    corners: Counter[tuple[int, ...]] = Counter()
+    for weight, (offsets, sizes) in ((1, ((0,) * len(shape), shape)), *((-1, box) for box in boxes)):
+        for ends in product((0, 1), repeat=len(shape)):
+            corner = tuple(at + n * end for at, n, end in zip(offsets, sizes, ends, strict=True))
+            corners[corner] += weight * (-1) ** sum(ends)
+    return not any(corners.values())

@@ -1,34 +1,32 @@
-"""A checkpoint directory before anything in it is opened: is it one, and does everything in it stay in it."""
+"""A directory before anything in it is opened: is it a checkpoint, whose, and does everything in it stay in it.
+
+Directories that other trainers leave are recognised by the names of their files, so that they are called by name.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Container, Iterator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from entropy_probe.checkpoints.errors import (
-    DamagedFileError,
-    InvalidValueError,
-    MismatchError,
-    MissingFileError,
-    UnsafeFileError,
-    UnsupportedError,
-)
-from entropy_probe.checkpoints.other_trainers import checkpoints_below, whose_directory
+from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
+from entropy_probe.checkpoints.formats import CheckpointFormat, optimizer_of, weights_of
+from entropy_probe.checkpoints.safe_read import read_json
 
 __all__ = [
     "adapters_of",
     "check_contained",
-    "check_layers",
+    "checkpoints_below",
+    "find_optimizer",
     "open_directory",
-    "optimizer_file",
     "read_global_step",
-    "read_json",
-    "refuse_remote_code",
-    "sharded_model",
-    "sharded_optimizer",
+    "whose_directory",
 ]
+
+MAX_ENTRIES = 20_000
+"""Files and folders that are looked at below a directory."""
 
 
 def open_directory(path: Path) -> Path:
@@ -42,7 +40,7 @@ def open_directory(path: Path) -> Path:
     if any((path / name).is_file() for name in ("config.json", "model.safetensors")):
         return path
     megatron = (path / "common.pt").is_file()  # beside .metadata, of names and shapes of its own
-    if not adapters_of(path) and (megatron or sharded_model(path) is None):
+    if not adapters_of(path) and (megatron or weights_of(path) is None):
         inside = [str(place.relative_to(path)) for place in checkpoints_below(path)]
         if inside:
             raise MissingFileError(
@@ -64,41 +62,20 @@ def adapters_of(path: Path) -> dict[str, Path]:
     return found | {folder.name: folder for folder in folders if not (folder / "optimizer.pt").is_file()}
 
 
-def sharded_model(path: Path) -> Path | None:
-    """Where ``torch.distributed.checkpoint`` saved a model: in a folder of its own, or in the directory.
-
-    The folder is called ``pytorch_model_fsdp_0`` (accelerate), ``model`` (Miles, slime) or ``weights`` (NeMo-RL).
-    """
-    return _sharded(path, "pytorch_model_fsdp", "model", "weights")
-
-
-def sharded_optimizer(path: Path) -> Path | None:
-    """The same of an optimizer, in ``optimizer_0`` or ``optimizer``."""
-    return _sharded(path, "optimizer", "optimizer")
-
-
-def _sharded(path: Path, stem: str, *others: str) -> Path | None:
-    if (path / f"{stem}_1" / ".metadata").is_file():
-        raise UnsupportedError(f"{path / f'{stem}_1'}: not supported: several models or optimizers; save one")
-    places = [path / f"{stem}_0", *(path / name for name in others), path]
-    return next((place for place in places if (place / ".metadata").is_file()), None)
-
-
-def optimizer_file(path: Path) -> Path:
-    """The optimizer's file: ``optimizer.pt``, or ``optimizer.bin`` as accelerate calls it.
+def find_optimizer(path: Path) -> tuple[CheckpointFormat, Path]:
+    """The format of the optimizer's state, and its place.
 
     Raises:
-        CheckpointError: if there is neither; where another trainer wrote the directory, its name.
+        CheckpointError: if there is none; where another trainer wrote the directory, its name.
     """
-    places = [path / "optimizer.pt", path / "optimizer.bin"]
-    found = next((place for place in places if place.is_file()), None)
-    if found is not None:
-        return found
-    _refuse_other_trainers(path, "optimizer.pt")
-    raise MissingFileError(
-        f"{places[0]}: expected the optimizer's state, found no such file; train with save_only_model=False, or copy "
-        "the whole checkpoint again"
-    )
+    found = optimizer_of(path)
+    if found is None:
+        _refuse_other_trainers(path, "optimizer.pt")
+        raise MissingFileError(
+            f"{path / 'optimizer.pt'}: expected the optimizer's state, found no such file; train with "
+            "save_only_model=False, or copy the whole checkpoint again"
+        )
+    return found
 
 
 def _refuse_other_trainers(path: Path, expected: str) -> None:
@@ -134,21 +111,6 @@ def _cache_blobs(path: Path) -> Iterator[Path]:
             yield (parent.parent.parent / "blobs").resolve()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint.
-
-    Raises:
-        DamagedFileError: if the file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path}: expected JSON, got: {error}; copy the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise DamagedFileError(f"{path}: expected a JSON object, got {type(value).__name__}; copy the checkpoint again")
-    return value
-
-
 def read_global_step(path: Path) -> int | None:
     """Optimizer steps taken, from ``trainer_state.json``; None when the file is not there.
 
@@ -166,61 +128,83 @@ def read_global_step(path: Path) -> int | None:
     return step
 
 
-def refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
-    """Refuse a ``config.json`` whose model needs code from its directory or the hub.
+@dataclass(frozen=True)
+class _Trace:
+    """Files that give a trainer away.
 
-    Where the library knows the model type itself, ``auto_map`` is ignored: its own class is used.
+    Attributes:
+        files: patterns, one of which has to match below the directory.
+        what: who wrote it, and what its optimizer's state is kept in.
+        remedy: what can be done.
+    """
+
+    files: tuple[str, ...]
+    what: str
+    remedy: str
+
+
+_ANOTHER_SAVE = "what is read: the Hugging Face Trainer's on one GPU, DDP or FSDP2, and torch.distributed.checkpoint"
+_TRACES = (
+    _Trace(
+        ("optim_world_size_*_rank_*.pt",),
+        "a checkpoint of verl, SkyRL or AReaL, whose optimizer's state in optim_world_size_W_rank_R.pt is not read yet",
+        f"verl's model merger converts the weights only; {_ANOTHER_SAVE}",
+    ),
+    _Trace(
+        ("*_optim_states.pt", "mp_rank_*_model_states.pt", "zero_to_fp32.py"),
+        "a checkpoint of DeepSpeed (OpenRLHF, or the Trainer with it), whose optimizer's state in "
+        "global_stepN/*_optim_states.pt is not read yet",
+        f"zero_to_fp32.py converts the weights only; {_ANOTHER_SAVE}",
+    ),
+    _Trace(
+        ("mp_rank_*/distrib_optim.pt", "mp_rank_*/model_optim_rng.pt", "common.pt"),
+        "a checkpoint of Megatron, whose optimizer's state in buckets of its own is not read",
+        f"Megatron-Bridge converts the weights only; {_ANOTHER_SAVE}",
+    ),
+    _Trace(
+        ("recipe_state.pt", "recipe_state", "hf_model_*_of_*.safetensors", "hf_model_[0-9]*.safetensors"),
+        "a checkpoint of torchtune, whose optimizer's state in recipe_state.pt, under names of its own, is not read",
+        _ANOTHER_SAVE,
+    ),
+)
+
+
+def whose_directory(path: Path) -> str | None:
+    """Who wrote a directory that is not read, and what to do; None if no name in it tells.
 
     Args:
-        file: the configuration.
-        known_types: the model types that the library implements.
-
-    Raises:
-        CheckpointError: if the file needs such code, or is not JSON.
+        path: the directory, or one above or right below it.
     """
-    config = read_json(file)
-    if "auto_map" in config and config.get("model_type") not in known_types:
-        raise UnsafeFileError(
-            f"{file}: auto_map: expected a model type that transformers implements, got "
-            f"{config.get('model_type')!r:.60} with code of its own; remote code is never run"
-        )
-    for key, value in _items(config):
-        if key.removesuffix("_internal").endswith("_implementation"):
-            names = value.values() if isinstance(value, dict) else [value]
-            if any(isinstance(name, str) and "/" in name for name in names):
-                raise UnsafeFileError(
-                    f"{file}: {key}: expected a built-in implementation, got {value!r:.80}, code to be fetched "
-                    "from the hub; remove the key"
-                )
+    for place in (path, path.parent):
+        names = list(_below(place, 5 if place == path else 1))
+        for trace in _TRACES:
+            found = next((name for name in names if any(name.match(pattern) for pattern in trace.files)), None)
+            if found is not None:
+                return f"got {trace.what} (it has {found.relative_to(place)}); {trace.remedy}"
+    return None
 
 
-def check_layers(file: Path, most: int) -> None:
-    """Refuse a configuration of more layers than its weight files have tensors: building it could take forever.
-
-    Args:
-        file: the configuration.
-        most: the number of tensors, or some bound.
-
-    Raises:
-        CheckpointError: if a number of layers anywhere in the file is larger, or it is not JSON.
-    """
-    for key, value in _items(read_json(file)):
-        if key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and not (
-            value is None or (type(value) is int and 0 < value <= most)
-        ):
-            raise MismatchError(
-                f"{file}: {key}: expected a number up to {most}, the tensors of the weights, got {str(value)[:60]}; "
-                "pass intact weights with their own configuration"
-            )
+def checkpoints_below(path: Path) -> list[Path]:
+    """Directories down to four levels below that hold an optimizer's state that is read, in order of their numbers."""
+    found: list[Path] = []
+    for place in _below(path, 4):
+        inside = any(parent in found for parent in place.parents)  # a checkpoint's own folders are none
+        if not inside and place.is_dir() and optimizer_of(place) is not None:
+            found.append(place)
+    return sorted(found, key=lambda place: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(place))])
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, list):
-            waiting += found
-        elif isinstance(found, dict):
-            yield from found.items()
-            waiting += found.values()
+def _below(path: Path, depth: int) -> Iterator[Path]:
+    """Files and folders down to some depth, links not followed, up to a bound."""
+
+    def walk(place: Path, left: int) -> Iterator[Path]:
+        try:
+            entries = sorted(place.iterdir())
+        except OSError:
+            return
+        yield from entries
+        for entry in entries:
+            if left > 1 and entry.is_dir() and not entry.is_symlink():
+                yield from walk(entry, left - 1)
+
+    return islice(walk(path, depth), MAX_ENTRIES)

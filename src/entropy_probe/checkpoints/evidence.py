@@ -20,28 +20,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from entropy_probe.checkpoints.formats import Weights
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.checkpoints.weights import tensor_readers, unchanged, weight_files
+from entropy_probe.checkpoints.weights import unchanged
 from entropy_probe.results.checkpoint import MovementReport
 
 __all__ = ["check_adapter_never_trained", "check_movement", "check_weights_never_trained"]
 
 
 def check_weights_never_trained(
-    saved: SavedOptimizer, names: tuple[str, ...], files: list[Path], start: Path | None
+    saved: SavedOptimizer, names: tuple[str, ...], weights: Weights, start: Weights | None
 ) -> None:
     """Check that full weights without an entry are as in the model that training started from.
 
     Args:
         saved: the optimizer's state.
         names: the parameter of each entry.
-        files: the weight files.
-        start: the directory of that model; None where it is not known.
+        weights: the weights.
+        start: those of that model; None where they are not known.
 
     Raises:
         MappingError: if they are not, or if it would not show that they had trained.
@@ -51,23 +51,24 @@ def check_weights_never_trained(
         return
     if start is None:
         raise _refusal(saved, ", and nothing to see by that they never trained; pass base_model")
-    untouched = unchanged(files, weight_files(start, "model"))
+    untouched = unchanged(weights, start)
     if lost - untouched:
         raise _refusal(saved, f", of which {min(lost - untouched)} is not as training began")
     # a step moves a norm's weight of 1 by about the learning rate, and bfloat16 has nothing between 1 and 1.0078
-    _refuse_coarse(saved, lost, tensor_readers(files), (torch.float32, torch.float64))
+    read = {name: tensor.read for name, tensor in weights.tensors.items()}
+    _refuse_coarse(saved, lost, read, (torch.float32, torch.float64))
     _refuse_still(saved, names, untouched)
 
 
 def check_adapter_never_trained(
-    saved: SavedOptimizer, names: tuple[str, ...], files: list[Path], inside: Mapping[str, str]
+    saved: SavedOptimizer, names: tuple[str, ...], weights: Weights, inside: Mapping[str, str]
 ) -> None:
     """Check that a ``lora_A`` and ``lora_B`` both lack an entry, while ``lora_B`` is still 0, where it starts.
 
     Args:
         saved: the optimizer's state.
         names: the parameter of each entry.
-        files: the adapter's files.
+        weights: the adapter's.
         inside: the parameters that start at 0, with their names in the files.
 
     Raises:
@@ -76,8 +77,7 @@ def check_adapter_never_trained(
     lost = {names[index] for index in saved.never_trained}
     if not lost:
         return
-    readers = tensor_readers(files)
-    read = {name: readers[key] for name, key in inside.items() if key in readers}
+    read = {name: weights.tensors[key].read for name, key in inside.items() if key in weights.tensors}
     untouched = {name for name in read if not read[name]().any()}
     pairs = {name: name.replace(".lora_B.", ".lora_A.") for name in untouched & lost if ".lora_B." in name}
     explained = {name for pair in pairs.items() if lost.issuperset(pair) for name in pair}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import re
 import warnings
@@ -15,10 +14,9 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from entropy_probe.checkpoints.errors import CheckpointError
-from entropy_probe.checkpoints.messages import first_line
+from entropy_probe.checkpoints.errors import CheckpointError, first_line
 
-__all__ = ["WithoutInitialization", "collector_paused", "one_line_errors", "quiet", "random_state_kept"]
+__all__ = ["WithoutInitialization", "one_line_errors", "quiet", "random_state_kept"]
 
 # What the libraries raise about files with impossible contents, besides errors of their own.
 _BAD_FILES = (
@@ -28,7 +26,7 @@ _BAD_FILES = (
 
 
 class WithoutInitialization(TorchFunctionMode):
-    """Leave out the initialisation of weights: on a model without storage it takes time and does nothing."""
+    """Leave out the initialisation of weights, which are written later or never: it would take time and memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the tensor that an initialiser was to fill."""
@@ -91,15 +89,3 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """No search for cyclic garbage: with tens of thousands of entries alive it takes a third of an examination."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()

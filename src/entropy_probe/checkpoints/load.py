@@ -1,30 +1,33 @@
-"""Checkpoints of the Hugging Face Trainer and TRL: a LoRA adapter or full weights, with the optimizer's state."""
+"""Load or inspect a checkpoint: a LoRA adapter or full weights, with the optimizer's state."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from entropy_probe.checkpoints.adapters import Quantization
 from entropy_probe.checkpoints.directory import open_directory
+from entropy_probe.checkpoints.doubts import UNUSABLE, doubts_about
 from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, UnsupportedError
-from entropy_probe.checkpoints.examine import Examination
+from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
 from entropy_probe.checkpoints.models import load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
-from entropy_probe.checkpoints.quantization import Quantization
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
+from entropy_probe.checkpoints.trainer_log import not_modelled_by_log
 from entropy_probe.results.checkpoint import CheckpointReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint"]
+__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "report_on"]
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -38,16 +41,12 @@ class CheckpointState:
         tokenizer: the checkpoint's tokenizer, else the base model's; None when neither has one (only sampling
             and scoring of text need it).
         optimizer: the checkpoint's optimizer over the model's parameters, holding their state.
-        loss: what the checkpoint records about its loss. A Trainer's directory records it only in
-            ``training_args.bin``, a pickle that is never loaded, so this is None and the loss comes from the
-            config.
         report: what was found and how state was matched to parameters.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     optimizer: torch.optim.Optimizer
-    loss: str | None
     report: CheckpointReport
 
 
@@ -98,47 +97,55 @@ def load_checkpoint(
             "shard: expected a process group to spread the model over, found none; start several processes with "
             "torchrun"
         )
-    examination = Examination(open_directory(Path(path)), base_model, adapter, quantization)
+    facts: dict[str, Any] = {}
     with random_state_kept():
-        examination.run()
-        load = _shard_model if shard else _load_model
-        model = load(examination, getattr(torch, dtype), torch.device(device))
-        tokenizer = load_tokenizer(examination.path, examination.base or base_model)
-        assert examination.saved is not None
-        assert examination.mapping is not None
-        if examination.mapping.others_frozen:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in examination.mapping.names)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if parameters.keys() != set(examination.mapping.names):
-            raise MismatchError(
-                f"{path}: expected {len(examination.mapping.names)} trainable parameters, the loaded model has "
-                f"{len(parameters)} that differ; the installed peft or transformers builds another model"
-            )
-        optimizer = build_optimizer(examination.saved, examination.mapping, parameters)
-    return CheckpointState(model, tokenizer, optimizer, None, examination.report())
+        found = examine(Request(open_directory(Path(path)), base_model, adapter, quantization), facts)
+        model = _load_model(found, getattr(torch, dtype), torch.device(device), shard=shard)
+        tokenizer = load_tokenizer(found.path, found.model.base or base_model)
+        parameters = _trained(model, found)
+        optimizer = build_optimizer(found.saved, found.mapping, parameters)
+    return CheckpointState(model, tokenizer, optimizer, report_on(found, facts))
 
 
-def _load_model(found: Examination, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    if found.kind == "full":
-        return load_full(found.configuration, found.files, dtype, device)
-    assert found.base is not None
-    assert found.adapter is not None
+def _trained(model: nn.Module, found: Examined) -> dict[str, nn.Parameter]:
+    """The parameters that were trained, and after this require a gradient, by name."""
+    names = found.mapping.names
+    if found.mapping.others_frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters.keys() != set(names):
+        raise MismatchError(
+            f"{found.path}: expected {len(names)} trainable parameters, the loaded model has {len(parameters)} that "
+            "differ; the installed peft or transformers builds another model"
+        )
+    return parameters
+
+
+def _load_model(found: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
+    stored, base, adapter = found.model, found.model.base, found.model.adapter
+    if base is None or adapter is None:
+        load = shard_full if shard else load_full
+        return load(stored.configuration, stored.weights, dtype, device)
+    if shard and stored.quantization is not None:
+        raise UnsupportedError(f"{base}: not supported: a quantised base in shards; load it on one device")
     if found.manifest is not None:
-        verify_base(Path(found.base), found.manifest)
-    return load_lora(found.directory, found.adapter, found.files, found.base, found.quantization, dtype, device)
+        verify_base(Path(base), found.manifest)
+    if shard:
+        return shard_lora(stored.directory, adapter, stored.weights, base, dtype, device)
+    return load_lora(stored.directory, adapter, stored.weights, base, stored.quantization, dtype, device)
 
 
-def _shard_model(found: Examination, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    if found.kind == "full":
-        return shard_full(found.configuration, found.files, dtype, device)
-    assert found.base is not None
-    assert found.adapter is not None
-    if found.quantization is not None:
-        raise UnsupportedError(f"{found.base}: not supported: a quantised base in shards; load it on one device")
-    if found.manifest is not None:
-        verify_base(Path(found.base), found.manifest)
-    return shard_lora(found.directory, found.adapter, found.files, found.base, dtype, device)
+def report_on(found: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
+    """The report on a checkpoint that can be loaded; ``facts`` as :func:`examine` left them."""
+    notes = tuple(doubts_about(found))
+    return CheckpointReport(
+        path=str(found.path),
+        verdict="suspicious" if notes else "healthy",
+        notes=notes,
+        not_modelled=not_modelled_by_log(found.path),
+        **facts,
+    )
 
 
 def inspect_checkpoint(
@@ -163,10 +170,11 @@ def inspect_checkpoint(
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
     """
-    examination = Examination(open_directory(Path(path)), base_model, adapter, quantization)
+    directory = open_directory(Path(path))
+    facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            examination.run()
+            found = examine(Request(directory, base_model, adapter, quantization), facts)
     except CheckpointError as error:
-        return examination.report(unusable=str(error))
-    return examination.report()
+        return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
+    return report_on(found, facts)

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints.directory import check_layers, read_json, refuse_remote_code
-from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
-from entropy_probe.checkpoints.layout import Layout, layout_of, repeat_layers, thin_out, treats_layers_alike
+from entropy_probe.checkpoints.adapters import FourBit, Quantization, load_arguments, quantization_of, set_precision
+from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsafeFileError, UnsupportedError
+from entropy_probe.checkpoints.formats import Weights
 from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
-from entropy_probe.checkpoints.quantization import (
-    FourBit,
-    Quantization,
-    load_arguments,
-    quantization_of,
-    set_precision,
-)
-from entropy_probe.checkpoints.weights import (
-    Shape,
-    check_loaded,
-    check_shapes,
-    has_weights,
-    is_sharded,
-    read_dtypes,
-    read_shapes,
-    tensor_readers,
-    weight_files,
-)
+from entropy_probe.checkpoints.parameters import Layout, layout_of, repeat_layers, thin_out, treats_layers_alike
+from entropy_probe.checkpoints.safe_read import read_json
+from entropy_probe.checkpoints.weights import Shape, check_loaded, check_shapes, has_weights, read_weights
 
 __all__ = [
     "adapter_layout",
@@ -41,6 +27,7 @@ __all__ = [
     "load_full",
     "load_lora",
     "read_config",
+    "untouched",
 ]
 
 
@@ -48,29 +35,29 @@ MOST_LAYERS = 10_000
 """Bound on the layers of a configuration whose weight files are not there to compare with."""
 
 
-def full_skeleton(name: str, files: list[Path]) -> nn.Module:
-    """The model of full weights, on the meta device, the weight files checked against it.
+def full_skeleton(name: str, weights: Weights) -> nn.Module:
+    """The model of full weights, on the meta device, the weights' names and shapes checked against it.
 
     Args:
         name: the directory of its configuration.
-        files: its weight files.
+        weights: its weights.
 
     Raises:
         CheckpointError: if the configuration cannot be used, is of quantised weights, which do not train, or the files
             have not exactly its tensors.
     """
-    shapes = read_shapes(files)
+    shapes = weights.shapes
     config = read_config(name, shapes)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{name}: not supported: quantised weights; pass unquantised ones")
-    if not is_sharded(files):
+    if weights.pretrained:
         return _skeleton(name, config, shapes, complete=True)
     model = _skeleton(name, config, None, complete=True)
-    # a sharded checkpoint is of the model's state as it was, in which a tied tensor may be under each of its names
+    # these are of the model's state as it was, in which a tied tensor may be under each of its names
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in model.named_parameters()}
     expected = {key: tuple(x.shape) for key, x in model.state_dict().items() if key in shapes or key not in tied}
-    check_shapes(files[0], shapes, expected)
+    check_shapes(weights.files[0], shapes, expected)
     return model
 
 
@@ -97,13 +84,13 @@ def base_skeleton(
         CheckpointError: if the configuration cannot be used, the weights are sharded, or the files miss a tensor or
             hold one of another shape.
     """
-    files = weight_files(Path(name), "model") if has_weights(Path(name), "model") else None
-    if files and is_sharded(files):
+    weights = read_weights(Path(name), "model") if has_weights(Path(name), "model") else None
+    if weights is not None and not weights.pretrained:
         raise UnsupportedError(
-            f"{files[0].parent}: not supported: a base model in shards of torch.distributed.checkpoint; save its "
-            "weights as safetensors (save_pretrained) and pass that"
+            f"{weights.files[0].parent}: not supported: a base model in shards of torch.distributed.checkpoint; save "
+            "its weights as safetensors (save_pretrained) and pass that"
         )
-    shapes = read_shapes(files) if files else None
+    shapes = weights.shapes if weights is not None else None
     config = read_config(name, shapes)
     # quantisation changes how weights are stored, not which there are
     recorded = vars(config).pop("quantization_config", None)
@@ -119,18 +106,84 @@ def read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
 
     file = Path(name) / "config.json"
     if file.is_file():
-        refuse_remote_code(file, CONFIG_MAPPING)
-        check_layers(file, len(shapes) if shapes else MOST_LAYERS)
+        _refuse_remote_code(file, CONFIG_MAPPING)
+        _check_layers(file, len(shapes) if shapes else MOST_LAYERS)
     with one_line_errors(name), quiet():
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, complete: bool) -> nn.Module:
-    """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
+def _refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
+    """Refuse a ``config.json`` whose model needs code from its directory or the hub.
+
+    Where the library knows the model type itself, ``auto_map`` is ignored: its own class is used.
+
+    Args:
+        file: the configuration.
+        known_types: the model types that the library implements.
+
+    Raises:
+        CheckpointError: if the file needs such code, or is not JSON.
+    """
+    config = read_json(file)
+    if "auto_map" in config and config.get("model_type") not in known_types:
+        raise UnsafeFileError(
+            f"{file}: auto_map: expected a model type that transformers implements, got "
+            f"{config.get('model_type')!r:.60} with code of its own; remote code is never run"
+        )
+    for key, value in _items(config):
+        if key.removesuffix("_internal").endswith("_implementation"):
+            names = value.values() if isinstance(value, dict) else [value]
+            if any(isinstance(name, str) and "/" in name for name in names):
+                raise UnsafeFileError(
+                    f"{file}: {key}: expected a built-in implementation, got {value!r:.80}, code to be fetched "
+                    "from the hub; remove the key"
+                )
+
+
+def _check_layers(file: Path, most: int) -> None:
+    """Refuse a configuration of more layers than its weight files have tensors: building it could take forever.
+
+    Args:
+        file: the configuration.
+        most: the number of tensors, or some bound.
+
+    Raises:
+        CheckpointError: if a number of layers anywhere in the file is larger, or it is not JSON.
+    """
+    for key, value in _items(read_json(file)):
+        if key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and not (
+            value is None or (type(value) is int and 0 < value <= most)
+        ):
+            raise MismatchError(
+                f"{file}: {key}: expected a number up to {most}, the tensors of the weights, got {str(value)[:60]}; "
+                "pass intact weights with their own configuration"
+            )
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, list):
+            waiting += found
+        elif isinstance(found, dict):
+            yield from found.items()
+            waiting += found.values()
+
+
+def untouched(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model, its buffers computed and its parameters never written, which in host memory takes none yet."""
     from transformers import AutoModelForCausalLM
 
-    with one_line_errors(name), quiet(), torch.device("meta"), WithoutInitialization():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    with one_line_errors(name), quiet(), WithoutInitialization():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, complete: bool) -> nn.Module:
+    """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
+    with torch.device("meta"):
+        model = untouched(name, config, torch.float32)
     if shapes is not None and not _has_exactly(model, shapes):
         # The library knows names that changed between versions; what it still misses is an error.
         model = _from_pretrained(name, torch.float32, torch.device("meta"), complete=complete)
@@ -160,7 +213,7 @@ def adapter_layout(base: nn.Module, directory: Path, name: str) -> tuple[Layout,
 
     config = read_json(directory / "adapter_config.json")
     stacks = thin_out(base, config) if treats_layers_alike(config) else {}
-    with one_line_errors(f"the adapter of {directory}"), quiet(), WithoutInitialization():
+    with one_line_errors(f"the adapter of {directory}"), quiet():
         adapter = PeftConfig.from_pretrained(str(directory))
         adapter.inference_mode = False
         model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
@@ -183,39 +236,37 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
-def load_full(name: str, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model with full weights, in eval mode, checked to hold every tensor of its files.
 
     Args:
-        name: the directory of its configuration, and of its files unless they are sharded.
-        files: its weight files.
+        name: the directory of its configuration, and of its safetensors.
+        weights: its weights.
         dtype: its precision.
         device: where it goes.
     """
-    if is_sharded(files):
-        return _load_sharded(name, files, dtype, device).eval()
+    if not weights.pretrained:
+        return _filled(name, weights, dtype, device).eval()
     model = _from_pretrained(name, dtype, device, complete=True)
-    check_loaded(files, model.state_dict(), all_names=False)
+    check_loaded(weights, model.state_dict(), all_names=False)
     return model.eval()
 
 
-def _load_sharded(name: str, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(name, read_shapes(files))
-    with one_line_errors(name), quiet(), device, WithoutInitialization():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+def _filled(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A model built from its configuration, every tensor of the weights copied into it."""
+    with device:
+        model = untouched(name, read_config(name, weights.shapes), dtype)
     state = model.state_dict()
-    for key, read in tensor_readers(files).items():
-        state[key].copy_(read())
-    check_loaded(files, state, all_names=True)
+    for key, tensor in weights.tensors.items():
+        state[key].copy_(tensor.read())
+    check_loaded(weights, state, all_names=True)
     return model
 
 
 def load_lora(
     directory: Path,
     adapter: str,
-    files: list[Path],
+    weights: Weights,
     base_name: str,
     quantization: FourBit | None,
     dtype: torch.dtype,
@@ -232,11 +283,11 @@ def load_lora(
         raise InvalidValueError(
             f"{base_name}: {bad[0]}: expected finite values, got NaN or infinity; pass another copy"
         )
-    return attach_adapter(base, directory, adapter, files, dtype, device).eval()
+    return attach_adapter(base, directory, adapter, weights, dtype, device).eval()
 
 
 def attach_adapter(
-    base: Any, directory: Path, adapter: str, files: list[Path], dtype: torch.dtype, device: torch.device
+    base: Any, directory: Path, adapter: str, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     """The base model with the trainable adapter of a directory, checked to hold every tensor of the adapter's file."""
     from peft import PeftModel
@@ -245,11 +296,11 @@ def attach_adapter(
         model = PeftModel.from_pretrained(
             base, str(directory), adapter_name=adapter, is_trainable=True, torch_device=str(device)
         )
-    if dtype == torch.bfloat16 and read_dtypes(files) == {"BF16"}:
+    if dtype == torch.bfloat16 and {tensor.read().dtype for tensor in weights.tensors.values()} == {dtype}:
         for parameter in model.parameters():  # peft made float32 of what was trained in bfloat16
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    check_loaded(files, _adapter_state(model, adapter), all_names=True)
+    check_loaded(weights, _adapter_state(model, adapter), all_names=True)
     return model
 
 

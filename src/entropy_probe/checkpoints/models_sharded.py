@@ -15,28 +15,28 @@ from torch import nn
 from torch.nn import Parameter
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
-from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
-from entropy_probe.checkpoints.models import attach_adapter, read_config
-from entropy_probe.checkpoints.weights import read_shapes, tensor_readers, weight_files
+from entropy_probe.checkpoints.formats import Weights
+from entropy_probe.checkpoints.models import attach_adapter, read_config, untouched
+from entropy_probe.checkpoints.weights import read_weights
 from entropy_probe.parallel.shards import count, local, sharded_as
 
 __all__ = ["shard_full", "shard_lora"]
 
 
-def shard_full(name: str, files: list[Path], dtype: torch.dtype, device: torch.device) -> nn.Module:
+def shard_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model with full weights, sharded over all ranks, in eval mode; arguments as of ``load_full``.
 
     Raises:
         CheckpointError: if the files have other names than the model's parameters, or tied tensors that differ.
     """
-    model = _untouched(name, files, dtype)
+    model = _host_model(name, weights, dtype)
     _shard(model, model, device)
-    _fill(files, dict(model.named_parameters(remove_duplicate=False)))
+    _fill(weights, dict(model.named_parameters(remove_duplicate=False)))
     return model.eval()
 
 
 def shard_lora(
-    directory: Path, adapter: str, files: list[Path], base_name: str, dtype: torch.dtype, device: torch.device
+    directory: Path, adapter: str, weights: Weights, base_name: str, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     """A base model with a trainable adapter, sharded over all ranks, in eval mode; arguments as of ``load_lora``.
 
@@ -44,11 +44,11 @@ def shard_lora(
         CheckpointError: as :func:`shard_full`; or if the base model's weights are not local or not finite, or the
             adapter is not in the base model's precision.
     """
-    base_files = weight_files(Path(base_name), "model")
-    base: Any = _untouched(base_name, base_files, dtype)
+    base_weights = read_weights(Path(base_name), "model")
+    base: Any = _host_model(base_name, base_weights, dtype)
     names = {id(p): name for name, p in base.named_parameters()}
     everywhere = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
-    model = attach_adapter(base, directory, adapter, files, dtype, torch.device("cpu"))
+    model = attach_adapter(base, directory, adapter, weights, dtype, torch.device("cpu"))
     kinds = {p.dtype for p in model.parameters()}
     if len(kinds) > 1:
         raise UnsupportedError(
@@ -58,7 +58,7 @@ def shard_lora(
     in_model = {names[id(p)]: name for name, p in model.named_parameters() if id(p) in names}
     _shard(model, base, device)
     parameters = dict(model.named_parameters())
-    _fill(base_files, {name: parameters[in_model[names[key]]] for name, key in everywhere.items()})
+    _fill(base_weights, {name: parameters[in_model[names[key]]] for name, key in everywhere.items()})
     bad = [name for name, p in model.named_parameters() if count(~torch.isfinite(p.detach()))]
     if bad:
         raise InvalidValueError(
@@ -67,15 +67,11 @@ def shard_lora(
     return model.eval()
 
 
-def _untouched(name: str, files: list[Path], dtype: torch.dtype) -> nn.Module:
-    """The model in host memory, its buffers computed and its parameters never written, which takes no memory yet."""
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(name, read_shapes(files))
+def _host_model(name: str, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    config = read_config(name, weights.shapes)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{name}: not supported: quantised weights in shards; load them on one device")
-    with one_line_errors(name), quiet(), WithoutInitialization():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return untouched(name, config, dtype)
 
 
 def _shard(model: nn.Module, base: Any, device: torch.device) -> None:
@@ -91,24 +87,27 @@ def _shard(model: nn.Module, base: Any, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _fill(files: list[Path], parameters: Mapping[str, Parameter]) -> None:
-    """Write every tensor of the files into the shards; ``parameters`` by the names of the files, tied ones by each."""
+def _fill(weights: Weights, parameters: Mapping[str, Parameter]) -> None:
+    """Write every tensor into the shards; ``parameters`` by the names of the files, tied ones by each."""
     filled: set[int] = set()
-    for name, read in tensor_readers(files).items():
+    where = weights.files[0]
+    where = weights.files[0]
+    where = weights.files[0]
+    for name, stored in weights.tensors.items():
         if name not in parameters:
             raise MismatchError(
-                f"{files[0]}: {name}: expected the model's own names for a model in shards, got one it does not have; "
+                f"{where}: {name}: expected the model's own names for a model in shards, got one it does not have; "
                 "save the weights again with the installed transformers"
             )
         p = parameters[name]
-        value = read()
+        value = stored.read()
         if value.shape != p.shape:
-            raise MismatchError(f"{files[0]}: {name}: expected shape {list(p.shape)}, got {list(value.shape)}")
+            raise MismatchError(f"{where}: {name}: expected shape {list(p.shape)}, got {list(value.shape)}")
         own = local(sharded_as(value.to(p.device, p.dtype), p))
         if id(p) in filled and not torch.equal(local(p), own):
-            raise MismatchError(f"{files[0]}: {name}: expected tied weights to be equal, got others; save them again")
+            raise MismatchError(f"{where}: {name}: expected tied weights to be equal, got others; save them again")
         local(p).copy_(own)
         filled.add(id(p))
     missing = [name for name, p in parameters.items() if id(p) not in filled]
     if missing:
-        raise MismatchError(f"{files[0]}: expected weights for all parameters, got none for {missing[0]}")
+        raise MismatchError(f"{where}: expected weights for all parameters, got none for {missing[0]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from entropy_probe.checkpoints.errors import (
     MappingError,
     MismatchError,
     UnsupportedError,
+    shown,
 )
-from entropy_probe.checkpoints.messages import shown
-from entropy_probe.checkpoints.optimizer_kinds import (
+from entropy_probe.checkpoints.optimizers import (
     ADAM,
     ADAMW,
     BITSANDBYTES_REMEDY,
@@ -63,6 +63,7 @@ class SavedOptimizer:
         groups: the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order.
         state: what is kept for each parameter by index, as stored.
         size: bytes of the file, or of the files that it is in.
+        read: how to read a tensor that is without storage yet, by index and key; None where there are none.
     """
 
     path: Path
@@ -70,6 +71,24 @@ class SavedOptimizer:
     groups: tuple[dict[str, Any], ...]
     state: dict[int, dict[str, Any]]
     size: int
+    read: Callable[[int, str], Tensor] | None = None
+
+    def loaded(self) -> SavedOptimizer:
+        """The same with every tensor read that was left in its files until it was known to fit.
+
+        Raises:
+            CheckpointError: if a file is damaged.
+        """
+        if self.read is None:
+            return self
+        state = {
+            index: {
+                key: self.read(index, key) if isinstance(value, Tensor) and value.is_meta else value
+                for key, value in entry.items()
+            }
+            for index, entry in self.state.items()
+        }
+        return replace(self, state=state, read=None)
 
     @property
     def num_parameters(self) -> int:
@@ -162,13 +181,16 @@ def read_optimizer(path: Path) -> SavedOptimizer:
     return saved_optimizer(path, read_archive(path), path.stat().st_size)
 
 
-def saved_optimizer(path: Path, saved: Any, size: int) -> SavedOptimizer:
+def saved_optimizer(
+    path: Path, saved: Any, size: int, read: Callable[[int, str], Tensor] | None = None
+) -> SavedOptimizer:
     """Check groups and hyperparameters of what an optimizer's ``state_dict`` saved.
 
     Args:
         path: the file, for messages.
         saved: what is in it; tensors may be without storage.
         size: bytes of the file or files.
+        read: as :class:`SavedOptimizer` has it.
 
     Raises:
         CheckpointError: as :func:`read_optimizer`.
@@ -197,7 +219,7 @@ def saved_optimizer(path: Path, saved: Any, size: int) -> SavedOptimizer:
             f"{path}: expected the groups to number parameters 0, 1, 2 …, got {shown(indices)}; "
             "groups were reordered or edited, save the optimizer again"
         )
-    found = SavedOptimizer(path, kind, clean, state, size)
+    found = SavedOptimizer(path, kind, clean, state, size, read)
     if found.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
         raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
     return found

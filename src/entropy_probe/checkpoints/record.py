@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
-from entropy_probe.checkpoints.directory import adapters_of, open_directory, sharded_model, sharded_optimizer
+from entropy_probe.checkpoints.adapters import Quantization
+from entropy_probe.checkpoints.directory import adapters_of, open_directory
 from entropy_probe.checkpoints.errors import CheckpointError, MappingError, UnsupportedError
-from entropy_probe.checkpoints.examine import Examination
+from entropy_probe.checkpoints.examine import Examined, Request, examine
+from entropy_probe.checkpoints.formats import folders
 from entropy_probe.checkpoints.libraries import random_state_kept
+from entropy_probe.checkpoints.load import report_on
 from entropy_probe.checkpoints.manifest import (
     MANIFEST_FILE,
     FileRecord,
@@ -21,8 +25,7 @@ from entropy_probe.checkpoints.manifest import (
     record_files,
     write_manifest,
 )
-from entropy_probe.checkpoints.quantization import Quantization
-from entropy_probe.checkpoints.weights import has_weights, weight_files
+from entropy_probe.checkpoints.weights import has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
 __all__ = ["record_checkpoint", "recordable_files"]
@@ -67,18 +70,19 @@ def record_checkpoint(
             f"{directory / MANIFEST_FILE}: expected no manifest yet, got one, which may prove more than a new one; "
             "delete it to write another"
         )
-    if sharded_optimizer(directory) or sharded_model(directory):
+    if folders(directory):
         raise UnsupportedError(
             f"{directory}: not supported: a manifest of a sharded checkpoint, which has the parameters' names in "
             "it; load it without one"
         )
-    examination = Examination(directory, base_model, adapter, quantization)
+    request = Request(directory, base_model, adapter, quantization)
+    facts: dict[str, Any] = {}
     with random_state_kept():
-        examination.run()
-    report = examination.report()
+        found = examine(request, facts)
+    report = report_on(found, facts)
     if report.movement is not None and report.movement.exchanged:
         raise MappingError(f"{directory}: expected a mapping to record, got a doubtful one: {report.reasons[0]}")
-    manifest = _manifest(examination, written_by)
+    manifest = _manifest(found, request, written_by)
     try:
         return write_manifest(directory, manifest), report
     except OSError as error:
@@ -88,11 +92,8 @@ def record_checkpoint(
         ) from error
 
 
-def _manifest(found: Examination, written_by: str) -> Manifest:
-    assert found.saved is not None
-    assert found.mapping is not None
-    assert found.layout is not None
-    saved, names, facts = found.saved, found.mapping.names, found.layout.parameters
+def _manifest(found: Examined, request: Request, written_by: str) -> Manifest:
+    saved, names, facts = found.saved, found.mapping.names, found.model.layout.parameters
     groups = tuple(
         GroupRecord(
             parameters=tuple(
@@ -102,7 +103,7 @@ def _manifest(found: Examination, written_by: str) -> Manifest:
         )
         for group in saved.groups
     )
-    base = found.base or (str(found.base_model) if found.base_model else None)
+    base = found.model.base or (str(request.base_model) if request.base_model else None)
     local = base is not None and has_weights(Path(base), "model")
     return Manifest(
         recorded="inspection",
@@ -110,8 +111,8 @@ def _manifest(found: Examination, written_by: str) -> Manifest:
         written_by=written_by,
         global_step=found.global_step,
         optimizer=saved.kind.name,
-        adapter=found.adapter,
+        adapter=found.model.adapter,
         groups=groups,
         files=recordable_files(found.path),
-        base_model=base_record(base, weight_files(Path(base), "model") if local else None) if base else None,
+        base_model=base_record(base, read_weights(Path(base), "model").files if local else None) if base else None,
     )

@@ -1,6 +1,7 @@
-"""Archives written by ``torch.save``: checked byte by byte, then read without running anything in them.
+"""Files of a checkpoint, read without running anything in them: JSON, archives of ``torch.save``, and other pickles.
 
-Pickles before they are opened: nothing in one may take longer to look at than its length suggests.
+Archives are checked byte by byte. Pickles are gone through before they are opened: nothing in one may take longer to
+look at than its length suggests.
 
 A few hundred bytes can describe a tuple that holds another twice, which holds another twice, and so on; to hash it, as
 an unpickler does with a key, or to print it then takes for ever. And some of what torch lets a pickle call makes large
@@ -10,6 +11,7 @@ values from small ones. So the instructions are gone through first, without carr
 from __future__ import annotations
 
 import io
+import json
 import mmap
 import pickle
 import pickletools
@@ -17,17 +19,24 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from entropy_probe.checkpoints.errors import CheckpointError, DamagedFileError, MissingFileError, UnsafeFileError
-from entropy_probe.checkpoints.messages import first_line
+from entropy_probe.checkpoints.errors import (
+    CheckpointError,
+    DamagedFileError,
+    MissingFileError,
+    UnsafeFileError,
+    first_line,
+)
 
-__all__ = ["PLAIN", "UNREADABLE", "check_pickle", "read_archive", "read_archived"]
+__all__ = ["PLAIN", "StandIn", "check_pickle", "read_archive", "read_archived", "read_json", "read_with_stand_ins"]
+
+Built = TypeVar("Built")
 
 MOST_VALUES = 1000
 """Values in one tuple, at any depth."""
@@ -97,23 +106,43 @@ def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
                 stack.append(1 + held if made_of_them else 1)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint.
+
+    Raises:
+        DamagedFileError: if the file is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: expected JSON, got: {error}; copy the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise DamagedFileError(f"{path}: expected a JSON object, got {type(value).__name__}; copy the checkpoint again")
+    return value
+
+
 _REMEDY = "train with save_only_model=False, or copy the whole checkpoint again"
+_PLAIN_ADAM = "pass a checkpoint with plain Adam state"
 _LOCAL_HEADER = 30  # bytes before an entry's name; the lengths of name and extra field are its last four
 
-UNREADABLE = (
+_UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
     *(AssertionError, EOFError, OSError, OverflowError, MemoryError, struct.error),
 )
 """What a damaged or hostile pickle can raise inside a restricted unpickler."""
 
 
-def read_archive(path: Path) -> Any:
+def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
     """Tensors and plain values from an archive written by ``torch.save``.
 
     Every checksum is verified first: torch does not, so that a flipped bit would go unnoticed. Then the pickle is gone
     through, since torch would let it call more than tensors and plain values need. Tensors stay in the
     file, mapped into memory, until they are used. ``weights_only=True`` is passed explicitly, which the environment
     variable ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` does not override.
+
+    Args:
+        path: the file.
+        instead: what to do about one that holds something else, for messages.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds anything but tensors and plain values.
@@ -126,7 +155,7 @@ def read_archive(path: Path) -> Any:
             f"{path}: expected an archive written by torch.save, got {size} bytes that are none (empty, cut "
             f"short or another format); {_REMEDY}"
         )
-    with _one_line(str(path)):
+    with _one_line(str(path), instead):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _check_entries(str(path), file, data)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -147,6 +176,63 @@ def read_archived(data: bytes, where: str) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
+class StandIn:
+    """In place of any class that a pickle may name: it holds what was stored and does nothing."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+        else:
+            self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, stand_ins: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._stand_ins = stand_ins
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a class, if the pickle may name it."""
+        if (module, name) not in self._stand_ins:
+            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
+        return self._stand_ins[module, name]
+
+
+def read_with_stand_ins(
+    path: Path, stand_ins: Mapping[tuple[str, str], Any], what: str, build: Callable[[Any], Built]
+) -> Built:
+    """What is made of a bare pickle, in which every class is replaced by one that does nothing.
+
+    Args:
+        path: the file.
+        stand_ins: by module and name what the pickle may name, and what takes its place.
+        what: the kind of file, and of what, for messages.
+        build: makes the result of what was unpickled; it may raise whatever malformed values give.
+
+    Raises:
+        CheckpointError: if the file names anything else, is damaged, or ``build`` refuses it.
+    """
+    kind = what.partition(" of ")[0]
+    try:
+        data = path.read_bytes()
+        check_pickle(data)
+        return build(_Unpickler(data, stand_ins).load())
+    except pickle.UnpicklingError as error:
+        raise UnsafeFileError(
+            f"{path}: expected an {what}, got a pickle that is none ({first_line(error, 100)}); nothing in it was run; "
+            "copy the checkpoint again"
+        ) from error
+    except CheckpointError:
+        raise
+    except _UNREADABLE as error:
+        raise DamagedFileError(
+            f"{path}: expected an intact {kind}, got: {first_line(error)}; copy the checkpoint again"
+        ) from error
+
+
 _MAKERS = {
     "galore_torch": "GaLore",
     "apollo_torch": "APOLLO",
@@ -160,19 +246,19 @@ _MAKERS = {
 
 
 @contextmanager
-def _one_line(where: str) -> Iterator[None]:
+def _one_line(where: str, instead: str = _PLAIN_ADAM) -> Iterator[None]:
     try:
         yield
     except zipfile.BadZipFile as error:
         raise DamagedFileError(f"{where}: expected an intact archive, got: {error}; {_REMEDY}") from error
     except CheckpointError:
         raise
-    except UNREADABLE as error:
+    except _UNREADABLE as error:
         cause = _cause(error)
         maker = next((f"; this is state of {name}" for word, name in _MAKERS.items() if word in cause), "")
         raise UnsafeFileError(
             f"{where}: expected tensors and plain values, got data that weights_only=True refuses "
-            f"({cause}); nothing in it was run{maker}; pass a checkpoint with plain Adam state"
+            f"({cause}); nothing in it was run{maker}; {instead}"
         ) from error
 
 

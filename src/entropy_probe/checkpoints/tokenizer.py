@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from entropy_probe.checkpoints.directory import read_json
 from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError
 from entropy_probe.checkpoints.libraries import one_line_errors
+from entropy_probe.checkpoints.safe_read import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from entropy_probe.checkpoints.directory import read_json
+from entropy_probe.checkpoints.safe_read import read_json
 
 __all__ = ["not_modelled_by_log"]
 

@@ -1,21 +1,15 @@
-"""Model weights of a checkpoint: where they are, whether they fit the model, and whether the model got them.
-
-A file of weights is safetensors, or the index of a sharded directory (``dcp.py``).
-"""
+"""Model weights of a checkpoint: where they are, whether they fit the model, and whether the model got them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.dcp import METADATA, ShardedWeights
-from entropy_probe.checkpoints.directory import read_json, sharded_model
 from entropy_probe.checkpoints.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -24,46 +18,42 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
+from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
+from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = [
-    "Shape",
-    "check_finite",
-    "check_loaded",
-    "check_shapes",
-    "has_weights",
-    "is_sharded",
-    "read_dtypes",
-    "read_shapes",
-    "tensor_readers",
-    "unchanged",
-    "weight_files",
-]
+__all__ = ["Shape", "check_finite", "check_loaded", "check_shapes", "has_weights", "read_weights", "unchanged"]
 
 Shape = tuple[int, ...]
 
 
 def has_weights(directory: Path, stem: str) -> bool:
-    """Whether there are weights: safetensors in one file or with an index, or of a whole model sharded."""
+    """Whether there are weights: safetensors in one file or with an index, or a whole model in another format."""
     safetensors = any((directory / f"{stem}.safetensors{suffix}").is_file() for suffix in ("", ".index.json"))
-    return safetensors or (stem == "model" and sharded_model(directory) is not None)
+    return safetensors or (stem == "model" and weights_of(directory) is not None)
 
 
-def weight_files(directory: Path, stem: str) -> list[Path]:
-    """The safetensors files of ``{stem}.safetensors`` or of its index, or the index of a sharded model.
+def read_weights(directory: Path, stem: str) -> Weights:
+    """The tensors of ``{stem}.safetensors`` or of its index, or those of a whole model in another format.
 
     Raises:
-        CheckpointError: if there are none, or one named by the index is missing.
+        CheckpointError: if there are none, one that the index names is missing, or a file is damaged.
     """
     whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if whole.is_file():
-        return [whole]
-    if stem == "model" and not index.is_file() and (sharded := sharded_model(directory)) is not None:
-        return [sharded / METADATA]
+        return safetensors(whole)
+    elsewhere = weights_of(directory) if stem == "model" and not index.is_file() else None
+    if elsewhere is not None:
+        found, place = elsewhere
+        return found.weights(place)
     if not index.is_file():
         raise MissingFileError(
             f"{whole}: expected safetensors weights, found no such file nor an index; "
             "weights saved as pickles (.bin) are not read, save them again with safe_serialization=True"
         )
+    return safetensors(*_shards(directory, index))
+
+
+def _shards(directory: Path, index: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
         raise DamagedFileError(f"{index}: expected a 'weight_map' of tensor names to files; copy the checkpoint again")
@@ -78,49 +68,30 @@ def weight_files(directory: Path, stem: str) -> list[Path]:
     return files
 
 
-def is_sharded(files: list[Path]) -> bool:
-    """Whether the files are the index of a sharded directory."""
-    return files[0].name == METADATA
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    if path.name == METADATA:
-        return ShardedWeights(path.parent)
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise DamagedFileError(f"{path}: expected safetensors, got: {error}; copy the checkpoint again") from error
-
-
-def read_shapes(files: list[Path]) -> dict[str, Shape]:
-    """Tensor names and shapes, from the headers of the files.
+def safetensors(*files: Path) -> Weights:
+    """The tensors of safetensors files, from their headers.
 
     Raises:
-        CheckpointError: if a file is damaged.
+        DamagedFileError: if one is none.
     """
-    shapes: dict[str, Shape] = {}
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
-        with _open(path) as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise DamagedFileError(f"{path}: expected safetensors, got: {error}; copy the checkpoint again") from error
+        for name in file.keys():  # noqa: SIM118
+            shape = tuple(file.get_slice(name).get_shape())
+            tensors[name] = StoredTensor(path, shape, partial(file.get_tensor, name))
+    return Weights(files, tensors, pretrained=True)
 
 
-def tensor_readers(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
-    """How to read each tensor of the files, by name."""
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for path in files:
-        file = _open(path)
-        readers |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
-    return readers
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
-    for path in files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                yield path, name, file.get_tensor(name)
+def _tensors(weights: Weights) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor, read one at a time."""
+    for name, stored in weights.tensors.items():
+        yield stored.file, name, stored.read()
 
 
 def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
@@ -152,13 +123,13 @@ def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, 
         )
 
 
-def check_finite(files: list[Path]) -> None:
-    """Check every floating-point tensor of the files, one at a time.
+def check_finite(weights: Weights) -> None:
+    """Check every floating-point tensor, one at a time.
 
     Raises:
         CheckpointError: naming the first tensor with NaN or infinity, of complex numbers, or of less than 16 bits.
     """
-    for path, name, tensor in _tensors(files):
+    for path, name, tensor in _tensors(weights):
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
             raise UnsupportedError(f"{path}: {name}: not supported: weights in {tensor.dtype}; save them in float32")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -167,45 +138,27 @@ def check_finite(files: list[Path]) -> None:
             )
 
 
-def read_dtypes(files: list[Path]) -> set[str]:
-    """The types of all tensors as safetensors names them (``F32``, ``BF16``), from the headers of the files.
-
-    Raises:
-        CheckpointError: if a file is damaged.
-    """
-    types: set[str] = set()
-    for path in files:
-        with _open(path) as file:
-            types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    return types
-
-
-def unchanged(files: list[Path], before: list[Path]) -> set[str]:
-    """Names of the tensors that both sets of files hold with the same values, in the precision of the former.
-
-    Raises:
-        CheckpointError: if a file is damaged.
-    """
-    earlier = tensor_readers(before)
+def unchanged(weights: Weights, before: Weights) -> set[str]:
+    """Names of the tensors that are the same before and now, in the precision of now."""
     return {
         name
-        for _, name, tensor in _tensors(files)
-        if name in earlier and torch.equal(earlier[name]().to(tensor.dtype), tensor)
+        for _, name, tensor in _tensors(weights)
+        if name in before.tensors and torch.equal(before.tensors[name].read().to(tensor.dtype), tensor)
     }
 
 
-def check_loaded(files: list[Path], loaded: Mapping[str, Tensor], *, all_names: bool) -> None:
-    """Check that a model holds the files' values, cast to its own precision.
+def check_loaded(weights: Weights, loaded: Mapping[str, Tensor], *, all_names: bool) -> None:
+    """Check that a model holds the values of the files, cast to its own precision.
 
     Args:
-        files: the weight files.
+        weights: the files' tensors.
         loaded: the model's tensors by their name in the files.
         all_names: whether every tensor of the files must be in ``loaded``.
 
     Raises:
         CheckpointError: naming the first tensor that is absent from the model or differs in it.
     """
-    for path, name, tensor in _tensors(files):
+    for path, name, tensor in _tensors(weights):
         if name not in loaded:
             if all_names:
                 raise MismatchError(f"{path}: {name}: expected the model to use it, but it has no such tensor")

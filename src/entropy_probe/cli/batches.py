@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from entropy_probe.analyses.provenance import Phase
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
+    from entropy_probe.cli.output import Output
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.rollouts.batch import Rollouts
-    from entropy_probe.sampling import Prompt, Rewards, SamplingParameters, SamplingReport, SequenceGenerator
+    from entropy_probe.sampling import Engine, Prompt, Rewards, SamplingParameters, SamplingReport
 
-__all__ = ["Inputs", "engine_for", "read_inputs", "required", "resampler", "sample_batch", "sample_missing"]
+__all__ = ["Sources", "collect_batches", "end_ids", "read_sources", "required", "resampler"]
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ STOP_TEXTS = NoteKind(
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Sources:
     """What is read before the checkpoint, so that a wrong path does not cost the loading of a model."""
 
     update: Rollouts | None
@@ -57,7 +58,7 @@ class Inputs:
     notes: tuple[Note, ...] = ()
 
 
-def read_inputs(config: RunConfig) -> Inputs:
+def read_sources(config: RunConfig) -> Sources:
     """The saved rollouts, and what sampling the others takes.
 
     Raises:
@@ -67,6 +68,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     from entropy_probe.sampling import load_prompts, load_rewards, unused_columns
 
     update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
+    if update is not None and update.advantages is None:
+        raise ValueError(
+            f"{config.rollouts.update}: expected advantages in an update batch, got no column advantage; add it"
+        )
     unused = {batch: unused_columns(path) for batch, path in config.rollouts if path}
     complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
     prompts = [] if complete else load_prompts(required(config.prompts))
@@ -75,7 +80,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         reward = load_rewards(required(config.reward), config.reward_weights, _trainer_state(config.checkpoint))
         reward.check(prompts)
     notes = (UNUSED_COLUMNS(batch=batch, columns=", ".join(names)) for batch, names in unused.items() if names)
-    return Inputs(update, evaluation, prompts, reward, tuple(notes))
+    return Sources(update, evaluation, prompts, reward, tuple(notes))
 
 
 def _trainer_state(checkpoint: Path) -> SimpleNamespace | None:
@@ -99,14 +104,14 @@ def end_ids(state: CheckpointState) -> list[int]:
     return [] if found is None else [found]
 
 
-def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> SequenceGenerator | None:
+def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Engine | None:
     """What samples responses of the checkpoint on this rank; ``None`` without a tokenizer."""
-    from entropy_probe.sampling import HFGenerator
+    from entropy_probe.sampling import ENGINES
 
     if state.tokenizer is None:
         return None
     agreed = ranks.of_first if config.shard else None
-    return HFGenerator(state.model, state.tokenizer, config.generation.batch_size, agreed)
+    return ENGINES[config.generation.engine](state.model, state.tokenizer, config.generation, agreed)
 
 
 def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resample | None:
@@ -125,7 +130,7 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
     parameters = _parameters(config)
 
     def resample(rollouts: Rollouts) -> Rollouts:
-        def sample(shared: SequenceGenerator | None) -> Rollouts:
+        def sample(shared: Engine | None) -> Rollouts:
             return resample_responses(
                 required(shared), rollouts, parameters, seed=settings.seed, tokenizer=state.tokenizer
             )
@@ -135,43 +140,46 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
     return resample
 
 
-def sample_missing(
-    config: RunConfig,
-    state: CheckpointState,
-    inputs: Inputs,
-    files: tuple[Path, Path],
-    engine: SequenceGenerator | None,
-    progress: Phase,
+def collect_batches(
+    config: RunConfig, output: Output, sources: Sources, state: CheckpointState, ranks: Ranks, progress: Phase
 ) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
-    """The update batch, the evaluation batch if one is needed, and notes on how they were sampled where they were."""
-    update, evaluation = inputs.update, inputs.evaluation
-    notes: list[Note] = []
-    if update is None:
-        update, about = sample_batch("update", config, state, inputs, files, engine, progress)
-        notes += about
-    if evaluation is None and not config.needs_no_evaluation:
-        evaluation, about = sample_batch("evaluation", config, state, inputs, files, engine, progress)
-        notes += about
-    return update, evaluation, tuple(notes)
+    """The update batch, the evaluation batch if there is one, and notes on how they were sampled where they were.
+
+    What is sampled goes into the output directory, is recorded there, and is read back, so that a command that resumes
+    sees the same; what is recorded already is not sampled again.
+    """
+    from entropy_probe.rollouts.batch import Rollouts
+    from entropy_probe.sampling import share_engine
+
+    def collect(engine: Engine | None) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
+        found = {"update": sources.update, "evaluation": sources.evaluation}
+        there, notes = output, []
+        for batch in ("update",) if config.needs_no_evaluation else ("update", "evaluation"):
+            if found[batch] is not None:
+                continue
+            if batch not in there.inputs.rollouts:
+                there = there.record(batch, _sample_batch(batch, config, state, sources, there, engine, progress))
+            found[batch] = Rollouts.from_parquet(there.batch_file(batch))
+            notes += there.inputs.rollouts[batch].notes
+        return required(found["update"]), found["evaluation"], tuple(notes)
+
+    return share_engine(ranks, engine_for(config, state, ranks), collect, together=config.shard)
 
 
-def sample_batch(
+def _sample_batch(
     batch: Literal["update", "evaluation"],
     config: RunConfig,
     state: CheckpointState,
-    inputs: Inputs,
-    files: tuple[Path, Path],
-    engine: SequenceGenerator | None,
+    sources: Sources,
+    output: Output,
+    engine: Engine | None,
     progress: Phase,
-) -> tuple[Rollouts, list[Note]]:
-    """Sample one of the two batches as configured, with notes on how that went.
-
-    A sampled evaluation batch goes into ``files``: shard by shard into the second, a directory, then into the first.
+) -> list[Note]:
+    """Sample one of the two batches as configured into its file; notes on how that went.
 
     Raises:
         ValueError: if there is no tokenizer to sample with.
     """
-    from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import prompt_notes, sample_evaluation_file, sample_update
     from entropy_probe.scoring.cache import fingerprint
 
@@ -181,23 +189,24 @@ def sample_batch(
             "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
         )
     parameters = _parameters(config)
-    subject, report_progress = (engine, state.tokenizer, inputs.prompts), partial(progress, f"sample {batch}")
-    notes = [note.about(batch) for note in prompt_notes(state.tokenizer, inputs.prompts)]
+    subject, report_progress = (engine, state.tokenizer, sources.prompts), partial(progress, f"sample {batch}")
+    notes = [note.about(batch) for note in prompt_notes(state.tokenizer, sources.prompts)]
     if batch == "update":
-        reward, settings = required(inputs.reward), required(config.update)
+        reward, settings = required(sources.reward), required(config.update)
         rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
-        return rollouts, _describe(batch, report, config) + notes
-    path, shards = files
+        rollouts.to_parquet(output.batch_file(batch))
+        return _describe(batch, report, config) + notes
+    policy = fingerprint([*state.model.named_parameters(), *state.model.named_buffers()])
     report = sample_evaluation_file(
         *subject,
         required(config.evaluation),
         parameters,
-        path,
-        shards=shards,
-        policy=fingerprint([*state.model.named_parameters(), *state.model.named_buffers()]),
+        output.batch_file(batch),
+        shards=output.shards,
+        policy=f"{config.generation.engine} {policy}",
         progress=report_progress,
     )
-    return Rollouts.from_parquet(path), _describe(batch, report, config) + notes
+    return _describe(batch, report, config) + notes
 
 
 def required(value: T | None) -> T:

@@ -58,6 +58,7 @@ class RunConfig(BaseModel):
         save_rollouts: whether to save both batches beside the results.
         attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
         attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch.
+        questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
         probe: how to probe.
     """
 
@@ -82,6 +83,7 @@ class RunConfig(BaseModel):
     save_rollouts: bool = True
     attribution: bool = False
     attribution_folds: int | None = Field(default=None, ge=2)
+    questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
     probe: ProbeConfig = ProbeConfig()
 
     @property
@@ -126,6 +128,16 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_places(self) -> RunConfig:
+        for batch, other in (("update", "evaluation"), ("evaluation", "update")):
+            path = getattr(self.rollouts, batch)
+            if path is not None and path.absolute() == self.output_dir.absolute() / f"{other}.parquet":
+                raise ValueError(
+                    f"rollouts.{batch}: lies in output_dir where the {other} batch goes; choose another output_dir"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_resampling(self) -> RunConfig:
         if self.probe.on_low_ess == "resample" and self.probe.max_completion_length is None:
             raise ValueError(
@@ -150,6 +162,20 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"attribution_folds: expected at most the {drawn} sequences of the evaluation batch, got "
                 f"{self.attribution_folds}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_questions(self) -> RunConfig:
+        if not self.questions:
+            return self
+        from entropy_probe.questions.base import check_questions
+
+        check_questions(self.questions)
+        if self.needs_no_evaluation:
+            raise ValueError(
+                f"questions: expected mode two_batch or both, whose prediction they are about, got {self.mode}; change "
+                "the mode, or leave them out"
             )
         return self
 

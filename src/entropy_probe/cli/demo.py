@@ -20,10 +20,10 @@ def demo() -> None:
     from rich.console import Console
 
     from entropy_probe.cli.config import RunConfig
+    from entropy_probe.cli.report import print_run
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.demo.train import MAX_COMPLETION_LENGTH, quiet_single_thread, train_demo
     from entropy_probe.parallel.ranks import ALONE
-    from entropy_probe.report import print_files, print_sections, read_tables, run_sections
 
     with quiet_single_thread():
         checkpoint = train_demo(CHECKPOINT_DIR, on_progress=lambda line: typer.echo(line, err=True))
@@ -44,6 +44,4 @@ def demo() -> None:
                 "probe": {"max_completion_length": MAX_COMPLETION_LENGTH},
             }
         )
-        result, console = probe_checkpoint(config, ALONE), Console()
-        print_sections(run_sections(result, read_tables(OUTPUT_DIR)), console)
-        print_files(OUTPUT_DIR, console)
+        print_run(OUTPUT_DIR, probe_checkpoint(config, ALONE), Console())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,34 +16,42 @@ if TYPE_CHECKING:
 
 __all__ = ["launched_ranks"]
 
+SECONDS_TO_SPEAK = 1.0
+"""What a rank that follows leaves the first to say its error."""
+LOST = (
+    "another rank ended without saying why (killed, perhaps for memory); give the same command again: sampling resumes "
+    "where it was"
+)
+
 
 @contextmanager
 def launched_ranks() -> Iterator[Ranks]:
     """The ranks that a launcher started (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT``), or this process.
 
-    An error on one rank ends all of them within seconds, and one of them says it; so does the end of a process.
+    When a rank fails or is killed, the launcher ends the others, and their next exchange with it fails. The rank that
+    fails first says why; the others end with its exit code and say nothing.
     """
-    from entropy_probe.parallel.ranks import ALONE, join_ranks, leave_ranks
-    from entropy_probe.parallel.watch import Watch
+    from entropy_probe.parallel.ranks import ALONE, first_to_fail, is_lost_rank, join_ranks, leave_ranks
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     ranks, store = join_ranks()
-    watch = Watch(ranks.rank, ranks.size, os.environ["MASTER_ADDR"], store)
+    code = 0
     try:
-        watch.start()
         yield ranks
         ranks.gather(None)  # nobody leaves before all are done
-        watch.finished()
         leave_ranks()
-        # at once: torch keeps groups of a sharded model alive, and their threads may abort an exit in good order
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
     except BaseException as error:
-        if watch.failed(error, BAD_INPUT if isinstance(error, ValueError) else FAILURE):
+        first, code = first_to_fail(store, ranks.rank, BAD_INPUT if isinstance(error, ValueError) else FAILURE)
+        if first != ranks.rank:
+            time.sleep(SECONDS_TO_SPEAK)  # the launcher ends all ranks when this one has ended
+        elif not is_lost_rank(error):
             raise
-        watch.say()
-        sys.stdout.flush()
-        os._exit(watch.exit_code)  # at once: ending in good order waits for the ranks that are gone
+        else:
+            sys.stderr.write(f"error: {LOST}\n")
+    # at once: ending in good order waits for ranks that are gone, and torch keeps the groups of a sharded model alive,
+    # whose threads may abort it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from entropy_probe.report import Section
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.results.sweep import Sweep
 
-__all__ = ["report", "write_run_report", "write_sweep_report"]
+__all__ = ["print_run", "report", "write_run_report", "write_sweep_report"]
 
 
 def report(
@@ -23,7 +25,8 @@ def report(
     """Show a saved result or sweep; write its report.html and its figures again. Needs no model."""
     from rich.console import Console
 
-    from entropy_probe.cli.sweep_directory import load_sweeps, unfinished
+    from entropy_probe.cli.output import unfinished
+    from entropy_probe.cli.sweep import load_sweeps
     from entropy_probe.report import print_files, print_sections
     from entropy_probe.results.probe import ProbeResult
 
@@ -39,6 +42,14 @@ def report(
     except OSError as error:
         raise ValueError(f"{where}: cannot write the report: {error.strerror}; copy the directory elsewhere") from error
     print_files(where, console)
+
+
+def print_run(directory: Path, result: ProbeResult, console: Console) -> None:
+    """Show a run, with all that its directory has of it."""
+    from entropy_probe.report import print_files, print_sections
+
+    print_sections(_of_run(directory, result).sections, console)
+    print_files(directory, console)
 
 
 def write_run_report(directory: Path, result: ProbeResult) -> None:
@@ -75,14 +86,26 @@ class _Report:
 
 
 def _of_run(directory: Path, result: ProbeResult) -> _Report:
-    from entropy_probe.cli.run_directory import FIGURES
+    from entropy_probe.cli.output import FIGURES
     from entropy_probe.report import read_tables, run_sections
     from entropy_probe.results.validation import VALIDATION_FILE, Validation
 
     validation = Validation.load(directory) if (directory / VALIDATION_FILE).is_file() else None
     config, name = _settings(directory)
-    sections = run_sections(result, read_tables(directory), validation, config)
+    sections = run_sections(result, read_tables(directory), validation, config, _answers(directory))
     return _Report(sections, name, directory, directory / FIGURES)
+
+
+def _answers(directory: Path) -> tuple[Section, ...]:
+    """What a directory has of answers to further questions."""
+    from entropy_probe.cli.output import ANSWERS
+
+    if not (directory / ANSWERS).is_dir():
+        return ()
+    from entropy_probe.questions.base import questions
+
+    there = (asked for asked in questions().values() if (directory / asked.Answer.kept.file).is_file())
+    return tuple(asked.section(asked.Answer.load(directory)) for asked in there)
 
 
 def _of_sweeps(directory: Path, sweeps: Mapping[str, Sweep]) -> _Report:
@@ -97,7 +120,7 @@ def _settings(directory: Path) -> tuple[str | None, str]:
     """The resolved settings as text, and the checkpoint's name in them."""
     import yaml
 
-    from entropy_probe.cli.run_directory import CONFIG_FILE
+    from entropy_probe.cli.output import CONFIG_FILE
 
     if not (directory / CONFIG_FILE).is_file():
         return None, ""

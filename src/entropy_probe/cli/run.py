@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entropy_probe.cli.batches import end_ids, engine_for, read_inputs, required, resampler, sample_missing
+from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
+from entropy_probe.cli.output import Output, locked, open_output
+from entropy_probe.results.probe import ProbeResult
 
 if TYPE_CHECKING:
     from entropy_probe.analyses.attribution import Attribution
-    from entropy_probe.analyses.provenance import Phase
+    from entropy_probe.analyses.provenance import Clock, Phase
     from entropy_probe.checkpoints import CheckpointState
-    from entropy_probe.cli.batches import Inputs
+    from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.results.note import Note
-    from entropy_probe.results.probe import ProbeResult
     from entropy_probe.rollouts.batch import Rollouts
-    from entropy_probe.sampling import SequenceGenerator
 
-__all__ = ["open_checkpoint", "probe_checkpoint", "run"]
+__all__ = ["open_checkpoint", "open_probe", "probe_checkpoint", "run"]
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
 
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
-    from entropy_probe.report import print_files, print_sections, read_tables, run_sections
+    from entropy_probe.cli.report import print_run
 
     options = {
         "output_dir": None if output_dir is None else str(output_dir),
@@ -60,9 +60,7 @@ def run(
         settings = load_config(config, overrides or (), options)
         result = probe_checkpoint(settings, ranks)
         if ranks.rank == 0:
-            console = Console()
-            print_sections(run_sections(result, read_tables(settings.output_dir)), console)
-            print_files(settings.output_dir, console)
+            print_run(settings.output_dir, result, Console())
 
 
 def open_checkpoint(config: RunConfig) -> CheckpointState:
@@ -84,12 +82,40 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
     )
 
 
-def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | None = None) -> ProbeResult:
-    """Probe as configured and, on rank 0, write the run directory, which no other process may write meanwhile.
+def open_probe(config: RunConfig, ranks: Ranks, clock: Clock) -> tuple[EntropyProbe, CheckpointState]:
+    """A probe of the checkpoint of a configuration.
 
-    The directory gets the resolved ``config.yaml``, ``results.json``, with ``save_rollouts`` both batches, and with
-    ``attribution`` its tables; all of them or, after an error, none; then ``report.html`` and ``figures``. Rollouts
-    sampled before an error are kept beside the directory.
+    Raises:
+        ValueError: if the checkpoint cannot be used, or not as configured.
+    """
+    from entropy_probe.analyses.attribute import check_divides
+    from entropy_probe.probe import EntropyProbe
+
+    with clock.phase("load checkpoint") as step:
+        state = open_checkpoint(config)
+        step(1, 1)
+    # Before sampling, since both check the optimizer.
+    if config.attribution:
+        check_divides(state.optimizer, config.probe)
+    assert state.report.optimizer_state is not None
+    probe = EntropyProbe(
+        state.model,
+        state.optimizer,
+        config.probe,
+        mapping=state.report.optimizer_state.mapping,
+        progress=clock.progress,
+        resample=resampler(config, state, ranks),
+        distributed=ranks.size > 1 and not config.shard,
+        end_token_ids=end_ids(state),
+        stop_texts=bool(config.generation.stop),
+    )
+    return probe, state
+
+
+def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | None = None) -> ProbeResult:
+    """Probe as configured in the output directory: resume what is there, or start; show what is finished.
+
+    See :mod:`entropy_probe.cli.output` for what rank 0 writes.
 
     Args:
         config: the settings.
@@ -101,112 +127,62 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
     from entropy_probe.analyses.validate import check_halves
-    from entropy_probe.cli.lock import locked
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_run_report
-    from entropy_probe.cli.run_directory import check_output_dir, stage
 
     config = config.resolved()
     writing = ranks.rank == 0
     with locked(config.output_dir) if writing else nullcontext(), show_progress(visible=writing) as progress:
-        if writing:
-            check_output_dir(config.output_dir, config.overwrite)
-        inputs = read_inputs(config)
+        sources = read_sources(config)
+        options = {}
         if halves is not None:
-            given = inputs.update
+            given = sources.update
             check_halves(required(config.update).num_prompts if given is None else given.num_prompts, halves[0])
-        files = frozenset(path.resolve() for _, path in config.rollouts if path is not None)
-        with stage(config.output_dir, keep=files) if writing else nullcontext(config.output_dir) as staging:
-            run = _probe_into(staging, config, inputs, ranks, progress)
-        try:
-            if halves is not None:
-                _validate(run, config, halves, writing)
-        finally:
-            if writing:
-                write_run_report(config.output_dir, run.result)
-    return run.result
+            options = {"subsets": halves[0], "seed": halves[1]}
+        output = open_output(config, "validate" if options else "run", sources, ranks, options)
+        if output.finished:
+            (result,) = ranks.broadcast([ProbeResult.load(output.path)] if writing else [])
+        else:
+            result = _probe_into(output, sources, ranks, progress, halves)
+        output.finish(partial(write_run_report, output.path, result))
+    return result
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """A finished run, and what it takes to validate its attribution."""
-
-    probe: EntropyProbe
-    result: ProbeResult
-    attribution: Attribution | None
-    evaluation: Rollouts | None
-
-
-def _probe_into(staging: Path, config: RunConfig, inputs: Inputs, ranks: Ranks, progress: Phase) -> _Run:
-    """Load, sample and probe; rank 0 writes what comes of it into a directory."""
-    from entropy_probe.analyses.attribute import check_divides
+def _probe_into(
+    output: Output, sources: Sources, ranks: Ranks, progress: Phase, halves: tuple[int, int] | None
+) -> ProbeResult:
+    """Load, sample, probe and validate; rank 0 writes what comes of it."""
     from entropy_probe.analyses.provenance import Clock
-    from entropy_probe.cli.run_directory import CONFIG_FILE, EVALUATION_FILE, SHARDS, UPDATE_FILE
-    from entropy_probe.probe import EntropyProbe
-    from entropy_probe.sampling import share_engine
+    from entropy_probe.cli.report import write_run_report
 
-    clock = Clock(progress)
-    with clock.phase("load checkpoint") as step:
-        state = open_checkpoint(config)
-        step(1, 1)
-    # Before sampling, since both check the optimizer.
-    if config.attribution:
-        check_divides(state.optimizer, config.probe)
-    assert state.report.optimizer_state is not None
-    mapping = state.report.optimizer_state.mapping
-    probe = EntropyProbe(
-        state.model,
-        state.optimizer,
-        config.probe,
-        mapping=mapping,
-        progress=progress,
-        resample=resampler(config, state, ranks),
-        distributed=ranks.size > 1 and not config.shard,
-        end_token_ids=end_ids(state),
-        stop_texts=bool(config.generation.stop),
-    )
-
-    def sample(engine: SequenceGenerator | None) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
-        found = sample_missing(config, state, inputs, sampled, engine, progress)
-        update, _, _ = found
-        if config.save_rollouts and inputs.update is None:  # sampling can take hours: kept from here on
-            update.to_parquet(staging / UPDATE_FILE)
-        return found
-
-    sampled = (staging / EVALUATION_FILE, config.output_dir / SHARDS)
-    with clock.phase("sample"):
-        engine = engine_for(config, state, ranks)
-        update, evaluation, notes = share_engine(ranks, engine, sample, together=config.shard)
-    result, attribution = _run_mode(probe, config, update, evaluation)
-    notes = (*state.report.notes, *inputs.notes, *notes)
-    not_modelled = beyond_loss(config, state.report.not_modelled)
-    result = _annotate(result, notes, not_modelled, clock.seconds)
-    if ranks.rank == 0:
-        if attribution is not None:
-            attribution.save_tables(staging, state.tokenizer)
-        if not config.save_rollouts:
-            sampled[0].unlink(missing_ok=True)
-        else:  # given batches join the run's files at its end: what fails before it leaves no copy of them
-            for given, file in ((inputs.update, staging / UPDATE_FILE), (inputs.evaluation, sampled[0])):
-                if given is not None:
-                    given.to_parquet(file)
-        (staging / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-        result.save(staging)
-    return _Run(probe, result, attribution, evaluation)
-
-
-def _validate(run: _Run, config: RunConfig, halves: tuple[int, int], writing: bool) -> None:
-    """Validate the attribution of a run that is written, and write that beside it."""
-    subsets, seed = halves
-    try:
-        found = run.probe.validate(
-            required(run.attribution), evaluation=required(run.evaluation), subsets=subsets, seed=seed
-        )
-    except BaseException as error:
-        error.add_note(f"the run itself is complete in {config.output_dir}, only its validation is missing")
-        raise
-    if writing:
-        found.save(config.output_dir)
+    config, clock = output.config, Clock(progress)
+    probe, state = open_probe(config, ranks, clock)
+    with output.writing(ranks):
+        with clock.phase("sample"):
+            update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
+        result, attribution = _run_mode(probe, config, update, evaluation)
+        notes = (*state.report.notes, *sources.notes, *notes)
+        result = _annotate(result, notes, beyond_loss(config, state.report.not_modelled), clock.seconds)
+        if output.writes:
+            if attribution is not None:
+                attribution.save_tables(output.path, state.tokenizer)
+            output.add_given(sources)
+            for answer in result.answers.values():
+                answer.save(output.path)
+            result.save(output.path)
+        if halves is None:
+            return result
+        try:
+            found = probe.validate(
+                required(attribution), evaluation=required(evaluation), subsets=halves[0], seed=halves[1]
+            )
+        except BaseException:
+            if output.writes:
+                write_run_report(output.path, result)
+            raise
+        if output.writes:
+            found.save(output.path)
+    return result
 
 
 def _run_mode(
@@ -226,11 +202,15 @@ def _run_mode(
         result = probe.measure(update=update)
     elif config.attribution:
         attribution = probe.attribute(
-            update=update, evaluation=required(evaluation), folds=config.attribution_folds, measure=True
+            update=update,
+            evaluation=required(evaluation),
+            folds=config.attribution_folds,
+            measure=True,
+            questions=config.questions,
         )
         result = attribution.result
     else:
-        result = probe.run(update=update, evaluation=required(evaluation))
+        result = probe.run(update=update, evaluation=required(evaluation), questions=config.questions)
     if config.mode == "two_batch":
         return result, attribution
     one = probe.one_batch(update)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
+from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, locked, open_output
+from entropy_probe.results.record import Kept, SavedRecord, write_atomically
+from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
+
 if TYPE_CHECKING:
     from entropy_probe.analyses.provenance import Phase
-    from entropy_probe.checkpoints import CheckpointState
-    from entropy_probe.cli.batches import Inputs as Sources
+    from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.sweep_config import SweepConfig
-    from entropy_probe.cli.sweep_directory import Inputs, SweepDirectory
     from entropy_probe.parallel.ranks import Ranks
-    from entropy_probe.results.sweep import Sweep
-    from entropy_probe.sampling import SequenceGenerator
 
-__all__ = ["sweep"]
+__all__ = ["load_sweeps", "open_index", "sweep"]
+
+INDEX_FILE = "sweeps.json"
 
 
 def sweep(
@@ -65,8 +67,6 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
     Raises:
         ValueError: if the output directory, a checkpoint, the prompts or the rollouts cannot be used.
     """
-    from entropy_probe.cli.lock import locked
-
     config = config.resolved()
     each = list(config.each())
     with locked(config.output_dir) if ranks.rank == 0 else nullcontext():
@@ -75,11 +75,7 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
 
 def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) -> dict[str, Sweep]:
     """A sweep for each of several checkpoints, and what compares them."""
-    from entropy_probe.cli.lock import locked
     from entropy_probe.cli.report import write_sweep_report
-    from entropy_probe.cli.run_directory import CONFIG_FILE
-    from entropy_probe.cli.sweep_directory import open_index
-    from entropy_probe.results.record import write_atomically
 
     writing = ranks.rank == 0
     if writing:
@@ -89,136 +85,109 @@ def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) 
     for one in each:
         with locked(one.output_dir) if writing else nullcontext():
             sweeps[one.output_dir.name] = sweep_checkpoint(one, ranks)
-    if not writing:
-        return sweeps
-    write_sweep_report(config.output_dir, sweeps)
+    if writing:
+        write_sweep_report(config.output_dir, sweeps)
     return sweeps
 
 
 def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
-    """One sweep, in a locked directory: resume what is there, or start.
+    """One sweep, in a locked directory: resume what is there, or start; show what is finished.
 
-    See :mod:`entropy_probe.cli.sweep_directory` for the protocol.
+    See :mod:`entropy_probe.cli.output` for what rank 0 writes.
     """
-    from entropy_probe.cli.batches import end_ids, engine_for, read_inputs, resampler
+    from entropy_probe.cli.batches import read_sources
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_report
-    from entropy_probe.cli.run import beyond_loss, open_checkpoint
-    from entropy_probe.cli.sweep_directory import ROLLOUT_FILES, SweepDirectory
-    from entropy_probe.probe import EntropyProbe
-    from entropy_probe.results.sweep import SWEEP_FILE, Sweep
-    from entropy_probe.rollouts.batch import Rollouts
-    from entropy_probe.sampling import share_engine
 
-    rates = config.sweep.rates()
-    directory = SweepDirectory(config.output_dir, rates)
-    writing = ranks.rank == 0
-    inputs = ranks.broadcast(directory.resume(_inputs_of(config), config.overwrite) if writing else None)
-    assert inputs is not None
-    if ranks.broadcast((config.output_dir / SWEEP_FILE).is_file()):
-        return Sweep.load(config.output_dir)
-    there = {batch: config.output_dir / ROLLOUT_FILES[batch] for batch in inputs.rollouts}
-    sources = read_inputs(config.model_copy(update={"rollouts": config.rollouts.model_copy(update=there)}))
-    with show_progress(visible=writing) as progress:
-        state = open_checkpoint(config)
-        assert state.report.optimizer_state is not None
-        mapping = state.report.optimizer_state.mapping
-        settings = config.probe.model_copy(update={"learning_rate": rates[-1]})
-        probe = EntropyProbe(
-            state.model,
-            state.optimizer,
-            settings,
-            mapping=mapping,
-            progress=progress,
-            resample=resampler(config, state, ranks),
-            distributed=ranks.size > 1 and not config.shard,
-            end_token_ids=end_ids(state),
-            stop_texts=bool(config.generation.stop),
-        )
-
-        def collect(engine: SequenceGenerator | None) -> Inputs:
-            directory.start(inputs, config.to_yaml())
-            return _collect_rollouts(config, directory, inputs, sources, state, engine, progress)
-
-        collected = share_engine(ranks, engine_for(config, state, ranks), collect, together=config.shard)
-        # Read back also where they were just sampled, so that a resumed sweep sees the same layout.
-        found = probe.sweep(
-            update=Rollouts.from_parquet(config.output_dir / ROLLOUT_FILES["update"]),
-            evaluation=Rollouts.from_parquet(config.output_dir / ROLLOUT_FILES["evaluation"]),
-            learning_rates=rates,
-            direct_curvature=config.sweep.direct_curvature,
-            finished=ranks.broadcast(directory.finished()),
-            on_point=directory.save_point if writing else None,
-        )
-    records = [collected.rollouts[batch] for batch in ("update", "evaluation")]
-    notes = [note for record in records for note in record.notes]
-    left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
-    diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
-    found = found.model_copy(
-        update={
-            "prediction": found.prediction.model_copy(update={"diagnostics": diagnostics}),
-            "notes": (*state.report.notes, *notes, *found.notes),
-        }
-    )
-    if not writing:
-        return found
-    write_sweep_report(config.output_dir, {"": found})
-    found.save(config.output_dir)
+    with show_progress(visible=ranks.rank == 0) as progress:
+        sources = read_sources(config)
+        output = open_output(config, "sweep", sources, ranks)
+        if output.finished:
+            (found,) = ranks.broadcast([Sweep.load(output.path)] if output.writes else [])
+        else:
+            found = _sweep_into(output, config, sources, ranks, progress)
+    output.finish(partial(write_sweep_report, output.path, {"": found}))
     return found
 
 
-def _inputs_of(config: SweepConfig) -> Inputs:
-    """What the sweep would be computed from, by content."""
-    from entropy_probe.analyses.provenance import library_versions
-    from entropy_probe.checkpoints import inspect_checkpoint
-    from entropy_probe.cli.sweep_directory import Inputs, hash_directory, hash_file
+def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ranks, progress: Phase) -> Sweep:
+    """Load, sample and sweep; rank 0 writes what comes of it."""
+    from entropy_probe.analyses.provenance import Clock
+    from entropy_probe.cli.batches import collect_batches, required
+    from entropy_probe.cli.run import beyond_loss, open_probe
 
-    report = inspect_checkpoint(
-        config.checkpoint, config.base_model, adapter=config.adapter, quantization=config.quantization
-    )
-    base = report.base_model or config.base_model
-    given = {}
-    for batch, path in config.rollouts:
-        if path is not None:
-            if not path.is_file():
-                raise ValueError(f"{path}: expected a Parquet file of rollouts, found no such file")
-            given[batch] = hash_file(path)
-    versions = library_versions()
-    return Inputs(
-        config=config.model_dump(
-            mode="json", exclude={"overwrite", "output_dir", "checkpoint", "base_model", "rollouts"}
-        ),
-        checkpoint=hash_directory(config.checkpoint),
-        base_model=hash_directory(Path(base)) if base is not None and Path(base).is_dir() else base,
-        given=given,
-        versions={name: versions[name] for name in ("entropy-probe", "torch", "transformers")},
-    )
+    rates = config.sweep.rates()
+    settings = config.model_copy(update={"probe": config.probe.model_copy(update={"learning_rate": rates[-1]})})
+    probe, state = open_probe(settings, ranks, Clock(progress))
+    with output.writing(ranks):
+        update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
+        points = output.path / POINTS
+
+        def save(point: SweepPoint) -> None:
+            points.mkdir(exist_ok=True)
+            point.save(points / f"{rates.index(point.learning_rate) + 1:03d}-{point.learning_rate:.2e}.json")
+
+        with ranks.agreeing():
+            finished = [SweepPoint.load(file) for file in sorted(points.glob("[0-9]*.json"))] if output.writes else []
+        found = probe.sweep(
+            update=update,
+            evaluation=required(evaluation),
+            learning_rates=rates,
+            direct_curvature=config.sweep.direct_curvature,
+            finished=ranks.broadcast(finished),
+            on_point=save if output.writes else None,
+        )
+        left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
+        diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
+        found = found.model_copy(
+            update={
+                "prediction": found.prediction.model_copy(update={"diagnostics": diagnostics}),
+                "notes": (*state.report.notes, *sources.notes, *notes, *found.notes),
+            }
+        )
+        if output.writes:
+            output.add_given(sources)
+            found.save(output.path)
+    return found
 
 
-def _collect_rollouts(
-    config: SweepConfig,
-    directory: SweepDirectory,
-    inputs: Inputs,
-    sources: Sources,
-    state: CheckpointState,
-    engine: SequenceGenerator | None,
-    progress: Phase,
-) -> Inputs:
-    """Both batches in the directory, given or sampled, each recorded as soon as it is there."""
-    from entropy_probe.cli.batches import sample_batch
-    from entropy_probe.cli.run_directory import SHARDS
-    from entropy_probe.cli.sweep_directory import ROLLOUT_FILES
+class SweepIndex(SavedRecord):
+    """``sweeps.json``: the checkpoints of a run that were swept, each in the subdirectory of its name."""
 
-    shards = directory.path / SHARDS
-    for batch, file in ROLLOUT_FILES.items():
-        if batch in inputs.rollouts:
-            continue
-        path, rollouts, notes = directory.path / file, getattr(sources, batch), []
-        path.unlink(missing_ok=True)
-        if rollouts is None:
-            rollouts, notes = sample_batch(batch, config, state, sources, (path, shards), engine, progress)
-        if not path.exists():  # a sampled evaluation batch is there already, collected from its shards
-            rollouts.to_parquet(path)
-        inputs = directory.record(inputs, batch, notes)
-        shutil.rmtree(shards, ignore_errors=True)
-    return inputs
+    kept: ClassVar = Kept(INDEX_FILE, "list of sweeps", "sweep", "choose another output_dir")
+    schema_version: Literal[1] = 1
+    checkpoints: tuple[str, ...]
+
+
+def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> None:
+    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    index = SweepIndex(checkpoints=tuple(checkpoints))
+    if not (directory / INDEX_FILE).is_file():
+        check_new(directory, overwrite, "no sweeps of several checkpoints")
+    elif not overwrite and SweepIndex.load(directory) != index:
+        raise ValueError(
+            f"output_dir: {directory} holds sweeps of other checkpoints; choose another one, or pass --overwrite to "
+            "sweep again"
+        )
+    index.save(directory)
+
+
+def load_sweeps(directory: Path) -> dict[str, Sweep]:
+    """The sweep saved in a directory, or those of several checkpoints, by the checkpoint's name; empty if none.
+
+    Raises:
+        ValueError: if one of several is not finished, or a file is not what it should be.
+    """
+    if directory.name == SWEEP_FILE or (directory / SWEEP_FILE).is_file():
+        return {"": Sweep.load(directory)}
+    if not (directory / INDEX_FILE).is_file():
+        return {}
+    names = SweepIndex.load(directory).checkpoints
+    for name in names:
+        if not (directory / name / SWEEP_FILE).is_file():
+            raise ValueError(f"{directory / name}: the sweep is not finished; give the same command again to resume it")
+    return {name: Sweep.load(directory / name) for name in names}

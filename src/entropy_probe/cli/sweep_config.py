@@ -78,9 +78,6 @@ class SweepConfig(RunConfig):
             raise ValueError(f"mode: expected two_batch, which is what a sweep measures, got {self.mode}")
         if not self.save_rollouts:
             raise ValueError("save_rollouts: expected true, since a sweep resumes from its rollouts, got false")
-        for name, path in self.rollouts:
-            if path is not None and self.output_dir.absolute() in path.absolute().parents:
-                raise ValueError(f"rollouts.{name}: lies in output_dir, where the sweep writes; choose another one")
         if self.sweep.checkpoints is None:
             return self
         names = [path.absolute().name for path in self.sweep.checkpoints]

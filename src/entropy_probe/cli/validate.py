@@ -31,16 +31,12 @@ def validate(
 
     from entropy_probe.cli.config import ValidateConfig, load_config
     from entropy_probe.cli.ranks import launched_ranks
+    from entropy_probe.cli.report import print_run
     from entropy_probe.cli.run import probe_checkpoint
-    from entropy_probe.report import print_files, print_sections, read_tables, run_sections
-    from entropy_probe.results.validation import Validation
 
     options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options, ValidateConfig)
         result = probe_checkpoint(settings, ranks, (subsets, seed))
         if ranks.rank == 0:
-            console = Console()
-            validation = Validation.load(settings.output_dir)
-            print_sections(run_sections(result, read_tables(settings.output_dir), validation), console)
-            print_files(settings.output_dir, console)
+            print_run(settings.output_dir, result, Console())

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_probe.estimators.uncertainty import Units, in_chunks
-from entropy_probe.types import TokenScores
+from entropy_probe.estimators.uncertainty import in_chunks
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["EntropyKind", "PositionSums", "leave_one_out_mean", "position_baseline", "strictly_after"]
 

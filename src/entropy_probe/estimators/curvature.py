@@ -13,8 +13,8 @@ from torch import Tensor
 
 from entropy_probe.estimators.baselines import PositionSums, position_baseline, strictly_after
 from entropy_probe.estimators.first_order import Normalization
-from entropy_probe.estimators.uncertainty import Sampled, Units, ratio
-from entropy_probe.types import TokenScores
+from entropy_probe.estimators.uncertainty import Sampled, ratio
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["TaylorSums", "per_decision_taylor"]
 

@@ -19,8 +19,8 @@ from entropy_probe.estimators.baselines import (
     position_baseline,
     strictly_after,
 )
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums, ratio
-from entropy_probe.types import TokenCoefficients, TokenScores
+from entropy_probe.estimators.uncertainty import Sampled, UnitSums, ratio
+from entropy_probe.types import TokenCoefficients, TokenScores, Units
 
 __all__ = [
     "FirstOrder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_probe.estimators.uncertainty import Units
+from entropy_probe.types import Units
 
 __all__ = ["blocks_of", "jackknife_standard_error"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from entropy_probe.estimators.baselines import EntropyKind, PositionSums, position_baseline, strictly_after
 from entropy_probe.estimators.first_order import FirstOrder, Normalization, sequence_entropies, sequence_weights
-from entropy_probe.estimators.uncertainty import Sampled, Units, UnitSums
-from entropy_probe.types import TokenScores
+from entropy_probe.estimators.uncertainty import Sampled, UnitSums
+from entropy_probe.types import TokenScores, Units
 
 __all__ = ["Change", "change", "noise_floor", "per_decision", "rounding_of", "snis"]
 

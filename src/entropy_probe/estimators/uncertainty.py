@@ -9,45 +9,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Sampled", "UnitSums", "Units", "in_chunks", "is_grouped", "ratio"]
+from entropy_probe.types import Units
+
+__all__ = ["Sampled", "UnitSums", "in_chunks", "is_grouped", "ratio"]
 
 CHUNK_SEQUENCES = 2048
 """Estimators are given about so many sequences at a time: what they compute per token takes several times the memory of
 the scores."""
 LEAST_PROMPTS = 8
 """Draws with replacement give this many prompts equally often once in thousands of batches."""
-
-
-@dataclass(frozen=True, eq=False)
-class Units:
-    """Which sequences belong to the same independent sampling unit.
-
-    Attributes:
-        index: the unit of each sequence, 0 to ``count - 1``, ``[N]``.
-        count: the number of units, ``U``; those of the whole batch, also where ``index`` is that of a part of it.
-    """
-
-    index: Int[Tensor, " N"]
-    count: int
-
-    @classmethod
-    def sequences(cls, num_sequences: int) -> Units:
-        """Every sequence is a unit: responses drawn independently, prompts with replacement."""
-        return cls(torch.arange(num_sequences), num_sequences)
-
-    @classmethod
-    def prompts(cls, prompt_ids: Int[Tensor, " N"]) -> Units:
-        """The sequences of a prompt form a unit: distinct prompts, several responses each."""
-        distinct, index = prompt_ids.unique(return_inverse=True)
-        return cls(index, distinct.numel())
-
-    def select(self, rows: Tensor) -> Units:
-        """The units of the sequences at the given indices, numbered as before."""
-        return Units(self.index[rows], self.count)
-
-    def total(self, values: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
-        """Sum over the sequences of each unit, in float64; 0 for units without any here, so that parts add up."""
-        return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.index, values.double())
 
 
 def is_grouped(prompt_ids: Int[Tensor, " N"]) -> bool:

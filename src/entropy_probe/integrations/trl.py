@@ -9,11 +9,10 @@ from typing import Any
 from transformers import TrainerCallback  # noqa: TID253  a callback must be a subclass
 
 from entropy_probe import __version__
-from entropy_probe.checkpoints.adapter import adapters_trained
+from entropy_probe.checkpoints.adapters import adapters_trained, live_settings
 from entropy_probe.checkpoints.manifest import GroupRecord, Manifest, base_record, live_groups, write_manifest
-from entropy_probe.checkpoints.quantization import live_settings
 from entropy_probe.checkpoints.record import recordable_files
-from entropy_probe.checkpoints.weights import has_weights, weight_files
+from entropy_probe.checkpoints.weights import has_weights, read_weights
 
 __all__ = ["ManifestCallback"]
 
@@ -51,7 +50,7 @@ class ManifestCallback(TrainerCallback):
         if self._base is None:
             name = self.base_model or _base_name(model)
             local = name is not None and has_weights(Path(name), "model")
-            weights = weight_files(Path(name), "model") if name is not None and local else None
+            weights = read_weights(Path(name), "model").files if name is not None and local else None
             self._base = base_record(name, weights, hashes=self.hashes) if name else None
         manifest = Manifest(
             recorded="training",

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from entropy_probe.estimators.uncertainty import Units
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.types import Units
 
 __all__ = ["Part", "add_up", "balanced"]
 

@@ -15,7 +15,17 @@ from typing import Any, Protocol, TypeVar, final, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "ProcessGroup", "Ranks", "SameWork", "join_ranks", "joined_ranks", "leave_ranks"]
+__all__ = [
+    "ALONE",
+    "ProcessGroup",
+    "Ranks",
+    "SameWork",
+    "first_to_fail",
+    "is_lost_rank",
+    "join_ranks",
+    "joined_ranks",
+    "leave_ranks",
+]
 
 T = TypeVar("T")
 JOIN_SECONDS = 300
@@ -285,6 +295,27 @@ def join_ranks() -> tuple[Ranks, Any]:
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ProcessGroup(), store
+
+
+def first_to_fail(store: Any, rank: int, code: int) -> tuple[int, int]:
+    """Note in the process group's store that a rank fails; the rank that failed first, and its exit code.
+
+    The launcher's store outlives the ranks. Where rank 0 holds it instead and is gone, every rank counts as the first.
+    """
+    from torch.distributed import DistError
+
+    try:
+        first, code_of_first = store.compare_set("first to fail", "", f"{rank} {code}").split()
+    except DistError:
+        return rank, code
+    return int(first), int(code_of_first)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error means that another rank has ended; gloo's own have no class but name the library."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def leave_ranks() -> None:

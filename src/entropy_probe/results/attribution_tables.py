@@ -6,10 +6,11 @@ Every column's meaning and unit are in the file itself, in the metadata of its f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from entropy_probe.results.record import whole_file
 
 __all__ = ["LAYERS_FILE", "PROMPTS_FILE", "TABLES", "TOKENS_FILE", "write_table"]
 
@@ -84,9 +85,5 @@ def write_table(path: Path, columns: Mapping[str, Any], unit: str) -> None:
         metadata = {"description": description, "unit": unit if column_unit == RUN_UNIT else column_unit}
         fields.append(pa.field(name, array.type, metadata=metadata))
         arrays.append(array)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         pq.write_table(pa.table(arrays, schema=pa.schema(fields)), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

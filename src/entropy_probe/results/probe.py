@@ -336,6 +336,7 @@ class ProbeResult(SavedRecord):
         attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
         contributions: each evaluation unit's contribution to ``predicted`` (their mean is its value); kept in
             memory only.
+        answers: to further questions, by name; each has a file of its own.
         optimizer_state: what the optimizer's state covers.
         preconditioner: the frozen preconditioner, when that geometry was asked for.
         diagnostics: how the numbers came about.
@@ -355,6 +356,7 @@ class ProbeResult(SavedRecord):
     cross_prompt: CrossPrompt | None = None
     attribution: AttributionSummary | None = None
     contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
+    answers: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     optimizer_state: OptimizerStateReport
     preconditioner: PreconditionerReport | None = None
     diagnostics: Diagnostics

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Kept", "Record", "SavedRecord", "read_record", "write_atomically"]
+__all__ = ["Kept", "Record", "SavedRecord", "read_record", "whole_file", "write_atomically"]
 
 
 class Record(BaseModel):
@@ -22,11 +23,22 @@ RecordT = TypeVar("RecordT", bound=Record)
 SavedT = TypeVar("SavedT", bound="SavedRecord")
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def read_record(kind: type[RecordT], path: Path, what: str, remedy: str) -> RecordT:

@@ -4,27 +4,23 @@ from entropy_probe.rollouts.parquet import read_rollouts, unused_columns, write_
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
 from entropy_probe.sampling.collect import (
     EvaluationSettings,
-    GenerationSettings,
     SamplingReport,
     UpdateSettings,
     sample_update,
 )
 from entropy_probe.sampling.divided import share_engine
+from entropy_probe.sampling.engine import ENGINES, Completion, Engine, GenerationSettings, Progress, SamplingParameters
 from entropy_probe.sampling.evaluation import resample_responses, sample_evaluation, sample_evaluation_file
-from entropy_probe.sampling.generator import (
-    Completion,
-    Progress,
-    SamplingParameters,
-    SequenceGenerator,
-    generate_responses,
-)
 from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.prompts import Message, Prompt, PromptSource, load_prompts
+from entropy_probe.sampling.responses import generate_responses
 from entropy_probe.sampling.rewards import Reward, Rewards, load_reward, load_rewards, score_responses
 from entropy_probe.sampling.templates import encode_prompts, prompt_notes
 
 __all__ = [
+    "ENGINES",
     "Completion",
+    "Engine",
     "EvaluationSettings",
     "GenerationSettings",
     "HFGenerator",
@@ -37,7 +33,6 @@ __all__ = [
     "SamplingParameters",
     "SamplingReport",
     "ScaleRewards",
-    "SequenceGenerator",
     "UpdateSettings",
     "encode_prompts",
     "generate_responses",

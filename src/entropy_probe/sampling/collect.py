@@ -5,33 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
-from entropy_probe.sampling.generator import (
-    Completion,
-    Progress,
-    SamplingParameters,
-    SequenceGenerator,
-    completed_rollouts,
-    respond,
-    sequence_seeds,
-)
+from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters, Settings
 from entropy_probe.sampling.prompts import Prompt
+from entropy_probe.sampling.responses import completed_rollouts, respond, sequence_seeds
 from entropy_probe.sampling.reward_calls import Sample
 from entropy_probe.sampling.rewards import Reward, Rewards
 
 __all__ = [
     "EvaluationSettings",
-    "GenerationSettings",
     "SamplingReport",
     "UpdateSettings",
     "sample_update",
@@ -60,38 +52,7 @@ COPIES = NoteKind(
 )
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class GenerationSettings(_Settings):
-    """How responses are generated.
-
-    Attributes:
-        top_p: must be 1: the full softmax is the policy.
-        top_k: must be 0 (off), for the same reason.
-        batch_size: sequences generated at a time, fewer where they do not fit the memory. Which responses a seed
-            gives does not depend on it, up to rounding.
-        stop: texts that end a response, the token that completes one included; for a trainer that samples with them.
-    """
-
-    top_p: float = 1.0
-    top_k: int = 0
-    batch_size: int = Field(default=64, gt=0)
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-
-    @field_validator("top_p", "top_k")
-    @classmethod
-    def _full_softmax(cls, value: float | int, info: Any) -> float | int:
-        off = cls.model_fields[info.field_name].default
-        if value != off:
-            raise ValueError(
-                f"expected {off}, got {value}; the full softmax is the policy, leave {info.field_name} out"
-            )
-        return value
-
-
-class UpdateSettings(_Settings):
+class UpdateSettings(Settings):
     """The update batch: ``num_prompts`` distinct prompts with ``group_size`` responses each.
 
     Attributes:
@@ -114,7 +75,7 @@ class UpdateSettings(_Settings):
     allow_zero_advantages: bool = False
 
 
-class EvaluationSettings(_Settings):
+class EvaluationSettings(Settings):
     """The evaluation batch: prompts drawn with replacement, one response per draw.
 
     Attributes:
@@ -171,7 +132,7 @@ class _Group:
 
 
 def sample_update(
-    engine: SequenceGenerator,
+    engine: Engine,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     reward: Reward | Rewards,

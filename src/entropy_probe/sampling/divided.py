@@ -13,7 +13,7 @@ from typing import TypeVar, final
 
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.results.note import Note, distinct
-from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters, SequenceGenerator
+from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters
 
 __all__ = ["share_engine"]
 
@@ -22,10 +22,10 @@ Job = tuple[Sequence[Sequence[int]], SamplingParameters, Sequence[int]]
 
 
 @final
-class _DividedGenerator:
+class _DividedEngine:
     """The engines of all ranks as one, for rank 0."""
 
-    def __init__(self, engine: SequenceGenerator, ranks: Ranks, *, together: bool) -> None:
+    def __init__(self, engine: Engine, ranks: Ranks, *, together: bool) -> None:
         self._engine, self._ranks, self._together = engine, ranks, together
         self._notes: tuple[Note, ...] = ()
 
@@ -68,8 +68,8 @@ class _DividedGenerator:
 
 def share_engine(
     ranks: Ranks,
-    engine: SequenceGenerator | None,
-    work: Callable[[SequenceGenerator | None], T],
+    engine: Engine | None,
+    work: Callable[[Engine | None], T],
     *,
     together: bool = False,
 ) -> T:
@@ -91,7 +91,7 @@ def share_engine(
     """
     if ranks.size == 1:
         return work(engine)
-    divided = None if engine is None else _DividedGenerator(engine, ranks, together=together)
+    divided = None if engine is None else _DividedEngine(engine, ranks, together=together)
     outcome: list[T] = []
     with ranks.agreeing():
         if ranks.rank == 0:
@@ -107,7 +107,7 @@ def share_engine(
     return found
 
 
-def _serve(ranks: Ranks, divided: _DividedGenerator | None) -> None:
+def _serve(ranks: Ranks, divided: _DividedEngine | None) -> None:
     """Take part in whatever rank 0 samples, until it says that this was all."""
     job: Job | None
     while (job := ranks.broadcast(None)) is not None:

@@ -18,17 +18,9 @@ from entropy_probe.sampling.collect import (
     check_prompts,
     numpy_generator,
 )
-from entropy_probe.sampling.generator import (
-    Completion,
-    Progress,
-    SamplingParameters,
-    SequenceGenerator,
-    completed_rollouts,
-    generate_responses,
-    respond,
-    sequence_seeds,
-)
+from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters
 from entropy_probe.sampling.prompts import Prompt
+from entropy_probe.sampling.responses import completed_rollouts, generate_responses, respond, sequence_seeds
 from entropy_probe.sampling.templates import encode_prompts
 
 __all__ = ["SHARD_SEQUENCES", "resample_responses", "sample_evaluation", "sample_evaluation_file"]
@@ -38,7 +30,7 @@ SHARD_SEQUENCES = 256
 
 
 def sample_evaluation(
-    engine: SequenceGenerator,
+    engine: Engine,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     settings: EvaluationSettings,
@@ -71,7 +63,7 @@ def sample_evaluation(
 
 
 def sample_evaluation_file(
-    engine: SequenceGenerator,
+    engine: Engine,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     settings: EvaluationSettings,
@@ -131,7 +123,7 @@ def sample_evaluation_file(
 
 
 def resample_responses(
-    engine: SequenceGenerator,
+    engine: Engine,
     rollouts: Rollouts,
     parameters: SamplingParameters,
     *,
@@ -176,9 +168,7 @@ def _counts(completions: Sequence[Completion]) -> tuple[int, int, int]:
     return sum(c.truncated for c in completions), tokens, sum(c.stopped for c in completions)
 
 
-def _report(
-    drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], engine: SequenceGenerator
-) -> SamplingReport:
+def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], engine: Engine) -> SamplingReport:
     distinct = len({prompt.id for prompt in drawn})
     truncated, tokens, stopped = map(sum, zip(*counts, strict=True))
     return SamplingReport(

@@ -10,7 +10,7 @@ Whatever computes the logits is compared with plain calls of the model before it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from entropy_probe.parallel.shards import reshard
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
-from entropy_probe.sampling.generator import Completion, Progress, SamplingParameters
+from entropy_probe.sampling.engine import ENGINES, Agreed, Completion, GenerationSettings, Progress, SamplingParameters
 
 __all__ = ["HFGenerator", "draw_tokens"]
 
@@ -72,7 +72,7 @@ class HFGenerator:
         model: Any,
         tokenizer: Any,
         batch_size: int = 64,
-        agreed: Callable[[Tensor], Tensor] | None = None,
+        agreed: Agreed | None = None,
     ) -> None:
         if not callable(getattr(model, "generate", None)):
             raise ValueError(
@@ -112,7 +112,7 @@ class HFGenerator:
         seeds: Sequence[int],
         progress: Progress | None = None,
     ) -> list[Completion]:
-        """Sample one response to each prompt; see :class:`SequenceGenerator`.
+        """Sample one response to each prompt; see :class:`Engine`.
 
         Raises:
             ValueError: if the model's log-probabilities of a sequence depend on what follows, or cannot be had.
@@ -304,6 +304,13 @@ class HFGenerator:
             Completion(prompt, tuple(ids[:n]), not done, tuple(s[:n]))
             for prompt, ids, s, n, done in zip(batch.prompts, *columns, strict=True)
         ]
+
+
+def _of_settings(model: Any, tokenizer: Any, settings: GenerationSettings, agreed: Agreed | None) -> HFGenerator:
+    return HFGenerator(model, tokenizer, settings.batch_size, agreed)
+
+
+ENGINES["hf"] = _of_settings
 
 
 @dataclass(frozen=True)

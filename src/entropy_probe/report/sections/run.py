@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from entropy_probe.report.numbers import common_exponent, format_number, format_percent
@@ -38,6 +39,7 @@ def run_sections(
     tables: Tables | None = None,
     validation: Validation | None = None,
     config: str | None = None,
+    answers: Sequence[Section] = (),
 ) -> tuple[Section, ...]:
     """Everything that is shown of a run.
 
@@ -46,6 +48,7 @@ def run_sections(
         tables: its attribution, if there is one.
         validation: the attribution's validation by real steps, if there is one.
         config: the resolved settings as text; those in the result if None.
+        answers: to further questions.
 
     Raises:
         ValueError: if the result holds no change at all, or the tables are of another run.
@@ -57,6 +60,7 @@ def run_sections(
         step_section(result),
         *attribution_sections(result, tables),
         *validated,
+        *answers,
         diagnostics_section(result),
         optimizer_section(result.optimizer_state),
         *settings_sections(config, result),

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError
-from entropy_probe.checkpoints.messages import first_line, shown
+from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, first_line, shown
 
 __all__ = [
     "ADAM",

@@ -1,125 +1,28 @@
-"""What an engine that samples responses has to offer, and the one way in which the package calls it.
-
-An engine sees token ids, never text, prompts' ids or rewards. Whatever it computes with, the probe scores its
-responses again with the policy itself, and compares with the log-probabilities that the engine reports.
-"""
+"""The one way in which the package calls an engine: what it gives back is checked, and ended at a stop text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.stopping import cut_at_stop
 from entropy_probe.sampling.templates import encode_prompts
 
-__all__ = [
-    "Completion",
-    "Progress",
-    "SamplingParameters",
-    "SequenceGenerator",
-    "completed_rollouts",
-    "generate_responses",
-    "respond",
-    "sequence_seeds",
-]
-
-Progress = Callable[[int, int], None]
-"""Called with the sequences done and the sequences in all."""
-
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """The distribution to sample: ``softmax(logits / temperature)`` over the full vocabulary, cut off at a length.
-
-    Attributes:
-        temperature: the sampling temperature, above 0.
-        max_completion_length: the longest response, in tokens.
-        stop: texts that end a response; see :mod:`entropy_probe.sampling.stopping`. Engines leave them alone.
-
-    Raises:
-        ValueError: if temperature or length is not positive, or a stop text is empty.
-    """
-
-    temperature: float
-    max_completion_length: int
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "max_completion_length"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {value}")
-        if not all(self.stop):
-            raise ValueError(f"stop: expected texts of at least one character, got {list(self.stop)}; leave '' out")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and a response sampled to it.
-
-    Attributes:
-        prompt_token_ids: the tokens of the prompt.
-        token_ids: the response tokens, the first end-of-sequence token included and nothing after it.
-        truncated: whether the response was cut off before an end-of-sequence token.
-        logprobs: the engine's own log-probability of each response token in nats; ``None`` if it reports none.
-        stopped: whether the response ends with the token that completed a stop text.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    truncated: bool
-    logprobs: tuple[float, ...] | None = None
-    stopped: bool = False
-
-
-@runtime_checkable
-class SequenceGenerator(Protocol):
-    """An engine that samples responses."""
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens that a prompt and its response may have together; ``None`` where nothing bounds them."""
-        ...
-
-    @property
-    def notes(self) -> tuple[Note, ...]:
-        """Everything so far that a careful reader should know, such as a smaller batch size."""
-        ...
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        parameters: SamplingParameters,
-        seeds: Sequence[int],
-        progress: Progress | None = None,
-    ) -> list[Completion]:
-        """Sample one response to each prompt.
-
-        Args:
-            prompts: the token ids of each prompt, without padding; repeated for several responses.
-            parameters: the distribution to sample from. Nothing else may shape it: no top-k, no top-p, no penalty.
-            seeds: a seed for each sequence, between 0 and 2^63 - 1. A response must depend on nothing but its
-                prompt, its seed, the parameters and the policy, up to rounding: not on how the engine batches.
-            progress: called with sequences done and in all.
-
-        Returns:
-            One completion per prompt, in their order.
-        """
-        ...
+__all__ = ["completed_rollouts", "generate_responses", "respond", "sequence_seeds"]
 
 
 def generate_responses(
-    engine: SequenceGenerator,
+    engine: Engine,
     token_ids: Sequence[Sequence[int]],
     prompt_ids: Sequence[int],
     parameters: SamplingParameters,
@@ -174,7 +77,7 @@ def _until_stop(completion: Completion, stop: tuple[str, ...], tokenizer: Any) -
     )
 
 
-def _name(engine: SequenceGenerator) -> str:
+def _name(engine: Engine) -> str:
     return type(engine).__name__
 
 
@@ -193,7 +96,7 @@ def _problem(completion: Completion, prompt: tuple[int, ...], longest: int) -> s
 
 
 def respond(
-    engine: SequenceGenerator,
+    engine: Engine,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     parameters: SamplingParameters,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from entropy_probe.report.text import printable
 
-__all__ = ["LOCK_FILE", "locked"]
+__all__ = ["LOCK_FILE", "cannot_write", "locked"]
 
 LOCK_FILE = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -38,7 +38,7 @@ def locked(directory: Path) -> Iterator[None]:
             f"output_dir: another process is working in {directory}; wait for it to end, or choose another one"
         ) from error
     except OSError as error:
-        raise ValueError(f"output_dir: cannot write into {directory}: {error.strerror}; choose another one") from error
+        raise cannot_write(directory, error) from error
     try:
         yield
     finally:
@@ -46,6 +46,11 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(held)
         if not existed and not any(directory.iterdir()):
             directory.rmdir()
+
+
+def cannot_write(directory: Path, error: OSError) -> ValueError:
+    """The words for a directory that cannot be written into."""
+    return ValueError(f"output_dir: cannot write into {directory}: {error.strerror}; choose another one")
 
 
 def _take(file: Path) -> int:

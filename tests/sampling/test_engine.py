@@ -12,11 +12,11 @@ from tests.notes import noted, texts
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling import (
     Completion,
+    Engine,
     EvaluationSettings,
     HFGenerator,
     Prompt,
     SamplingParameters,
-    SequenceGenerator,
     UpdateSettings,
     encode_prompts,
     generate_responses,
@@ -56,7 +56,7 @@ class CoinEngine:
 
 def test_any_engine_fits_behind_the_interface(tokenizer, tmp_path):
     engine = CoinEngine()
-    assert isinstance(engine, SequenceGenerator)
+    assert isinstance(engine, Engine)
     settings = UpdateSettings(num_prompts=4, group_size=3)
     update, report = sample_update(
         engine, tokenizer, PROMPTS, lambda responses: [float(len(x)) for x in responses], settings, PARAMETERS

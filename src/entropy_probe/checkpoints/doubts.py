@@ -1,0 +1,105 @@
+"""What does not keep a checkpoint from loading but should be read before its numbers are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from entropy_probe.results.checkpoint import MovementReport
+from entropy_probe.results.note import Note, NoteKind
+
+if TYPE_CHECKING:
+    from entropy_probe.checkpoints.examine import Examined
+
+__all__ = ["doubts_about"]
+
+LARGE_LEARNING_RATE = 0.1
+LARGE_UNSCALED = {"SGD": 100.0, "Adadelta": 100.0}
+"""Optimizers whose learning rate is not about the size of an element's step, so that only a far larger one is odd."""
+UNUSABLE = NoteKind("unusable", "{reason}", "Nothing can be computed from this checkpoint until that is put right.")
+EXCHANGED = NoteKind(
+    "moments_exchanged",
+    "the optimizer state of {parameters} seems exchanged{more}: the weights have moved along each other's moments, not "
+    "their own; the entries are in another order than the mapping says",
+    "Do not use these numbers: record a manifest during training, which maps entries by name.",
+)
+RATE_IS_ZERO = NoteKind(
+    "learning_rate_zero",
+    "learning rate is 0, as after a finished schedule; set probe.learning_rate",
+    "Set probe.learning_rate to that of the step you ask about; a sweep has rates of its own.",
+)
+RATE_IS_LARGE = NoteKind(
+    "learning_rate_large",
+    "learning rate {rate:g} is above {bound:g}; check it",
+    "Make sure that the rate is meant; probe.learning_rate sets another.",
+)
+ZERO_MOMENTS = NoteKind(
+    "zero_moments",
+    "exp_avg_sq is all zero for {share:.0%} of the elements; normal for lora_A after the first step and for embeddings "
+    "of tokens that never occurred; otherwise these parameters were not trained",
+    "Compare with a later checkpoint; frozen or unused parts may be left out of training.",
+)
+STEPS_DIFFER = NoteKind(
+    "steps_differ",
+    "step counts differ between parameters ({least} to {most}); some were not always trained",
+    "Make sure that the late starters were unfrozen on purpose.",
+)
+TWO_SAVES = NoteKind(
+    "two_saves",
+    "optimizer.pt is at step {optimizer}, trainer_state.json at {trainer}; files of two saves?",
+    "Do not mix files of different saves: copy the checkpoint again.",
+)
+DECAY_UNKNOWN = NoteKind(
+    "weight_decay_unknown",
+    "the file does not say whether weight decay is decoupled; taken as AdamW, the Trainer's",
+    "Right for the Trainer's AdamW; else record a manifest during training.",
+)
+OTHER_BASE = NoteKind(
+    "other_base_model",
+    "the adapter was trained on {recorded}, the base model given is {given}; with other weights of the same shapes "
+    "every number is wrong, and only a manifest could tell",
+    "Give the base model that it was trained on, and record a manifest.",
+)
+
+
+def doubts_about(found: Examined) -> Iterator[Note]:
+    """A note for each doubt, the gravest first."""
+    saved, state = found.saved, found.state
+    if found.movement is not None and found.movement.exchanged:
+        yield _exchange(found.movement)
+    rates = [group["lr"] for group in saved.groups if group["params"]]
+    if not any(rates):
+        yield RATE_IS_ZERO()
+    large = LARGE_UNSCALED.get(saved.kind.name, LARGE_LEARNING_RATE)
+    if max(rates) > large:
+        yield RATE_IS_LARGE(rate=max(rates), bound=large)
+    if saved.is_adam and state.coverage < 1:
+        yield ZERO_MOMENTS(share=1 - state.coverage)
+    low, high = state.steps
+    if low != high:
+        yield STEPS_DIFFER(least=low, most=high)
+    if found.global_step is not None and found.global_step != high and saved.count("step"):
+        yield TWO_SAVES(optimizer=high, trainer=found.global_step)
+    yield from found.format.doubts(found.path)
+    if saved.is_adam and any(g["weight_decay"] and "decoupled_weight_decay" not in g for g in saved.groups):
+        yield DECAY_UNKNOWN()
+    yield from _doubts_about_base(found)
+
+
+def _doubts_about_base(found: Examined) -> Iterator[Note]:
+    """Another base model of the same shapes loads without an error and gives wrong numbers."""
+    base, manifest = found.model.base, found.manifest
+    proven = manifest is not None and manifest.base_model is not None and manifest.base_model.files
+    recorded = found.model.adapter_config.get("base_model_name_or_path")
+    if base is None or proven or not isinstance(recorded, str):
+        return
+    if Path(recorded).name.lower() != Path(base).name.lower():
+        yield OTHER_BASE(recorded=recorded, given=base)
+
+
+def _exchange(movement: MovementReport) -> Note:
+    first = movement.exchanged[0]
+    more = f" and {len(movement.exchanged) - 1} more" if len(movement.exchanged) > 1 else ""
+    shown = " and ".join(first[:2]) + (f" and {len(first) - 2} others" if len(first) > 2 else "")
+    return EXCHANGED(parameters=shown, more=more)

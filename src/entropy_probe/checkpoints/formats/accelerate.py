@@ -1,0 +1,52 @@
+"""``optimizer.bin`` of accelerate, and full weights in ``pytorch_model_fsdp.bin`` where FSDP gathered them.
+
+Both are files of ``torch.save``. ``save_state`` numbers the parameters as the Trainer does; FSDP with
+``FULL_STATE_DICT`` writes them by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entropy_probe.checkpoints.errors import UnsupportedError, shown
+from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights
+from entropy_probe.checkpoints.safe_read import read_archive
+
+__all__ = ["FORMAT", "Accelerate"]
+
+
+class Accelerate(CheckpointFormat):
+    """Two files in the directory; the weights are more often safetensors."""
+
+    def optimizer_at(self, path: Path) -> Path | None:
+        """The file."""
+        return _file(path / "optimizer.bin")
+
+    def weights_at(self, path: Path) -> Path | None:
+        """The file that FSDP gathered."""
+        return _file(path / "pytorch_model_fsdp.bin")
+
+    def weights(self, place: Path) -> Weights:
+        """Its tensors, mapped from the file."""
+        found = read_archive(place, "save the model's own state_dict")
+        if not (isinstance(found, dict) and found and all(map(_is_weight, found.items()))):
+            raise UnsupportedError(
+                f"{place}: expected dense tensors by name, got {shown(found)}; save the model's own state_dict"
+            )
+        return Weights((place,), {name: StoredTensor(place, tuple(x.shape), x.detach) for name, x in found.items()})
+
+
+FORMAT = Accelerate()
+
+
+def _file(file: Path) -> Path | None:
+    return file if file.is_file() else None
+
+
+def _is_weight(item: tuple[object, object]) -> bool:
+    name, value = item
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.is_contiguous()
+    return isinstance(name, str) and name.isprintable() and dense

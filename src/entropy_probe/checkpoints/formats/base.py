@@ -1,0 +1,102 @@
+"""What a checkpoint format is: where in a directory a trainer's files are, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, read_optimizer
+from entropy_probe.results.note import Note, NoteKind
+
+__all__ = ["CheckpointFormat", "StoredTensor", "Weights", "doubts_about_files"]
+
+_WHOLE = "Use a checkpoint that was saved to its end, or make sure of this one."
+NO_TRAINER_STATE = NoteKind(
+    "no_trainer_state", "trainer_state.json, written last, is missing; the save may be incomplete", _WHOLE
+)
+NO_SCHEDULER = NoteKind(
+    "no_scheduler",
+    "scheduler.pt is missing; the save may be incomplete (the next step's rate is in optimizer.pt)",
+    _WHOLE,
+)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file, its shape known and its values not read yet."""
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a model or of an adapter, by name.
+
+    Attributes:
+        files: where they are; messages name the first.
+        tensors: each with its own file.
+        pretrained: whether ``from_pretrained`` reads these files itself, as it does safetensors. Else the model is
+            built from its configuration and filled with ``tensors``, in which tied ones may be under each name.
+    """
+
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    pretrained: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+
+@runtime_checkable
+class CheckpointFormat(Protocol):
+    """How one trainer saves an optimizer's state and, where not as safetensors, a model's full weights.
+
+    A member is one module of this folder whose ``FORMAT`` is an instance. It keeps nothing of a directory: its methods
+    first say where in one its files are, and are then given that place. What is not there is taken from another
+    member, so that a sharded optimizer may stand beside safetensors. Configuration, tokenizer and adapters are as the
+    Hugging Face libraries save them. What a member does not say is as here: one file of ``torch.save``.
+    """
+
+    def optimizer_at(self, path: Path) -> Path | None:
+        """The file or folder with the optimizer's state; None where this trainer did not write the directory."""
+        ...
+
+    def optimizer(self, place: Path) -> SavedOptimizer:
+        """The state, groups checked; tensors may stay in their files until :meth:`SavedOptimizer.loaded`.
+
+        Raises:
+            CheckpointError: if it cannot be read or is of an optimizer that is not rebuilt.
+        """
+        return read_optimizer(place)
+
+    def weights_at(self, path: Path) -> Path | None:
+        """The file or folder with full weights; None where there are none of this format."""
+        return None
+
+    def weights(self, place: Path) -> Weights:
+        """The full weights; only names and shapes are read.
+
+        Raises:
+            CheckpointError: if they cannot be read.
+        """
+        raise AssertionError(f"{place}: {type(self).__name__} has no weights of its own")
+
+    def doubts(self, path: Path) -> Iterator[Note]:
+        """What makes a save look unfinished; files of the Hugging Face Trainer are expected where it wrote its log."""
+        if (path / "trainer_state.json").is_file():
+            yield from doubts_about_files(path)
+
+
+def doubts_about_files(path: Path) -> Iterator[Note]:
+    """A note for each file that the Hugging Face Trainer writes beside the state and that is missing."""
+    if not (path / "trainer_state.json").is_file():
+        yield NO_TRAINER_STATE()
+    if not (path / "scheduler.pt").is_file():
+        yield NO_SCHEDULER()

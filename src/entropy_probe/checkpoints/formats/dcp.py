@@ -1,0 +1,149 @@
+"""Folders of ``torch.distributed.checkpoint``: FSDP under accelerate, Miles, slime, NeMo-RL, prime-rl and others.
+
+Model and optimizer are in folders of their own or in one, nested or not, with parameters by name as
+``torch.distributed.checkpoint.state_dict`` gives them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.checkpoints.dcp import METADATA, Entry, ShardedDirectory
+from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, UnsupportedError, shown
+from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights
+from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
+
+__all__ = ["FORMAT", "Sharded", "read_sharded_optimizer"]
+
+
+class Sharded(CheckpointFormat):
+    """Folders called ``pytorch_model_fsdp_0``, ``model`` or ``weights``, and ``optimizer_0`` or ``optimizer``."""
+
+    def optimizer_at(self, path: Path) -> Path | None:
+        """The folder of the optimizer, or of all."""
+        return _folder(path, "optimizer_0", "optimizer")
+
+    def optimizer(self, place: Path) -> SavedOptimizer:
+        """Its state by name; tensors are without storage until they are loaded."""
+        _refuse_several(place)
+        return read_sharded_optimizer(ShardedDirectory.open(place))
+
+    def weights_at(self, path: Path) -> Path | None:
+        """The folder of the model, or of all."""
+        return _folder(path, "pytorch_model_fsdp_0", "model", "weights")
+
+    def weights(self, place: Path) -> Weights:
+        """The model's tensors, each put together from its shards when it is read."""
+        _refuse_several(place)
+        return read_sharded_weights(ShardedDirectory.open(place))
+
+
+FORMAT = Sharded()
+
+
+def _folder(path: Path, *names: str) -> Path | None:
+    places = (*(path / name for name in names), path)
+    return next((place for place in places if (place / METADATA).is_file()), None)
+
+
+def _refuse_several(place: Path) -> None:
+    second = place.with_name(place.name.removesuffix("_0") + "_1")
+    if place.name.endswith("_0") and (second / METADATA).is_file():
+        raise UnsupportedError(f"{second}: not supported: several models or optimizers; save one")
+
+
+def read_sharded_weights(directory: ShardedDirectory) -> Weights:
+    """The model's tensors by name: those under ``model``, or all where nothing is nested.
+
+    Raises:
+        UnsupportedError: if there are none, or several models.
+    """
+    inside = {place: e for place, e in directory.entries.items() if e.dtype is not None}
+    parents = {place[:-1] for place in inside if place[-2:-1] in ((), ("model",))}
+    if len(parents) != 1:
+        raise UnsupportedError(
+            f"{directory.path}: expected one 'model' with tensors by name, got {len(parents)}; save model and "
+            "optimizer as torch.distributed.checkpoint.state_dict gives them"
+        )
+    (parent,) = parents
+    file = directory.path / METADATA
+    return Weights(
+        (file,),
+        {
+            str(place[-1]): StoredTensor(file, entry.shape, partial(directory.read, entry))
+            for place, entry in inside.items()
+            if place[:-1] == parent
+        },
+    )
+
+
+def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
+    """The optimizer of a directory: groups and counts as they are, tensors without storage.
+
+    Raises:
+        CheckpointError: if there is none or several, a name is in two groups or in none, or the groups are not those
+            of one of the optimizers that are rebuilt.
+    """
+    where = directory.path / METADATA
+    parent = _parent(directory)
+    found: dict[int, dict[str, Any]] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for place, entry in directory.entries.items():
+        if place[: len(parent)] != parent:
+            continue
+        match place[len(parent) :]:
+            case ("param_groups", int(index), str(key)):
+                found.setdefault(index, {})[key] = directory.read(entry)
+            case ("state", str(name), str(key)):
+                in_place = entry.dtype is None or not entry.shape
+                state.setdefault(name, {})[key] = directory.read(entry) if in_place else _without_storage(entry)
+            case other:
+                raise UnsupportedError(f"{where}: optimizer: expected state and param_groups, got {shown(other, 80)}")
+    if sorted(found) != list(range(len(found))):
+        raise DamagedFileError(f"{where}: expected parameter groups numbered from 0, got {sorted(found)[:5]}")
+    groups = [found[i] for i in sorted(found)]
+    names = _names(where, groups, state)
+
+    def read(index: int, key: str) -> Tensor:
+        return directory.read(directory.entries[(*parent, "state", names[index], key)])
+
+    return saved_optimizer(where, {"state": state, "param_groups": groups}, directory.size, read)
+
+
+def _names(where: Path, groups: list[dict[str, Any]], state: dict[str, dict[str, Any]]) -> list[str]:
+    """The parameters of all groups, each in one of them."""
+    names: list[str] = []
+    for i, group in enumerate(groups):
+        own = group.get("params")
+        if not (isinstance(own, list) and all(isinstance(name, str) for name in own)):
+            raise DamagedFileError(f"{where}: group {i}: expected a list of parameter names, got {shown(own)}")
+        names += own
+    strangers = sorted(state.keys() - set(names))
+    if len(set(names)) != len(names) or strangers:
+        raise MappingError(
+            f"{where}: expected every parameter in one group, got {len(names) - len(set(names))} in two and state for "
+            f"{len(strangers)} in none {strangers[:2]}; save the optimizer again"
+        )
+    return names
+
+
+def _parent(directory: ShardedDirectory) -> tuple[Any, ...]:
+    """Where the one optimizer is."""
+    parents = {p[: p.index("param_groups")] for p in directory.entries if "param_groups" in p}
+    if len(parents) != 1:
+        raise UnsupportedError(
+            f"{directory.path / METADATA}: expected one optimizer with state and param_groups by parameter name, got "
+            f"{len(parents)}; save it as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it, "
+            "not flattened"
+        )
+    (parent,) = parents
+    return parent
+
+
+def _without_storage(entry: Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")

@@ -1,0 +1,1 @@
+"""Questions about a prediction, one module each; see :mod:`entropy_probe.questions.base`."""

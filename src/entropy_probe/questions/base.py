@@ -1,0 +1,80 @@
+"""The seam of analyses: a question about a prediction, answered by a record that shows itself.
+
+An analysis is a module of this folder, of which it takes the name; it has ``Settings``, ``Answer``, ``run`` and
+``section``. Its key in a config, its file, and its part of the console and the page follow from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ValidationError
+
+from entropy_probe.analyses.predict import Prediction
+from entropy_probe.report.sections.base import Section
+from entropy_probe.results.record import SavedRecord
+
+__all__ = ["Analysis", "answer_all", "check_questions", "questions"]
+
+
+@runtime_checkable
+class Analysis(Protocol):
+    """A question about a prediction."""
+
+    Settings: type[BaseModel]
+    """What is asked; frozen, unknown keys are errors."""
+    Answer: type[SavedRecord]
+    """The answer, which has a file of its own."""
+
+    def run(self, prediction: Prediction, settings: Any) -> SavedRecord:
+        """The answer; called while the policy may be scored and differentiated.
+
+        Raises:
+            ValueError: if the question does not fit the prediction.
+        """
+        ...
+
+    def section(self, answer: Any) -> Section:
+        """The answer for people."""
+        ...
+
+
+@cache
+def questions() -> dict[str, Analysis]:
+    """All questions by name."""
+    package = __name__.rpartition(".")[0]
+    names = (module.name for module in iter_modules(import_module(package).__path__) if module.name != "base")
+    members: dict[str, Any] = {name: import_module(f"{package}.{name}") for name in names}
+    return members
+
+
+def check_questions(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, BaseModel]:
+    """The settings of each question.
+
+    Raises:
+        ValueError: for an unknown question, or settings that it refuses.
+    """
+    checked = {}
+    for name, settings in asked.items():
+        if name not in questions():
+            raise ValueError(f"questions: expected one of {', '.join(questions())}, got {name!r}")
+        try:
+            checked[name] = questions()[name].Settings(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (name, *first["loc"])))
+            raise ValueError(f"questions.{where}: {first['msg']}, got {first['input']!r}") from error
+    return checked
+
+
+def answer_all(prediction: Prediction, asked: Mapping[str, BaseModel]) -> dict[str, SavedRecord]:
+    """The answers to checked questions, by name.
+
+    Raises:
+        ValueError: if a question does not fit the prediction.
+    """
+    return {name: questions()[name].run(prediction, settings) for name, settings in asked.items()}

@@ -1,0 +1,148 @@
+"""What if some prompts were left out of the update batch?
+
+Exact where the linear contributions of an attribution are not: the gradient of the remaining prompts has its own
+normaliser and clipping factor, and the step its own denominators. Formulas: ``docs/theory.md``, "What if".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from entropy_probe.analyses.assemble import estimate_fields, predicted_record
+from entropy_probe.analyses.gradient import differentiate, over_units
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate
+from entropy_probe.estimators.first_order import FirstOrder, first_order
+from entropy_probe.gradients.leave_out import kept_gradient, renormalisation
+from entropy_probe.gradients.per_sample import Side
+from entropy_probe.named import NamedVector
+from entropy_probe.report.sections.base import Row, Rows, Section, written
+from entropy_probe.results.probe import Estimate, Predicted
+from entropy_probe.results.record import Kept, Record, SavedRecord
+from entropy_probe.steps.plan import PlannedStep, plan_step
+
+__all__ = ["Answer", "Scenario", "Settings", "run", "section", "step_changes", "step_without"]
+
+
+class Settings(BaseModel):
+    """Which prompts to leave out.
+
+    Attributes:
+        prompts: one list of prompt ids per scenario.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: tuple[tuple[int, ...], ...] = Field(min_length=1)
+
+
+class Scenario(Record):
+    """The step without some prompts.
+
+    Attributes:
+        left_out: their ids.
+        predicted: the first-order change of that step, with the error from the evaluation rollouts.
+        difference: from that of the whole batch's step, with the error of the paired difference.
+        clip_factor: what clipping multiplies that gradient by.
+    """
+
+    left_out: tuple[int, ...]
+    predicted: Estimate
+    difference: Estimate
+    clip_factor: float
+
+
+class Answer(SavedRecord):
+    """The first-order change without some prompts, one scenario after the other.
+
+    Errors are from the evaluation rollouts; the update batch is what the question is about.
+
+    Attributes:
+        whole: the change of the step on the whole batch.
+        scenarios: the others.
+    """
+
+    kept: ClassVar = Kept("answers/without_prompts.json", "what-if", "run", "ask again")
+    schema_version: Literal[1] = 1
+    whole: Predicted
+    scenarios: tuple[Scenario, ...]
+
+
+def run(prediction: Prediction, settings: Settings) -> Answer:
+    """The change of the step without each list of prompts, from one more pass over the evaluation batch.
+
+    Raises:
+        ValueError: for prompts that the update batch does not have or has no others than, or an optimizer whose step
+            is taken on copies.
+    """
+    plan = prediction.plan
+    steps = [step_without(prediction, _rows(prediction, ids)) for ids in settings.prompts]
+    moves = [{name: step.delta[name] - x for name, x in plan.step.delta.items()} for step in steps]
+    scenarios = []
+    for ids, step, difference in zip(settings.prompts, steps, step_changes(prediction, moves), strict=True):
+        changed = FirstOrder(
+            prediction.change.value + difference.value,
+            prediction.change.influence + difference.influence,
+            prediction.change.length_change + difference.length_change,
+        )
+        estimates = (Estimate(**estimate_fields(plan.policy, x, plan.evaluation.units)) for x in (changed, difference))
+        scenarios.append(Scenario(left_out=ids, **dict(zip(("predicted", "difference"), estimates, strict=True)),
+                                  clip_factor=step.gradient.factor))  # fmt: skip
+    return Answer(whole=predicted_record(prediction), scenarios=tuple(scenarios))
+
+
+def step_without(prediction: Prediction, dropped: Tensor) -> PlannedStep:
+    """The step on the update batch without some of its prompts, numbered by increasing id."""
+    plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.update
+    out = torch.isin(update.prompts.index, dropped)
+    (factor,) = renormalisation(update.given, (~out).long(), policy.config.loss)[:1]
+    own = (~torch.isin(update.part.present_units, dropped)).nonzero()[:, 0]
+    given = (policy.scorer, policy.parameters, update.own, update.part.local_units, own, plan.loss, plan.gradient)
+    with policy.on_part(update.part):
+        gradient = policy.ranks.sum_vector(kept_gradient(*given), policy.parameters)
+    gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
+    return plan_step(policy.parameters, policy.optimizer, gradient, policy.config, policy.frozen_scale)
+
+
+def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[FirstOrder]:
+    """The first-order change by each of some parameter changes, from one pass over the evaluation batch."""
+    plan, before, evaluation = prediction.plan, prediction.plan.before, prediction.plan.evaluation
+    with plan.policy.clock.phase("what if") as progress:
+        side = Side(entropy_surrogate(plan), directions=moves)
+        given = (plan.policy, evaluation.own, evaluation.part, side)
+        dots = over_units(plan.policy, evaluation.part, differentiate(*given, taps=plan.taps, progress=progress).dots)
+    lengths = torch.zeros(len(moves), dtype=torch.float64)
+    if before.lengths is not None and prediction.length_slope is not None:
+        lengths = before.lengths.along(moves, prediction.length_slope, plan.policy.ranks)
+    return [first_order(dots[k], before.sums.size, before.entropy, float(lengths[k])) for k in range(len(moves))]
+
+
+def _rows(prediction: Prediction, ids: tuple[int, ...]) -> Tensor:
+    """The places of prompts among those of the update batch, by increasing id."""
+    if prediction.by_prompt is None:
+        raise ValueError(
+            "without_prompts: expected torch.optim.AdamW or Adam, whose step divides over prompts, got an optimizer "
+            "whose step is taken on copies; leave the analysis out, or set geometry: frozen"
+        )
+    known = prediction.plan.update.rollouts.prompt_ids.unique()
+    strange = sorted(set(ids) - set(known.tolist()))
+    if strange or not ids or len(set(ids)) == len(known):
+        got = f"{strange[0]}" if strange else "none" if not ids else "all of them"
+        raise ValueError(
+            f"without_prompts.prompts: expected some of the {len(known)} prompt ids of the update batch, "
+            f"{', '.join(map(str, known[:8].tolist()))}{' …' if len(known) > 8 else ''}, but not all, got {got}"
+        )
+    return torch.searchsorted(known, torch.tensor(sorted(set(ids))))
+
+
+def section(answer: Answer) -> Section:
+    """The scenarios, beside the whole batch's step."""
+    rows = [Row("whole update batch", written(answer.whole))]
+    for scenario in answer.scenarios:
+        rows.append(Row(f"without {', '.join(map(str, scenario.left_out))}", written(scenario.predicted)))
+        rows.append(Row("difference", written(scenario.difference), indent=True))
+    return Section("Without some prompts", "without_prompts", "What if", blocks=(Rows(tuple(rows), answer.whole.unit),))

@@ -1,0 +1,160 @@
+"""What an engine that samples responses has to offer, and the engines that a config may name.
+
+An engine sees token ids, never text, prompts' ids or rewards. Whatever it computes with, the probe scores its
+responses again with the policy itself, and compares with the log-probabilities that the engine reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from entropy_probe.results.note import Note
+
+__all__ = [
+    "ENGINES",
+    "Agreed",
+    "Completion",
+    "Engine",
+    "GenerationSettings",
+    "Progress",
+    "SamplingParameters",
+    "Settings",
+]
+
+Progress = Callable[[int, int], None]
+"""Called with the sequences done and the sequences in all."""
+
+
+class Settings(BaseModel):
+    """What a config file may set of sampling."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class GenerationSettings(Settings):
+    """How responses are generated.
+
+    Attributes:
+        engine: what generates them: a name in :data:`ENGINES`.
+        top_p: must be 1: the full softmax is the policy.
+        top_k: must be 0 (off), for the same reason.
+        batch_size: sequences generated at a time, fewer where they do not fit the memory. Which responses a seed
+            gives does not depend on it, up to rounding.
+        stop: texts that end a response, the token that completes one included; for a trainer that samples with them.
+    """
+
+    engine: str = "hf"
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = Field(default=64, gt=0)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+    @field_validator("engine")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ENGINES:
+            raise ValueError(f"expected {' or '.join(ENGINES)}, got {value!r}; sample elsewhere and set rollouts")
+        return value
+
+    @field_validator("top_p", "top_k")
+    @classmethod
+    def _full_softmax(cls, value: float | int, info: Any) -> float | int:
+        off = cls.model_fields[info.field_name].default
+        if value != off:
+            raise ValueError(
+                f"expected {off}, got {value}; the full softmax is the policy, leave {info.field_name} out"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """The distribution to sample: ``softmax(logits / temperature)`` over the full vocabulary, cut off at a length.
+
+    Attributes:
+        temperature: the sampling temperature, above 0.
+        max_completion_length: the longest response, in tokens.
+        stop: texts that end a response; see :mod:`entropy_probe.sampling.stopping`. Engines leave them alone.
+
+    Raises:
+        ValueError: if temperature or length is not positive, or a stop text is empty.
+    """
+
+    temperature: float
+    max_completion_length: int
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "max_completion_length"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        if not all(self.stop):
+            raise ValueError(f"stop: expected texts of at least one character, got {list(self.stop)}; leave '' out")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and a response sampled to it.
+
+    Attributes:
+        prompt_token_ids: the tokens of the prompt.
+        token_ids: the response tokens, the first end-of-sequence token included and nothing after it.
+        truncated: whether the response was cut off before an end-of-sequence token.
+        logprobs: the engine's own log-probability of each response token in nats; ``None`` if it reports none.
+        stopped: whether the response ends with the token that completed a stop text.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    truncated: bool
+    logprobs: tuple[float, ...] | None = None
+    stopped: bool = False
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An engine that samples responses."""
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that a prompt and its response may have together; ``None`` where nothing bounds them."""
+        ...
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Everything so far that a careful reader should know, such as a smaller batch size."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: SamplingParameters,
+        seeds: Sequence[int],
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Sample one response to each prompt.
+
+        Args:
+            prompts: the token ids of each prompt, without padding; repeated for several responses.
+            parameters: the distribution to sample from. Nothing else may shape it: no top-k, no top-p, no penalty.
+            seeds: a seed for each sequence, between 0 and 2^63 - 1. A response must depend on nothing but its
+                prompt, its seed, the parameters and the policy, up to rounding: not on how the engine batches.
+            progress: called with sequences done and in all.
+
+        Returns:
+            One completion per prompt, in their order.
+        """
+        ...
+
+
+Agreed = Callable[[Tensor], Tensor]
+"""For a sharded model, whose ranks all sample the same: what all go on with in place of what each has drawn."""
+
+ENGINES: dict[str, Callable[[Any, Any, GenerationSettings, Agreed | None], Engine]] = {}
+"""How each engine is made of a model, its tokenizer and the settings, by its name in them; its own module enters it."""
