@@ -49,7 +49,7 @@ def main(run: Path) -> None:
         save("report", between(page, None, "#prompts"))
         page.add_style_tag(content=".top { position: static; }")
         save("prompts", between(page, "#prompts-title", "#responses"))
-        save("layers", between(page, "#layers-title", "#diagnostics"))
+        save("layers", between(page, "#layers-title", "#validation"))
         page.locator("[data-prompt]").first.click()
         page.evaluate("document.querySelector('#responses-title').scrollIntoView()")
         # the token that pushes entropy down most, of the responses to that prompt

@@ -210,7 +210,7 @@ def test_attribution_fills_tables_that_a_later_run_without_it_removes(config, tm
     assert tokens.token_id.tolist() == update.input_ids[update.response_mask].tolist()
     assert prompts.prompt.str.fullmatch(r"\d\+\d=").all()
     assert (prompts.standard_error > 0).any()
-    assert "Which tokens did it" in shown
+    assert "Which prompts did it" in shown
     again = invoke("report", out).stdout
     assert again.partition(" Saved in")[0] == shown.partition(" Saved in")[0]
     run(config, "--overwrite")

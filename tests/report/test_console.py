@@ -167,6 +167,13 @@ def test_what_files_say_cannot_act_on_the_terminal():
     assert "recorded during training; hashes agree" in text
 
 
+def test_long_facts_are_whole_at_80_columns():
+    text = show_checkpoint(make_report(movement_not_checked="the base model " * 9 + "is not at hand"))
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    assert "the base model is not at hand" in " ".join(text.split())
+
+
 def test_checkpoint_that_could_not_be_read_shows_the_reason():
     report = CheckpointReport(path="x", kind="lora", verdict="unusable", notes=noted("optimizer.pt: truncated"))
     text = show_checkpoint(report)

@@ -46,11 +46,8 @@ def _print_section(section: Section, console: Console) -> None:
         elif isinstance(block, Table) and not block.folded:
             console.print(_table(block))
     if (verdict := section.verdict) is not None:
-        words = (
-            (sentence_case(verdict.kind), STYLES[verdict.state]),
-            f". {verdict.sentence}" if verdict.sentence else "",
-        )
-        console.print(Padding(Text.assemble(*words), (1, 1, 0, 1)))
+        kind, rest = sentence_case(verdict.kind), f". {printable(verdict.sentence)}" if verdict.sentence else ""
+        console.print(Padding(Text.assemble((kind, STYLES[verdict.state]), rest), (1, 1, 0, 1)))
     _print_lines(section.sentences, console)
     _print_lines(section.cautions, console, "yellow")
     for note in section.notes:
@@ -69,7 +66,7 @@ def _print_lines(lines: Iterable[str], console: Console, style: str = "") -> Non
 def _rows(block: Rows) -> Grid:
     grid = Grid(box=None, padding=(0, 1), show_header=bool(block.unit))
     grid.add_column("")
-    grid.add_column(f" {block.unit}", no_wrap=True)
+    grid.add_column(f" {block.unit}", no_wrap=any(row.note for row in block.rows))
     grid.add_column("", style="dim")
     for row in block.rows:
         value = Text(printable(signed(row.value)), _style(row)) if row.value else ""
@@ -94,16 +91,16 @@ def _table(block: Table) -> Grid:
     grid = Grid(box=None, padding=(0, 0, 0, 1))
     columns = [_column(heading, [row[k] for row in block.rows]) for k, heading in enumerate(block.columns)]
     for heading, _ in columns:
-        grid.add_column(heading, no_wrap=True)
-    faint = [not marked for marked in block.marked] or [False] * len(block.rows)
-    for k, is_faint in enumerate(faint):
-        grid.add_row(*(Text(cells[k]) for _, cells in columns), style="dim" if is_faint else "")
+        grid.add_column(Text(heading), no_wrap=True)
+    for k in range(len(block.rows)):
+        faint = bool(block.mark) and not block.marked[k]
+        grid.add_row(*(Text(cells[k]) for _, cells in columns), style="dim" if faint else "")
     return grid
 
 
 def _column(heading: str, cells: Sequence[str]) -> tuple[str, list[str]]:
     """With room for a minus sign where one of the cells has it, so that digits line up."""
-    texts = [printable(cell) for cell in cells]
+    heading, texts = printable(heading), [printable(cell) for cell in cells]
     if not any(text.startswith("-") for text in texts):
         return heading, texts
     return f" {heading}", [signed(text) if text else text for text in texts]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from entropy_probe.report.numbers import typeset
-from entropy_probe.report.payload import script_json
+from entropy_probe.report.payload import responses_payload, script_json
 from entropy_probe.report.sections.base import (
     Bar,
     BarChart,
@@ -106,8 +106,9 @@ def _environment() -> Environment:
     environment.filters |= {
         "visible": visible, "said": said, "sentence": lambda text: said(text, sentence=True), "headlines": _headlines,
         "groups": _groups, "plain_rows": _plain_rows, "legend": _legend, "draw_bars": draw_bars,
-        "draw_lines": draw_lines, "heat_cells": heat_cells, "small": _small, "json": script_json,
+        "draw_lines": draw_lines, "heat_cells": heat_cells, "small": _small,
         "is_text": lambda cell: isinstance(cell, Verbatim),
+        "json": lambda viewer: script_json(responses_payload(viewer.tables, viewer.unit)),
     }  # fmt: skip
     return environment
 

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import State, Verdict
 from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
-__all__ = ["VerdictKind", "verdict"]
-
-VerdictKind = Literal[
-    "agrees within error",
-    "beyond the linear range",
-    "indistinguishable from 0",
-    "distinguishable from 0",
-    "below the noise floor",
-    "not measured",
-]
+__all__ = ["verdict"]
 
 LINEAR_RANGE = 0.1
-
-
-STATES: dict[VerdictKind, State] = {
+STATES: dict[str, State] = {
     "agrees within error": "ok",
     "distinguishable from 0": "ok",
     "indistinguishable from 0": "look",
@@ -61,7 +49,7 @@ def verdict(result: ProbeResult) -> Verdict:
     return replace(judged, sentence=f"{judged.sentence} {caution}")
 
 
-def _finding(kind: VerdictKind, sentence: str) -> Verdict:
+def _finding(kind: str, sentence: str) -> Verdict:
     return Verdict(kind, sentence, STATES[kind])
 
 
@@ -81,16 +69,22 @@ def _judged(result: ProbeResult) -> Verdict:
     if not any(change.distinguishable for change in changes):
         return _indistinguishable(result)
     if predicted is None or realized is None:
-        return _one_sided(changes[0], "predicted" if realized is None else "measured")
+        how, (change, *_) = "predicted" if realized is None else "measured", changes
+        away, goes = _in_errors(change), "falls" if change.value < 0 else "rises"
+        sentence = f"The {how} change is {away} standard errors from 0: the entropy {goes} by {_size(change)}."
+        return _finding("distinguishable from 0", sentence)
     return _compare(predicted, realized, _difference(result))
 
 
 def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> Verdict:
     if _is_beyond_linear_range(predicted, difference):
+        way = "fall" if predicted.value < 0 else "rise"
+        other = predicted.value * realized.value < 0
+        direction = f" (and in the other direction: predicted to {way})" if other else ""
         return _finding(
             "beyond the linear range",
             f"The entropy {_went(realized)} by {_size(realized)}, not by the {_size(predicted)} predicted"
-            f"{_direction(predicted, realized)}: the difference is {_in_errors(difference)} paired standard errors. "
+            f"{direction}: the difference is {_in_errors(difference)} paired standard errors. "
             "The step is too large for a first-order forecast; trust the realized change, or probe a smaller "
             "learning rate.",
         )
@@ -105,6 +99,8 @@ def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> V
 
 def _indistinguishable(result: ProbeResult) -> Verdict:
     predicted, realized = result.predicted, result.realized and result.realized.estimate
+    subject = f"The {'predicted' if realized is None else 'measured'} change does not exceed its"
+    ending = "Use more rollouts to resolve it."
     if predicted is not None and realized is not None:
         subject = "Neither the predicted nor the realized change exceeds its"
         if _is_beyond_linear_range(predicted, _difference(result)):
@@ -112,20 +108,7 @@ def _indistinguishable(result: ProbeResult) -> Verdict:
                 "The two do differ, by their much smaller paired error, so the step is also beyond the linear range: "
                 "probe a smaller learning rate, and use more rollouts to resolve the change."
             )
-        else:
-            ending = "Use more rollouts to resolve it."
-    else:
-        subject = f"The {'predicted' if realized is None else 'measured'} change does not exceed its"
-        ending = "Use more rollouts to resolve it."
     return _finding("indistinguishable from 0", f"{subject} 95% margin of error. {ending}")
-
-
-def _one_sided(change: Estimate, how: str) -> Verdict:
-    return _finding(
-        "distinguishable from 0",
-        f"The {how} change is {_in_errors(change)} standard errors from 0: the entropy {_goes(change)} by "
-        f"{_size(change)}.",
-    )
 
 
 def _not_measured(realized: Realized, predicted: Estimate | None) -> Verdict:
@@ -171,16 +154,6 @@ def _size(change: Estimate) -> str:
 
 def _went(change: Estimate) -> str:
     return "fell" if change.value < 0 else "rose"
-
-
-def _goes(change: Estimate) -> str:
-    return "falls" if change.value < 0 else "rises"
-
-
-def _direction(predicted: Estimate, realized: Estimate) -> str:
-    if predicted.value * realized.value < 0:
-        return f" (and in the other direction: predicted to {'fall' if predicted.value < 0 else 'rise'})"
-    return ""
 
 
 def _in_errors(estimate: Estimate) -> str:

@@ -9,10 +9,8 @@ from itertools import accumulate
 import numpy as np
 
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_in, format_number, format_percent
-from entropy_probe.report.payload import responses_payload
 from entropy_probe.report.sections.base import (
     Bar,
-    Block,
     HeatMap,
     Row,
     Rows,
@@ -66,28 +64,18 @@ def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
     order = np.argsort(prompts["contribution"], kind="stable").tolist()
     shown = order if len(order) <= 2 * ENDS else order[:ENDS] + order[-ENDS:]
     bars = {k: _prompt_bar(prompts, k, folds, exponent) for k in shown}
-    named = []
-    for heading, rows in (
-        ("lowering entropy most", [k for k in shown[:MAX_NAMED] if contributions[k] < 0]),
-        ("raising entropy most", [k for k in shown[::-1][:MAX_NAMED] if contributions[k] > 0]),
-    ):
-        named += [Row(heading), *(bars[k].row for k in rows)] if rows else []
-    intervals = any(bar.margin is not None for bar in bars.values())
+    down = [bars[k].row for k in shown[:MAX_NAMED] if contributions[k] < 0]
+    up = [bars[k].row for k in shown[::-1][:MAX_NAMED] if contributions[k] > 0]
+    headed = (("lowering entropy most", down), ("raising entropy most", up))
+    named = tuple(row for heading, rows in headed if rows for row in (Row(heading), *rows))
     caption = "; what each prompt's tokens add to δH₁ through the gradient"
-    caption += "; whiskers: 95% intervals, from the choice of evaluation rollouts" if intervals else ""
+    if any(bar.margin is not None for bar in bars.values()):
+        caption += "; whiskers: 95% intervals, from the choice of evaluation rollouts"
+    chart = bar_charts("Contribution of each prompt", list(bars.values()), unit, caption, "prompts")
     sentences = prompt_sentences(prompts)
-    return Section(
-        title="Which prompts did it",
-        key="prompts",
-        short="Prompts",
-        sentences=tuple(sentences),
-        summary=sentences[0],
-        blocks=(
-            *bar_charts("Contribution of each prompt", list(bars.values()), unit, caption, "prompts"),
-            *([Rows(tuple(named), unit)] if named else []),
-            _all_prompts(prompts),
-        ),
-    )
+    blocks = (*chart, *([Rows(named, unit)] if named else []), _all_prompts(prompts))
+    return Section("Which prompts did it", "prompts", "Prompts", sentences=tuple(sentences), summary=sentences[0],
+                   blocks=blocks)  # fmt: skip
 
 
 def _prompt_bar(prompts: Columns, k: int, folds: int | None, exponent: int | None) -> Bar:
@@ -107,26 +95,15 @@ def _excerpt(text: str | None) -> str:
 
 
 def _all_prompts(prompts: Columns) -> Table:
-    def number(value: float) -> str:
-        return "" if math.isnan(value) else format_number(float(value))
-
-    columns = ("prompt", "text", "responses", "tokens", "mean reward", "contribution", "standard error",
-               "covariance term")  # fmt: skip
+    numbers = ("mean_reward", "contribution", "standard_error", "covariance")
     rows = tuple(
-        (
-            str(prompts["prompt_id"][k]),
-            Verbatim(_cut(prompts["prompt"][k] or "")),
-            str(prompts["num_responses"][k]),
-            str(prompts["num_tokens"][k]),
-            *(number(prompts[name][k]) for name in ("mean_reward", "contribution", "standard_error", "covariance")),
+        (str(number), _excerpt(text), str(responses), str(tokens), *(format_number(x) if x == x else "" for x in more))
+        for number, text, responses, tokens, *more in zip(
+            *(prompts[name] for name in ("prompt_id", "prompt", "num_responses", "num_tokens", *numbers)), strict=True
         )
-        for k in range(len(prompts["prompt_id"]))
     )
+    columns = ("prompt", "text", "responses", "tokens", *(name.replace("_", " ") for name in numbers))
     return Table(f"All {len(rows)} prompts", columns, rows, folded=True)
-
-
-def _cut(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def culprits(contributions: np.ndarray, share: float = ENOUGH) -> tuple[list[int], float]:
@@ -176,49 +153,40 @@ def prompt_sentences(prompts: Columns) -> list[str]:
 
 def _tokens_section(summary: AttributionSummary, tables: Tables | None = None) -> Section:
     """How many tokens, what those of good and of bad responses add, and how they compare with the covariance term."""
-    sums = (summary.positive_advantages, summary.negative_advantages)
-    exponent = common_exponent(summary.gradient, *sums)
-    correlation = summary.rank_correlation_with_covariance
-    said = "undefined" if correlation is None else f"{correlation:.2f}"
-    rows = (
-        Row("advantages > 0", format_in(sums[0], exponent), f"{summary.unit}, from tokens with a positive advantage"),
-        Row("advantages < 0", format_in(sums[1], exponent), f"{summary.unit}, from tokens with a negative one"),
-        Row("covariance term", said, "rank correlation with Cui et al. (2025)",
-            meaning="Over tokens, of contributions with the covariance terms of that theory; -1 where they agree."),
-    )  # fmt: skip
-    blocks: list[Block] = [Rows(rows)]
+    good, bad = summary.positive_advantages, summary.negative_advantages
+    exponent, rank = common_exponent(summary.gradient, good, bad), summary.rank_correlation_with_covariance
+    adds = "What the tokens with a {} advantage add to δH₁ through the gradient."
+    ranks = "Over tokens, of contributions with the covariance terms of that theory; -1 where they agree."
+    said, theory = "undefined" if rank is None else f"{rank:.2f}", "rank correlation with Cui et al. (2025)"
+    rows = Rows((
+        Row("advantages > 0", format_in(good, exponent), summary.unit, meaning=adds.format("positive")),
+        Row("advantages < 0", format_in(bad, exponent), summary.unit, meaning=adds.format("negative")),
+        Row("covariance term", said, theory, meaning=ranks),
+    ))  # fmt: skip
     count = f"{summary.num_tokens:,} tokens"
     if tables is not None:
         count += f" of {len(np.unique(tables.tokens['response_id'])):,} responses"
-        blocks.append(TokenViewer(responses_payload(tables, summary.unit)))
+    viewer = () if tables is None else (TokenViewer(tables, summary.unit),)
     how = () if summary.method == "forward-mode" else (Verbatim(f"Tokens by {summary.method}."),)
     sentences = (f"The gradient part comes from {count}.", *how)
-    return Section("Which tokens did it", "responses", "Responses", sentences=sentences, blocks=tuple(blocks))
+    return Section("Which tokens did it", "responses", "Responses", sentences=sentences, blocks=(rows, *viewer))
 
 
 def layers_section(layers: Columns, unit: str) -> Section:
     """The contribution of each layer and module type to the whole first-order change, and by part of the step."""
-    names, modules = list(dict.fromkeys(layers["layer"])), list(dict.fromkeys(layers["module"]))
-    cells: dict[tuple[str, str], float] = {}
-    for layer, module, total in zip(layers["layer"], layers["module"], layers["total"], strict=True):
-        cells[layer, module] = cells.get((layer, module), 0.0) + float(total)
-    grid = HeatMap(
-        title="Layers by module",
-        columns=("layer", *modules),
-        rows=tuple((name, tuple(cells.get((name, module)) for module in modules)) for name in names),
-        unit=unit,
-        totals=tuple(sum(x for (layer, _), x in cells.items() if layer == name) for name in names),
-        figure="layers",
-    )
-    sums = {
-        module: tuple(
-            sum(float(x) for x, name in zip(layers[part], layers["module"], strict=True) if name == module)
-            for part in PARTS
-        )
-        for module in modules
-    }
-    parts = HeatMap("By part of the step", ("module", "gradient", "momentum", "weight decay", "all"),
-                    tuple(sums.items()), unit)  # fmt: skip
+    names, modules = (tuple(dict.fromkeys(layers[column])) for column in ("layer", "module"))
+
+    def total(part: str, module: str | None = None, layer: str | None = None) -> float | None:
+        chosen = zip(layers[part], layers["module"], layers["layer"], strict=True)
+        found = [float(x) for x, m, name in chosen if module in (m, None) and layer in (name, None)]
+        return sum(found) if found else None
+
+    cells = tuple((name, tuple(total("total", module, name) for module in modules)) for name in names)
+    sums = tuple(total("total", layer=name) or 0.0 for name in names)
+    by_part = tuple((module, tuple(total(part, module) for part in PARTS)) for module in modules)
+    grid = HeatMap("Layers by module", ("layer", *modules), cells, unit, sums, "layers")
+    headings = ("module", "gradient", "momentum", "weight decay", "all")
+    parts = HeatMap("By part of the step", headings, by_part, unit)
     whole = "The whole of δH₁, momentum and weight decay included, by where the parameters are."
     return Section("Through which layers", "layers", "Layers", sentences=(whole,), blocks=(grid, parts), page_only=True)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from entropy_probe.report.numbers import format_estimate
+from entropy_probe.report.tables import Tables
 from entropy_probe.results.note import Note
 from entropy_probe.results.probe import Estimate
 from entropy_probe.results.sweep import Fitted
@@ -40,67 +41,39 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Row:
-    """A number, or a fact, and its name.
-
-    Attributes:
-        label: its name; the row without a value is a heading.
-        value: as written, with its error.
-        note: what belongs beside it, in a few words.
-        quote: what the row is about, if a file says it; the console shows its end in place of the label.
-        headline: whether it is one of the few numbers at the head of a page.
-        indent: whether it is a part of the row above.
-        state: how a check came out.
-        meaning: what a check means, for the page.
-        advice: what to do about it, for the page.
-    """
+    """A number, or a fact, and its name; without a value a heading."""
 
     label: str
-    value: str = ""
-    note: str = ""
-    quote: str = ""
-    headline: bool = False
-    indent: bool = False
-    state: State = "plain"
-    meaning: str = ""
-    advice: str = ""
+    value: str = ""  # as written, with its error
+    note: str = ""  # what belongs beside it, in a few words
+    quote: str = ""  # what the row is about, if a file says it; the console shows its end in place of the label
+    headline: bool = False  # whether it is one of the few numbers at the head of a page
+    indent: bool = False  # whether it is a part of the row above
+    state: State = "plain"  # how a check came out
+    meaning: str = ""  # what a check means, for the page
+    advice: str = ""  # what to do about it, for the page
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows below each other.
-
-    Attributes:
-        rows: in order.
-        unit: of the values.
-        title: a heading; "" for none.
-        page_only: whether a terminal has no room for them.
-    """
+    """Rows below each other, under a heading if there is a title."""
 
     rows: tuple[Row, ...]
-    unit: str = ""
+    unit: str = ""  # of the values
     title: str = ""
-    page_only: bool = False
+    page_only: bool = False  # whether a terminal has no room for them
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of more than one number.
-
-    Attributes:
-        title: what it holds.
-        columns: headings; the first column names the rows.
-        rows: as written.
-        mark: what ``marked`` says of a row, in a word; "" where nothing is said.
-        marked: of each row; the others are faint.
-        folded: whether the page shows it only when asked to, and the console not at all.
-    """
+    """Rows of more than one number, each named by its first column."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    mark: str = ""
-    marked: tuple[bool, ...] = ()
-    folded: bool = False
+    mark: str = ""  # what ``marked`` says of a row, in a word
+    marked: tuple[bool, ...] = ()  # of each row, if there is a mark; the others are faint
+    folded: bool = False  # whether the page shows it only when asked to, and the console not at all
 
 
 @dataclass(frozen=True)
@@ -151,25 +124,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Bar:
-    """A row with its drawing.
-
-    Attributes:
-        row: what is written beside it.
-        value: the length of the bar, signed.
-        margin: how far its 95% interval reaches to either side; None draws none.
-        start: where the bar begins; in a waterfall, where the one before ended.
-        look: ``bar``, ``total`` (a sum), or ``dot`` (a point on the line).
-        linked: whether the bar before ends where this one begins.
-        prompt: whose responses a click shows; None for no click.
-    """
+    """A row with its drawing."""
 
     row: Row
-    value: float
-    margin: float | None = None
-    start: float = 0.0
-    look: Literal["bar", "total", "dot"] = "bar"
-    linked: bool = False
-    prompt: int | None = None
+    value: float  # the length of the bar, signed
+    margin: float | None = None  # how far its 95% interval reaches to either side; None draws none
+    start: float = 0.0  # where the bar begins; in a waterfall, where the one before ended
+    look: Literal["bar", "total", "dot"] = "bar"  # a total is a sum, a dot a point at the end of the bar
+    linked: bool = False  # whether the bar before ends where this one begins
+    prompt: int | None = None  # whose responses a click shows; None for no click
 
     @property
     def end(self) -> float:
@@ -185,21 +148,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarChart:
-    """Horizontal bars about a common zero line.
-
-    Attributes:
-        title: what is drawn.
-        bars: from top to bottom; not all zero.
-        unit: of their values.
-        caption: how to read it.
-        figure: the name of its files; "" for none.
-    """
+    """Horizontal bars about a common zero line, not all zero."""
 
     title: str
     bars: tuple[Bar, ...]
     unit: str
     caption: str
-    figure: str = ""
+    figure: str = ""  # the name of its files; "" for none
 
 
 @dataclass(frozen=True)
@@ -214,73 +169,46 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one kind.
+    """Points of one kind, from left to right, as a line, by themselves, or both with their intervals as a band."""
 
-    Attributes:
-        look: ``predicted``, ``realized`` or ``fit``; "" for one of several records, told apart by their order.
-        label: its name in the legend; "" for none.
-        points: from left to right.
-        style: whether a line goes through them, they are drawn themselves with their intervals, or both, where the
-            intervals are a band.
-    """
-
-    look: Literal["predicted", "realized", "fit", ""]
-    label: str
+    look: Literal["predicted", "realized", "fit", ""]  # "" for one of several records, told apart by their order
+    label: str  # in the legend; "" for none
     points: tuple[Point, ...]
     style: Literal["line", "points", "band"] = "line"
 
 
 @dataclass(frozen=True)
 class LineChart:
-    """Curves over a common axis.
-
-    Attributes:
-        title: what is drawn.
-        curves: from the back to the front.
-        x: the horizontal axis.
-        y: the vertical one.
-        caption: how to read it.
-        shaded: a range of x, and its name in the legend.
-        figure: the name of its files, which it shares with other charts of that name; "" for none.
-        on_page: whether the page shows it.
-    """
+    """Curves over a common axis."""
 
     title: str
     curves: tuple[Curve, ...]
     x: Axis
     y: Axis
     caption: str
-    shaded: tuple[float, float, str] | None = None
-    figure: str = ""
+    shaded: tuple[float, float, str] | None = None  # a range of x, and its name in the legend
+    figure: str = ""  # the name of its files, shared with the charts beside it; "" for none
     on_page: bool = True
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Numbers in a grid, coloured by sign and size.
-
-    Attributes:
-        title: what is shown.
-        columns: headings; the first is that of the rows' names.
-        rows: name and numbers; None where there is nothing.
-        totals: of each row, in a column of their own colours; empty for none.
-        unit: of the numbers.
-        figure: the name of its files; "" for none.
-    """
+    """Numbers in a grid, coloured by sign and size; the first of the columns is that of the rows' names."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]  # None where there is nothing
     unit: str
-    totals: tuple[float, ...] = ()
-    figure: str = ""
+    totals: tuple[float, ...] = ()  # of each row, in a column of their own colours; empty for none
+    figure: str = ""  # the name of its files; "" for none
 
 
 @dataclass(frozen=True)
 class TokenViewer:
-    """Responses, token by token, for the page's script; see :func:`~entropy_probe.report.payload.responses_payload`."""
+    """The responses of the tables, token by token, for the page's script; contributions are in ``unit``."""
 
-    payload: dict[str, Any]
+    tables: Tables
+    unit: str
 
 
 Block: TypeAlias = Rows | Table | Listing | BarChart | LineChart | HeatMap | TokenViewer
@@ -288,35 +216,20 @@ Block: TypeAlias = Rows | Table | Listing | BarChart | LineChart | HeatMap | Tok
 
 @dataclass(frozen=True)
 class Section:
-    """All that is said of a record, or of one side of it.
-
-    Attributes:
-        title: what it is about.
-        key: its name in links within a page; unique there.
-        short: its title in the page's list of sections; "" leaves it out.
-        subtitle: what else to say in the title's line.
-        verdict: the finding.
-        sentences: what else there is to say, the most important first.
-        summary: the one sentence that the head of a page repeats where the section is not the first.
-        cautions: what a reader of the numbers must know.
-        blocks: rows, tables and charts, in order.
-        notes: what a careful reader should know, each with what to do.
-        not_modelled: what is not in the numbers.
-        page_only: whether a terminal has no room for it.
-    """
+    """All that is said of a record, or of one side of it."""
 
     title: str
-    key: str
-    short: str = ""
-    subtitle: str = ""
+    key: str  # its name in links within a page; unique there
+    short: str = ""  # its title in the page's list of sections; "" leaves it out
+    subtitle: str = ""  # what else to say in the title's line
     verdict: Verdict | None = None
-    sentences: tuple[str, ...] = ()
-    summary: str = ""
-    cautions: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()  # what else there is to say, the most important first
+    summary: str = ""  # the one sentence that the head of a page repeats where the section is not the first
+    cautions: tuple[str, ...] = ()  # what a reader of the numbers must know
     blocks: tuple[Block, ...] = ()
     notes: tuple[Note, ...] = ()
     not_modelled: tuple[str, ...] = ()
-    page_only: bool = False
+    page_only: bool = False  # whether a terminal has no room for it
 
     def without_figures(self) -> Section:
         """The same with its charts on the page alone."""

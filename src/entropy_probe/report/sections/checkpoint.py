@@ -49,31 +49,18 @@ def _facts(report: CheckpointReport) -> list[tuple[str, str]]:
 
 
 def _state_facts(report: CheckpointReport, state: OptimizerStateReport) -> list[tuple[str, str]]:
-    low, high = state.steps
-    scale = (
-        "no usable second moment"
-        if state.scale_min is None or state.scale_max is None
-        else f"{format_number(state.scale_min)} to {format_number(state.scale_max)}"
-    )
-    total = state.num_parameters
-    parameters = [("parameters", f"{total} tensors, {state.num_elements:,} elements"), ("mapping", state.mapping)]
-    steps = (
-        "step",
-        f"{report.num_with_step} of {total} tensors, " + (f"all at {low}" if low == high else f"{low} to {high}"),
-    )
+    (low, high), total = state.steps, state.num_parameters
+    at = f"all at {low}" if low == high else f"{low} to {high}"
+    steps, covered = ("step", f"{report.num_with_step} of {total} tensors, {at}"), format_percent(state.coverage)
+    facts = [("parameters", f"{total} tensors, {state.num_elements:,} elements"), ("mapping", state.mapping)]
     if state.optimizer is not None:
-        kept = ("state", f"covers {format_percent(state.coverage)} of elements")
-        return [*parameters, kept, *([steps] if report.num_with_step else [])]
-    return [
-        *parameters,
-        (
-            "exp_avg_sq",
-            f"{report.num_with_exp_avg_sq} of {total} tensors, {format_percent(state.coverage)} of elements",
-        ),
-        ("zero exp_avg_sq", f"{report.num_zero_elements:,} elements"),
-        steps,
-        ("Adam scale", scale),
-    ]
+        return [*facts, ("state", f"covers {covered} of elements"), *([steps] if report.num_with_step else [])]
+    scale = "no usable second moment"
+    if state.scale_min is not None and state.scale_max is not None:
+        scale = f"{format_number(state.scale_min)} to {format_number(state.scale_max)}"
+    present = f"{report.num_with_exp_avg_sq} of {total} tensors, {covered} of elements"
+    zero = f"{report.num_zero_elements:,} elements"
+    return [*facts, ("exp_avg_sq", present), ("zero exp_avg_sq", zero), steps, ("Adam scale", scale)]
 
 
 def _movement(movement: MovementReport) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from entropy_probe.report.numbers import common_exponent, format_number, format_percent
 from entropy_probe.report.sections.attribution import attribution_sections
@@ -23,13 +24,13 @@ from entropy_probe.report.sections.validation import validation_section
 from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
-from entropy_probe.results.probe import CrossPrompt, Predicted, ProbeResult, Realized
+from entropy_probe.results.probe import Estimate, ProbeResult
 from entropy_probe.results.validation import Validation
 
 __all__ = ["cautions", "run_sections", "settings_sections", "step_section", "story"]
 
 MEBIBYTE = 2**20
-INTERVALS = "whiskers: 95% intervals"
+INTERVALS = "; whiskers: 95% intervals"
 _SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight_decay": "weight decay"}
 
 
@@ -72,60 +73,53 @@ def step_section(result: ProbeResult) -> Section:
     Raises:
         ValueError: if the result holds no change at all.
     """
-    exponent, entropy = _exponent(result), result.entropy
-    clusters = f"{entropy.num_clusters} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
-    rows, changes, parts = [Row("entropy H(θ)", written(entropy), clusters, headline=True)], [], []
+    exponent, unit, difference = _exponent(result), result.entropy.unit, result.difference
+    clusters = f"{result.entropy.num_clusters} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
+    rows, changes, parts = [Row("entropy H(θ)", written(result.entropy), clusters, headline=True)], [], []
     if (predicted := result.predicted) is not None:
-        total = _predicted_row(predicted, exponent)
-        changes.append(Bar(total, predicted.value, predicted.margin, look="dot"))
+        errors = (
+            f"evaluation {format_number(predicted.se_evaluation, 2)}, update {format_number(predicted.se_update, 2)}"
+        )
+        how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
+        rows.append(Row("predicted δH₁", written(predicted, exponent), f"SE: {errors}{how}", headline=True))
+        changes.append(Bar(rows[-1], predicted.value, predicted.margin, look="dot"))
         parts = _part_bars(result, exponent)
-        rows += [total, *(bar.row for bar in parts)]
-        parts += [Bar(total, predicted.value, predicted.margin, look="total")] if parts else []
+        rows += [bar.row for bar in parts]
+        parts += [replace(changes[0], look="total")] if parts else []
     if (cross := result.cross_prompt) is not None:
-        rows += _cross_prompt_rows(cross, exponent)
-        changes.append(Bar(rows[-2], cross.delta_h1, cross.estimate.margin, look="dot"))
+        errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"
+        sizes = "prompts" if cross.mode == "exact" else f"blocks of {cross.block_size} prompts"
+        rows.append(Row("one batch δH₁", written(cross.estimate, exponent), errors, headline=True))
+        changes.append(Bar(rows[-1], cross.delta_h1, cross.estimate.margin, look="dot"))
+        rows.append(Row("clusters", str(cross.num_clusters), f"{sizes}, frozen geometry", indent=True))
     if (realized := result.realized) is not None:
-        rows.append(_realized_row(realized, exponent))
-        if (estimate := realized.estimate) is not None:
-            changes.append(Bar(rows[-1], estimate.value, estimate.margin, look="dot"))
-            rest = _comparison_rows(result, estimate.value, exponent)
-            if predicted is not None and result.difference is not None and parts:
-                difference = result.difference
-                parts.append(Bar(rest[-1], difference.value, difference.margin, predicted.value, linked=True))
-                parts.append(Bar(rows[-1], estimate.value, estimate.margin, look="total"))
-            rows += rest
+        how = "on the update batch: biased" if realized.batch == "update" else ESTIMATORS[realized.estimator]
+        if (change := realized.estimate) is None:
+            rows.append(Row("realized ΔH", "refused", how, headline=True, state="bad"))
+        else:
+            rows.append(Row("realized ΔH", written(change, exponent), how, headline=True))
+            changes.append(Bar(rows[-1], change.value, change.margin, look="dot"))
+        if predicted is not None and difference is not None and change is not None:
+            rows += _comparison_rows(predicted, change, difference, exponent)
+            if parts:
+                parts.append(Bar(rows[-1], difference.value, difference.margin, predicted.value, linked=True))
+                parts.append(replace(changes[-1], look="total"))
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(result.optimizer_state.learning_rates)))
-    beginning = f"; each bar begins where the one before ends; {INTERVALS}"
-    return Section(
-        title="Entropy change of the next step",
-        key="result",
-        short="Step",
-        subtitle=f"learning rate {rates}",
-        verdict=verdict(result),
-        sentences=tuple(filter(None, [story(result)])),
-        cautions=cautions(result),
-        blocks=(
-            *bar_charts("Predicted against realized", changes, entropy.unit, f"; {INTERVALS}", "change"),
-            *bar_charts("Where it comes from", parts, entropy.unit, beginning, "parts"),
-            Rows(tuple(rows), entropy.unit),
-        ),
+    beginning = f"; each bar begins where the one before ends{INTERVALS}"
+    blocks = (
+        *bar_charts("Predicted against realized", changes, unit, INTERVALS, "change"),
+        *bar_charts("Where it comes from", parts, unit, beginning, "parts"),
+        Rows(tuple(rows), unit),
     )
+    return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
+                   tuple(filter(None, [story(result)])), cautions=cautions(result), blocks=blocks)  # fmt: skip
 
 
 def _exponent(result: ProbeResult) -> int | None:
     """The power of ten that all changes of a result are written with."""
-    estimates = (
-        result.predicted,
-        result.realized and result.realized.estimate,
-        result.cross_prompt and result.cross_prompt.estimate,
-    )
+    realized, cross = result.realized, result.cross_prompt
+    estimates = (result.predicted, realized and realized.estimate, cross and cross.estimate)
     return common_exponent(*(number for one in estimates if one for number in (one.value, one.standard_error)))
-
-
-def _predicted_row(predicted: Predicted, exponent: int | None) -> Row:
-    parts = f"evaluation {format_number(predicted.se_evaluation, 2)}, update {format_number(predicted.se_update, 2)}"
-    how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
-    return Row("predicted δH₁", written(predicted, exponent), f"SE: {parts}{how}", headline=True)
 
 
 def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
@@ -137,27 +131,8 @@ def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
     return bars
 
 
-def _cross_prompt_rows(cross: CrossPrompt, exponent: int | None) -> list[Row]:
-    errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"
-    blocks = "prompts" if cross.mode == "exact" else f"blocks of {cross.block_size} prompts"
-    return [
-        Row("one batch δH₁", written(cross.estimate, exponent), errors, headline=True),
-        Row("clusters", str(cross.num_clusters), f"{blocks}, frozen geometry", indent=True),
-    ]
-
-
-def _realized_row(realized: Realized, exponent: int | None) -> Row:
-    estimate = realized.estimate
-    value = "refused" if estimate is None else written(estimate, exponent)
-    how = "on the update batch: biased" if realized.batch == "update" else ESTIMATORS[realized.estimator]
-    return Row("realized ΔH", value, how, headline=True, state="bad" if estimate is None else "plain")
-
-
-def _comparison_rows(result: ProbeResult, realized: float, exponent: int | None) -> list[Row]:
-    predicted, difference = result.predicted, result.difference
-    if predicted is None or difference is None:
-        return []
-    ratio = format_number(realized / predicted.value) if predicted.value else "undefined"
+def _comparison_rows(predicted: Estimate, realized: Estimate, difference: Estimate, exponent: int | None) -> list[Row]:
+    ratio = format_number(realized.value / predicted.value) if predicted.value else "undefined"
     meaning = "The two share most of their sampling noise, so their difference is sharper than either."
     return [
         Row("ΔH / δH₁", ratio, "ratio", meaning="1 where the change is linear in the step."),
@@ -166,9 +141,9 @@ def _comparison_rows(result: ProbeResult, realized: float, exponent: int | None)
 
 
 def story(result: ProbeResult) -> str:
-    """The prediction in a sentence: how much, which part of the entropy, and which part of the step; "" without one."""
+    """The prediction in a sentence: how much, of how much entropy, and by which part of the step; "" if it is none."""
     predicted = result.predicted
-    if predicted is None:
+    if predicted is None or not predicted.value:
         return ""
     way = "lower" if predicted.value < 0 else "raise"
     sentence = f"To first order the step will {way} entropy by {format_number(abs(predicted.value))} {predicted.unit}"
@@ -214,9 +189,8 @@ def settings_sections(config: str | None, result: ProbeResult | None = None) -> 
         blocks.append(Listing("Resolved settings of the probe", "".join(lines)))
     if result is not None:
         costs = [(phase, f"{seconds:.2f} s") for phase, seconds in result.timing.items()]
-        costs += [
-            (f"{kind.replace('_', ' ')} memory", f"{size / MEBIBYTE:,.0f} MiB") for kind, size in result.memory.items()
-        ]
+        memory = ((kind.replace("_", " "), size / MEBIBYTE) for kind, size in result.memory.items())
+        costs += [(f"{kind} memory", f"{size:,.0f} MiB") for kind, size in memory]
         versions = [(library, Verbatim(version)) for library, version in result.versions.items()]
         folded = (("Time and memory", ("phase", "used"), costs), ("Versions", ("library", "version"), versions))
         blocks += [Table(title, columns, tuple(rows), folded=True) for title, columns, rows in folded if rows]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import (
     Axis,
+    BarChart,
     Curve,
     LineChart,
     Point,
@@ -29,6 +31,7 @@ __all__ = ["sweep_section", "sweep_sections", "sweep_sentence"]
 
 TITLE = "Entropy change at different learning rates"
 RATE = "learning rate η"
+Points: TypeAlias = tuple[Point, ...]
 
 
 def sweep_sections(sweeps: Mapping[str, Sweep], config: str | None = None) -> tuple[Section, ...]:
@@ -50,8 +53,10 @@ def sweep_sections(sweeps: Mapping[str, Sweep], config: str | None = None) -> tu
 
 def _largest_step(prediction: ProbeResult) -> Section:
     """The parts of the step; the rest of what is said of a run is in the sweep."""
-    step = step_section(prediction).without_figures()
-    return Section("The step at the largest rate", step.key, step.short, blocks=step.blocks[1:], page_only=True)
+    step = step_section(prediction)
+    blocks = tuple(block for block in step.blocks if not (isinstance(block, BarChart) and block.figure == "change"))
+    one = Section("The step at the largest rate", step.key, step.short, blocks=blocks, page_only=True)
+    return one.without_figures()
 
 
 def sweep_section(sweep: Sweep) -> Section:
@@ -65,16 +70,9 @@ def sweep_section(sweep: Sweep) -> Section:
         marked=tuple(end is not None and point.learning_rate <= end for point in sweep.points),
     )
     fits = _fits(sweep)
-    return Section(
-        title=TITLE,
-        key="sweep",
-        short="Sweep",
-        subtitle=f"{len(sweep.points)} rates, {sweep.unit}",
-        sentences=(sweep_sentence(sweep),),
-        cautions=cautions(sweep.prediction),
-        blocks=(_changes(sweep), *_sizes(sweep), *_ratios(sweep), points, *([Rows(fits)] if fits else [])),
-        notes=sweep.notes,
-    )
+    blocks = (_changes(sweep), *_sizes(sweep), *_ratios(sweep), points, *([Rows(fits)] if fits else []))
+    return Section(TITLE, "sweep", "Sweep", f"{len(sweep.points)} rates, {sweep.unit}", None, (sweep_sentence(sweep),),
+                   cautions=cautions(sweep.prediction), blocks=blocks, notes=sweep.notes)  # fmt: skip
 
 
 def _one_of_several(sweep: Sweep, name: str, k: int) -> Section:
@@ -101,8 +99,8 @@ def _fits(sweep: Sweep) -> tuple[Row, ...]:
     if sweep.power_law is not None:
         rows.append(("log-log slope", sweep.power_law.slope, f"R² {sweep.power_law.r_squared:.5f}; 1 is linear"))
     if sweep.fit is not None:
-        reach = f"{len(sweep.fit.learning_rates)} rates up to {sweep.fit.learning_rates[-1]:.3g}"
-        rows.append(("slope at 0", sweep.fit.linear, f"per unit of η; from {reach}"))
+        reach = f"{len(sweep.fit.learning_rates)} rates to {sweep.fit.learning_rates[-1]:.3g}"
+        rows.append(("slope at 0", sweep.fit.linear, f"per unit of η, from {reach}"))
     if sweep.curvature.from_fit is not None:
         rows.append(("curvature, fit", sweep.curvature.from_fit, "per squared unit of η"))
     if sweep.curvature.direct is not None:
@@ -156,44 +154,50 @@ def _changes(sweep: Sweep) -> LineChart:
         rates = [largest * k / 100 for k in range(101)]
         label = f"fit aη + bη² to η ≤ {sweep.fit.learning_rates[-1]:.3g}"
         curves.append(Curve("fit", label, tuple(Point(x, a * x + b * x * x) for x in rates)))
-    ends = [p.y + sign * p.margin for curve in curves for p in curve.points for sign in (-1, 1)]
-    x, y = Axis.around((0.0, largest), RATE), Axis.around(ends, f"entropy change ({sweep.unit})")
-    return LineChart("Entropy change", tuple(curves), x, y, "bands: 95% intervals", _linear(sweep, 0.0), "sweep",
-                     on_page=False)  # fmt: skip
+    y = Axis.around((x for curve in curves for x in _ends(curve.points)), f"entropy change ({sweep.unit})")
+    return LineChart("Entropy change", tuple(curves), Axis.around((0.0, largest), RATE), y, "bands: 95% intervals",
+                     _linear(sweep, 0.0), "sweep", on_page=False)  # fmt: skip
 
 
-def _sizes(sweep: Sweep) -> tuple[LineChart, ...]:
-    predicted = tuple(Point(p.x, abs(p.y)) for p in _predicted(sweep.points) if p.y)
-    measured = tuple(replace(p, y=abs(p.y)) for p in _measured(sweep.points) if p.y)
+def _sizes(sweep: Sweep) -> list[LineChart]:
+    predicted, measured = (
+        tuple(replace(point, y=abs(point.y)) for point in points if point.y)
+        for points in (_predicted(sweep.points), _measured(sweep.points))
+    )
     sizes = [point.y for point in (*predicted, *measured)]
     if not sizes:
-        return ()
+        return []
     low, high = 10.0 ** math.floor(math.log10(min(sizes))), 10.0 ** math.ceil(math.log10(max(sizes) * 1.01))
+    y = Axis(low, high, logarithmic=True, label=f"size of the change ({sweep.unit})")
     slope = f"; slope {sweep.power_law.slope.value:.4f} over the linear range" if sweep.power_law is not None else ""
     caption = f"|ΔH| against the learning rate η, both logarithmic{slope}; whiskers: 95% intervals"
-    y = Axis(low, high, logarithmic=True, label=f"size of the change ({sweep.unit})")
-    return (
-        LineChart("Size of the change", _pair(predicted, measured), _rates(sweep), y, caption,
-                  _linear(sweep, _rates(sweep).low), "sweep"),
-    )  # fmt: skip
+    return [_against_rate("Size of the change", sweep, predicted, measured, y, caption, "sweep")]
 
 
-def _ratios(sweep: Sweep) -> tuple[LineChart, ...]:
+def _ratios(sweep: Sweep) -> list[LineChart]:
     measured = tuple(
         Point(p.learning_rate, e.value / p.predicted.value, _ratio_margin(p), p.status == "ok")
         for p in sweep.points
         if (e := p.estimate) is not None and p.predicted.value
     )
     if not measured:
-        return ()
-    ends = [point.y + sign * point.margin for point in measured for sign in (-1, 1)]
-    x = _rates(sweep)
+        return []
+    ends = _ends(measured)
     y = Axis.around((max(-1.0, min(0.9, *ends)), min(3.0, max(1.1, *ends))), "ΔH/δH₁", share=0.08)
+    x = _rates([sweep])
+    one = (Point(x.low, 1.0), Point(x.high, 1.0))
     caption = (
         "ΔH/δH₁ against η, 1 where the change is linear; whiskers: 95% intervals of the paired difference, over δH₁"
     )
-    level = (Point(x.low, 1.0), Point(x.high, 1.0))
-    return (LineChart("Realized over predicted", _pair(level, measured), x, y, caption, _linear(sweep, x.low)),)
+    return [_against_rate("Realized over predicted", sweep, one, measured, y, caption)]
+
+
+def _against_rate(
+    title: str, sweep: Sweep, predicted: Points, measured: Points, y: Axis, caption: str, figure: str = ""
+) -> LineChart:
+    curves = Curve("predicted", "predicted δH₁", predicted), Curve("realized", "realized ΔH", measured, "points")
+    x = _rates([sweep])
+    return LineChart(title, curves, x, y, caption, _linear(sweep, x.low), figure)
 
 
 def _ratio_margin(point: SweepPoint) -> float:
@@ -201,26 +205,23 @@ def _ratio_margin(point: SweepPoint) -> float:
     return abs(point.difference.margin / point.predicted.value) if point.difference is not None else 0.0
 
 
-def _pair(predicted: tuple[Point, ...], measured: tuple[Point, ...]) -> tuple[Curve, ...]:
-    return Curve("predicted", "predicted δH₁", predicted), Curve("realized", "realized ΔH", measured, "points")
-
-
-def _predicted(points: Iterable[SweepPoint]) -> tuple[Point, ...]:
+def _predicted(points: Iterable[SweepPoint]) -> Points:
     return tuple(Point(p.learning_rate, p.predicted.value, p.predicted.margin) for p in points)
 
 
-def _measured(points: Iterable[SweepPoint]) -> tuple[Point, ...]:
+def _measured(points: Iterable[SweepPoint]) -> Points:
     """Those that have a measurement."""
     return tuple(
         Point(p.learning_rate, e.value, e.margin, p.status == "ok") for p in points if (e := p.estimate) is not None
     )
 
 
-def _rates(sweep: Sweep) -> Axis:
-    return _around_rates([point.learning_rate for point in sweep.points])
+def _ends(points: Points) -> list[float]:
+    return [point.y + sign * point.margin for point in points for sign in (-1, 1)]
 
 
-def _around_rates(rates: Sequence[float]) -> Axis:
+def _rates(sweeps: Iterable[Sweep]) -> Axis:
+    rates = [point.learning_rate for sweep in sweeps for point in sweep.points]
     return Axis(min(rates) / 1.6, max(rates) * 1.6, logarithmic=True, label=RATE)
 
 
@@ -233,15 +234,10 @@ def _summary(sweeps: Mapping[str, Sweep]) -> Section:
     """Several sweeps beside each other."""
     unit = next(iter(sweeps.values())).unit
     columns = ("checkpoint", "entropy", "slope at 0", "linear up to", "star rate")
-    rows = tuple((Verbatim(name), *_summary_cells(sweep)) for name, sweep in sweeps.items())
-    return Section(
-        title=TITLE,
-        key="sweep",
-        short="Sweep",
-        subtitle=f"{len(sweeps)} checkpoints, {unit}",
-        blocks=(Table("Sweeps by checkpoint", columns, rows), *_comparison(sweeps, unit)),
-        notes=tuple(note.about(name) for name, sweep in sweeps.items() for note in sweep.notes),
-    )
+    table = Table("Sweeps by checkpoint", columns, tuple((Verbatim(k), *_summary_cells(x)) for k, x in sweeps.items()))
+    notes = tuple(note.about(name) for name, sweep in sweeps.items() for note in sweep.notes)
+    subtitle = f"{len(sweeps)} checkpoints, {unit}"
+    return Section(TITLE, "sweep", "Sweep", subtitle, blocks=(table, *_comparison(sweeps, unit)), notes=notes)
 
 
 def _summary_cells(sweep: Sweep) -> tuple[str, str, str, str]:
@@ -251,38 +247,18 @@ def _summary_cells(sweep: Sweep) -> tuple[str, str, str, str]:
     return written(sweep.prediction.entropy), slope, bound, "none" if star is None else written(star)
 
 
-def _comparison(sweeps: Mapping[str, Sweep], unit: str) -> tuple[LineChart, ...]:
+def _comparison(sweeps: Mapping[str, Sweep], unit: str) -> tuple[LineChart, LineChart]:
     """The change over the rate, and the end of the linear range, of every checkpoint; for papers."""
-    scaled = {
-        name: tuple(replace(p, y=p.y / p.x, margin=p.margin / p.x) for p in _measured(sweep.points) if p.usable)
-        for name, sweep in sweeps.items()
-    }
-    ranges = {
-        name: (Point(float(k), end, usable=not sweep.linear_range.at_least),)
-        if (end := sweep.linear_range.learning_rate) is not None
-        else ()
-        for k, (name, sweep) in enumerate(sweeps.items())
-    }
-    rates = _around_rates([point.learning_rate for sweep in sweeps.values() for point in sweep.points])
-    reach = [p.y + sign * p.margin for points in scaled.values() for p in points for sign in (-1, 1)]
-    across = Axis(-0.5, len(sweeps) - 0.5, names=tuple(sweeps))
+    rates, scaled, ranges = _rates(sweeps.values()), [], []
+    for k, (name, sweep) in enumerate(sweeps.items()):
+        points = (replace(p, y=p.y / p.x, margin=p.margin / p.x) for p in _measured(sweep.points) if p.usable)
+        scaled.append(Curve("", name, tuple(points), "band"))
+        end = sweep.linear_range
+        at = () if end.learning_rate is None else (Point(float(k), end.learning_rate, usable=not end.at_least),)
+        ranges.append(Curve("", "", at, "points"))
+    y = Axis.around((0.0, *(x for one in scaled for x in _ends(one.points))), f"ΔH / η ({unit} per unit of η)")
+    across, end = Axis(-0.5, len(sweeps) - 0.5, names=tuple(sweeps)), replace(rates, label="end of the linear range")
     return (
-        LineChart(
-            title="Change over learning rate",
-            curves=tuple(Curve("", name, points, "band") for name, points in scaled.items()),
-            x=rates,
-            y=Axis.around((0.0, *reach), f"ΔH / η ({unit} per unit of η)"),
-            caption="bands: 95% intervals",
-            figure="sweeps",
-            on_page=False,
-        ),
-        LineChart(
-            title="End of the linear range",
-            curves=tuple(Curve("", "", points, "points") for points in ranges.values()),
-            x=across,
-            y=replace(rates, label="end of the linear range"),
-            caption="hollow: at least",
-            figure="sweeps",
-            on_page=False,
-        ),
+        LineChart("Change over rate", tuple(scaled), rates, y, "bands: 95% intervals", None, "sweeps", on_page=False),
+        LineChart("Linear range", tuple(ranges), across, end, "hollow: at least", None, "sweeps", on_page=False),
     )
