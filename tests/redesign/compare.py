@@ -25,7 +25,11 @@ IGNORED = frozenset({"timing", "memory", "versions", "schema_version", "seconds"
 """Keys at any depth whose values are the machine's or the version's, not the run's."""
 IGNORED_FILES = frozenset({"inputs.json", "manifest.json"})
 """What guards a directory against other inputs than it was begun with; it holds no results."""
-RENAMES: dict[str, str] = {"messages": "notes"}
+RENAMES: dict[str, str] = {
+    "messages": "notes",
+    "num_units": "num_clusters",
+    "per_unit_gradients": "per_sample_gradients",
+}
 """Keys of JSON objects, columns of tables and files, by their name before the redesign. What is not renamed after all
 may keep its name.
 """
