@@ -1,5 +1,6 @@
 """The documents agree with the code and with each other: titles, links, pages, examples, math that GitHub renders."""
 
+import itertools
 import re
 from pathlib import Path
 from pydoc import locate
@@ -97,9 +98,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own-checkpoint.md"])
 def test_configs_are_valid(page, tmp_path):
-    (config,) = blocks(page, "yaml")
-    (tmp_path / "probe.yaml").write_text(config)
-    assert load_config(tmp_path / "probe.yaml").output_dir == Path("runs/probe-40")
+    """The first is whole; what comes later is added to it."""
+    for config in itertools.accumulate(blocks(page, "yaml")):
+        (tmp_path / "probe.yaml").write_text(config)
+        assert load_config(tmp_path / "probe.yaml").output_dir == Path("runs/probe-40")
 
 
 @pytest.fixture(scope="module")
