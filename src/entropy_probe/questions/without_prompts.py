@@ -15,15 +15,15 @@ from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields, predicted_record
 from entropy_probe.analyses.gradient import differentiate, over_clusters
-from entropy_probe.analyses.predict import Prediction, entropy_surrogate
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate, step_on
 from entropy_probe.estimators.first_order import FirstOrder, first_order
-from entropy_probe.gradients.leave_out import kept_gradient, renormalisation
+from entropy_probe.gradients.leave_out import renormalisation
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.named import NamedVector
 from entropy_probe.report.sections.base import Row, Rows, Section, written
 from entropy_probe.results.probe import Estimate, Predicted
 from entropy_probe.results.record import Kept, Record, SavedRecord
-from entropy_probe.steps.plan import PlannedStep, plan_step
+from entropy_probe.steps.plan import PlannedStep
 
 __all__ = ["Answer", "Scenario", "Settings", "run", "section", "step_changes", "step_without"]
 
@@ -99,15 +99,10 @@ def run(prediction: Prediction, settings: Settings) -> Answer:
 
 def step_without(prediction: Prediction, dropped: Tensor) -> PlannedStep:
     """The step on the update batch without some of its prompts, numbered by increasing id."""
-    plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.update
-    out = torch.isin(update.prompts.index, dropped)
-    (factor,) = renormalisation(update.given, (~out).long(), policy.config.loss)[:1]
-    own = (~torch.isin(update.part.present_clusters, dropped)).nonzero()[:, 0]
-    given = (policy.scorer, policy.parameters, update.own, update.part.local_clusters, own, plan.loss, plan.gradient)
-    with policy.on_part(update.part):
-        gradient = policy.ranks.sum_vector(kept_gradient(*given), policy.parameters)
-    gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
-    return plan_step(policy.parameters, policy.optimizer, gradient, policy.config, policy.frozen_scale)
+    plan, prompts = prediction.plan, prediction.plan.update.prompts
+    left = ~torch.isin(torch.arange(prompts.count), dropped)
+    factor, _ = renormalisation(plan.update.given, left[prompts.index].long(), plan.policy.config.loss)
+    return step_on(plan, left.nonzero()[:, 0], factor)
 
 
 def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[FirstOrder]:
@@ -117,7 +112,7 @@ def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[F
         side = Side(entropy_surrogate(plan), directions=moves)
         given = (plan.policy, evaluation.own, evaluation.part, side)
         dots = over_clusters(
-            plan.policy, evaluation.part, differentiate(*given, hooks=plan.hooks, progress=progress).dots
+            plan.policy, evaluation.part, differentiate(*given, hooks=plan.hooks, progress=progress, total=False).dots
         )
     lengths = torch.zeros(len(moves), dtype=torch.float64)
     if before.lengths is not None and prediction.length_slope is not None:
