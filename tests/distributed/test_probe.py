@@ -12,8 +12,7 @@ from entropy_probe.analyses import sweep
 from entropy_probe.parallel.batch import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
 from tests.invariants.exact import sampled_elsewhere
-from tests.invariants.problems import TABLE, batches
-from tests.losses.test_losses import with_reference
+from tests.invariants.problems import TABLE, batches, with_reference
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 SEVEN = batches(groups=7, size=3, n=40)

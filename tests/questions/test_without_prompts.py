@@ -3,8 +3,7 @@ import torch
 
 from entropy_probe import ProbeConfig
 from entropy_probe.questions import without_prompts
-from tests.invariants.problems import batches, probe
-from tests.losses.test_losses import with_reference
+from tests.invariants.problems import batches, probe, with_reference
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 
 CASES = [

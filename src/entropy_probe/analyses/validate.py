@@ -44,7 +44,7 @@ ROUNDING = 1e-9
 """A sum of advantages below this share of the sum of their sizes is none."""
 FEW_HALVES = NoteKind(
     "few_halves",
-    "{moving} update prompts with an advantage have {halves} different halves, fewer than the {asked} asked for",
+    "{moving} update prompts with a gradient have {halves} different halves, fewer than the {asked} asked for",
     "Use more update prompts: few halves leave the rank correlation uncertain.",
 )
 NOT_MEASURED = NoteKind(
@@ -94,10 +94,10 @@ def check_halves(prompts: int, subsets: int) -> None:
 def distinct_halves(moving: Bool[Tensor, " B"], subsets: int, seed: int) -> list[Tensor]:
     """Random halves of the prompts, rounded down, whose steps all differ.
 
-    Halves that differ only in prompts whose advantages are 0 give the same step and count as one.
+    Halves that differ only in prompts without a gradient give the same step and count as one.
 
     Args:
-        moving: which prompts have an advantage other than 0.
+        moving: which prompts have a token with a coefficient other than 0 in the loss.
         subsets: how many halves.
         seed: of the draws.
 
@@ -155,11 +155,11 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
             f"{optimizer_name(policy.optimizer)}; validate with the probe that attributed"
         )
     check_halves(update.prompts.count, subsets)
-    moving = update.prompts.total(update.rollouts.token_advantages.abs().sum(1)) > 0
+    planned = plan(policy, update, batch)
+    moving = policy.ranks.sum(update.part.clusters.total(planned.loss.logprobs.abs().sum(1))) > 0
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
-    planned = plan(policy, update, batch)
     question = _Question(attribution, planned, batch_digest(batch.rollouts) == attribution.evaluation)
     halves = halved(batch.clusters, batch.part, planned.before.scores, policy.ranks, seed)
     by_half = torch.stack([_contributions(planned, half) for half in halves])
