@@ -73,8 +73,15 @@ def test_what_a_loss_needs_of_a_batch():
         build_loss("dr_grpo", {}).weights(rollouts())
     update, evaluation = batches()
     model = TinyPolicy()
-    with pytest.raises(ValueError, match=r"reference_logprobs: expected \[N, L\] .*, got None"):
-        with_kl(model, "dapo", 0.1).predict(update=update, evaluation=evaluation)
+    for subject, batch, expected in (
+        (with_kl(model, "dapo", 0.1), update, r"reference_logprobs: expected \[N, L\] .*, got None"),
+        (probe(model, trained_optimizer(model)), evaluation, r"advantages: expected \[N\] or \[N, L\] .*, got None"),
+    ):
+        phases = []
+        subject._shared["progress"] = lambda phase, *_, phases=phases: phases.append(phase)
+        with pytest.raises(ValueError, match=expected):
+            subject.predict(update=batch, evaluation=evaluation)
+        assert "score evaluation" not in phases
 
 
 def with_kl(model, policy_loss, beta, **settings):

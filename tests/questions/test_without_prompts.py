@@ -79,8 +79,11 @@ def test_a_question_adds_nothing_to_what_is_said_of_the_prediction():
 def test_what_cannot_be_left_out_is_refused(prompts, expected):
     update, evaluation = batches()
     prompts = [update.prompt_ids.unique().tolist()] if prompts == "all" else prompts
+    chosen, phases = subject(), []
+    chosen._shared["progress"] = lambda phase, *_: phases.append(phase)
     with pytest.raises(ValueError, match=expected):
-        subject().ask("without_prompts", update=update, evaluation=evaluation, prompts=prompts)
+        chosen.ask("without_prompts", update=update, evaluation=evaluation, prompts=prompts)
+    assert not phases  # before anything is computed
 
 
 def test_other_questions_and_optimizers_are_refused():

@@ -112,9 +112,10 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     """
     config, trained = policy.config, (policy.parameters, policy.optimizer)
     policy.prepare(update.rollouts, evaluation.rollouts)
+    # first, since it refuses batches that lack what the loss takes
+    loss = update_loss(policy, update, checked=evaluation.is_update)
     before = _before(policy, evaluation)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    loss = update_loss(policy, update, checked=evaluation.is_update)
     checked = evaluation.is_update or config.loss.needs_scores
     gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
     step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
