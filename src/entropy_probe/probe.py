@@ -137,7 +137,7 @@ class EntropyProbe:
                 in ``result.answers``.
 
         Raises:
-            ValueError: for unusable rollouts (too long, too few units, no advantages) or non-finite numbers, or
+            ValueError: for unusable rollouts (too long, too few clusters, no advantages) or non-finite numbers, or
                 questions that do not fit.
         """
         asked = check_questions(questions or {})
@@ -283,7 +283,7 @@ class EntropyProbe:
         The geometry is the frozen one, whatever ``config.geometry`` says: no momentum, weight decay or clipping.
 
         Raises:
-            ValueError: for unusable rollouts, fewer than three units, blocks that do not divide the prompts, a
+            ValueError: for unusable rollouts, fewer than three clusters, blocks that do not divide the prompts, a
                 surprisal baseline without a group, or second moments that cover too little.
         """
         cross_prompt = self.one_batch(batch).cross_prompt

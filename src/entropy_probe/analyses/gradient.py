@@ -74,7 +74,7 @@ def differentiate(
     total: bool = True,
     sheet: ScoreSheet | None = None,
 ) -> SampleGradients:
-    """The gradient of a surrogate: its total over the whole batch, everything else of this rank's units.
+    """The gradient of a surrogate: its total over the whole batch, everything else of this rank's clusters.
 
     Args:
         policy: what is differentiated.

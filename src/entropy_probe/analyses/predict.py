@@ -80,7 +80,7 @@ class Prediction:
 
     Attributes:
         plan: the step.
-        slope: the gradient of the entropy of the evaluation batch, times the batch's weight, with every unit's inner
+        slope: the gradient of the entropy of the evaluation batch, times the batch's weight, with every cluster's inner
             products with the parts of the step.
         length_slope: the gradient of the number of tokens of some sequences; ``None`` for entropies per sequence.
         change: the first-order change.

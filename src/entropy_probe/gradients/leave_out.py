@@ -78,16 +78,16 @@ def kept_gradient(
     loss: TokenCoefficients,
     whole: SampleGradients,
 ) -> dict[str, Tensor | None]:
-    """The gradient of the loss over some units only, every token at the weight that it has in the whole batch.
+    """The gradient of the loss over some clusters only, every token at the weight that it has in the whole batch.
 
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
         rollouts: the update batch.
-        clusters: the unit of each sequence, ``[N]``.
-        kept: which units, ``[K]``.
+        clusters: the cluster of each sequence, ``[N]``.
+        kept: which clusters, ``[K]``.
         loss: coefficients of the whole batch's loss.
-        whole: its gradient; where it keeps no gradient per unit, the kept units are differentiated again.
+        whole: its gradient; where it keeps no gradient per cluster, the kept clusters are differentiated again.
     """
     if whole.stored is not None:
         shares: Mapping[str, Tensor] = _by_name(whole.stored[kept].sum(0), parameters)
