@@ -171,14 +171,14 @@ def to_float64(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
-def test_taps_equal_one_backward_per_unit(kind, config, dtype, monkeypatch):
+def test_hooks_equal_one_backward_per_cluster(kind, config, dtype, monkeypatch):
     model, optimizer = policy(kind, **config)
     update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
     if dtype == "float64":
         to_float64(model, optimizer)
     fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     assert fast.diagnostics.per_sample_gradients == ("linear-layer hooks" if kind == "lora" else "hooks")
-    monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off by a test")
+    monkeypatch.setattr("entropy_probe.analyses.policy.hookable", lambda *a: "switched off by a test")
     generic = numbers(EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation))
     for key, value in numbers(fast).items():
         if dtype == "float64":

@@ -1,7 +1,7 @@
-"""Gradients of token surrogates: their sum over a batch, and their share per unit, in one streaming pass.
+"""Gradients of token surrogates: their sum over a batch, and their share per cluster, in one streaming pass.
 
 Two paths give the same numbers. With ``hooks`` one backward pass over a microbatch of many sequences is enough, since
-what each sequence adds is read off the layers. ``per cluster``: for any module, one backward pass per unit. Only one
+what each sequence adds is read off the layers. ``per cluster``: for any module, one backward pass per cluster. Only one
 microbatch's graph is alive at a time, and ``.grad`` is left as it was.
 
 Of sharded parameters every rank keeps its part of each gradient; inner products are summed over the parts at the end.
@@ -176,7 +176,7 @@ class _Sums(Sink):
     def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
         """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``clusters[n]``.
 
-        Only these rows are touched: nothing of the embedding's size is formed per unit.
+        Only these rows are touched: nothing of the size of the embedding is formed per cluster.
         """
         wide = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         total = self.total[name]
@@ -226,7 +226,7 @@ def sample_gradients(
         clusters: the unit of each sequence, ``[N]``, numbered from 0.
         sides: the surrogates.
         hooks: how to read per-sequence gradients off layers, from :func:`~entropy_probe.gradients.hooks.hookable`;
-            without, what is wanted of single units takes a backward pass per unit.
+            without, what is wanted of single units takes a backward pass per cluster.
         progress: called with sequences done and in all.
         sheet: gets the scores of the batch, which the forward pass computes on its way.
 
