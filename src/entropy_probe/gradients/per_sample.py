@@ -176,7 +176,7 @@ class _Sums(Sink):
     def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
         """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``clusters[n]``.
 
-        Only these rows are touched: nothing of the embedding's size is formed per cluster.
+        Only these rows are touched: nothing of the size of the embedding is formed per cluster.
         """
         wide = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         total = self.total[name]
