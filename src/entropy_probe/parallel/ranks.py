@@ -293,6 +293,8 @@ def join_ranks() -> tuple[Ranks, Any]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+    # torchrun keeps its store when it restarts the ranks, with the keys of the attempt that failed
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ProcessGroup(), store
 
