@@ -105,6 +105,6 @@ def build_loss(loss_type: str, settings: Mapping[str, Any], max_completion_lengt
     strays = sorted(set(settings) - set(known))
     missing = sorted(name for name, needed in known.items() if needed and name not in given)
     if strays or missing:
-        what = f"got {strays[0]} too" if strays else f"got none for {missing[0]}"
+        what = f"got {strays[0]}; leave it out" if strays else f"got no {missing[0]}; set it"
         raise ValueError(f"loss_settings: expected {', '.join(known) or 'none'} for loss_type {loss_type}, {what}")
     return _REGISTERED[loss_type](**given)

@@ -12,7 +12,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.losses.base import Loss, build_loss, register
+from entropy_probe.losses.base import register
+from entropy_probe.losses.policy_gradient import DIVIDES_BY, PolicyGradient
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
@@ -37,16 +38,16 @@ class PolicyGradientWithKL:
     models: ClassVar[tuple[str, ...]] = ("the KL term",)
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(f"loss_settings: expected a beta of at least 0, got {self.beta}")
-        if self._policy.needs_scores:
+        if not (isinstance(self.beta, float | int) and self.beta >= 0):
+            raise ValueError(f"loss_settings.beta: expected a number of at least 0, got {self.beta!r}")
+        if self.policy_loss not in DIVIDES_BY:
             raise ValueError(
-                f"loss_settings: expected a policy gradient for policy_loss, got {self.policy_loss}, which is none"
+                f"loss_settings.policy_loss: expected one of {', '.join(DIVIDES_BY)}, got {self.policy_loss!r}"
             )
 
     @property
-    def _policy(self) -> Loss:
-        return build_loss(self.policy_loss, {}, self.max_completion_length)
+    def _policy(self) -> PolicyGradient:
+        return PolicyGradient(DIVIDES_BY[self.policy_loss], self.max_completion_length)
 
     @property
     def per_token(self) -> bool:
