@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from entropy_probe.analyses.assemble import result_of
@@ -16,14 +17,14 @@ from entropy_probe.analyses.batches import admit_batches
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.policy import Policy, Resample, open_policy
-from entropy_probe.analyses.predict import plan, predict
+from entropy_probe.analyses.predict import Prediction, plan, predict
 from entropy_probe.analyses.provenance import Phase
 from entropy_probe.analyses.sweep import check_finished, check_learning_rates, sweep
 from entropy_probe.analyses.validate import validate
 from entropy_probe.config import ProbeConfig
 from entropy_probe.parallel.ranks import ALONE, SameWork, joined_ranks
 from entropy_probe.parallel.shards import check_shards, is_sharded, reshard
-from entropy_probe.questions.base import answer_all, check_questions
+from entropy_probe.questions.base import answer_all, check_fit, check_questions
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
 from entropy_probe.results.record import SavedRecord
 from entropy_probe.results.sweep import Sweep, SweepPoint
@@ -136,12 +137,12 @@ class EntropyProbe:
                 in ``result.answers``.
 
         Raises:
-            ValueError: for unusable rollouts (too long, too few units, no advantages) or non-finite numbers, or
+            ValueError: for unusable rollouts (too long, too few clusters, no advantages) or non-finite numbers, or
                 questions that do not fit.
         """
         asked = check_questions(questions or {})
         with self._opened() as policy:
-            prediction = predict(policy, *admit_batches(policy, update, evaluation))
+            prediction = _predict(policy, update, evaluation, asked)
             answers = answer_all(prediction, asked)
             return result_of(prediction.plan, prediction, measure_step(prediction.plan), answers=answers)
 
@@ -195,9 +196,7 @@ class EntropyProbe:
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
         with self._opened() as policy:
-            batches = admit_batches(policy, update, evaluation)
-            check_folds(folds, batches[1])
-            prediction = predict(policy, *batches)
+            prediction = _predict(policy, update, evaluation, asked, folds)
             measured = measure_step(prediction.plan) if measure else None
             return attribute(prediction, folds, measured, answers=answer_all(prediction, asked))
 
@@ -271,7 +270,7 @@ class EntropyProbe:
         """
         asked = check_questions({question: settings})
         with self._opened() as policy:
-            return answer_all(predict(policy, *admit_batches(policy, update, evaluation)), asked)[question]
+            return answer_all(_predict(policy, update, evaluation, asked), asked)[question]
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:
         """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""
@@ -284,12 +283,22 @@ class EntropyProbe:
         The geometry is the frozen one, whatever ``config.geometry`` says: no momentum, weight decay or clipping.
 
         Raises:
-            ValueError: for unusable rollouts, fewer than three units, blocks that do not divide the prompts, a
+            ValueError: for unusable rollouts, fewer than three clusters, blocks that do not divide the prompts, a
                 surprisal baseline without a group, or second moments that cover too little.
         """
         cross_prompt = self.one_batch(batch).cross_prompt
         assert cross_prompt is not None
         return cross_prompt
+
+
+def _predict(
+    policy: Policy, update: Rollouts, evaluation: Rollouts, asked: Mapping[str, BaseModel], folds: int | None = None
+) -> Prediction:
+    """The prediction, once it is sure that what is asked of it fits."""
+    batches = admit_batches(policy, update, evaluation)
+    check_fit(asked, policy, batches[0])
+    check_folds(folds, batches[1])
+    return predict(policy, *batches)
 
 
 def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:

@@ -6,7 +6,7 @@ Legend of shapes (also used as suffixes of local names):
 * ``T`` response tokens of a whole batch laid out flat, ``U`` independent clusters,
 * ``B`` prompts of the update batch, ``G`` responses per prompt.
 
-Clusters: log-probabilities and entropies are in nats. Entropies and entropy changes of a batch are in nats per
+Units: log-probabilities and entropies are in nats. Entropies and entropy changes of a batch are in nats per
 token or nats per sequence, and every :class:`Estimate` says which. A negative change means that entropy falls.
 """
 
@@ -99,8 +99,8 @@ class Clusters:
     """Which sequences belong to the same independent cluster.
 
     Attributes:
-        index: the unit of each sequence, 0 to ``count - 1``, ``[N]``.
-        count: the number of units, ``U``; those of the whole batch, also where ``index`` is that of a part of it.
+        index: the cluster of each sequence, 0 to ``count - 1``, ``[N]``.
+        count: the number of clusters, ``U``; those of the whole batch, also where ``index`` is that of a part of it.
     """
 
     index: Int[Tensor, " N"]
@@ -108,19 +108,19 @@ class Clusters:
 
     @classmethod
     def sequences(cls, num_sequences: int) -> Clusters:
-        """Every sequence is a unit: responses drawn independently, prompts with replacement."""
+        """Every sequence is a cluster: responses drawn independently, prompts with replacement."""
         return cls(torch.arange(num_sequences), num_sequences)
 
     @classmethod
     def prompts(cls, prompt_ids: Int[Tensor, " N"]) -> Clusters:
-        """The sequences of a prompt form a unit: distinct prompts, several responses each."""
+        """The sequences of a prompt form a cluster: distinct prompts, several responses each."""
         distinct, index = prompt_ids.unique(return_inverse=True)
         return cls(index, distinct.numel())
 
     def select(self, rows: Tensor) -> Clusters:
-        """The units of the sequences at the given indices, numbered as before."""
+        """The clusters of the sequences at the given indices, numbered as before."""
         return Clusters(self.index[rows], self.count)
 
     def total(self, values: Float[Tensor, " N"]) -> Float[Tensor, " U"]:
-        """Sum over the sequences of each unit, in float64; 0 for units without any here, so that parts add up."""
+        """Sum over the sequences of each cluster, in float64; 0 for clusters without any here, so that parts add up."""
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.index, values.double())

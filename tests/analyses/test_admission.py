@@ -132,7 +132,7 @@ def test_a_batch_without_any_end_token():
 def test_a_step_on_advantages_of_0_is_momentum_alone():
     given = batch([[1], [2]], [[3, 4], [END]], [1, 2], advantages=torch.zeros(2))
     assert texts(admitted(given).notes) == [
-        "update: every advantage is 0, so the update gradient is 0 and only momentum is left"
+        "update: every advantage is 0, so the policy gradient is 0: only momentum (and a KL term) is left"
     ]
     assert texts(admitted(given, "evaluation").notes) == []
     assert texts(admitted(replace(given, advantages=torch.tensor([0.0, 1.0]))).notes) == []

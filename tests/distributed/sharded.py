@@ -32,6 +32,11 @@ def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
             update=update, evaluation=evaluation, learning_rates=RATES, direct_curvature=True
         ).model_dump(mode="json")
         return {key: value for key, value in found.items() if key != "notes"}
+    if case["what"] == "question":
+        ids = update.prompt_ids.unique().tolist()
+        asked = {"prompts": [ids[:1], ids[1:]]}
+        answer = subject.ask("without_prompts", update=update, evaluation=evaluation, **asked)
+        return answer.model_dump(mode="json")
     return subject.attribute(update=update, evaluation=evaluation)
 
 

@@ -12,7 +12,7 @@ from entropy_probe.analyses import sweep
 from entropy_probe.parallel.batch import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
 from tests.invariants.exact import sampled_elsewhere
-from tests.invariants.problems import TABLE, batches
+from tests.invariants.problems import TABLE, batches, with_reference
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 SEVEN = batches(groups=7, size=3, n=40)
@@ -45,6 +45,14 @@ def run(probe: EntropyProbe):
     return probe.run(update=SEVEN[0], evaluation=SEVEN[1])
 
 
+def without_some(probe: EntropyProbe):
+    """On two ranks or more, some of which have none of the prompts that are kept."""
+    update, evaluation = SEVEN
+    ids = update.prompt_ids.unique().tolist()
+    return probe.ask("without_prompts", update=update, evaluation=evaluation, prompts=[ids[:1], ids[2:]])
+
+
+KL = {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 0.5, "policy_loss": "per_prompt_max"}}
 HOT = grouped(60, 2, 8)
 HOT_LOGPROBS = torch.full(HOT.input_ids.shape, -0.3, dtype=torch.float64)
 
@@ -75,6 +83,10 @@ CASES = {
         ),
     ),
     "measured on the update batch": ({"learning_rate": 1e-3}, lambda probe: probe.measure(update=SEVEN[0])),
+    "KL term": (KL, lambda probe: probe.run(update=with_reference(SEVEN[0]), evaluation=SEVEN[1])),
+    "KL term, one batch": (KL, lambda probe: probe.one_batch(with_reference(SEVEN[0]))),
+    "question": ({}, without_some),
+    "question, nothing kept": ({"max_stored_gradient_gib": 0.0, "geometry": "frozen"}, without_some),
     "one batch": ({}, lambda probe: probe.one_batch(SEVEN[0])),
     "one batch in blocks, one side kept": (
         {"one_batch_units": "block", "block_size": 2, "max_stored_gradient_gib": 4 * 8 * 79 * 1.5 / 2**30},

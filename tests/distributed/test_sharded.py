@@ -35,6 +35,8 @@ CASES = {
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
     "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
+    "question": {"what": "question", "kind": "lora", "config": WIDE},
+    "question, kept nothing": {"what": "question", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "sweep": {"what": "sweep", "kind": "lora", "config": WIDE},
 }  # fmt: skip
 REFUSED = {

@@ -1,5 +1,7 @@
 """Batches of the enumerable policy and of a small model, probes of them, and the numbers of their results."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,11 @@ def batches(seed: int = 0, groups: int = 9, size: int = 4, n: int = 60) -> tuple
     model = TinyPolicy()
     update = TABLE.update_batch(TABLE.sample_groups(model, groups, size, generator), size)
     return update, TABLE.rollouts.select(TABLE.sample(model, n, generator))
+
+
+def with_reference(update: Rollouts, seed: int = 3) -> Rollouts:
+    noise = torch.randn(update.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return replace(update, reference_logprobs=noise - 2)
 
 
 def probe(model: torch.nn.Module, optimizer: torch.optim.Optimizer, **settings: object) -> EntropyProbe:

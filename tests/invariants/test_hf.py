@@ -178,7 +178,7 @@ def test_taps_equal_one_backward_per_unit(kind, config, dtype, monkeypatch):
         to_float64(model, optimizer)
     fast = EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation)
     assert fast.diagnostics.per_sample_gradients == ("linear-layer hooks" if kind == "lora" else "hooks")
-    monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off by a test")
+    monkeypatch.setattr("entropy_probe.analyses.policy.hookable", lambda *a: "switched off by a test")
     generic = numbers(EntropyProbe(model, optimizer).run(update=update, evaluation=evaluation))
     for key, value in numbers(fast).items():
         if dtype == "float64":

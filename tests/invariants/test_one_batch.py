@@ -73,7 +73,7 @@ def per_prompt(model, rollouts, entropy: str) -> tuple[torch.Tensor, torch.Tenso
 def test_equals_a_double_loop(path, entropy, memory, monkeypatch):
     model = TinyPolicy(train_embedding=path != "linear-layer hooks")
     if path == "per unit":
-        monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off by a test")
+        monkeypatch.setattr("entropy_probe.analyses.policy.hookable", lambda *a: "switched off by a test")
     optimizer = trained_optimizer(model)
     rollouts = batch(1)
     got = cross(model, optimizer, rollouts, entropy=entropy, max_stored_gradient_gib=memory)
@@ -174,7 +174,7 @@ def statistics(rows, clusters):
     return found, exact
 
 
-@pytest.mark.parametrize("units", [4, 8, 32])
+@pytest.mark.parametrize("clusters", [4, 8, 32])
 def test_unbiased_where_the_v_statistic_is_not(rows, clusters):
     found, exact = statistics(rows, clusters)
     for name, biased in (("value", False), ("bars_dot", True)):

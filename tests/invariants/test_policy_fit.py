@@ -56,7 +56,7 @@ def about(messages: list[str], role: str) -> str:
 )
 def test_both_batches_are_judged_by_their_own_scores(settings, monkeypatch):
     if settings.pop("switch", None):
-        monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *_: "switched off")
+        monkeypatch.setattr("entropy_probe.analyses.policy.hookable", lambda *_: "switched off")
     left = (torch.arange(4) + UPDATE.attention_mask.sum(1)[:, None]) % 4  # the padding first
     masks = {name: getattr(UPDATE, name).gather(1, left) for name in ("attention_mask", "response_mask")}
     padded = replace(UPDATE, input_ids=UPDATE.input_ids.gather(1, left), **masks)

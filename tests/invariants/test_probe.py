@@ -82,8 +82,8 @@ def brute_force(model: TinyPolicy, optimizer: torch.optim.Optimizer, update: Rol
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_prediction_equals_brute_force(path, normalization, monkeypatch):
     model = TinyPolicy(train_embedding=path != "linear-layer hooks")
-    if path.startswith("per unit"):
-        monkeypatch.setattr("entropy_probe.analyses.policy.tappable", lambda *a: "switched off")
+    if path.startswith("per cluster"):
+        monkeypatch.setattr("entropy_probe.analyses.policy.hookable", lambda *a: "switched off")
     optimizer = trained_optimizer(model, weight_decay=0.1)
     update, evaluation = batches()
     result = probe(model, optimizer, normalization=normalization, max_grad_norm=None).predict(

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from entropy_probe import Validation
 from entropy_probe.analyses import validate
 from entropy_probe.analyses.validate import distinct_halves
-from tests.invariants.problems import batches, probe, with_advantages
+from tests.invariants.problems import batches, probe, with_advantages, with_reference
 from tests.invariants.traces import WithState, assert_same, state
 from tests.notes import texts
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -116,6 +116,17 @@ def test_halves_differ_in_prompts_with_an_advantage_and_none_is_missing(prompts,
     assert len({tuple(kept[moving[kept]].tolist()) for kept in few}) == len(few) == min(3, len(every))
 
 
+def test_a_kl_term_moves_prompts_without_an_advantage_too():
+    model = TinyPolicy()
+    loss = {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 0.5}}
+    subject = probe(model, trained_optimizer(model), learning_rate=1e-5, **loss)
+    update, evaluation = batches(groups=4, n=20)
+    update = with_reference(with_advantages(update, torch.zeros(len(update))))
+    attribution = subject.attribute(update=update, evaluation=evaluation)
+    found = subject.validate(attribution, evaluation=evaluation, subsets=40)
+    assert len({step.kept for step in found.steps}) == len({step.realized for step in found.steps}) == 6
+
+
 def test_fewer_halves_than_asked_for_are_counted_and_said():
     model = TinyPolicy()
     subject = probe(model, trained_optimizer(model), learning_rate=1e-5)
@@ -123,9 +134,7 @@ def test_fewer_halves_than_asked_for_are_counted_and_said():
     update = with_advantages(update, torch.tensor([1.0, -1.0] * (len(update) // 2)))
     found = subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=evaluation, subsets=40)
     assert len({step.kept for step in found.steps}) == len(found.steps) == found.num_measured == 6
-    assert "4 update prompts with an advantage have 6 different halves, fewer than the 40 asked for" in texts(
-        found.notes
-    )
+    assert "4 update prompts with a gradient have 6 different halves, fewer than the 40 asked for" in texts(found.notes)
     contributions = found.correlations["contributions"]
     assert contributions.low < contributions.value
 

@@ -6,7 +6,7 @@ import torch
 from entropy_probe import ProbeConfig, Rollouts
 from entropy_probe.losses import build_loss, loss_types
 from entropy_probe.steps.adamw import clip_gradient
-from tests.invariants.problems import batches, probe
+from tests.invariants.problems import batches, probe, with_reference
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 0, 0]]).bool()
@@ -17,11 +17,6 @@ POLICY_GRADIENTS = ("grpo", "bnpo", "dapo", "cispo", "dr_grpo", "per_prompt_max"
 def rollouts(**more):
     ids = torch.arange(16).view(4, 4)
     return Rollouts(ids, torch.ones_like(ids), MASK, torch.tensor([3, 3, 8, 8]), torch.ones(4), **more)
-
-
-def with_reference(update, seed=3):
-    noise = torch.randn(update.input_ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return replace(update, reference_logprobs=noise - 2)
 
 
 def test_every_file_of_the_room_is_a_member():
@@ -57,11 +52,19 @@ def test_weights(loss_type):
             marks=pytest.mark.unchecked,
         ),
         (
+            {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": "small"}},
+            "loss_settings: expected a number for beta, got 'small'",
+        ),
+        (
             {
                 "loss_type": "policy_gradient_with_kl",
                 "loss_settings": {"beta": 1.0, "policy_loss": "policy_gradient_with_kl"},
             },
             "loss_settings.policy_loss: expected one of bnpo, .*, got 'policy_gradient_with_kl'",
+        ),
+        (
+            {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 1.0, "policy_loss": 2.0}},
+            "loss_settings: expected a name for policy_loss, got 2.0",
         ),
     ],
 )
@@ -75,8 +78,15 @@ def test_what_a_loss_needs_of_a_batch():
         build_loss("dr_grpo", {}).weights(rollouts())
     update, evaluation = batches()
     model = TinyPolicy()
-    with pytest.raises(ValueError, match=r"reference_logprobs: expected \[N, L\] .*, got None"):
-        with_kl(model, "dapo", 0.1).predict(update=update, evaluation=evaluation)
+    for subject, batch, expected in (
+        (with_kl(model, "dapo", 0.1), update, r"reference_logprobs: expected \[N, L\] .*, got None"),
+        (probe(model, trained_optimizer(model)), evaluation, r"advantages: expected \[N\] or \[N, L\] .*, got None"),
+    ):
+        phases = []
+        subject._shared["progress"] = lambda phase, *_, phases=phases: phases.append(phase)
+        with pytest.raises(ValueError, match=expected):
+            subject.predict(update=batch, evaluation=evaluation)
+        assert "score evaluation" not in phases
 
 
 def with_kl(model, policy_loss, beta, **settings):

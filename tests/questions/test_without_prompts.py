@@ -3,7 +3,7 @@ import torch
 
 from entropy_probe import ProbeConfig
 from entropy_probe.questions import without_prompts
-from tests.invariants.problems import batches, probe
+from tests.invariants.problems import batches, probe, with_reference
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 
 CASES = [
@@ -12,6 +12,7 @@ CASES = [
     {"loss_type": "dr_grpo", "max_completion_length": 5, "normalization": "sequence"},
     {"loss_type": "per_prompt_max", "geometry": "frozen"},
     {"max_stored_gradient_gib": 0.0},
+    {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 0.5, "policy_loss": "per_prompt_max"}},
 ]
 
 
@@ -23,6 +24,7 @@ def subject(**settings):
 @pytest.mark.parametrize("settings", CASES)
 def test_the_step_is_that_of_a_batch_without_them(settings):
     update, evaluation = batches()
+    update = with_reference(update)
     ids = update.prompt_ids.unique().tolist()
     asked = [[ids[0]], [ids[1], ids[-1]]]
     answer = subject(**settings).ask("without_prompts", update=update, evaluation=evaluation, prompts=asked)
@@ -53,6 +55,17 @@ def test_a_prompt_without_advantage_changes_what_the_loss_divides_by():
     assert answer.scenarios[0].predicted.value == pytest.approx(answer.whole.value / share, rel=1e-6)
 
 
+def test_a_question_adds_nothing_to_what_is_said_of_the_prediction():
+    update, evaluation = batches()
+    chosen = {"geometry": "frozen", "frozen_max_scale": 1e-3}
+    ids = [[i] for i in update.prompt_ids.unique().tolist()[:3]]
+    plain = subject(**chosen).run(update=update, evaluation=evaluation)
+    asked = {"without_prompts": {"prompts": ids}}
+    found = subject(**chosen).run(update=update, evaluation=evaluation, questions=asked)
+    assert "scale_clamped" in [note.code for note in plain.diagnostics.notes]
+    assert found.diagnostics.notes == plain.diagnostics.notes
+
+
 @pytest.mark.parametrize(
     ("prompts", "expected"),
     [
@@ -67,8 +80,11 @@ def test_a_prompt_without_advantage_changes_what_the_loss_divides_by():
 def test_what_cannot_be_left_out_is_refused(prompts, expected):
     update, evaluation = batches()
     prompts = [update.prompt_ids.unique().tolist()] if prompts == "all" else prompts
+    chosen, phases = subject(), []
+    chosen._shared["progress"] = lambda phase, *_: phases.append(phase)
     with pytest.raises(ValueError, match=expected):
-        subject().ask("without_prompts", update=update, evaluation=evaluation, prompts=prompts)
+        chosen.ask("without_prompts", update=update, evaluation=evaluation, prompts=prompts)
+    assert not phases  # before anything is computed
 
 
 def test_other_questions_and_optimizers_are_refused():

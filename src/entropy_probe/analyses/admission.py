@@ -59,7 +59,7 @@ TRAJECTORIES = NoteKind(
 )
 NO_ADVANTAGES = NoteKind(
     "no_advantages",
-    "{batch}: every advantage is 0, so the update gradient is 0 and only momentum is left",
+    "{batch}: every advantage is 0, so the policy gradient is 0: only momentum (and a KL term) is left",
     "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing.",
 )
 WITH_REPLACEMENT = NoteKind(

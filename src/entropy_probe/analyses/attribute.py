@@ -18,7 +18,7 @@ from torch import Tensor
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribution import Attribution, LayerShare
 from entropy_probe.analyses.batches import EvaluationBatch
-from entropy_probe.analyses.gradient import differentiate
+from entropy_probe.analyses.gradient import differentiate, over_tokens
 from entropy_probe.analyses.layer_names import layer_and_module
 from entropy_probe.analyses.measure import Measured
 from entropy_probe.analyses.policy import Policy
@@ -134,8 +134,7 @@ def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
     # adding 0 turns the -0 of a token without an advantage into 0
     own_tokens = plan.loss.logprobs.double() * own.slopes.double() + 0.0
     slopes, logprobs, entropies, tokens = (
-        policy.ranks.sum(part.by_sequence(x.T).T.contiguous())
-        for x in (own.slopes, own.scores.logprobs, own.scores.entropies, own_tokens)
+        over_tokens(policy, part, x) for x in (own.slopes, own.scores.logprobs, own.scores.entropies, own_tokens)
     )
     whole = TokenSlopes(slopes, TokenScores(logprobs, entropies, update.rollouts.response_mask), own.method)
     return whole, _reconciled(tokens, update.prompts, prediction.by_prompt, trial)

@@ -47,7 +47,7 @@ def chosen_sequences(rollouts: Rollouts, clusters: Clusters) -> Int[Tensor, " n"
 
 
 def chosen_clusters(rollouts: Rollouts, clusters: Clusters, number: int) -> Int[Tensor, " n"]:
-    """Some units of a batch, at random, by what is in the batch and not by its order, its padding or its ids."""
+    """Some clusters of a batch, at random, by what is in the batch and not by its order, its padding or its ids."""
     contents = sequence_digests(rollouts)
     seed = digest(b"".join(sorted(contents)))
     keys = {unit: digest(seed + content) for unit, content in _cluster_digests(contents, clusters).items()}
@@ -55,7 +55,7 @@ def chosen_clusters(rollouts: Rollouts, clusters: Clusters, number: int) -> Int[
 
 
 def _cluster_digests(contents: Sequence[bytes], clusters: Clusters) -> dict[int, bytes]:
-    """What the sequences of each unit are recognised by together."""
+    """What the sequences of each cluster are recognised by together."""
     members: dict[int, list[bytes]] = {}
     for unit, content in zip(clusters.index.tolist(), contents, strict=True):
         members.setdefault(unit, []).append(content)
@@ -68,7 +68,7 @@ class LengthSample:
 
     Attributes:
         rows: their places among the sequences of the rank's part.
-        part: their places in the batch, and their units.
+        part: their places in the batch, and their clusters.
         before: their scores before the step.
         positions: sums over the whole batch.
     """
@@ -152,9 +152,9 @@ def entropy_coefficients(
     """The entropy-gradient surrogate of some sequences of a batch, a chunk of them at a time.
 
     Args:
-        scores: of the sequences, whole units and prompts.
+        scores: of the sequences, whole clusters and prompts.
         prompt_ids: their prompts.
-        clusters: their units.
+        clusters: the cluster of each of these sequences.
         draws: which of them were sampled together.
         positions: sums over the whole batch.
         config: the estimator.

@@ -21,11 +21,11 @@ MIN_CLUSTERS = 4
 
 @dataclass(frozen=True, eq=False)
 class EvaluationHalf:
-    """A half of the units of a batch.
+    """A half of the clusters of a batch.
 
     Attributes:
         rows: places of its sequences among those of this rank's part of the batch.
-        part: their places in the half, and their units in it.
+        part: their places in the half, and their clusters in it.
         scores: their scores before the step.
         positions: sums over the whole half.
     """
@@ -47,7 +47,7 @@ def halved(clusters: Clusters, part: Part, scores: TokenScores, ranks: Ranks, se
         seed: of the choice.
 
     Raises:
-        ValueError: with fewer than four units.
+        ValueError: with fewer than four clusters.
     """
     if clusters.count < MIN_CLUSTERS:
         raise ValueError(

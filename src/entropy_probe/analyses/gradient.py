@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from entropy_probe.analyses.batches import UpdateBatch
@@ -18,7 +19,7 @@ from entropy_probe.scoring.forward import Progress
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["differentiate", "over_clusters", "update_gradient", "update_loss", "whole_scores"]
+__all__ = ["differentiate", "over_clusters", "over_tokens", "update_gradient", "update_loss", "whole_scores"]
 
 PASSED_OVER_TWICE = NoteKind(
     "passed_over_twice",
@@ -47,15 +48,18 @@ def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> TokenC
 
 def whole_scores(policy: Policy, part: Part, own: TokenScores) -> TokenScores:
     """Scores of the whole batch from those of the parts that the ranks have."""
-    logprobs, entropies, mask = (
-        policy.ranks.sum(part.by_sequence(x.T).T.contiguous())
-        for x in (own.logprobs, own.entropies, own.response_mask.double())
-    )
+    found = (over_tokens(policy, part, x) for x in (own.logprobs, own.entropies, own.response_mask.double()))
+    logprobs, entropies, mask = found
     return TokenScores(logprobs, entropies, mask.bool())
 
 
-def over_clusters(policy: Policy, part: Part, values: Tensor) -> Tensor:
-    """Values of this rank's units, ``[..., u]``, with those of all others in their places, ``[..., U]``."""
+def over_tokens(policy: Policy, part: Part, values: Float[Tensor, "n L"]) -> Float[Tensor, "N L"]:
+    """Values of this rank's sequences, with those of all others in their places."""
+    return policy.ranks.sum(part.by_sequence(values.T).T.contiguous())
+
+
+def over_clusters(policy: Policy, part: Part, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
+    """Values of this rank's clusters, with those of all others in their places."""
     return policy.ranks.sum(part.by_cluster(values))
 
 
@@ -70,7 +74,7 @@ def differentiate(
     total: bool = True,
     sheet: ScoreSheet | None = None,
 ) -> SampleGradients:
-    """The gradient of a surrogate: its total over the whole batch, everything else of this rank's units.
+    """The gradient of a surrogate: its total over the whole batch, everything else of this rank's clusters.
 
     Args:
         policy: what is differentiated.

@@ -35,7 +35,7 @@ MAX_CLUSTERS = 128
 MIN_BLOCKS = 16
 """Fewer blocks than this would give a poor standard error; a number of prompts that allows no more is left whole."""
 SHARE_FOR_LENGTH, MIN_FOR_LENGTH = 1 / 16, 8
-"""The units, half of them at most, that the change of the mean length is taken from, which multiplies an error only."""
+"""The clusters, half of them at most, that the change of the mean length is taken from; it multiplies an error only."""
 SUSPICIOUS_RATIO = 1e3
 """P should change the scale of the statistic by no more than this."""
 LARGE_SCALE = NoteKind(
@@ -48,7 +48,7 @@ LARGE_SCALE = NoteKind(
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """The batch, as given and as counted, and its units: prompts, or blocks of them."""
+    """The batch, as given and as counted, and its clusters: prompts, or blocks of them."""
 
     given: Rollouts
     rollouts: Rollouts
@@ -88,7 +88,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
             own,
             part.local_clusters,
             clusters.count,
-            # mean X = -grad H and mean Y = -grad loss, over units
+            # mean X = -grad H and mean Y = -grad loss, over clusters
             left,
             right,
             relative,
@@ -158,7 +158,7 @@ def _scores(policy: Policy, whole: _Batch) -> TokenScores:
 
 
 def _of_sums(policy: Policy, whole: _Batch, before: TokenScores, slope: float) -> Callable[[float], Tensor]:
-    """What each unit does to the statistic through the batch's sums, from the statistic."""
+    """What each cluster does to the statistic through the batch's sums, from the statistic."""
     config, of_loss = policy.config, whole.given.response_lengths.double()
     sums = add_up(policy.ranks, fo.entropy(before, whole.part.clusters, config.normalization, config.entropy))
     if not config.loss.per_token:
@@ -175,7 +175,7 @@ def _length_slope(
     right_total: dict[str, Tensor],
     relative: dict[str, Tensor],
 ) -> float:
-    """How the statistic changes per nat of H: some units' length gradients along ``P mean Y`` of all others.
+    """How the statistic changes per nat of H: some clusters' length gradients along ``P mean Y`` of all others.
 
     Args:
         policy: what is differentiated.
@@ -208,7 +208,7 @@ def _length_slope(
 
 
 def _block_size(count: int, config: ProbeConfig) -> int:
-    """Prompts per unit."""
+    """Prompts per cluster."""
     asked = config.block_size
     if config.one_batch_units == "exact":
         if asked not in (None, 1):

@@ -63,7 +63,7 @@ SCALE_CLAMPED = NoteKind(
     "Raise probe.frozen_max_scale and see whether the number moves.",
 )
 SHARDED = "the parameters are sharded"
-"""Why single units take a backward pass each: a layer's call does not show where its gradient is summed."""
+"""Why single clusters take a backward pass each: a layer's call does not show where its gradient is summed."""
 Resample = Callable[[Rollouts], Rollouts]
 """Fresh responses of the policy as it is now, to the prompts of the given rollouts, in the same order."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
@@ -22,17 +22,18 @@ from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import jackknife_standard_error
 from entropy_probe.gradients.hooks import Hooks
-from entropy_probe.gradients.leave_out import reduced_gradients, renormalisation
+from entropy_probe.gradients.leave_out import kept_gradient, reduced_gradients, renormalisation
 from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import dot
 from entropy_probe.parallel.batch import add_up
 from entropy_probe.results.note import NoteKind
+from entropy_probe.results.probe import PreconditionerReport
 from entropy_probe.steps.adamw import clip_gradient
 from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Plan", "Prediction", "entropy_surrogate", "plan", "predict", "prompt_contributions"]
+__all__ = ["Plan", "Prediction", "entropy_surrogate", "plan", "predict", "prompt_contributions", "step_on"]
 
 NO_HISTORY = NoteKind(
     "no_history",
@@ -79,7 +80,7 @@ class Prediction:
 
     Attributes:
         plan: the step.
-        slope: the gradient of the entropy of the evaluation batch, times the batch's weight, with every unit's inner
+        slope: the gradient of the entropy of the evaluation batch, times the batch's weight, with every cluster's inner
             products with the parts of the step.
         length_slope: the gradient of the number of tokens of some sequences; ``None`` for entropies per sequence.
         change: the first-order change.
@@ -111,9 +112,10 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     """
     config, trained = policy.config, (policy.parameters, policy.optimizer)
     policy.prepare(update.rollouts, evaluation.rollouts)
+    # first, since it refuses batches that lack what the loss takes
+    loss = update_loss(policy, update, checked=evaluation.is_update)
     before = _before(policy, evaluation)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    loss = update_loss(policy, update, checked=evaluation.is_update)
     checked = evaluation.is_update or config.loss.needs_scores
     gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
     step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
@@ -213,6 +215,30 @@ def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: fl
             policy, update.own, update.part, side, hooks=planned.hooks, progress=progress, total=False
         )
         return over_clusters(policy, update.part, again.dots[0])
+
+
+def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> PlannedStep:
+    """The step on some prompts of the update batch, in the geometry of the planned one.
+
+    Args:
+        planned: the step on all of them, in closed form.
+        kept: which prompts, numbered by increasing id.
+        factor: of every token's weight in the loss of the whole batch.
+    """
+    policy, update, part, step = planned.policy, planned.update, planned.update.part, planned.step
+    own = torch.isin(part.present_clusters, kept).nonzero()[:, 0]
+    given = (policy.scorer, policy.parameters, update.own, part.local_clusters, own, planned.loss, planned.gradient)
+    with policy.on_part(part):
+        gradient = kept_gradient(*given)
+    gradient = policy.ranks.sum_vector(gradient, policy.parameters)
+    gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
+
+    def frozen() -> tuple[dict[str, Tensor], PreconditionerReport]:
+        assert step.gradient_scale is not None
+        assert step.preconditioner is not None
+        return step.gradient_scale, step.preconditioner
+
+    return plan_step(policy.parameters, policy.optimizer, gradient, policy.config, frozen)
 
 
 def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:

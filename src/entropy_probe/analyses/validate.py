@@ -21,13 +21,12 @@ from entropy_probe.analyses.evaluation_half import EvaluationHalf, halved
 from entropy_probe.analyses.gradient import differentiate
 from entropy_probe.analyses.measure import after_step, fresh_scores
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Plan, plan, prompt_contributions
+from entropy_probe.analyses.predict import Plan, plan, prompt_contributions, step_on
 from entropy_probe.analyses.provenance import Clock
 from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.estimators.first_order import sequence_weights
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
-from entropy_probe.gradients.leave_out import kept_gradient
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.results.note import Note, NoteKind, distinct
 from entropy_probe.results.validation import MIN_STEPS, RankCorrelation, SubsetStep, Validation
@@ -35,7 +34,7 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import batch_digest
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
-from entropy_probe.steps.plan import PlannedStep, plan_step
+from entropy_probe.steps.plan import PlannedStep
 
 __all__ = ["check_halves", "distinct_halves", "validate"]
 
@@ -45,7 +44,7 @@ ROUNDING = 1e-9
 """A sum of advantages below this share of the sum of their sizes is none."""
 FEW_HALVES = NoteKind(
     "few_halves",
-    "{moving} update prompts with an advantage have {halves} different halves, fewer than the {asked} asked for",
+    "{moving} update prompts with a gradient have {halves} different halves, fewer than the {asked} asked for",
     "Use more update prompts: few halves leave the rank correlation uncertain.",
 )
 NOT_MEASURED = NoteKind(
@@ -95,10 +94,10 @@ def check_halves(prompts: int, subsets: int) -> None:
 def distinct_halves(moving: Bool[Tensor, " B"], subsets: int, seed: int) -> list[Tensor]:
     """Random halves of the prompts, rounded down, whose steps all differ.
 
-    Halves that differ only in prompts whose advantages are 0 give the same step and count as one.
+    Halves that differ only in prompts without a gradient give the same step and count as one.
 
     Args:
-        moving: which prompts have an advantage other than 0.
+        moving: which prompts have a token with a coefficient other than 0 in the loss.
         subsets: how many halves.
         seed: of the draws.
 
@@ -156,18 +155,17 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
             f"{optimizer_name(policy.optimizer)}; validate with the probe that attributed"
         )
     check_halves(update.prompts.count, subsets)
-    moving = update.prompts.total(update.rollouts.token_advantages.abs().sum(1)) > 0
+    planned = plan(policy, update, batch)
+    moving = policy.ranks.sum(update.part.clusters.total(planned.loss.logprobs.abs().sum(1))) > 0
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
-    planned = plan(policy, update, batch)
     question = _Question(attribution, planned, batch_digest(batch.rollouts) == attribution.evaluation)
     halves = halved(batch.clusters, batch.part, planned.before.scores, policy.ranks, seed)
     by_half = torch.stack([_contributions(planned, half) for half in halves])
-    scale = policy.frozen_scale() if policy.config.geometry == "frozen" else None
     measured: list[_Measured | str] = []
     for kept in kept_prompts:
-        measured.append(_change(planned, halves, kept, scale))
+        measured.append(_change(planned, halves, kept))
         if progress:
             progress("subsets", len(measured), len(kept_prompts))
     return _judged(question, kept_prompts, measured, by_half, seed)
@@ -197,16 +195,9 @@ def _contributions(planned: Plan, half: EvaluationHalf) -> Tensor:
     return prompt_contributions(planned, slope, policy.ranks.sum(weights.sum()[None]).item())
 
 
-def _change(planned: Plan, halves: list[EvaluationHalf], kept: Tensor, frozen: tuple | None) -> _Measured | str:
+def _change(planned: Plan, halves: list[EvaluationHalf], kept: Tensor) -> _Measured | str:
     """The entropy change measured after the step on some of the prompts, or why there is none."""
-    policy, update, part = planned.policy, planned.update, planned.update.part
-    own = torch.isin(part.present_clusters, kept).nonzero()[:, 0]
-    with policy.on_part(part):
-        given = (policy.scorer, policy.parameters, update.own, part.local_clusters)
-        gradient = kept_gradient(*given, own, planned.loss, planned.gradient)
-    gradient = policy.ranks.sum_vector(gradient, policy.parameters)
-    trained = (policy.parameters, policy.optimizer)
-    step = plan_step(*trained, gradient, policy.config, lambda: frozen or policy.frozen_scale())
+    step = step_on(planned, kept)
     try:
         measured = _measure_halves(planned, step, halves)
     except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing

@@ -72,7 +72,7 @@ def fold_errors(
     """Standard errors of prompts' contributions from the choice of evaluation rollouts.
 
     A contribution is a first-order change, so its error is that of
-    :func:`~entropy_probe.estimators.first_order.first_order` with K independent folds as units. With few folds the
+    :func:`~entropy_probe.estimators.first_order.first_order` with K independent folds as clusters. With few folds the
     error itself is uncertain, by about ``1 / sqrt(2 (K - 1))`` of it.
 
     Args:

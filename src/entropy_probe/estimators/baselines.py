@@ -1,8 +1,8 @@
-"""Baselines for score-function terms: means over the other units at the same response position.
+"""Baselines for score-function terms: means over the other clusters at the same response position.
 
 A baseline that does not depend on the sequence's own response changes no expectation. See ``docs/theory.md``,
-"Baselines". The other units enter through sums over the whole batch only (:class:`PositionSums`), so the functions here
-can be given any part of a batch that cuts no unit and no prompt.
+"Baselines". The other clusters enter through sums over the whole batch only (:class:`PositionSums`), so the functions
+here can be given any part of a batch that cuts no cluster and no prompt.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def position_baseline(
     sums: Float[Tensor, " P"],
     weights: Float[Tensor, " N"],
 ) -> Float[Tensor, "N L"]:
-    """At the t-th response token the mean of ``to_go`` there over the sequences of the other units that reach t.
+    """At the t-th response token the mean of ``to_go`` there over the sequences of the other clusters that reach t.
 
-    0 where no other unit reaches t, or with next to no weight. Float64.
+    0 where no other cluster reaches t, or with next to no weight. Float64.
 
     Args:
         to_go: sums over later tokens, of :func:`strictly_after`.
         mask: response tokens.
-        clusters: of these sequences, all sequences of a unit among them.
+        clusters: of these sequences, all sequences of a cluster among them.
         reaching: sequences of the whole batch that reach each position.
         sums: over the whole batch, at each position, what ``to_go`` adds up. Since a sequence that reaches a later
             position reaches t as well, the sum of ``to_go`` at t is that of ``sums`` after t.

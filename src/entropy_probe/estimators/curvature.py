@@ -21,7 +21,7 @@ __all__ = ["TaylorSums", "per_decision_taylor"]
 
 @dataclass(frozen=True, eq=False)
 class TaylorSums:
-    """A ratio's numerator and denominator with two derivatives each, summed over each unit; parts of a batch add up.
+    """A ratio's numerator and denominator with two derivatives each, summed over each cluster; parts of a batch add up.
 
     Attributes:
         table: value, first and second derivative of numerator and of denominator, ``[2, 3, U]``, float64.
@@ -32,7 +32,7 @@ class TaylorSums:
     def derivatives(self) -> tuple[Sampled, Sampled]:
         """Slope and second derivative of the ratio, with each cluster's influence.
 
-        ``r = sum a / sum b``: from ``a' = r' b + r b'`` and ``a'' = r'' b + 2 r' b' + r b''``, unit by cluster.
+        ``r = sum a / sum b``: from ``a' = r' b + r b'`` and ``a'' = r'' b + 2 r' b' + r b''``, cluster by cluster.
         """
         (a, a1, a2), (b, b1, b2) = self.table
         r = ratio(a, b)
@@ -71,10 +71,10 @@ def per_decision_taylor(
     :func:`entropy_probe.estimators.realized.per_decision`, held fixed.
 
     Args:
-        scores: ``s``, ``h`` at 0, nats, of all or some sequences of a batch, whole units.
+        scores: ``s``, ``h`` at 0, nats, of all or some sequences of a batch, whole clusters.
         first: their first derivatives in ``eta``, 0 off the response.
         second: their second derivatives.
-        clusters: their units.
+        clusters: the cluster of each of these sequences.
         batch: sums over the whole batch of scores at 0.
         normalization: per token or per sequence.
 

@@ -72,14 +72,14 @@ def entropy_coefficients(
 
     Rao-Blackwell: ``h_it + (R_it - b_it) s_it`` with ``R_it`` the entropy still to come after token t (minus the
     batch's entropy per token for each of those tokens, under per-token normalisation) and ``b_it`` its mean at
-    position t over the other units. Surprisal: ``-(S_i - mean of the others) s_it``, with the same correction for
+    position t over the other clusters. Surprisal: ``-(S_i - mean of the others) s_it``, with the same correction for
     length under per-token normalisation. Coefficients are constants: differentiating them too gives another,
     wrong gradient (about twice the right one for surprisal). All of it is times the sequence's weight.
 
     Args:
-        scores: of all or some sequences of a batch, whole units and prompts.
+        scores: of all or some sequences of a batch, whole clusters and prompts.
         prompt_ids: their prompts.
-        clusters: their units.
+        clusters: the cluster of each of these sequences.
         batch: sums over the whole batch.
         normalization: per token or per sequence.
         kind: how the entropy of a sequence is estimated.
@@ -105,13 +105,13 @@ def length_coefficients(scores: TokenScores, clusters: Clusters, batch: Position
     """Coefficients of the length-gradient surrogate, before division by the tokens of the batch.
 
     ``(L_it - b_it) s_it`` with ``L_it`` the response tokens still to come after token t and ``b_it`` their mean at
-    position t over the other units: the entropy gradient with 1 in place of ``h``, which depends on no parameter. Its
-    expectation over the mean length is the relative change of that length, whatever ``b``. All of it is times the
+    position t over the other clusters: the entropy gradient with 1 in place of ``h``, which depends on no parameter.
+    Its expectation over the mean length is the relative change of that length, whatever ``b``. All of it is times the
     sequence's weight.
 
     Args:
         scores: of all or some sequences of a batch.
-        clusters: their units.
+        clusters: the cluster of each of these sequences.
         batch: sums over the whole batch.
 
     Returns:
@@ -144,19 +144,19 @@ def first_order(
 ) -> FirstOrder:
     """The first-order change ``sum_u d_u / sum_u b_u`` along a fixed step.
 
-    Influence of unit u, with ``sigma = length_change``::
+    Influence of cluster u, with ``sigma = length_change``::
 
         (d_u - value b_u) / mean b  -  sigma I_u
 
     where ``I_u`` is that of H. Per token ``d_u`` contains the batch's own H, which has an error: ``d_u`` falls by the
-    unit's part of the length gradient along the step for every nat per token that H rises, and ``sigma`` is what those
-    sum to, over the tokens. Per sequence there is no such term. Bias of order ``1 / U`` per token. Source:
+    cluster's part of the length gradient along the step for every nat per token that H rises, and ``sigma`` is what
+    those sum to, over the tokens. Per sequence there is no such term. Bias of order ``1 / U`` per token. Source:
     ``docs/theory.md``, "Error from the evaluation batch".
 
     Args:
         contributions: ``d_u``, the inner product of each cluster's surrogate gradient with the step.
-        weights: ``b_u``, each cluster's tokens or sequences (:func:`sequence_weights` summed over the unit).
-        entropy: H on the same units.
+        weights: ``b_u``, each cluster's tokens or sequences (:func:`sequence_weights` summed over the cluster).
+        entropy: H on the same clusters.
         length_change: the relative first-order change of the mean length along the step; 0 per sequence.
     """
     held = ratio(contributions, weights)

@@ -14,7 +14,7 @@ MAX_BLOCKS = 16
 
 
 def blocks_of(clusters: Clusters, most: int = MAX_BLOCKS) -> Clusters:
-    """Consecutive units joined into at most ``most`` blocks whose numbers of units differ by at most one."""
+    """Consecutive clusters joined into at most ``most`` blocks whose numbers of clusters differ by at most one."""
     count = min(clusters.count, most)
     return Clusters(clusters.index * count // clusters.count, count)
 
@@ -24,19 +24,19 @@ def jackknife_standard_error(
 ) -> float:
     """The delete-a-block jackknife with blocks of unequal size.
 
-    With ``n`` units in blocks of ``m_j``, ``h_j = n / m_j``, pseudo-values ``h_j value - (h_j - 1) left_out_j`` and
+    With ``n`` clusters in blocks of ``m_j``, ``h_j = n / m_j``, pseudo-values ``h_j value - (h_j - 1) left_out_j`` and
     the jackknife estimate ``M value - sum_j (1 - m_j / n) left_out_j``::
 
         variance = 1/M sum_j (pseudo-value_j - jackknife estimate)^2 / (h_j - 1)
 
     For blocks of one size this is ``(M - 1) / M sum_j (left_out_j - mean)^2``. Consistent for functions that are
-    smooth in the units' mean, and exact in expectation for linear ones; too large for others. Source: Busing, Meijer
+    smooth in the clusters' mean, and exact in expectation for linear ones; too large for others. Source: Busing, Meijer
     and van der Leeden (1999), Delete-m jackknife for unequal m, Statistics and Computing 9.
 
     Args:
-        value: the function of all units.
+        value: the function of all clusters.
         left_out: the function without block j.
-        sizes: units in block j.
+        sizes: clusters in block j.
 
     Raises:
         ValueError: with fewer than two blocks.

@@ -42,8 +42,8 @@ class Change(Sampled):
         a Rao-Blackwell prediction, sequence by sequence.
 
         Args:
-            predicted: the first-order change on the same units.
-            entropy: H on the same units, before the step.
+            predicted: the first-order change on the same clusters.
+            entropy: H on the same clusters, before the step.
             beyond: by how much more than to first order the mean length changes, relative, both on the same sequences;
                 0 where that is not known.
         """
@@ -52,11 +52,11 @@ class Change(Sampled):
 
 
 def change(new: ClusterSums, old: ClusterSums) -> Change:
-    """The entropy after the step minus the one before it, both over the same units, whose influences are paired.
+    """The entropy after the step minus the one before it, both over the same clusters, whose influences are paired.
 
     ``new`` may come from :func:`per_decision` or :func:`snis`, or be the entropy of fresh responses, sampled to the
     same prompts at the new parameters. Those need no weights, so the step may be of any size, but share no responses
-    either: the noise of both batches stays, and only what their units have in common, the prompts, cancels.
+    either: the noise of both batches stays, and only what their clusters have in common, the prompts, cancels.
 
     Args:
         new: entropies after the step, of every cluster.
@@ -80,7 +80,7 @@ def snis(
     Args:
         after: scores of the old responses at the new parameters.
         weights: of each of these sequences, normalised over the batch.
-        clusters: their units.
+        clusters: the cluster of each of these sequences.
         normalization: per token or per sequence.
         kind: ``sum_t h+`` or ``-S+`` as the entropy of a sequence.
     """
@@ -103,7 +103,7 @@ def noise_floor(spurious: Sequence[Sampled], num_sequences: int | float) -> floa
     Its mean over sequences is systematic; its spread averages out over the sequences of the whole batch.
 
     Args:
-        spurious: what rounding did to a change, several times, with single sequences as units.
+        spurious: what rounding did to a change, several times, with single sequences as clusters.
         num_sequences: sequences in the batch that the floor is for; of a reweighted batch the effective number.
     """
     variance = fmean(s.influence.var().item() for s in spurious)
@@ -129,9 +129,9 @@ def per_decision(
     (``h+ = 1``) are both estimated this way. Unbiased per sequence; a ratio, with a bias of order ``1 / N``, per token.
 
     Args:
-        before: scores at the old parameters of all or some sequences of a batch, whole units.
+        before: scores at the old parameters of all or some sequences of a batch, whole clusters.
         after: of the same responses at the new parameters.
-        clusters: their units.
+        clusters: the cluster of each of these sequences.
         batch: sums over the whole batch of scores at the old parameters.
         normalization: per token or per sequence.
 

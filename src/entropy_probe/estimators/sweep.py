@@ -1,6 +1,6 @@
 """From changes at several learning rates to a slope, a curvature and the range over which the change is linear.
 
-Formulas: ``docs/theory.md``, "Sweeps and curvature". All rates are measured on the same units, so their errors are
+Formulas: ``docs/theory.md``, "Sweeps and curvature". All rates are measured on the same clusters, so their errors are
 strongly correlated: coefficients are linear in the changes, and so are their influences. The scatter about a fitted
 curve is not used as an error, since noise common to all rates does not scatter.
 """
@@ -101,7 +101,7 @@ def quadratic(
     Args:
         learning_rates: positive and increasing, at least three.
         changes: the change measured at each rate, nats.
-        influences: of each unit on each change.
+        influences: of each cluster on each change.
 
     Raises:
         ValueError: for fewer or unordered rates.
@@ -126,7 +126,7 @@ def power_law(
     Args:
         learning_rates: positive and increasing, at least three.
         changes: the change measured at each rate, nats.
-        influences: of each unit on each change.
+        influences: of each cluster on each change.
 
     Returns:
         ``None`` if the changes are 0 somewhere or differ in sign, since no power of the rate describes them.

@@ -19,7 +19,7 @@ __all__ = ["CrossStatistic", "cross_statistic", "influence_of_sums"]
 
 @dataclass(frozen=True, eq=False)
 class CrossStatistic:
-    """The U-statistic of ``<X_u, P Y_w>`` over distinct units, with two estimates of its error.
+    """The U-statistic of ``<X_u, P Y_w>`` over distinct clusters, with two estimates of its error.
 
     Attributes:
         value: ``1 / (U (U - 1)) sum_{u != w} <X_u, P Y_w>``.
@@ -50,17 +50,17 @@ def influence_of_sums(
     entropy: Sampled,
     length_slope: float,
 ) -> Float[Tensor, " U"]:
-    """What each unit does to the statistic through the sums over the batch that ``X`` and ``Y`` are made with.
+    """What each cluster does to the statistic through the sums over the batch that ``X`` and ``Y`` are made with.
 
     ``-value (b_u / mean b - 1) - value (c_u / mean c - 1) + length_slope I_u``: ``X`` is over the batch's tokens and
     ``Y`` over what its loss divides by, and ``X`` rises with the batch's own H by the length gradient. Mean 0; 0 where
-    all units have as many sequences and neither divides by tokens. Source: ``docs/theory.md``, "One batch".
+    all clusters have as many sequences and neither divides by tokens. Source: ``docs/theory.md``, "One batch".
 
     Args:
         value: the statistic.
-        weights: ``b_u``, the tokens or sequences that H of each unit is over.
-        loss_weights: ``c_u``, the tokens or sequences of each unit that the loss divides by.
-        entropy: H on the same units, with its influence ``I_u``.
+        weights: ``b_u``, the tokens or sequences that H of each cluster is over.
+        loss_weights: ``c_u``, the tokens or sequences of each cluster that the loss divides by.
+        entropy: H on the same clusters, with its influence ``I_u``.
         length_slope: ``<sum_u length gradient, P mean Y> / sum_u b_u`` per token, the change of the statistic per nat
             of H; 0 per sequence.
     """
@@ -74,17 +74,17 @@ def cross_statistic(
     diagonal: Float[Tensor, " U"],
     of_sums: Callable[[float], Float[Tensor, " U"]] | None = None,
 ) -> CrossStatistic:
-    """The U-statistic from three inner products per unit; no pair is ever formed.
+    """The U-statistic from three inner products per cluster; no pair is ever formed.
 
     Args:
         entropy_side: ``<X_u, P sum_w Y_w>``.
         update_side: ``<sum_w X_w, P Y_u>``; sums to the same total.
         diagonal: ``<X_u, P Y_u>``.
-        of_sums: from the statistic, what each unit does to it beyond its pairs: :func:`influence_of_sums`; nothing by
-            default.
+        of_sums: from the statistic, what each cluster does to it beyond its pairs: :func:`influence_of_sums`; nothing
+            by default.
 
     Raises:
-        ValueError: with fewer than three units, which leaves the jackknife nothing to leave out.
+        ValueError: with fewer than three clusters, which leaves the jackknife nothing to leave out.
     """
     clusters = diagonal.numel()
     if clusters < 3:

@@ -54,14 +54,14 @@ def in_chunks(uncut: Clusters) -> Iterator[Int[Tensor, " n"]]:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """An estimate and the influence of each unit on it.
+    """An estimate and the influence of each cluster on it.
 
-    To first order the estimate is ``value = truth + mean(influence)``, so two estimates from the same units can be
+    To first order the estimate is ``value = truth + mean(influence)``, so two estimates from the same clusters can be
     subtracted influence by influence: that is the paired comparison.
 
     Attributes:
         value: the estimate.
-        influence: centred influence of each unit, ``[U]``, float64.
+        influence: centred influence of each cluster, ``[U]``, float64.
     """
 
     value: float
@@ -77,13 +77,13 @@ class Sampled:
 
 
 def ratio(numerator: Float[Tensor, " U"], denominator: Float[Tensor, " U"]) -> Sampled:
-    """``sum(a) / sum(b)`` over units, with influence ``(a_u - r b_u) / mean(b)``.
+    """``sum(a) / sum(b)`` over clusters, with influence ``(a_u - r b_u) / mean(b)``.
 
     With ``b = 1`` this is the mean and its ordinary standard error. Bias of order ``1 / U`` otherwise. Source:
     Cochran, Sampling Techniques, 1977, chapter 6.
 
     Raises:
-        ValueError: with fewer than two units, or if a sum is not finite.
+        ValueError: with fewer than two clusters, or if a sum is not finite.
     """
     clusters = numerator.numel()
     if clusters < 2:
@@ -99,7 +99,7 @@ def ratio(numerator: Float[Tensor, " U"], denominator: Float[Tensor, " U"]) -> S
 
 @dataclass(frozen=True, eq=False)
 class ClusterSums:
-    """Numerator and denominator of a ratio, summed over each unit; those of parts of a batch add up.
+    """Numerator and denominator of a ratio, summed over each cluster; those of parts of a batch add up.
 
     Attributes:
         table: numerators and denominators, ``[2, U]``, float64.

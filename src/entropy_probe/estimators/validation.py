@@ -29,7 +29,7 @@ class Changes:
     Attributes:
         whole: on the whole batch, ``[S]``.
         halves: on each half, ``[2, S]``.
-        influences: of each unit of a half on its changes, ``[S, U]`` each.
+        influences: of each cluster of a half on its changes, ``[S, U]`` each.
     """
 
     whole: Float[Tensor, " S"]
@@ -37,7 +37,7 @@ class Changes:
     influences: tuple[Float[Tensor, "S _"], Float[Tensor, "S _"]]
 
     def redrawn(self, generator: torch.Generator, times: float = 1.0) -> Float[Tensor, "R 2 S"]:
-        """What other draws of each half's units, ``times`` as many, would add to its changes, to first order."""
+        """What other draws of each half's clusters, ``times`` as many, would add to its changes, to first order."""
         return torch.stack([_redrawn(of_half, generator, times) for of_half in self.influences], 1)
 
 
@@ -116,8 +116,8 @@ def score(forecast: Forecast, changes: Changes, *, crossed: bool, seed: int) -> 
 
     The interval is ``tanh(atanh r +- 1.96 sqrt((1 + r^2 / 2) / (S - 3) + s^2))``: the choice of the steps (Bonett and
     Wright, 2000) and with ``s`` that of the evaluation rollouts, the standard deviation of ``atanh r`` over draws of
-    their units with replacement. Changes move by the units' influences, and a forecast moves as changes measured on its
-    rollouts would, which it does to first order and up to what all steps share.
+    their clusters with replacement. Changes move by the clusters' influences, and a forecast moves as changes measured
+    on its rollouts would, which it does to first order and up to what all steps share.
 
     The ceiling, ``sqrt(reliability of the forecast x reliability of the changes)``, bounds the correlation of what is
     known with independent noise (Spearman, 1904). A forecast without evaluation rollouts has reliability 1.

@@ -1,6 +1,6 @@
-"""Inner products between the units of one batch, for the cross-prompt U-statistic.
+"""Inner products between the clusters of one batch, for the cross-prompt U-statistic.
 
-Nothing of size units x units is formed: three numbers per unit are enough.
+Nothing of size clusters x clusters is formed: three numbers per cluster are enough.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ __all__ = ["CrossProducts", "cross_products"]
 
 @dataclass(frozen=True, eq=False)
 class CrossProducts:
-    """Inner products between units; ``X`` and ``Y`` are the gradients of two surrogates, P a diagonal scale.
+    """Inner products between clusters; ``X`` and ``Y`` are the gradients of two surrogates, P a diagonal scale.
 
     Attributes:
-        left: ``<X_u, P sum_w Y_w>`` for the units of this rank, ``[u]``, float64.
+        left: ``<X_u, P sum_w Y_w>`` for the clusters of this rank, ``[u]``, float64.
         right: ``<sum_w X_w, P Y_u>``, ``[u]``, float64.
         diagonal: ``<X_u, P Y_u>``, ``[u]``, float64.
         unscaled_total: ``<sum X, sum Y>``, without P.
@@ -68,23 +68,23 @@ def cross_products(
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> CrossProducts:
-    """Differentiate both surrogates unit by cluster, with one forward pass for the two, and multiply.
+    """Differentiate both surrogates cluster by cluster, with one forward pass for the two, and multiply.
 
-    Gradients of all units are kept in host memory if they fit ``max_bytes``. If only those of one surrogate fit, a
+    Gradients of all clusters are kept in host memory if they fit ``max_bytes``. If only those of one surrogate fit, a
     first pass keeps Y's and a second one, over X, needs nothing else. If these do not fit either, a first pass gives
     the sums and the diagonal and a second one the products with the sums.
 
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
-        rollouts: this rank's part of the batch, whole units.
-        clusters: the unit of each of these sequences, ``[N]``, numbered from 0 without gaps.
-        count: the units of the whole batch.
+        rollouts: this rank's part of the batch, whole clusters.
+        clusters: the cluster of each of these sequences, ``[N]``, numbered from 0 without gaps.
+        count: the clusters of the whole batch.
         x: coefficients of the entropy side.
         y: coefficients of the update side.
         scale: P, by parameter name.
         hooks: how to read per-sequence gradients off layers, if they can be.
-        max_bytes: how much the gradients of all units may take, on all ranks together.
+        max_bytes: how much the gradients of all clusters may take, on all ranks together.
         progress: called with sequences done and in all.
         ranks: the ranks that have the other parts.
     """
@@ -161,7 +161,7 @@ def _totals(
     y: TokenCoefficients,
     scale: NamedVector,
 ) -> tuple[list[dict[str, Tensor | None]], Tensor]:
-    """``sum X``, ``sum Y`` and the diagonal, unit by cluster."""
+    """``sum X``, ``sum Y`` and the diagonal, cluster by cluster."""
     totals: list[dict[str, Tensor | None]] = [dict.fromkeys(scale), dict.fromkeys(scale)]
     counts = clusters.bincount().tolist()
     diagonal = torch.zeros(len(counts), dtype=torch.float64)

@@ -64,7 +64,7 @@ def _list(names: Sequence[str]) -> str:
 class _Hook(torch.autograd.Function):
     """The identity on a layer's output; its backward hands the gradient of that output to a consumer.
 
-    ``anchor`` is a scalar that every tap takes as an input: asking for its gradient makes the engine visit all taps
+    ``anchor`` is a scalar that every hook takes as an input: asking for its gradient makes the engine visit all hooks
     and nothing that they do not need, weight gradients in particular.
     """
 
@@ -164,14 +164,14 @@ def hooked_backward(
     sinks: Sequence[Sink],
     sheet: ScoreSheet | None = None,
 ) -> None:
-    """One forward pass with taps, then one backward pass per surrogate.
+    """One forward pass with hooks, then one backward pass per surrogate.
 
     Args:
         scorer: the policy.
         hooks: how to read gradients, from :func:`hookable`.
-        batch: rows that each belong to one unit.
+        batch: rows that each belong to one cluster.
         coefficients: of the surrogates.
-        clusters: the unit of each row of the microbatch.
+        clusters: the cluster of each row of the microbatch.
         sinks: where the gradients of each surrogate go.
         sheet: where the scores of the tokens go.
     """
@@ -212,7 +212,7 @@ class _Weighted(Sink):
 def hookable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> Hooks | str:
     """How per-sequence gradients of the parameters can be read off layers, or why they cannot.
 
-    On the shortest and the longest sequence, the tapped gradients of both, weighted differently, are compared with
+    On the shortest and the longest sequence, the hooked gradients of both, weighted differently, are compared with
     autograd's own: a gradient given to the wrong sequence, or a weight that also acts outside its layer's forward pass,
     would show there. A layer that fails with its formula is called again in place of it, one that fails then is a
     reason.
@@ -250,7 +250,7 @@ def _ones(few: Rollouts) -> TokenCoefficients:
 
 
 def _hooked_sum(scorer: Scorer, parameters: Mapping[str, Parameter], hooks: Hooks, few: Rollouts) -> dict[str, Tensor]:
-    """The weighted gradient as tapped."""
+    """The weighted gradient as read off the layers."""
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         sink = _Weighted(parameters, _WEIGHTS)

@@ -62,7 +62,7 @@ class Call:
 
 
 Rule = Callable[[Call, Tensor, Tensor, Sink], None]
-"""What each row adds to a layer's parameters: from a call, the gradient of its output, and the rows' units."""
+"""What each row adds to a layer's parameters: from a call, the gradient of its output, and the rows' clusters."""
 
 
 def linear(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> None:

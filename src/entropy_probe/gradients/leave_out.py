@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from entropy_probe.gradients.per_sample import SampleGradients, cluster_backward
 from entropy_probe.losses import Loss
+from entropy_probe.parallel.shards import local, take_part
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenCoefficients
@@ -77,16 +78,16 @@ def kept_gradient(
     loss: TokenCoefficients,
     whole: SampleGradients,
 ) -> dict[str, Tensor | None]:
-    """The gradient of the loss over some units only, every token at the weight that it has in the whole batch.
+    """The gradient of the loss over some clusters only, every token at the weight that it has in the whole batch.
 
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
         rollouts: the update batch.
-        clusters: the unit of each sequence, ``[N]``.
-        kept: which units, ``[K]``.
+        clusters: the cluster of each sequence, ``[N]``.
+        kept: which clusters, ``[K]``.
         loss: coefficients of the whole batch's loss.
-        whole: its gradient; where it keeps no gradient per unit, the kept units are differentiated again.
+        whole: its gradient; where it keeps no gradient per cluster, the kept clusters are differentiated again.
     """
     if whole.stored is not None:
         shares: Mapping[str, Tensor] = _by_name(whole.stored[kept].sum(0), parameters)
@@ -100,8 +101,8 @@ def kept_gradient(
 
 
 def _by_name(flat: Tensor, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
-    pieces = flat.split([p.numel() for p in parameters.values()])
-    return {n: x.view(p.shape).to(p.device) for (n, p), x in zip(parameters.items(), pieces, strict=True)}
+    pieces = zip(parameters.items(), flat.split([local(p).numel() for p in parameters.values()]), strict=True)
+    return {name: take_part(piece.view(local(p).shape).to(p.device), p) for (name, p), piece in pieces}
 
 
 def _without(total: Tensor | None, share: Tensor | None, factor: float) -> Tensor | None:

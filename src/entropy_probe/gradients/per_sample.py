@@ -1,7 +1,7 @@
-"""Gradients of token surrogates: their sum over a batch, and their share per unit, in one streaming pass.
+"""Gradients of token surrogates: their sum over a batch, and their share per cluster, in one streaming pass.
 
 Two paths give the same numbers. With ``hooks`` one backward pass over a microbatch of many sequences is enough, since
-what each sequence adds is read off the layers. ``per cluster``: for any module, one backward pass per unit. Only one
+what each sequence adds is read off the layers. ``per cluster``: for any module, one backward pass per cluster. Only one
 microbatch's graph is alive at a time, and ``.grad`` is left as it was.
 
 Of sharded parameters every rank keeps its part of each gradient; inner products are summed over the parts at the end.
@@ -45,7 +45,7 @@ class Side:
         coefficients: of the surrogate ``sum_it a_it s_it + c_it h_it``.
         directions: vectors to take each cluster's inner product with.
         store: keep each cluster's gradient.
-        pair_with: a vector for each unit to take its own inner product with, ``[U, P]``, laid out as in
+        pair_with: a vector for each cluster to take its own inner product with, ``[U, P]``, laid out as in
             :attr:`SampleGradients.stored`.
     """
 
@@ -73,7 +73,7 @@ class SampleGradients:
     paired: Float[Tensor, " U"]
 
     def total_of_stored(self, parameters: Mapping[str, Parameter]) -> dict[str, Tensor | None]:
-        """The total from the stored gradients in float64, which does not depend on the order of the units."""
+        """The total from the stored gradients in float64, which does not depend on the order of the clusters."""
         assert self.stored is not None
         sizes = [local(p).numel() for p in parameters.values()]
         pieces = zip(parameters.items(), self.stored.split(sizes, 1), strict=True)
@@ -129,7 +129,7 @@ class _Sums(Sink):
         return SampleGradients(total, dots, self.stored, paired)
 
     def part(self, clusters: Tensor) -> _Sums:
-        """Empty sums for one microbatch with these units, for :meth:`merge` once it is known to be complete."""
+        """Empty sums for one microbatch with these clusters, for :meth:`merge` once it is known to be complete."""
         part = copy.copy(self)
         part.total = dict.fromkeys(self.total)
         part.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
@@ -139,7 +139,7 @@ class _Sums(Sink):
         return part
 
     def merge(self, part: _Sums, clusters: Tensor) -> None:
-        """Add the sums of a microbatch whose units are ``clusters``, distinct."""
+        """Add the sums of a microbatch whose clusters are ``clusters``, distinct."""
         for name, gradient in part.total.items():
             if gradient is not None:
                 self.add_total(name, gradient)
@@ -176,7 +176,7 @@ class _Sums(Sink):
     def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
         """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``clusters[n]``.
 
-        Only these rows are touched: nothing of the embedding's size is formed per unit.
+        Only these rows are touched: nothing of the embedding's size is formed per cluster.
         """
         wide = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         total = self.total[name]
@@ -223,10 +223,10 @@ def sample_gradients(
         scorer: the policy.
         parameters: what to differentiate with respect to, by name.
         rollouts: the batch.
-        clusters: the unit of each sequence, ``[N]``, numbered from 0.
+        clusters: the cluster of each sequence, ``[N]``, numbered from 0.
         sides: the surrogates.
         hooks: how to read per-sequence gradients off layers, from :func:`~entropy_probe.gradients.hooks.hookable`;
-            without, what is wanted of single units takes a backward pass per unit.
+            without, what is wanted of single clusters takes a backward pass per cluster.
         progress: called with sequences done and in all.
         sheet: gets the scores of the batch, which the forward pass computes on its way.
 
@@ -279,7 +279,7 @@ def sample_gradients(
 
 
 def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:
-    """Whether no prompt's sequences are spread over several units, so that they may share a row."""
+    """Whether no prompt's sequences are spread over several clusters, so that they may share a row."""
     pairs = torch.stack([prompt_ids, clusters], 1).unique(dim=0)
     return len(pairs) == prompt_ids.unique().numel()
 

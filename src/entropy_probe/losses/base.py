@@ -7,7 +7,7 @@ trainer's name for it. See ``docs/theory.md``, "The update gradient".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -60,16 +60,14 @@ def register(name: str, **settings: Any) -> Callable[[L], L]:
     def decorate(kind: L) -> L:
         assert name not in _REGISTERED, f"two losses are called {name}"
         _REGISTERED[name] = lambda **more: kind(**settings, **more)
-        _SETTINGS[name] = {
-            field.name: field.default is MISSING for field in fields(kind) if field.name not in settings and field.init
-        }
+        _SETTINGS[name] = {field.name: field for field in fields(kind) if field.name not in settings and field.init}
         return kind
 
     return decorate
 
 
-_SETTINGS: dict[str, dict[str, bool]] = {}
-"""The settings of each loss, and whether it has to be given."""
+_SETTINGS: dict[str, dict[str, Field[Any]]] = {}
+"""The settings of each loss."""
 
 
 @cache
@@ -103,8 +101,12 @@ def build_loss(loss_type: str, settings: Mapping[str, Any], max_completion_lengt
     if known.pop("max_completion_length", None) is not None:
         given["max_completion_length"] = max_completion_length
     strays = sorted(set(settings) - set(known))
-    missing = sorted(name for name, needed in known.items() if needed and name not in given)
+    missing = sorted(name for name, field in known.items() if field.default is MISSING and name not in given)
     if strays or missing:
         what = f"got {strays[0]}; leave it out" if strays else f"got no {missing[0]}; set it"
         raise ValueError(f"loss_settings: expected {', '.join(known) or 'none'} for loss_type {loss_type}, {what}")
+    for name, value in settings.items():
+        if isinstance(value, str) != (known[name].type == "str"):
+            kind = "a name" if known[name].type == "str" else "a number"
+            raise ValueError(f"loss_settings: expected {kind} for {name}, got {value!r}")
     return _REGISTERED[loss_type](**given)

@@ -66,12 +66,12 @@ class Part:
 
     @property
     def local_clusters(self) -> Int[Tensor, " n"]:
-        """The unit of each of these sequences, numbered from 0 without gaps."""
+        """The cluster of each of these sequences, numbered from 0 without gaps."""
         return self._present[1]
 
     @property
     def present_clusters(self) -> Int[Tensor, " u"]:
-        """What the local number of a unit stands for."""
+        """What the local number of a cluster stands for."""
         return self._present[0]
 
     def by_sequence(self, values: Float[Tensor, "*k n"]) -> Float[Tensor, "*k N"]:
@@ -79,7 +79,7 @@ class Part:
         return values.new_zeros(*values.shape[:-1], self.size).index_copy_(-1, self.rows, values)
 
     def by_cluster(self, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
-        """Values by local units at the units' places in the batch, 0 elsewhere."""
+        """Values by local clusters at the clusters' places in the batch, 0 elsewhere."""
         return values.new_zeros(*values.shape[:-1], self.clusters.count).index_copy_(-1, self.present_clusters, values)
 
 
@@ -98,6 +98,6 @@ def balanced(sizes: Sequence[float], parts: int) -> list[int]:
 
 
 def add_up(ranks: Ranks, sums: S) -> S:
-    """Sums over the whole batch (of positions or units) from those over the parts that the ranks have."""
+    """Sums over the whole batch (of positions or clusters) from those over the parts that the ranks have."""
     holder: Any = sums
     return replace(holder, table=ranks.sum(holder.table))

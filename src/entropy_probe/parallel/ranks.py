@@ -49,7 +49,7 @@ class Ranks(Protocol):
         ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, of sums, counts and what there is per sequence or unit; not of anything larger."""
+        """The sum over ranks, of sums, counts and what there is per sequence or cluster; not of anything larger."""
         ...
 
     def sum_vector(self, vector: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
@@ -211,7 +211,7 @@ class ProcessGroup:
 class SameWork:
     """Ranks that all do the same work on the same data, as those that hold the shards of one model: counted as one.
 
-    What there is per sequence or unit is whole on each of them, and gradients come summed from the model. Rank 0's
+    What there is per sequence or cluster is whole on each of them, and gradients come summed from the model. Rank 0's
     numbers count, so that rounding cannot make the ranks decide differently.
 
     Args:

@@ -104,7 +104,7 @@ def take_part(part: Tensor, like: Tensor) -> Tensor:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded the model."""
-    return bool(_clusters(model))
+    return bool(_sharded_modules(model))
 
 
 def reshard(model: nn.Module) -> None:
@@ -112,11 +112,11 @@ def reshard(model: nn.Module) -> None:
 
     Until then the model's parameters are other objects than those the optimizer holds, with their values as of then.
     """
-    for unit in _clusters(model):
-        unit.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
-def _clusters(model: nn.Module) -> list[Any]:
+def _sharded_modules(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` was called on; it changes their classes."""
     return [m for m in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(m).__mro__)]
 

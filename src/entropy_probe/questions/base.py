@@ -1,7 +1,7 @@
 """The seam of analyses: a question about a prediction, answered by a record that shows itself.
 
-An analysis is a module of this folder, of which it takes the name; it has ``Settings``, ``Answer``, ``run`` and
-``section``. Its key in a config, its file, and its part of the console and the page follow from these.
+An analysis is a module of this folder, of which it takes the name; it has ``Settings``, ``Answer``, ``check``,
+``run`` and ``section``. Its key in a config, its file, and its part of the console and the page follow from these.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
+from entropy_probe.analyses.batches import UpdateBatch
+from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction
 from entropy_probe.report.sections.base import Section
 from entropy_probe.results.record import SavedRecord
 
-__all__ = ["Analysis", "answer_all", "check_questions", "questions"]
+__all__ = ["Analysis", "answer_all", "check_fit", "check_questions", "questions"]
 
 
 @runtime_checkable
@@ -30,12 +32,16 @@ class Analysis(Protocol):
     Answer: type[SavedRecord]
     """The answer, which has a file of its own."""
 
-    def run(self, prediction: Prediction, settings: Any) -> SavedRecord:
-        """The answer; called while the policy may be scored and differentiated.
+    def check(self, policy: Policy, update: UpdateBatch, settings: Any) -> None:
+        """Make sure that the question fits the step, before anything is computed.
 
         Raises:
-            ValueError: if the question does not fit the prediction.
+            ValueError: if not.
         """
+        ...
+
+    def run(self, prediction: Prediction, settings: Any) -> SavedRecord:
+        """The answer; called while the policy may be scored and differentiated."""
         ...
 
     def section(self, answer: Any) -> Section:
@@ -72,10 +78,16 @@ def check_questions(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, BaseMod
     return checked
 
 
-def answer_all(prediction: Prediction, asked: Mapping[str, BaseModel]) -> dict[str, SavedRecord]:
-    """The answers to checked questions, by name.
+def check_fit(asked: Mapping[str, BaseModel], policy: Policy, update: UpdateBatch) -> None:
+    """Make sure that questions fit the step that they are about.
 
     Raises:
-        ValueError: if a question does not fit the prediction.
+        ValueError: if one does not.
     """
+    for name, settings in asked.items():
+        questions()[name].check(policy, update, settings)
+
+
+def answer_all(prediction: Prediction, asked: Mapping[str, BaseModel]) -> dict[str, SavedRecord]:
+    """The answers to questions that fit, by name."""
     return {name: questions()[name].run(prediction, settings) for name, settings in asked.items()}

@@ -14,18 +14,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields, predicted_record
+from entropy_probe.analyses.batches import UpdateBatch
 from entropy_probe.analyses.gradient import differentiate, over_clusters
-from entropy_probe.analyses.predict import Prediction, entropy_surrogate
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate, step_on
 from entropy_probe.estimators.first_order import FirstOrder, first_order
-from entropy_probe.gradients.leave_out import kept_gradient, renormalisation
+from entropy_probe.gradients.leave_out import renormalisation
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.named import NamedVector
 from entropy_probe.report.sections.base import Row, Rows, Section, written
 from entropy_probe.results.probe import Estimate, Predicted
 from entropy_probe.results.record import Kept, Record, SavedRecord
-from entropy_probe.steps.plan import PlannedStep, plan_step
+from entropy_probe.steps.adamw import is_adam
+from entropy_probe.steps.copied import optimizer_name
+from entropy_probe.steps.plan import PlannedStep
 
-__all__ = ["Answer", "Scenario", "Settings", "run", "section", "step_changes", "step_without"]
+__all__ = ["Answer", "Scenario", "Settings", "check", "run", "section", "step_changes", "step_without"]
 
 ERRORS = "Errors are from the evaluation rollouts alone; that of the whole update batch is from both batches."
 
@@ -74,15 +78,36 @@ class Answer(SavedRecord):
     scenarios: tuple[Scenario, ...]
 
 
-def run(prediction: Prediction, settings: Settings) -> Answer:
-    """The change of the step without each list of prompts, from one more pass over the evaluation batch.
+def check(policy: Policy, update: UpdateBatch, settings: Settings) -> None:
+    """Make sure that the step divides over prompts, and that each scenario leaves some of them.
 
     Raises:
         ValueError: for prompts that the update batch does not have or has no others than, or an optimizer whose step
             is taken on copies.
     """
-    plan = prediction.plan
-    steps = [step_without(prediction, _rows(prediction, ids)) for ids in settings.prompts]
+    if policy.config.geometry != "frozen" and not is_adam(policy.optimizer):
+        raise ValueError(
+            "without_prompts: expected torch.optim.AdamW or Adam, whose step divides over prompts, got "
+            f"{optimizer_name(policy.optimizer)}; leave the question out, or set geometry: frozen with "
+            "identity_if_coverage_below"
+        )
+    known = update.rollouts.prompt_ids.unique().tolist()
+    for ids in settings.prompts:
+        strange = sorted(set(ids) - set(known))
+        if strange or not ids or len(set(ids)) == len(known):
+            got = f"{strange[0]}" if strange else "none" if not ids else "all of them"
+            raise ValueError(
+                f"without_prompts.prompts: expected some of the {len(known)} prompt ids of the update batch, "
+                f"{', '.join(map(str, known[:8]))}{' …' if len(known) > 8 else ''}, but not all, got {got}"
+            )
+
+
+def run(prediction: Prediction, settings: Settings) -> Answer:
+    """The change of the step without each list of prompts, from one more pass over the evaluation batch."""
+    plan, known = prediction.plan, prediction.plan.update.rollouts.prompt_ids.unique()
+    steps = [
+        step_without(prediction, torch.searchsorted(known, torch.tensor(sorted(set(ids))))) for ids in settings.prompts
+    ]
     moves = [{name: step.delta[name] - x for name, x in plan.step.delta.items()} for step in steps]
     scenarios = []
     for ids, step, difference in zip(settings.prompts, steps, step_changes(prediction, moves), strict=True):
@@ -101,15 +126,10 @@ def run(prediction: Prediction, settings: Settings) -> Answer:
 
 def step_without(prediction: Prediction, dropped: Tensor) -> PlannedStep:
     """The step on the update batch without some of its prompts, numbered by increasing id."""
-    plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.update
-    out = torch.isin(update.prompts.index, dropped)
-    (factor,) = renormalisation(update.given, (~out).long(), policy.config.loss)[:1]
-    own = (~torch.isin(update.part.present_clusters, dropped)).nonzero()[:, 0]
-    given = (policy.scorer, policy.parameters, update.own, update.part.local_clusters, own, plan.loss, plan.gradient)
-    with policy.on_part(update.part):
-        gradient = policy.ranks.sum_vector(kept_gradient(*given), policy.parameters)
-    gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
-    return plan_step(policy.parameters, policy.optimizer, gradient, policy.config, policy.frozen_scale)
+    plan, prompts = prediction.plan, prediction.plan.update.prompts
+    left = ~torch.isin(torch.arange(prompts.count), dropped)
+    factor, _ = renormalisation(plan.update.given, left[prompts.index].long(), plan.policy.config.loss)
+    return step_on(plan, left.nonzero()[:, 0], factor)
 
 
 def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[FirstOrder]:
@@ -119,30 +139,12 @@ def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[F
         side = Side(entropy_surrogate(plan), directions=moves)
         given = (plan.policy, evaluation.own, evaluation.part, side)
         dots = over_clusters(
-            plan.policy, evaluation.part, differentiate(*given, hooks=plan.hooks, progress=progress).dots
+            plan.policy, evaluation.part, differentiate(*given, hooks=plan.hooks, progress=progress, total=False).dots
         )
     lengths = torch.zeros(len(moves), dtype=torch.float64)
     if before.lengths is not None and prediction.length_slope is not None:
         lengths = before.lengths.along(moves, prediction.length_slope, plan.policy.ranks)
     return [first_order(dots[k], before.sums.size, before.entropy, float(lengths[k])) for k in range(len(moves))]
-
-
-def _rows(prediction: Prediction, ids: tuple[int, ...]) -> Tensor:
-    """The places of prompts among those of the update batch, by increasing id."""
-    if prediction.by_prompt is None:
-        raise ValueError(
-            "without_prompts: expected torch.optim.AdamW or Adam, whose step divides over prompts, got an optimizer "
-            "whose step is taken on copies; leave the analysis out, or set geometry: frozen"
-        )
-    known = prediction.plan.update.rollouts.prompt_ids.unique()
-    strange = sorted(set(ids) - set(known.tolist()))
-    if strange or not ids or len(set(ids)) == len(known):
-        got = f"{strange[0]}" if strange else "none" if not ids else "all of them"
-        raise ValueError(
-            f"without_prompts.prompts: expected some of the {len(known)} prompt ids of the update batch, "
-            f"{', '.join(map(str, known[:8].tolist()))}{' …' if len(known) > 8 else ''}, but not all, got {got}"
-        )
-    return torch.searchsorted(known, torch.tensor(sorted(set(ids))))
 
 
 def section(answer: Answer) -> Section:

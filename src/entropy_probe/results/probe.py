@@ -192,18 +192,18 @@ class CrossPrompt(Record):
     Attributes:
         delta_h1: ``-learning_rate * u_cross``, in ``unit``.
         se_plugin: standard error of ``delta_h1`` from the variance of the row means.
-        se_jackknife: standard error of ``delta_h1`` from leaving out one unit at a time.
+        se_jackknife: standard error of ``delta_h1`` from leaving out one cluster at a time.
         unit: nats per token or nats per sequence.
-        u_cross: the U-statistic of ``<X_u, P Y_w>`` over distinct units.
+        u_cross: the U-statistic of ``<X_u, P Y_w>`` over distinct clusters.
         zeta_plugin: estimated variance of the statistic's projection, plug-in.
         zeta_jackknife: the same, jackknife.
         bars_dot: ``<mean X, P mean Y>``, which keeps the biased diagonal.
         bars_dot_ratio: ``bars_dot`` over its value without P; null if that is 0.
         diagonal: ``sum_u <X_u, P Y_u>``.
-        row_means: what each unit contributes to ``u_cross``, which is their mean.
+        row_means: what each cluster contributes to ``u_cross``, which is their mean.
         num_clusters: clusters in the statistic.
-        mode: ``exact`` (a unit is a prompt) or ``block`` (a block of prompts).
-        block_size: prompts per unit.
+        mode: ``exact`` (a cluster is a prompt) or ``block`` (a block of prompts).
+        block_size: prompts per cluster.
         learning_rate: the largest rate of the parameter groups; rates of other groups are folded into P.
         gradients: how per-sample gradients were held.
         preconditioner: how P was built.
