@@ -44,16 +44,11 @@ def test_weights(loss_type):
         ({"loss_type": "policy_gradient_with_kl"}, "expected beta, policy_loss for .*, got no beta; set it"),
         (
             {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": -1.0}},
-            "loss_settings.beta: expected a number of at least 0, got -1.0",
-        ),
-        pytest.param(
-            {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": "0.04x"}},
-            "loss_settings.beta: expected a number of at least 0, got '0.04x'",
-            marks=pytest.mark.unchecked,
+            "loss_settings.beta: expected at least 0, got -1.0",
         ),
         (
             {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": "small"}},
-            "loss_settings: expected a number for beta, got 'small'",
+            "loss_settings.beta: expected a number, got 'small'",
         ),
         (
             {
@@ -64,7 +59,7 @@ def test_weights(loss_type):
         ),
         (
             {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 1.0, "policy_loss": 2.0}},
-            "loss_settings: expected a name for policy_loss, got 2.0",
+            "loss_settings.policy_loss: expected a name, got 2.0",
         ),
     ],
 )

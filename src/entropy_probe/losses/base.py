@@ -108,5 +108,5 @@ def build_loss(loss_type: str, settings: Mapping[str, Any], max_completion_lengt
     for name, value in settings.items():
         if isinstance(value, str) != (known[name].type == "str"):
             kind = "a name" if known[name].type == "str" else "a number"
-            raise ValueError(f"loss_settings: expected {kind} for {name}, got {value!r}")
+            raise ValueError(f"loss_settings.{name}: expected {kind}, got {value!r}")
     return _REGISTERED[loss_type](**given)

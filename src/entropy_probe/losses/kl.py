@@ -38,8 +38,8 @@ class PolicyGradientWithKL:
     models: ClassVar[tuple[str, ...]] = ("the KL term",)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.beta, float | int) and self.beta >= 0):
-            raise ValueError(f"loss_settings.beta: expected a number of at least 0, got {self.beta!r}")
+        if not self.beta >= 0:
+            raise ValueError(f"loss_settings.beta: expected at least 0, got {self.beta}")
         if self.policy_loss not in DIVIDES_BY:
             raise ValueError(
                 f"loss_settings.policy_loss: expected one of {', '.join(DIVIDES_BY)}, got {self.policy_loss!r}"
