@@ -8,6 +8,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses import attribute as attributed_batch
+from entropy_probe.analyses import predict as predicted
 from entropy_probe.analyses import sweep
 from entropy_probe.parallel.batch import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
@@ -196,6 +197,26 @@ def test_large_gradients_are_summed_in_buckets(monkeypatch):
     assert differences(expected, results[0].model_dump(), 1e-10) == []
     assert PARAMETERS not in exchange.reduced
     assert {20 + 5, 25 + 5, 20 + 4} & set(exchange.reduced)
+
+
+def test_an_error_in_a_question_on_one_rank_is_that_error_on_all(monkeypatch):
+    of_thread = threading.local()
+    real = predicted.kept_gradient
+
+    def sometimes(*given):
+        if of_thread.rank == 1:
+            raise MemoryError("no room for the gradient")
+        return real(*given)
+
+    monkeypatch.setattr(predicted, "kept_gradient", sometimes)
+
+    def work(ranks: ThreadRanks) -> str:
+        of_thread.rank = ranks.rank
+        with pytest.raises(MemoryError) as found:
+            without_some(probe_on(ranks))
+        return str(found.value)
+
+    assert on_ranks(2, work)[0] == ["no room for the gradient"] * 2
 
 
 def test_an_error_on_one_rank_is_that_error_on_all():

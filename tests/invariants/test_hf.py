@@ -171,7 +171,7 @@ def to_float64(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
-def test_taps_equal_one_backward_per_unit(kind, config, dtype, monkeypatch):
+def test_hooks_equal_one_backward_per_cluster(kind, config, dtype, monkeypatch):
     model, optimizer = policy(kind, **config)
     update, evaluation = rollouts(), rollouts(40, seed=2, group=1)
     if dtype == "float64":

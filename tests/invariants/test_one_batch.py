@@ -67,12 +67,12 @@ def per_prompt(model, rollouts, entropy: str) -> tuple[torch.Tensor, torch.Tenso
     return torch.stack(xs), torch.stack(ys)
 
 
-@pytest.mark.parametrize("path", ["per unit", "hooks", "linear-layer hooks"])
+@pytest.mark.parametrize("path", ["per cluster", "hooks", "linear-layer hooks"])
 @pytest.mark.parametrize("entropy", ["rao_blackwell", "surprisal"])
 @pytest.mark.parametrize("memory", [2.0, 6e-6, 0.0], ids=["stored", "one side stored", "two passes"])
 def test_equals_a_double_loop(path, entropy, memory, monkeypatch):
     model = TinyPolicy(train_embedding=path != "linear-layer hooks")
-    if path == "per unit":
+    if path == "per cluster":
         monkeypatch.setattr("entropy_probe.analyses.policy.hookable", lambda *a: "switched off by a test")
     optimizer = trained_optimizer(model)
     rollouts = batch(1)

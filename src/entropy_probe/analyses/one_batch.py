@@ -18,13 +18,13 @@ from entropy_probe.analyses.policy import Policy
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
-from entropy_probe.gradients.cross import cross_products
+from entropy_probe.estimators.u_statistic import CrossStatistic, cross_statistic, influence_of_sums
+from entropy_probe.gradients.cross import CrossProducts, cross_products
 from entropy_probe.gradients.per_sample import cluster_backward
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.results.note import NoteKind
-from entropy_probe.results.probe import CrossPrompt, ProbeResult
+from entropy_probe.results.probe import CrossPrompt, PreconditionerReport, ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
@@ -101,8 +101,22 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
     by_cluster = part.by_cluster(torch.stack([products.left, products.right, products.diagonal]))
     x_side, y_side, diagonal = ranks.sum(by_cluster)
     statistic = cross_statistic(x_side, y_side, diagonal, _of_sums(policy, whole, before, slope))
-    ratio = _ratio_to_unscaled(policy, statistic.bars_dot, products.unscaled_total / clusters.count**2)
-    cross = CrossPrompt(
+    cross = _record(policy, whole, statistic, products, report)
+    ascent = {name: g / clusters.count for name, g in products.right_total.items()}
+    step = {name: scale[name] * g for name, g in ascent.items()}
+    diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
+    trained = (policy.parameters, policy.optimizer)
+    policy.log.not_modelled += of_frozen_geometry(*trained, norm(ascent), config.max_grad_norm)
+    given = (by_prompt.ratio(), whole.prompts, whole.rollouts, whole.rollouts, diagnostics)
+    return assemble(policy, *given, unit="prompt", cross_prompt=cross)
+
+
+def _record(
+    policy: Policy, whole: _Batch, statistic: CrossStatistic, products: CrossProducts, report: PreconditionerReport
+) -> CrossPrompt:
+    """The record of the statistic, as a change by one step."""
+    rate, count = max(policy.learning_rates), whole.clusters.count
+    return CrossPrompt(
         delta_h1=-rate * statistic.value,
         se_plugin=rate * statistic.se_plugin,
         se_jackknife=rate * statistic.se_jackknife,
@@ -111,23 +125,16 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
         zeta_plugin=statistic.zeta_plugin,
         zeta_jackknife=statistic.zeta_jackknife,
         bars_dot=statistic.bars_dot,
-        bars_dot_ratio=ratio,
+        bars_dot_ratio=_ratio_to_unscaled(policy, statistic.bars_dot, products.unscaled_total / count**2),
         diagonal=statistic.diagonal,
         row_means=tuple(statistic.row_means.tolist()),
-        num_clusters=clusters.count,
+        num_clusters=count,
         mode="exact" if whole.block_size == 1 else "block",
         block_size=whole.block_size,
         learning_rate=rate,
         gradients=products.how,
         preconditioner=report,
     )
-    ascent = {name: g / clusters.count for name, g in products.right_total.items()}
-    step = {name: scale[name] * g for name, g in ascent.items()}
-    diagnostics = {"gradient_norm": norm(ascent), "clip_factor": 1.0, "step_norm": norm(step)}
-    trained = (policy.parameters, policy.optimizer)
-    policy.log.not_modelled += of_frozen_geometry(*trained, norm(ascent), config.max_grad_norm)
-    given = (by_prompt.ratio(), whole.prompts, whole.rollouts, whole.rollouts, diagnostics)
-    return assemble(policy, *given, unit="prompt", cross_prompt=cross)
 
 
 def _admitted(policy: Policy, batch: Rollouts) -> _Batch:

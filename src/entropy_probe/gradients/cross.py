@@ -189,5 +189,5 @@ def _two_passes(
     toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
     left, right = differentiate([Side(x, directions=[toward_y]), Side(y, directions=[toward_x])])
     unscaled = dot(x_total, y_total)
-    how = "two passes, since the gradients of all units exceed max_stored_gradient_gib"
+    how = "two passes, since the gradients of all clusters exceed max_stored_gradient_gib"
     return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, how)

@@ -10,7 +10,7 @@ Of sharded parameters every rank keeps its part of each gradient; inner products
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -176,7 +176,7 @@ class _Sums(Sink):
     def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
         """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``clusters[n]``.
 
-        Only these rows are touched: nothing of the embedding's size is formed per cluster.
+        Only these rows are touched: nothing of the size of the embedding is formed per cluster.
         """
         wide = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         total = self.total[name]
@@ -246,22 +246,11 @@ def sample_gradients(
             progress(done, len(rollouts))
 
     if hooks:
-        share = _prompts_are_whole(rollouts.prompt_ids, clusters)
-
-        def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
-            """What the microbatch adds, by cluster; kept apart until it is complete."""
-            present, row_units = clusters[batch.leaders].unique(return_inverse=True)
-            parts = [side.part(present) for side in sums]
-            hooked_backward(scorer, hooks, batch, coefficients, row_units, parts, sheet)
-            return present, parts
-
-        for batch, (present, parts) in scorer.each(rollouts, hooked, share=share):
-            for side, part in zip(sums, parts, strict=True):
-                side.merge(part, present)
-            report(batch.rows)
+        for rows in _read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sheet, sums):
+            report(rows)
     elif by_cluster:
-        for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-            index = torch.tensor([unit])
+        for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
+            index = torch.tensor([cluster])
             for side, gradients in zip(
                 sums, cluster_backward(scorer, parameters, rollouts, rows, coefficients, sheet), strict=True
             ):
@@ -276,6 +265,32 @@ def sample_gradients(
                     side.add_total(name, local(gradient))
             report(batch.rows)
     return [side.outcome() for side in sums]
+
+
+def _read_off_layers(
+    scorer: Scorer,
+    hooks: Hooks,
+    rollouts: Rollouts,
+    clusters: Tensor,
+    coefficients: Sequence[TokenCoefficients],
+    sheet: ScoreSheet | None,
+    sums: Sequence[_Sums],
+) -> Iterator[Tensor]:
+    """Add what each sequence adds to the sums, a microbatch at a time; yields its rows."""
+
+    def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
+        """What the microbatch adds, by cluster; kept apart until it is complete."""
+        present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
+        parts = [side.part(present) for side in sums]
+        hooked_backward(scorer, hooks, batch, coefficients, of_rows, parts, sheet)
+        return present, parts
+
+    for batch, (present, parts) in scorer.each(
+        rollouts, hooked, share=_prompts_are_whole(rollouts.prompt_ids, clusters)
+    ):
+        for side, part in zip(sums, parts, strict=True):
+            side.merge(part, present)
+        yield batch.rows
 
 
 def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:

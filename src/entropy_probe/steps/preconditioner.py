@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,30 +61,9 @@ def frozen_preconditioner(
         ValueError: if ``identity_if_coverage_below`` is ``None`` and the coverage is below 0.9 or the optimizer is not
             Adam.
     """
-    if not is_adam(optimizer) and identity_if_coverage_below is None:
-        raise ValueError(
-            f"frozen geometry: expected torch.optim.AdamW or Adam, whose second moments it is made of, got "
-            f"{optimizer_name(optimizer)}; predict from two batches with the optimizer's own step, or set "
-            "identity_if_coverage_below to accept the identity"
-        )
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    usable = {
-        name: usable_second_moment(optimizer.state.get(p, {}), bool(groups[id(p)]["amsgrad"]))
-        if is_adam(optimizer)
-        else None
-        for name, p in parameters.items()
-    }
+    usable, coverage = _usable_moments(parameters, optimizer, groups, identity_if_coverage_below)
     identity = [name for name, v in usable.items() if v is None]
-    elements = sum(p.numel() for p in parameters.values())
-    coverage = 1 - sum(parameters[name].numel() for name in identity) / elements
-    if identity_if_coverage_below is None and coverage < MIN_COVERAGE:
-        raise ValueError(
-            f"frozen geometry: expected a usable second moment for at least {MIN_COVERAGE:.0%} of the elements, got "
-            f"{coverage:.1%} (first parameter without one: {identity[0]}); load the optimizer state, or set "
-            "identity_if_coverage_below to accept the identity"
-        )
-    if identity_if_coverage_below is not None and coverage < identity_if_coverage_below:
-        usable, identity = dict.fromkeys(usable), list(usable)
     scales: dict[str, Tensor] = {}
     corrections: set[str] = set()
     clamped, smallest = 0, float("inf")
@@ -111,3 +91,36 @@ def frozen_preconditioner(
         min_denominator=None if smallest == float("inf") else smallest,
     )
     return Preconditioner(scale=scales, report=report)
+
+
+def _usable_moments(
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    groups: Mapping[int, Mapping[str, Any]],
+    identity_if_coverage_below: float | None,
+) -> tuple[dict[str, Tensor | None], float]:
+    """Second moments by parameter, ``None`` for the identity, and the share of the elements that have one."""
+    if not is_adam(optimizer) and identity_if_coverage_below is None:
+        raise ValueError(
+            f"frozen geometry: expected torch.optim.AdamW or Adam, whose second moments it is made of, got "
+            f"{optimizer_name(optimizer)}; predict from two batches with the optimizer's own step, or set "
+            "identity_if_coverage_below to accept the identity"
+        )
+    usable = {
+        name: usable_second_moment(optimizer.state.get(p, {}), bool(groups[id(p)]["amsgrad"]))
+        if is_adam(optimizer)
+        else None
+        for name, p in parameters.items()
+    }
+    without = [name for name, v in usable.items() if v is None]
+    elements = sum(p.numel() for p in parameters.values())
+    coverage = 1 - sum(parameters[name].numel() for name in without) / elements
+    if identity_if_coverage_below is None and coverage < MIN_COVERAGE:
+        raise ValueError(
+            f"frozen geometry: expected a usable second moment for at least {MIN_COVERAGE:.0%} of the elements, got "
+            f"{coverage:.1%} (first parameter without one: {without[0]}); load the optimizer state, or set "
+            "identity_if_coverage_below to accept the identity"
+        )
+    if identity_if_coverage_below is not None and coverage < identity_if_coverage_below:
+        return dict.fromkeys(usable), coverage
+    return usable, coverage
