@@ -234,7 +234,7 @@ What the probe makes of every causal language model class that transformers regi
 log-probabilities agree with plain calls of the model on one sequence at a time, without padding and without a cache.
 *Refused*: one line says why, and no number is given.
 
-| model type | scores | shared prompts | gradients per unit | sampling | verdict | why |
+| model type | scores | shared prompts | per-sample gradients | sampling | verdict | why |
 |---|---|---|---|---|---|---|"""
 
 

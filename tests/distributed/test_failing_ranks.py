@@ -35,14 +35,15 @@ def one_rank(environment, directory, body) -> None:
     os._exit(code)
 
 
-def launch(directory, size: int, body) -> tuple[list[int], list[str]]:
+def launch(directory, size: int, body, store: TCPStore | None = None, attempt: int = 0) -> tuple[list[int], list[str]]:
     """As torchrun does: a store that outlives the ranks, and SIGTERM to all others when one has failed.
 
     Exit codes, and what each rank wrote to stderr.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
-    arguments = [(environment, directory, body) for environment in rank_environment(size, store)]
+    attempted = {"TORCHELASTIC_RESTART_COUNT": str(attempt)}
+    arguments = [(environment | attempted, directory, body) for environment in rank_environment(size, store)]
     processes = [context.Process(target=one_rank, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
@@ -114,6 +115,20 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(tmp_path, failing, kind,
     assert {codes[rank] for rank in {0, 1, 2} - {failing}} == {-signal.SIGTERM}
     assert errors[failing].startswith(said)
     assert "".join(errors).count("\n") == 1
+
+
+def test_ranks_that_torchrun_starts_again_join_anew(tmp_path):
+    """``--max-restarts``: the store is that of the attempt before, and so is what it says of who failed first."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def failing(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            raise ValueError("no good")
+        exchange(ranks)
+
+    assert launch(tmp_path, 2, failing, store)[1] == ["", "error: no good\n"]
+    assert launch(tmp_path, 2, failing, store, attempt=1)[1] == ["", "error: no good\n"]
+    assert launch(tmp_path, 2, exchange, store, attempt=2) == ([0, 0], ["", ""])
 
 
 def test_the_same_error_on_all_ranks_is_said_once(tmp_path):

@@ -451,7 +451,9 @@ def test_save_and_load_round_trip(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["results.json"]
     file = tmp_path / "out" / "results.json"
     file.write_text(file.read_text().replace('"schema_version": 3', '"schema_version": 2'))
-    with pytest.raises(ValueError, match=r"not a result of schema 3: schema_version: .* 3; probe the checkpoint again"):
+    with pytest.raises(
+        ValueError, match=r"not a result of schema 3: schema_version: .* 3, got 2; probe the checkpoint again"
+    ):
         ProbeResult.load(tmp_path / "out")
     (tmp_path / "out" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="not a result of schema"):

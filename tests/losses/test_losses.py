@@ -40,26 +40,26 @@ def test_weights(loss_type):
     ("settings", "expected"),
     [
         ({"loss_type": "ppo"}, "loss_type: expected one of bnpo, .*, got 'ppo'"),
-        ({"loss_settings": {"beta": 1.0}}, "loss_settings: expected none for loss_type dapo, got beta too"),
-        ({"loss_type": "policy_gradient_with_kl"}, "expected beta, policy_loss for .*, got none for beta"),
+        ({"loss_settings": {"beta": 1.0}}, "loss_settings: expected none for loss_type dapo, got beta; leave it out"),
+        ({"loss_type": "policy_gradient_with_kl"}, "expected beta, policy_loss for .*, got no beta; set it"),
         (
             {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": -1.0}},
-            "loss_settings: expected a beta of at least 0, got -1.0",
+            "loss_settings.beta: expected at least 0, got -1.0",
         ),
         (
             {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": "small"}},
-            "loss_settings: expected a number for beta, got 'small'",
+            "loss_settings.beta: expected a number, got 'small'",
         ),
         (
             {
                 "loss_type": "policy_gradient_with_kl",
                 "loss_settings": {"beta": 1.0, "policy_loss": "policy_gradient_with_kl"},
             },
-            "loss_settings",
+            "loss_settings.policy_loss: expected one of bnpo, .*, got 'policy_gradient_with_kl'",
         ),
         (
             {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 1.0, "policy_loss": 2.0}},
-            "loss_settings: expected a name for policy_loss, got 2.0",
+            "loss_settings.policy_loss: expected a name, got 2.0",
         ),
     ],
 )

@@ -73,7 +73,8 @@ def test_a_question_adds_nothing_to_what_is_said_of_the_prediction():
         ([[]], "but not all, got none"),
         ("all", "but not all, got all of them"),
         ([], "questions.without_prompts.prompts: Tuple should have at least 1 item"),
-        ("some", "questions.without_prompts.prompts: .*, got 'some'"),
+        ("some", "questions.without_prompts.prompts: .*, got 'some'; write as {'prompts': .*"),
+        ([7], r"prompts.0: .*, got 7; write as {'prompts': \[\[3\], \[5, 8\]\]}"),
     ],
 )
 def test_what_cannot_be_left_out_is_refused(prompts, expected):
@@ -88,7 +89,7 @@ def test_what_cannot_be_left_out_is_refused(prompts, expected):
 
 def test_other_questions_and_optimizers_are_refused():
     update, evaluation = batches()
-    with pytest.raises(ValueError, match="questions: expected one of without_prompts, got 'whither'"):
+    with pytest.raises(ValueError, match="questions: expected one of without_prompts, got 'whither'; rename it"):
         subject().ask("whither", update=update, evaluation=evaluation)
     model = TinyPolicy()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -105,4 +106,4 @@ def test_an_answer_is_kept_and_shown(tmp_path):
     answer.save(tmp_path)
     assert without_prompts.Answer.load(tmp_path) == answer
     rows = without_prompts.section(answer).blocks[0].rows
-    assert [row.label for row in rows] == ["whole update batch", f"without {asked[0][0]}", "difference"]
+    assert [row.label for row in rows] == ["whole update batch", f"without prompt {asked[0][0]}", "difference"]

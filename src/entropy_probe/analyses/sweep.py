@@ -60,12 +60,12 @@ SIGNS_DIFFER = NoteKind(
 )
 NO_LINEAR_RANGE = NoteKind(
     "no_linear_range",
-    "no {what}: not even the smallest rate lies within the linear range; add smaller rates",
+    "no {what}: not even the smallest rate lies within the linear range",
     "Add smaller learning rates to the sweep.",
 )
 FEW_RATES = NoteKind(
     "few_rates",
-    "no {what}: expected at least {least} rates up to {rate:.3g}, got {rates}; add smaller rates",
+    "no {what}: expected at least {least} rates up to {rate:.3g}, got {rates}",
     "Add smaller learning rates to the sweep.",
 )
 

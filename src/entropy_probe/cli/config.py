@@ -182,7 +182,7 @@ class RunConfig(BaseModel):
     def resolved(self) -> RunConfig:
         """The config with nothing left to circumstances: absolute paths, the device, how batches were drawn.
 
-        Evaluation sequences that are sampled here are drawn with replacement, so each is a unit of its own. Update
+        Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own. Update
         prompts that are filtered here are selected by their rewards.
         Sampling settings that saved rollouts take the place of are left out.
 

@@ -103,10 +103,10 @@ def build_loss(loss_type: str, settings: Mapping[str, Any], max_completion_lengt
     strays = sorted(set(settings) - set(known))
     missing = sorted(name for name, field in known.items() if field.default is MISSING and name not in given)
     if strays or missing:
-        what = f"got {strays[0]} too" if strays else f"got none for {missing[0]}"
+        what = f"got {strays[0]}; leave it out" if strays else f"got no {missing[0]}; set it"
         raise ValueError(f"loss_settings: expected {', '.join(known) or 'none'} for loss_type {loss_type}, {what}")
     for name, value in settings.items():
         if isinstance(value, str) != (known[name].type == "str"):
             kind = "a name" if known[name].type == "str" else "a number"
-            raise ValueError(f"loss_settings: expected {kind} for {name}, got {value!r}")
+            raise ValueError(f"loss_settings.{name}: expected {kind}, got {value!r}")
     return _REGISTERED[loss_type](**given)

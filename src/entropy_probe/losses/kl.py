@@ -12,7 +12,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.losses.base import Loss, build_loss, register
+from entropy_probe.losses.base import register
+from entropy_probe.losses.policy_gradient import DIVIDES_BY, PolicyGradient
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
@@ -38,12 +39,15 @@ class PolicyGradientWithKL:
 
     def __post_init__(self) -> None:
         if not self.beta >= 0:
-            raise ValueError(f"loss_settings: expected a beta of at least 0, got {self.beta}")
-        _ = self._policy  # refuses what is none
+            raise ValueError(f"loss_settings.beta: expected at least 0, got {self.beta}")
+        if self.policy_loss not in DIVIDES_BY:
+            raise ValueError(
+                f"loss_settings.policy_loss: expected one of {', '.join(DIVIDES_BY)}, got {self.policy_loss!r}"
+            )
 
     @property
-    def _policy(self) -> Loss:
-        return build_loss(self.policy_loss, {}, self.max_completion_length)
+    def _policy(self) -> PolicyGradient:
+        return PolicyGradient(DIVIDES_BY[self.policy_loss], self.max_completion_length)
 
     @property
     def per_token(self) -> bool:

@@ -8,7 +8,7 @@ See ``docs/theory.md``, "The update gradient".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -18,15 +18,20 @@ from entropy_probe.losses.base import register
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["PolicyGradient"]
+__all__ = ["DIVIDES_BY", "PolicyGradient"]
+
+Divisor: TypeAlias = Literal["sequence", "tokens", "max_completion_length", "longest"]
+DIVIDES_BY: dict[str, Divisor] = {
+    "bnpo": "tokens",
+    "cispo": "tokens",
+    "dapo": "tokens",
+    "dr_grpo": "max_completion_length",
+    "grpo": "sequence",
+    "per_prompt_max": "longest",
+}
+"""The policy gradients by the trainer's name."""
 
 
-@register("grpo", divides_by="sequence")
-@register("bnpo", divides_by="tokens")
-@register("dapo", divides_by="tokens")
-@register("cispo", divides_by="tokens")
-@register("dr_grpo", divides_by="max_completion_length")
-@register("per_prompt_max", divides_by="longest")
 @dataclass(frozen=True)
 class PolicyGradient:
     """The policy gradient with the trainer's normaliser.
@@ -42,7 +47,7 @@ class PolicyGradient:
         max_completion_length: the trainer's generation limit in tokens.
     """
 
-    divides_by: Literal["sequence", "tokens", "max_completion_length", "longest"]
+    divides_by: Divisor
     max_completion_length: int | None = None
     needs_scores: ClassVar[bool] = False
     models: ClassVar[tuple[str, ...]] = ()
@@ -84,3 +89,7 @@ class PolicyGradient:
             ValueError: as :meth:`weights`, or if the batch has no advantages.
         """
         return TokenCoefficients(-self.weights(rollouts) * rollouts.token_advantages, None)
+
+
+for _name, _divides_by in DIVIDES_BY.items():
+    register(_name, divides_by=_divides_by)(PolicyGradient)

@@ -280,6 +280,7 @@ def join_ranks() -> tuple[Ranks, Any]:
         ValueError: if the environment lacks something that launchers set.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -293,6 +294,8 @@ def join_ranks() -> tuple[Ranks, Any]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+    # torchrun keeps its store when it restarts the ranks, with the keys of the attempt that failed
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return ProcessGroup(), store
 

@@ -28,7 +28,7 @@ class Analysis(Protocol):
     """A question about a prediction."""
 
     Settings: type[BaseModel]
-    """What is asked; frozen, unknown keys are errors."""
+    """What is asked; frozen, unknown keys are errors. Messages about others quote each field's ``examples``."""
     Answer: type[SavedRecord]
     """The answer, which has a file of its own."""
 
@@ -67,13 +67,14 @@ def check_questions(asked: Mapping[str, Mapping[str, Any]]) -> dict[str, BaseMod
     checked = {}
     for name, settings in asked.items():
         if name not in questions():
-            raise ValueError(f"questions: expected one of {', '.join(questions())}, got {name!r}")
+            raise ValueError(f"questions: expected one of {', '.join(questions())}, got {name!r}; rename it")
         try:
             checked[name] = questions()[name].Settings(**settings)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, (name, *first["loc"])))
-            raise ValueError(f"questions.{where}: {first['msg']}, got {first['input']!r}") from error
+            first, fields = error.errors()[0], questions()[name].Settings.model_fields
+            where = ".".join(map(str, ("questions", name, *first["loc"])))
+            example = {key: field.examples[0] for key, field in fields.items() if field.examples}
+            raise ValueError(f"{where}: {first['msg']}, got {first['input']!r}; write as {example}") from error
     return checked
 
 

@@ -31,6 +31,8 @@ from entropy_probe.steps.plan import PlannedStep
 
 __all__ = ["Answer", "Scenario", "Settings", "check", "run", "section", "step_changes", "step_without"]
 
+ERRORS = "Errors are from the evaluation rollouts alone; that of the whole update batch is from both batches."
+
 
 class Settings(BaseModel):
     """Which prompts to leave out.
@@ -41,7 +43,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompts: tuple[tuple[int, ...], ...] = Field(min_length=1)
+    prompts: tuple[tuple[int, ...], ...] = Field(min_length=1, examples=[[[3], [5, 8]]])
 
 
 class Scenario(Record):
@@ -149,6 +151,8 @@ def section(answer: Answer) -> Section:
     """The scenarios, beside the whole batch's step."""
     rows = [Row("whole update batch", written(answer.whole))]
     for scenario in answer.scenarios:
-        rows.append(Row(f"without {', '.join(map(str, scenario.left_out))}", written(scenario.predicted)))
+        noun, ids = "prompts" if len(scenario.left_out) > 1 else "prompt", ", ".join(map(str, scenario.left_out))
+        rows.append(Row(f"without {noun} {ids}", written(scenario.predicted)))
         rows.append(Row("difference", written(scenario.difference), indent=True))
-    return Section("Without some prompts", "without_prompts", "What if", blocks=(Rows(tuple(rows), answer.whole.unit),))
+    blocks = (Rows(tuple(rows), answer.whole.unit),)
+    return Section("Without some prompts", "without_prompts", "What if", sentences=(ERRORS,), blocks=blocks)

@@ -52,7 +52,9 @@ def read_record(kind: type[RecordT], path: Path, what: str, remedy: str) -> Reco
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(f"{path}: not {what}: {where}: {first['msg']}; {remedy}") from error
+        raise ValueError(
+            f"{path}: not {what}: {where}: {first['msg']}, got {first['input']!r:.60}; {remedy}"
+        ) from error
 
 
 class Kept(NamedTuple):

@@ -129,6 +129,7 @@ def test_the_sentence_names_who_did_it():
     assert said[0] == "One of 6 prompts causes 50% of all that pushes entropy down in this batch: 10."
     assert said[1] == "Another 2 prompts push it up, by 2.0e-4 together."
     assert said[2].startswith("One prompt contributes nothing")
+    assert prompt_sentences(prompts([-5e-4, 1e-4]))[1] == "Another prompt pushes it up, by 1.0e-4."
     both = prompt_sentences(prompts([3.0, 3.0, 2.0, 2.0]))
     assert both == ["2 of 4 prompts cause 60% of all that pushes entropy up in this batch: 10 and 11."]
     assert "No prompt" in prompt_sentences(prompts([0.0, 0.0]))[0]

@@ -5,7 +5,7 @@ One process at a time works in it (``lock``). Every file appears whole, in this 
 1. ``inputs.json``: what is computed, by content (``inputs``); then ``config.yaml``, the resolved settings.
 2. Sampled batches, each recorded in ``inputs.json`` with its hash once it is there; ``evaluation/`` holds the shards of
    the evaluation batch while it is sampled.
-3. The points of a sweep; the tables of an attribution; copies of given batches.
+3. The points of a sweep; the tables of an attribution; answers to questions; copies of given batches.
 4. The result: ``results.json``, which ``validate`` follows by ``validation.json``, or ``sweep.json``. Where it is,
    everything above it is.
 5. Figures and ``report.html``, drawn from the rest; missing ones are drawn again.

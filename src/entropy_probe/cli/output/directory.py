@@ -253,7 +253,8 @@ def unfinished(directory: Path) -> str | None:
     if not (directory / INPUTS_FILE).is_file() or any((directory / file).is_file() for file in LAST_FILES.values()):
         return None
     command = Inputs.load(directory).command
-    points = f" ({len(list((directory / POINTS).glob('*.json')))} points)" if command == "sweep" else ""
+    done = len(list((directory / POINTS).glob("*.json")))
+    points = f" ({done} point{'' if done == 1 else 's'})" if command == "sweep" else ""
     return f"{directory}: the {NOUNS[command]} is not finished{points}; give the same command again to resume it"
 
 

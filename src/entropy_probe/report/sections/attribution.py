@@ -142,8 +142,9 @@ def prompt_sentences(prompts: Columns) -> list[str]:
     against = contributions[contributions > 0 if down else contributions < 0]
     if len(against):
         size = format_number(abs(float(against.sum())), 2)
-        push = f"Another {len(against)} prompts push" if len(against) > 1 else "Another prompt pushes"
-        sentences.append(f"{push} it {back}, by {size} together.")
+        some, together = f"Another {len(against)} prompts push", f"by {size} together"
+        who, by = (some, together) if len(against) > 1 else ("Another prompt pushes", f"by {size}")
+        sentences.append(f"{who} it {back}, {by}.")
     silent = int((contributions == 0).sum())
     if silent:
         who = f"{silent} prompts contribute" if silent > 1 else "One prompt contributes"
