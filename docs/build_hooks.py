@@ -83,7 +83,8 @@ def settings(model: type[BaseModel] = SweepConfig, prefix: str = "") -> str:
         if nested is not None:
             sections.append(f"## {prefix}{name}\n\n{described.get(name, '')}\n\n{settings(nested, f'{prefix}{name}.')}")
             continue
-        default = "required" if field.is_required() else f"default `{json.dumps(to_jsonable_python(field.default))}`"
+        value = None if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
+        default = "required" if field.is_required() else f"default `{json.dumps(value)}`"
         kind = ANNOTATED.sub(r"\1", inspect.formatannotation(field.annotation))
         keys.append(f"- **`{prefix}{name}`** (`{kind}`, {default}): {described.get(name, '')}")
     return "\n".join(keys) + "\n\n" + "\n".join(sections)
