@@ -146,3 +146,8 @@ def test_reference_logprobs_are_kept_in_a_file(tmp_path):
     for row in range(4):
         kept = again.reference_logprobs[row][again.response_mask[row]]
         assert torch.equal(kept, batch.reference_logprobs[row][MASK[row]])
+
+
+def test_only_a_term_with_a_coefficient_is_modelled():
+    beginnings = [build_loss("policy_gradient_with_kl", {"beta": beta}).models for beta in (0.0, 0.1)]
+    assert beginnings == [(), ("the KL term",)]

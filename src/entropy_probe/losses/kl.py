@@ -35,7 +35,6 @@ class PolicyGradientWithKL:
     policy_loss: str = "dapo"
     max_completion_length: int | None = None
     needs_scores: ClassVar[bool] = True
-    models: ClassVar[tuple[str, ...]] = ("the KL term",)
 
     def __post_init__(self) -> None:
         if not self.beta >= 0:
@@ -48,6 +47,11 @@ class PolicyGradientWithKL:
     @property
     def _policy(self) -> PolicyGradient:
         return PolicyGradient(DIVIDES_BY[self.policy_loss], self.max_completion_length)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The KL term, unless its coefficient is 0."""
+        return ("the KL term",) if self.beta else ()
 
     @property
     def per_token(self) -> bool:
