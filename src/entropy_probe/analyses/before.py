@@ -96,15 +96,15 @@ class LengthSample:
         """Of the surrogate whose gradient is that of their number of tokens."""
         return fo.length_coefficients(self.before, self.part.clusters, self.positions)
 
-    def along(self, steps: Sequence[NamedVector], found: SampleGradients, ranks: Ranks) -> Float[Tensor, " K"]:
+    def along(self, steps: Sequence[NamedVector], gradients: SampleGradients, ranks: Ranks) -> Float[Tensor, " K"]:
         """The relative first-order change of the mean length by each of some steps.
 
         Args:
             steps: the steps.
-            found: the gradient of the surrogate, of this rank's share.
+            gradients: of the surrogate, of this rank's share.
             ranks: the ranks that have the others.
         """
-        reached = {name: x for name, x in found.total.items() if x is not None}
+        reached = {name: x for name, x in gradients.total.items() if x is not None}
         dots = [dot(reached, {name: step[name] for name in reached}) for step in steps]
         *sums, tokens = ranks.sum(torch.tensor([*dots, self.tokens], dtype=torch.float64))
         return torch.stack(sums) / tokens
@@ -163,8 +163,8 @@ def entropy_coefficients(
     for rows in in_chunks(Clusters.prompts(prompt_ids)):
         some, ids, own = scores.select(rows), prompt_ids[rows], clusters.select(rows)
         how = (config.normalization, config.entropy, draws.select(rows))
-        found = fo.entropy_coefficients(some, ids, own, positions, *how)
-        of_logprobs[rows] = found.logprobs
-        if found.entropies is not None:
-            of_entropies[rows] = found.entropies
+        coefficients = fo.entropy_coefficients(some, ids, own, positions, *how)
+        of_logprobs[rows] = coefficients.logprobs
+        if coefficients.entropies is not None:
+            of_entropies[rows] = coefficients.entropies
     return TokenCoefficients(of_logprobs, of_entropies if config.entropy == "rao_blackwell" else None)

@@ -48,8 +48,9 @@ def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> TokenC
 
 def whole_scores(policy: Policy, part: Part, own: TokenScores) -> TokenScores:
     """Scores of the whole batch from those of the parts that the ranks have."""
-    found = (over_tokens(policy, part, x) for x in (own.logprobs, own.entropies, own.response_mask.double()))
-    logprobs, entropies, mask = found
+    logprobs, entropies, mask = (
+        over_tokens(policy, part, x) for x in (own.logprobs, own.entropies, own.response_mask.double())
+    )
     return TokenScores(logprobs, entropies, mask.bool())
 
 

@@ -272,5 +272,5 @@ def _fitted(sampled: Sampled) -> Fitted:
     return Fitted(value=sampled.value, standard_error=sampled.standard_error)
 
 
-def _coefficient(found: curves.Coefficient, rounding: float, factor: float = 1.0) -> Fitted:
-    return Fitted(value=factor * found.value, standard_error=factor * found.error(rounding))
+def _coefficient(coefficient: curves.Coefficient, rounding: float, factor: float = 1.0) -> Fitted:
+    return Fitted(value=factor * coefficient.value, standard_error=factor * coefficient.error(rounding))

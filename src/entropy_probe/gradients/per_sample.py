@@ -327,13 +327,13 @@ def _backward(
     """One forward pass over a microbatch, then one backward pass per surrogate."""
     if scorer.sharded:
         return [_backward_into_grad(scorer, parameters, each, sheet, batch) for each in coefficients]
-    values, found = scorer.surrogates(batch, coefficients, sheet=sheet), []
+    values, per_surrogate = scorer.surrogates(batch, coefficients, sheet=sheet), []
     for k, value in enumerate(values):
         gradients = torch.autograd.grad(
             value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
         )
-        found.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
-    return found
+        per_surrogate.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
+    return per_surrogate
 
 
 def _backward_into_grad(

@@ -139,8 +139,8 @@ class ProcessGroup:
         reached = self.sum(torch.tensor([x is not None for x in vector.values()], dtype=torch.float64))
         total: dict[str, Tensor | None] = dict.fromkeys(vector)
         bucket: list[tuple[str, Tensor]] = []
-        for (name, x), found in zip(vector.items(), reached.tolist(), strict=True):
-            if not found:
+        for (name, x), is_reached in zip(vector.items(), reached.tolist(), strict=True):
+            if not is_reached:
                 continue
             if x is None:
                 wide = torch.promote_types(like[name].dtype, torch.float32)
@@ -202,9 +202,9 @@ class ProcessGroup:
         """See :class:`Ranks`."""
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
 
 @final
