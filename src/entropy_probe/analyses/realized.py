@@ -10,7 +10,7 @@ import torch
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.baselines import EntropyKind, PositionSums
-from entropy_probe.estimators.first_order import entropy
+from entropy_probe.estimators.first_order import Normalization, entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
 from entropy_probe.estimators.uncertainty import ClusterSums, in_chunks
@@ -81,14 +81,14 @@ class Measurement:
             batch: which rollouts it was measured on.
             step_rounding: what rounding of the parameters adds to the step, relative to its length.
         """
-        found, status = self.change, "ok"
-        if found is None:
+        change, status = self.change, "ok"
+        if change is None:
             status = self.diagnosis
-        elif floor is not None and abs(found.value) <= floor:
+        elif floor is not None and abs(change.value) <= floor:
             status = "below_noise_floor"
         return Realized(
-            value=None if found is None else found.value,
-            standard_error=None if found is None else found.standard_error,
+            value=None if change is None else change.value,
+            standard_error=None if change is None else change.standard_error,
             num_clusters=clusters.count,
             unit=unit,
             status=status,
@@ -157,10 +157,22 @@ def measure_change(
         return Measurement(None, estimator, diagnosis, weights, after)
     if estimator == "per_decision":
         with ranks.agreeing():
-            table = torch.zeros(2, clusters.count, dtype=torch.float64)
-            for rows in in_chunks(clusters):
-                own = clusters.select(rows)
-                table += per_decision(before.select(rows), after.select(rows), own, batch, normalization).table
-        return Measurement(change_to(ClusterSums(table), "rao_blackwell"), estimator, diagnosis, weights, after)
+            new = _per_decision(before, after, clusters, batch, normalization)
+        return Measurement(change_to(new, "rao_blackwell"), estimator, diagnosis, weights, after)
     new = snis(after, weights.normalized[part.rows], clusters, normalization, kind)
     return Measurement(change_to(new), estimator, diagnosis, weights, after)
+
+
+def _per_decision(
+    before: TokenScores,
+    after: TokenScores,
+    clusters: Clusters,
+    positions: PositionSums,
+    normalization: Normalization,
+) -> ClusterSums:
+    """The sums of :func:`~entropy_probe.estimators.realized.per_decision`, a chunk of clusters at a time."""
+    table = torch.zeros(2, clusters.count, dtype=torch.float64)
+    for rows in in_chunks(clusters):
+        own = clusters.select(rows)
+        table += per_decision(before.select(rows), after.select(rows), own, positions, normalization).table
+    return ClusterSums(table)
