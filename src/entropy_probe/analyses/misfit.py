@@ -149,20 +149,20 @@ def beside_two_batches(note: Note, fit: BatchFit | None) -> Note | None:
 
 def _diagnosis(misfit: Misfit, temperature: float) -> str:
     """What was found and what it looks like."""
-    fit, parts = misfit.fit, []
+    fit, symptoms = misfit.fit, []
     if misfit.strange:
-        parts.append(
+        symptoms.append(
             f"the responses do not fit the policy: surprisal minus entropy is {fit.excess:+.3g} nats per token (z = "
             f"{fit.z:+.1f} over {fit.num_sequences} sequences, and 0 for the policy's own)"
         )
     if misfit.mismatch is not None and misfit.differ:
-        parts.append(
+        symptoms.append(
             f"sampled_logprobs differ from the policy's by {misfit.mismatch.mean:.3g} nats per token on average, "
             f"{misfit.mismatch.max:.3g} at most (effective sample size of the weights between them {misfit.share:.1%})"
         )
         if fit.holds:
-            parts.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
-    return "; ".join((*parts, _cause(misfit, temperature)))
+            symptoms.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
+    return "; ".join((*symptoms, _cause(misfit, temperature)))
 
 
 def _cause(misfit: Misfit, temperature: float) -> str:

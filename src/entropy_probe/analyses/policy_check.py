@@ -25,7 +25,7 @@ from entropy_probe.estimators.sampler import (
     sampler_gaps,
     sampler_mismatch,
 )
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.results.note import Note
 from entropy_probe.results.probe import BatchFit, SamplerMismatch
@@ -50,7 +50,7 @@ class Checked:
     """What a check found.
 
     Attributes:
-        scores: of this rank's part, with weights where the batch is to be reweighted.
+        scores: of this rank's rows, with weights where the batch is to be reweighted.
         fit: the tokens against the policy.
         mismatch: the sampler's log-probabilities against the policy's; ``None`` without any.
         note: what a reader should know; ``None`` where all is well.
@@ -70,19 +70,19 @@ class PolicyCheck:
     Args:
         scorer: the policy.
         config: how far apart they may be, and what to do then.
-        ranks: the ranks that have the other parts of a batch.
+        ranks: the ranks that have the other rows of a batch.
     """
 
     def __init__(self, scorer: Scorer, config: ProbeConfig, ranks: Ranks) -> None:
         self.scorer, self.config, self.ranks = scorer, config, ranks
 
-    def __call__(self, role: Role, scores: TokenScores, part: Part, rollouts: Rollouts) -> Checked:
+    def __call__(self, role: Role, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> Checked:
         """Check one batch.
 
         Args:
             role: what it is used for; ``batch`` where it is both.
-            scores: of part of it.
-            part: which sequences these are.
+            scores: of some of its rows.
+            local: which sequences these are.
             rollouts: the whole batch.
 
         Raises:
@@ -94,11 +94,11 @@ class PolicyCheck:
                 "on_mismatch reweight: expected sampled_logprobs in the rollouts, got none; record the sampler's "
                 "log-probabilities, or use on_mismatch: report"
             )
-        sums = self._sum(part, excess_sums(scores))
+        sums = self._sum(local, excess_sums(scores))
         fit = policy_fit(sums)
         gaps, mismatch, record = None, None, None
         if rollouts.sampled_logprobs is not None:
-            gaps = self._sum(part, sampler_gaps(scores, rollouts.sampled_logprobs[part.rows]))
+            gaps = self._sum(local, sampler_gaps(scores, rollouts.sampled_logprobs[local.rows]))
             answered = rollouts.response_mask.any(1)  # a response that is masked out has no weight to compare
             mismatch = sampler_mismatch(gaps[:, answered], int(rollouts.response_mask.sum()))
             share = mismatch.ess / int(answered.sum())
@@ -114,7 +114,7 @@ class PolicyCheck:
         checked = Checked(scores, _record(fit, selected=selected), record)
         if not (misfit.strange or misfit.differ):
             return checked
-        misfit = self._investigated(misfit, scores, part, rollouts)
+        misfit = self._investigated(misfit, scores, local, rollouts)
         said = misfit.said(role, config.temperature)
         if config.on_mismatch == "refuse":
             raise ValueError(
@@ -122,18 +122,18 @@ class PolicyCheck:
                 f"most {MAX_Z:g}, so {misfit.remedy}, or use on_mismatch: report"
             )
         if config.on_mismatch == "reweight" and role != "update" and misfit.differ and gaps is not None:
-            return self._reweighted(checked, misfit, said, (sums, gaps[0]), part)
+            return self._reweighted(checked, misfit, said, (sums, gaps[0]), local)
         return replace(
             checked,
             note=misfit.note(role, said),
             not_modelled=None if role == "evaluation" or misfit.only_logprobs else UNMODELLED,
         )
 
-    def _sum(self, part: Part, values: Tensor) -> Tensor:
-        return self.ranks.sum(part.by_sequence(values))
+    def _sum(self, local: LocalRows, values: Tensor) -> Tensor:
+        return self.ranks.sum(local.by_sequence(values))
 
     def _reweighted(
-        self, checked: Checked, misfit: Misfit, said: str, sums: tuple[Tensor, Tensor], part: Part
+        self, checked: Checked, misfit: Misfit, said: str, sums: tuple[Tensor, Tensor], local: LocalRows
     ) -> Checked:
         """The scores with each sequence's weight, from sums over all of them."""
         if misfit.blame_logprobs:
@@ -159,20 +159,20 @@ class PolicyCheck:
             )
         return replace(
             checked,
-            scores=replace(checked.scores, log_weights=normalized[part.rows]),
+            scores=replace(checked.scores, log_weights=normalized[local.rows]),
             fit=_record(fit),
             note=misfit.reweighted(said),
         )
 
-    def _investigated(self, misfit: Misfit, scores: TokenScores, part: Part, rollouts: Rollouts) -> Misfit:
+    def _investigated(self, misfit: Misfit, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> Misfit:
         """With what the likely causes would explain."""
         sampled, amiss, of_logprobs = rollouts.sampled_logprobs, None, None
         few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
-        keep = torch.isin(part.rows, few).nonzero()[:, 0]
-        own = Part(part.rows[keep], part.size, part.clusters.select(keep))
+        keep = torch.isin(local.rows, few).nonzero()[:, 0]
+        own = LocalRows(local.rows[keep], local.size, local.clusters.select(keep))
         some = own.select(rollouts)
         if misfit.mismatch is not None and sampled is not None and misfit.differ:
-            amiss = recorded_amiss(self._sum(part, mistake_sums(scores, sampled[part.rows])), misfit.mismatch)
+            amiss = recorded_amiss(self._sum(local, mistake_sums(scores, sampled[local.rows])), misfit.mismatch)
             if amiss == MISTAKES[0] and misfit.strange and misfit.fit.z < 0:
                 amiss = None  # of greedy decoding they are 0
             if amiss is None:
@@ -180,14 +180,14 @@ class PolicyCheck:
         of_tokens = self._temperature_of_tokens(some, own) if misfit.strange else None
         return replace(misfit, amiss=amiss, of_tokens=of_tokens, of_logprobs=of_logprobs)
 
-    def _temperature_of_tokens(self, few: Rollouts, part: Part) -> tuple[float, float] | None:
+    def _temperature_of_tokens(self, few: Rollouts, local: LocalRows) -> tuple[float, float] | None:
         """The temperature at which the tokens are likeliest, with its error, if there is one.
 
         It is where surprisal minus entropy sums to 0.
         """
 
         def sums(scores: TokenScores) -> Tensor:
-            return self._sum(part, excess_sums(scores)).sum(1)
+            return self._sum(local, excess_sums(scores)).sum(1)
 
         def step(scores: TokenScores) -> float:
             x, _, variance, _ = sums(scores)
@@ -196,7 +196,7 @@ class PolicyCheck:
         temperature, scores = self._temperature(few, step)
         return None if temperature is None else (temperature, temperature / sums(scores)[2].sqrt().item())
 
-    def _temperature_of_logprobs(self, few: Rollouts, part: Part, mismatch: float) -> float | None:
+    def _temperature_of_logprobs(self, few: Rollouts, local: LocalRows, mismatch: float) -> float | None:
         """The temperature at which the policy has the sampler's log-probabilities, if there is one."""
         sampled, mask = few.sampled_logprobs, few.response_mask
         assert sampled is not None
@@ -204,12 +204,12 @@ class PolicyCheck:
         def step(scores: TokenScores) -> float:
             slope = torch.where(mask, scores.logprobs.double() + scores.entropies.double(), 0.0)
             gap = torch.where(mask, sampled.double() - scores.logprobs.double(), 0.0)
-            along, size = self._sum(part, torch.stack([(slope * gap).sum(1), slope.square().sum(1)])).sum(1)
+            along, size = self._sum(local, torch.stack([(slope * gap).sum(1), slope.square().sum(1)])).sum(1)
             return (along / size).item()
 
         temperature, scores = self._temperature(few, step)
         gap = torch.where(mask, (sampled.double() - scores.logprobs.double()).abs(), 0.0)
-        left, tokens = self._sum(part, torch.stack([gap.sum(1), mask.sum(1).double()])).sum(1)
+        left, tokens = self._sum(local, torch.stack([gap.sum(1), mask.sum(1).double()])).sum(1)
         return temperature if bool(left <= EXPLAINED * mismatch * tokens) else None
 
     def _temperature(self, few: Rollouts, step: Callable[[TokenScores], float]) -> tuple[float | None, TokenScores]:

@@ -77,7 +77,7 @@ def cross_products(
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
-        rollouts: this rank's part of the batch, whole clusters.
+        rollouts: this rank's rows of the batch, whole clusters.
         clusters: the cluster of each of these sequences, ``[N]``, numbered from 0 without gaps.
         count: the clusters of the whole batch.
         x: coefficients of the entropy side.
@@ -86,7 +86,7 @@ def cross_products(
         hooks: how to read per-sequence gradients off layers, if they can be.
         max_bytes: how much the gradients of all clusters may take, on all ranks together.
         progress: called with sequences done and in all.
-        ranks: the ranks that have the other parts.
+        ranks: the ranks that have the other rows.
     """
 
     def differentiate(sides: list[Side]) -> list[SampleGradients]:

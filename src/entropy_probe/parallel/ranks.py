@@ -1,6 +1,6 @@
 """Several processes as one: sums over the ranks of a process group. With one process everything is as it is.
 
-What the ranks hold adds up: every rank has the sums of its own part of a batch, and zeros for the rest. Sums are the
+What the ranks hold adds up: every rank has the sums of its own rows of a batch, and zeros for the rest. Sums are the
 same on all ranks to the bit, so all take the same decisions from them.
 """
 
