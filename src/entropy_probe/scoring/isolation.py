@@ -193,11 +193,10 @@ def padding_unmasked(model: nn.Module) -> Iterator[None]:
 def lookups_masked(model: nn.Module) -> Iterator[None]:
     """Let forward-mode derivatives leave out what autograd does: looking up the row ``padding_idx``."""
 
-    def without_tangent(
-        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> Tensor:
-        ids = args[0] if args else kwargs["input"]
-        return torch.where((ids == module.padding_idx)[..., None], forward_ad.unpack_dual(output).primal, output)
+    def without_tangent(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        ids: Tensor = args[0] if args else kwargs["input"]
+        padding = (ids == module.padding_idx)[..., None]
+        return torch.where(padding, forward_ad.unpack_dual(output).primal, output)
 
     handles = [module.register_forward_hook(without_tangent, with_kwargs=True) for module in _padded(model)]
     try:
