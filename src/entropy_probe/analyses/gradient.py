@@ -122,7 +122,7 @@ def update_gradient(
         policy.log.notes.append(PASSED_OVER_TWICE())
     sheet = None if scored else ScoreSheet(update.own, policy.model)
     with policy.clock.phase("update gradient") as progress:
-        side = Side(loss, store=store and fits)
+        side = Side(loss, is_loss=True, store=store and fits)
         gradient = differentiate(
             policy, update.own, update.local, side, hooks=hooks if side.store else None, progress=progress, sheet=sheet
         )

@@ -210,7 +210,7 @@ def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: fl
     with policy.clock.phase("update error") as progress:
         if gradient.stored is not None:
             return over_clusters(policy, update.local, gradient.dot_stored(direction))
-        side = Side(planned.loss, directions=[direction])
+        side = Side(planned.loss, is_loss=True, directions=[direction])
         again = differentiate(
             policy, update.own, update.local, side, hooks=planned.hooks, progress=progress, total=False
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,7 @@ from entropy_probe.named import NamedVector
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.scoring.isolation import has_padding_rows, padding_unmasked
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -47,12 +49,15 @@ class Side:
         store: keep each cluster's gradient.
         pair_with: a vector for each cluster to take its own inner product with, ``[U, P]``, laid out as in
             :attr:`SampleGradients.stored`.
+        is_loss: differentiate as training does, which leaves the row ``padding_idx`` of an embedding out. The slope of
+            anything else has that row, since weight decay and old moments move it.
     """
 
     coefficients: TokenCoefficients
     directions: Sequence[NamedVector] = ()
     store: bool = False
     pair_with: Float[Tensor, "U P"] | None = None
+    is_loss: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +224,8 @@ def sample_gradients(
 ) -> list[SampleGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
+    Where an embedding with ``padding_idx`` is trained, the losses and the other surrogates take one each.
+
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to, by name.
@@ -233,6 +240,28 @@ def sample_gradients(
     Returns:
         One outcome per side.
     """
+    given = (scorer, parameters, rollouts, clusters)
+    padded = has_padding_rows(scorer.model, parameters)
+    if padded and len({side.is_loss for side in sides}) > 1:
+        return [
+            gradients
+            for side in sides
+            for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
+        ]
+    with nullcontext() if sides[0].is_loss else padding_unmasked(scorer.model):
+        return _sample_gradients(*given, sides, hooks, progress, sheet)
+
+
+def _sample_gradients(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    clusters: Tensor,
+    sides: Sequence[Side],
+    hooks: Hooks | None,
+    progress: Progress | None,
+    sheet: ScoreSheet | None,
+) -> list[SampleGradients]:
     counts = clusters.bincount().tolist()
     sums = [_Sums(parameters, side, len(counts)) for side in sides]
     coefficients = [side.coefficients for side in sides]

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
-from entropy_probe.scoring.isolation import substituted
+from entropy_probe.scoring.isolation import lookups_masked, substituted
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import TokenCoefficients, TokenScores
 
@@ -61,7 +61,7 @@ def _forward(
 ) -> _FlatSlopes:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         moved = {name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype)) for name, p in parameters.items()}
-        with substituted(scorer.model, parameters, moved):
+        with substituted(scorer.model, parameters, moved), lookups_masked(scorer.model):
             return scorer.token_slopes(batch)
 
 
@@ -113,8 +113,9 @@ def token_slopes(
 ) -> TokenSlopes:
     """The derivative of every response token's log-probability at ``theta`` along a direction.
 
-    In forward mode it costs about two forward passes. A method is used only if, on two sequences of middling length, it
-    reproduces what one backward pass says of each.
+    As training's gradients do, slopes leave out the lookups of a row ``padding_idx``. In forward mode the cost is about
+    two forward passes. A method is used only if, on two sequences of middling length, it reproduces what one backward
+    pass says of each.
 
     Args:
         scorer: prepared for the batch.
