@@ -21,6 +21,7 @@ from entropy_probe.analyses.batches import EvaluationBatch
 from entropy_probe.analyses.gradient import differentiate, over_tokens
 from entropy_probe.analyses.layer_names import layer_and_module
 from entropy_probe.analyses.measure import Measured
+from entropy_probe.analyses.overlap import Contents
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, prompt_contributions
 from entropy_probe.config import ProbeConfig
@@ -29,7 +30,6 @@ from entropy_probe.estimators.uncertainty import ClusterSums
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.attribution import AttributionSummary
-from entropy_probe.scoring.cache import batch_digest
 from entropy_probe.scoring.precision import precisions
 from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.steps.adamw import is_adam
@@ -108,7 +108,7 @@ def attribute(
     )
     result = result_of(plan, prediction, measured, attribution=summary, **fields)
     prompts = plan.update.prompts.total(tokens.sum(1))
-    of = (update.prompt_ids, batch_digest(plan.evaluation.rollouts))
+    of = (update.prompt_ids, Contents.of(plan.evaluation.rollouts))
     return Attribution(result, plan.update.given, *of, slopes.scores, tokens, covariances, prompts, errors, layers)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from entropy_probe.analyses.admission import (
     SAME_BATCH,
     ClusterName,
@@ -16,6 +14,7 @@ from entropy_probe.analyses.admission import (
     evaluation_clusters,
     in_groups,
 )
+from entropy_probe.analyses.overlap import Contents
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators.jackknife import blocks_of
 from entropy_probe.parallel.batch import LocalRows
@@ -93,7 +92,7 @@ def admit_batches(policy: Policy, update: Rollouts, evaluation: Rollouts) -> tup
     """
     config, log = policy.config, policy.log
     given, evaluation = update.cpu(), evaluation.cpu()
-    same = torch.equal(given.input_ids, evaluation.input_ids)
+    same = Contents.of(given).same_as(Contents.of(evaluation))
     update = admitted(policy, given, "update")
     grouped = in_groups(evaluation)
     evaluation = admitted(policy, evaluation, "batch" if same else "evaluation")

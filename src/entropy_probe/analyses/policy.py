@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.analyses.admission import Role
 from entropy_probe.analyses.not_modelled import of_model
+from entropy_probe.analyses.overlap import COPIES, Contents, copies
 from entropy_probe.analyses.policy_check import Checked, PolicyCheck
 from entropy_probe.analyses.provenance import Clock, Phase
 from entropy_probe.config import ProbeConfig
@@ -236,7 +238,16 @@ class Policy:
             self.log.notes.append(checked.note)
         if checked.not_modelled is not None:
             self.log.not_modelled.append(checked.not_modelled)
+        repeated = copies(Contents.of(rollouts), self.sequence_logprobs(local, scores))
+        if repeated.significant:
+            batch = "update" if role == "batch" else role
+            numbers = {"copies": repeated.sequences, "sequences": len(rollouts), "expected": repeated.expected}
+            self.log.notes.append(COPIES(batch=batch, **numbers))
         return checked.scores
+
+    def sequence_logprobs(self, local: LocalRows, own: TokenScores) -> Float[Tensor, " N"]:
+        """Log-probabilities of the responses of the whole batch, from the scores of this rank's rows."""
+        return self.ranks.sum(local.by_sequence(own.sequence_logprobs.double()))
 
     def choose_hooks(self, rollouts: Rollouts) -> Hooks | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""

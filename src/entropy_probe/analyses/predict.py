@@ -17,6 +17,7 @@ from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
 from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
 from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
 from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_rounding
+from entropy_probe.analyses.overlap import SHARED, Contents, shared
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
@@ -115,6 +116,8 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     # first, since it refuses batches that lack what the loss takes
     loss = update_loss(policy, update, checked=evaluation.is_update)
     before = _before(policy, evaluation)
+    if not evaluation.is_update:
+        _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
     checked = evaluation.is_update or config.loss.needs_scores
     gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
@@ -162,6 +165,14 @@ def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
     if config.normalization == "token":
         lengths = LengthSample.of(rollouts, evaluation.clusters, local, scores, positions)
     return Before(scores, positions, sums, sums.ratio(), lengths)
+
+
+def _note_shared_sequences(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, before: Before) -> None:
+    logprobs = policy.sequence_logprobs(evaluation.local, before.scores)
+    both = shared(Contents.of(evaluation.rollouts), logprobs, Contents.of(update.rollouts))
+    if both.significant:
+        numbers = {"shared": both.sequences, "sequences": len(evaluation.rollouts), "expected": both.expected}
+        policy.log.notes.append(SHARED(**numbers))
 
 
 def entropy_surrogate(planned: Plan) -> TokenCoefficients:

@@ -14,7 +14,6 @@ from entropy_probe.types import TokenScores
 
 __all__ = [
     "ScoreCache",
-    "batch_digest",
     "digest",
     "fingerprint",
     "mixed_sums",
@@ -80,11 +79,6 @@ def sequence_digests(rollouts: Rollouts) -> list[bytes]:
         digest(ids[real].numpy().tobytes() + response[real].numpy().tobytes())
         for ids, real, response in zip(rollouts.input_ids.cpu(), *masks, strict=True)
     ]
-
-
-def batch_digest(rollouts: Rollouts) -> str:
-    """A digest of the sequences of a batch, whatever their order and padding."""
-    return digest(b"".join(sorted(sequence_digests(rollouts)))).hex()
 
 
 class ScoreCache:
