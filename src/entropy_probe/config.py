@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -30,6 +30,9 @@ class ProbeConfig(BaseModel):
         normalization: entropies per ``token`` or per ``sequence``.
         entropy: ``rao_blackwell`` uses exact next-token entropies, ``surprisal`` minus the sampled log-probabilities.
         realized: how the realized change is estimated. ``per_decision`` always uses exact entropies.
+        horizon: which point of the profile over horizons (:class:`~entropy_probe.Horizons`) states the change: the
+            whole response where it is told from 0, else the shortest that no longer one contradicts (``auto``), or
+            this many tokens. ``None`` leaves the profile out, which saves one scoring of the evaluation batch.
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in
@@ -83,6 +86,7 @@ class ProbeConfig(BaseModel):
     normalization: Normalization = "token"
     entropy: EntropyKind = "rao_blackwell"
     realized: Literal["per_decision", "snis"] = "per_decision"
+    horizon: Annotated[int, Field(ge=0)] | Literal["auto"] | None = "auto"
     evaluation_unit: Literal["auto", "sequence", "prompt"] = "auto"
     merge_equal_prompts: bool = True
     is_mode: ImportanceMode = "snis"

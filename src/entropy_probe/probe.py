@@ -14,6 +14,7 @@ from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import attribute, check_divides, check_folds
 from entropy_probe.analyses.attribution import Attribution
 from entropy_probe.analyses.batches import admit_batches
+from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.policy import Policy, Resample, open_policy
@@ -143,8 +144,9 @@ class EntropyProbe:
         asked = check_questions(questions or {})
         with self._opened() as policy:
             prediction = _predict(policy, update, evaluation, asked)
-            answers = answer_all(prediction, asked)
-            return result_of(prediction.plan, prediction, measure_step(prediction.plan), answers=answers)
+            answers, measured = answer_all(prediction, asked), measure_step(prediction.plan)
+            horizons = measure_horizons(prediction, measured)
+            return result_of(prediction.plan, prediction, measured, horizons=horizons, answers=answers)
 
     def predict(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
         """The first-order part of :meth:`run` only."""
@@ -198,7 +200,9 @@ class EntropyProbe:
         with self._opened() as policy:
             prediction = _predict(policy, update, evaluation, asked, folds)
             measured = measure_step(prediction.plan) if measure else None
-            return attribute(prediction, folds, measured, answers=answer_all(prediction, asked))
+            horizons = None if measured is None else measure_horizons(prediction, measured)
+            answers = answer_all(prediction, asked)
+            return attribute(prediction, folds, measured, horizons=horizons, answers=answers)
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0

@@ -23,10 +23,10 @@ from entropy_probe.types import Clusters, TokenScores
 __all__ = ["central_slopes", "first_order_along", "horizons", "settled", "squared_weights"]
 
 
-def horizons(longest: int) -> tuple[int | None, ...]:
-    """0, 1, 2, 4, ... up to what the longest response has after its first token, and ``None`` for all of it."""
-    doubling = (2**power for power in range(longest.bit_length()))
-    return (0, *(k for k in doubling if k < longest - 1), None)
+def horizons(longest: int, also: int | None = None) -> tuple[int | None, ...]:
+    """0, 1, 2, 4, ... up to what the longest response has after its first token, one more, and ``None`` for all."""
+    doubling = {2**power for power in range(longest.bit_length()) if 2**power < longest - 1}
+    return (*sorted({0, *doubling} | ({also} if also is not None else set())), None)
 
 
 def central_slopes(there: TokenScores, opposite: TokenScores) -> TokenScores:
@@ -69,11 +69,9 @@ def first_order_along(
 
 
 def squared_weights(before: TokenScores, after: TokenScores, horizon: int | None = None) -> Float[Tensor, 3]:
-    """The sums over tokens of the windowed weights, of their squares, and of 1: what their effective share is from."""
-    weights, _ = windowed_weights(before, after, horizon)
-    counted = weights * before.weights[:, None]
-    ones = before.response_mask * before.weights[:, None]
-    return torch.stack([counted.sum(), counted.square().sum(), ones.square().sum()])
+    """Sums over tokens of the windowed weights, of their squares, and of 1; the effective share is ``a^2 / (b c)``."""
+    weights = windowed_weights(before, after, horizon)[0] * before.weights[:, None]
+    return torch.stack([weights.sum(), weights.square().sum(), before.response_mask.sum().double()])
 
 
 def settled(changes: Sequence[Sampled], critical: float) -> int:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.estimate import Estimate, Unit
+from entropy_probe.results.horizons import Horizons
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
-from entropy_probe.results.student import critical_value
 
 __all__ = [
     "BatchFit",
@@ -30,44 +31,6 @@ __all__ = [
 
 SCHEMA_VERSION = 3
 RESULTS_FILE = "results.json"
-
-Unit = Literal["nats/token", "nats/sequence"]
-
-
-class Estimate(Record):
-    """A number with its sampling error.
-
-    Attributes:
-        value: the estimate, in ``unit``.
-        standard_error: one standard error, in ``unit``.
-        num_clusters: independent clusters behind the standard error (sequences, or prompts).
-        unit: nats per token or nats per sequence.
-        status: ``ok``, or ``below_noise_floor`` if rounding alone could have made the number.
-        degrees_of_freedom: of the standard error; null where that is one fewer than ``num_clusters``.
-    """
-
-    value: float
-    standard_error: float = Field(ge=0)
-    num_clusters: int
-    unit: Unit
-    status: Literal["ok", "below_noise_floor"] = "ok"
-    degrees_of_freedom: float | None = Field(default=None, gt=0)
-
-    @property
-    def margin(self) -> float:
-        """How far the 95% interval reaches to either side, by Student's t, in ``unit``."""
-        degrees = self.num_clusters - 1 if self.degrees_of_freedom is None else self.degrees_of_freedom
-        return critical_value(degrees) * self.standard_error
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval, in ``unit``."""
-        return self.value - self.margin, self.value + self.margin
-
-    @property
-    def distinguishable(self) -> bool:
-        """Whether the 95% interval excludes 0."""
-        return abs(self.value) > self.margin
 
 
 class Predicted(Estimate):
@@ -330,6 +293,7 @@ class ProbeResult(SavedRecord):
         components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it. Empty for
             optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
+        horizons: both changes within 0, 1, 2, 4, ... tokens; null unless the step was predicted and measured.
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation clusters. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
             share their sampling noise.
@@ -353,6 +317,7 @@ class ProbeResult(SavedRecord):
     predicted: Predicted | None = None
     components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
+    horizons: Horizons | None = None
     difference: Estimate | None = None
     cross_prompt: CrossPrompt | None = None
     attribution: AttributionSummary | None = None

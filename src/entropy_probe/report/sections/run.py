@@ -20,6 +20,7 @@ from entropy_probe.report.sections.base import (
     written,
 )
 from entropy_probe.report.sections.diagnostics import diagnostics_section, optimizer_section
+from entropy_probe.report.sections.horizons import horizon_blocks, horizon_rows
 from entropy_probe.report.sections.validation import validation_section
 from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
@@ -99,6 +100,7 @@ def step_section(result: ProbeResult) -> Section:
         else:
             rows.append(Row("realized ΔH", written(change, exponent), how, headline=True))
             changes.append(Bar(rows[-1], change.value, change.margin, look="dot"))
+        rows += horizon_rows(result.horizons, exponent)
         if predicted is not None and difference is not None and change is not None:
             rows += _comparison_rows(predicted, change, difference, exponent)
             if parts:
@@ -109,6 +111,7 @@ def step_section(result: ProbeResult) -> Section:
     blocks = (
         *bar_charts("Predicted against realized", changes, unit, INTERVALS, "change"),
         *bar_charts("Where it comes from", parts, unit, beginning, "parts"),
+        *horizon_blocks(result.horizons, unit),
         Rows(tuple(rows), unit),
     )
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
