@@ -109,7 +109,9 @@ class Axis:
         return min(1.0, max(0.0, share))
 
     def ticks(self, about: int = 4) -> list[float]:
-        """Round values within the axis, about so many."""
+        """Round values within the axis, about so many; of every name, where there are names."""
+        if self.names:
+            return [float(k) for k in range(len(self.names))]
         if self.logarithmic:
             powers = range(math.ceil(self._scale(self.low) - 1e-9), math.floor(self._scale(self.high) + 1e-9) + 1)
             return [10.0**power for power in list(powers)[:: max(1, len(powers) // about)]]

@@ -8,7 +8,7 @@ from entropy_probe.results.horizons import HorizonPoint, Horizons
 
 __all__ = ["horizon_blocks", "horizon_rows"]
 
-CAPTION = "the whole response is the last point; bands: 95% intervals, of the prediction from the evaluation rollouts"
+CAPTION = "the whole response is the last point; whiskers: 95% intervals"
 
 
 def horizon_rows(horizons: Horizons | None, exponent: int | None) -> list[Row]:
@@ -37,7 +37,7 @@ def horizon_blocks(horizons: Horizons | None, unit: str) -> tuple[Block, ...]:
         Point(float(k), p.realized.value, p.realized.margin) for k, p in enumerate(horizons.points) if p.realized
     )
     curves = (
-        Curve("predicted", "predicted δH₁", predicted, "band"),
+        Curve("predicted", "predicted δH₁", predicted),
         Curve("realized", "realized ΔH", realized, "points"),
     )
     ends = [x for curve in curves for p in curve.points for x in (p.y - p.margin, p.y + p.margin)]
