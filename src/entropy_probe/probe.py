@@ -17,6 +17,7 @@ from entropy_probe.analyses.batches import admit_batches
 from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
+from entropy_probe.analyses.own_batch import measure_own, predict_own
 from entropy_probe.analyses.policy import Policy, Resample, open_policy
 from entropy_probe.analyses.predict import Prediction, plan, predict
 from entropy_probe.analyses.provenance import Phase
@@ -154,15 +155,10 @@ class EntropyProbe:
             prediction = predict(policy, *admit_batches(policy, update, evaluation))
             return result_of(prediction.plan, prediction)
 
-    def measure(self, *, update: Rollouts, evaluation: Rollouts | None = None) -> ProbeResult:
-        """The realized part of :meth:`run` only.
-
-        Without ``evaluation`` the change is measured on the update batch itself. That is biased: the step was fitted
-        to the very responses that it is then judged on. The result is labelled (``realized.batch``).
-        """
+    def measure(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
+        """The realized part of :meth:`run` only."""
         with self._opened() as policy:
-            batches = admit_batches(policy, update, update if evaluation is None else evaluation)
-            planned = plan(policy, *batches, shares=False)
+            planned = plan(policy, *admit_batches(policy, update, evaluation), shares=False)
             return result_of(planned, measured=measure_step(planned))
 
     def attribute(
@@ -277,9 +273,22 @@ class EntropyProbe:
             return answer_all(_predict(policy, update, evaluation, asked), asked)[question]
 
     def one_batch(self, batch: Rollouts) -> ProbeResult:
-        """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""
+        """Predict the change of the next step on a batch, and measure it, from that batch alone.
+
+        The gradient part is taken over pairs of different prompts, since the step is fitted to the responses that it is
+        judged on; momentum and weight decay need no correction. From the realized change the first-order influence of
+        the responses on themselves is subtracted. ``predicted.standard_error`` is over batches of this kind,
+        ``se_evaluation`` that of this step. With ``geometry: frozen`` this is :meth:`cross_prompt`, with H and the
+        diagnostics.
+
+        Raises:
+            ValueError: for unusable rollouts, fewer than three distinct prompts, or an optimizer other than Adam.
+        """
         with self._opened() as policy:
-            return one_batch(policy, batch)
+            if policy.config.geometry == "frozen":
+                return one_batch(policy, batch)
+            prediction = predict_own(policy, batch)
+            return result_of(prediction.plan, prediction, measure_own(prediction))
 
     def cross_prompt(self, batch: Rollouts) -> CrossPrompt:
         """Predict from one batch that is both update and evaluation, by the cross-prompt U-statistic.
@@ -290,7 +299,8 @@ class EntropyProbe:
             ValueError: for unusable rollouts, fewer than three clusters, blocks that do not divide the prompts, a
                 surprisal baseline without a group, or second moments that cover too little.
         """
-        cross_prompt = self.one_batch(batch).cross_prompt
+        with self._opened() as policy:
+            cross_prompt = one_batch(policy, batch).cross_prompt
         assert cross_prompt is not None
         return cross_prompt
 

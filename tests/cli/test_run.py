@@ -167,20 +167,28 @@ def test_dropped_prompts_and_other_notes_reach_the_reader(config, checkpoint, tm
 
 
 def test_one_batch_needs_no_evaluation(config, tmp_path):
-    arguments = ("mode=one_batch", "probe.frozen_max_scale=1e12", "probe.identity_if_coverage_below=0.1")
-    done = execute("run", config, *arguments)
+    done = execute("run", config, "mode=one_batch", "probe.learning_rate=1e-5")
     assert done.returncode == 0, done.stderr
     result = ProbeResult.load(tmp_path / "out")
-    assert result.predicted is None
-    assert result.realized is None
-    assert result.cross_prompt is not None
-    assert result.cross_prompt.num_clusters == 4
-    assert result.cross_prompt.delta_h1 != 0
-    assert "one batch δH₁" in done.stdout
+    assert result.predicted.se_update_method == "pairs"
+    assert result.realized.batch == "own"
+    assert set(result.components) == {"gradient", "momentum", "weight_decay"}
+    assert result.diagnostics.evaluation_unit == "prompt"
+    assert "on the batch of the step, less its own influence" in done.stdout
     assert not (tmp_path / "out" / "evaluation.parquet").exists()
     again = execute("run", tmp_path / "out" / "config.yaml", "--output-dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
-    assert ProbeResult.load(tmp_path / "again").cross_prompt == result.cross_prompt
+    assert ProbeResult.load(tmp_path / "again").predicted == result.predicted
+
+
+def test_one_batch_in_the_frozen_geometry_is_the_u_statistic(config, tmp_path):
+    frozen = ("probe.geometry=frozen", "probe.frozen_max_scale=1e12", "probe.identity_if_coverage_below=0.1")
+    out = run(config, "mode=one_batch", *frozen)
+    result = ProbeResult.load(tmp_path / "out")
+    assert result.predicted is result.realized is None
+    assert result.cross_prompt.num_clusters == 4
+    assert result.cross_prompt.delta_h1 != 0
+    assert "one batch δH₁" in out
 
 
 def test_both_modes_side_by_side(config, tmp_path):
@@ -384,17 +392,6 @@ def test_a_refused_change_is_shown_as_one(config, tmp_path):
     assert "refused" in out
     assert "Not measured" in out
     assert ProbeResult.load(tmp_path / "out").realized.value is None
-
-
-def test_same_batch_predicts_without_and_measures_with_shared_noise(config, tmp_path):
-    out = run(config, "mode=same_batch", "evaluation=null", "probe.frozen_max_scale=1e9", "probe.learning_rate=1e-5")
-    result = ProbeResult.load(tmp_path / "out")
-    assert result.cross_prompt is not None
-    assert result.predicted is result.difference is None
-    assert result.realized.batch == "update"
-    assert "on the update batch: biased" in out
-    assert not (tmp_path / "out" / "evaluation.parquet").exists()
-    assert result.diagnostics.evaluation_unit == "prompt"
 
 
 def test_resampling_needs_the_largest_length(config, refused, once):

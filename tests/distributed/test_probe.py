@@ -57,6 +57,7 @@ KL = {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 0.5, "po
 HOT = grouped(60, 2, 8)
 HOT_LOGPROBS = torch.full(HOT.input_ids.shape, -0.3, dtype=torch.float64)
 
+FROZEN = {"geometry": "frozen"}
 CASES = {
     "default": ({}, run),
     "surprisal, per sequence": ({"entropy": "surprisal", "normalization": "sequence"}, run),
@@ -83,16 +84,20 @@ CASES = {
             update=HOT.select(torch.arange(30)), evaluation=replace(HOT, sampled_logprobs=HOT_LOGPROBS)
         ),
     ),
-    "measured on the update batch": ({"learning_rate": 1e-3}, lambda probe: probe.measure(update=SEVEN[0])),
+    "measured on the update batch": (
+        {"learning_rate": 1e-3},
+        lambda probe: probe.measure(update=SEVEN[0], evaluation=SEVEN[0]),
+    ),
     "KL term": (KL, lambda probe: probe.run(update=with_reference(SEVEN[0]), evaluation=SEVEN[1])),
     "KL term, one batch": (KL, lambda probe: probe.one_batch(with_reference(SEVEN[0]))),
     "question": ({}, without_some),
     "question, nothing kept": ({"max_stored_gradient_gib": 0.0, "geometry": "frozen"}, without_some),
     "one batch": ({}, lambda probe: probe.one_batch(SEVEN[0])),
     "one batch in blocks, one side kept": (
-        {"one_batch_units": "block", "block_size": 2, "max_stored_gradient_gib": 4 * 8 * 79 * 1.5 / 2**30},
+        FROZEN | {"one_batch_units": "block", "block_size": 2, "max_stored_gradient_gib": 4 * 8 * 79 * 1.5 / 2**30},
         lambda probe: probe.one_batch(batches(groups=8, size=3)[0]),
     ),
+    "one batch, frozen": (FROZEN, lambda probe: probe.one_batch(SEVEN[0])),
     "one batch, nothing kept": ({"max_stored_gradient_gib": 0.0}, lambda probe: probe.one_batch(SEVEN[0])),
     "sweep": (
         {},

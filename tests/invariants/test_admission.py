@@ -151,7 +151,8 @@ def test_everything_downstream_takes_masked_out_responses(shared):
     # the first shows that it was sampled in groups, the second no longer does
     config = ProbeConfig(max_tokens_per_microbatch=40, merge_equal_prompts=False, evaluation_unit="prompt")
     of_prompts = EntropyProbe(model, optimizer, config)
-    measured = [of_prompts.measure(update=x).realized for x in (masked_out(update, rows), update.select(kept))]
+    both = (masked_out(update, rows), update.select(kept))
+    measured = [of_prompts.measure(update=x, evaluation=x).realized for x in both]
     assert measured[0].value == pytest.approx(measured[1].value, rel=1e-4)
 
 

@@ -144,15 +144,15 @@ def test_fresh_responses_must_answer_the_same_prompts():
         EntropyProbe(model, trained_optimizer(model), config)
 
 
-def test_same_batch_measurement_is_labelled_and_grouped_by_prompt():
+def test_the_same_sequences_as_both_batches_are_said_to_share_their_noise():
     model = TinyPolicy()
     update, evaluation = batches()
-    result = probe(model, trained_optimizer(model)).measure(update=update)
+    subject = probe(model, trained_optimizer(model))
+    result = subject.measure(update=update, evaluation=update)
     assert result.realized.batch == "update"
     assert result.diagnostics.evaluation_unit == "prompt"
     assert any("biased by what they share" in m for m in texts(result.diagnostics.notes))
-    other = probe(model, trained_optimizer(model)).measure(update=update, evaluation=evaluation)
-    assert other.realized.batch == "evaluation"
+    assert subject.measure(update=update, evaluation=evaluation).realized.batch == "evaluation"
 
 
 def test_the_noise_floor_tells_a_real_change_from_rounding():

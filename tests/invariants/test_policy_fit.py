@@ -222,7 +222,7 @@ def test_every_kind_of_run_says_so():
     one = subject.one_batch(update).diagnostics
     assert one.policy_fit.evaluation == one.policy_fit.update
     assert about(texts(one.notes), "batch")
-    same = subject.measure(update=update).diagnostics
+    same = subject.measure(update=update, evaluation=update).diagnostics
     assert same.policy_fit.evaluation == same.policy_fit.update
     assert same.policy_fit.update == one.policy_fit.update
     assert about(texts(same.notes), "batch")

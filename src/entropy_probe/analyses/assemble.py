@@ -7,6 +7,7 @@ from typing import Any
 
 from entropy_probe.analyses.admission import ClusterName
 from entropy_probe.analyses.measure import Measured, difference
+from entropy_probe.analyses.own_batch import OwnPrediction
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Plan, Prediction
 from entropy_probe.analyses.provenance import library_versions, peak_memory
@@ -62,13 +63,15 @@ def result_of(
 
 def predicted_record(prediction: Prediction) -> Predicted:
     """The record of the first-order change."""
-    plan, change = prediction.plan, prediction.change
-    update = (prediction.se_update, plan.update.shares.count)
+    plan, change, clusters = prediction.plan, prediction.change, prediction.plan.evaluation.clusters
+    if isinstance(prediction, OwnPrediction):
+        fields = estimate_fields(plan.policy, Sampled(change.value, prediction.influence), clusters)
+        method = "pairs"
+    else:
+        fields = estimate_fields(plan.policy, change, clusters, (prediction.se_update, plan.update.shares.count))
+        method = "jackknife" if prediction.by_prompt is None else "linear"
     return Predicted(
-        **estimate_fields(plan.policy, change, plan.evaluation.clusters, update),
-        se_evaluation=change.standard_error,
-        se_update=prediction.se_update,
-        se_update_method="jackknife" if prediction.by_prompt is None else "linear",
+        **fields, se_evaluation=change.standard_error, se_update=prediction.se_update, se_update_method=method
     )
 
 
@@ -76,7 +79,10 @@ def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
     plan, parts = prediction.plan, prediction.parts
     policy, clusters = plan.policy, plan.evaluation.clusters
     components = {name: Estimate(**estimate_fields(policy, part, clusters)) for name, part in parts.items()}
-    if "gradient" in parts:
+    if isinstance(prediction, OwnPrediction):
+        gradient = Sampled(parts["gradient"].value, parts["gradient"].influence + prediction.of_update)
+        components["gradient"] = Estimate(**estimate_fields(policy, gradient, clusters))
+    elif "gradient" in parts:
         update = (prediction.se_update, plan.update.shares.count)
         components["gradient"] = Estimate(**estimate_fields(policy, parts["gradient"], clusters, update))
     return {
@@ -86,15 +92,16 @@ def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def realized_record(plan: Plan, measured: Measured) -> Realized:
+def realized_record(plan: Plan, measured: Measured, prediction: Prediction | None = None) -> Realized:
     """The record of a measured change."""
-    batch = "update" if plan.evaluation.is_update else "evaluation"
+    own = isinstance(prediction, OwnPrediction)
+    batch = "own" if own else "update" if plan.evaluation.is_update else "evaluation"
     given = (plan.evaluation.clusters, plan.policy.unit, measured.floor, batch, measured.rounding)
     return measured.measurement.report(*given)
 
 
 def _realized_fields(plan: Plan, prediction: Prediction | None, measured: Measured) -> dict[str, Any]:
-    fields: dict[str, Any] = {"realized": realized_record(plan, measured)}
+    fields: dict[str, Any] = {"realized": realized_record(plan, measured, prediction)}
     gap = None if prediction is None else difference(prediction, measured.measurement)
     if gap is not None:
         fields["difference"] = Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.clusters))

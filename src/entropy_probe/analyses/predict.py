@@ -34,7 +34,16 @@ from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optim
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Plan", "Prediction", "entropy_surrogate", "plan", "predict", "prompt_contributions", "step_on"]
+__all__ = [
+    "Plan",
+    "Prediction",
+    "entropy_surrogate",
+    "length_changes",
+    "plan",
+    "predict",
+    "prompt_contributions",
+    "step_on",
+]
 
 NO_HISTORY = NoteKind(
     "no_history",
@@ -138,7 +147,7 @@ def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) ->
     step, before, sizes = planned.step, planned.before, planned.before.sums.size
     slope = _entropy_slope(planned)
     dots = over_clusters(policy, evaluation.local, slope.dots)
-    length_slope, lengths = _length_changes(planned)
+    length_slope, lengths = length_changes(planned)
     change = fo.first_order(dots.sum(0), sizes, before.entropy, float(lengths.sum()))
     if step.gradient_scale is None:
         se_update = _jackknife(planned, slope, sizes.sum().item())
@@ -195,7 +204,7 @@ def _entropy_slope(planned: Plan) -> SampleGradients:
         )
 
 
-def _length_changes(planned: Plan) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
+def length_changes(planned: Plan) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
     """The relative first-order change of the mean length by each part of the step; 0 per sequence."""
     lengths, steps, policy = planned.before.lengths, list(planned.step.components.values()), planned.policy
     if lengths is None:

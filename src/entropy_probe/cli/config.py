@@ -46,9 +46,9 @@ class RunConfig(BaseModel):
         shard: spread model and optimizer over the ranks that ``torchrun`` started (FSDP2), for a model that does not
             fit one device. Every rank then works on the whole batches, so more ranks bring memory, not speed.
         prompts: where prompts come from; not needed when both batches are read from files.
-        mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` predicts from the update batch
-            alone, by the cross-prompt U-statistic; ``both`` does both; ``same_batch`` predicts from the update batch
-            and measures on it too, which is biased and labelled so.
+        mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` on the update batch alone, over
+            pairs of different prompts; ``both`` is two batches, with the cross-prompt U-statistic beside. With
+            ``probe.geometry: frozen`` one batch is that statistic too.
         reward: the reward of update responses, by name, or several.
         reward_weights: of several rewards, whose weighted sum counts; 1 each by default.
         generation: how responses are sampled. Temperature and largest length are those of ``probe``.
@@ -73,7 +73,7 @@ class RunConfig(BaseModel):
     device: Literal["cpu", "cuda", "auto"] = "auto"
     shard: bool = False
     prompts: PromptSource | None = None
-    mode: Literal["two_batch", "one_batch", "both", "same_batch"] = "two_batch"
+    mode: Literal["two_batch", "one_batch", "both"] = "two_batch"
     reward: str | tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
     generation: GenerationSettings = GenerationSettings()
@@ -89,7 +89,7 @@ class RunConfig(BaseModel):
     @property
     def needs_no_evaluation(self) -> bool:
         """Whether the update batch is the only one."""
-        return self.mode in ("one_batch", "same_batch")
+        return self.mode == "one_batch"
 
     @model_validator(mode="after")
     def _check_prompts(self) -> RunConfig:
@@ -225,7 +225,7 @@ class ValidateConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _attributed(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        if settings.get("mode") in ("one_batch", "same_batch"):
+        if settings.get("mode") == "one_batch":
             raise ValueError(
                 f"validate: expected mode two_batch or both, whose prediction is attributed, got {settings['mode']}; "
                 "change the mode"

@@ -198,9 +198,7 @@ def _run_mode(
     attribution = None
     if config.mode == "one_batch":
         return probe.one_batch(update), None
-    if config.mode == "same_batch":
-        result = probe.measure(update=update)
-    elif config.attribution:
+    if config.attribution:
         attribution = probe.attribute(
             update=update,
             evaluation=required(evaluation),

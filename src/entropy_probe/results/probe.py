@@ -34,18 +34,19 @@ RESULTS_FILE = "results.json"
 
 
 class Predicted(Estimate):
-    """The first-order change; ``standard_error`` combines the two parts in quadrature.
+    """The first-order change; ``standard_error`` combines the two parts: in quadrature, or over the same prompts.
 
     Attributes:
-        se_evaluation: the error from the evaluation rollouts, with the update held fixed.
-        se_update: the error from the update rollouts.
+        se_evaluation: the error from the evaluation rollouts, with the update held fixed: that of this very step.
+        se_update: the error from the update rollouts: that of another batch of this kind.
         se_update_method: ``linear``: from each prompt's part of the gradient, with the step's denominators, clipping
-            and normalisation held fixed; ``jackknife``: from steps without a block of prompts.
+            and normalisation held fixed; ``jackknife``: from steps without a block of prompts; ``pairs``: as
+            ``linear``, where the batch of the step is the evaluation batch, so both errors are of the same prompts.
     """
 
     se_evaluation: float = Field(ge=0)
     se_update: float = Field(ge=0)
-    se_update_method: Literal["linear", "jackknife"] = "linear"
+    se_update_method: Literal["linear", "jackknife", "pairs"] = "linear"
 
 
 class Realized(Record):
@@ -60,7 +61,8 @@ class Realized(Record):
             ``high_pareto_k``: refused, since the step moves the policy too far for these rollouts.
         estimator: which path produced the number: ``per_decision``, ``snis`` with weights as they are, ``clip`` and
             ``psis`` with weights capped or Pareto-smoothed, ``resampled`` from fresh responses after the step.
-        batch: the rollouts it was measured on; those of the step itself (``update``) share their noise with it.
+        batch: the rollouts it was measured on; those of the step itself share their noise with it (``update``), unless
+            their first-order influence on themselves is taken out (``own``).
         ess: effective sample size of the sequence weights, between 1 and the number of sequences.
         ess_fraction: ``ess`` divided by the number of sequences.
         max_weight: the largest weight divided by the mean weight; 1 when the step changes nothing.
@@ -76,7 +78,7 @@ class Realized(Record):
     unit: Unit
     status: Literal["ok", "below_noise_floor", "low_ess", "high_pareto_k"]
     estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
-    batch: Literal["evaluation", "update"] = "evaluation"
+    batch: Literal["evaluation", "update", "own"] = "evaluation"
     ess: float
     ess_fraction: float
     max_weight: float

@@ -32,6 +32,7 @@ __all__ = ["cautions", "run_sections", "settings_sections", "step_section", "sto
 
 MEBIBYTE = 2**20
 INTERVALS = "; whiskers: 95% intervals"
+_MEASURED_ON = {"update": "on the update batch: biased", "own": "on the batch of the step, less its own influence"}
 _SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight_decay": "weight decay"}
 
 
@@ -94,7 +95,7 @@ def step_section(result: ProbeResult) -> Section:
         changes.append(Bar(rows[-1], cross.delta_h1, cross.estimate.margin, look="dot"))
         rows.append(Row("clusters", str(cross.num_clusters), f"{sizes}, frozen geometry", indent=True))
     if (realized := result.realized) is not None:
-        how = "on the update batch: biased" if realized.batch == "update" else ESTIMATORS[realized.estimator]
+        how = _MEASURED_ON.get(realized.batch, ESTIMATORS[realized.estimator])
         if (change := realized.estimate) is None:
             rows.append(Row("realized ΔH", "refused", how, headline=True, state="bad"))
         else:
