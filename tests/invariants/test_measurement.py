@@ -207,21 +207,21 @@ def test_reference_scores_are_computed_once_per_policy_and_batch(monkeypatch):
     monkeypatch.setattr(Scorer, "score", lambda self, r, p=None: scored.append(len(r)) or original(self, r, p))
     subject = probe(model, optimizer)
     first = subject.run(update=update, evaluation=evaluation)
-    assert len(scored) == 2  # before and after the step
+    assert len(scored) == 3  # before and after the step, and after the opposite one
     copy = Rollouts(
         *(getattr(evaluation, n).clone() for n in ("input_ids", "attention_mask", "response_mask", "prompt_ids"))
     )
     assert numbers(subject.run(update=update, evaluation=copy)) == numbers(first)
-    assert len(scored) == 3
+    assert len(scored) == 5
     subject.predict(update=update, evaluation=copy)
-    assert len(scored) == 3
+    assert len(scored) == 5
     with torch.no_grad():
         model.out.bias[0] += 1e-9
     changed = subject.predict(update=update, evaluation=evaluation)
-    assert len(scored) == 4
+    assert len(scored) == 6
     assert changed.entropy.value != first.entropy.value
     subject.predict(update=update, evaluation=evaluation.select(torch.arange(50)))
-    assert len(scored) == 5
+    assert len(scored) == 7
 
 
 def test_a_policy_that_changed_outside_of_its_parameters_is_not_mistaken():
