@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
@@ -272,20 +272,24 @@ class EntropyProbe:
         with self._opened() as policy:
             return answer_all(_predict(policy, update, evaluation, asked), asked)[question]
 
-    def one_batch(self, batch: Rollouts) -> ProbeResult:
+    def one_batch(self, batch: Rollouts, *, geometry: Literal["adamw", "frozen"] | None = None) -> ProbeResult:
         """Predict the change of the next step on a batch, and measure it, from that batch alone.
 
         The gradient part is taken over pairs of different prompts, since the step is fitted to the responses that it is
         judged on; momentum and weight decay need no correction. From the realized change the first-order influence of
         the responses on themselves is subtracted. ``predicted.standard_error`` is over batches of this kind,
-        ``se_evaluation`` that of this step. With ``geometry: frozen`` this is :meth:`cross_prompt`, with H and the
+        ``se_evaluation`` that of this step. In the frozen geometry this is :meth:`cross_prompt`, with H and the
         diagnostics.
+
+        Args:
+            batch: the batch the step is taken on.
+            geometry: in place of ``config.geometry``.
 
         Raises:
             ValueError: for unusable rollouts, fewer than three distinct prompts, or an optimizer other than Adam.
         """
         with self._opened() as policy:
-            if policy.config.geometry == "frozen":
+            if (geometry or policy.config.geometry) == "frozen":
                 return one_batch(policy, batch)
             prediction = predict_own(policy, batch)
             return result_of(prediction.plan, prediction, measure_own(prediction))

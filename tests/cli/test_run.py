@@ -72,7 +72,7 @@ def test_a_run_directory_holds_the_run(once):
     ]  # fmt: skip
     names = "config.yaml, evaluation.parquet, figures, inputs.json, report.html, results.json, update.parquet"
     assert f"Saved in {out}: {names}\n Open in a browser: {out / 'report.html'}\n" in done.stdout
-    figures = [f"{name}.{kind}" for name in ("change", "parts") for kind in ("png", "svg")]
+    figures = [f"{name}.{kind}" for name in ("change", "horizons", "parts") for kind in ("png", "svg")]
     assert sorted(path.name for path in (out / "figures").iterdir()) == figures
     assert "\x1b[" not in done.stdout + done.stderr
     assert all(line[2] == ":" for line in done.stderr.splitlines()), done.stderr
@@ -174,7 +174,7 @@ def test_one_batch_needs_no_evaluation(config, tmp_path):
     assert result.realized.batch == "own"
     assert set(result.components) == {"gradient", "momentum", "weight_decay"}
     assert result.diagnostics.evaluation_unit == "prompt"
-    assert "on the batch of the step, less its own influence" in done.stdout
+    assert "self-influence out" in done.stdout
     assert not (tmp_path / "out" / "evaluation.parquet").exists()
     again = execute("run", tmp_path / "out" / "config.yaml", "--output-dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr

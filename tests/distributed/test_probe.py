@@ -191,7 +191,7 @@ def test_collectives(case, of_parameters):
     small = {3 * longest, *counts, tensors, ranks} | lengths
     assert exchange.reduced.count(PARAMETERS) == of_parameters
     assert set(exchange.reduced) - small == {PARAMETERS}
-    assert len(exchange.reduced) < 50
+    assert len(exchange.reduced) < 70  # three for each horizon
 
 
 def test_large_gradients_are_summed_in_buckets(monkeypatch):

@@ -239,7 +239,8 @@ class Policy:
         if checked.not_modelled is not None:
             self.log.not_modelled.append(checked.not_modelled)
         repeated = copies(Contents.of(rollouts), self.sequence_logprobs(local, scores))
-        if repeated.significant:
+        # what chance makes of another policy's responses this one cannot say
+        if repeated.significant and checked.note is None:
             batch = "update" if role == "batch" else role
             numbers = {"copies": repeated.sequences, "sequences": len(rollouts), "expected": repeated.expected}
             self.log.notes.append(COPIES(batch=batch, **numbers))

@@ -179,7 +179,7 @@ def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
 def _note_shared_sequences(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, before: Before) -> None:
     logprobs = policy.sequence_logprobs(evaluation.local, before.scores)
     both = shared(Contents.of(evaluation.rollouts), logprobs, Contents.of(update.rollouts))
-    if both.significant:
+    if both.significant and policy.log.checked[evaluation.role].note is None:
         numbers = {"shared": both.sequences, "sequences": len(evaluation.rollouts), "expected": both.expected}
         policy.log.notes.append(SHARED(**numbers))
 

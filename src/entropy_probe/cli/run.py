@@ -211,7 +211,7 @@ def _run_mode(
         result = probe.run(update=update, evaluation=required(evaluation), questions=config.questions)
     if config.mode == "two_batch":
         return result, attribution
-    one = probe.one_batch(update)
+    one = probe.one_batch(update, geometry="frozen")
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})
 
     said, known = one.diagnostics, result.diagnostics

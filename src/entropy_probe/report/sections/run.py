@@ -32,7 +32,7 @@ __all__ = ["cautions", "run_sections", "settings_sections", "step_section", "sto
 
 MEBIBYTE = 2**20
 INTERVALS = "; whiskers: 95% intervals"
-_MEASURED_ON = {"update": "on the update batch: biased", "own": "on the batch of the step, less its own influence"}
+_MEASURED_ON = {"update": "on the update batch: biased", "own": "on its own batch, self-influence out"}
 _SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight_decay": "weight decay"}
 
 
