@@ -55,7 +55,7 @@ MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 KINDS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 SETTINGS = {
-    "dro_beta": 0.3, "loss_scale_factor": 7.0, "data_parallel_size": 1, "clip_ratio_high": 0.28, "clip_ratio_c": 1.4,
+    "dro_beta": 0.3, "loss_scale_factor": 7.0, "num_processes": 1, "clip_ratio_high": 0.28, "clip_ratio_c": 1.4,
     "clip_cov_lb": 0.1, "clip_cov_ratio": 0.15, "kl_cov_ratio": 0.2, "entropy_coeff": 0.02,
 }  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_verl(mode, version, microbatches):
     since = {"dppo_tv": "0.7.1", "dppo_kl": "0.7.1", "dro": "0.9.0"}.get(mode, "")
     if version < since:
         pytest.skip("came later")
-    for aggregation, kind in itertools.product(AGGREGATIONS, KINDS):
+    for aggregation, kind in itertools.product(AGGREGATIONS, KINDS if microbatches else KINDS[-1:]):
         if aggregation == "token-sum" and version < "0.9.0":
             continue
         kinds = (kind, f"{kind}+") if version >= "0.8.0" else (kind,)
@@ -88,7 +88,7 @@ CORRECTIONS = (
     {"rollout_rs": "token_k1", "rollout_rs_threshold": 1.3},
     {"rollout_rs": "token_k2,seq_max_k3", "rollout_rs_threshold": "0.05,0.3"},
     {"rollout_rs": "token_k3", "rollout_rs_threshold": 0.05},
-    *({"rollout_rs": f"seq_sum_{k}", "rollout_rs_threshold": 1.3 if k == "k1" else 0.1} for k in ("k1", "k2", "k3")),
+    *({"rollout_rs": f"seq_sum_{k}", "rollout_rs_threshold": 3 if k == "k1" else 0.1} for k in ("k1", "k2", "k3")),
     *({"rollout_rs": f"seq_mean_{k}", "rollout_rs_threshold": 1.1 if k == "k1" else 0.03} for k in ("k1", "k2", "k3")),
     {"rollout_rs": "seq_max_k2", "rollout_rs_threshold": 0.1, "rollout_is": "sequence"},
 )
@@ -97,11 +97,11 @@ CORRECTIONS = (
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("mode", ["vanilla", "gspo", "sapo", "clip_cov", "kl_cov", "geo_mean"])
 def test_verl_with_rollout_correction(mode, correction):
-    for fresh, version, aggregation in itertools.product([True, False], ["0.7.1", "0.9.0"], AGGREGATIONS):
+    for i, (version, aggregation) in enumerate(itertools.product(["0.7.1", "0.9.0"], AGGREGATIONS)):
         if version < "0.9.0" and (aggregation == "token-sum" or "_" in str(correction.get("rollout_is_threshold"))):
             continue
         halves = {"microbatch_ids": torch.tensor([1, 1, 1, 1, 0, 0, 0, 0])}
-        rollouts, scores = batch(spread=0.15, **halves | ({"old_logprobs": None} if fresh else {}))
+        rollouts, scores = batch(spread=0.15, **halves | ({"old_logprobs": None} if i % 2 else {}))
         kl = {"use_kl_loss": True, "kl_loss_coef": 0.3}
         chosen = {"trainer": "verl", "version": version, "loss_mode": mode, "loss_agg_mode": aggregation}
         agree(verl, rollouts, scores, SETTINGS | kl | chosen | correction)
@@ -141,10 +141,8 @@ def test_openrlhf(policy, correction, version):
     for by_token, kind, dual, clip, bonus in options:
         kl = {"use_kl_loss": True, "init_kl_coef": 0.2, "kl_estimator": kind}
         more = {"token_level_loss": by_token, "dual_clip": dual, "eps_clip_low_high": clip, "entropy_loss_coef": bonus}
-        for fresh in (True, False):
-            empty = version != "0.9.10" or (by_token and policy == "ppo")
-            rollouts, scores = batch(empty=empty, **{"old_logprobs": None} if fresh else {})
-            agree(openrlhf, rollouts, scores, fixed | kl | more)
+        rollouts, scores = batch(**{"old_logprobs": None} if bonus else {})
+        agree(openrlhf, rollouts, scores, fixed | kl | more)
 
 
 def test_openrlhf_0_9_0_bounds_the_correction_from_above():
@@ -154,7 +152,7 @@ def test_openrlhf_0_9_0_bounds_the_correction_from_above():
 
 
 PRIME_RL = (
-    *({"version": v} for v in ("0.2", "0.3", "0.4", "0.5", "0.6", "0.8")),
+    *({"version": v, "num_processes": 2} for v in ("0.2", "0.3", "0.4", "0.5", "0.6", "0.8")),
     {"dppo_mask_low": 0.02, "dppo_mask_high": 0.04, "kl_tau": 0.1, "adv_tau": 0.7},
     {"type": "ipo", "ipo_threshold": 0.03, "kl_tau": 0.1},
     {"version": "0.5", "ipo_mask_low": 0.02, "ipo_mask_high": 0.04, "teacher_tau": 0.3},

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from jaxtyping import Float
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
+from entropy_probe.losses.pieces import is_one
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["GLOBAL_MEAN", "INERT", "Loss", "build_loss", "trainers"]
+__all__ = ["GLOBAL_MEAN", "INERT", "NOT_A_NUMBER", "Loss", "build_loss", "inert_clip", "trainers"]
 
 INERT = NoteKind("inert", "{what} inert: {reason} ({settings})", NOTHING_TO_DO)
 GLOBAL_MEAN = NoteKind(
@@ -28,6 +31,11 @@ GLOBAL_MEAN = NoteKind(
     "{what}: the trainer takes it over each {unit}, and the update batch does not say which those were; one over the "
     "whole step is taken, which may be 1 to 2% off",
     "Record microbatch_ids in the update batch; set num_items_in_batch where a generation serves several steps.",
+)
+NOT_A_NUMBER = NoteKind(
+    "loss_not_a_number",
+    "the trainer's own loss is not a number on this batch: {why}; here these sequences count for nothing",
+    "Give the sequences that the trainer took its step on.",
 )
 
 
@@ -134,3 +142,11 @@ def build_loss(settings: Mapping[str, Any]) -> Loss:
         if first["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
         raise ValueError(message if message.startswith("loss.") else f"{where}: {message}") from error
+
+
+def inert_clip(loss: Loss, settings: Iterable[str], log_ratio: Float[Tensor, "N L"]) -> list[Note]:
+    """Those of the settings of a clip range that were given, where every ratio is 1."""
+    given = [name for name in settings if name in loss.model_fields_set and getattr(loss, name) is not None]
+    if not given or not is_one(log_ratio):
+        return []
+    return [INERT(what="clip range", reason="every ratio is 1 on this step", settings=", ".join(given))]

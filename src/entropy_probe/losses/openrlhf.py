@@ -1,8 +1,8 @@
 """OpenRLHF's actor loss (0.9.0 to 0.11.0): policy loss, KL loss and entropy bonus.
 
 Sources: ``openrlhf/models/loss.py``, ``openrlhf/trainer/ray/ppo_actor.py``, ``openrlhf/utils/loss_utils.py``. Advantage
-estimators (``reinforce``, ``rloo``, ``group_norm``, ``dr_grpo`` ...) and a KL in the reward are in the advantages, not in
-the loss.
+estimators (``reinforce``, ``rloo``, ``group_norm``, ``dr_grpo`` ...) and a KL in the reward are in the advantages, not
+in the loss.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import Loss
-from entropy_probe.losses.notes import GLOBAL_MEAN, inert_clip
+from entropy_probe.losses.base import GLOBAL_MEAN, NOT_A_NUMBER, Loss, inert_clip
 from entropy_probe.losses.pieces import (
     KLKind,
     clipped_slope,
@@ -87,9 +86,9 @@ class OpenRLHFLoss(Loss, frozen=True):
     @model_validator(mode="after")
     def _check_threshold(self) -> OpenRLHFLoss:
         bounds = self.vllm_is_truncated_threshold
-        one = not isinstance(bounds, tuple)
-        if self.enable_vllm_is_correction and one != (self._version == FIRST) and self.policy_loss_type == "ppo":
-            expected = "one number with version 0.9.0" if one is False else f"two numbers with version {self.version}"
+        takes_one = self._version == FIRST
+        if self.enable_vllm_is_correction and isinstance(bounds, tuple) == takes_one and self.policy_loss_type == "ppo":
+            expected = f"{'one number' if takes_one else 'two numbers'} with version {self.version}"
             raise ValueError(f"loss.vllm_is_truncated_threshold: expected {expected}, got {bounds}")
         return self
 
@@ -134,7 +133,9 @@ class OpenRLHFLoss(Loss, frozen=True):
         settings = ("eps_clip", "eps_clip_low_high", "dual_clip")
         notes = inert_clip(self, settings, self._log_ratio(rollouts, scores))
         if self._version < WHOLE_STEP_SINCE and rollouts.microbatch_ids is None:
-            notes.append(GLOBAL_MEAN(what="the loss", trainer=f"OpenRLHF {self.version}", unit="microbatch"))
+            notes.append(GLOBAL_MEAN(what="the loss", unit="microbatch"))
+        if self._version < BOUNDED_SINCE and not self.per_token and not rollouts.response_mask.any(1).all():
+            notes.append(NOT_A_NUMBER(why="a mean over sequences of which some have no response token"))
         return notes
 
     @property
@@ -186,10 +187,5 @@ class OpenRLHFLoss(Loss, frozen=True):
         share = group_sum(torch.ones_like(lengths), groups) / len(mask)
         if by_token:
             return mask * (share / group_sum(lengths, groups).clamp(min=1))[:, None]
-        if self._version < BOUNDED_SINCE and bool((lengths == 0).any()):
-            raise ValueError(
-                f"response_mask: expected response tokens in every sequence with OpenRLHF {self.version}, whose mean over "
-                "sequences is not a number with an empty one; leave these sequences out"
-            )
         answered = group_sum((lengths > 0).double(), groups)
         return mask * (share / (answered * lengths).clamp(min=1))[:, None]

@@ -24,10 +24,12 @@ __all__ = [
     "by_token",
     "clipped_slope",
     "gap",
+    "group_sum",
     "is_one",
     "kl_slope",
     "kl_value",
     "microbatches",
+    "required",
     "sequence_mean",
     "sequence_sum",
     "top_entropy_mask",
@@ -90,6 +92,24 @@ ROUNDING = 1e-4
 def is_one(log_ratio: Float[Tensor, "N L"]) -> bool:
     """Whether every importance ratio is 1, up to rounding."""
     return float(log_ratio.abs().max()) < ROUNDING
+
+
+def required(rollouts: Rollouts, name: str, why: str) -> Float[Tensor, "N L"]:
+    """Log-probabilities that a loss takes from the batch.
+
+    Raises:
+        ValueError: if the batch has none.
+    """
+    values = getattr(rollouts, name)
+    if values is None:
+        raise ValueError(f"{name}: expected [N, L] on an update batch {why}, got None; record them with the rollouts")
+    return values
+
+
+def group_sum(values: Float[Tensor, " N"], groups: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """For each sequence the sum over its group."""
+    distinct, index = groups.unique(return_inverse=True)
+    return torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, index, values.double())[index]
 
 
 def sequence_sum(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N 1"]:

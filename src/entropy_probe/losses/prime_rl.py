@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import Loss
-from entropy_probe.losses.notes import GLOBAL_MEAN
-from entropy_probe.losses.pieces import gap, microbatches, required, sequence_mean, sequence_sum
+from entropy_probe.losses.base import GLOBAL_MEAN, Loss
+from entropy_probe.losses.pieces import by_sequence, by_token, gap, microbatches, required, sequence_mean, sequence_sum
 from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
@@ -23,6 +22,7 @@ __all__ = ["PrimeRLLoss"]
 
 FIRST = ("0.2", "0.3", "0.4")
 """Versions of the loss with bounds on ratios; since then they are on probabilities."""
+PER_PROCESS = (*FIRST, "0.5")
 OF_FIRST = (
     "ratio_type",
     "token_mask_low",
@@ -61,10 +61,11 @@ class PrimeRLLoss(Loss, frozen=True):
         sequence_mask_high: or above this.
         sequence_clip_high: bound on the ratio of a sequence.
         adv_tau: multiplies the advantages.
-        teacher_tau: up to 0.5: what the log-probability of ``reference_logprobs``, a teacher, above the policy's adds to
-            the advantages.
+        teacher_tau: up to 0.5: multiplies how far ``reference_logprobs``, a teacher's, are above the policy's, and adds
+            to the advantages.
         kl_tau: coefficient of the squared logarithm of the ratio; up to 0.4 of the logarithm, taken off the advantages.
             ``None`` is the default of the version, 1e-3 or, up to 0.4, 0.
+        num_processes: data-parallel ranks; up to 0.5 each divides by its own tokens.
     """
 
     trainer: Literal["prime_rl"] = "prime_rl"
@@ -86,6 +87,7 @@ class PrimeRLLoss(Loss, frozen=True):
     adv_tau: float = Field(default=1.0, ge=0)
     teacher_tau: float = Field(default=0.0, ge=0)
     kl_tau: float | None = Field(default=None, ge=0)
+    num_processes: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _check_version(self) -> PrimeRLLoss:
@@ -136,23 +138,29 @@ class PrimeRLLoss(Loss, frozen=True):
         else:
             kept = self._trusted(rollouts, scores)
             slopes = -log_ratio.exp() * advantages * kept + 2 * self._kl_tau * log_ratio
-        if self.ratio_type == "sequence":
-            divisor = len(microbatches(rollouts).unique()) * mask.sum(1, keepdim=True).double().clamp(min=1)
-        else:
-            divisor = mask.sum().double().clamp(min=1)
-        return TokenCoefficients((slopes / divisor).masked_fill(~mask, 0.0), None)
+        return TokenCoefficients((slopes * self._mean(rollouts)).masked_fill(~mask, 0.0), None)
 
     def notes(self, rollouts: Rollouts, scores: TokenScores | None) -> list[Note]:
-        """The number of microbatches where it counts and is not known."""
-        if self.ratio_type == "token" or rollouts.microbatch_ids is not None:
+        """Means over microbatches or ranks that are not known."""
+        if rollouts.microbatch_ids is not None:
             return []
-        return [GLOBAL_MEAN(what="the loss", trainer=f"prime-rl {self.version}", unit="microbatch")]
+        if self.ratio_type == "sequence":
+            return [GLOBAL_MEAN(what="the loss", unit="microbatch")]
+        by_process = self.version in PER_PROCESS and self.num_processes > 1
+        return [GLOBAL_MEAN(what="the loss", unit="process")] if by_process else []
 
     @property
     def _kl_tau(self) -> float:
         if self.kl_tau is not None:
             return self.kl_tau
         return 0.0 if self.version in FIRST else 1e-3
+
+    def _mean(self, rollouts: Rollouts) -> Float[Tensor, "N L"]:
+        """Weights of tokens: over those of the step, of its process, or of its sequence and by microbatches."""
+        mask, groups = rollouts.response_mask, microbatches(rollouts)
+        if self.ratio_type == "sequence":
+            return by_sequence(mask) * len(mask) / len(groups.unique())
+        return by_token(mask, groups % self.num_processes if self.version in PER_PROCESS else None)
 
     def _log_ratio(self, rollouts: Rollouts, scores: TokenScores) -> Float[Tensor, "N L"]:
         sampled = required(rollouts, "sampled_logprobs", "of prime-rl's loss, which takes ratios to the sampler")

@@ -8,16 +8,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import Loss
-from entropy_probe.losses.notes import GLOBAL_MEAN, INERT, OWN_DRAW, inert_clip
+from entropy_probe.losses.base import GLOBAL_MEAN, INERT, NOT_A_NUMBER, Loss, inert_clip
 from entropy_probe.losses.pieces import gap, group_sum, kl_slope, kl_value, microbatches, required, sequence_mean
 from entropy_probe.losses.verl_correction import importance_weights, rejections, threshold
 from entropy_probe.losses.verl_policies import LOG_BOUND, POLICY_SLOPES, Tokens
-from entropy_probe.results.note import Note
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
@@ -36,6 +35,13 @@ BY_SEQUENCE = ("gspo", "sapo", "geo_mean")
 """Policy losses that are aggregated over sequences whatever ``loss_agg_mode`` says."""
 
 
+OWN_DRAW = NoteKind(
+    "own_draw",
+    "{what} are drawn at random, here with seed {seed}: another draw than the trainer's, which nothing records",
+    "Repeat with other seeds (loss.seed) to see what the draw does to the numbers.",
+)
+
+
 class VerlLoss(Loss, frozen=True):
     """verl's actor loss, with the names and defaults of ``actor_rollout_ref.actor`` and of the sections named.
 
@@ -45,15 +51,15 @@ class VerlLoss(Loss, frozen=True):
     Attributes:
         trainer: ``verl``.
         version: verl's. Before 0.7.1 ``seq-mean-token-sum-norm`` does not divide by the number of sequences.
-        use_legacy_worker_impl: of ``trainer``; before 0.8.0 ``auto`` is the old workers, which normalise each microbatch
-            by itself; the new ones and all since normalise over the mini-batch.
+        use_legacy_worker_impl: of ``trainer``; before 0.8.0 ``auto`` is the old workers, which normalise each
+            microbatch by itself; the new ones and all since normalise over the mini-batch.
         loss_mode: of ``policy_loss``.
         loss_agg_mode: how losses of tokens become one; ``gspo`` and ``sapo`` take ``seq-mean-token-mean``, ``geo_mean``
             the mean over sequences.
         loss_scale_factor: of ``seq-mean-token-sum-norm``; where verl has none (and always with the old workers), the
             length that it pads responses to, ``data.max_response_length``.
         clip_ratio: takes the place of the two that follow where they are null.
-        clip_ratio_low: of ``dppo_tv`` and ``dppo_kl`` the fall of probability, or the divergence, that is still trusted.
+        clip_ratio_low: of ``dppo_tv`` and ``dppo_kl`` how far probability may fall, or the divergence of such tokens.
         clip_ratio_high: likewise for rises.
         clip_ratio_c: of dual clip; of ``dppo_tv`` and ``dppo_kl`` the largest ratio.
         tau_pos: of ``sapo``, for positive advantages.
@@ -77,7 +83,7 @@ class VerlLoss(Loss, frozen=True):
         rollout_rs_threshold: beyond what.
         bypass_mode: take ratios, and weights by the policy as it is, to ``sampled_logprobs``.
         loss_type: of bypass mode.
-        data_parallel_size: ranks that gradients are averaged over, where that is not made up for.
+        num_processes: data-parallel ranks, needed where verl does not make up for averaging gradients over them.
     """
 
     trainer: Literal["verl"] = "verl"
@@ -110,7 +116,7 @@ class VerlLoss(Loss, frozen=True):
     rollout_rs_threshold: float | str | None = None
     bypass_mode: bool = False
     loss_type: Literal["ppo_clip", "reinforce"] = "ppo_clip"
-    data_parallel_size: int | None = Field(default=None, ge=1)
+    num_processes: int | None = Field(default=None, ge=1)
 
     @field_validator("kl_loss_type")
     @classmethod
@@ -127,7 +133,11 @@ class VerlLoss(Loss, frozen=True):
             if self.version < SINCE.get(name, ""):
                 raise ValueError(f"{name} came with verl {SINCE[name]}, got version {self.version}; set the right one")
         early = {
-            "use_legacy_worker_impl": (self.use_legacy_worker_impl == "enable" and self.version >= "0.8.0", "0.7.1", "up"),
+            "use_legacy_worker_impl": (
+                self.use_legacy_worker_impl == "enable" and self.version >= "0.8.0",
+                "0.7.1",
+                "up",
+            ),
             "kl_loss_type": (self.kl_loss_type.endswith("+") and self.version < "0.8.0", "0.8.0", "from"),
             "rollout_is_threshold": ("_" in str(self.rollout_is_threshold) and self.version < "0.8.0", "0.8.0", "from"),
             "rollout_rs": (self.rollout_rs is not None and self.version < "0.7.1", "0.7.1", "from"),
@@ -144,12 +154,12 @@ class VerlLoss(Loss, frozen=True):
             raise ValueError("loss.dro_beta: expected a number above 0 beside loss_mode dro, got none")
         if self.loss_agg_mode == "seq-mean-token-sum-norm" and self.loss_scale_factor is None:
             raise ValueError(
-                "loss.loss_scale_factor: expected a number beside seq-mean-token-sum-norm, got none; where verl has none "
-                "set data.max_response_length, which it takes then"
+                "loss.loss_scale_factor: expected a number beside seq-mean-token-sum-norm, got none; where verl has "
+                "none set data.max_response_length, which it takes then"
             )
-        if self._over_ranks and self.data_parallel_size is None:
+        if self._over_ranks and self.num_processes is None:
             raise ValueError(
-                f"loss.data_parallel_size: expected the number of data-parallel ranks beside {self._over_ranks}, which "
+                f"loss.num_processes: expected the number of data-parallel ranks beside {self._over_ranks}, which "
                 "verl averages over them, got none"
             )
         return self
@@ -165,7 +175,9 @@ class VerlLoss(Loss, frozen=True):
                 "sampler's in another; not supported, expected use_legacy_worker_impl: disable"
             )
         if self.bypass_mode and self.rollout_is_batch_normalize:
-            raise ValueError("loss.rollout_is_batch_normalize: with bypass_mode over microbatches of all ranks; leave it out")
+            raise ValueError(
+                "loss.rollout_is_batch_normalize: with bypass_mode over microbatches of all ranks; leave it out"
+            )
         return self
 
     @property
@@ -219,13 +231,18 @@ class VerlLoss(Loss, frozen=True):
             reference = required(rollouts, "reference_logprobs", "of a loss with a KL term")
             assert scores is not None
             logprobs = logprobs + self.kl_loss_coef * others * self._kl_slope(gap(scores.logprobs, reference, mask))
-        return TokenCoefficients(logprobs.masked_fill(~mask, 0.0), -self.entropy_coeff * others if self.entropy_coeff else None)
+        return TokenCoefficients(
+            logprobs.masked_fill(~mask, 0.0), -self.entropy_coeff * others if self.entropy_coeff else None
+        )
 
     def notes(self, rollouts: Rollouts, scores: TokenScores | None) -> list[Note]:
         """Settings without effect, means over microbatches that are not known, and the draw of Clip-Cov."""
+        groups = microbatches(rollouts)
         notes = inert_clip(self, CLIP_SETTINGS if self._policy in CLIPPED else (), self._log_ratio(rollouts, scores))
         if "clip_ratio" in self.model_fields_set and None not in (self.clip_ratio_low, self.clip_ratio_high):
-            notes.append(INERT(settings="clip_ratio", reason="verl takes clip_ratio_low and clip_ratio_high"))
+            notes.append(
+                INERT(what="clip_ratio", reason="verl takes clip_ratio_low and clip_ratio_high", settings="clip_ratio")
+            )
         per_microbatch = {
             "the loss": self._by_microbatch,
             f"the covariance of {self._policy}": self._policy in ("clip_cov", "kl_cov"),
@@ -233,7 +250,9 @@ class VerlLoss(Loss, frozen=True):
         }
         what = [name for name, there in per_microbatch.items() if there]
         if what and rollouts.microbatch_ids is None:
-            notes.append(GLOBAL_MEAN(what=what[0], trainer=f"verl {self.version}", unit="microbatch"))
+            notes.append(GLOBAL_MEAN(what=what[0], unit="microbatch"))
+        if self._by_microbatch and float(group_sum(self._correction(rollouts, scores)[1].sum(1), groups).min()) == 0:
+            notes.append(NOT_A_NUMBER(why="a microbatch has no response token, or none that is not rejected"))
         if self._policy == "clip_cov":
             notes.append(OWN_DRAW(what="the tokens that Clip-Cov drops", seed=self.seed))
         return notes
@@ -255,7 +274,7 @@ class VerlLoss(Loss, frozen=True):
 
     @property
     def _ranks(self) -> int:
-        return self.data_parallel_size if self._over_ranks and self.data_parallel_size else 1
+        return self.num_processes if self._over_ranks and self.num_processes else 1
 
     @property
     def _of_sampler(self) -> bool:
@@ -296,7 +315,9 @@ class VerlLoss(Loss, frozen=True):
         # in bypass mode PPO's ratio is the correction
         if self.rollout_is is not None and not (self.bypass_mode and self.loss_type == "ppo_clip"):
             bounds = threshold("rollout_is_threshold", self.rollout_is_threshold)
-            weights = importance_weights(beyond, mask, self.rollout_is, bounds, normalize=self.rollout_is_batch_normalize)
+            weights = importance_weights(
+                beyond, mask, self.rollout_is, bounds, normalize=self.rollout_is_batch_normalize
+            )
         kept = mask
         if self.rollout_rs is not None:
             for rejection in rejections(self.rollout_rs, self.rollout_rs_threshold):
@@ -325,7 +346,6 @@ class VerlLoss(Loss, frozen=True):
         if self._by_microbatch:
             share = rows / len(mask)
             tokens, sequences = group_sum(lengths, groups), group_sum((lengths > 0).double(), groups)
-            self._check_microbatches(tokens, groups)
         else:
             share, tokens, sequences = ones, ones * counted.sum(), ones * len(mask)
         if geo_mean:
@@ -343,13 +363,6 @@ class VerlLoss(Loss, frozen=True):
                 assert self.loss_scale_factor is not None
                 divisor = self.loss_scale_factor * (ones * self._ranks if self.version == "0.7.0" else sequences)
         return mask * (share / divisor)[:, None]
-
-    def _check_microbatches(self, tokens: Float[Tensor, " N"], groups: Int[Tensor, " N"]) -> None:
-        if bool((tokens == 0).any()):
-            raise ValueError(
-                f"microbatch {int(groups[tokens == 0][0])}: expected a response token that is not rejected, got none; the "
-                f"loss of verl {self.version} is not a number then, so its step was none"
-            )
 
     def _kl_slope(self, above: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
         """The slope of the KL loss of each token in its log-probability."""

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entropy_probe.losses.pieces import clipped_slope, sequence_mean
+from entropy_probe.losses.trl_terms import soft_gate_slope
 
 if TYPE_CHECKING:
     from entropy_probe.losses.verl import VerlLoss
@@ -72,9 +73,7 @@ def gspo(tokens: Tokens, loss: VerlLoss) -> Tensor:
 
 def sapo(tokens: Tokens, loss: VerlLoss) -> Tensor:
     """A soft gate around ratio 1 in place of the clip."""
-    tau = torch.where(tokens.advantages > 0, loss.tau_pos, loss.tau_neg)
-    gate = torch.sigmoid(tau * (tokens.ratio - 1))
-    return -4 * gate * (1 - gate) * tokens.ratio * tokens.advantages * tokens.bounded
+    return soft_gate_slope(tokens.ratio, tokens.advantages, loss.tau_pos, loss.tau_neg) * tokens.bounded
 
 
 def gpg(tokens: Tokens, loss: VerlLoss) -> Tensor:
@@ -146,7 +145,7 @@ def kl_cov(tokens: Tokens, loss: VerlLoss) -> Tensor:
 
 
 def geo_mean(tokens: Tokens, loss: VerlLoss) -> Tensor:
-    """GMPO (Zhao et al., 2025): the geometric mean of ratios, each clipped on the side that its advantage gains from."""
+    """GMPO (Zhao et al., 2025): the geometric mean of ratios, each clipped where its advantage gains."""
     low, high = loss.clip_ratios
     d, sign = tokens.log_ratio, tokens.advantages.sign()
     least = sign * torch.minimum(sign * d, sign * d.clamp(-low, high))

@@ -1,1 +1,1 @@
-"""The trainers' losses as scalars of log-probabilities and entropies, written plainly, for autograd to differentiate."""
+"""The trainers' losses as scalars of log-probabilities and entropies, written plainly, for autograd."""

@@ -4,19 +4,23 @@ import torch
 
 
 def loss(s, h, rollouts, settings):
-    """The loss of one optimizer step of one rank; arguments as those of verl's."""
+    """The loss of one optimizer step; arguments as those of verl's."""
     del h
     first = settings.version in ("0.2", "0.3", "0.4")
-    total = torch.zeros((), dtype=torch.float64)
+    processes = settings.num_processes if settings.version <= "0.5" else 1
+    process = rollouts.microbatch_ids % processes
+    totals = torch.zeros(processes, dtype=torch.float64)
     for i, inside in enumerate(rollouts.response_mask):
         if not inside.any():
             continue
         teacher = None if rollouts.reference_logprobs is None else rollouts.reference_logprobs[i][inside]
         part = (s[i][inside], rollouts.sampled_logprobs[i][inside], rollouts.token_advantages[i][inside].double())
-        total = total + (masked_importance(*part, teacher, settings) if first else trust_region(*part, teacher, settings))
+        term = masked_importance(*part, teacher, settings) if first else trust_region(*part, teacher, settings)
+        totals = totals + term * torch.nn.functional.one_hot(process[i], processes)
     if first and settings.ratio_type == "sequence":
-        return total / len(rollouts.microbatch_ids.unique())
-    return total / rollouts.response_mask.sum()
+        return totals.sum() / len(rollouts.microbatch_ids.unique())
+    tokens = [rollouts.response_mask[process == which].sum() for which in range(processes)]
+    return (totals / torch.stack(tokens)).mean()
 
 
 def trust_region(s, q, advantages, teacher, settings):
@@ -30,7 +34,10 @@ def trust_region(s, q, advantages, teacher, settings):
     advantages = settings.adv_tau * advantages
     if settings.version == "0.5" and settings.teacher_tau:
         advantages = advantages + settings.teacher_tau * (teacher - s).detach()
-    return (-kept.double() * advantages * (s - q).exp() + (1e-3 if settings.kl_tau is None else settings.kl_tau) * (s - q) ** 2).sum()
+    return (
+        -kept.double() * advantages * (s - q).exp()
+        + (1e-3 if settings.kl_tau is None else settings.kl_tau) * (s - q) ** 2
+    ).sum()
 
 
 def masked_importance(s, q, advantages, teacher, settings):

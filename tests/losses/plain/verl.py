@@ -171,7 +171,9 @@ def policy_loss(s, old, advantages, mask, weights, settings, scale, generator):
         value = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
         where = "seq-mean-token-mean"
     elif mode == "clip_cov":
-        value = torch.maximum(unclipped, clipped) * survivors(s, unclipped, clipped, advantages, mask, settings, generator)
+        value = torch.maximum(unclipped, clipped) * survivors(
+            s, unclipped, clipped, advantages, mask, settings, generator
+        )
     elif mode == "kl_cov":
         value = unclipped + settings.ppo_kl_coef * d.abs() * largest(s, advantages, mask, settings)
     else:
