@@ -23,7 +23,7 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["GLOBAL_MEAN", "INERT", "NOT_A_NUMBER", "Loss", "build_loss", "inert_clip", "trainers"]
+__all__ = ["GLOBAL_MEAN", "INERT", "NOT_A_NUMBER", "RATIO_ONE", "Loss", "build_loss", "inert_clip", "trainers"]
 
 INERT = NoteKind("inert", "{what} inert: {reason} ({settings})", NOTHING_TO_DO)
 GLOBAL_MEAN = NoteKind(
@@ -36,6 +36,12 @@ NOT_A_NUMBER = NoteKind(
     "loss_not_a_number",
     "the trainer's own loss is not a number on this batch: {why}; here these sequences count for nothing",
     "Give the sequences that the trainer took its step on.",
+)
+RATIO_ONE = NoteKind(
+    "ratio_one",
+    "importance ratios are taken to be 1: the update batch has no old_logprobs, and {settings} do not say whether the "
+    "trainer takes several steps on the same rollouts",
+    "Nothing to do for the first step on fresh rollouts; for a later one record old_logprobs.",
 )
 
 

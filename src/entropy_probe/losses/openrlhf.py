@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import GLOBAL_MEAN, NOT_A_NUMBER, Loss, inert_clip
+from entropy_probe.losses.base import GLOBAL_MEAN, NOT_A_NUMBER, RATIO_ONE, Loss, inert_clip
 from entropy_probe.losses.pieces import (
     KLKind,
     clipped_slope,
@@ -57,6 +57,11 @@ class OpenRLHFLoss(Loss, frozen=True):
             the upper one.
         vllm_is_correction_type: [``algo.advantage.is_correction_type``] bounded (``tis``), 0 outside (``icepop``), or 0
             for sequences whose geometric mean is outside (``seq-mask-tis``).
+        max_epochs: [``train.max_epochs``] passes over the rollouts. With more than one, or several batches,
+            ``old_logprobs`` are needed.
+        rollout_batch_size: [``rollout.batch_size``] prompts.
+        n_samples_per_prompt: [``rollout.n_samples_per_prompt``] responses to each.
+        train_batch_size: [``train.batch_size``] responses of a step.
     """
 
     trainer: Literal["openrlhf"] = "openrlhf"
@@ -73,6 +78,10 @@ class OpenRLHFLoss(Loss, frozen=True):
     enable_vllm_is_correction: bool = False
     vllm_is_truncated_threshold: float | tuple[float, float] = (0.5, 5.0)
     vllm_is_correction_type: Literal["tis", "icepop", "seq-mask-tis"] = "tis"
+    max_epochs: int = Field(default=1, ge=1)
+    rollout_batch_size: int | None = Field(default=None, ge=1)
+    n_samples_per_prompt: int | None = Field(default=None, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1)
 
     @field_validator("version")
     @classmethod
@@ -101,6 +110,11 @@ class OpenRLHFLoss(Loss, frozen=True):
     def needs_reference(self) -> bool:
         """With a KL loss."""
         return self.use_kl_loss and self.init_kl_coef > 0
+
+    @property
+    def needs_old(self) -> bool:
+        """Where a batch of rollouts is several steps."""
+        return not self._ratio_to_sampler and (self.max_epochs > 1 or self._steps not in (None, 1))
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -134,6 +148,9 @@ class OpenRLHFLoss(Loss, frozen=True):
         notes = inert_clip(self, settings, self._log_ratio(rollouts, scores))
         if self._version < WHOLE_STEP_SINCE and rollouts.microbatch_ids is None:
             notes.append(GLOBAL_MEAN(what="the loss", unit="microbatch"))
+        if rollouts.old_logprobs is None and not self._ratio_to_sampler and self._steps is None:
+            settings = "rollout_batch_size, n_samples_per_prompt and train_batch_size"
+            notes.append(RATIO_ONE(settings=settings))
         if self._version < BOUNDED_SINCE and not self.per_token and not rollouts.response_mask.any(1).all():
             notes.append(NOT_A_NUMBER(why="a mean over sequences of which some have no response token"))
         return notes
@@ -142,10 +159,24 @@ class OpenRLHFLoss(Loss, frozen=True):
     def _version(self) -> tuple[int, ...]:
         return tuple(map(int, self.version.split(".")[:3]))
 
+    @property
+    def _steps(self) -> float | None:
+        """Steps on each batch of rollouts and epoch."""
+        prompts, samples, of_step = self.rollout_batch_size, self.n_samples_per_prompt, self.train_batch_size
+        if prompts is None or samples is None or of_step is None:
+            return None
+        return prompts * samples / of_step
+
+    @property
+    def _ratio_to_sampler(self) -> bool:
+        return self.policy_loss_type == "gspo" and self.enable_vllm_is_correction
+
     def _log_ratio(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
         old = rollouts.old_logprobs
-        if self.policy_loss_type == "gspo" and self.enable_vllm_is_correction:
+        if self._ratio_to_sampler:
             old = required(rollouts, "sampled_logprobs", "of a loss that corrects for the sampler")
+        elif self.needs_old:
+            old = required(rollouts, "old_logprobs", "of a trainer that uses rollouts for several steps")
         return gap(None if scores is None else scores.logprobs, old, rollouts.response_mask)
 
     def _policy(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:

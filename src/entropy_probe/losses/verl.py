@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import GLOBAL_MEAN, INERT, NOT_A_NUMBER, Loss, inert_clip
-from entropy_probe.losses.pieces import gap, group_sum, kl_slope, kl_value, microbatches, required, sequence_mean
-from entropy_probe.losses.verl_correction import importance_weights, rejections, threshold
-from entropy_probe.losses.verl_policies import LOG_BOUND, POLICY_SLOPES, Tokens
+from entropy_probe.losses.base import GLOBAL_MEAN, INERT, NOT_A_NUMBER, RATIO_ONE, Loss, inert_clip
+from entropy_probe.losses.pieces import gap, group_sum, microbatches, required, sequence_mean
+from entropy_probe.losses.verl_correction import Rejection, importance_weights, rejections, threshold
+from entropy_probe.losses.verl_policies import KL_KINDS, POLICY_SLOPES, Tokens, kl_loss_slope
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
@@ -26,7 +26,6 @@ LossMode = Literal[
     "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"
 ]
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 SINCE = {"dppo_tv": "0.7.1", "dppo_kl": "0.7.1", "dro": "0.9.0", "token-sum": "0.9.0"}
 """The version that brought a name, where it was not the first."""
 CLIPPED = ("vanilla", "gspo", "clip_cov", "geo_mean", "cispo", "dppo_tv", "dppo_kl")
@@ -83,6 +82,9 @@ class VerlLoss(Loss, frozen=True):
         rollout_rs_threshold: beyond what.
         bypass_mode: take ratios, and weights by the policy as it is, to ``sampled_logprobs``.
         loss_type: of bypass mode.
+        ppo_epochs: passes over the rollouts. With more than one, or several mini-batches, ``old_logprobs`` are needed.
+        train_batch_size: of ``data``; in prompts, as the one that follows.
+        ppo_mini_batch_size: a mini-batch, which is one step.
         num_processes: data-parallel ranks, needed where verl does not make up for averaging gradients over them.
     """
 
@@ -116,6 +118,9 @@ class VerlLoss(Loss, frozen=True):
     rollout_rs_threshold: float | str | None = None
     bypass_mode: bool = False
     loss_type: Literal["ppo_clip", "reinforce"] = "ppo_clip"
+    ppo_epochs: int = Field(default=1, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1)
+    ppo_mini_batch_size: int | None = Field(default=None, ge=1)
     num_processes: int | None = Field(default=None, ge=1)
 
     @field_validator("kl_loss_type")
@@ -167,8 +172,7 @@ class VerlLoss(Loss, frozen=True):
     @model_validator(mode="after")
     def _check_correction(self) -> VerlLoss:
         threshold("rollout_is_threshold", self.rollout_is_threshold)
-        if self.rollout_rs is not None:
-            rejections(self.rollout_rs, self.rollout_rs_threshold)
+        _ = self._rejections
         if self.bypass_mode and self._by_microbatch:
             raise ValueError(
                 "loss.bypass_mode: with the old workers verl takes ratios to the policy itself in one case and to the "
@@ -203,6 +207,11 @@ class VerlLoss(Loss, frozen=True):
         return self.use_kl_loss and self.kl_loss_coef != 0
 
     @property
+    def needs_old(self) -> bool:
+        """Where a batch of rollouts is several steps."""
+        return not self.bypass_mode and (self.ppo_epochs > 1 or self._mini_batches not in (None, 1))
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The KL term and the entropy bonus, where they have a coefficient."""
         return ("the KL term",) * self.needs_reference + ("the entropy bonus",) * (self.entropy_coeff != 0)
@@ -229,20 +238,19 @@ class VerlLoss(Loss, frozen=True):
         others = self._aggregate(rollouts, self.loss_agg_mode, counted, counted)
         if self.needs_reference:
             reference = required(rollouts, "reference_logprobs", "of a loss with a KL term")
-            assert scores is not None
-            logprobs = logprobs + self.kl_loss_coef * others * self._kl_slope(gap(scores.logprobs, reference, mask))
-        return TokenCoefficients(
-            logprobs.masked_fill(~mask, 0.0), -self.entropy_coeff * others if self.entropy_coeff else None
-        )
+            above = gap(None if scores is None else scores.logprobs, reference, mask)
+            logprobs = logprobs + self.kl_loss_coef * others * kl_loss_slope(self.kl_loss_type, above)
+        entropies = -self.entropy_coeff * others if self.entropy_coeff else None
+        return TokenCoefficients(logprobs.masked_fill(~mask, 0.0), entropies)
 
     def notes(self, rollouts: Rollouts, scores: TokenScores | None) -> list[Note]:
         """Settings without effect, means over microbatches that are not known, and the draw of Clip-Cov."""
-        groups = microbatches(rollouts)
         notes = inert_clip(self, CLIP_SETTINGS if self._policy in CLIPPED else (), self._log_ratio(rollouts, scores))
         if "clip_ratio" in self.model_fields_set and None not in (self.clip_ratio_low, self.clip_ratio_high):
-            notes.append(
-                INERT(what="clip_ratio", reason="verl takes clip_ratio_low and clip_ratio_high", settings="clip_ratio")
-            )
+            reason = "verl takes it where clip_ratio_low or clip_ratio_high is null"
+            notes.append(INERT(what="clip range", reason=reason, settings="clip_ratio"))
+        if self.bypass_mode and "loss_mode" in self.model_fields_set:
+            notes.append(INERT(what="policy loss", reason="bypass_mode goes by loss_type", settings="loss_mode"))
         per_microbatch = {
             "the loss": self._by_microbatch,
             f"the covariance of {self._policy}": self._policy in ("clip_cov", "kl_cov"),
@@ -251,11 +259,20 @@ class VerlLoss(Loss, frozen=True):
         what = [name for name, there in per_microbatch.items() if there]
         if what and rollouts.microbatch_ids is None:
             notes.append(GLOBAL_MEAN(what=what[0], unit="microbatch"))
-        if self._by_microbatch and float(group_sum(self._correction(rollouts, scores)[1].sum(1), groups).min()) == 0:
+        if self._by_microbatch and self._has_empty(rollouts, scores):
             notes.append(NOT_A_NUMBER(why="a microbatch has no response token, or none that is not rejected"))
+        if rollouts.old_logprobs is None and not self.bypass_mode and self._mini_batches is None:
+            notes.append(RATIO_ONE(settings="train_batch_size and ppo_mini_batch_size"))
         if self._policy == "clip_cov":
             notes.append(OWN_DRAW(what="the tokens that Clip-Cov drops", seed=self.seed))
         return notes
+
+    @property
+    def _mini_batches(self) -> float | None:
+        """Steps on each batch of rollouts and epoch."""
+        if self.train_batch_size is None or self.ppo_mini_batch_size is None:
+            return None
+        return self.train_batch_size / self.ppo_mini_batch_size
 
     @property
     def _by_microbatch(self) -> bool:
@@ -281,6 +298,10 @@ class VerlLoss(Loss, frozen=True):
         return self.bypass_mode or self.rollout_is is not None or self.rollout_rs is not None
 
     @property
+    def _rejections(self) -> tuple[Rejection, ...]:
+        return () if self.rollout_rs is None else rejections(self.rollout_rs, self.rollout_rs_threshold)
+
+    @property
     def _policy(self) -> str:
         """The name of the policy loss that is computed."""
         if not self.bypass_mode:
@@ -291,6 +312,8 @@ class VerlLoss(Loss, frozen=True):
         old = rollouts.old_logprobs
         if self.bypass_mode:
             old = required(rollouts, "sampled_logprobs", "of a loss with bypass_mode")
+        elif self.needs_old:
+            old = required(rollouts, "old_logprobs", "of a trainer that uses rollouts for several steps")
         return gap(None if scores is None else scores.logprobs, old, rollouts.response_mask)
 
     def _tokens(self, rollouts: Rollouts, scores: TokenScores | None, kept: Bool[Tensor, "N L"]) -> Tokens:
@@ -312,17 +335,21 @@ class VerlLoss(Loss, frozen=True):
         sampled = required(rollouts, "sampled_logprobs", "of a loss that corrects for the sampler")
         own = self.bypass_mode or rollouts.old_logprobs is None
         beyond = gap(scores.logprobs if own else rollouts.old_logprobs, sampled, mask)
+        kept = mask
+        for rejection in self._rejections:
+            kept = kept & rejection.kept(beyond, mask)
         # in bypass mode PPO's ratio is the correction
         if self.rollout_is is not None and not (self.bypass_mode and self.loss_type == "ppo_clip"):
             bounds = threshold("rollout_is_threshold", self.rollout_is_threshold)
             weights = importance_weights(
                 beyond, mask, self.rollout_is, bounds, normalize=self.rollout_is_batch_normalize
             )
-        kept = mask
-        if self.rollout_rs is not None:
-            for rejection in rejections(self.rollout_rs, self.rollout_rs_threshold):
-                kept = kept & rejection.kept(beyond, mask)
         return weights, kept
+
+    def _has_empty(self, rollouts: Rollouts, scores: TokenScores | None) -> bool:
+        """Whether a microbatch has no token left."""
+        kept = self._correction(rollouts, scores)[1]
+        return bool((group_sum(kept.sum(1).double(), microbatches(rollouts)) == 0).any())
 
     def _aggregate(
         self,
@@ -348,28 +375,17 @@ class VerlLoss(Loss, frozen=True):
             tokens, sequences = group_sum(lengths, groups), group_sum((lengths > 0).double(), groups)
         else:
             share, tokens, sequences = ones, ones * counted.sum(), ones * len(mask)
-        if geo_mean:
-            sequences = rows * self._ranks
+        tokens, sequences = tokens.clamp(min=1), rows * self._ranks if geo_mean else sequences.clamp(min=1)
         match aggregation:
             case "token-mean":
-                divisor = tokens.clamp(min=1)
+                divisor = tokens
             case "token-sum":
                 divisor = ones
             case "seq-mean-token-sum":
-                divisor = sequences.clamp(min=1)
+                divisor = sequences
             case "seq-mean-token-mean":
-                divisor = sequences.clamp(min=1) * lengths.clamp(min=1)
+                divisor = sequences * lengths.clamp(min=1)
             case _:
                 assert self.loss_scale_factor is not None
                 divisor = self.loss_scale_factor * (ones * self._ranks if self.version == "0.7.0" else sequences)
         return mask * (share / divisor)[:, None]
-
-    def _kl_slope(self, above: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
-        """The slope of the KL loss of each token in its log-probability."""
-        kind = "k2" if self.kl_loss_type.endswith("+") else KL_KINDS[self.kl_loss_type]
-        if kind == "abs":
-            return above.sign()
-        if kind == "k3":
-            inside = (above.abs() <= LOG_BOUND) & (kl_value("k3", above.clamp(-LOG_BOUND, LOG_BOUND)) <= 10)
-            return kl_slope("k3", above) * inside
-        return kl_slope("k1" if kind == "k1" else "k2", above)

@@ -1,4 +1,4 @@
-"""verl's policy losses as slopes: of each token's loss in its own log-probability, before the aggregation.
+"""verl's policy and KL losses as slopes: of each token's loss in its own log-probability, before the aggregation.
 
 Sources: ``verl/trainer/ppo/core_algos.py`` of verl 0.7.0 to 0.9.0. Every function takes a :class:`Tokens` and the
 settings, and returns ``[N, L]``, float64; what it says off the response does not count.
@@ -14,16 +14,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_probe.losses.pieces import clipped_slope, sequence_mean
+from entropy_probe.losses.pieces import clipped_slope, kl_slope, kl_value, sequence_mean
 from entropy_probe.losses.trl_terms import soft_gate_slope
 
 if TYPE_CHECKING:
     from entropy_probe.losses.verl import VerlLoss
 
-__all__ = ["LOG_BOUND", "POLICY_SLOPES", "Tokens", "clip_cov_candidates"]
+__all__ = ["KL_KINDS", "POLICY_SLOPES", "Tokens", "kl_loss_slope"]
 
-LOG_BOUND = 20.0
+_LOG_BOUND = 20.0
 """verl bounds logarithms of ratios by this; beyond it nothing has a gradient."""
+KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+"""Estimates of the KL divergence, by ``kl_loss_type``."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class Tokens:
     @property
     def ratio(self) -> Float[Tensor, "N L"]:
         """The importance ratio within verl's bounds."""
-        return self.log_ratio.clamp(-LOG_BOUND, LOG_BOUND).exp()
+        return self.log_ratio.clamp(-_LOG_BOUND, _LOG_BOUND).exp()
 
     @property
     def bounded(self) -> Bool[Tensor, "N L"]:
         """Where the bounds leave the ratio as it is."""
-        return self.log_ratio.abs() <= LOG_BOUND
+        return self.log_ratio.abs() <= _LOG_BOUND
 
     def microbatches(self) -> list[Int[Tensor, " n"]]:
         """The sequences of each microbatch."""
@@ -112,7 +114,7 @@ def _covariances(tokens: Tokens, rows: Int[Tensor, " n"]) -> Float[Tensor, "n L"
     return (centred[0] * centred[1]).masked_fill(~mask, -torch.inf)
 
 
-def clip_cov_candidates(tokens: Tokens, loss: VerlLoss, rows: Int[Tensor, " n"]) -> Int[Tensor, "m 2"]:
+def _candidates(tokens: Tokens, loss: VerlLoss, rows: Int[Tensor, " n"]) -> Int[Tensor, "m 2"]:
     """The tokens of some sequences that Clip-Cov draws from: the sequence's place in ``rows``, and the position."""
     (low, high), ratio, advantages = loss.clip_range, tokens.log_ratio[rows].exp(), tokens.advantages[rows]
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
@@ -125,7 +127,7 @@ def clip_cov(tokens: Tokens, loss: VerlLoss) -> Tensor:
     slope = clipped_slope(tokens.log_ratio.exp(), tokens.advantages, *loss.clip_range)
     generator = torch.Generator().manual_seed(loss.seed)
     for rows in tokens.microbatches():
-        candidates = clip_cov_candidates(tokens, loss, rows)
+        candidates = _candidates(tokens, loss, rows)
         count = max(int(loss.clip_cov_ratio * int(tokens.mask[rows].sum())), 1)
         drawn = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
         slope[rows[drawn[:, 0]], drawn[:, 1]] = 0.0
@@ -167,3 +169,19 @@ POLICY_SLOPES: dict[str, Callable[[Tokens, VerlLoss], Tensor]] = {
     "cispo": cispo,
 }
 """By ``loss_mode``, verl's name."""
+
+
+def kl_loss_slope(kl_loss_type: str, above: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
+    """The slope of the KL loss of each token in its log-probability; with a ``+`` behind it always that of ``k2``.
+
+    Args:
+        kl_loss_type: verl's name of the estimate.
+        above: how far the log-probabilities are above the reference's, nats.
+    """
+    kind = "k2" if kl_loss_type.endswith("+") else KL_KINDS[kl_loss_type]
+    if kind == "abs":
+        return above.sign()
+    if kind == "k3":
+        inside = (above.abs() <= _LOG_BOUND) & (kl_value("k3", above.clamp(-_LOG_BOUND, _LOG_BOUND)) <= 10)
+        return kl_slope("k3", above) * inside
+    return kl_slope("k1" if kind == "k1" else "k2", above)
