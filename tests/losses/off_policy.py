@@ -1,5 +1,7 @@
 """A batch off policy with its scores, and a loss's coefficients against autograd on a plain formula."""
 
+from dataclasses import replace
+
 import torch
 
 from entropy_probe import Rollouts
@@ -36,13 +38,23 @@ def batch(spread=0.3, seed=0, *, token_advantages=False, **columns):
     return rollouts, TokenScores(s * mask, -s * mask, mask)
 
 
-def agree(plain, rollouts, scores, settings):
+def far_batch():
+    """Log ratios of every token beyond 20 in either direction for some, and inside for others."""
+    rollouts, scores = batch()
+    away = 15 * torch.randn(rollouts.input_ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s = (scores.logprobs - away.clamp(min=0)) * rollouts.response_mask
+    far = rollouts.old_logprobs + away.clamp(max=0)
+    columns = dict.fromkeys(("old_logprobs", "sampled_logprobs", "reference_logprobs"), far)
+    return replace(rollouts, **columns), TokenScores(s, -s, rollouts.response_mask)
+
+
+def agree(plain, rollouts, scores, settings, *, rtol=0.0):
     """The coefficients are the gradient of the transcription, in both log-probabilities and entropies."""
     loss = build_loss(settings)
     s, h = (x.clone().requires_grad_() for x in (scores.logprobs, scores.entropies))
     expected = torch.autograd.grad(plain.loss(s, h, rollouts, loss), (s, h), allow_unused=True, materialize_grads=True)
     given = scores if loss.needs_scores(rollouts) else None
     got = loss.coefficients(rollouts, given)
-    torch.testing.assert_close(got.logprobs, expected[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.logprobs, expected[0], rtol=rtol, atol=0 if rtol else 1e-12)
     entropies = torch.zeros_like(h) if got.entropies is None else got.entropies
-    torch.testing.assert_close(entropies, expected[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropies, expected[1], rtol=rtol, atol=0 if rtol else 1e-12)

@@ -6,7 +6,7 @@ import pytest
 
 from entropy_probe.losses import build_loss
 from tests.losses import openrlhf_formulas as openrlhf
-from tests.losses.off_policy import agree, batch
+from tests.losses.off_policy import agree, batch, far_batch
 
 
 @pytest.mark.parametrize("version", ["0.9.10", "0.10.3", "0.11.0"])
@@ -29,6 +29,14 @@ def test_openrlhf_0_9_0_bounds_the_correction_from_above():
     rollouts, scores = batch()
     chosen = {"version": "0.9.0", "enable_vllm_is_correction": True, "vllm_is_truncated_threshold": 1.1}
     agree(openrlhf, rollouts, scores, {"trainer": "openrlhf"} | chosen)
+
+
+@pytest.mark.parametrize("version", ["0.9.10", "0.10.2", "0.10.3", "0.11.0"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_openrlhf_far_off_policy(kind, version):
+    """Ratios are bounded since 0.10.3, estimates of the KL divergence always."""
+    settings = {"version": version, "use_kl_loss": True, "init_kl_coef": 1e-4, "kl_estimator": kind}
+    agree(openrlhf, *far_batch(), {"trainer": "openrlhf"} | settings, rtol=1e-12)
 
 
 @pytest.mark.parametrize("policy", ["ppo", "gspo"])

@@ -4,7 +4,7 @@ import pytest
 
 from entropy_probe.losses import build_loss
 from tests.losses import prime_rl_formulas as prime_rl
-from tests.losses.off_policy import agree, batch
+from tests.losses.off_policy import agree, batch, far_batch
 
 PRIME_RL = (
     *({"version": v, "num_processes": 2} for v in ("0.2", "0.3", "0.4", "0.5", "0.6", "0.8")),
@@ -27,6 +27,13 @@ PRIME_RL = (
 @pytest.mark.parametrize("settings", PRIME_RL)
 def test_prime_rl(settings):
     agree(prime_rl, *batch(), {"trainer": "prime_rl"} | settings)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_prime_rl_far_off_policy(level):
+    bounds = {"token_mask_low": 0.0, "token_mask_high": 1e30, "geo_mask_low": 0.0, "geo_mask_high": 1e30}
+    bounds |= {"sequence_mask_high": 1e30, "sequence_clip_high": 1e6, "ratio_type": level, "kl_tau": 0.1}
+    agree(prime_rl, *far_batch(), {"trainer": "prime_rl", "version": "0.4"} | bounds, rtol=1e-12)
 
 
 def test_prime_rl_with_advantages_of_tokens():

@@ -182,6 +182,6 @@ def kl_loss_slope(kl_loss_type: str, above: Float[Tensor, "N L"]) -> Float[Tenso
     if kind == "abs":
         return above.sign()
     if kind == "k3":
-        inside = (above.abs() <= _LOG_BOUND) & (kl_value("k3", above.clamp(-_LOG_BOUND, _LOG_BOUND)) <= 10)
-        return kl_slope("k3", above) * inside
+        bounded = above.clamp(-_LOG_BOUND, _LOG_BOUND)
+        return kl_slope("k3", bounded) * (kl_value("k3", bounded) <= 10)
     return kl_slope("k1" if kind == "k1" else "k2", above)
