@@ -240,7 +240,10 @@ class Policy:
             self.log.notes.append(checked.note)
         if checked.not_modelled is not None:
             self.log.not_modelled.append(checked.not_modelled)
-        repeated = copies(Contents.of(rollouts), self.sequence_logprobs(local, scores))
+        logprobs = self.sequence_logprobs(local, scores)
+        if rollouts.old_logprobs is not None and role != "evaluation":
+            logprobs = rollouts.old_logprobs.double().masked_fill(~rollouts.response_mask, 0.0).sum(1)
+        repeated = copies(Contents.of(rollouts), logprobs)
         if repeated.significant:
             batch = "update" if role == "batch" else role
             numbers = {"copies": repeated.sequences, "sequences": len(rollouts), "expected": repeated.expected}

@@ -58,6 +58,11 @@ class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
         return False
 
     @property
+    def weighs_sampler(self) -> bool:
+        """Whether it weights tokens by ratios between the old policy and the sampler."""
+        return False
+
+    @property
     def models(self) -> tuple[str, ...]:
         """How lines about what is not modelled begin that the loss does model."""
         return ()

@@ -18,6 +18,7 @@ from entropy_probe.losses.pieces import (
     by_sequence,
     by_sequence_sum,
     by_token,
+    check_microbatches,
     clipped_slope,
     gap,
     is_one,
@@ -151,6 +152,11 @@ class TRLLoss(Loss, frozen=True):
     def needs_old(self) -> bool:
         """Where a generation batch outlives the step."""
         return self.gradient_accumulation_steps % (self._steps_per_generation * self.num_iterations) != 0
+
+    @property
+    def weighs_sampler(self) -> bool:
+        """With vLLM's importance sampling correction."""
+        return self._of_sampler and self.vllm_importance_sampling_correction
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -297,13 +303,7 @@ class TRLLoss(Loss, frozen=True):
         for name, (needed, where, remedy) in wanted.items():
             if needed and getattr(rollouts, name) is None:
                 raise ValueError(f"{name}: expected [N, L] on an update batch {where}, got None; {remedy}")
-        most, ids = self.gradient_accumulation_steps * self.num_processes, rollouts.microbatch_ids
-        if ids is not None and (count := ids.unique().numel()) > most:
-            raise ValueError(
-                f"microbatch_ids: expected at most {most} different ones in a step (gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}, num_processes {self.num_processes}), got {count}; set these to "
-                "the trainer's, or give one step's rollouts"
-            )
+        check_microbatches(rollouts, self.gradient_accumulation_steps, self.num_processes)
 
     def _by_generation(self, rollouts: Rollouts) -> Float[Tensor, "N L"]:
         """One over the tokens of each generation batch, as many of these as the step has."""
