@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import GLOBAL_MEAN, INERT, Loss
+from entropy_probe.losses.base import GLOBAL_MEAN, INERT, Loss, require
 from entropy_probe.losses.pieces import (
     by_max_length,
     by_sequence,
@@ -202,7 +202,9 @@ class TRLLoss(Loss, frozen=True):
         Raises:
             ValueError: if the batch lacks what the loss takes.
         """
-        self._check(rollouts)
+        self.check(rollouts)
+        if self.needs_reference:
+            require(rollouts, "reference_logprobs", "of a loss with a KL term", "record the reference's")
         mask, weights = rollouts.response_mask, self.weights(rollouts)
         keep = self._kept(rollouts, scores)
         if self.loss_type in OTHER_TRAINERS:
@@ -279,30 +281,21 @@ class TRLLoss(Loss, frozen=True):
             return f"the {self.loss_type} mean over tokens", "generation batch"
         return None
 
-    def _check(self, rollouts: Rollouts) -> None:
-        wanted = {
-            "old_logprobs": (
-                self.needs_old,
+    def check(self, rollouts: Rollouts) -> None:
+        """Make sure that the batch has the log-probabilities that the loss takes, but for the reference's."""
+        if self.needs_old:
+            require(
+                rollouts,
+                "old_logprobs",
                 f"of a trainer that uses rollouts for several steps (num_iterations {self.num_iterations}, "
                 f"steps_per_generation {self._steps_per_generation}, gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps})",
                 "record the log-probabilities that its ratios are taken to, or leave these settings out for the first "
                 "step on fresh rollouts",
-            ),
-            "reference_logprobs": (
-                self.needs_reference,
-                "of a loss with a KL term",
-                "record the reference's log-probabilities of the sampled tokens, or give a reference",
-            ),
-            "sampled_logprobs": (
-                self._of_sampler,
-                "of a loss that corrects for the sampler (use_vllm)",
-                "record those of the sampler, or set use_vllm: false",
-            ),
-        }
-        for name, (needed, where, remedy) in wanted.items():
-            if needed and getattr(rollouts, name) is None:
-                raise ValueError(f"{name}: expected [N, L] on an update batch {where}, got None; {remedy}")
+            )
+        if self._of_sampler:
+            where = "of a loss that corrects for the sampler (use_vllm)"
+            require(rollouts, "sampled_logprobs", where, "record those of the sampler, or set use_vllm: false")
         check_microbatches(rollouts, self.gradient_accumulation_steps, self.num_processes)
 
     def _by_generation(self, rollouts: Rollouts) -> Float[Tensor, "N L"]:
