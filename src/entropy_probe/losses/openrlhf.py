@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import GLOBAL_MEAN, NOT_A_NUMBER, RATIO_ONE, Loss, inert_clip
+from entropy_probe.losses.base import GLOBAL_MEAN, NOT_A_NUMBER, RATIO_ONE, Loss, inert_clip, require
 from entropy_probe.losses.pieces import (
     KLKind,
     clipped_slope,
@@ -23,7 +23,6 @@ from entropy_probe.losses.pieces import (
     kl_slope,
     kl_value,
     microbatches,
-    required,
     sequence_mean,
 )
 from entropy_probe.results.note import Note
@@ -117,6 +116,11 @@ class OpenRLHFLoss(Loss, frozen=True):
         return not self._ratio_to_sampler and (self.max_epochs > 1 or self._steps not in (None, 1))
 
     @property
+    def weighs_sampler(self) -> bool:
+        """With the correction for vLLM."""
+        return self.enable_vllm_is_correction
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The KL term and the entropy bonus, where they have a coefficient."""
         return ("the KL term",) * self.needs_reference + ("the entropy bonus",) * bool(self.entropy_loss_coef)
@@ -125,18 +129,28 @@ class OpenRLHFLoss(Loss, frozen=True):
         """Where a term depends on the policy as it is."""
         return rollouts.old_logprobs is not None or self.needs_reference or self.enable_vllm_is_correction
 
+    def check(self, rollouts: Rollouts) -> None:
+        """Make sure that the batch has the log-probabilities that the loss takes, but for the reference's."""
+        if self.needs_old:
+            where = "of a trainer that uses rollouts for several steps (max_epochs, train_batch_size)"
+            require(rollouts, "old_logprobs", where, "record OpenRLHF's action_log_probs")
+        if self.weighs_sampler:
+            where = "of a loss that corrects for the sampler (enable_vllm_is_correction)"
+            require(rollouts, "sampled_logprobs", where, "record OpenRLHF's rollout_log_probs")
+
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
         """Those of the policy loss, the KL loss and the entropy bonus.
 
         Raises:
             ValueError: if the batch lacks what the loss takes, or the loss is not a number.
         """
+        self.check(rollouts)
         mask = rollouts.response_mask
         by_token = self._mean(rollouts, by_token=True)
         logprobs = self._policy(rollouts, scores)
         if self.needs_reference:
-            reference = required(rollouts, "reference_logprobs", "of a loss with a KL term")
-            above = gap(None if scores is None else scores.logprobs, reference, mask)
+            require(rollouts, "reference_logprobs", "of a loss with a KL term", "record the reference's")
+            above = gap(None if scores is None else scores.logprobs, rollouts.reference_logprobs, mask)
             inside = kl_value(self.kl_estimator, above).abs() <= 10
             logprobs = logprobs + self.init_kl_coef * by_token * kl_slope(self.kl_estimator, above) * inside
         entropies = -self.entropy_loss_coef * by_token if self.entropy_loss_coef else None
@@ -172,11 +186,7 @@ class OpenRLHFLoss(Loss, frozen=True):
         return self.policy_loss_type == "gspo" and self.enable_vllm_is_correction
 
     def _log_ratio(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
-        old = rollouts.old_logprobs
-        if self._ratio_to_sampler:
-            old = required(rollouts, "sampled_logprobs", "of a loss that corrects for the sampler")
-        elif self.needs_old:
-            old = required(rollouts, "old_logprobs", "of a trainer that uses rollouts for several steps")
+        old = rollouts.sampled_logprobs if self._ratio_to_sampler else rollouts.old_logprobs
         return gap(None if scores is None else scores.logprobs, old, rollouts.response_mask)
 
     def _policy(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
@@ -199,8 +209,7 @@ class OpenRLHFLoss(Loss, frozen=True):
             return 1.0
         assert scores is not None
         old = scores.logprobs if rollouts.old_logprobs is None else rollouts.old_logprobs
-        sampled = required(rollouts, "sampled_logprobs", "of a loss that corrects for the sampler")
-        beyond = gap(old, sampled, rollouts.response_mask)
+        beyond = gap(old, rollouts.sampled_logprobs, rollouts.response_mask)
         bounds = self.vllm_is_truncated_threshold
         if not isinstance(bounds, tuple):
             return beyond.exp().clamp(max=bounds)

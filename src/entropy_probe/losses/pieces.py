@@ -22,6 +22,7 @@ __all__ = [
     "by_sequence",
     "by_sequence_sum",
     "by_token",
+    "check_microbatches",
     "clipped_slope",
     "gap",
     "group_sum",
@@ -29,7 +30,6 @@ __all__ = [
     "kl_slope",
     "kl_value",
     "microbatches",
-    "required",
     "sequence_mean",
     "sequence_sum",
     "top_entropy_mask",
@@ -73,6 +73,21 @@ def microbatches(rollouts: Rollouts) -> Int[Tensor, " N"]:
     return torch.zeros(len(rollouts), dtype=torch.long) if ids is None else ids
 
 
+def check_microbatches(rollouts: Rollouts, gradient_accumulation_steps: int, num_processes: int) -> None:
+    """Make sure that a batch has no more microbatches than a step.
+
+    Raises:
+        ValueError: if it has.
+    """
+    most, ids = gradient_accumulation_steps * num_processes, rollouts.microbatch_ids
+    if ids is not None and (count := ids.unique().numel()) > most:
+        raise ValueError(
+            f"microbatch_ids: expected at most {most} different ones in a step (gradient_accumulation_steps "
+            f"{gradient_accumulation_steps}, num_processes {num_processes}), got {count}; set these to the trainer's, "
+            "or give one step's rollouts"
+        )
+
+
 def gap(
     above: Float[Tensor, "N L"] | None, below: Float[Tensor, "N L"] | None, mask: Bool[Tensor, "N L"]
 ) -> Float[Tensor, "N L"]:
@@ -92,18 +107,6 @@ ROUNDING = 1e-4
 def is_one(log_ratio: Float[Tensor, "N L"]) -> bool:
     """Whether every importance ratio is 1, up to rounding."""
     return float(log_ratio.abs().max()) < ROUNDING
-
-
-def required(rollouts: Rollouts, name: str, why: str) -> Float[Tensor, "N L"]:
-    """Log-probabilities that a loss takes from the batch.
-
-    Raises:
-        ValueError: if the batch has none.
-    """
-    values = getattr(rollouts, name)
-    if values is None:
-        raise ValueError(f"{name}: expected [N, L] on an update batch {why}, got None; record them with the rollouts")
-    return values
 
 
 def group_sum(values: Float[Tensor, " N"], groups: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

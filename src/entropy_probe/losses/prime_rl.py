@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import GLOBAL_MEAN, Loss
-from entropy_probe.losses.pieces import by_sequence, by_token, gap, microbatches, required, sequence_mean, sequence_sum
+from entropy_probe.losses.base import GLOBAL_MEAN, Loss, require
+from entropy_probe.losses.pieces import by_sequence, by_token, gap, microbatches, sequence_mean, sequence_sum
 from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
@@ -117,9 +117,19 @@ class PrimeRLLoss(Loss, frozen=True):
         """With a teacher."""
         return self.teacher_tau > 0
 
+    @property
+    def weighs_sampler(self) -> bool:
+        """Always: ratios are to the sampler."""
+        return True
+
     def needs_scores(self, rollouts: Rollouts) -> bool:
         """Always: ratios are to the sampler."""
         return True
+
+    def check(self, rollouts: Rollouts) -> None:
+        """Make sure that the batch has the sampler's log-probabilities."""
+        where = "of prime-rl's loss, which takes ratios to the sampler"
+        require(rollouts, "sampled_logprobs", where, "record prime-rl's inference_logprobs")
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
         """Those of the policy gradient and the squared log ratio.
@@ -128,11 +138,12 @@ class PrimeRLLoss(Loss, frozen=True):
             ValueError: if the batch lacks what the loss takes.
         """
         assert scores is not None
+        self.check(rollouts)
         mask, log_ratio = rollouts.response_mask, self._log_ratio(rollouts, scores)
         advantages = self.adv_tau * rollouts.token_advantages.double()
         if self.needs_reference:
-            teacher = required(rollouts, "reference_logprobs", "of a loss with a teacher")
-            advantages = advantages + self.teacher_tau * gap(teacher, scores.logprobs, mask)
+            require(rollouts, "reference_logprobs", "of a loss with a teacher (teacher_tau)", "record the teacher's")
+            advantages = advantages + self.teacher_tau * gap(rollouts.reference_logprobs, scores.logprobs, mask)
         if self.version in FIRST:
             slopes = self._first(log_ratio, advantages, mask)
         else:
@@ -163,8 +174,7 @@ class PrimeRLLoss(Loss, frozen=True):
         return by_token(mask, groups % self.num_processes if self.version in PER_PROCESS else None)
 
     def _log_ratio(self, rollouts: Rollouts, scores: TokenScores) -> Float[Tensor, "N L"]:
-        sampled = required(rollouts, "sampled_logprobs", "of prime-rl's loss, which takes ratios to the sampler")
-        return gap(scores.logprobs, sampled, rollouts.response_mask)
+        return gap(scores.logprobs, rollouts.sampled_logprobs, rollouts.response_mask)
 
     def _trusted(self, rollouts: Rollouts, scores: TokenScores) -> Bool[Tensor, "N L"]:
         """Tokens whose probability has moved little since they were sampled."""

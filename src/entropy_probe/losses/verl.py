@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import GLOBAL_MEAN, INERT, NOT_A_NUMBER, RATIO_ONE, Loss, inert_clip
-from entropy_probe.losses.pieces import gap, group_sum, microbatches, required, sequence_mean
+from entropy_probe.losses.base import GLOBAL_MEAN, INERT, NOT_A_NUMBER, RATIO_ONE, Loss, inert_clip, require
+from entropy_probe.losses.pieces import gap, group_sum, microbatches, sequence_mean
 from entropy_probe.losses.verl_correction import Rejection, importance_weights, rejections, threshold
 from entropy_probe.losses.verl_policies import KL_KINDS, POLICY_SLOPES, Tokens, kl_loss_slope
 from entropy_probe.results.note import Note, NoteKind
@@ -212,6 +212,11 @@ class VerlLoss(Loss, frozen=True):
         return not self.bypass_mode and (self.ppo_epochs > 1 or self._mini_batches not in (None, 1))
 
     @property
+    def weighs_sampler(self) -> bool:
+        """With rollout correction."""
+        return self.bypass_mode or self.rollout_is is not None or self.rollout_rs is not None
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The KL term and the entropy bonus, where they have a coefficient."""
         return ("the KL term",) * self.needs_reference + ("the entropy bonus",) * (self.entropy_coeff != 0)
@@ -219,7 +224,16 @@ class VerlLoss(Loss, frozen=True):
     def needs_scores(self, rollouts: Rollouts) -> bool:
         """Where a term depends on the policy as it is."""
         of_policy = self.loss_mode == "clip_cov" or (rollouts.old_logprobs is not None and self.loss_mode != "gpg")
-        return of_policy or self.needs_reference or self._of_sampler
+        return of_policy or self.needs_reference or self.weighs_sampler
+
+    def check(self, rollouts: Rollouts) -> None:
+        """Make sure that the batch has the log-probabilities that the loss takes, but for the reference's."""
+        if self.needs_old:
+            where = "of a trainer that uses rollouts for several steps (ppo_epochs, ppo_mini_batch_size)"
+            require(rollouts, "old_logprobs", where, "record verl's old_log_probs")
+        if self.weighs_sampler:
+            where = "of a loss that corrects for the sampler (rollout_is, rollout_rs, bypass_mode)"
+            require(rollouts, "sampled_logprobs", where, "record verl's rollout_log_probs")
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
         """Those of the policy loss, the KL loss and the entropy bonus.
@@ -227,6 +241,7 @@ class VerlLoss(Loss, frozen=True):
         Raises:
             ValueError: if the batch lacks what the loss takes.
         """
+        self.check(rollouts)
         mask = rollouts.response_mask
         weights, kept = self._correction(rollouts, scores)
         counted = mask if self.bypass_mode else kept
@@ -237,8 +252,8 @@ class VerlLoss(Loss, frozen=True):
         logprobs = slopes * weights * self._aggregate(rollouts, aggregation, kept, counted, self._policy == "geo_mean")
         others = self._aggregate(rollouts, self.loss_agg_mode, counted, counted)
         if self.needs_reference:
-            reference = required(rollouts, "reference_logprobs", "of a loss with a KL term")
-            above = gap(None if scores is None else scores.logprobs, reference, mask)
+            require(rollouts, "reference_logprobs", "of a loss with a KL term", "record the reference's")
+            above = gap(None if scores is None else scores.logprobs, rollouts.reference_logprobs, mask)
             logprobs = logprobs + self.kl_loss_coef * others * kl_loss_slope(self.kl_loss_type, above)
         entropies = -self.entropy_coeff * others if self.entropy_coeff else None
         return TokenCoefficients(logprobs.masked_fill(~mask, 0.0), entropies)
@@ -294,10 +309,6 @@ class VerlLoss(Loss, frozen=True):
         return self.num_processes if self._over_ranks and self.num_processes else 1
 
     @property
-    def _of_sampler(self) -> bool:
-        return self.bypass_mode or self.rollout_is is not None or self.rollout_rs is not None
-
-    @property
     def _rejections(self) -> tuple[Rejection, ...]:
         return () if self.rollout_rs is None else rejections(self.rollout_rs, self.rollout_rs_threshold)
 
@@ -309,11 +320,7 @@ class VerlLoss(Loss, frozen=True):
         return {"ppo_clip": "vanilla", "reinforce": "gpg"}[self.loss_type]
 
     def _log_ratio(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
-        old = rollouts.old_logprobs
-        if self.bypass_mode:
-            old = required(rollouts, "sampled_logprobs", "of a loss with bypass_mode")
-        elif self.needs_old:
-            old = required(rollouts, "old_logprobs", "of a trainer that uses rollouts for several steps")
+        old = rollouts.sampled_logprobs if self.bypass_mode else rollouts.old_logprobs
         return gap(None if scores is None else scores.logprobs, old, rollouts.response_mask)
 
     def _tokens(self, rollouts: Rollouts, scores: TokenScores | None, kept: Bool[Tensor, "N L"]) -> Tokens:
@@ -329,12 +336,11 @@ class VerlLoss(Loss, frozen=True):
         """What the policy loss of each token is multiplied by, and which tokens are not rejected."""
         mask = rollouts.response_mask
         weights = torch.ones(mask.shape, dtype=torch.float64)
-        if not self._of_sampler:
+        if not self.weighs_sampler:
             return weights, mask
         assert scores is not None
-        sampled = required(rollouts, "sampled_logprobs", "of a loss that corrects for the sampler")
         own = self.bypass_mode or rollouts.old_logprobs is None
-        beyond = gap(scores.logprobs if own else rollouts.old_logprobs, sampled, mask)
+        beyond = gap(scores.logprobs if own else rollouts.old_logprobs, rollouts.sampled_logprobs, mask)
         kept = mask
         for rejection in self._rejections:
             kept = kept & rejection.kept(beyond, mask)
