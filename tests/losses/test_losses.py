@@ -124,21 +124,29 @@ def test_a_reference_that_is_the_policy_pulls_nowhere_and_beta_0_is_no_term():
         assert result.predicted.value == pytest.approx(plain.predicted.value, rel=1e-12)
 
 
-def test_contributions_of_tokens_add_up_with_a_kl_term():
-    model = TinyPolicy()
+FULL = {"trainer": "trl", "loss_type": "grpo", "beta": 0.5, "entropy_coef": 0.3, "top_entropy_quantile": 0.6}
+
+
+def off_policy(update):
+    noise = torch.randn(update.input_ids.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return replace(with_reference(update), old_logprobs=scores_of(TinyPolicy(), update) + 0.2 * noise)
+
+
+def scores_of(model, batch):
+    log_p = torch.log_softmax(model(batch.input_ids, batch.attention_mask.long()).logits / TEMPERATURE, -1).detach()
+    own = torch.zeros(batch.input_ids.shape, dtype=torch.float64)
+    own[:, 1:] = log_p[:, :-1].gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    return own
+
+
+def test_contributions_of_tokens_add_up_with_all_terms():
     update, evaluation = batches()
-    attribution = with_kl(model, "grpo", 0.5).attribute(update=with_reference(update), evaluation=evaluation)
-    total = attribution.result.components["gradient"].value
-    assert attribution.tokens.sum().item() == pytest.approx(total, rel=1e-6)
-
-
-def test_reference_logprobs_are_kept_in_a_file(tmp_path):
-    batch = rollouts(reference_logprobs=torch.randn(4, 4))
-    batch.to_parquet(tmp_path / "batch.parquet")
-    again = Rollouts.from_parquet(tmp_path / "batch.parquet")
-    for row in range(4):
-        kept = again.reference_logprobs[row][again.response_mask[row]]
-        assert torch.equal(kept, batch.reference_logprobs[row][MASK[row]])
+    update, model = off_policy(update), TinyPolicy()
+    subject = probe(model, trained_optimizer(model), loss=FULL)
+    attribution = subject.attribute(update=update, evaluation=evaluation)
+    assert attribution.tokens.sum().item() == pytest.approx(attribution.result.components["gradient"].value, rel=1e-6)
+    found = subject.validate(attribution, evaluation=evaluation, subsets=4)
+    assert all(step.failure is None for step in found.steps)
 
 
 def test_only_a_term_with_a_coefficient_is_modelled():

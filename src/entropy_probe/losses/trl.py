@@ -296,19 +296,19 @@ class TRLLoss(Loss, frozen=True):
         if self._of_sampler:
             where = "of a loss that corrects for the sampler (use_vllm)"
             require(rollouts, "sampled_logprobs", where, "record those of the sampler, or set use_vllm: false")
-        check_microbatches(rollouts, self.gradient_accumulation_steps, self.num_processes)
 
     def _by_generation(self, rollouts: Rollouts) -> Float[Tensor, "N L"]:
         """One over the tokens of each generation batch, as many of these as the step has."""
         mask, steps, own = rollouts.response_mask, self._steps_per_generation, self.gradient_accumulation_steps
         if self.num_items_in_batch is not None:
             return mask.double() * steps / (self.num_items_in_batch * own)
-        if rollouts.microbatch_ids is None or own % steps != 0:
+        if rollouts.microbatch_ids is None or steps == own or own % steps != 0:
             return by_token(mask)
         return by_token(mask, self._accumulation_step(rollouts) // steps)
 
     def _accumulation_step(self, rollouts: Rollouts) -> Int[Tensor, " N"]:
         """Which microbatch of the step each sequence is in, on whichever process."""
+        check_microbatches(rollouts, self.gradient_accumulation_steps, self.num_processes)
         return microbatches(rollouts) // self.num_processes % self.gradient_accumulation_steps
 
     def _kept(self, rollouts: Rollouts, scores: TokenScores | None) -> Bool[Tensor, "N L"]:
