@@ -12,7 +12,10 @@ def loss(s, h, rollouts, settings):
     mask = rollouts.response_mask.double()
     old = s.detach() if rollouts.old_logprobs is None else rollouts.old_logprobs
     ids = torch.zeros(len(s), dtype=torch.long) if rollouts.microbatch_ids is None else rollouts.microbatch_ids
-    whole = version_of(settings) >= (0, 10, 4)
+    version = version_of(settings)
+    whole = version >= (0, 10, 4) or (version == (0, 10, 3) and settings.use_dynamic_batch)
+    if version == (0, 10, 3):
+        ids = ids // settings.num_processes
     total = torch.zeros((), dtype=torch.float64)
     for which in [None] if whole else ids.unique().tolist():
         rows = torch.ones(len(s), dtype=torch.bool) if which is None else ids == which

@@ -23,7 +23,12 @@ def test_openrlhf(policy, correction, version):
         kl = {"use_kl_loss": True, "init_kl_coef": 0.2, "kl_estimator": kind}
         more = {"token_level_loss": by_token, "dual_clip": dual, "eps_clip_low_high": clip, "entropy_loss_coef": bonus}
         rollouts, scores = batch(**{"old_logprobs": None} if bonus else {})
-        agree(openrlhf, rollouts, scores, fixed | kl | more)
+        agree(openrlhf, rollouts, scores, fixed | kl | more | {"num_processes": 2})
+
+
+def test_openrlhf_0_10_3_with_dynamic_batches():
+    settings = {"version": "0.10.3", "use_dynamic_batch": True, "num_processes": 2}
+    agree(openrlhf, *batch(), {"trainer": "openrlhf"} | settings)
 
 
 def test_openrlhf_0_9_0_bounds_the_correction_from_above():

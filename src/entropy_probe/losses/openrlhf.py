@@ -36,11 +36,12 @@ BOUNDED_SINCE, WHOLE_STEP_SINCE = (0, 10, 3), (0, 10, 4)
 
 
 class OpenRLHFLoss(Loss, frozen=True):
-    """OpenRLHF's actor loss, with the names and defaults of its command line (before 0.10.3, and as in brackets since).
+    """OpenRLHF's actor loss, with the names and defaults of its command line (before 0.10.2, and as in brackets since).
 
     Attributes:
         trainer: ``openrlhf``.
-        version: OpenRLHF's. Up to 0.10.3 each microbatch is normalised by itself, since 0.10.4 the whole step.
+        version: OpenRLHF's. Up to 0.10.2 each microbatch is normalised by itself, in 0.10.3 those of all processes in
+            one accumulation step together (the whole step with dynamic batches), since 0.10.4 the whole step.
         policy_loss_type: [``actor.policy_loss_type``] ``gspo`` takes the mean over sequences.
         eps_clip: [``actor.eps_clip``] clip range, either side.
         eps_clip_low_high: [``actor.eps_clip_low_high``] clip ranges of their own.
@@ -61,6 +62,8 @@ class OpenRLHFLoss(Loss, frozen=True):
         rollout_batch_size: [``rollout.batch_size``] prompts.
         n_samples_per_prompt: [``rollout.n_samples_per_prompt``] responses to each.
         train_batch_size: [``train.batch_size``] responses of a step.
+        use_dynamic_batch: [``train.dynamic_batch_enable``] microbatches of about equal numbers of tokens.
+        num_processes: data-parallel processes.
     """
 
     trainer: Literal["openrlhf"] = "openrlhf"
@@ -81,6 +84,8 @@ class OpenRLHFLoss(Loss, frozen=True):
     rollout_batch_size: int | None = Field(default=None, ge=1)
     n_samples_per_prompt: int | None = Field(default=None, ge=1)
     train_batch_size: int | None = Field(default=None, ge=1)
+    use_dynamic_batch: bool = False
+    num_processes: int = Field(default=1, ge=1)
 
     @field_validator("version")
     @classmethod
@@ -160,7 +165,7 @@ class OpenRLHFLoss(Loss, frozen=True):
         """Settings without effect, and means over microbatches that are not known."""
         settings = ("eps_clip", "eps_clip_low_high", "dual_clip")
         notes = inert_clip(self, settings, self._log_ratio(rollouts, scores))
-        if self._version < WHOLE_STEP_SINCE and rollouts.microbatch_ids is None:
+        if not self._whole_step and rollouts.microbatch_ids is None:
             notes.append(GLOBAL_MEAN(what="the loss", unit="microbatch"))
         if rollouts.old_logprobs is None and not self._ratio_to_sampler and self._steps is None:
             settings = "rollout_batch_size, n_samples_per_prompt and train_batch_size"
@@ -172,6 +177,11 @@ class OpenRLHFLoss(Loss, frozen=True):
     @property
     def _version(self) -> tuple[int, ...]:
         return tuple(map(int, self.version.split(".")[:3]))
+
+    @property
+    def _whole_step(self) -> bool:
+        """Whether the step is normalised as a whole."""
+        return self._version >= (BOUNDED_SINCE if self.use_dynamic_batch else WHOLE_STEP_SINCE)
 
     @property
     def _steps(self) -> float | None:
@@ -221,8 +231,9 @@ class OpenRLHFLoss(Loss, frozen=True):
     def _mean(self, rollouts: Rollouts, *, by_token: bool) -> Float[Tensor, "N L"]:
         """Weights of the mean over tokens, or over sequences; of the step, or of each microbatch."""
         mask: Bool[Tensor, "N L"] = rollouts.response_mask
-        whole = self._version >= WHOLE_STEP_SINCE
-        groups = torch.zeros(len(mask), dtype=torch.long) if whole else microbatches(rollouts)
+        groups = torch.zeros(len(mask), dtype=torch.long) if self._whole_step else microbatches(rollouts)
+        if self._version >= BOUNDED_SINCE:
+            groups = groups // self.num_processes
         lengths = mask.sum(1).double()
         share = group_sum(torch.ones_like(lengths), groups) / len(mask)
         if by_token:
