@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from entropy_probe import ProbeConfig
 from entropy_probe.analyses.batches import admit_batches
 from entropy_probe.analyses.predict import plan
 from entropy_probe.losses import build_loss
@@ -56,6 +57,20 @@ def test_the_step_is_that_of_autograd_and_adamw(trainer):
     optimizer.step()
     for name, p in parameters.items():
         torch.testing.assert_close(delta[name], p.detach() - before[name], rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"trainer": "verl", "rollout_is_threshold": "0.5_2.0", "clip_ratio_low": None},
+        {"trainer": "openrlhf", "eps_clip_low_high": [0.2, 0.3]},
+        {"trainer": "openrlhf", "version": "0.9.0", "vllm_is_truncated_threshold": 2.0},
+        *({"trainer": "prime_rl", "version": version} for version in ("0.2", "0.5", "0.8")),
+    ],
+)
+def test_a_loss_in_a_record_is_read_again(loss):
+    config = ProbeConfig(loss=loss)
+    assert ProbeConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def token_scores(model, rollouts):

@@ -34,7 +34,7 @@ OF_FIRST = (
     "sequence_clip_high",
 )
 OF_SECOND = ("ipo_mask_low", "ipo_mask_high")
-OF_PRESENT = ("dppo_mask_low", "dppo_mask_high", "ipo_threshold")
+OF_PRESENT = ("type", "dppo_mask_low", "dppo_mask_high", "ipo_threshold")
 
 
 class PrimeRLLoss(Loss, frozen=True):
@@ -91,15 +91,13 @@ class PrimeRLLoss(Loss, frozen=True):
 
     @model_validator(mode="after")
     def _check_version(self) -> PrimeRLLoss:
-        past = {"teacher_tau"} if self.version > "0.5" else set()
-        other = {
+        others = [
             *(() if self.version in FIRST else OF_FIRST),
             *(() if self.version == "0.5" else OF_SECOND),
-            *(() if self.version > "0.5" else (*OF_PRESENT, "type")),
-            *past,
+            *(("teacher_tau",) if self.version > "0.5" else OF_PRESENT),
             *(("adv_tau", "teacher_tau") if self.version == "0.2" else ()),
-        }
-        strays = sorted(other & self.model_fields_set)
+        ]
+        strays = [name for name in others if getattr(self, name) != type(self).model_fields[name].default]
         if strays:
             raise ValueError(
                 f"loss.{strays[0]}: not a setting of prime-rl {self.version}'s loss; set version to the trainer's, or "
