@@ -1,5 +1,7 @@
 """The batch of the step as its own evaluation batch, against exact sums over all responses of the enumerable policy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -153,3 +155,16 @@ def test_refusals():
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"one batch: expected torch.optim.AdamW or Adam.*got torch.optim.SGD"):
         EntropyProbe(model, sgd, config).one_batch(batch(generator, 8, 4))
+
+
+def test_a_batch_that_was_stepped_on_before_is_said():
+    model = TinyPolicy()
+    config = ProbeConfig(temperature=TEMPERATURE, merge_equal_prompts=False)
+    rollouts = batch(torch.Generator().manual_seed(2), 6, 4)
+    for gap, said in ((0.0, False), (0.05, True)):
+        old = TABLE.token_scores(model).logprobs.detach()
+        index = {tuple(ids.tolist()): k for k, ids in enumerate(TABLE.rollouts.input_ids)}
+        rows = torch.tensor([index[tuple(ids.tolist())] for ids in rollouts.input_ids])
+        given = replace(rollouts, old_logprobs=old[rows] - gap * rollouts.response_mask)
+        notes = EntropyProbe(model, trained_optimizer(model), config).one_batch(given).diagnostics.notes
+        assert any(note.code == "used_before" for note in notes) == said

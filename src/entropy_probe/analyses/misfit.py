@@ -38,7 +38,7 @@ OTHER_TEMPERATURE = NoteKind(
 OFF_POLICY_UPDATE = NoteKind(
     "off_policy_update",
     _MISFIT,
-    "If the trainer weights tokens by importance ratios, multiply the advantages per token by them.",
+    "If the trainer takes importance ratios to the policy that sampled, record its old_logprobs in the update batch.",
 )
 OFF_POLICY = NoteKind(
     "off_policy",
@@ -231,8 +231,8 @@ def _consequence(role: Role, misfit: Misfit) -> str:
     if role == "update" and misfit.foreign and (misfit.blame_logprobs or not misfit.differ):
         return "the step is taken on it as given"
     as_given = (
-        "the step is taken on it as given; importance weights of the trainer's loss are not modelled (give "
-        "advantages per token times the weight to include them)"
+        "the step is taken on it as given; importance ratios of the trainer's loss are 1 here, since the batch has no "
+        "old_logprobs"
     )
     chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if misfit.strange else ""
     return (as_given if role == "update" else f"{biased}, and {as_given}") + chosen

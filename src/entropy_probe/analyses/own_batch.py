@@ -31,11 +31,21 @@ from entropy_probe.gradients.cross import own_products
 from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import NamedVector
 from entropy_probe.parallel.batch import LocalRows
+from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.types import Clusters
 
 __all__ = ["OwnPrediction", "admit_own", "measure_own", "predict_own"]
+
+USED_BEFORE = NoteKind(
+    "used_before",
+    "the policy has moved since these responses were sampled, by {gap:.2g} nats per token: where earlier steps were "
+    "taken on them, momentum has their gradients already, and its part is biased as pairs of a prompt with itself are",
+    "Trust the first step on each batch, or give evaluation rollouts.",
+)
+MAX_GAP = 1e-3
+"""Between the log-probabilities at sampling and now, nats per token: what engines differ by without a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +102,7 @@ def predict_own(policy: Policy, batch: Rollouts) -> OwnPrediction:
             "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
             "they are, so they cannot be reweighted; predict from two batches"
         )
+    _note_used_before(planned)
     slope, own = _slope(planned)
     dots = dict(zip(planned.step.components, over_clusters(policy, planned.evaluation.local, slope.dots), strict=True))
     length_slope, lengths = length_changes(planned)
@@ -127,6 +138,16 @@ def measure_own(prediction: OwnPrediction) -> Measured:
     own = prediction.all_pairs - prediction.change
     corrected = Change(change.value - own.value, change.influence - own.influence, change.size_change)
     return replace(measured, measurement=replace(measured.measurement, change=corrected))
+
+
+def _note_used_before(planned: Plan) -> None:
+    policy, rollouts, scores = planned.policy, planned.evaluation.own, planned.before.scores
+    if planned.evaluation.rollouts.old_logprobs is None or rollouts.old_logprobs is None:
+        return
+    gaps = (rollouts.old_logprobs.double() - scores.logprobs.double()).abs()[rollouts.response_mask]
+    total, tokens = policy.ranks.sum(torch.tensor([gaps.sum().item(), float(gaps.numel())])).tolist()
+    if total / tokens > MAX_GAP:
+        policy.log.notes.append(USED_BEFORE(gap=total / tokens))
 
 
 def _slope(planned: Plan) -> tuple[SampleGradients, Float[Tensor, " B"]]:

@@ -102,6 +102,7 @@ class Policy:
         clock: seconds by phase, and where progress is reported.
         log: what the run has to say beside its numbers.
         resample: samples fresh responses after the step, where the config asks for it.
+        reference: the reference policy of a KL term, where it is a model of its own.
         cache: scores at the policy as it is, of batches seen before.
         ranks: the processes that share the work.
         end_ids: tokens that end a response.
@@ -118,6 +119,7 @@ class Policy:
     clock: Clock
     log: Log
     resample: Resample | None
+    reference: nn.Module | None
     cache: ScoreCache
     ranks: Ranks = ALONE
     end_ids: tuple[int, ...] = ()
@@ -238,7 +240,10 @@ class Policy:
             self.log.notes.append(checked.note)
         if checked.not_modelled is not None:
             self.log.not_modelled.append(checked.not_modelled)
-        repeated = copies(Contents.of(rollouts), self.sequence_logprobs(local, scores))
+        logprobs = self.sequence_logprobs(local, scores)
+        if rollouts.old_logprobs is not None and role != "evaluation":
+            logprobs = rollouts.old_logprobs.double().masked_fill(~rollouts.response_mask, 0.0).sum(1)
+        repeated = copies(Contents.of(rollouts), logprobs)
         # what chance makes of another policy's responses this one cannot say
         if repeated.significant and checked.note is None:
             batch = "update" if role == "batch" else role

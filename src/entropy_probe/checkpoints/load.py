@@ -17,17 +17,18 @@ from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, Uns
 from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
-from entropy_probe.checkpoints.models import load_full, load_lora
+from entropy_probe.checkpoints.models import full_skeleton, load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
 from entropy_probe.checkpoints.trainer_log import not_modelled_by_log
+from entropy_probe.checkpoints.weights import check_finite, has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "report_on"]
+__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "load_reference", "report_on"]
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -134,6 +135,30 @@ def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *,
     if shard:
         return shard_lora(stored.directory, adapter, stored.weights, base, dtype, device)
     return load_lora(stored.directory, adapter, stored.weights, base, stored.quantization, dtype, device)
+
+
+def load_reference(path: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> nn.Module:
+    """The full weights of a directory, as the reference policy of a KL term: in eval mode, nothing trains.
+
+    Args:
+        path: the directory: a model, or a checkpoint of full weights.
+        dtype: precision of the weights, as in :func:`load_checkpoint`.
+        device: where they go.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+    """
+    directory = Path(path)
+    if not has_weights(directory, "model"):
+        raise CheckpointError(
+            f"{directory}: expected full weights of the reference (model.safetensors), found none; pass the directory "
+            "of the model that training started from"
+        )
+    with random_state_kept():
+        weights = read_weights(directory, "model")
+        check_finite(weights)
+        full_skeleton(str(directory), weights)
+        return load_full(str(directory), weights, getattr(torch, dtype), torch.device(device)).requires_grad_(False)
 
 
 def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from entropy_probe.cli.errors import describe
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
+from entropy_probe.losses import Loss
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
 __all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config"]
@@ -40,6 +41,8 @@ class RunConfig(BaseModel):
         base_model: the base model of an adapter, where the adapter's own config does not lead to it.
         adapter: the adapter that was trained, where the checkpoint has several.
         quantization: the ``BitsAndBytesConfig`` with which training quantised the base model while loading it.
+        reference: the reference policy of a KL term, a directory of full weights, where the rollouts have no
+            ``reference_logprobs`` and the checkpoint no adapter that can be switched off.
         output_dir: where the results go; new or empty, unless ``overwrite``.
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
@@ -68,6 +71,7 @@ class RunConfig(BaseModel):
     base_model: str | None = None
     adapter: str | None = None
     quantization: dict[str, Any] | None = None
+    reference: Path | None = None
     output_dir: Path
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"
@@ -147,6 +151,17 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_reference(self) -> RunConfig:
+        if self.reference is not None and not self.probe.loss.needs_reference:
+            raise ValueError(
+                "reference: expected a loss with a KL term beside it (probe.loss.beta above 0), got none; set it, or "
+                "leave reference out"
+            )
+        if self.reference is not None and self.shard:
+            raise ValueError("reference: expected shard: false beside it, got true; record reference_logprobs instead")
+        return self
+
+    @model_validator(mode="after")
     def _check_attribution(self) -> RunConfig:
         if self.attribution and self.shard:
             raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
@@ -200,6 +215,8 @@ class RunConfig(BaseModel):
         }
         if self.base_model is not None and Path(self.base_model).is_dir():
             changes["base_model"] = str(Path(self.base_model).absolute())
+        if self.reference is not None:
+            changes["reference"] = self.reference.absolute()
         if self.prompts is not None and self.prompts.file is not None:
             kind, path = self.prompts.file
             changes["prompts"] = self.prompts.model_copy(update={kind: path.absolute()})
@@ -285,7 +302,7 @@ def _unknown_keys(settings: Mapping[Any, Any], model: type[BaseModel], prefix: s
         section = known.get(name)
         if name not in known:
             yield f"{prefix}{name}"
-        elif section is not None and isinstance(value, Mapping):
+        elif section is not None and section is not Loss and isinstance(value, Mapping):
             yield from _unknown_keys(value, section, f"{prefix}{name}.")
 
 

@@ -118,7 +118,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
 
     rates = config.sweep.rates()
     settings = config.model_copy(update={"probe": config.probe.model_copy(update={"learning_rate": rates[-1]})})
-    probe, state = open_probe(settings, ranks, Clock(progress))
+    probe, state = open_probe(settings, sources, ranks, Clock(progress))
     with output.writing(ranks):
         update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         points = output.path / POINTS

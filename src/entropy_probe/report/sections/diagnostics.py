@@ -103,7 +103,7 @@ def _fit_rows(result: ProbeResult) -> Iterator[Row]:
     for batch, fit, mismatch in zip(batches, fits, mismatches, strict=False):
         if fit is not None:
             note = f"surprisal − entropy {format_number(fit.excess, 2)} nats/token"
-            note += ", selected: not judged" if fit.status == "selected" else ""
+            note += ", not judged" if fit.status == "selected" else ""
             state = "look" if fit.status == "off_policy" else "ok"
             yield _check("policy fit", f"z {fit.z:+.1f}", note, state, batch=batch, limit=fit.num_sequences)
         if mismatch is not None:
