@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    field_serializer,
+    model_validator,
+)
 
 from entropy_probe.estimators.baselines import EntropyKind
 from entropy_probe.estimators.first_order import Normalization
@@ -13,15 +20,17 @@ from entropy_probe.losses import Loss, build_loss
 
 __all__ = ["ProbeConfig"]
 
+LONGEST = "max_completion_length"
+
 
 class ProbeConfig(BaseModel):
     """How to probe. All fields are keyword arguments and validated; unknown ones are errors.
 
     Attributes:
         temperature: the sampling temperature; the policy is ``softmax(logits / temperature)``.
-        loss_type: the trainer's loss, which sets the weight of every update token: a name that
-            :func:`entropy_probe.losses.loss_types` lists.
-        loss_settings: its own settings, such as ``beta`` of ``policy_gradient_with_kl``.
+        loss: the trainer's loss with all its settings, which set the coefficient of every update token: a member of
+            :func:`entropy_probe.losses.trainers`, or its settings by name: ``{trainer: trl, loss_type: dapo}``.
+        loss_type: short for a loss of TRL with default settings; not beside ``loss``.
         max_completion_length: the trainer's generation limit in tokens; needed by ``dr_grpo``.
         max_grad_norm: the trainer's clipping threshold; ``None`` for no clipping.
         learning_rate: replaces the optimizer's rate in every group; ``None`` keeps each group's own.
@@ -74,8 +83,8 @@ class ProbeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(default=1.0, gt=0)
-    loss_type: str = "dapo"
-    loss_settings: dict[str, float | str] = Field(default_factory=dict)
+    loss: SerializeAsAny[Loss] = Field(default_factory=lambda: build_loss({"trainer": "trl"}))
+    loss_type: str | None = Field(default=None, exclude=True)
     max_completion_length: int | None = Field(default=None, gt=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -104,15 +113,29 @@ class ProbeConfig(BaseModel):
     autocast: Literal["off", "bfloat16"] = "off"
     measure_noise_floor: bool = True
 
-    @property
-    def loss(self) -> Loss:
-        """The trainer's loss."""
-        return build_loss(self.loss_type, self.loss_settings, self.max_completion_length)
+    @model_validator(mode="before")
+    @classmethod
+    def _build_loss(cls, settings: Any) -> Any:
+        """The loss from its settings or its short form, with the largest length of the probe where it takes one."""
+        settings = dict(settings)
+        short, loss = settings.pop("loss_type", None), settings.get("loss")
+        if short is not None and loss is not None:
+            raise ValueError(f"loss_type: expected loss or loss_type, got both; set loss.loss_type to {short!r}")
+        if short is not None or loss is None:
+            loss = {"trainer": "trl"} | ({} if short is None else {"loss_type": short})
+        loss = loss if isinstance(loss, Loss) else build_loss(loss)
+        own, longest = getattr(loss, LONGEST, None), settings.get(LONGEST)
+        if longest is not None and own is not None and own != longest:
+            raise ValueError(f"loss.{LONGEST}: expected {longest}, as {LONGEST} is, got {own}; leave it out")
+        if longest is not None and LONGEST in type(loss).model_fields:
+            loss = loss.model_copy(update={LONGEST: longest})
+        return settings | {"loss": loss}
 
-    @model_validator(mode="after")
-    def _check_loss(self) -> ProbeConfig:
-        _ = self.loss
-        return self
+    @field_serializer("loss")
+    def _without_longest(self, loss: Loss) -> dict[str, Any]:
+        """The loss without what the probe says already, so that one place in a file sets it."""
+        said = {LONGEST} if self.max_completion_length is not None else set()
+        return loss.model_dump(mode="json", exclude=said)
 
     @model_validator(mode="after")
     def _check_weight_options(self) -> ProbeConfig:

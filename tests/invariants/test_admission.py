@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.report import page, run_sections
 from entropy_probe.report.tables import check_tables, read_tables
 from tests.invariants.hf_problems import policy
@@ -121,7 +121,7 @@ def test_a_masked_out_response_counts_in_the_denominator_and_nowhere_else(loss):
     assert result.diagnostics.gradient_norm == pytest.approx(by_hand, rel=1e-5)
     assert result.diagnostics.num_update_sequences == len(update)
     assert result.diagnostics.num_update_prompts == update.num_prompts
-    assert bool(torch.isfinite(build_loss(loss, {}, 9).weights(update)).all())
+    assert bool(torch.isfinite(TRLLoss(loss_type=loss, max_completion_length=9).weights(update)).all())
 
 
 @pytest.mark.parametrize("shared", [True, False])

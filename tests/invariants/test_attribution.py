@@ -10,7 +10,7 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import length_coefficients, sequence_weights
 from entropy_probe.estimators.uncertainty import ratio
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
@@ -62,7 +62,7 @@ def one_backward_per_token(
     size = sequence_weights(fixed, normalization).sum()
     entropy = gradient((c.logprobs * e.logprobs + c.entropies * e.entropies).sum() / size)
     s = scores(update).logprobs
-    weights = build_loss(loss_type, {}, 5).weights(update) * update.token_advantages
+    weights = TRLLoss(loss_type=loss_type, max_completion_length=5).weights(update) * update.token_advantages
     clipped = clip_gradient(gradient(-(weights * s).sum()), max_norm)
     step = adamw_step(named, optimizer, clipped.values)
     out = torch.zeros_like(s)

@@ -11,7 +11,7 @@ from entropy_probe import Rollouts
 from entropy_probe.estimators.policy_fit import excess_sums, policy_fit
 from entropy_probe.gradients.hooks import hookable
 from entropy_probe.gradients.per_sample import Side, sample_gradients
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
 from tests.invariants.problems import TABLE, batches, probe
@@ -90,7 +90,7 @@ def test_the_update_gradient_leaves_the_scores_that_scoring_gives(chunked):
     assert scorer.prefix_sharing == "on"
     if not chunked:
         scorer._split, scorer._width = None, None
-    expected, loss = scorer.score(batch), build_loss("dapo", {}).coefficients(batch, None)
+    expected, loss = scorer.score(batch), TRLLoss(loss_type="dapo").coefficients(batch, None)
     for hooks, store in ((None, False), (hookable(scorer, parameters, batch), True), (None, True)):
         assert not isinstance(hooks, str)
         sheet = ScoreSheet(batch, model)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from entropy_probe import ProbeConfig, Rollouts
-from entropy_probe.losses import build_loss, loss_types
+from entropy_probe.losses import trainers
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.steps.adamw import clip_gradient
 from tests.invariants.problems import batches, probe, with_reference
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
@@ -19,8 +20,8 @@ def rollouts(**more):
     return Rollouts(ids, torch.ones_like(ids), MASK, torch.tensor([3, 3, 8, 8]), torch.ones(4), **more)
 
 
-def test_every_file_of_the_room_is_a_member():
-    assert set(loss_types()) == {*POLICY_GRADIENTS, "policy_gradient_with_kl"}
+def test_every_family_of_the_room_is_a_member():
+    assert trainers()["trl"] is TRLLoss
 
 
 @pytest.mark.parametrize("loss_type", POLICY_GRADIENTS)
@@ -30,7 +31,7 @@ def test_weights(loss_type):
         "dr_grpo": [1 / (4 * 10)] * 4,
         "per_prompt_max": [1 / (4 * t) for t in [3, 3, 2, 2]],
     }.get(loss_type, [1 / 8] * 4)
-    weights = build_loss(loss_type, {}, 10).weights(rollouts())
+    weights = TRLLoss(loss_type=loss_type, max_completion_length=10).weights(rollouts())
     assert (weights[~MASK] == 0).all()
     for row, weight in enumerate(expected):
         assert weights[row][MASK[row]].tolist() == pytest.approx([weight] * LENGTHS[row])
@@ -39,27 +40,18 @@ def test_weights(loss_type):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"loss_type": "ppo"}, "loss_type: expected one of bnpo, .*, got 'ppo'"),
-        ({"loss_settings": {"beta": 1.0}}, "loss_settings: expected none for loss_type dapo, got beta; leave it out"),
-        ({"loss_type": "policy_gradient_with_kl"}, "expected beta, policy_loss for .*, got no beta; set it"),
+        ({"loss_type": "ppo"}, "loss.loss_type: input should be 'grpo', .*, got 'ppo'"),
+        ({"loss": {"trainer": "trl", "epsilon_hihg": 0.3}}, "loss.epsilon_hihg: .*; did you mean epsilon_high?"),
+        ({"loss": {"trainer": "trl", "nonsense": 0.3}}, "loss.nonsense: not a setting of trl's losses; known are"),
+        ({"loss": {"trainer": "none"}}, "loss.trainer: expected one of .*trl.*, got 'none'"),
+        ({"loss": {"loss_type": "dapo"}}, "loss.trainer: expected one of .*trl.*, got none; set"),
+        ({"loss": {"trainer": "trl"}, "loss_type": "grpo"}, "loss_type: expected loss or loss_type, got both"),
+        ({"loss": {"trainer": "trl", "beta": -1.0}}, "loss.beta: input should be greater .* 0, got -1.0"),
+        ({"loss": {"trainer": "trl", "beta": "small"}}, "loss.beta: input should be a valid number.*, got 'small'"),
+        ({"loss": {"trainer": "trl", "use_adaptive_entropy": True}}, "last_world_entropy: expected a number beside"),
         (
-            {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": -1.0}},
-            "loss_settings.beta: expected at least 0, got -1.0",
-        ),
-        (
-            {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": "small"}},
-            "loss_settings.beta: expected a number, got 'small'",
-        ),
-        (
-            {
-                "loss_type": "policy_gradient_with_kl",
-                "loss_settings": {"beta": 1.0, "policy_loss": "policy_gradient_with_kl"},
-            },
-            "loss_settings.policy_loss: expected one of bnpo, .*, got 'policy_gradient_with_kl'",
-        ),
-        (
-            {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 1.0, "policy_loss": 2.0}},
-            "loss_settings.policy_loss: expected a name, got 2.0",
+            {"loss": {"trainer": "trl", "max_completion_length": 8}, "max_completion_length": 9},
+            "loss.max_completion_length: expected 9, .*, got 8",
         ),
     ],
 )
@@ -70,7 +62,7 @@ def test_what_a_loss_does_not_take_is_refused(settings, expected):
 
 def test_what_a_loss_needs_of_a_batch():
     with pytest.raises(ValueError, match="dr_grpo: expected max_completion_length, got None"):
-        build_loss("dr_grpo", {}).weights(rollouts())
+        TRLLoss(loss_type="dr_grpo").weights(rollouts())
     update, evaluation = batches()
     model = TinyPolicy()
     for subject, batch, expected in (
@@ -85,8 +77,9 @@ def test_what_a_loss_needs_of_a_batch():
 
 
 def with_kl(model, policy_loss, beta, **settings):
-    chosen = {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": beta, "policy_loss": policy_loss}}
-    return probe(model, trained_optimizer(model), max_completion_length=5, max_grad_norm=None, **chosen, **settings)
+    loss = {"trainer": "trl", "loss_type": policy_loss, "beta": beta, "use_bias_correction_kl": False}
+    given = {"max_completion_length": 5, "max_grad_norm": None, "loss": loss} | settings
+    return probe(model, trained_optimizer(model), **given)
 
 
 def autograd(model, update, policy_loss, beta):
@@ -149,5 +142,5 @@ def test_reference_logprobs_are_kept_in_a_file(tmp_path):
 
 
 def test_only_a_term_with_a_coefficient_is_modelled():
-    beginnings = [build_loss("policy_gradient_with_kl", {"beta": beta}).models for beta in (0.0, 0.1)]
+    beginnings = [TRLLoss(beta=beta).models for beta in (0.0, 0.1)]
     assert beginnings == [(), ("the KL term",)]

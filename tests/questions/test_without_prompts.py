@@ -12,7 +12,7 @@ CASES = [
     {"loss_type": "dr_grpo", "max_completion_length": 5, "normalization": "sequence"},
     {"loss_type": "per_prompt_max", "geometry": "frozen"},
     {"max_stored_gradient_gib": 0.0},
-    {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 0.5, "policy_loss": "per_prompt_max"}},
+    {"loss": {"trainer": "trl", "loss_type": "per_prompt_max", "beta": 0.5, "use_bias_correction_kl": False}},
 ]
 
 

@@ -78,8 +78,9 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
     )
     how = (config.normalization, config.entropy, draws_of(whole.rollouts).select(part.rows))
     towards = fo.entropy_coefficients(before, own.prompt_ids, part.clusters, positions, *how)
-    scores = whole_scores(policy, part, before) if config.loss.needs_scores else None
+    scores = whole_scores(policy, part, before) if config.loss.needs_scores(whole.given) else None
     loss = config.loss.coefficients(whole.given, scores).select(part.rows)
+    policy.log.notes += config.loss.notes(whole.given, scores)
     left, right = _times(towards, -clusters.count / by_prompt.size.sum().item()), _times(loss, -float(clusters.count))
     with policy.clock.phase("cross-prompt gradients") as progress:
         products = cross_products(

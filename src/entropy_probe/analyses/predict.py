@@ -7,6 +7,7 @@ first-order change" and "The step".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +23,27 @@ from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import jackknife_standard_error
 from entropy_probe.gradients.hooks import Hooks
-from entropy_probe.gradients.leave_out import kept_gradient, reduced_gradients, renormalisation
+from entropy_probe.gradients.leave_out import kept_gradient, reduced_gradients, renormalised
 from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import dot
-from entropy_probe.parallel.batch import add_up
+from entropy_probe.parallel.batch import Part, add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import PreconditionerReport
 from entropy_probe.steps.adamw import clip_gradient
 from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
-from entropy_probe.types import TokenCoefficients
+from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["Plan", "Prediction", "entropy_surrogate", "plan", "predict", "prompt_contributions", "step_on"]
+__all__ = [
+    "Plan",
+    "Prediction",
+    "entropy_surrogate",
+    "plan",
+    "predict",
+    "prompt_contributions",
+    "step_on",
+    "step_without",
+]
 
 NO_HISTORY = NoteKind(
     "no_history",
@@ -59,6 +69,7 @@ class Plan:
         evaluation: the batch that entropy is taken on.
         before: what that is before the step.
         loss: coefficients of this rank's part of the update batch.
+        scores: of the whole update batch, where the loss takes them.
         hooks: where per-sample gradients are read off the layers.
         gradient: of the loss, with each prompt's share where these are kept.
         step: the parameter change, in parts.
@@ -69,6 +80,7 @@ class Plan:
     evaluation: EvaluationBatch
     before: Before
     loss: TokenCoefficients
+    scores: TokenScores | None
     hooks: Hooks | None
     gradient: SampleGradients
     step: PlannedStep
@@ -113,16 +125,16 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     config, trained = policy.config, (policy.parameters, policy.optimizer)
     policy.prepare(update.rollouts, evaluation.rollouts)
     # first, since it refuses batches that lack what the loss takes
-    loss = update_loss(policy, update, checked=evaluation.is_update)
+    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
     before = _before(policy, evaluation)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    checked = evaluation.is_update or config.loss.needs_scores
+    checked = evaluation.is_update or scores is not None
     gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
     step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
     policy.log.not_modelled += of_rounding(*trained, step.delta)
     if config.geometry == "frozen":
         policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
-    return Plan(policy, update, evaluation, before, loss, hooks, gradient, step)
+    return Plan(policy, update, evaluation, before, loss, scores, hooks, gradient, step)
 
 
 def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) -> Prediction:
@@ -225,20 +237,47 @@ def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> Plan
         kept: which prompts, numbered by increasing id.
         factor: of every token's weight in the loss of the whole batch.
     """
-    policy, update, part, step = planned.policy, planned.update, planned.update.part, planned.step
+    policy, update, part = planned.policy, planned.update, planned.update.part
     own = torch.isin(part.present_clusters, kept).nonzero()[:, 0]
     given = (policy.scorer, policy.parameters, update.own, part.local_clusters, own, planned.loss, planned.gradient)
     with policy.on_part(part):
         gradient = kept_gradient(*given)
     gradient = policy.ranks.sum_vector(gradient, policy.parameters)
-    gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
+    return step_by(planned, {name: None if g is None else factor * g for name, g in gradient.items()})
+
+
+def step_without(planned: Plan, dropped: Int[Tensor, " D"]) -> PlannedStep:
+    """The step on the update batch without some of its prompts, with the loss normalised over the others.
+
+    Args:
+        planned: the step on all of them, in closed form.
+        dropped: which prompts, numbered by increasing id.
+    """
+    policy, update, part = planned.policy, planned.update, planned.update.part
+    left = ~torch.isin(torch.arange(update.prompts.count), dropped)
+    rows = left[update.prompts.index]
+    loss, factor, exact = renormalised(policy.config.loss, update.given, planned.scores, rows)
+    if exact:
+        return step_on(planned, left.nonzero()[:, 0], factor)
+    own = rows[part.rows].nonzero()[:, 0]
+    place = rows.cumsum(0)[part.rows[own]] - 1  # of these sequences among those that are left
+    kept = Part(part.rows[own], part.size, part.clusters.select(own))
+    with policy.clock.phase("update gradient") as progress:
+        side = Side(loss.select(place))
+        gradient = differentiate(policy, update.own.select(own), kept, side, progress=progress)
+    return step_by(planned, gradient.total)
+
+
+def step_by(planned: Plan, gradient: Mapping[str, Tensor | None]) -> PlannedStep:
+    """The step by another gradient, in the geometry of the planned one."""
+    policy, step = planned.policy, planned.step
 
     def frozen() -> tuple[dict[str, Tensor], PreconditionerReport]:
         assert step.gradient_scale is not None
         assert step.preconditioner is not None
         return step.gradient_scale, step.preconditioner
 
-    return plan_step(policy.parameters, policy.optimizer, gradient, policy.config, frozen)
+    return plan_step(policy.parameters, policy.optimizer, dict(gradient), policy.config, frozen)
 
 
 def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:
@@ -246,8 +285,10 @@ def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> fl
     policy, update, step = planned.policy, planned.update, planned.step
     config, blocks, part = policy.config, update.shares, update.part
     policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
-    factors = renormalisation(update.given, blocks.index, config.loss)
-    own_factors = [factors[block] for block in part.present_clusters.tolist()]
+    own_factors = [
+        renormalised(config.loss, update.given, planned.scores, blocks.index != block)[1]
+        for block in part.present_clusters.tolist()
+    ]
     direction = {
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
         for name, p in step.delta.items()
