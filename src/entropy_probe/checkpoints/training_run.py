@@ -154,11 +154,13 @@ class TrainingRun:
         An interrupted run that went on from a checkpoint counts from there.
         """
         loss = self.loss
-        if loss is None or self.global_step is None:
+        if loss is None:
             return None
         per_step = loss.get("gradient_accumulation_steps") or 1
         per_rollouts = (loss.get("steps_per_generation") or per_step) * (loss.get("num_iterations") or 1)
-        if per_rollouts % per_step:
+        if per_step % per_rollouts == 0:
+            return 1, 1
+        if per_rollouts % per_step or self.global_step is None:
             return None
         steps = per_rollouts // per_step
         return self.global_step % steps + 1, steps

@@ -59,7 +59,10 @@ class RunConfig(BaseModel):
         attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
         attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch.
         questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
-        probe: how to probe.
+        trust_config: go by the config where the checkpoint's files say otherwise of training, and probe the checkpoint
+            of any trainer. The result says where they differ.
+        probe: how to probe. Loss, temperature, clipping and largest length are the trainer's where the checkpoint tells
+            them and the config does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -84,6 +87,7 @@ class RunConfig(BaseModel):
     attribution: bool = False
     attribution_folds: int | None = Field(default=None, ge=2)
     questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    trust_config: bool = False
     probe: ProbeConfig = ProbeConfig()
 
     @property
@@ -116,7 +120,6 @@ class RunConfig(BaseModel):
             needed = {
                 batch: getattr(self, batch),
                 "prompts": self.prompts,
-                "probe.max_completion_length": self.probe.max_completion_length,
                 **({"reward": self.reward} if batch == "update" else {}),
             }
             for key, value in needed.items():
@@ -135,15 +138,6 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"rollouts.{batch}: lies in output_dir where the {other} batch goes; choose another output_dir"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_resampling(self) -> RunConfig:
-        if self.probe.on_low_ess == "resample" and self.probe.max_completion_length is None:
-            raise ValueError(
-                "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), but "
-                "missing"
-            )
         return self
 
     @model_validator(mode="after")
@@ -179,11 +173,31 @@ class RunConfig(BaseModel):
             )
         return self
 
+    def check_lengths(self) -> None:
+        """Make sure that the largest length is known where responses are sampled.
+
+        Raises:
+            ValueError: if it is not, neither from the config nor from the checkpoint.
+        """
+        batches = ("update",) if self.needs_no_evaluation else ("update", "evaluation")
+        sampled = next((batch for batch in batches if getattr(self.rollouts, batch) is None), None)
+        missing = "but missing, and the checkpoint does not tell it; set it"
+        if self.probe.max_completion_length is None and sampled is not None:
+            raise ValueError(
+                f"probe.max_completion_length: required to sample the {sampled} batch, {missing}, or set "
+                f"rollouts.{sampled} to a saved batch"
+            )
+        if self.probe.max_completion_length is None and self.probe.on_low_ess == "resample":
+            raise ValueError(
+                "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), "
+                f"{missing}"
+            )
+
     def resolved(self) -> RunConfig:
         """The config with nothing left to circumstances: absolute paths, the device, how batches were drawn.
 
         Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own. Update
-        prompts that are filtered here are selected by their rewards.
+        prompts that are filtered here, or whose truncated responses are masked, are selected by what they are.
         Sampling settings that saved rollouts take the place of are left out.
 
         Raises:
@@ -209,7 +223,7 @@ class RunConfig(BaseModel):
         drawn: dict[str, Any] = {}
         if "evaluation" not in saved and not self.needs_no_evaluation and self.probe.evaluation_unit == "auto":
             drawn["evaluation_unit"] = "sequence"
-        if "update" not in saved and self.update is not None and self.update.filter_zero_advantage:
+        if "update" not in saved and self.update is not None and self.update.selects:
             drawn["update_selected"] = True
         changes["probe"] = self.probe.model_copy(update=drawn)
         return self.model_copy(update=changes)

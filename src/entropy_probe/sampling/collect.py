@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -60,6 +60,8 @@ class UpdateSettings(Settings):
         group_size: responses per prompt (G). A single one has no group to be compared with.
         seed: of the draw and of the responses.
         scale_rewards: what the centred rewards are divided by; see :func:`group_advantages`.
+        mask_truncated_completions: leave responses that hit the largest length out of the loss; they stay in what it
+            divides by, and in the advantages.
         filter_zero_advantage: drop prompts whose rewards are all equal and try other prompts instead.
         max_resampling_rounds: how many times to try other prompts at most.
         allow_zero_advantages: go on with a batch in which every prompt has equal rewards. Its gradient is exactly 0,
@@ -70,9 +72,15 @@ class UpdateSettings(Settings):
     group_size: int = Field(ge=2)
     seed: int = Field(default=0, ge=0)
     scale_rewards: ScaleRewards = "group"
+    mask_truncated_completions: bool = False
     filter_zero_advantage: bool = False
     max_resampling_rounds: int = Field(default=4, ge=0)
     allow_zero_advantages: bool = False
+
+    @property
+    def selects(self) -> bool:
+        """Whether responses are kept or dropped by what they are."""
+        return self.filter_zero_advantage or self.mask_truncated_completions
 
 
 class EvaluationSettings(Settings):
@@ -230,12 +238,13 @@ def _examples(groups: Sequence[_Group]) -> str:
 def _update_rollouts(groups: list[_Group], settings: UpdateSettings) -> Rollouts:
     prompt_ids = [group.prompt.id for group in groups for _ in group.completions]
     rewards = torch.cat([group.rewards for group in groups])
-    return completed_rollouts(
-        prompt_ids,
-        [completion for group in groups for completion in group.completions],
-        rewards=rewards,
-        advantages=group_advantages(rewards, torch.tensor(prompt_ids), settings.scale_rewards),
-    )
+    completions = [completion for group in groups for completion in group.completions]
+    advantages = group_advantages(rewards, torch.tensor(prompt_ids), settings.scale_rewards)
+    rollouts = completed_rollouts(prompt_ids, completions, rewards=rewards, advantages=advantages)
+    if not settings.mask_truncated_completions:
+        return rollouts
+    whole = torch.tensor([not completion.truncated for completion in completions])
+    return replace(rollouts, response_mask=rollouts.response_mask & whole[:, None])
 
 
 def _update_report(
