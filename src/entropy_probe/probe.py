@@ -53,6 +53,9 @@ class EntropyProbe:
         progress: called as ``progress(phase, done, total)`` while the probe works.
         resample: called with the evaluation rollouts while the model is at the parameters after the step, for fresh
             responses to the same prompts in the same order; needed for ``on_low_ess="resample"`` only.
+        reference: the reference policy of a loss with a KL term, where it is a model of its own. Log-probabilities in
+            the rollouts (``reference_logprobs``) go before it; without either a policy with an adapter is scored with
+            the adapter switched off.
         distributed: share the work among the ranks of torch's default process group. Every rank must hold the whole
             policy and optimizer, be given whole batches, and call the same methods; every rank returns the result. A
             model sharded by FSDP2 (``fully_shard``) needs no such asking; there every rank works on the whole batches.
@@ -75,6 +78,7 @@ class EntropyProbe:
         mapping: str = "live optimizer",
         progress: Phase | None = None,
         resample: Resample | None = None,
+        reference: nn.Module | None = None,
         distributed: bool = False,
         end_token_ids: Sequence[int] = (),
         stop_texts: bool = False,
@@ -95,6 +99,7 @@ class EntropyProbe:
             "mapping": mapping,
             "progress": progress,
             "resample": resample,
+            "reference": reference,
             "cache": ScoreCache(),
             "ranks": SameWork(ranks) if is_sharded(model) else ranks,
             "end_ids": tuple(end_token_ids),

@@ -390,7 +390,7 @@ def test_what_does_not_add_up_is_an_error(what, monkeypatch):
 
         def wrong(*args):
             found = token_slopes(*args)
-            found.slopes[::2] *= 1.01
+            found.slopes.logprobs[::2] *= 1.01
             return found
 
         monkeypatch.setattr("entropy_probe.analyses.attribute.token_slopes", wrong)

@@ -18,7 +18,7 @@ from torch import Tensor
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribution import Attribution, LayerShare
 from entropy_probe.analyses.batches import EvaluationBatch
-from entropy_probe.analyses.gradient import differentiate, over_tokens
+from entropy_probe.analyses.gradient import differentiate, over_tokens, whole_scores
 from entropy_probe.analyses.layer_names import layer_and_module
 from entropy_probe.analyses.measure import Measured
 from entropy_probe.analyses.policy import Policy
@@ -35,7 +35,7 @@ from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import Clusters, TokenScores
+from entropy_probe.types import Clusters
 
 __all__ = ["attribute", "check_divides", "check_folds"]
 
@@ -119,7 +119,7 @@ def _rounding(policy: Policy, dtypes: Iterable[torch.dtype]) -> float:
 
 
 def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
-    """Slopes of the update batch's log-probabilities along the entropy gradient, and tokens' contributions."""
+    """Slopes of the update batch's scores along the entropy gradient, and tokens' contributions."""
     plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.update
     step, total_weight, part = plan.step, plan.before.sums.size.sum().item(), update.part
     assert step.gradient_scale is not None
@@ -132,12 +132,12 @@ def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
         given = (policy.scorer, update.rollouts, policy.parameters, direction)
         own = token_slopes(*given, trial, progress, part.rows)
     # adding 0 turns the -0 of a token without an advantage into 0
-    own_tokens = plan.loss.logprobs.double() * own.slopes.double() + 0.0
-    slopes, logprobs, entropies, tokens = (
-        over_tokens(policy, part, x) for x in (own.slopes, own.scores.logprobs, own.scores.entropies, own_tokens)
-    )
-    whole = TokenSlopes(slopes, TokenScores(logprobs, entropies, update.rollouts.response_mask), own.method)
-    return whole, _reconciled(tokens, update.prompts, prediction.by_prompt, trial)
+    own_tokens = plan.loss.logprobs.double() * own.slopes.logprobs.double() + 0.0
+    if plan.loss.entropies is not None:
+        own_tokens += plan.loss.entropies.double() * own.slopes.entropies.double()
+    slopes, scores = whole_scores(policy, part, own.slopes), whole_scores(policy, part, own.scores)
+    tokens = over_tokens(policy, part, own_tokens)
+    return TokenSlopes(slopes, scores, own.method), _reconciled(tokens, update.prompts, prediction.by_prompt, trial)
 
 
 def _layers(prediction: Prediction) -> tuple[LayerShare, ...]:

@@ -100,6 +100,7 @@ class Policy:
         clock: seconds by phase, and where progress is reported.
         log: what the run has to say beside its numbers.
         resample: samples fresh responses after the step, where the config asks for it.
+        reference: the reference policy of a KL term, where it is a model of its own.
         cache: scores at the policy as it is, of batches seen before.
         ranks: the processes that share the work.
         end_ids: tokens that end a response.
@@ -116,6 +117,7 @@ class Policy:
     clock: Clock
     log: Log
     resample: Resample | None
+    reference: nn.Module | None
     cache: ScoreCache
     ranks: Ranks = ALONE
     end_ids: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ first-order change" and "The step".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from entropy_probe.analyses.before import Before, LengthSample, entropy_coeffici
 from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
 from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_rounding
 from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.reference import with_reference
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.jackknife import jackknife_standard_error
@@ -124,6 +125,7 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     """
     config, trained = policy.config, (policy.parameters, policy.optimizer)
     policy.prepare(update.rollouts, evaluation.rollouts)
+    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.part))
     # first, since it refuses batches that lack what the loss takes
     loss, scores = update_loss(policy, update, checked=evaluation.is_update)
     before = _before(policy, evaluation)

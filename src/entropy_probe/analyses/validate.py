@@ -156,7 +156,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
         )
     check_halves(update.prompts.count, subsets)
     planned = plan(policy, update, batch)
-    moving = policy.ranks.sum(update.part.clusters.total(planned.loss.logprobs.abs().sum(1))) > 0
+    moving = policy.ranks.sum(update.part.clusters.total(planned.loss.size.sum(1))) > 0
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
