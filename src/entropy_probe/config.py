@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -117,6 +118,8 @@ class ProbeConfig(BaseModel):
     @classmethod
     def _build_loss(cls, settings: Any) -> Any:
         """The loss from its settings or its short form, with the largest length of the probe where it takes one."""
+        if not isinstance(settings, Mapping):
+            return settings
         settings = dict(settings)
         short, loss = settings.pop("loss_type", None), settings.get("loss")
         if short is not None and loss is not None:

@@ -74,9 +74,7 @@ def problem(seed: int = 0, microbatches: int = 1) -> tuple[SimpleNamespace, Roll
 def test_coefficients_are_those_of_autograd(loss_type, name):
     settings = {"loss_type": loss_type, "epsilon": 0.2, "max_completion_length": 6} | SETTINGS[name]
     batch, rollouts, s, h = problem(microbatches=settings.get("gradient_accumulation_steps", 1))
-    expected = torch.autograd.grad(
-        trl_loss(s, h, batch, **settings), [s, h], allow_unused=True, materialize_grads=True
-    )
+    expected = torch.autograd.grad(trl_loss(s, h, batch, **settings), [s, h], allow_unused=True, materialize_grads=True)
     got = TRLLoss(**settings).coefficients(rollouts, TokenScores(s.detach(), h.detach(), batch.mask))
     of_entropies = torch.zeros_like(h) if got.entropies is None else got.entropies
     for ours, gradient in zip((got.logprobs, of_entropies), expected, strict=True):

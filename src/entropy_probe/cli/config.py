@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -277,12 +278,12 @@ def load_config(
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The keys of a section, with the model of those that are sections themselves."""
+    """The keys of a section, with the model of those that are sections themselves; a loss knows its own keys."""
     keys: dict[str, type[BaseModel] | None] = {}
     for name, field in model.model_fields.items():
         candidates = (field.annotation, *get_args(field.annotation))
         models = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        keys[name] = models[0] if models else None
+        keys[name] = models[0] if models and not inspect.isabstract(models[0]) else None
     return keys
 
 

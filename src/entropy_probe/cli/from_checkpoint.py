@@ -80,10 +80,9 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
     for key, own, there in _contradictions(filled, told):
         words = {"key": key, "own": _shown(own), "source": there.source, "told": _shown(there.value)}
         if not config.trust_config:
-            remedy = "set it" if there.value == ABOVE_ZERO else "leave it out to take the trainer's"
             raise ValueError(
                 "{key}: expected {told}, which {source} says of training, got {own}; ".format(**words)
-                + f"{remedy}, or insist on the config with trust_config: true (--trust-config)"
+                + f"{_remedy(there.value, own)}, or insist on the config with trust_config: true (--trust-config)"
             )
         notes.append(TRUSTED(**words))
     if filled.update is not None:
@@ -130,8 +129,9 @@ def _filled(config: RunConfig, run: TrainingRun, told: Mapping[str, Told]) -> Ru
     changes: dict[str, Any] = {"probe": ProbeConfig.model_validate(settings)}
     if config.update is not None:
         changes["update"] = UpdateSettings.model_validate(of("update.") | config.update.model_dump(exclude_unset=True))
-    if config.reward_weights is None and "reward_weights" in told:
-        changes["reward_weights"] = told["reward_weights"].value
+    weights, rewards = told.get("reward_weights"), config.reward
+    if weights and config.reward_weights is None and isinstance(rewards, tuple) and len(rewards) == len(weights.value):
+        changes["reward_weights"] = weights.value
     return config.model_copy(update=changes)
 
 
@@ -172,6 +172,13 @@ _OTHER_ADVANTAGES = (
     "update: expected the trainer's own rollouts, since training {}, which sampling here does not, got none; set "
     "rollouts.update to them"
 )
+
+
+def _remedy(told: Any, own: Any) -> str:
+    if told == ABOVE_ZERO:
+        return "set it"
+    lacking = isinstance(told, tuple) and own is None  # weights of rewards
+    return f"name the trainer's {len(told)} rewards" if lacking else "leave it out to take the trainer's"
 
 
 def _shown(value: Any) -> str:
