@@ -97,6 +97,18 @@ def test_a_contradiction_names_both_values_and_the_file(tmp_path, settings, key,
     assert yaml.safe_load(filled.to_yaml())["trust_config"] is True
 
 
+def test_a_default_clip_range_need_not_be_mentioned(tmp_path):
+    """So that no note speaks of a setting that nobody made."""
+    place = directory(tmp_path / "c", **TRAINED)
+    for said in (None, 0.2):
+        filled, notes = with_trainer_settings(config(place, probe={"loss": {"trainer": "trl", "epsilon": said}}))
+        assert (filled.probe.loss.epsilon, notes) == (said, ())
+    with pytest.raises(ValueError, match=r"probe.loss.epsilon: expected 0.2, .* got 0.3"):
+        with_trainer_settings(config(place, probe={"loss": {"trainer": "trl", "epsilon": 0.3}}))
+    filled, _ = with_trainer_settings(config(directory(tmp_path / "d", **TRAINED | {"epsilon": 0.3})))
+    assert filled.probe.loss.epsilon == 0.3
+
+
 def test_no_clipping_is_none(tmp_path):
     for value in (0.0, None):
         filled, _ = with_trainer_settings(config(directory(tmp_path / "c", **TRAINED | {"max_grad_norm": value})))

@@ -48,14 +48,19 @@ class Told:
     Attributes:
         value: as the config would have it.
         source: the file.
+        written: how the file has it, where that is another way to say the same.
     """
 
     value: Any
     source: str
+    written: Any = ...
+
+    def __str__(self) -> str:
+        return _shown(self.value if self.written is ... else self.written)
 
     def agrees(self, own: Any) -> bool:
         """Whether a value of the config is this one."""
-        return own > 0 if self.value == ABOVE_ZERO else own == self.value
+        return own > 0 if self.value == ABOVE_ZERO else own in (self.value, self.written)
 
 
 def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...]]:
@@ -78,7 +83,7 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
         run.refuse_other_loss()
     notes = []
     for key, own, there in _contradictions(filled, told):
-        words = {"key": key, "own": _shown(own), "source": there.source, "told": _shown(there.value)}
+        words = {"key": key, "own": _shown(own), "source": there.source, "told": str(there)}
         if not config.trust_config:
             raise ValueError(
                 "{key}: expected {told}, which {source} says of training, got {own}; ".format(**words)
@@ -103,6 +108,8 @@ def _told(config: RunConfig, run: TrainingRun) -> Iterator[tuple[str, Told]]:
         elif name in SAME_NAME:
             if value is not None:
                 yield f"probe.{name}", Told(value, source)
+        elif name == "epsilon" and value == (0.4 if run.loss and run.loss["loss_type"] == "gmpo" else 0.2):
+            yield f"probe.loss.{name}", Told(None, source, written=value)  # the default, which need not be mentioned
         elif name in of_loss:
             yield f"probe.loss.{name}", Told(value, source)
         elif samples and name in ("scale_rewards", "mask_truncated_completions"):

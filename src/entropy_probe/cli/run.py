@@ -170,7 +170,7 @@ def _probe_into(
         result, attribution = _run_mode(probe, config, update, evaluation)
         of_log = against_log(state.report.logged, result, update, selected=config.probe.update_selected)
         notes = (*state.report.notes, *sources.notes, *notes, *of_log)
-        result = _annotate(result, notes, beyond_loss(config, state.report.not_modelled), clock.seconds)
+        result = _annotate(result, notes, beyond_loss(config, update, state.report.not_modelled), clock.seconds)
         if output.writes:
             if attribution is not None:
                 attribution.save_tables(output.path, state.tokenizer)
@@ -231,9 +231,9 @@ def _run_mode(
     return _annotate(result, tuple(notes), tuple(left_out), one.timing), attribution
 
 
-def beyond_loss(config: RunConfig, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
-    """What a trainer's log shows of its loss, without what the configured loss models."""
-    models = config.probe.loss.models
+def beyond_loss(config: RunConfig, update: Rollouts, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
+    """What a trainer's log shows of its loss, without what the configured loss models on this batch."""
+    models = (*config.probe.loss.models, *(("importance ratios",) if update.old_logprobs is not None else ()))
     return tuple(line for line in not_modelled if not line.startswith(models))
 
 

@@ -150,7 +150,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             finished=ranks.broadcast(finished),
             on_point=save if output.writes else None,
         )
-        left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
+        left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, update, state.report.not_modelled))
         diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
         of_log = against_log(state.report.logged, found.prediction, update, selected=config.probe.update_selected)
         found = found.model_copy(
