@@ -51,6 +51,8 @@ Built = TypeVar("Built")
 
 MAX_VALUES = 1000
 """Values in one tuple, at any depth."""
+MAX_NUMBER = 2**20
+"""Under which a value may be kept, beyond the length of the pickle: an unpickler makes room for all below."""
 MAX_SETTINGS = 2**20
 """Bytes of a file of settings: a trainer's has about ten thousand."""
 
@@ -99,7 +101,7 @@ def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
         name = opcode.name
         if name in _PUT:
             index = len(memo) if argument is None else argument
-            if index > len(data):
+            if index > len(data) + MAX_NUMBER:
                 raise pickle.UnpicklingError(f"it numbers a value {index}")
             memo[index] = stack[-1]
         elif name in _GET:
