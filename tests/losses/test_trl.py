@@ -48,7 +48,7 @@ SETTINGS = {
 
 
 def problem(seed: int = 0, microbatches: int = 1) -> tuple[SimpleNamespace, Rollouts, torch.Tensor, torch.Tensor]:
-    """A batch with gaps and an empty response, for the formulas and as rollouts, with current scores to differentiate."""
+    """A batch with gaps and an empty response, for the formulas and as rollouts, with current scores."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(scale=1.0, *shape):

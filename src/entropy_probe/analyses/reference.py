@@ -12,7 +12,7 @@ from torch import nn
 from entropy_probe.analyses.gradient import over_tokens
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.losses import Loss
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
@@ -50,14 +50,14 @@ def check_reference(loss: Loss, update: Rollouts | None, model: nn.Module, refer
         )
 
 
-def with_reference(policy: Policy, given: Rollouts, rollouts: Rollouts, part: Part) -> Rollouts:
+def with_reference(policy: Policy, given: Rollouts, rollouts: Rollouts, local: LocalRows) -> Rollouts:
     """The update batch with the reference's log-probabilities, where the loss takes them and it has none.
 
     Args:
         policy: whose loss it is, prepared for the batch.
         given: the batch.
         rollouts: the same as it is counted.
-        part: this rank's part.
+        local: this rank's rows of it.
 
     Raises:
         ValueError: if there is no reference.
@@ -68,10 +68,10 @@ def with_reference(policy: Policy, given: Rollouts, rollouts: Rollouts, part: Pa
     config = policy.config
     with _reference(policy) as model:
         scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
-        with policy.clock.phase("score reference") as progress, policy.on_part(part):
+        with policy.clock.phase("score reference") as progress, policy.on_rank(local):
             scorer.prepare(rollouts)
-            scores = scorer.score(part.select(rollouts), progress)
-    return replace(given, reference_logprobs=over_tokens(policy, part, scores.logprobs))
+            scores = scorer.score(local.select(rollouts), progress)
+    return replace(given, reference_logprobs=over_tokens(policy, local, scores.logprobs))
 
 
 @contextmanager

@@ -17,16 +17,17 @@ from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, Uns
 from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
-from entropy_probe.checkpoints.models import load_full, load_lora
+from entropy_probe.checkpoints.models import full_skeleton, load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
+from entropy_probe.checkpoints.weights import check_finite, has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "report_on"]
+__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "load_reference", "report_on"]
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -107,49 +108,73 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        found = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, any_trainer), facts)
-        model = _load_model(found, getattr(torch, dtype), torch.device(device), shard=shard)
-        tokenizer = load_tokenizer(found.path, found.model.base or base_model)
-        parameters = _trained(model, found)
-        optimizer = build_optimizer(found.saved, found.mapping, parameters)
-    run = found.run
-    return CheckpointState(model, tokenizer, optimizer, run.loss, run.values, report_on(found, facts))
+        examined = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, any_trainer), facts)
+        model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
+        tokenizer = load_tokenizer(examined.path, examined.model.base or base_model)
+        parameters = _trained(model, examined)
+        optimizer = build_optimizer(examined.saved, examined.mapping, parameters)
+    run = examined.run
+    return CheckpointState(model, tokenizer, optimizer, run.loss, run.values, report_on(examined, facts))
 
 
-def _trained(model: nn.Module, found: Examined) -> dict[str, nn.Parameter]:
+def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
     """The parameters that were trained, and after this require a gradient, by name."""
-    names = found.mapping.names
-    if found.mapping.others_frozen:
+    names = examined.mapping.names
+    if examined.mapping.others_frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters.keys() != set(names):
         raise MismatchError(
-            f"{found.path}: expected {len(names)} trainable parameters, the loaded model has {len(parameters)} that "
+            f"{examined.path}: expected {len(names)} trainable parameters, the loaded model has {len(parameters)} that "
             "differ; the installed peft or transformers builds another model"
         )
     return parameters
 
 
-def _load_model(found: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
-    stored, base, adapter = found.model, found.model.base, found.model.adapter
+def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
+    stored, base, adapter = examined.model, examined.model.base, examined.model.adapter
     if base is None or adapter is None:
         load = shard_full if shard else load_full
         return load(stored.configuration, stored.weights, dtype, device)
     if shard and stored.quantization is not None:
         raise UnsupportedError(f"{base}: not supported: a quantised base in shards; load it on one device")
-    if found.manifest is not None:
-        verify_base(Path(base), found.manifest)
+    if examined.manifest is not None:
+        verify_base(Path(base), examined.manifest)
     if shard:
         return shard_lora(stored.directory, adapter, stored.weights, base, dtype, device)
     return load_lora(stored.directory, adapter, stored.weights, base, stored.quantization, dtype, device)
 
 
-def report_on(found: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
+def load_reference(path: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> nn.Module:
+    """The full weights of a directory, as the reference policy of a KL term: in eval mode, nothing trains.
+
+    Args:
+        path: the directory: a model, or a checkpoint of full weights.
+        dtype: precision of the weights, as in :func:`load_checkpoint`.
+        device: where they go.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+    """
+    directory = Path(path)
+    if not has_weights(directory, "model"):
+        raise CheckpointError(
+            f"{directory}: expected full weights of the reference (model.safetensors), found none; pass the directory "
+            "of the model that training started from"
+        )
+    with random_state_kept():
+        weights = read_weights(directory, "model")
+        check_finite(weights)
+        full_skeleton(str(directory), weights)
+        return load_full(str(directory), weights, getattr(torch, dtype), torch.device(device)).requires_grad_(False)
+
+
+def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
     """The report on a checkpoint that can be loaded; ``facts`` as :func:`examine` left them."""
-    doubts = tuple(doubts_about(found))
+    doubts = tuple(doubts_about(examined))
     verdict = "suspicious" if doubts else "healthy"
-    return CheckpointReport(path=str(found.path), verdict=verdict, notes=(*doubts, *found.run.notes()), **facts)
+    return CheckpointReport(path=str(examined.path), verdict=verdict, notes=(*doubts, *examined.run.notes()), **facts)
 
 
 def inspect_checkpoint(
@@ -178,7 +203,7 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            found = examine(Request(directory, base_model, adapter, quantization), facts)
+            examined = examine(Request(directory, base_model, adapter, quantization), facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
-    return report_on(found, facts)
+    return report_on(examined, facts)

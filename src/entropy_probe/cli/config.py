@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from entropy_probe.cli.errors import describe
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
+from entropy_probe.losses import Loss
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
 __all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config"]
@@ -41,6 +42,8 @@ class RunConfig(BaseModel):
         base_model: the base model of an adapter, where the adapter's own config does not lead to it.
         adapter: the adapter that was trained, where the checkpoint has several.
         quantization: the ``BitsAndBytesConfig`` with which training quantised the base model while loading it.
+        reference: the reference policy of a KL term, a directory of full weights, where the rollouts have no
+            ``reference_logprobs`` and the checkpoint no adapter that can be switched off.
         output_dir: where the results go; new or empty, unless ``overwrite``.
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
@@ -72,6 +75,7 @@ class RunConfig(BaseModel):
     base_model: str | None = None
     adapter: str | None = None
     quantization: dict[str, Any] | None = None
+    reference: Path | None = None
     output_dir: Path
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"
@@ -142,6 +146,12 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_reference(self) -> RunConfig:
+        if self.reference is not None and self.shard:
+            raise ValueError("reference: expected shard: false beside it, got true; record reference_logprobs instead")
+        return self
+
+    @model_validator(mode="after")
     def _check_attribution(self) -> RunConfig:
         if self.attribution and self.shard:
             raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
@@ -174,11 +184,12 @@ class RunConfig(BaseModel):
             )
         return self
 
-    def check_lengths(self) -> None:
-        """Make sure that the largest length is known where responses are sampled.
+    def check_filled(self) -> None:
+        """Check what the trainer's settings are part of, once they were filled in from the checkpoint.
 
         Raises:
-            ValueError: if it is not, neither from the config nor from the checkpoint.
+            ValueError: if responses are to be sampled and neither the config nor the checkpoint has their largest
+                length, or a reference is given that the loss has no use for.
         """
         batches = ("update",) if self.needs_no_evaluation else ("update", "evaluation")
         sampled = next((batch for batch in batches if getattr(self.rollouts, batch) is None), None)
@@ -192,6 +203,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), "
                 f"{missing}"
+            )
+        if self.reference is not None and not self.probe.loss.needs_reference:
+            raise ValueError(
+                "reference: expected a loss with a KL term beside it (probe.loss.beta above 0), got none; set it, or "
+                "leave reference out"
             )
 
     def resolved(self) -> RunConfig:
@@ -215,6 +231,8 @@ class RunConfig(BaseModel):
         }
         if self.base_model is not None and Path(self.base_model).is_dir():
             changes["base_model"] = str(Path(self.base_model).absolute())
+        if self.reference is not None:
+            changes["reference"] = self.reference.absolute()
         if self.prompts is not None and self.prompts.file is not None:
             kind, path = self.prompts.file
             changes["prompts"] = self.prompts.model_copy(update={kind: path.absolute()})
@@ -300,7 +318,7 @@ def _unknown_keys(settings: Mapping[Any, Any], model: type[BaseModel], prefix: s
         section = known.get(name)
         if name not in known:
             yield f"{prefix}{name}"
-        elif section is not None and isinstance(value, Mapping):
+        elif section is not None and section is not Loss and isinstance(value, Mapping):
             yield from _unknown_keys(value, section, f"{prefix}{name}.")
 
 

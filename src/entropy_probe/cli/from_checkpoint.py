@@ -78,7 +78,7 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
         filled = _filled(config, run, told)
     except ValidationError as error:
         raise ValueError(f"{config.checkpoint}: {describe(error)}") from error
-    filled.check_lengths()
+    filled.check_filled()
     if not config.trust_config:
         run.refuse_other_loss()
     notes = []

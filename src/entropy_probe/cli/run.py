@@ -87,19 +87,35 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
     )
 
 
-def open_probe(config: RunConfig, ranks: Ranks, clock: Clock) -> tuple[EntropyProbe, CheckpointState]:
-    """A probe of the checkpoint of a configuration.
+def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) -> tuple[EntropyProbe, CheckpointState]:
+    """A probe of the checkpoint of a configuration, of which its optimizer and loss have what they take.
 
     Raises:
         ValueError: if the checkpoint cannot be used, or not as configured.
     """
     from entropy_probe.analyses.attribute import check_divides
+    from entropy_probe.analyses.reference import check_reference
+    from entropy_probe.checkpoints import load_reference
+    from entropy_probe.checkpoints.adapters import reference_copy
     from entropy_probe.probe import EntropyProbe
 
+    loss, update = config.probe.loss, sources.update
+    if update is not None:
+        loss.check(update)
     with clock.phase("load checkpoint") as step:
-        state = open_checkpoint(config)
+        state, reference = open_checkpoint(config), None
+        if config.reference is not None:
+            reference = load_reference(config.reference, dtype=config.probe.dtype, device=config.device)
         step(1, 1)
-    # Before sampling, since both check the optimizer.
+    # all of it before sampling
+    check_reference(loss, update, state.model, reference)
+    if loss.needs_reference and reference is None and (update is None or update.reference_logprobs is None):
+        copied = reference_copy(config.checkpoint)
+        if copied is not None:
+            raise ValueError(
+                f"{config.checkpoint}: expected reference_logprobs in the update batch, since the reference is its "
+                f"adapter {copied!r}, which is not loaded; record them in training"
+            )
     if config.attribution:
         check_divides(state.optimizer, config.probe)
     assert state.report.optimizer_state is not None
@@ -110,6 +126,7 @@ def open_probe(config: RunConfig, ranks: Ranks, clock: Clock) -> tuple[EntropyPr
         mapping=state.report.optimizer_state.mapping,
         progress=clock.progress,
         resample=resampler(config, state, ranks),
+        reference=reference,
         distributed=ranks.size > 1 and not config.shard,
         end_token_ids=end_ids(state),
         stop_texts=bool(config.generation.stop),
@@ -163,7 +180,7 @@ def _probe_into(
     from entropy_probe.cli.report import write_run_report
 
     config, clock = output.config, Clock(progress)
-    probe, state = open_probe(config, ranks, clock)
+    probe, state = open_probe(config, sources, ranks, clock)
     with output.writing(ranks):
         with clock.phase("sample"):
             update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
@@ -181,7 +198,7 @@ def _probe_into(
         if halves is None:
             return result
         try:
-            found = probe.validate(
+            validation = probe.validate(
                 required(attribution), evaluation=required(evaluation), subsets=halves[0], seed=halves[1]
             )
         except BaseException:
@@ -189,7 +206,7 @@ def _probe_into(
                 write_run_report(output.path, result)
             raise
         if output.writes:
-            found.save(output.path)
+            validation.save(output.path)
     return result
 
 

@@ -114,12 +114,12 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
         sources = read_sources(config)
         output = open_output(config, "sweep", sources, ranks)
         if output.finished:
-            (found,) = ranks.broadcast([Sweep.load(output.path)] if output.writes else [])
+            (sweep,) = ranks.broadcast([Sweep.load(output.path)] if output.writes else [])
         else:
             sources = replace(sources, notes=(*of_config, *sources.notes))
-            found = _sweep_into(output, config, sources, ranks, progress)
-    output.finish(partial(write_sweep_report, output.path, {"": found}))
-    return found
+            sweep = _sweep_into(output, config, sources, ranks, progress)
+    output.finish(partial(write_sweep_report, output.path, {"": sweep}))
+    return sweep
 
 
 def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ranks, progress: Phase) -> Sweep:
@@ -131,7 +131,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
 
     rates = config.sweep.rates()
     settings = config.model_copy(update={"probe": config.probe.model_copy(update={"learning_rate": rates[-1]})})
-    probe, state = open_probe(settings, ranks, Clock(progress))
+    probe, state = open_probe(settings, sources, ranks, Clock(progress))
     with output.writing(ranks):
         update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         points = output.path / POINTS
@@ -142,7 +142,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
 
         with ranks.agreeing():
             finished = [SweepPoint.load(file) for file in sorted(points.glob("[0-9]*.json"))] if output.writes else []
-        found = probe.sweep(
+        sweep = probe.sweep(
             update=update,
             evaluation=required(evaluation),
             learning_rates=rates,
@@ -150,19 +150,19 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             finished=ranks.broadcast(finished),
             on_point=save if output.writes else None,
         )
-        left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, update, state.report.not_modelled))
-        diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
-        of_log = against_log(state.report.logged, found.prediction, update, selected=config.probe.update_selected)
-        found = found.model_copy(
+        left_out = (*sweep.prediction.diagnostics.not_modelled, *beyond_loss(config, update, state.report.not_modelled))
+        diagnostics = sweep.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
+        of_log = against_log(state.report.logged, sweep.prediction, update, selected=config.probe.update_selected)
+        sweep = sweep.model_copy(
             update={
-                "prediction": found.prediction.model_copy(update={"diagnostics": diagnostics}),
-                "notes": (*state.report.notes, *sources.notes, *notes, *of_log, *found.notes),
+                "prediction": sweep.prediction.model_copy(update={"diagnostics": diagnostics}),
+                "notes": (*state.report.notes, *sources.notes, *notes, *of_log, *sweep.notes),
             }
         )
         if output.writes:
             output.add_given(sources)
-            found.save(output.path)
-    return found
+            sweep.save(output.path)
+    return sweep
 
 
 class SweepIndex(SavedRecord):

@@ -20,7 +20,7 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["GLOBAL_MEAN", "INERT", "Loss", "build_loss", "trainers"]
+__all__ = ["GLOBAL_MEAN", "INERT", "Loss", "build_loss", "require", "trainers"]
 
 INERT = NoteKind("inert", "{what} inert: {reason} ({settings})", NOTHING_TO_DO)
 GLOBAL_MEAN = NoteKind(
@@ -58,6 +58,11 @@ class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
         return False
 
     @property
+    def weighs_sampler(self) -> bool:
+        """Whether it weights tokens by ratios between the old policy and the sampler."""
+        return False
+
+    @property
     def models(self) -> tuple[str, ...]:
         """How lines about what is not modelled begin that the loss does model."""
         return ()
@@ -70,6 +75,14 @@ class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
     @abstractmethod
     def needs_scores(self, rollouts: Rollouts) -> bool:
         """Whether the coefficients depend on the policy's own scores of this batch."""
+
+    def check(self, rollouts: Rollouts) -> None:
+        """Make sure that the batch has what the loss takes, but for the reference's log-probabilities.
+
+        Raises:
+            ValueError: if it lacks a column.
+        """
+        return
 
     @abstractmethod
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None) -> TokenCoefficients:
@@ -91,6 +104,16 @@ class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
     def notes(self, rollouts: Rollouts, scores: TokenScores | None) -> list[Note]:
         """What a reader should know of this loss on this batch: settings without effect, what was taken instead."""
         return []
+
+
+def require(rollouts: Rollouts, name: str, where: str, remedy: str) -> None:
+    """Make sure that an update batch has a column of log-probabilities.
+
+    Raises:
+        ValueError: if not.
+    """
+    if getattr(rollouts, name) is None:
+        raise ValueError(f"{name}: expected [N, L] on an update batch {where}, got None; {remedy}")
 
 
 _TRAINERS: dict[str, type[Loss]] = {}

@@ -22,6 +22,7 @@ __all__ = [
     "by_sequence",
     "by_sequence_sum",
     "by_token",
+    "check_microbatches",
     "clipped_slope",
     "gap",
     "is_one",
@@ -69,6 +70,21 @@ def microbatches(rollouts: Rollouts) -> Int[Tensor, " N"]:
     """The microbatch of each sequence; all one where the batch does not say."""
     ids = rollouts.microbatch_ids
     return torch.zeros(len(rollouts), dtype=torch.long) if ids is None else ids
+
+
+def check_microbatches(rollouts: Rollouts, gradient_accumulation_steps: int, num_processes: int) -> None:
+    """Make sure that a batch has no more microbatches than a step.
+
+    Raises:
+        ValueError: if it has.
+    """
+    most, ids = gradient_accumulation_steps * num_processes, rollouts.microbatch_ids
+    if ids is not None and (count := ids.unique().numel()) > most:
+        raise ValueError(
+            f"microbatch_ids: expected at most {most} different ones in a step (gradient_accumulation_steps "
+            f"{gradient_accumulation_steps}, num_processes {num_processes}), got {count}; set these to the trainer's, "
+            "or give one step's rollouts"
+        )
 
 
 def gap(

@@ -12,12 +12,13 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from entropy_probe.losses.base import GLOBAL_MEAN, INERT, Loss
+from entropy_probe.losses.base import GLOBAL_MEAN, INERT, Loss, require
 from entropy_probe.losses.pieces import (
     by_max_length,
     by_sequence,
     by_sequence_sum,
     by_token,
+    check_microbatches,
     clipped_slope,
     gap,
     is_one,
@@ -153,6 +154,11 @@ class TRLLoss(Loss, frozen=True):
         return self.gradient_accumulation_steps % (self._steps_per_generation * self.num_iterations) != 0
 
     @property
+    def weighs_sampler(self) -> bool:
+        """With vLLM's importance sampling correction."""
+        return self._of_sampler and self.vllm_importance_sampling_correction
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The KL term and the entropy bonus, where they have a coefficient."""
         bonus = self.entropy_coef or self.use_adaptive_entropy
@@ -196,7 +202,9 @@ class TRLLoss(Loss, frozen=True):
         Raises:
             ValueError: if the batch lacks what the loss takes.
         """
-        self._check(rollouts)
+        self.check(rollouts)
+        if self.needs_reference:
+            require(rollouts, "reference_logprobs", "of a loss with a KL term", "record the reference's")
         mask, weights = rollouts.response_mask, self.weights(rollouts)
         keep = self._kept(rollouts, scores)
         if self.loss_type in OTHER_TRAINERS:
@@ -273,37 +281,22 @@ class TRLLoss(Loss, frozen=True):
             return f"the {self.loss_type} mean over tokens", "generation batch"
         return None
 
-    def _check(self, rollouts: Rollouts) -> None:
-        wanted = {
-            "old_logprobs": (
-                self.needs_old,
+    def check(self, rollouts: Rollouts) -> None:
+        """Make sure that the batch has the log-probabilities that the loss takes, but for the reference's."""
+        if self.needs_old:
+            require(
+                rollouts,
+                "old_logprobs",
                 f"of a trainer that uses rollouts for several steps (num_iterations {self.num_iterations}, "
                 f"steps_per_generation {self._steps_per_generation}, gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps})",
                 "record the log-probabilities that its ratios are taken to, or leave these settings out for the first "
                 "step on fresh rollouts",
-            ),
-            "reference_logprobs": (
-                self.needs_reference,
-                "of a loss with a KL term",
-                "record the reference's log-probabilities of the sampled tokens, or give a reference",
-            ),
-            "sampled_logprobs": (
-                self._of_sampler,
-                "of a loss that corrects for the sampler (use_vllm)",
-                "record those of the sampler, or set use_vllm: false",
-            ),
-        }
-        for name, (needed, where, remedy) in wanted.items():
-            if needed and getattr(rollouts, name) is None:
-                raise ValueError(f"{name}: expected [N, L] on an update batch {where}, got None; {remedy}")
-        most, ids = self.gradient_accumulation_steps * self.num_processes, rollouts.microbatch_ids
-        if ids is not None and (count := ids.unique().numel()) > most:
-            raise ValueError(
-                f"microbatch_ids: expected at most {most} different ones in a step (gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}, num_processes {self.num_processes}), got {count}; set these to "
-                "the trainer's, or give one step's rollouts"
             )
+        if self._of_sampler:
+            where = "of a loss that corrects for the sampler (use_vllm)"
+            require(rollouts, "sampled_logprobs", where, "record those of the sampler, or set use_vllm: false")
+        check_microbatches(rollouts, self.gradient_accumulation_steps, self.num_processes)
 
     def _by_generation(self, rollouts: Rollouts) -> Float[Tensor, "N L"]:
         """One over the tokens of each generation batch, as many of these as the step has."""

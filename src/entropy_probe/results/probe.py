@@ -258,7 +258,8 @@ class BatchFit(Record):
         excess: its mean, nats per token.
         num_sequences: sequences of the batch.
         status: ``ok``; ``off_policy``: further from 0 than chance explains (``|z|`` above 4); ``selected``: likewise,
-            but expected of responses that were selected by what they are (``update_selected``).
+            but expected of responses that were selected by what they are (``update_selected``) or drawn by an older
+            policy (``old_logprobs``).
     """
 
     z: float

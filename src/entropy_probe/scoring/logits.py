@@ -156,7 +156,7 @@ def head_slopes(
     """
     (h, d_h), (weight, d_weight) = unpack_dual(hidden), unpack_dual(head.weight)
     bias, d_bias = (None, None) if head.bias is None else unpack_dual(head.bias)
-    found = []
+    per_chunk = []
     for chunk in _chunks(OutputHead(weight, bias, head.temperature), h, targets):
         rows = chunk.rows
         d_z = torch.zeros((), dtype=h.dtype, device=h.device) if d_bias is None else d_bias
@@ -168,8 +168,8 @@ def head_slopes(
         at_target = d_z.gather(-1, targets[rows, None])[:, 0]
         mean, weighted = (torch.linalg.vecdot(x, d_z) / chunk.total for x in (chunk.e, chunk.e * chunk.z))
         of_entropies = (chunk.total.log() - chunk.entropies) * mean - weighted  # with log p = z - log total
-        found.append((chunk.logprobs, chunk.entropies, at_target - mean, of_entropies))
-    logprobs, entropies, of_logprobs, of_entropies = (torch.cat(column) for column in zip(*found, strict=True))
+        per_chunk.append((chunk.logprobs, chunk.entropies, at_target - mean, of_entropies))
+    logprobs, entropies, of_logprobs, of_entropies = (torch.cat(column) for column in zip(*per_chunk, strict=True))
     return logprobs, entropies, of_logprobs, of_entropies
 
 

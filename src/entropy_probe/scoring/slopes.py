@@ -26,15 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
-from entropy_probe.scoring.isolation import substituted
+from entropy_probe.scoring.isolation import lookups_masked, substituted
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import TokenCoefficients, TokenScores
 
 __all__ = ["TokenSlopes", "token_slopes"]
 
-Found = tuple[Tensor, Tensor, Tensor, Tensor]
+_FlatSlopes = tuple[Tensor, Tensor, Tensor, Tensor]
 """Log-probabilities and entropies of a microbatch, and the slopes of both, ``[T]`` each."""
-Method = Callable[[Scorer, Mapping[str, Parameter], NamedVector, Microbatch], Found]
+Method = Callable[[Scorer, Mapping[str, Parameter], NamedVector, Microbatch], _FlatSlopes]
 
 NUM_TRIED = 2
 ATTENTION_ELEMENTS = 2**27
@@ -56,16 +56,18 @@ class TokenSlopes:
     method: str
 
 
-def _forward(scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch) -> Found:
+def _forward(
+    scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
+) -> _FlatSlopes:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         moved = {name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype)) for name, p in parameters.items()}
-        with substituted(scorer.model, parameters, moved):
+        with substituted(scorer.model, parameters, moved), lookups_masked(scorer.model):
             return scorer.token_slopes(batch)
 
 
 def _double_backward(
     scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
-) -> Found:
+) -> _FlatSlopes:
     with sdpa_kernel(SDPBackend.MATH):
         s, h = scorer.token_scores(batch)
         uw = tuple(torch.ones_like(x, requires_grad=True) for x in (s, h))
@@ -82,7 +84,7 @@ def _double_backward(
 
 def _token_by_token(
     scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
-) -> Found:
+) -> _FlatSlopes:
     s, h = scorer.token_scores(batch)
     of_logprobs, of_entropies = (
         torch.tensor([_slope(value, parameters, direction) for value in x], dtype=x.dtype, device=x.device)
@@ -98,8 +100,10 @@ def _slope(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedV
 
 def _slope_terms(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> list[float]:
     """The same, parameter by parameter."""
-    found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return [dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, found, strict=True) if g is not None]
+    gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return [
+        dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, gradients, strict=True) if g is not None
+    ]
 
 
 def token_slopes(
@@ -113,8 +117,9 @@ def token_slopes(
 ) -> TokenSlopes:
     """The derivatives of every response token's log-probability and entropy at ``theta`` along a direction.
 
-    In forward mode it costs about two forward passes. A method is used only if, on two sequences of middling length, it
-    reproduces what one backward pass says of each.
+    As training's gradients do, slopes leave out the lookups of a row ``padding_idx``. In forward mode the cost is about
+    two forward passes. A method is used only if, on two sequences of middling length, it reproduces what one backward
+    pass says of each.
 
     Args:
         scorer: prepared for the batch.
@@ -203,10 +208,10 @@ def _why_not(
         except RuntimeError as error:  # what torch raises for an operation without a rule
             return " ".join(re.split(r"\.\s", str(error))[0].rstrip(".").split())
         of_both = zip((weights.logprobs, weights.entropies), slopes, strict=True)
-        found = sum(torch.dot(batch.gather(w), x.double()).item() for w, x in of_both if w is not None)
+        slope = sum(torch.dot(batch.gather(w), x.double()).item() for w, x in of_both if w is not None)
         (value,) = scorer.surrogates(batch, [weights])
         terms = torch.tensor(_slope_terms(value, parameters, direction), dtype=torch.float64)
-        error, size = abs(found - terms.sum().item()), terms.abs().sum().item()
+        error, size = abs(slope - terms.sum().item()), terms.abs().sum().item()
         if not error <= tolerance * size + torch.finfo(torch.float32).tiny:
             return f"its slopes are off by {error / (size or 1.0):.2g} on a sequence"
     return None
