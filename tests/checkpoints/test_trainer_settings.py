@@ -165,21 +165,21 @@ def test_trls_own_file_is_read_whole(tmp_path):
             reward_weights=[1.0, 0.5], hub_token="secret", generation_kwargs={"stop": ["x"], "seed": 3},
         )  # fmt: skip
 
-    found, args = read_training_args(written_by(make, tmp_path)), make(tmp_path)
-    assert found is not None
-    assert found.trainer == "trl.trainer.grpo_config.GRPOConfig"
-    assert found.loss is not None
-    assert "secret" not in str(found)
-    missing = {name for name in (*LOSS, *OTHERS) if name not in found.values}
+    told, args = read_training_args(written_by(make, tmp_path)), make(tmp_path)
+    assert told is not None
+    assert told.trainer == "trl.trainer.grpo_config.GRPOConfig"
+    assert told.loss is not None
+    assert "secret" not in str(told)
+    missing = {name for name in (*LOSS, *OTHERS) if name not in told.values}
     others = {"normalize_advantages", "reward_clip_range", "use_liger_loss", "warmup_ratio"}  # of RLOO, of older TRL
     assert missing <= others
-    for name, value in found.values.items():
+    for name, value in told.values.items():
         assert value == getattr(args, name), name
-    assert {name: found.loss[name] for name in found.loss if name in found.values} == {
-        name: value for name, value in found.values.items() if name in LOSS
+    assert {name: told.loss[name] for name in told.loss if name in told.values} == {
+        name: value for name, value in told.values.items() if name in LOSS
     }
-    assert found.loss["num_processes"] == 1
-    assert found.values["scale_rewards"] == "none"
+    assert told.loss["num_processes"] == 1
+    assert told.values["scale_rewards"] == "none"
 
 
 OTHER_TRAINERS = [
@@ -201,11 +201,11 @@ OTHER_TRAINERS = [
 
 @pytest.mark.parametrize(("named", "refused"), OTHER_TRAINERS)
 def test_trainers_of_other_losses_are_known_by_name(tmp_path, named, refused):
-    found = read_training_args(saved(tmp_path, arguments(named, beta=0.1, loss_type="sigmoid", max_grad_norm=0.5)))
-    assert found is not None
-    assert found.loss is None
-    assert found.other_loss is refused
-    assert found.values["max_grad_norm"] == 0.5
+    told = read_training_args(saved(tmp_path, arguments(named, beta=0.1, loss_type="sigmoid", max_grad_norm=0.5)))
+    assert told is not None
+    assert told.loss is None
+    assert told.other_loss is refused
+    assert told.values["max_grad_norm"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -221,43 +221,43 @@ def test_trainers_of_other_losses_are_known_by_name(tmp_path, named, refused):
 )
 def test_the_losses_that_are_modelled(tmp_path, named, loss_type):
     given = {"loss_type": "bnpo", "epsilon": 0.2, "num_generations": 4, "beta": 0.0}
-    found = read_training_args(saved(tmp_path, arguments(named, **given)))
-    assert found is not None
-    assert found.loss is not None
-    assert found.loss["loss_type"] == loss_type
+    told = read_training_args(saved(tmp_path, arguments(named, **given)))
+    assert told is not None
+    assert told.loss is not None
+    assert told.loss["loss_type"] == loss_type
 
 
 def test_what_older_versions_did_without_a_setting(tmp_path):
     old = {"epsilon": 0.2, "num_generations": 4, "beta": 0.04, "use_vllm": True, "vllm_importance_sampling_cap": 2.0}
-    found = read_training_args(saved(tmp_path, arguments(**old)))
-    assert found is not None
-    assert found.loss is not None
-    assert found.loss["loss_type"] == "grpo"
-    assert found.loss["use_bias_correction_kl"] is False
-    assert found.loss["vllm_importance_sampling_correction"] is False
-    assert found.loss["vllm_importance_sampling_clip_max"] == 2.0
+    told = read_training_args(saved(tmp_path, arguments(**old)))
+    assert told is not None
+    assert told.loss is not None
+    assert told.loss["loss_type"] == "grpo"
+    assert told.loss["use_bias_correction_kl"] is False
+    assert told.loss["vllm_importance_sampling_correction"] is False
+    assert told.loss["vllm_importance_sampling_clip_max"] == 2.0
 
 
 def test_processes_are_told_by_the_batch(tmp_path):
     sizes = {"per_device_train_batch_size": 8, "steps_per_generation": 4, "generation_batch_size": 96}
-    found = read_training_args(saved(tmp_path, arguments(epsilon=0.2, **sizes)))
-    assert found is not None
-    assert found.loss is not None
-    assert found.loss["num_processes"] == 3
+    told = read_training_args(saved(tmp_path, arguments(epsilon=0.2, **sizes)))
+    assert told is not None
+    assert told.loss is not None
+    assert told.loss["num_processes"] == 3
 
 
 def test_adaptive_entropy_goes_by_the_file_of_its_control(tmp_path):
     given = {"entropy_coef": 0.01, "use_adaptive_entropy": True, "entropy_target": 0.5}
     (tmp_path / "entropy_ctrl_state.json").write_text('{"entropy_coef": 0.025, "last_world_entropy": 0.4}')
-    found = read_training_args(saved(tmp_path, arguments(**given)))
-    assert found is not None
-    assert found.loss is not None
-    assert (found.loss["entropy_coef"], found.loss["last_world_entropy"]) == (0.025, 0.4)
+    told = read_training_args(saved(tmp_path, arguments(**given)))
+    assert told is not None
+    assert told.loss is not None
+    assert (told.loss["entropy_coef"], told.loss["last_world_entropy"]) == (0.025, 0.4)
 
 
 def test_the_demo_of_every_checkpoint_format(trained, tmp_path):
-    found = read_training_args(trained.checkpoint)
-    assert found is not None
-    assert found.values["max_completion_length"] == 8
+    told = read_training_args(trained.checkpoint)
+    assert told is not None
+    assert told.values["max_completion_length"] == 8
     shutil.copy(trained.checkpoint / TRAINING_ARGS, tmp_path)
     assert os.listdir(tmp_path) == [TRAINING_ARGS]
