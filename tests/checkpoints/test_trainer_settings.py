@@ -110,6 +110,7 @@ def test_a_payload_does_not_run(place, tmp_path, registered, on_import):
         (b"\x80\x02K\x01.", "expected the trainer's arguments, got 1"),
         (b"\x80\x02]K\x01b.", "got a pickle that is none"),
         (b"\x80\x02N", "expected an intact archive"),
+        (arguments("trl \x1b[2JGRPOConfig"), "expected the trainer's arguments, got a value of Inert"),
         (arguments(inside=item(b"\x82\x01")), "it names an entry of the extension registry"),
         (arguments(inside=item(b"Vx\nQ")), "a persistent_load|persistent id"),
         (arguments(inside=item(b"Nr\xff\xff\xff\x0f")), "it numbers a value 268435455"),

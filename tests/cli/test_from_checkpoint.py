@@ -149,7 +149,7 @@ def test_trainers_of_other_losses_are_refused_by_name(tmp_path, named, log):
     with pytest.raises(CheckpointError, match=f"got one of .*{name}.*whose step is that of another loss"):
         with_trainer_settings(config(place, probe={"max_completion_length": 8}))
     filled, _ = with_trainer_settings(config(place, trust_config=True, probe={"max_completion_length": 8}))
-    assert filled.probe.loss.loss_type == "dapo"
+    assert (filled.probe.loss.loss_type, filled.probe.loss.beta) == ("dapo", 0.0)  # that beta is another one
 
 
 def test_a_logged_kl_asks_for_its_coefficient(tmp_path):
@@ -223,6 +223,14 @@ def test_another_size_of_groups_is_said(tmp_path):
     _, notes = with_trainer_settings(config(place))
     assert [note.code for note in notes] == ["other_group_size"]
     assert notes[0].numbers == {"own": 4.0, "told": 16.0}
+
+
+def test_a_largest_length_within_the_loss_stays(tmp_path):
+    loss = {"trainer": "trl", "loss_type": "dr_grpo", "max_completion_length": 16}
+    filled, _ = with_trainer_settings(config(directory(tmp_path / "c", None), batches=GIVEN, probe={"loss": loss}))
+    assert filled.probe.loss.max_completion_length == 16
+    with pytest.raises(ValueError, match=r"loss.max_completion_length: expected 64, .* got 16"):
+        with_trainer_settings(config(directory(tmp_path / "d", **TRAINED), batches=GIVEN, probe={"loss": loss}))
 
 
 def test_each_checkpoint_of_a_sweep_has_its_own(tmp_path):

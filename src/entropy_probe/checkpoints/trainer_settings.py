@@ -88,7 +88,7 @@ def read_training_args(path: Path) -> TrainerSettings | None:
     remedy = "copy the checkpoint again, or delete the file and give the trainer's settings in the config"
 
     def build(args: Any) -> TrainerSettings:
-        if not isinstance(args, Inert) or not isinstance(args.state, dict):
+        if not isinstance(args, Inert) or not isinstance(args.state, dict) or _plain(args.named) is ...:
             raise UnsupportedError(f"{file}: expected the trainer's arguments, got {shown(args)}; {remedy}")
         values = {name: _plain(args.state[name]) for name in (*LOSS, *OTHERS) if name in args.state}
         for name, value in values.items():

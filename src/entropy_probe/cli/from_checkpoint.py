@@ -97,12 +97,15 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
 
 def _told(config: RunConfig, run: TrainingRun) -> Iterator[tuple[str, Told]]:
     """By the config's keys what the files say of them."""
+    from entropy_probe.checkpoints.trainer_settings import TRAINING_ARGS
+
     if run.loss is not None and run.settings is not None:
         yield "probe.loss.trainer", Told(run.loss["trainer"], str(run.settings.file))
-    of_loss = type(config.probe.loss).model_fields if config.probe.loss.trainer == "trl" else {}
+    of_trl = type(config.probe.loss).model_fields if config.probe.loss.trainer == "trl" else {}
     samples = config.update is not None and config.rollouts.update is None
     for setting in run.reports():
         name, value, source = setting.name, setting.value, f"{config.checkpoint / setting.source}"
+        of_loss = of_trl if run.loss is not None or setting.source != TRAINING_ARGS else {}  # DPO has a beta too
         if name == "max_grad_norm":  # the Trainer does not clip to 0
             yield f"probe.{name}", Told(value or None, source)
         elif name in SAME_NAME:
@@ -129,8 +132,9 @@ def _filled(config: RunConfig, run: TrainingRun, told: Mapping[str, Told]) -> Ru
 
     known = of("probe.loss.")
     if _takes_first_step(config, run):
-        known |= OF_FIRST_STEP
-    own = {name: getattr(loss, name) for name in loss.model_fields_set - {"max_completion_length"}}
+        known |= {name: value for name, value in OF_FIRST_STEP.items() if name in type(loss).model_fields}
+    elsewhere = {"max_completion_length"} & probe.model_fields_set  # the probe's is put into the loss
+    own = {name: getattr(loss, name) for name in loss.model_fields_set - elsewhere}
     given = {name: getattr(probe, name) for name in probe.model_fields_set}
     settings = of("probe.") | given | {"loss": known | own | {"trainer": loss.trainer}}
     changes: dict[str, Any] = {"probe": ProbeConfig.model_validate(settings)}
