@@ -200,7 +200,7 @@ def test_other_advantages_are_not_sampled(tmp_path):
     place = directory(tmp_path / "c", "trl.trainer.rloo_config RLOOConfig", **TRAINED | {"beta": 0.0})
     with pytest.raises(ValueError, match=r"update: expected the trainer's own rollouts.*\(RLOO\)"):
         with_trainer_settings(config(place))
-    filled, _ = with_trainer_settings(config(place, batches=GIVEN))
+    filled, _ = with_trainer_settings(config(place, batches=SAMPLED | GIVEN))
     assert filled.probe.loss.loss_type == "rloo"
     place = directory(tmp_path / "d", **TRAINED | {"multi_objective_aggregation": "normalize_then_sum"})
     with pytest.raises(ValueError, match="normalises each reward before"):

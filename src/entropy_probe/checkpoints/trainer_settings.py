@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,22 @@ BEFORE: Mapping[str, Any] = {
     "vllm_importance_sampling_mode": "token_truncate",
 }
 """What versions of TRL did that have no such setting, where it is not the default of later ones."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_COUNT = "a whole number above 0", lambda value: isinstance(value, int) and _is_number(value) and value > 0
+KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("num_iterations", "gradient_accumulation_steps", "steps_per_generation"), _COUNT),
+    **dict.fromkeys(("max_completion_length", "num_generations"), _COUNT),
+    **dict.fromkeys(("per_device_train_batch_size", "generation_batch_size"), _COUNT),
+    **dict.fromkeys(("temperature", "max_grad_norm"), ("a number", _is_number)),
+    "scale_rewards": ("a word", lambda value: isinstance(value, str | bool)),
+    "reward_weights": ("numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+}
+"""What settings are that more is done with than to hand them to a loss, which has checks of its own."""
 
 GRPO, RLOO, GMPO = "GRPO", "RLOO", "GMPO"
 _LOOPS = ("TrainingArguments", "Seq2SeqTrainingArguments")
@@ -92,9 +108,10 @@ def read_training_args(path: Path) -> TrainerSettings | None:
             raise UnsupportedError(f"{file}: expected the trainer's arguments, got {shown(args)}; {remedy}")
         values = {name: _plain(args.state[name]) for name in (*LOSS, *OTHERS) if name in args.state}
         for name, value in values.items():
-            if value is ...:
+            wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
+            if value is not None and not fits(value):
                 got = shown(args.state[name])
-                raise InvalidValueError(f"{file}: {name}: expected a finite number or a word, got {got}; {remedy}")
+                raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {got}; {remedy}")
         kind = _kind(args.named, values)
         loss = None if kind is None else _loss(path, kind, values, args.state)
         return TrainerSettings(file, args.named, values, loss, kind is None and not _is_a_loop(args.named))
@@ -149,7 +166,7 @@ def _loss(path: Path, kind: str, values: Mapping[str, Any], state: Mapping[str, 
     if "vllm_importance_sampling_clip_max" not in values:  # called a cap before
         loss["vllm_importance_sampling_clip_max"] = _plain(state.get("vllm_importance_sampling_cap"))
     microbatch, rows = values.get("per_device_train_batch_size"), values.get("generation_batch_size")
-    if isinstance(microbatch, int) and isinstance(rows, int) and microbatch > 0:
+    if microbatch and rows:
         at_once = microbatch * (loss.get("steps_per_generation") or loss.get("gradient_accumulation_steps") or 1)
         loss["num_processes"] = max(1, rows // at_once)
     control = path / ENTROPY_CONTROL

@@ -90,7 +90,7 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
                 + f"{_remedy(there.value, own)}, or insist on the config with trust_config: true (--trust-config)"
             )
         notes.append(TRUSTED(**words))
-    if filled.update is not None:
+    if filled.update is not None and filled.rollouts.update is None:
         notes += _about_sampling(filled, filled.update, run)
     return filled.resolved(), tuple(notes)
 
