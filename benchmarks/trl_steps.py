@@ -320,8 +320,8 @@ class _Watch:
         """How far the policy has moved from the old one on this batch."""
         if self.rollouts.old_logprobs is None or self.planned.scores is None:
             return 0.0
-        gap = (self.planned.scores.logprobs - self.rollouts.old_logprobs)[self.rollouts.response_mask]
-        return float(gap.abs().max())
+        gap = (self.planned.scores.logprobs - self.rollouts.old_logprobs).masked_fill(~self.rollouts.response_mask, 0.0)
+        return float((gap.sum(1) if self.kind == "rloo" else gap).abs().max())
 
 
 def _any_rollouts() -> Rollouts:

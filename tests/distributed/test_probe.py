@@ -53,7 +53,7 @@ def without_some(probe: EntropyProbe):
     return probe.ask("without_prompts", update=update, evaluation=evaluation, prompts=[ids[:1], ids[2:]])
 
 
-KL = {"loss": {"trainer": "trl", "loss_type": "per_prompt_max", "beta": 0.5, "use_bias_correction_kl": False}}
+KL = {"loss": {"trainer": "trl", "loss_type": "per_prompt_max", "beta": 0.5, "entropy_coef": 0.2}}
 HOT = grouped(60, 2, 8)
 HOT_LOGPROBS = torch.full(HOT.input_ids.shape, -0.3, dtype=torch.float64)
 
