@@ -176,9 +176,9 @@ def test_settings_that_only_the_log_tells(tmp_path):
 REUSING = TRAINED | {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
 
 
-@pytest.mark.parametrize(("step", "batches", "taken"), [(4, GIVEN, 1), (5, GIVEN, 2), (4, SAMPLED, 1), (5, SAMPLED, 1)])
+@pytest.mark.parametrize(("step", "batches", "taken"), [(4, GIVEN, 1), (5, GIVEN, 2), (4, SAMPLED, 2), (5, SAMPLED, 2)])
 def test_several_steps_on_the_same_rollouts(tmp_path, step, batches, taken):
-    """Fresh rollouts are those of the first; given ones are of the step that the checkpoint is before."""
+    """Given rollouts are of the step that the checkpoint is before, and need no old log-probabilities for the first."""
     place = directory(tmp_path / "c", step=step, **REUSING)
     filled, notes = with_trainer_settings(config(place, batches=batches))
     assert notes == ()

@@ -147,10 +147,10 @@ def _filled(config: RunConfig, run: TrainingRun, told: Mapping[str, Told]) -> Ru
 
 
 def _takes_first_step(config: RunConfig, run: TrainingRun) -> bool:
-    """Whether the update batch is fresh where training takes several steps on the same rollouts."""
-    if run.loss is None or run.place == (1, 1) or "num_items_in_batch" in config.probe.loss.model_fields_set:
-        return False
-    return config.rollouts.update is None or (run.place is not None and run.place[0] == 1)
+    """Whether the trainer's rollouts are fresh where it takes several steps on them; those sampled here say so."""
+    whole_known = "num_items_in_batch" in config.probe.loss.model_fields_set
+    given = config.rollouts.update is not None
+    return given and not whole_known and run.place is not None and run.place[0] == 1 and run.place[1] > 1
 
 
 def _contradictions(config: RunConfig, told: Mapping[str, Told]) -> Iterator[tuple[str, Any, Told]]:
