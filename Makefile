@@ -101,6 +101,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checks.py
 	$(BIN)/python benchmarks/inspect_checkpoint.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/trl_steps.py
 
 clean:
 	rm -rf .venv .venv-* runs examples/tiny site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -121,17 +122,23 @@ class ProbeConfig(BaseModel):
     @classmethod
     def _build_loss(cls, settings: Any) -> Any:
         """The loss from its settings or its short form, with the largest length of the probe where it takes one."""
+        if not isinstance(settings, Mapping):
+            return settings
         settings = dict(settings)
         short, loss = settings.pop("loss_type", None), settings.get("loss")
         if short is not None and loss is not None:
             raise ValueError(f"loss_type: expected loss or loss_type, got both; set loss.loss_type to {short!r}")
         if short is not None or loss is None:
             loss = {"trainer": "trl"} | ({} if short is None else {"loss_type": short})
+        if not isinstance(loss, Loss | Mapping):
+            raise ValueError(
+                f"loss: expected settings with a trainer, got {loss!r}; write {{trainer: trl, beta: 0.04}}"
+            )
         loss = loss if isinstance(loss, Loss) else build_loss(loss)
         own, longest = getattr(loss, LONGEST, None), settings.get(LONGEST)
-        if longest is not None and own is not None and own != longest:
-            raise ValueError(f"loss.{LONGEST}: expected {longest}, as {LONGEST} is, got {own}; leave it out")
-        if longest is not None and LONGEST in type(loss).model_fields:
+        if isinstance(longest, int) and longest > 0 and LONGEST in type(loss).model_fields:
+            if own is not None and own != longest:
+                raise ValueError(f"loss.{LONGEST}: expected {longest}, as {LONGEST} is, got {own}; leave it out")
             loss = loss.model_copy(update={LONGEST: longest})
         return settings | {"loss": loss}
 

@@ -15,6 +15,13 @@ from tests.cli.conftest import invoke
 KL = "probe.loss={trainer: trl, beta: 0.5}"
 
 
+@pytest.fixture
+def config(config):
+    """Of other losses than the checkpoint was trained with."""
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"trust_config": True}))
+    return config
+
+
 def run(*args):
     done = invoke("run", *args)
     assert done.exit_code == 0, (done.output, done.exception)

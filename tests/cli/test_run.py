@@ -17,6 +17,7 @@ from entropy_probe.cli.output import locked
 from entropy_probe.report.wording import RESULT_FIGURES
 from entropy_probe.sampling import HFGenerator
 from tests.checkpoints.conftest import edit_json
+from tests.checkpoints.settings_files import GRPO, pickled_settings, saved_settings
 from tests.cli.conftest import SHARD, command_line, execute, invoke, killed_before
 from tests.notes import texts
 from tests.processes import Process
@@ -314,6 +315,31 @@ def test_rollouts_sampled_before_a_failure_are_kept(config, tmp_path):
     assert f"holds a run of another probe.learning_rate; choose another one, or pass --overwrite to run again, with {settings} to keep" in other.stderr  # noqa: E501  # fmt: skip
     run(config, *settings.split(), "--overwrite")
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")} == before
+
+
+def test_the_trainers_settings_reach_the_result(config, checkpoint, tmp_path):
+    """What the files say, of a copy whose settings are its own; the config says nothing of them."""
+    settings = GRPO | {"loss_type": "grpo", "max_grad_norm": 0.25, "max_completion_length": 8, "temperature": 1.0}
+    saved_settings(checkpoint, pickled_settings(**settings, mask_truncated_completions=True))
+    own = yaml.safe_load(config.read_text()) | {"checkpoint": str(checkpoint), "probe": {"learning_rate": 1e-4}}
+    config.write_text(yaml.safe_dump(own))
+    done = invoke("run", config)
+    assert done.exit_code == 0, done.output
+    result = ProbeResult.load(tmp_path / "out")
+    assert result.config["loss"]["loss_type"] == "grpo"
+    assert (result.config["max_grad_norm"], result.config["max_completion_length"]) == (0.25, 8)
+    assert result.config["update_selected"]
+    update = Rollouts.from_parquet(tmp_path / "out" / "update.parquet")
+    assert not update.response_mask.any(1).all()
+    refused = invoke("run", config, "probe.temperature=0.7", "--output-dir", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "probe.temperature: expected 1.0, which" in refused.output
+    assert not (tmp_path / "other").exists()
+    trusted = ("probe.temperature=0.7", "--trust-config", "--output-dir", tmp_path / "other")
+    assert invoke("run", config, *trusted).exit_code == 0
+    codes = [note.code for note in ProbeResult.load(tmp_path / "other").diagnostics.notes]
+    assert "config_trusted" in codes
+    assert "logged_entropy" in codes
 
 
 def test_a_finished_run_is_shown_again(once, monkeypatch):

@@ -173,7 +173,7 @@ def test_a_sweep_of_other_inputs_is_not_resumed(swept, checkpoint, tmp_path, ref
         return line
 
     assert "another sweep.learning_rates" in refusal(config, named, "sweep.learning_rates=[1e-5,2e-4]")
-    assert "another probe.max_grad_norm" in refusal(*same, "probe.max_grad_norm=0.1")
+    assert "another probe.normalization" in refusal(*same, "probe.normalization=sequence")
     assert "another update.seed" in refusal(*same, "update.seed=5")
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
     sweep(config, f"checkpoint={moved}", "sweep.learning_rates=[1e-5,1e-4]")  # the same content elsewhere

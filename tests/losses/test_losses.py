@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from entropy_probe.losses import trainers
 from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.steps.adamw import clip_gradient
 from tests.invariants.problems import batches, probe, with_reference
+from tests.losses.trl_formulas import trl_loss
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 0, 0]]).bool()
@@ -46,6 +48,7 @@ def test_weights(loss_type):
         ({"loss": {"trainer": "none"}}, "loss.trainer: expected one of .*trl.*, got 'none'"),
         ({"loss": {"loss_type": "dapo"}}, "loss.trainer: expected one of .*trl.*, got none; set"),
         ({"loss": {"trainer": "trl"}, "loss_type": "grpo"}, "loss_type: expected loss or loss_type, got both"),
+        ({"loss": "dapo"}, "loss: expected settings with a trainer, got 'dapo'; write"),
         ({"loss": {"trainer": "trl", "beta": -1.0}}, "loss.beta: input should be greater .* 0, got -1.0"),
         ({"loss": {"trainer": "trl", "beta": "small"}}, "loss.beta: input should be a valid number.*, got 'small'"),
         ({"loss": {"trainer": "trl", "use_adaptive_entropy": True}}, "last_world_entropy: expected a number beside"),
@@ -152,3 +155,44 @@ def test_contributions_of_tokens_add_up_with_all_terms():
 def test_only_a_term_with_a_coefficient_is_modelled():
     beginnings = [TRLLoss(beta=beta).models for beta in (0.0, 0.1)]
     assert beginnings == [(), ("the KL term",)]
+    assert TRLLoss(entropy_coef=0.1, num_iterations=2, use_vllm=True).models == (
+        "the entropy bonus",
+        "importance ratios other than 1",
+        "the weights that correct for the sampler",
+    )
+    assert TRLLoss(loss_type="gmpo", entropy_coef=0.1, use_vllm=True).models == ()
+
+
+def test_a_bonus_and_a_later_step_are_autograds():
+    model = TinyPolicy()
+    update, evaluation = batches()
+    update = off_policy(update)
+    result = probe(model, trained_optimizer(model), max_grad_norm=None, loss=FULL).predict(
+        update=update, evaluation=evaluation
+    )
+    mask = update.response_mask
+    log_p = torch.log_softmax(model(update.input_ids, update.attention_mask.long()).logits / TEMPERATURE, -1)
+    s, h = (torch.zeros(mask.shape, dtype=torch.float64) for _ in range(2))
+    s[:, 1:] = log_p[:, :-1].gather(-1, update.input_ids[:, 1:, None])[..., 0]
+    h[:, 1:] = -(log_p.exp() * log_p).sum(-1)[:, :-1]
+    batch = SimpleNamespace(mask=mask, advantages=update.advantages, old=update.old_logprobs, sampled=None,
+                            reference=update.reference_logprobs, microbatch=torch.zeros(len(mask)).long())  # fmt: skip
+    settings = {k: v for k, v in FULL.items() if k != "trainer"}
+    gradient = torch.autograd.grad(trl_loss(s, h, batch, **settings), list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in gradient]).norm().item()
+    assert result.diagnostics.gradient_norm == pytest.approx(norm, rel=1e-9)
+
+
+def test_one_batch_is_of_a_first_step():
+    """Earlier steps on the same rollouts were fitted to the responses that entropy would be taken on."""
+    model = TinyPolicy()
+    update, _ = batches()
+    subject = probe(model, trained_optimizer(model), loss={"trainer": "trl"}, identity_if_coverage_below=0.0)
+    with pytest.raises(ValueError, match="one batch: expected the first step on fresh rollouts, got old_logprobs"):
+        subject.one_batch(off_policy(update))
+    ours = replace(update, old_logprobs=scores_of(model, update))
+    plain = subject.one_batch(update).cross_prompt
+    assert subject.one_batch(ours).cross_prompt.delta_h1 == pytest.approx(plain.delta_h1, rel=1e-9)
+    bonus = FULL | {"beta": 0.0}
+    subject = probe(model, trained_optimizer(model), loss=bonus, identity_if_coverage_below=0.0)
+    assert subject.one_batch(update).cross_prompt.delta_h1 != pytest.approx(plain.delta_h1, rel=1e-2)

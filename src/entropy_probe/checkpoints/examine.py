@@ -30,6 +30,7 @@ from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entri
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.parameters import Layout, ParameterMapping, layout_of, map_parameters
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
+from entropy_probe.checkpoints.training_run import TrainingRun
 from entropy_probe.checkpoints.weights import check_finite, check_shapes, has_weights, read_weights, unchanged
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
@@ -46,12 +47,14 @@ class Request:
         base_model: the base model, or the one that full weights started from.
         adapter: the name of the trained adapter.
         quantization: how training quantised the base model.
+        any_trainer: whether the loss may be one that is not modelled.
     """
 
     path: Path
     base_model: str | Path | None = None
     adapter: str | None = None
     quantization: Quantization | None = None
+    any_trainer: bool = False
 
     def starting_point(self, manifest: Manifest | None) -> Path | None:
         """The weights that full-weight training started from, where they are given or recorded, and local.
@@ -110,6 +113,7 @@ class Examined:
         mapping: which parameter each of its entries belongs to.
         state: what the moments cover.
         movement: the check of entries of equal shape, where the weights' starting point is known.
+        run: the trainer's settings and log.
     """
 
     path: Path
@@ -121,6 +125,7 @@ class Examined:
     mapping: ParameterMapping
     state: OptimizerStateReport
     movement: MovementReport | None
+    run: TrainingRun
 
 
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
@@ -143,6 +148,8 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         verify_files(path, manifest)
     global_step = facts["global_step"] = read_global_step(path)
     member, place = find_optimizer(path)
+    run = TrainingRun.of(path, member, global_step)
+    facts |= run.facts()
     saved = member.optimizer(place)
     facts |= {
         "optimizer": saved.kind.name,
@@ -154,7 +161,8 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     model = _adapter(request, manifest, facts) if kind == "lora" else _full_weights(request)
     if manifest is not None:
         configuration = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
-        check_recorded(path, [saved.path, configuration, *model.weights.files], manifest)
+        own = [] if run.settings is None else [run.settings.file]
+        check_recorded(path, [saved.path, configuration, *model.weights.files, *own], manifest)
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
     mapping = _map(saved, model, manifest, start)
@@ -169,7 +177,9 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         movement = facts["movement"] = check_movement(saved, mapping.names, movements, reference)
     else:
         facts["movement_not_checked"] = reference
-    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement)
+    if not request.any_trainer:
+        run.refuse_other_loss()
+    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, run)
 
 
 def _kind(path: Path) -> Literal["lora", "full"]:

@@ -21,7 +21,6 @@ from entropy_probe.checkpoints.models import full_skeleton, load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
-from entropy_probe.checkpoints.trainer_log import not_modelled_by_log
 from entropy_probe.checkpoints.weights import check_finite, has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
@@ -42,12 +41,18 @@ class CheckpointState:
         tokenizer: the checkpoint's tokenizer, else the base model's; None when neither has one (only sampling
             and scoring of text need it).
         optimizer: the checkpoint's optimizer over the model's parameters, holding their state.
+        loss: the settings of the trainer's loss, as ``ProbeConfig(loss=...)`` takes them; None where the files do not
+            tell them.
+        settings: the trainer's settings that the loss, the step and the samples depend on, by its own names; empty
+            where there is no file of them.
         report: what was found and how state was matched to parameters.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     optimizer: torch.optim.Optimizer
+    loss: dict[str, Any] | None
+    settings: Mapping[str, Any]
     report: CheckpointReport
 
 
@@ -60,6 +65,7 @@ def load_checkpoint(
     adapter: str | None = None,
     quantization: Quantization | None = None,
     shard: bool = False,
+    any_trainer: bool = False,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
 
@@ -85,6 +91,8 @@ def load_checkpoint(
             stored in 4 bits.
         shard: spread model and optimizer state over the ranks of torch's default process group (FSDP2), for a model
             that does not fit one device. To be called on all ranks.
+        any_trainer: load the checkpoint of a trainer whose loss is none of those that are modelled (DPO, SFT …) too,
+            for a gradient from outside.
 
     Raises:
         CheckpointError: if anything is missing, damaged, of another model, unsafe or not supported, as one of its
@@ -100,12 +108,13 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        examined = examine(Request(open_directory(Path(path)), base_model, adapter, quantization), facts)
+        examined = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, any_trainer), facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
         tokenizer = load_tokenizer(examined.path, examined.model.base or base_model)
         parameters = _trained(model, examined)
         optimizer = build_optimizer(examined.saved, examined.mapping, parameters)
-    return CheckpointState(model, tokenizer, optimizer, report_on(examined, facts))
+    run = examined.run
+    return CheckpointState(model, tokenizer, optimizer, run.loss, run.values, report_on(examined, facts))
 
 
 def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
@@ -163,14 +172,9 @@ def load_reference(path: str | Path, *, dtype: str = "float32", device: str | to
 
 def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
     """The report on a checkpoint that can be loaded; ``facts`` as :func:`examine` left them."""
-    notes = tuple(doubts_about(examined))
-    return CheckpointReport(
-        path=str(examined.path),
-        verdict="suspicious" if notes else "healthy",
-        notes=notes,
-        not_modelled=not_modelled_by_log(examined.path),
-        **facts,
-    )
+    doubts = tuple(doubts_about(examined))
+    verdict = "suspicious" if doubts else "healthy"
+    return CheckpointReport(path=str(examined.path), verdict=verdict, notes=(*doubts, *examined.run.notes()), **facts)
 
 
 def inspect_checkpoint(

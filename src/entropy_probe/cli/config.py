@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -62,7 +63,10 @@ class RunConfig(BaseModel):
         attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
         attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch.
         questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
-        probe: how to probe.
+        trust_config: go by the config where the checkpoint's files say otherwise of training, and probe the checkpoint
+            of any trainer. The result says where they differ.
+        probe: how to probe. Loss, temperature, clipping and largest length are the trainer's where the checkpoint tells
+            them and the config does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -88,6 +92,7 @@ class RunConfig(BaseModel):
     attribution: bool = False
     attribution_folds: int | None = Field(default=None, ge=2)
     questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    trust_config: bool = False
     probe: ProbeConfig = ProbeConfig()
 
     @property
@@ -120,7 +125,6 @@ class RunConfig(BaseModel):
             needed = {
                 batch: getattr(self, batch),
                 "prompts": self.prompts,
-                "probe.max_completion_length": self.probe.max_completion_length,
                 **({"reward": self.reward} if batch == "update" else {}),
             }
             for key, value in needed.items():
@@ -142,21 +146,7 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_resampling(self) -> RunConfig:
-        if self.probe.on_low_ess == "resample" and self.probe.max_completion_length is None:
-            raise ValueError(
-                "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), but "
-                "missing"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_reference(self) -> RunConfig:
-        if self.reference is not None and not self.probe.loss.needs_reference:
-            raise ValueError(
-                "reference: expected a loss with a KL term beside it (probe.loss.beta above 0), got none; set it, or "
-                "leave reference out"
-            )
         if self.reference is not None and self.shard:
             raise ValueError("reference: expected shard: false beside it, got true; record reference_logprobs instead")
         return self
@@ -194,11 +184,37 @@ class RunConfig(BaseModel):
             )
         return self
 
+    def check_filled(self) -> None:
+        """Check what the trainer's settings are part of, once they were filled in from the checkpoint.
+
+        Raises:
+            ValueError: if responses are to be sampled and neither the config nor the checkpoint has their largest
+                length, or a reference is given that the loss has no use for.
+        """
+        batches = ("update",) if self.needs_no_evaluation else ("update", "evaluation")
+        sampled = next((batch for batch in batches if getattr(self.rollouts, batch) is None), None)
+        missing = "but missing, and the checkpoint does not tell it; set it"
+        if self.probe.max_completion_length is None and sampled is not None:
+            raise ValueError(
+                f"probe.max_completion_length: required to sample the {sampled} batch, {missing}, or set "
+                f"rollouts.{sampled} to a saved batch"
+            )
+        if self.probe.max_completion_length is None and self.probe.on_low_ess == "resample":
+            raise ValueError(
+                "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), "
+                f"{missing}"
+            )
+        if self.reference is not None and not self.probe.loss.needs_reference:
+            raise ValueError(
+                "reference: expected a loss with a KL term beside it (probe.loss.beta above 0), got none; set it, or "
+                "leave reference out"
+            )
+
     def resolved(self) -> RunConfig:
         """The config with nothing left to circumstances: absolute paths, the device, how batches were drawn.
 
         Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own. Update
-        prompts that are filtered here are selected by their rewards.
+        prompts that are filtered here, or whose truncated responses are masked, are selected by what they are.
         Sampling settings that saved rollouts take the place of are left out.
 
         Raises:
@@ -226,7 +242,7 @@ class RunConfig(BaseModel):
         drawn: dict[str, Any] = {}
         if "evaluation" not in saved and not self.needs_no_evaluation and self.probe.evaluation_unit == "auto":
             drawn["evaluation_unit"] = "sequence"
-        if "update" not in saved and self.update is not None and self.update.filter_zero_advantage:
+        if "update" not in saved and self.update is not None and self.update.selects:
             drawn["update_selected"] = True
         changes["probe"] = self.probe.model_copy(update=drawn)
         return self.model_copy(update=changes)
@@ -280,12 +296,12 @@ def load_config(
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The keys of a section, with the model of those that are sections themselves."""
+    """The keys of a section, with the model of those that are sections themselves; a loss knows its own keys."""
     keys: dict[str, type[BaseModel] | None] = {}
     for name, field in model.model_fields.items():
         candidates = (field.annotation, *get_args(field.annotation))
         models = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        keys[name] = models[0] if models else None
+        keys[name] = models[0] if models and not inspect.isabstract(models[0]) else None
     return keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
+from entropy_probe.cli.options import TrustConfig
 from entropy_probe.cli.output import Output, locked, open_output
 from entropy_probe.results.probe import ProbeResult
 
@@ -43,6 +45,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
     ] = False,
+    trust_config: TrustConfig = False,
 ) -> None:
     """Probe a checkpoint: predict the next step's entropy change, and measure it."""
     from rich.console import Console
@@ -55,6 +58,7 @@ def run(
         "output_dir": None if output_dir is None else str(output_dir),
         "probe.learning_rate": learning_rate,
         "overwrite": overwrite or None,
+        "trust_config": trust_config or None,
     }
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options)
@@ -79,6 +83,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         adapter=config.adapter,
         quantization=config.quantization,
         shard=config.shard,
+        any_trainer=config.trust_config,
     )
 
 
@@ -144,10 +149,11 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
     from entropy_probe.analyses.validate import check_halves
+    from entropy_probe.cli.from_checkpoint import with_trainer_settings
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_run_report
 
-    config = config.resolved()
+    config, of_config = with_trainer_settings(config)
     writing = ranks.rank == 0
     with locked(config.output_dir) if writing else nullcontext(), show_progress(visible=writing) as progress:
         sources = read_sources(config)
@@ -160,7 +166,7 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         if output.finished:
             (result,) = ranks.broadcast([ProbeResult.load(output.path)] if writing else [])
         else:
-            result = _probe_into(output, sources, ranks, progress, halves)
+            result = _probe_into(output, replace(sources, notes=(*of_config, *sources.notes)), ranks, progress, halves)
         output.finish(partial(write_run_report, output.path, result))
     return result
 
@@ -169,6 +175,7 @@ def _probe_into(
     output: Output, sources: Sources, ranks: Ranks, progress: Phase, halves: tuple[int, int] | None
 ) -> ProbeResult:
     """Load, sample, probe and validate; rank 0 writes what comes of it."""
+    from entropy_probe.analyses.log_check import against_log
     from entropy_probe.analyses.provenance import Clock
     from entropy_probe.cli.report import write_run_report
 
@@ -178,8 +185,9 @@ def _probe_into(
         with clock.phase("sample"):
             update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         result, attribution = _run_mode(probe, config, update, evaluation)
-        notes = (*state.report.notes, *sources.notes, *notes)
-        result = _annotate(result, notes, beyond_loss(config, state.report.not_modelled), clock.seconds)
+        of_log = against_log(state.report.logged, result, update, selected=config.probe.update_selected)
+        notes = (*state.report.notes, *sources.notes, *notes, *of_log)
+        result = _annotate(result, notes, beyond_loss(config, update, state.report.not_modelled), clock.seconds)
         if output.writes:
             if attribution is not None:
                 attribution.save_tables(output.path, state.tokenizer)
@@ -238,9 +246,9 @@ def _run_mode(
     return _annotate(result, tuple(notes), tuple(left_out), one.timing), attribution
 
 
-def beyond_loss(config: RunConfig, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
-    """What a trainer's log shows of its loss, without what the configured loss models."""
-    models = config.probe.loss.models
+def beyond_loss(config: RunConfig, update: Rollouts, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
+    """What a trainer's log shows of its loss, without what the configured loss models on this batch."""
+    models = (*config.probe.loss.models, *(("importance ratios",) if update.old_logprobs is not None else ()))
     return tuple(line for line in not_modelled if not line.startswith(models))
 
 

@@ -61,7 +61,7 @@ class TRLLoss(Loss, frozen=True):
         loss_type: that of ``GRPOConfig``; ``gmpo`` and ``rloo`` are the losses of the trainers of these names.
             ``per_prompt_max`` is none of TRL's: it divides by N times the longest response of the prompt's group.
         beta: coefficient of the KL term (k3) to the reference. Of ``rloo`` it is part of the reward.
-        use_bias_correction_kl: multiply the KL term by the ratio. Before TRL 1.0 there was no such argument: false.
+        use_bias_correction_kl: multiply the KL term by the ratio; false for a TRL that has no such argument.
         epsilon: lower clip range; ``None`` is the trainer's default, 0.2 (``gmpo`` 0.4, of the ratio's logarithm).
         epsilon_high: upper clip range; ``None`` is ``epsilon``. Of ``cispo`` it is the cap itself, as TRL has it.
         delta: bound on the ratio before the minimum with the clipped one.
@@ -160,10 +160,15 @@ class TRLLoss(Loss, frozen=True):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The KL term and the entropy bonus, where they have a coefficient."""
-        bonus = self.entropy_coef or self.use_adaptive_entropy
-        kl, has_bonus = self.beta > 0, bool(bonus) and self.loss_type not in OTHER_TRAINERS
-        return ("the KL term",) * kl + ("the entropy bonus",) * has_bonus
+        """The KL term, the entropy bonus, ratios and the sampler's weights, where the settings have them."""
+        there = {
+            "the KL term": self.beta > 0,
+            "the entropy bonus": (self.entropy_coef or self.use_adaptive_entropy)
+            and self.loss_type not in OTHER_TRAINERS,
+            "importance ratios other than 1": self.needs_old,
+            "the weights that correct for the sampler": self.weighs_sampler,
+        }
+        return tuple(line for line, modelled in there.items() if modelled)
 
     def needs_scores(self, rollouts: Rollouts) -> bool:
         """Where a term depends on the policy as it is."""

@@ -77,6 +77,11 @@ class UpdateSettings(Settings):
     mask_truncated_completions: bool = False
     allow_zero_advantages: bool = False
 
+    @property
+    def selects(self) -> bool:
+        """Whether responses are kept or dropped by what they are."""
+        return self.filter_zero_advantage or self.mask_truncated_completions
+
 
 class EvaluationSettings(Settings):
     """The evaluation batch: prompts drawn with replacement, one response per draw.
