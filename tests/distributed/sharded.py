@@ -25,6 +25,12 @@ def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
     update, evaluation = rollouts(9, group=3), rollouts(8, seed=2, group=1)
     if case["what"] == "run":
         return subject.run(update=update, evaluation=evaluation).model_dump(mode="json")
+    if case["what"] == "gradient":
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        given = {"gradient": {name: torch.ones_like(p) for name, p in trained.items()}, "evaluation": evaluation}
+        if case.get("gathered_gradient"):
+            given["gradient"] = {name: torch.ones(p.shape) for name, p in trained.items()}
+        return subject.run(update=update, **given).model_dump(mode="json")
     if case["what"] == "one_batch":
         return subject.one_batch(update).model_dump(mode="json")
     if case["what"] == "sweep":

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
 from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
+from entropy_probe.analyses.given import GRADIENT_GIVEN, GRADIENTS_DIFFER, NOTABLE_DISTANCE, GivenGradient, agreement
 from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
-from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_rounding
+from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model, of_rounding
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
@@ -28,12 +29,22 @@ from entropy_probe.named import dot
 from entropy_probe.parallel.batch import add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import PreconditionerReport
-from entropy_probe.steps.adamw import clip_gradient
+from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Plan", "Prediction", "entropy_surrogate", "plan", "predict", "prompt_contributions", "step_on"]
+__all__ = [
+    "BatchGradient",
+    "Plan",
+    "Prediction",
+    "entropy_surrogate",
+    "plan",
+    "plan_given",
+    "predict",
+    "prompt_contributions",
+    "step_on",
+]
 
 NO_HISTORY = NoteKind(
     "no_history",
@@ -50,28 +61,53 @@ CLIPPED = NoteKind(
 
 
 @dataclass(frozen=True, eq=False)
+class BatchGradient:
+    """The gradient that a step is taken with, of the loss on a batch.
+
+    Attributes:
+        update: the batch.
+        loss: coefficients of this rank's part of it.
+        gradient: of the loss, with each prompt's share where these are kept.
+    """
+
+    update: UpdateBatch
+    loss: TokenCoefficients
+    gradient: SampleGradients
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The next step, and all that leads to it.
 
     Attributes:
         policy: whose step it is.
-        update: the batch it is taken on.
         evaluation: the batch that entropy is taken on.
         before: what that is before the step.
-        loss: coefficients of this rank's part of the update batch.
         hooks: where per-sample gradients are read off the layers.
-        gradient: of the loss, with each prompt's share where these are kept.
+        source: where its gradient comes from.
         step: the parameter change, in parts.
     """
 
     policy: Policy
-    update: UpdateBatch
     evaluation: EvaluationBatch
     before: Before
-    loss: TokenCoefficients
     hooks: Hooks | None
-    gradient: SampleGradients
+    source: BatchGradient | GivenGradient
     step: PlannedStep
+
+    @property
+    def batch(self) -> BatchGradient:
+        """The update batch, of which the step is, and its gradient.
+
+        Raises:
+            ValueError: if the gradient came from outside, so that there is none to divide the step over.
+        """
+        if isinstance(self.source, GivenGradient):
+            raise ValueError(
+                "update: expected the step of an update batch, which this divides over, got that of a gradient from "
+                "outside; leave the gradient out"
+            )
+        return self.source
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +121,9 @@ class Prediction:
         length_slope: the gradient of the number of tokens of some sequences; ``None`` for entropies per sequence.
         change: the first-order change.
         parts: its parts by those of the step; none for a step that is taken on copies.
-        by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise.
-        se_update: the error from the update batch.
+        by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise, and for a gradient
+            from outside.
+        se_update: the error from the update batch; ``None`` for a gradient from outside.
     """
 
     plan: Plan
@@ -95,7 +132,7 @@ class Prediction:
     change: fo.FirstOrder
     parts: dict[str, fo.FirstOrder]
     by_prompt: Float[Tensor, " B"] | None
-    se_update: float
+    se_update: float | None
 
 
 def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool = True) -> Plan:
@@ -110,40 +147,88 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     Raises:
         ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
     """
-    config, trained = policy.config, (policy.parameters, policy.optimizer)
+    policy.log.not_modelled += of_model(policy.model)
     policy.prepare(update.rollouts, evaluation.rollouts)
     # first, since it refuses batches that lack what the loss takes
     loss = update_loss(policy, update, checked=evaluation.is_update)
     before = _before(policy, evaluation)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    checked = evaluation.is_update or config.loss.needs_scores
-    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
-    step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
-    policy.log.not_modelled += of_rounding(*trained, step.delta)
-    if config.geometry == "frozen":
-        policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
-    return Plan(policy, update, evaluation, before, loss, hooks, gradient, step)
+    gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares)
+    source = BatchGradient(update, loss, gradient)
+    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
 
 
-def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) -> Prediction:
-    """The first-order change of the entropy of ``evaluation`` by the next step on ``update``.
+def plan_given(
+    policy: Policy, gradient: Gradient, update: UpdateBatch | None, evaluation: EvaluationBatch, *, shares: bool = True
+) -> Plan:
+    """Score the evaluation batch, and plan the step of a gradient from outside.
+
+    Args:
+        policy: whose step it is.
+        gradient: as :func:`~entropy_probe.analyses.given.checked_gradient` returns it.
+        update: a batch whose gradient to compare it with, if any.
+        evaluation: the batch that entropy is taken on.
+        shares: prepare to differentiate the entropy cluster by cluster.
 
     Raises:
         ValueError: as :func:`plan`.
     """
-    planned = plan(policy, update, evaluation)
-    step, before, sizes = planned.step, planned.before, planned.before.sums.size
+    batches = (evaluation,) if update is None else (update, evaluation)
+    policy.prepare(*(batch.rollouts for batch in batches))
+    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
+    before = _before(policy, evaluation)
+    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
+    policy.log.notes.append(GRADIENT_GIVEN())
+    source = GivenGradient(None, None)
+    if update is not None and loss is not None:
+        own = _update_gradient(policy, update, evaluation, loss, None, shares=False)
+        agreed = agreement(gradient, own.total)
+        if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
+            policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
+        source = GivenGradient(update.rollouts, agreed)
+    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient))
+
+
+def _update_gradient(
+    policy: Policy,
+    update: UpdateBatch,
+    evaluation: EvaluationBatch,
+    loss: TokenCoefficients,
+    hooks: Hooks | None,
+    *,
+    shares: bool,
+) -> SampleGradients:
+    checked = evaluation.is_update or policy.config.loss.needs_scores
+    return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
+
+
+def _step(policy: Policy, gradient: Gradient) -> PlannedStep:
+    """The step with a gradient, and what of the trainer's is not in it."""
+    config, trained = policy.config, (policy.parameters, policy.optimizer)
+    step = plan_step(*trained, gradient, config, policy.frozen_scale)
+    policy.log.not_modelled += of_rounding(*trained, step.delta)
+    if config.geometry == "frozen":
+        policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
+    return step
+
+
+def predict(planned: Plan) -> Prediction:
+    """The first-order change of the entropy by a step."""
+    step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
     slope = _entropy_slope(planned)
-    dots = over_clusters(policy, evaluation.part, slope.dots)
+    dots = over_clusters(policy, planned.evaluation.part, slope.dots)
     length_slope, lengths = _length_changes(planned)
     change = fo.first_order(dots.sum(0), sizes, before.entropy, float(lengths.sum()))
-    if step.gradient_scale is None:
-        se_update = _jackknife(planned, slope, sizes.sum().item())
-        return Prediction(planned, slope, length_slope, change, {}, None, se_update)
     parts = {
         name: fo.first_order(dots[k], sizes, before.entropy, float(lengths[k]))
         for k, name in enumerate(step.components)
+        if step.gradient_scale is not None
     }
+    if isinstance(planned.source, GivenGradient):
+        return Prediction(planned, slope, length_slope, change, parts, None, None)
+    if step.gradient_scale is None:
+        se_update = _jackknife(planned, slope, sizes.sum().item())
+        return Prediction(planned, slope, length_slope, change, parts, None, se_update)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
     fo.check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
@@ -204,13 +289,13 @@ def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: fl
         slope: the gradient of a sum over some batch.
         total_weight: the batch's weight, which the sum is divided by.
     """
-    policy, update, step, gradient = planned.policy, planned.update, planned.step, planned.gradient
+    policy, step, update, gradient = planned.policy, planned.step, planned.batch.update, planned.batch.gradient
     assert step.gradient_scale is not None
     direction = scaled(slope.total, step.gradient_scale, -step.gradient.factor / total_weight)
     with policy.clock.phase("update error") as progress:
         if gradient.stored is not None:
             return over_clusters(policy, update.part, gradient.dot_stored(direction))
-        side = Side(planned.loss, directions=[direction])
+        side = Side(planned.batch.loss, directions=[direction])
         again = differentiate(
             policy, update.own, update.part, side, hooks=planned.hooks, progress=progress, total=False
         )
@@ -225,9 +310,10 @@ def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> Plan
         kept: which prompts, numbered by increasing id.
         factor: of every token's weight in the loss of the whole batch.
     """
-    policy, update, part, step = planned.policy, planned.update, planned.update.part, planned.step
+    policy, batch, part, step = planned.policy, planned.batch, planned.batch.update.part, planned.step
     own = torch.isin(part.present_clusters, kept).nonzero()[:, 0]
-    given = (policy.scorer, policy.parameters, update.own, part.local_clusters, own, planned.loss, planned.gradient)
+    rollouts = batch.update.own
+    given = (policy.scorer, policy.parameters, rollouts, part.local_clusters, own, batch.loss, batch.gradient)
     with policy.on_part(part):
         gradient = kept_gradient(*given)
     gradient = policy.ranks.sum_vector(gradient, policy.parameters)
@@ -243,7 +329,7 @@ def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> Plan
 
 def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:
     """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
-    policy, update, step = planned.policy, planned.update, planned.step
+    policy, update, step = planned.policy, planned.batch.update, planned.step
     config, blocks, part = policy.config, update.shares, update.part
     policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
     factors = renormalisation(update.given, blocks.index, config.loss)
@@ -259,8 +345,8 @@ def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> fl
             policy.parameters,
             update.own,
             part.local_clusters,
-            planned.loss,
-            planned.gradient,
+            planned.batch.loss,
+            planned.batch.gradient,
             own_factors,
         ):
             clipped = clip_gradient(reduced, config.max_grad_norm).values

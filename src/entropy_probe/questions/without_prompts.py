@@ -104,7 +104,7 @@ def check(policy: Policy, update: UpdateBatch, settings: Settings) -> None:
 
 def run(prediction: Prediction, settings: Settings) -> Answer:
     """The change of the step without each list of prompts, from one more pass over the evaluation batch."""
-    plan, known = prediction.plan, prediction.plan.update.rollouts.prompt_ids.unique()
+    plan, known = prediction.plan, prediction.plan.batch.update.rollouts.prompt_ids.unique()
     steps = [
         step_without(prediction, torch.searchsorted(known, torch.tensor(sorted(set(ids))))) for ids in settings.prompts
     ]
@@ -126,9 +126,10 @@ def run(prediction: Prediction, settings: Settings) -> Answer:
 
 def step_without(prediction: Prediction, dropped: Tensor) -> PlannedStep:
     """The step on the update batch without some of its prompts, numbered by increasing id."""
-    plan, prompts = prediction.plan, prediction.plan.update.prompts
+    plan, update = prediction.plan, prediction.plan.batch.update
+    prompts = update.prompts
     left = ~torch.isin(torch.arange(prompts.count), dropped)
-    factor, _ = renormalisation(plan.update.given, left[prompts.index].long(), plan.policy.config.loss)
+    factor, _ = renormalisation(update.given, left[prompts.index].long(), plan.policy.config.loss)
     return step_on(plan, left.nonzero()[:, 0], factor)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
+from entropy_probe.results.step import StepVectors
 from entropy_probe.results.student import critical_value
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "CrossPrompt",
     "Diagnostics",
     "Estimate",
+    "GradientAgreement",
     "OptimizerStateReport",
     "PolicyFit",
     "PreconditionerReport",
@@ -75,14 +78,14 @@ class Predicted(Estimate):
 
     Attributes:
         se_evaluation: the error from the evaluation rollouts, with the update held fixed.
-        se_update: the error from the update rollouts.
+        se_update: the error from the update rollouts; null for a gradient from outside, whose error is not known.
         se_update_method: ``linear``: from each prompt's part of the gradient, with the step's denominators, clipping
-            and normalisation held fixed; ``jackknife``: from steps without a block of prompts.
+            and normalisation held fixed; ``jackknife``: from steps without a block of prompts; null with ``se_update``.
     """
 
     se_evaluation: float = Field(ge=0)
-    se_update: float = Field(ge=0)
-    se_update_method: Literal["linear", "jackknife"] = "linear"
+    se_update: float | None = Field(ge=0)
+    se_update_method: Literal["linear", "jackknife"] | None = "linear"
 
 
 class Realized(Record):
@@ -279,6 +282,18 @@ class PolicyFit(Record):
     update: BatchFit | None = None
 
 
+class GradientAgreement(Record):
+    """How far the gradient of the update rollouts is from one that was given beside them, before clipping.
+
+    Attributes:
+        relative_distance: length of the difference, over that of the gradient given; null if that is 0.
+        cosine: of the angle between the two; null if one of them is 0.
+    """
+
+    relative_distance: float | None = Field(ge=0)
+    cosine: float | None
+
+
 class Diagnostics(Record):
     """How the numbers came about.
 
@@ -286,9 +301,12 @@ class Diagnostics(Record):
         evaluation_unit: what was treated as independent on the evaluation side; ``trajectory`` where the rollouts say
             which sequences are parts of one.
         num_evaluation_sequences: sequences in the evaluation batch.
-        num_update_sequences: sequences in the update batch.
-        num_update_prompts: prompts in the update batch, equal ones and those of one trajectory counted once.
-        gradient_norm: norm of the update gradient before clipping.
+        num_update_sequences: sequences in the update batch; null where there is none, but a gradient from outside.
+        num_update_prompts: prompts in the update batch, equal ones and those of one trajectory counted once; null
+            likewise.
+        gradient_agreement: of a gradient from outside, which the step is that of, and that of the update batch beside
+            it; null without either.
+        gradient_norm: norm of the gradient before clipping.
         clip_factor: what clipping multiplied it by, 1 when it did not act.
         step_norm: Euclidean norm of the parameter change.
         prefix_sharing: whether responses to one prompt were computed with the prompt once, or why not.
@@ -306,8 +324,9 @@ class Diagnostics(Record):
 
     evaluation_unit: Literal["sequence", "prompt", "trajectory"]
     num_evaluation_sequences: int
-    num_update_sequences: int
-    num_update_prompts: int
+    num_update_sequences: int | None
+    num_update_prompts: int | None
+    gradient_agreement: GradientAgreement | None = None
     gradient_norm: float
     clip_factor: float
     step_norm: float
@@ -337,6 +356,8 @@ class ProbeResult(SavedRecord):
         attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
         contributions: each evaluation cluster's contribution to ``predicted`` (their mean is its value); kept in
             memory only.
+        step: the step itself and its clipped gradient, by parameter name; null where none is planned; kept in memory
+            only.
         answers: to further questions, by name; each has a file of its own.
         optimizer_state: what the optimizer's state covers.
         preconditioner: the frozen preconditioner, when that geometry was asked for.
@@ -357,6 +378,7 @@ class ProbeResult(SavedRecord):
     cross_prompt: CrossPrompt | None = None
     attribution: AttributionSummary | None = None
     contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
+    step: SkipJsonSchema[StepVectors] | None = Field(default=None, exclude=True, repr=False)
     answers: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     optimizer_state: OptimizerStateReport
     preconditioner: PreconditionerReport | None = None

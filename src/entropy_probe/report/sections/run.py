@@ -77,9 +77,9 @@ def step_section(result: ProbeResult) -> Section:
     clusters = f"{result.entropy.num_clusters} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
     rows, changes, parts = [Row("entropy H(θ)", written(result.entropy), clusters, headline=True)], [], []
     if (predicted := result.predicted) is not None:
-        errors = (
-            f"evaluation {format_number(predicted.se_evaluation, 2)}, update {format_number(predicted.se_update, 2)}"
-        )
+        from_update = predicted.se_update
+        errors = f"evaluation {format_number(predicted.se_evaluation, 2)}"
+        errors += "" if from_update is None else f", update {format_number(from_update, 2)}"
         how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
         rows.append(Row("predicted δH₁", written(predicted, exponent), f"SE: {errors}{how}", headline=True))
         changes.append(Bar(rows[-1], predicted.value, predicted.margin, look="dot"))
