@@ -104,17 +104,15 @@ class EntropyProbe:
         self._policy()
 
     @contextmanager
-    def _opened(self, learning_rate: float | None = None) -> Iterator[Policy]:
-        """The policy ready to be scored and differentiated for one run, and left as it was."""
-        policy = self._policy(learning_rate)
+    def _opened(self, **settings: Any) -> Iterator[Policy]:
+        """The policy ready to be scored and differentiated for one run, with these settings, and left as it was."""
+        policy = self._policy(**settings)
         with policy.isolated():
             yield policy
 
-    def _policy(self, learning_rate: float | None = None) -> Policy:
+    def _policy(self, **settings: Any) -> Policy:
         """The policy and its optimizer as they are now: a scheduler may have changed the rates since the last call."""
-        model, optimizer, config = self._model, self._optimizer, self._config
-        if learning_rate is not None:
-            config = config.model_copy(update={"learning_rate": learning_rate})
+        model, optimizer, config = self._model, self._optimizer, self._config.model_copy(update=settings)
         reshard(model)
         parameters = optimizer_parameters(model, optimizer)
         check_shards(model, parameters.items())
@@ -260,7 +258,8 @@ class EntropyProbe:
     ) -> Sweep:
         """Measure the change at many learning rates, and say up to which of them the prediction describes it.
 
-        Costs what :meth:`predict` costs, and for each rate one scoring of the evaluation batch.
+        Costs what :meth:`predict` costs, and for each rate one scoring of the evaluation batch. Steps are not rounded
+        to the precision that training keeps its weights in, whatever ``step_dtype`` says.
 
         Args:
             update: the batch the step is taken on.
@@ -276,7 +275,8 @@ class EntropyProbe:
         """
         rates = check_learning_rates(learning_rates)
         check_finished(finished, rates)
-        with self._opened(rates[-1]) as policy:
+        # rounded steps are not in proportion to the rate
+        with self._opened(learning_rate=rates[-1], step_dtype="float32") as policy:
             prediction = predict(_plan(policy, update, evaluation))
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
 

@@ -62,7 +62,7 @@ def result_of(
             "step_norm": norm(delta := step.delta),
             "gradient_agreement": source.agreement if isinstance(source, GivenGradient) else None,
         },
-        step=StepVectors(delta, step.gradient.values),
+        step=StepVectors(delta, step.taken_with),
         unit=evaluation.cluster_name,
         preconditioner=step.preconditioner,
         **fields,

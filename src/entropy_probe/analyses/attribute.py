@@ -39,7 +39,7 @@ from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["attribute", "check_divides", "check_folds"]
 
-PARTS = ("gradient", "momentum", "weight_decay")
+PARTS = ("gradient", "momentum", "weight_decay", "rounding")
 UNITS_OF_ROUNDING = 8
 """How far sums may be off, relative to the sum of absolute terms: 1e-6 in float32."""
 SUM_TOLERANCE = 1e-10

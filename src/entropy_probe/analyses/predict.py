@@ -17,7 +17,14 @@ from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
 from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
 from entropy_probe.analyses.given import GRADIENT_GIVEN, GRADIENTS_DIFFER, NOTABLE_DISTANCE, GivenGradient, agreement
 from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
-from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model, of_rounding
+from entropy_probe.analyses.not_modelled import (
+    MASTER_WEIGHTS,
+    PRECISION_UNKNOWN,
+    lost_to_rounding,
+    of_frozen_geometry,
+    of_model,
+    of_rounding,
+)
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
@@ -32,6 +39,7 @@ from entropy_probe.results.probe import PreconditionerReport
 from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
+from entropy_probe.steps.precision import NARROW, step_dtypes, trained
 from entropy_probe.types import TokenCoefficients
 
 __all__ = [
@@ -206,10 +214,25 @@ def _step(policy: Policy, gradient: Gradient) -> PlannedStep:
     """The step with a gradient, and what of the trainer's is not in it."""
     config, trained = policy.config, (policy.parameters, policy.optimizer)
     step = plan_step(*trained, gradient, config, policy.frozen_scale)
-    policy.log.not_modelled += of_rounding(*trained, step.delta)
+    if not step.kept:
+        _say_what_rounding_would_do(policy, step)
     if config.geometry == "frozen":
         policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
     return step
+
+
+def _say_what_rounding_would_do(policy: Policy, step: PlannedStep) -> None:
+    """What of a step that is not rounded would be lost if it were, where something suggests that it is in training."""
+    given = (policy.parameters, policy.optimizer)
+    if step_dtypes(*given, "auto"):
+        policy.log.not_modelled += of_rounding(*given, step.delta)
+        return
+    if policy.config.step_dtype != "auto" or any(p.dtype in NARROW for p in policy.parameters.values()):
+        return
+    told = trained(*given)
+    lost = lost_to_rounding(told or policy.parameters, step.delta)
+    if lost is not None:
+        policy.log.notes.append((MASTER_WEIGHTS if told else PRECISION_UNKNOWN)(kind=lost[0], share=lost[1]))
 
 
 def predict(planned: Plan) -> Prediction:
@@ -338,6 +361,10 @@ def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> fl
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
         for name, p in step.delta.items()
     }
+    whole = step.delta
+    if step.kept:  # rounding is as large as a block's share, so that steps are compared without it
+        given = (policy.parameters, policy.optimizer)
+        whole = moved(policy.parameters, copied_step(*given, step.gradient.values, config.learning_rate))
     left_out = []
     with policy.clock.phase("update error") as progress, policy.on_part(part):
         for reduced in reduced_gradients(
@@ -355,7 +382,7 @@ def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> fl
             progress(len(left_out), len(own_factors))
     changes = over_clusters(policy, part, torch.tensor(left_out, dtype=torch.float64))
     sizes = torch.stack([update.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
-    return jackknife_standard_error(dot(direction, step.delta), changes, sizes)
+    return jackknife_standard_error(dot(direction, whole), changes, sizes)
 
 
 def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:

@@ -35,6 +35,7 @@ SCHEMA_VERSION = 3
 RESULTS_FILE = "results.json"
 
 Unit = Literal["nats/token", "nats/sequence"]
+StepPart = Literal["gradient", "momentum", "weight_decay", "rounding"]
 
 
 class Estimate(Record):
@@ -107,7 +108,7 @@ class Realized(Record):
         pareto_k: shape of the tail of the weights; null when there are too few or they are equal.
         pareto_k_threshold: what ``pareto_k`` may be at most for this number of sequences.
         noise_floor: two standard deviations of what rounding does to ``value``; null when not measured.
-        step_rounding: length of what the parameters' precision adds to the step, relative to the step's.
+        step_rounding: length of what the parameters' precision adds to the step as predicted, relative to the step's.
     """
 
     value: float | None
@@ -346,8 +347,8 @@ class ProbeResult(SavedRecord):
     Attributes:
         entropy: H at the checkpoint.
         predicted: the first-order change of the next step; null after ``measure``.
-        components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it. Empty for
-            optimizers without a closed form.
+        components: the gradient, momentum and weight-decay parts of ``predicted``, and what rounding adds where
+            training keeps its weights in 16 bits; they sum to it. Empty for optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation clusters. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
@@ -372,7 +373,7 @@ class ProbeResult(SavedRecord):
     schema_version: Literal[3] = SCHEMA_VERSION
     entropy: Estimate
     predicted: Predicted | None = None
-    components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)
+    components: dict[StepPart, Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
     difference: Estimate | None = None
     cross_prompt: CrossPrompt | None = None

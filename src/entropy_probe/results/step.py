@@ -22,7 +22,8 @@ class StepVectors:
 
     Attributes:
         delta: the parameter change, in at least float32.
-        gradient: the gradient after clipping; ``None`` where the loss does not reach a parameter.
+        gradient: what the optimizer gets: clipped, in the precision of the step; ``None`` where the loss does not
+            reach a parameter.
     """
 
     delta: Mapping[str, Tensor]

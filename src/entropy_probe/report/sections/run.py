@@ -31,7 +31,12 @@ __all__ = ["cautions", "run_sections", "settings_sections", "step_section", "sto
 
 MEBIBYTE = 2**20
 INTERVALS = "; whiskers: 95% intervals"
-_SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight_decay": "weight decay"}
+_SOURCES = {
+    "gradient": "this batch's gradient",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+    "rounding": "rounding",
+}
 
 
 def run_sections(
