@@ -53,6 +53,11 @@ def subject_of(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.AdamW]:
         model.double()
         for state in optimizer.state.values():
             state.update({key: x.double() for key, x in state.items() if key != "step"})
+    if case.get("kept"):  # as a checkpoint is loaded whose weights and moments are in bfloat16
+        for p in model.parameters():
+            p.data = p.data.bfloat16().to(p.dtype)
+        for state in optimizer.state.values():
+            state.update({key: x.bfloat16() for key, x in state.items() if key != "step"})
     return model, optimizer
 
 

@@ -1,10 +1,8 @@
-"""The update and the evaluation batch of a run: as given, as counted, and this rank's part of them."""
+"""The update and the evaluation batch of a run: as given, as counted, and this rank's rows of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
 
 from entropy_probe.analyses.admission import (
     SAME_BATCH,
@@ -16,9 +14,10 @@ from entropy_probe.analyses.admission import (
     evaluation_clusters,
     in_groups,
 )
+from entropy_probe.analyses.overlap import Contents
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators.jackknife import blocks_of
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient, is_adam
 from entropy_probe.types import Clusters
@@ -35,7 +34,7 @@ class UpdateBatch:
         rollouts: the same with equal prompts under one id.
         prompts: the prompt of each sequence.
         shares: what the gradient is divided over: prompts, or blocks of them where steps are taken on copies.
-        part: this rank's part.
+        local: this rank's rows.
         own: its sequences.
     """
 
@@ -43,7 +42,7 @@ class UpdateBatch:
     rollouts: Rollouts
     prompts: Clusters
     shares: Clusters
-    part: Part
+    local: LocalRows
     own: Rollouts
 
 
@@ -56,7 +55,7 @@ class EvaluationBatch:
         clusters: what is independent in it.
         cluster_name: what that is called.
         draws: which sequences were drawn together.
-        part: this rank's part.
+        local: this rank's rows.
         own: its sequences.
         is_update: whether it is the update batch itself.
     """
@@ -65,7 +64,7 @@ class EvaluationBatch:
     clusters: Clusters
     cluster_name: ClusterName
     draws: Clusters
-    part: Part
+    local: LocalRows
     own: Rollouts
     is_update: bool
 
@@ -94,16 +93,16 @@ def admit_batches(
         ValueError: for unusable rollouts, or ranks that were given different ones.
     """
     given, evaluation = update.cpu(), evaluation.cpu()
+    same = Contents.of(given).same_as(Contents.of(evaluation))
     update = admitted(policy, given, "update")
-    same = torch.equal(given.input_ids, evaluation.input_ids)
     batch = admit_evaluation(policy, evaluation, is_update=same)
     if same:
         policy.log.notes.append(SAME_BATCH())
     prompts = Clusters.prompts(update.prompt_ids)
     shares = prompts if policy.config.geometry == "frozen" or is_adam(policy.optimizer) else blocks_of(prompts)
     policy.check_ranks_agree(gradient, update=update, evaluation=batch.rollouts)
-    part = Part.of(update, shares, shares, policy.ranks)
-    return UpdateBatch(given, update, prompts, shares, part, part.select(update)), batch
+    local = LocalRows.of(update, shares, shares, policy.ranks)
+    return UpdateBatch(given, update, prompts, shares, local, local.select(update)), batch
 
 
 def admit_evaluation(policy: Policy, evaluation: Rollouts, *, is_update: bool = False) -> EvaluationBatch:
@@ -125,5 +124,5 @@ def admit_evaluation(policy: Policy, evaluation: Rollouts, *, is_update: bool = 
     evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
     name, clusters, notes = evaluation_clusters(evaluation, policy.config.evaluation_unit, grouped=grouped)
     policy.log.notes += notes
-    part = Part.of(evaluation, Clusters.prompts(evaluation.prompt_ids), clusters, policy.ranks)
-    return EvaluationBatch(evaluation, clusters, name, draws_of(evaluation), part, part.select(evaluation), is_update)
+    local = LocalRows.of(evaluation, Clusters.prompts(evaluation.prompt_ids), clusters, policy.ranks)
+    return EvaluationBatch(evaluation, clusters, name, draws_of(evaluation), local, local.select(evaluation), is_update)

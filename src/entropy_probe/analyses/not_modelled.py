@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from entropy_probe.config import StepDtype
 from entropy_probe.parallel.shards import count
-from entropy_probe.results.note import NoteKind
-from entropy_probe.steps.precision import MIN_SHARE, NARROW, exact_share, fits, trained
+from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.steps.precision import MIN_SHARE, NARROW, exact_share, fits, step_dtypes, trained
 
-__all__ = ["MASTER_WEIGHTS", "PRECISION_UNKNOWN", "lost_to_rounding", "of_frozen_geometry", "of_model", "of_rounding"]
+__all__ = ["MASTER_WEIGHTS", "PRECISION_UNKNOWN", "of_frozen_geometry", "of_model", "of_rounding", "unrounded"]
 
 MASTER_WEIGHTS = NoteKind(
     "master_weights",
@@ -35,20 +36,20 @@ PRECISION_UNKNOWN = NoteKind(
 
 def of_model(model: nn.Module) -> list[str]:
     """Dropout, and the auxiliary loss of a mixture of experts."""
-    found = []
+    left_out = []
     dropout = dict(_dropout(model))
     if dropout:
-        found.append(
+        left_out.append(
             f"dropout of up to {max(dropout.values()):g} in {len(dropout)} modules ({next(iter(dropout))} first): "
             "training draws its masks unless it switches them off, the probe differentiates without"
         )
     config = getattr(model, "config", None)
     weight = getattr(config, "router_aux_loss_coef", None)
     if getattr(config, "output_router_logits", False) and isinstance(weight, int | float) and weight > 0:
-        found.append(
+        left_out.append(
             f"the auxiliary loss that balances the experts (router_aux_loss_coef {weight:g}, output_router_logits on)"
         )
-    return found
+    return left_out
 
 
 def _dropout(model: nn.Module) -> Iterator[tuple[str, float]]:
@@ -59,6 +60,32 @@ def _dropout(model: nn.Module) -> Iterator[tuple[str, float]]:
             rates.append(module.p)
         if max(rates, default=0.0) > 0:
             yield name, max(rates)
+
+
+def unrounded(
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    delta: Mapping[str, Tensor],
+    setting: StepDtype,
+) -> tuple[list[str], list[Note]]:
+    """What to say of a step that is not rounded, where something suggests that it is in training.
+
+    Args:
+        parameters: what is trained.
+        optimizer: whose state says what has been.
+        delta: the step, by name.
+        setting: ``step_dtype``.
+
+    Returns:
+        What is not modelled, and notes on what is not known.
+    """
+    if step_dtypes(parameters, optimizer, "auto"):
+        return of_rounding(parameters, optimizer, delta), []
+    if setting != "auto" or any(p.dtype in NARROW for p in parameters.values()):
+        return [], []
+    told = trained(parameters, optimizer)
+    lost = _lost(told or parameters, delta)
+    return [], [] if lost is None else [(MASTER_WEIGHTS if told else PRECISION_UNKNOWN)(kind=lost[0], share=lost[1])]
 
 
 def of_rounding(
@@ -74,7 +101,7 @@ def of_rounding(
         optimizer: whose state says what has been.
         delta: the step, by name.
     """
-    lost = lost_to_rounding(trained(parameters, optimizer), delta)
+    lost = _lost(trained(parameters, optimizer), delta)
     if lost is None:
         return []
     kind, share = lost
@@ -84,7 +111,7 @@ def of_rounding(
     ]
 
 
-def lost_to_rounding(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
+def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
     """The 16-bit type that weights are exact in, and the share of what moves that rounding to it undoes.
 
     Args:
@@ -126,5 +153,5 @@ def of_frozen_geometry(
         "weight decay": any(group.get("weight_decay", 0) for group in optimizer.param_groups),
         "clipping": max_norm is not None and norm > max_norm,
     }
-    found = [name for name, there in parts.items() if there]
-    return [f"{', '.join(found)} (frozen geometry)"] if found else []
+    left_out = [name for name, there in parts.items() if there]
+    return [f"{', '.join(left_out)} (frozen geometry)"] if left_out else []
