@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from entropy_probe.config import ProbeConfig
     from entropy_probe.probe import EntropyProbe
     from entropy_probe.results.probe import Estimate, Predicted, ProbeResult, Realized
+    from entropy_probe.results.step import StepVectors
     from entropy_probe.results.sweep import Sweep, SweepPoint
     from entropy_probe.results.validation import Validation
     from entropy_probe.rollouts.batch import Rollouts
@@ -29,6 +30,7 @@ __all__ = [
     "ProbeResult",
     "Realized",
     "Rollouts",
+    "StepVectors",
     "Sweep",
     "SweepPoint",
     "TokenScores",
@@ -48,6 +50,7 @@ _HOME = {
     "ProbeResult": "results.probe",
     "Realized": "results.probe",
     "Rollouts": "rollouts.batch",
+    "StepVectors": "results.step",
     "Sweep": "results.sweep",
     "SweepPoint": "results.sweep",
     "TokenScores": "types",

@@ -102,11 +102,37 @@ def test_a_probe_of_it_adds_up_and_measures_the_rounded_step(runs):
     assert any("the rounding of the step to bfloat16" in line for line in other.diagnostics.not_modelled)
 
 
+def test_a_live_model_is_stepped_in_its_own_precision(runs):
+    run = runs("bfloat16, foreach")
+    now, after = run.load(2, dtype="bfloat16"), run.load(3, dtype="bfloat16")
+    config = ProbeConfig(max_grad_norm=None, dtype="bfloat16")
+    result = EntropyProbe(now.model, now.optimizer, config).run(gradient=run.gradients[3], evaluation=rollouts(20))
+    assert "rounding" in result.components
+    assert result.step
+    before, written = (dict(s.model.named_parameters()) for s in (now, after))
+    for n, move in result.step.delta.items():
+        change = written[n].detach().float() - before[n].detach().float()
+        torch.testing.assert_close(move, change, rtol=0, atol=1e-7)
+    assert result.realized
+    assert result.realized.step_rounding == 0.0
+
+
 def test_everything_else_that_a_probe_does_works_on_it(runs):
     state = load_checkpoint(runs("bfloat16").checkpoint(2))
     probe = EntropyProbe(state.model, state.optimizer)
     update, evaluation = rollouts(16, 1, group=4), rollouts(40)
     attribution = probe.attribute(update=update, evaluation=evaluation)
+    step = attribution.result.step
+    assert step
+    wide = EntropyProbe(state.model, state.optimizer, ProbeConfig(step_dtype="float32"))
+    unrounded = wide.predict(update=update, evaluation=evaluation).step
+    assert unrounded
+    moving = {n: move != 0 for n, move in unrounded.delta.items()}
+    still = sum(int((moving[n] & (move == 0)).sum()) for n, move in step.delta.items())
+    share = still / sum(int(moves.sum()) for moves in moving.values())
+    (said,) = [text for text in texts(attribution.result.diagnostics.notes) if text.startswith("training rounds")]
+    assert f"rounds the step to bfloat16, and so it is here: {share:.1%} of the elements" in said
+    assert 0.01 < share < 1
     assert attribution.result.predicted
     assert sum(layer.total for layer in attribution.layers) == pytest.approx(attribution.result.predicted.value)
     assert attribution.summary.rounding == pytest.approx(attribution.result.components["rounding"].value)

@@ -1,4 +1,7 @@
-"""A gradient from outside, such as the one that the trainer is about to step with."""
+"""A gradient from outside, such as the one that the trainer is about to step with.
+
+Formulas: ``docs/theory.md``, "A gradient from outside".
+"""
 
 from __future__ import annotations
 

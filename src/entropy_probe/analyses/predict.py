@@ -60,6 +60,14 @@ CLIPPED = NoteKind(
     "Compare with probe.max_grad_norm: null to see what clipping does.",
 )
 
+ROUNDED = NoteKind(
+    "rounded",
+    "training rounds the step to {kind}, and so it is here: {share:.1%} of the elements that would move stay where "
+    "they are; se_update is that of the gradient part, as if other update prompts were rounded alike",
+    "Trust the error from the evaluation rollouts; set probe.step_dtype to float32 if the trainer keeps a float32 copy "
+    "of its weights.",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class BatchGradient:
@@ -384,3 +392,6 @@ def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:
         policy.log.notes.append(NO_HISTORY())
     if step.gradient.factor < 1:
         policy.log.notes.append(CLIPPED(factor=step.gradient.factor))
+    if step.kept:
+        kinds = sorted({str(dtype).removeprefix("torch.") for dtype in step.kept.values()})
+        policy.log.notes.append(ROUNDED(kind=" and ".join(kinds), share=step.stays))

@@ -46,6 +46,14 @@ class PlannedStep:
     kept: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
+    def stays(self) -> float:
+        """The share of the elements that would move, and stay where they are by rounding."""
+        delta, rounding = self.delta, self.components["rounding"]
+        moving = {name: (delta[name] - rounding[name]) != 0 for name in self.kept}
+        still = sum(count(moves & (delta[name] == 0)) for name, moves in moving.items())
+        return still / max(1, sum(map(count, moving.values())))
+
+    @property
     def delta(self) -> dict[str, Tensor]:
         """The whole parameter change."""
         return add(*self.components.values())

@@ -3,7 +3,7 @@
 A checkpoint may be held in a higher precision than it was trained in, since small changes of log-probabilities drown
 in a low one. What it was trained in shows in two places: weights that a narrow type holds exactly, and an optimizer's
 state of that type, since torch's optimizers keep theirs in the type of the parameter. With a wider state a trainer
-keeps a float32 copy of its weights, which its steps are added to. Formulas: ``docs/theory.md``, "Rounding".
+keeps a float32 copy of its weights, which its steps are added to. Formulas: ``docs/theory.md``, "Rounded steps".
 """
 
 from __future__ import annotations
