@@ -329,8 +329,10 @@ def _plan(
     shares: bool = True,
 ) -> Plan:
     """The step on a batch, or with a gradient from outside, once it is sure that what is asked of it fits."""
-    with policy.ranks.agreeing():
-        checked = None if gradient is None else checked_gradient(policy.parameters, gradient)
+    checked = None
+    if gradient is not None:
+        with policy.ranks.agreeing():
+            checked = checked_gradient(policy.parameters, gradient)
     if update is None:
         if checked is None:
             raise ValueError("update: expected rollouts to take the step on, or a gradient, got neither; pass one")

@@ -220,6 +220,32 @@ def test_numbers_out_of_range_are_refused():
         plan_step(optimizer_parameters(model, optimizer), optimizer, small, ProbeConfig(), no_frozen_scale)
 
 
+def test_float16_is_taken_as_it_comes():
+    """Squares of usual gradients are hardly numbers of it, so that steps differ by much from those of float32."""
+
+    def small(model, optimizer):
+        for p in model.values():
+            p.data.mul_(0.01)
+            state = optimizer.state[p]
+            state["exp_avg"].mul_(0.02)
+            state["exp_avg_sq"].mul_(0.0004)
+        return model, optimizer
+
+    def scaled(gradient):
+        return {n: g * 0.02 for n, g in gradient.items()}
+
+    model, optimizer, gradient = trained(dtype=torch.float16, foreach=False)
+    written = real_step(*small(model, optimizer), scaled(gradient), None)
+    model, optimizer, gradient = trained(dtype=torch.float16, foreach=False)
+    small(model, optimizer)
+    held_in_float32(model, optimizer)
+    config = ProbeConfig(max_grad_norm=None)
+    given = {n: g.float() for n, g in scaled(gradient).items()}
+    step = plan_step(optimizer_parameters(model, optimizer), optimizer, given, config, no_frozen_scale)
+    assert step.stepped
+    assert all(torch.equal(step.stepped[n], written[n].float()) for n in written)
+
+
 def test_another_step_than_the_closed_form_is_noticed(monkeypatch):
     def wrong(*given):
         return {n: 1.1 * value for n, value in shadow_step(*given).items()}
