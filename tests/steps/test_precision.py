@@ -45,12 +45,20 @@ def held_in_float32(model: nn.ParameterDict, optimizer: torch.optim.Optimizer) -
         p.data = p.data.float()
 
 
-def real_step(model, optimizer, gradient, max_norm) -> dict[str, torch.Tensor]:
-    """What training writes, with torch's own clipping."""
-    for n, p in model.items():
+def clipped(gradient, max_norm) -> dict[str, torch.Tensor]:
+    """By torch itself, as trainers do."""
+    held = {n: nn.Parameter(torch.zeros_like(g)) for n, g in gradient.items()}
+    for n, p in held.items():
         p.grad = gradient[n].clone()
     if max_norm is not None:
-        torch.nn.utils.clip_grad_norm_(model.values(), max_norm)
+        torch.nn.utils.clip_grad_norm_(held.values(), max_norm)
+    return {n: p.grad for n, p in held.items() if p.grad is not None}
+
+
+def real_step(model, optimizer, gradient, max_norm) -> dict[str, torch.Tensor]:
+    """What training writes."""
+    for n, g in clipped(gradient, max_norm).items():
+        model[n].grad = g
     optimizer.step()
     return {n: p.detach().clone() for n, p in model.items()}
 
@@ -76,6 +84,8 @@ def test_the_rounded_step_is_the_trainers_bitwise(kernel, kind, max_norm, live, 
         assert torch.equal(stepped[n], written[n].to(p.dtype))
         change = written[n].float() - p.detach().float()
         torch.testing.assert_close(step.delta[n], change, rtol=0, atol=1e-7)
+    for n, g in clipped(gradient, max_norm).items():
+        assert torch.equal(step.taken_with[n], g)
     # the parts that are not rounding are those of float32
     exact = adamw_step(parameters, optimizer, step.gradient.values)
     for part, values in exact.components.items():
