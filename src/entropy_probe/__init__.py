@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from entropy_probe.results.estimate import Estimate
     from entropy_probe.results.horizons import HorizonPoint, Horizons
     from entropy_probe.results.probe import Predicted, ProbeResult, Realized
+    from entropy_probe.results.step import StepVectors
     from entropy_probe.results.sweep import Sweep, SweepPoint
     from entropy_probe.results.validation import Validation
     from entropy_probe.rollouts.batch import Rollouts
@@ -33,6 +34,7 @@ __all__ = [
     "ProbeResult",
     "Realized",
     "Rollouts",
+    "StepVectors",
     "Sweep",
     "SweepPoint",
     "TokenScores",
@@ -54,6 +56,7 @@ _HOME = {
     "ProbeResult": "results.probe",
     "Realized": "results.probe",
     "Rollouts": "rollouts.batch",
+    "StepVectors": "results.step",
     "Sweep": "results.sweep",
     "SweepPoint": "results.sweep",
     "TokenScores": "types",

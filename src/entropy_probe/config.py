@@ -19,7 +19,9 @@ from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.importance import ImportanceMode
 from entropy_probe.losses import Loss, build_loss
 
-__all__ = ["ProbeConfig"]
+__all__ = ["ProbeConfig", "StepDtype"]
+
+StepDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 LONGEST = "max_completion_length"
 
@@ -78,6 +80,10 @@ class ProbeConfig(BaseModel):
         max_stored_gradient_gib: per-prompt gradients of the update batch are kept in host memory up to this size;
             beyond it a second pass over the update batch takes their place.
         dtype: the least precision of the model's parameters; a model in a lower one is refused.
+        step_dtype: the precision that the trainer keeps its weights in, and so rounds every step to: ``bfloat16``,
+            ``float16``, or ``float32``, which a trainer adds its steps to that keeps a float32 copy (in the optimizer,
+            or under autocast). ``auto`` takes a 16-bit type where the weights are numbers of it and the optimizer's
+            state is in it. Whatever it is, ``dtype`` is what scores are computed in.
         autocast: run the model under autocast in ``bfloat16``, as some trainers do. Realized changes of small steps
             drown in its rounding.
         measure_noise_floor: score some evaluation sequences again after tiny opposite moves, to learn what rounding
@@ -115,6 +121,7 @@ class ProbeConfig(BaseModel):
     max_tokens_per_microbatch: int = Field(default=8192, gt=0)
     max_stored_gradient_gib: float = Field(default=2.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    step_dtype: StepDtype = "auto"
     autocast: Literal["off", "bfloat16"] = "off"
     measure_noise_floor: bool = True
 

@@ -46,6 +46,10 @@ def run(probe: EntropyProbe):
     return probe.run(update=SEVEN[0], evaluation=SEVEN[1])
 
 
+def ones(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.ones_like(p) for name, p in model.named_parameters()}
+
+
 def without_some(probe: EntropyProbe):
     """On two ranks or more, some of which have none of the prompts that are kept."""
     update, evaluation = SEVEN
@@ -90,6 +94,11 @@ CASES = {
     ),
     "KL term": (KL, lambda probe: probe.run(update=with_reference(SEVEN[0]), evaluation=SEVEN[1])),
     "KL term, one batch": (KL, lambda probe: probe.one_batch(with_reference(SEVEN[0]))),
+    "gradient from outside": (
+        {"max_grad_norm": 0.5},
+        lambda probe: probe.run(gradient=ones(probe._model), update=SEVEN[0], evaluation=SEVEN[1]),
+    ),
+    "gradient from outside, alone": ({}, lambda probe: probe.run(gradient=ones(probe._model), evaluation=SEVEN[1])),
     "question": ({}, without_some),
     "question, nothing kept": ({"max_stored_gradient_gib": 0.0, "geometry": "frozen"}, without_some),
     "one batch": ({}, lambda probe: probe.one_batch(SEVEN[0])),

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from entropy_probe.analyses.admission import ClusterName
+from entropy_probe.analyses.given import GivenGradient
 from entropy_probe.analyses.measure import Measured, difference
 from entropy_probe.analyses.own_batch import OwnPrediction
 from entropy_probe.analyses.policy import Policy
@@ -23,6 +24,7 @@ from entropy_probe.results.probe import (
     ProbeResult,
     Realized,
 )
+from entropy_probe.results.step import StepVectors
 from entropy_probe.results.student import combined_degrees
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
@@ -43,7 +45,8 @@ def result_of(
     plan: Plan, prediction: Prediction | None = None, measured: Measured | None = None, **fields: Any
 ) -> ProbeResult:
     """The result of a step that was predicted, measured, or both, with these fields beside."""
-    step, evaluation = plan.step, plan.evaluation
+    step, evaluation, source = plan.step, plan.evaluation, plan.source
+    update = source.update if isinstance(source, GivenGradient) else source.update.rollouts
     if prediction is not None:
         fields |= _predicted_fields(prediction)
     if measured is not None:
@@ -53,8 +56,14 @@ def result_of(
         plan.before.entropy,
         evaluation.clusters,
         evaluation.rollouts,
-        plan.update.rollouts,
-        {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
+        update,
+        {
+            "gradient_norm": step.gradient.norm,
+            "clip_factor": step.gradient.factor,
+            "step_norm": norm(delta := step.delta),
+            "gradient_agreement": source.agreement if isinstance(source, GivenGradient) else None,
+        },
+        step=StepVectors(delta, step.taken_with),
         unit=evaluation.cluster_name,
         preconditioner=step.preconditioner,
         **fields,
@@ -68,11 +77,21 @@ def predicted_record(prediction: Prediction) -> Predicted:
         fields = estimate_fields(plan.policy, Sampled(change.value, prediction.influence), clusters)
         method = "pairs"
     else:
-        fields = estimate_fields(plan.policy, change, clusters, (prediction.se_update, plan.update.shares.count))
+        fields = estimate_fields(plan.policy, change, clusters, _update_error(prediction))
         method = "jackknife" if prediction.by_prompt is None else "linear"
     return Predicted(
-        **fields, se_evaluation=change.standard_error, se_update=prediction.se_update, se_update_method=method
+        **fields,
+        se_evaluation=change.standard_error,
+        se_update=prediction.se_update,
+        se_update_method=None if prediction.se_update is None else method,
     )
+
+
+def _update_error(prediction: Prediction) -> tuple[float, int] | None:
+    """The error from the update batch, and how many units it is from; ``None`` for a gradient from outside."""
+    if prediction.se_update is None:
+        return None
+    return prediction.se_update, prediction.plan.batch.update.shares.count
 
 
 def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
@@ -83,8 +102,8 @@ def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
         gradient = Sampled(parts["gradient"].value, parts["gradient"].influence + prediction.of_update)
         components["gradient"] = Estimate(**estimate_fields(policy, gradient, clusters))
     elif "gradient" in parts:
-        update = (prediction.se_update, plan.update.shares.count)
-        components["gradient"] = Estimate(**estimate_fields(policy, parts["gradient"], clusters, update))
+        given = (policy, parts["gradient"], clusters, _update_error(prediction))
+        components["gradient"] = Estimate(**estimate_fields(*given))
     return {
         "predicted": predicted_record(prediction),
         "components": components,
@@ -162,8 +181,8 @@ def assemble(
     entropy: Sampled,
     clusters: Clusters,
     evaluation: Rollouts,
-    update: Rollouts,
-    step: dict[str, float],
+    update: Rollouts | None,
+    taken: dict[str, Any],
     *,
     unit: ClusterName,
     **fields: Any,
@@ -175,9 +194,9 @@ def assemble(
         entropy: H.
         clusters: the evaluation clusters.
         evaluation: the evaluation batch.
-        update: the update batch.
+        update: the update batch, if there is one.
+        taken: the diagnostics of the step, such as its ``step_norm``.
         unit: what an evaluation cluster is.
-        step: the diagnostics ``gradient_norm``, ``clip_factor`` and ``step_norm``.
         fields: everything else.
     """
     optimizer_state = _optimizer_report(policy)
@@ -190,8 +209,8 @@ def assemble(
         diagnostics=Diagnostics(
             evaluation_unit=unit,
             num_evaluation_sequences=len(evaluation),
-            num_update_sequences=len(update),
-            num_update_prompts=update.num_prompts,
+            num_update_sequences=None if update is None else len(update),
+            num_update_prompts=None if update is None else update.num_prompts,
             head=policy.scorer.head_path,
             prefix_sharing=policy.scorer.prefix_sharing,
             per_sample_gradients=policy.log.per_sample_gradients,
@@ -200,7 +219,7 @@ def assemble(
             update_mismatch=given and given.mismatch,
             notes=(*policy.log.notes, *notes),
             not_modelled=tuple(policy.log.not_modelled),
-            **step,
+            **taken,
         ),
         timing=policy.clock.seconds,
         memory=peak_memory(policy.scorer.device),

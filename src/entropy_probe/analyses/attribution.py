@@ -31,6 +31,7 @@ class LayerShare:
         gradient: through the fresh gradient, in the attribution's unit.
         momentum: through the first moment.
         weight_decay: through weight decay.
+        rounding: through rounding to the precision that training keeps its weights in.
     """
 
     layer: str
@@ -39,11 +40,12 @@ class LayerShare:
     gradient: float
     momentum: float
     weight_decay: float
+    rounding: float = 0.0
 
     @property
     def total(self) -> float:
-        """All three."""
-        return self.gradient + self.momentum + self.weight_decay
+        """All four."""
+        return self.gradient + self.momentum + self.weight_decay + self.rounding
 
 
 @dataclass(frozen=True, eq=False)

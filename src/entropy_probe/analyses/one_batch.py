@@ -13,7 +13,7 @@ from entropy_probe.analyses.assemble import assemble
 from entropy_probe.analyses.batches import admitted
 from entropy_probe.analyses.before import chosen_clusters
 from entropy_probe.analyses.gradient import whole_scores
-from entropy_probe.analyses.not_modelled import of_frozen_geometry
+from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.reference import with_reference
 from entropy_probe.config import ProbeConfig
@@ -161,6 +161,7 @@ def _record(
 
 def _admitted(policy: Policy, batch: Rollouts) -> _Batch:
     given = batch.cpu()
+    policy.log.not_modelled += of_model(policy.model)
     rollouts = admitted(policy, given, "batch")
     prompts = Clusters.prompts(rollouts.prompt_ids)
     block_size = _block_size(prompts.count, policy.config)

@@ -152,7 +152,7 @@ def _note_used_before(planned: Plan) -> None:
 
 def _slope(planned: Plan) -> tuple[SampleGradients, Float[Tensor, " B"]]:
     """The entropy gradient along the parts of the step, and each prompt's along its own share of the gradient part."""
-    policy, evaluation, stored = planned.policy, planned.evaluation, planned.gradient.stored
+    policy, evaluation, stored = planned.policy, planned.evaluation, planned.batch.gradient.stored
     surrogate, scale = entropy_surrogate(planned), _scale(planned)
     directions = list(planned.step.components.values())
     side = Side(surrogate, directions, pair_with=stored, pair_scale=None if stored is None else scale)
@@ -164,7 +164,7 @@ def _slope(planned: Plan) -> tuple[SampleGradients, Float[Tensor, " B"]]:
         with policy.clock.phase("own products"), policy.on_rank(evaluation.local):
             clusters = evaluation.local.local_clusters
             trained = (policy.scorer, policy.parameters, evaluation.own, clusters)
-            own = own_products(*trained, surrogate, planned.loss, scale)
+            own = own_products(*trained, surrogate, planned.batch.loss, scale)
     return slope, over_clusters(policy, evaluation.local, own)
 
 

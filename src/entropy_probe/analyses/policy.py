@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.analyses.admission import Role
-from entropy_probe.analyses.not_modelled import of_model
 from entropy_probe.analyses.overlap import COPIES, Contents, copies
 from entropy_probe.analyses.policy_check import Checked, PolicyCheck
 from entropy_probe.analyses.provenance import Clock, Phase
@@ -158,8 +157,12 @@ class Policy:
             else:
                 check_gradient(self.scorer, self.parameters, batches[0])
 
-    def check_ranks_agree(self, **batches: Rollouts) -> None:
+    def check_ranks_agree(self, gradient: Mapping[str, Tensor | None] | None = None, **batches: Rollouts) -> None:
         """Make sure that all ranks probe the same policy with the same settings and batches.
+
+        Args:
+            gradient: that they were given, if any.
+            batches: by what they are used for.
 
         Raises:
             ValueError: if a rank does not.
@@ -177,6 +180,7 @@ class Policy:
             moments = [(f"{name} {key}", x) for name, p in named for key, x in _tensors(state.get(p, {}))]
             known["policy"] = fingerprint([*model.named_parameters(), *model.named_buffers()])
             known["optimizer"] += fingerprint(moments)
+            known["gradient"] = fingerprint(_tensors(gradient or {}))
         seen = self.ranks.gather(known)
         for what in known:
             others = [rank for rank, of_rank in enumerate(seen) if of_rank.get(what) != seen[0].get(what)]
@@ -312,7 +316,7 @@ def open_policy(
     if strays:
         notes.append(NOT_IN_OPTIMIZER(tensors=strays))
     scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
-    log = Log(notes, of_model(model))
+    log = Log(notes, [])
     return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
 from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
+from entropy_probe.analyses.given import GRADIENT_GIVEN, GRADIENTS_DIFFER, NOTABLE_DISTANCE, GivenGradient, agreement
 from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
-from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_rounding
+from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model, unrounded
 from entropy_probe.analyses.overlap import SHARED, Contents, shared
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.reference import with_reference
@@ -31,17 +32,19 @@ from entropy_probe.named import dot
 from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import PreconditionerReport
-from entropy_probe.steps.adamw import clip_gradient
+from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
-from entropy_probe.types import TokenCoefficients, TokenScores
+from entropy_probe.types import TokenCoefficients
 
 __all__ = [
+    "BatchGradient",
     "Plan",
     "Prediction",
     "entropy_surrogate",
     "length_changes",
     "plan",
+    "plan_given",
     "predict",
     "prompt_contributions",
     "step_on",
@@ -61,6 +64,31 @@ CLIPPED = NoteKind(
     "Compare with probe.max_grad_norm: null to see what clipping does.",
 )
 
+ROUNDED = NoteKind(
+    "rounded",
+    "training rounds the step to {kind}, and so it is here: {share:.1%} of the elements that would move stay where "
+    "they are; se_update is that of the gradient part, as if other update prompts were rounded alike",
+    "Trust the error from the evaluation rollouts; set probe.step_dtype to float32 if the trainer keeps a float32 copy "
+    "of its weights.",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchGradient:
+    """The gradient that a step is taken with, of the loss on a batch.
+
+    Attributes:
+        update: the batch.
+        loss: coefficients of this rank's rows of it.
+        scores: of the whole batch, where the loss takes them.
+        gradient: of the loss, with each prompt's share where these are kept.
+    """
+
+    update: UpdateBatch
+    loss: TokenCoefficients
+    scores: TokenScores | None
+    gradient: SampleGradients
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -68,25 +96,33 @@ class Plan:
 
     Attributes:
         policy: whose step it is.
-        update: the batch it is taken on.
         evaluation: the batch that entropy is taken on.
         before: what that is before the step.
-        loss: coefficients of this rank's rows of the update batch.
-        scores: of the whole update batch, where the loss takes them.
         hooks: where per-sample gradients are read off the layers.
-        gradient: of the loss, with each prompt's share where these are kept.
+        source: where its gradient comes from.
         step: the parameter change, in parts.
     """
 
     policy: Policy
-    update: UpdateBatch
     evaluation: EvaluationBatch
     before: Before
-    loss: TokenCoefficients
-    scores: TokenScores | None
     hooks: Hooks | None
-    gradient: SampleGradients
+    source: BatchGradient | GivenGradient
     step: PlannedStep
+
+    @property
+    def batch(self) -> BatchGradient:
+        """The update batch, of which the step is, and its gradient.
+
+        Raises:
+            ValueError: if the gradient came from outside, so that there is none to divide the step over.
+        """
+        if isinstance(self.source, GivenGradient):
+            raise ValueError(
+                "update: expected the step of an update batch, which this divides over, got that of a gradient from "
+                "outside; leave the gradient out"
+            )
+        return self.source
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +136,9 @@ class Prediction:
         length_slope: the gradient of the number of tokens of some sequences; ``None`` for entropies per sequence.
         change: the first-order change.
         parts: its parts by those of the step; none for a step that is taken on copies.
-        by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise.
-        se_update: the error from the update batch.
+        by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise, and for a gradient
+            from outside.
+        se_update: the error from the update batch; ``None`` for a gradient from outside.
     """
 
     plan: Plan
@@ -110,7 +147,7 @@ class Prediction:
     change: fo.FirstOrder
     parts: dict[str, fo.FirstOrder]
     by_prompt: Float[Tensor, " B"] | None
-    se_update: float
+    se_update: float | None
 
 
 def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool = True) -> Plan:
@@ -125,7 +162,7 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     Raises:
         ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
     """
-    config, trained = policy.config, (policy.parameters, policy.optimizer)
+    policy.log.not_modelled += of_model(policy.model)
     policy.prepare(update.rollouts, evaluation.rollouts)
     update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
     # first, since it refuses batches that lack what the loss takes
@@ -134,34 +171,91 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
     if not evaluation.is_update:
         _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    checked = evaluation.is_update or scores is not None
-    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
-    step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
-    policy.log.not_modelled += of_rounding(*trained, step.delta)
-    if config.geometry == "frozen":
-        policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
-    return Plan(policy, update, evaluation, before, loss, scores, hooks, gradient, step)
+    gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares, scored=scores is not None)
+    source = BatchGradient(update, loss, scores, gradient)
+    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
 
 
-def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) -> Prediction:
-    """The first-order change of the entropy of ``evaluation`` by the next step on ``update``.
+def plan_given(
+    policy: Policy, gradient: Gradient, update: UpdateBatch | None, evaluation: EvaluationBatch, *, shares: bool = True
+) -> Plan:
+    """Score the evaluation batch, and plan the step of a gradient from outside.
+
+    Args:
+        policy: whose step it is.
+        gradient: as :func:`~entropy_probe.analyses.given.checked_gradient` returns it.
+        update: a batch whose gradient to compare it with, if any.
+        evaluation: the batch that entropy is taken on.
+        shares: prepare to differentiate the entropy cluster by cluster.
 
     Raises:
         ValueError: as :func:`plan`.
     """
-    planned = plan(policy, update, evaluation)
-    step, before, sizes = planned.step, planned.before, planned.before.sums.size
+    batches = (evaluation,) if update is None else (update, evaluation)
+    policy.prepare(*(batch.rollouts for batch in batches))
+    if update is not None:
+        update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
+    before = _before(policy, evaluation)
+    if update is not None and not evaluation.is_update:
+        _note_shared_sequences(policy, update, evaluation, before)
+    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
+    policy.log.notes.append(GRADIENT_GIVEN())
+    source = GivenGradient(None, None)
+    if update is not None and loss is not None:
+        coefficients, scores = loss
+        own = _update_gradient(policy, update, evaluation, coefficients, None, shares=False, scored=scores is not None)
+        agreed = agreement(gradient, own.total)
+        if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
+            policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
+        source = GivenGradient(update.rollouts, agreed)
+    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient))
+
+
+def _update_gradient(
+    policy: Policy,
+    update: UpdateBatch,
+    evaluation: EvaluationBatch,
+    loss: TokenCoefficients,
+    hooks: Hooks | None,
+    *,
+    shares: bool,
+    scored: bool,
+) -> SampleGradients:
+    checked = evaluation.is_update or scored
+    return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
+
+
+def _step(policy: Policy, gradient: Gradient) -> PlannedStep:
+    """The step with a gradient, and what of the trainer's is not in it."""
+    config, trained = policy.config, (policy.parameters, policy.optimizer)
+    step = plan_step(*trained, gradient, config, policy.frozen_scale)
+    if not step.kept:
+        lines, notes = unrounded(*trained, step.delta, config.step_dtype)
+        policy.log.not_modelled += lines
+        policy.log.notes += notes
+    if config.geometry == "frozen":
+        policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
+    return step
+
+
+def predict(planned: Plan) -> Prediction:
+    """The first-order change of the entropy by a step."""
+    step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
     slope = _entropy_slope(planned)
-    dots = over_clusters(policy, evaluation.local, slope.dots)
+    dots = over_clusters(policy, planned.evaluation.local, slope.dots)
     length_slope, lengths = length_changes(planned)
     change = fo.first_order(dots.sum(0), sizes, before.entropy, float(lengths.sum()))
-    if step.gradient_scale is None:
-        se_update = _jackknife(planned, slope, sizes.sum().item())
-        return Prediction(planned, slope, length_slope, change, {}, None, se_update)
     parts = {
         name: fo.first_order(dots[k], sizes, before.entropy, float(lengths[k]))
         for k, name in enumerate(step.components)
+        if step.gradient_scale is not None
     }
+    if isinstance(planned.source, GivenGradient):
+        return Prediction(planned, slope, length_slope, change, parts, None, None)
+    if step.gradient_scale is None:
+        se_update = _jackknife(planned, slope, sizes.sum().item())
+        return Prediction(planned, slope, length_slope, change, parts, None, se_update)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
     fo.check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
@@ -230,13 +324,13 @@ def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: fl
         slope: the gradient of a sum over some batch.
         total_weight: the batch's weight, which the sum is divided by.
     """
-    policy, update, step, gradient = planned.policy, planned.update, planned.step, planned.gradient
+    policy, step, update, gradient = planned.policy, planned.step, planned.batch.update, planned.batch.gradient
     assert step.gradient_scale is not None
     direction = scaled(slope.total, step.gradient_scale, -step.gradient.factor / total_weight)
     with policy.clock.phase("update error") as progress:
         if gradient.stored is not None:
             return over_clusters(policy, update.local, gradient.dot_stored(direction))
-        side = Side(planned.loss, is_loss=True, directions=[direction])
+        side = Side(planned.batch.loss, is_loss=True, directions=[direction])
         again = differentiate(
             policy, update.own, update.local, side, hooks=planned.hooks, progress=progress, total=False
         )
@@ -251,9 +345,10 @@ def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> Plan
         kept: which prompts, numbered by increasing id.
         factor: of every token's weight in the loss of the whole batch.
     """
-    policy, update, local = planned.policy, planned.update, planned.update.local
+    policy, batch, local = planned.policy, planned.batch, planned.batch.update.local
     own = torch.isin(local.present_clusters, kept).nonzero()[:, 0]
-    given = (policy.scorer, policy.parameters, update.own, local.local_clusters, own, planned.loss, planned.gradient)
+    rollouts = batch.update.own
+    given = (policy.scorer, policy.parameters, rollouts, local.local_clusters, own, batch.loss, batch.gradient)
     with policy.on_rank(local):
         gradient = kept_gradient(*given)
     gradient = policy.ranks.sum_vector(gradient, policy.parameters)
@@ -267,17 +362,17 @@ def step_without(planned: Plan, dropped: Int[Tensor, " D"]) -> PlannedStep:
         planned: the step on all of them, in closed form.
         dropped: which prompts, numbered by increasing id.
     """
-    policy, update, local = planned.policy, planned.update, planned.update.local
+    policy, update, local = planned.policy, planned.batch.update, planned.batch.update.local
     left = ~torch.isin(torch.arange(update.prompts.count), dropped)
     rows = left[update.prompts.index]
-    loss, factor, exact = renormalised(policy.config.loss, update.given, planned.scores, rows)
+    loss, factor, exact = renormalised(policy.config.loss, update.given, planned.batch.scores, rows)
     if exact:
         return step_on(planned, left.nonzero()[:, 0], factor)
     own = rows[local.rows].nonzero()[:, 0]
     place = rows.cumsum(0)[local.rows[own]] - 1  # of these sequences among those that are left
     kept = LocalRows(local.rows[own], local.size, local.clusters.select(own))
     with policy.clock.phase("update gradient") as progress:
-        side = Side(loss.select(place))
+        side = Side(loss.select(place), is_loss=True)
         gradient = differentiate(policy, update.own.select(own), kept, side, progress=progress)
     return step_by(planned, gradient.total)
 
@@ -296,17 +391,21 @@ def step_by(planned: Plan, gradient: Mapping[str, Tensor | None]) -> PlannedStep
 
 def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:
     """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
-    policy, update, step = planned.policy, planned.update, planned.step
+    policy, update, step = planned.policy, planned.batch.update, planned.step
     config, blocks, local = policy.config, update.shares, update.local
     policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
     own_factors = [
-        renormalised(config.loss, update.given, planned.scores, blocks.index != block)[1]
+        renormalised(config.loss, update.given, planned.batch.scores, blocks.index != block)[1]
         for block in local.present_clusters.tolist()
     ]
     direction = {
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
         for name, p in step.delta.items()
     }
+    whole = step.delta
+    if step.kept:  # rounding is as large as a block's share, so that steps are compared without it
+        given = (policy.parameters, policy.optimizer)
+        whole = moved(policy.parameters, copied_step(*given, step.gradient.values, config.learning_rate))
     left_out = []
     with policy.clock.phase("update error") as progress, policy.on_rank(local):
         for reduced in reduced_gradients(
@@ -314,8 +413,8 @@ def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> fl
             policy.parameters,
             update.own,
             local.local_clusters,
-            planned.loss,
-            planned.gradient,
+            planned.batch.loss,
+            planned.batch.gradient,
             own_factors,
         ):
             clipped = clip_gradient(reduced, config.max_grad_norm).values
@@ -324,7 +423,7 @@ def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> fl
             progress(len(left_out), len(own_factors))
     changes = over_clusters(policy, local, torch.tensor(left_out, dtype=torch.float64))
     sizes = torch.stack([update.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
-    return jackknife_standard_error(dot(direction, step.delta), changes, sizes)
+    return jackknife_standard_error(dot(direction, whole), changes, sizes)
 
 
 def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:
@@ -333,3 +432,6 @@ def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:
         policy.log.notes.append(NO_HISTORY())
     if step.gradient.factor < 1:
         policy.log.notes.append(CLIPPED(factor=step.gradient.factor))
+    if step.kept:
+        kinds = sorted({str(dtype).removeprefix("torch.") for dtype in step.kept.values()})
+        policy.log.notes.append(ROUNDED(kind=" and ".join(kinds), share=step.stays))

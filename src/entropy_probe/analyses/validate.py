@@ -157,7 +157,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
         )
     check_halves(update.prompts.count, subsets)
     planned = plan(policy, update, batch)
-    moving = policy.ranks.sum(update.local.clusters.total(planned.loss.size.sum(1))) > 0
+    moving = policy.ranks.sum(update.local.clusters.total(planned.batch.loss.size.sum(1))) > 0
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
@@ -236,7 +236,7 @@ def _judged(
     question: _Question, kept_prompts: list[Tensor], results: list[_Measured | str], by_half: Tensor, seed: int
 ) -> Validation:
     """The rank correlations over the steps that were measured, and what to know about the others."""
-    policy, update, evaluation = question.policy, question.plan.update, question.plan.evaluation.rollouts
+    policy, update, evaluation = question.policy, question.plan.batch.update, question.plan.evaluation.rollouts
     forecasts, notes = _forecasts(question.attribution, update), policy.log.notes
     kept = torch.stack([torch.isin(torch.arange(update.prompts.count), rows) for rows in kept_prompts]).double()
     summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}

@@ -101,7 +101,7 @@ def check(policy: Policy, update: UpdateBatch, settings: Settings) -> None:
 
 def run(prediction: Prediction, settings: Settings) -> Answer:
     """The change of the step without each list of prompts, from one more pass over the evaluation batch."""
-    plan, known = prediction.plan, prediction.plan.update.rollouts.prompt_ids.unique()
+    plan, known = prediction.plan, prediction.plan.batch.update.rollouts.prompt_ids.unique()
     steps = [step_without(plan, torch.searchsorted(known, torch.tensor(sorted(set(ids))))) for ids in settings.prompts]
     moves = [{name: step.delta[name] - x for name, x in plan.step.delta.items()} for step in steps]
     scenarios = []

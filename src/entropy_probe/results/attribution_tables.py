@@ -62,7 +62,7 @@ TABLES: dict[str, dict[str, tuple[str, str, str]]] = {
         "gradient": ("float64", RUN_UNIT, "to the first-order change through this batch's gradient"),
         "momentum": ("float64", RUN_UNIT, "through Adam's first moment"),
         "weight_decay": ("float64", RUN_UNIT, "through weight decay"),
-        "total": ("float64", RUN_UNIT, "through all three"),
+        "total": ("float64", RUN_UNIT, "through all parts of the step, rounding included"),
     },
 }
 

@@ -33,7 +33,12 @@ __all__ = ["cautions", "run_sections", "settings_sections", "step_section", "sto
 MEBIBYTE = 2**20
 INTERVALS = "; whiskers: 95% intervals"
 _MEASURED_ON = {"update": "on the update batch: biased", "own": "on its own batch, self-influence out"}
-_SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight_decay": "weight decay"}
+_SOURCES = {
+    "gradient": "this batch's gradient",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+    "rounding": "rounding",
+}
 
 
 def run_sections(
@@ -79,9 +84,9 @@ def step_section(result: ProbeResult) -> Section:
     clusters = f"{result.entropy.num_clusters} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
     rows, changes, parts = [Row("entropy H(θ)", written(result.entropy), clusters, headline=True)], [], []
     if (predicted := result.predicted) is not None:
-        errors = (
-            f"evaluation {format_number(predicted.se_evaluation, 2)}, update {format_number(predicted.se_update, 2)}"
-        )
+        from_update = predicted.se_update
+        errors = f"evaluation {format_number(predicted.se_evaluation, 2)}"
+        errors += "" if from_update is None else f", update {format_number(from_update, 2)}"
         how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
         rows.append(Row("predicted δH₁", written(predicted, exponent), f"SE: {errors}{how}", headline=True))
         changes.append(Bar(rows[-1], predicted.value, predicted.margin, look="dot"))
