@@ -21,7 +21,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses.batches import admit_batches
-from entropy_probe.analyses.predict import plan
+from entropy_probe.analyses.plan import plan
 from entropy_probe.demo.policy import build_model, build_tokenizer
 from entropy_probe.demo.train import CPU_ARGUMENTS, LORA_TARGETS, quiet_single_thread
 from entropy_probe.losses.trl import TRLLoss

@@ -19,8 +19,9 @@ from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.own_batch import measure_own, predict_own
+from entropy_probe.analyses.plan import Plan, plan, plan_given
 from entropy_probe.analyses.policy import Policy, Resample, open_policy
-from entropy_probe.analyses.predict import Plan, plan, plan_given, predict
+from entropy_probe.analyses.predict import predict
 from entropy_probe.analyses.provenance import Phase
 from entropy_probe.analyses.sweep import check_finished, check_learning_rates, sweep
 from entropy_probe.analyses.validate import validate

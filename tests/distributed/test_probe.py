@@ -8,7 +8,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses import attribute as attributed_batch
-from entropy_probe.analyses import predict as predicted
+from entropy_probe.analyses import reduced as predicted
 from entropy_probe.analyses import sweep
 from entropy_probe.parallel.batch import balanced
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks

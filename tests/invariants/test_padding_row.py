@@ -5,7 +5,8 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.analyses.batches import admit_batches
-from entropy_probe.analyses.predict import entropy_surrogate, plan, predict
+from entropy_probe.analyses.plan import plan
+from entropy_probe.analyses.predict import entropy_surrogate, predict
 from entropy_probe.gradients.cross import cross_products
 from entropy_probe.gradients.per_sample import stored_bytes
 from entropy_probe.named import dot

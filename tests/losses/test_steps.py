@@ -7,7 +7,7 @@ import torch
 
 from entropy_probe import ProbeConfig
 from entropy_probe.analyses.batches import admit_batches
-from entropy_probe.analyses.predict import plan
+from entropy_probe.analyses.plan import plan
 from entropy_probe.losses import build_loss
 from entropy_probe.steps.adamw import clip_gradient
 from tests.invariants.problems import batches, probe

@@ -9,8 +9,9 @@ from entropy_probe.analyses.admission import ClusterName
 from entropy_probe.analyses.given import GivenGradient
 from entropy_probe.analyses.measure import Measured, difference
 from entropy_probe.analyses.own_batch import OwnPrediction
+from entropy_probe.analyses.plan import Plan
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Plan, Prediction
+from entropy_probe.analyses.predict import Prediction
 from entropy_probe.analyses.provenance import library_versions, peak_memory
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.named import norm

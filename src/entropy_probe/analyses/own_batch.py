@@ -15,15 +15,9 @@ from entropy_probe.analyses.admission import draws_of
 from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch, admitted
 from entropy_probe.analyses.gradient import differentiate, over_clusters
 from entropy_probe.analyses.measure import Measured, measure
+from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import (
-    Plan,
-    Prediction,
-    entropy_surrogate,
-    length_changes,
-    plan,
-    prompt_contributions,
-)
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes, prompt_contributions
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.own_batch import OwnPairs
 from entropy_probe.estimators.realized import Change

@@ -7,49 +7,25 @@ first-order change" and "The step".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
-from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
-from entropy_probe.analyses.given import GRADIENT_GIVEN, GRADIENTS_DIFFER, NOTABLE_DISTANCE, GivenGradient, agreement
-from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
-from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model, unrounded
-from entropy_probe.analyses.overlap import SHARED, Contents, shared
-from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.reference import with_reference
+from entropy_probe.analyses.before import entropy_coefficients
+from entropy_probe.analyses.given import GivenGradient
+from entropy_probe.analyses.gradient import differentiate, over_clusters
+from entropy_probe.analyses.plan import Plan
+from entropy_probe.analyses.reduced import jackknife
 from entropy_probe.estimators import first_order as fo
-from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.estimators.jackknife import jackknife_standard_error
-from entropy_probe.gradients.hooks import Hooks
-from entropy_probe.gradients.leave_out import kept_gradient, reduced_gradients, renormalised
 from entropy_probe.gradients.per_sample import SampleGradients, Side
-from entropy_probe.named import dot
-from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.results.note import NoteKind
-from entropy_probe.results.probe import PreconditionerReport
-from entropy_probe.steps.adamw import Gradient, clip_gradient
-from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
-from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
+from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
-__all__ = [
-    "BatchGradient",
-    "Plan",
-    "Prediction",
-    "entropy_surrogate",
-    "length_changes",
-    "plan",
-    "plan_given",
-    "predict",
-    "prompt_contributions",
-    "step_on",
-    "step_without",
-]
+__all__ = ["Prediction", "entropy_surrogate", "length_changes", "predict", "prompt_contributions"]
+
 
 NO_HISTORY = NoteKind(
     "no_history",
@@ -57,12 +33,15 @@ NO_HISTORY = NoteKind(
     "them: the error from the update batch is overstated",
     "Trust the error from the evaluation rollouts; probe a checkpoint some steps later for both.",
 )
+
+
 CLIPPED = NoteKind(
     "clipped",
     "clipping scales the update gradient by {factor:.3g}; se_update holds that factor fixed, which overstates the "
     "error from the update batch when the factor is small",
     "Compare with probe.max_grad_norm: null to see what clipping does.",
 )
+
 
 ROUNDED = NoteKind(
     "rounded",
@@ -71,58 +50,6 @@ ROUNDED = NoteKind(
     "Trust the error from the evaluation rollouts; set probe.step_dtype to float32 if the trainer keeps a float32 copy "
     "of its weights.",
 )
-
-
-@dataclass(frozen=True, eq=False)
-class BatchGradient:
-    """The gradient that a step is taken with, of the loss on a batch.
-
-    Attributes:
-        update: the batch.
-        loss: coefficients of this rank's rows of it.
-        scores: of the whole batch, where the loss takes them.
-        gradient: of the loss, with each prompt's share where these are kept.
-    """
-
-    update: UpdateBatch
-    loss: TokenCoefficients
-    scores: TokenScores | None
-    gradient: SampleGradients
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The next step, and all that leads to it.
-
-    Attributes:
-        policy: whose step it is.
-        evaluation: the batch that entropy is taken on.
-        before: what that is before the step.
-        hooks: where per-sample gradients are read off the layers.
-        source: where its gradient comes from.
-        step: the parameter change, in parts.
-    """
-
-    policy: Policy
-    evaluation: EvaluationBatch
-    before: Before
-    hooks: Hooks | None
-    source: BatchGradient | GivenGradient
-    step: PlannedStep
-
-    @property
-    def batch(self) -> BatchGradient:
-        """The update batch, of which the step is, and its gradient.
-
-        Raises:
-            ValueError: if the gradient came from outside, so that there is none to divide the step over.
-        """
-        if isinstance(self.source, GivenGradient):
-            raise ValueError(
-                "update: expected the step of an update batch, which this divides over, got that of a gradient from "
-                "outside; leave the gradient out"
-            )
-        return self.source
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,95 +77,6 @@ class Prediction:
     se_update: float | None
 
 
-def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool = True) -> Plan:
-    """Score the evaluation batch, differentiate the loss, and plan the step.
-
-    Args:
-        policy: whose step it is.
-        update: the batch it is taken on.
-        evaluation: the batch that entropy is taken on.
-        shares: keep each update prompt's share of the gradient, if they fit.
-
-    Raises:
-        ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
-    """
-    policy.log.not_modelled += of_model(policy.model)
-    policy.prepare(update.rollouts, evaluation.rollouts)
-    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    # first, since it refuses batches that lack what the loss takes
-    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
-    before = _before(policy, evaluation)
-    if not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
-    hooks = policy.choose_hooks(update.rollouts) if shares else None
-    gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares, scored=scores is not None)
-    source = BatchGradient(update, loss, scores, gradient)
-    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
-
-
-def plan_given(
-    policy: Policy, gradient: Gradient, update: UpdateBatch | None, evaluation: EvaluationBatch, *, shares: bool = True
-) -> Plan:
-    """Score the evaluation batch, and plan the step of a gradient from outside.
-
-    Args:
-        policy: whose step it is.
-        gradient: as :func:`~entropy_probe.analyses.given.checked_gradient` returns it.
-        update: a batch whose gradient to compare it with, if any.
-        evaluation: the batch that entropy is taken on.
-        shares: prepare to differentiate the entropy cluster by cluster.
-
-    Raises:
-        ValueError: as :func:`plan`.
-    """
-    batches = (evaluation,) if update is None else (update, evaluation)
-    policy.prepare(*(batch.rollouts for batch in batches))
-    if update is not None:
-        update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
-    before = _before(policy, evaluation)
-    if update is not None and not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
-    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
-    policy.log.notes.append(GRADIENT_GIVEN())
-    source = GivenGradient(None, None)
-    if update is not None and loss is not None:
-        coefficients, scores = loss
-        own = _update_gradient(policy, update, evaluation, coefficients, None, shares=False, scored=scores is not None)
-        agreed = agreement(gradient, own.total)
-        if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
-            policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
-        source = GivenGradient(update.rollouts, agreed)
-    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient))
-
-
-def _update_gradient(
-    policy: Policy,
-    update: UpdateBatch,
-    evaluation: EvaluationBatch,
-    loss: TokenCoefficients,
-    hooks: Hooks | None,
-    *,
-    shares: bool,
-    scored: bool,
-) -> SampleGradients:
-    checked = evaluation.is_update or scored
-    return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
-
-
-def _step(policy: Policy, gradient: Gradient) -> PlannedStep:
-    """The step with a gradient, and what of the trainer's is not in it."""
-    config, trained = policy.config, (policy.parameters, policy.optimizer)
-    step = plan_step(*trained, gradient, config, policy.frozen_scale)
-    if not step.kept:
-        lines, notes = unrounded(*trained, step.delta, config.step_dtype)
-        policy.log.not_modelled += lines
-        policy.log.notes += notes
-    if config.geometry == "frozen":
-        policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
-    return step
-
-
 def predict(planned: Plan) -> Prediction:
     """The first-order change of the entropy by a step."""
     step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
@@ -254,34 +92,13 @@ def predict(planned: Plan) -> Prediction:
     if isinstance(planned.source, GivenGradient):
         return Prediction(planned, slope, length_slope, change, parts, None, None)
     if step.gradient_scale is None:
-        se_update = _jackknife(planned, slope, sizes.sum().item())
+        se_update = jackknife(planned, slope, sizes.sum().item())
         return Prediction(planned, slope, length_slope, change, parts, None, se_update)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
     fo.check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
     _note_what_the_update_error_holds_fixed(planned)
     return Prediction(planned, slope, length_slope, change, parts, by_prompt, fo.update_standard_error(by_prompt))
-
-
-def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
-    """Score the evaluation batch at the checkpoint, and check it against the policy."""
-    config, ranks, local, rollouts = policy.config, policy.ranks, evaluation.local, evaluation.rollouts
-    scores = policy.reference_scores(rollouts, local, "score evaluation")
-    scores = policy.check_rollouts(evaluation.role, scores, local, rollouts)
-    positions = add_up(ranks, PositionSums.of(scores))
-    sums = add_up(ranks, fo.entropy(scores, local.clusters, config.normalization, config.entropy))
-    lengths = None
-    if config.normalization == "token":
-        lengths = LengthSample.of(rollouts, evaluation.clusters, local, scores, positions)
-    return Before(scores, positions, sums, sums.ratio(), lengths)
-
-
-def _note_shared_sequences(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, before: Before) -> None:
-    logprobs = policy.sequence_logprobs(evaluation.local, before.scores)
-    both = shared(Contents.of(evaluation.rollouts), logprobs, Contents.of(update.rollouts))
-    if both.significant and policy.log.checked[evaluation.role].note is None:
-        numbers = {"shared": both.sequences, "sequences": len(evaluation.rollouts), "expected": both.expected}
-        policy.log.notes.append(SHARED(**numbers))
 
 
 def entropy_surrogate(planned: Plan) -> TokenCoefficients:
@@ -335,95 +152,6 @@ def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: fl
             policy, update.own, update.local, side, hooks=planned.hooks, progress=progress, total=False
         )
         return over_clusters(policy, update.local, again.dots[0])
-
-
-def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> PlannedStep:
-    """The step on some prompts of the update batch, in the geometry of the planned one.
-
-    Args:
-        planned: the step on all of them, in closed form.
-        kept: which prompts, numbered by increasing id.
-        factor: of every token's weight in the loss of the whole batch.
-    """
-    policy, batch, local = planned.policy, planned.batch, planned.batch.update.local
-    own = torch.isin(local.present_clusters, kept).nonzero()[:, 0]
-    rollouts = batch.update.own
-    given = (policy.scorer, policy.parameters, rollouts, local.local_clusters, own, batch.loss, batch.gradient)
-    with policy.on_rank(local):
-        gradient = kept_gradient(*given)
-    gradient = policy.ranks.sum_vector(gradient, policy.parameters)
-    return step_by(planned, {name: None if g is None else factor * g for name, g in gradient.items()})
-
-
-def step_without(planned: Plan, dropped: Int[Tensor, " D"]) -> PlannedStep:
-    """The step on the update batch without some of its prompts, with the loss normalised over the others.
-
-    Args:
-        planned: the step on all of them, in closed form.
-        dropped: which prompts, numbered by increasing id.
-    """
-    policy, update, local = planned.policy, planned.batch.update, planned.batch.update.local
-    left = ~torch.isin(torch.arange(update.prompts.count), dropped)
-    rows = left[update.prompts.index]
-    loss, factor, exact = renormalised(policy.config.loss, update.given, planned.batch.scores, rows)
-    if exact:
-        return step_on(planned, left.nonzero()[:, 0], factor)
-    own = rows[local.rows].nonzero()[:, 0]
-    place = rows.cumsum(0)[local.rows[own]] - 1  # of these sequences among those that are left
-    kept = LocalRows(local.rows[own], local.size, local.clusters.select(own))
-    with policy.clock.phase("update gradient") as progress:
-        side = Side(loss.select(place), is_loss=True)
-        gradient = differentiate(policy, update.own.select(own), kept, side, progress=progress)
-    return step_by(planned, gradient.total)
-
-
-def step_by(planned: Plan, gradient: Mapping[str, Tensor | None]) -> PlannedStep:
-    """The step by another gradient, in the geometry of the planned one."""
-    policy, step = planned.policy, planned.step
-
-    def frozen() -> tuple[dict[str, Tensor], PreconditionerReport]:
-        assert step.gradient_scale is not None
-        assert step.preconditioner is not None
-        return step.gradient_scale, step.preconditioner
-
-    return plan_step(policy.parameters, policy.optimizer, dict(gradient), policy.config, frozen)
-
-
-def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:
-    """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
-    policy, update, step = planned.policy, planned.batch.update, planned.step
-    config, blocks, local = policy.config, update.shares, update.local
-    policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
-    own_factors = [
-        renormalised(config.loss, update.given, planned.batch.scores, blocks.index != block)[1]
-        for block in local.present_clusters.tolist()
-    ]
-    direction = {
-        name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
-        for name, p in step.delta.items()
-    }
-    whole = step.delta
-    if step.kept:  # rounding is as large as a block's share, so that steps are compared without it
-        given = (policy.parameters, policy.optimizer)
-        whole = moved(policy.parameters, copied_step(*given, step.gradient.values, config.learning_rate))
-    left_out = []
-    with policy.clock.phase("update error") as progress, policy.on_rank(local):
-        for reduced in reduced_gradients(
-            policy.scorer,
-            policy.parameters,
-            update.own,
-            local.local_clusters,
-            planned.batch.loss,
-            planned.batch.gradient,
-            own_factors,
-        ):
-            clipped = clip_gradient(reduced, config.max_grad_norm).values
-            stepped = copied_step(policy.parameters, policy.optimizer, clipped, config.learning_rate)
-            left_out.append(dot(direction, moved(policy.parameters, stepped)))
-            progress(len(left_out), len(own_factors))
-    changes = over_clusters(policy, local, torch.tensor(left_out, dtype=torch.float64))
-    sizes = torch.stack([update.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
-    return jackknife_standard_error(dot(direction, whole), changes, sizes)
 
 
 def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:

@@ -21,10 +21,12 @@ from entropy_probe.analyses.evaluation_half import EvaluationHalf, halved
 from entropy_probe.analyses.gradient import differentiate
 from entropy_probe.analyses.measure import after_step, fresh_scores
 from entropy_probe.analyses.overlap import Contents, shared
+from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Plan, plan, prompt_contributions, step_on
+from entropy_probe.analyses.predict import prompt_contributions
 from entropy_probe.analyses.provenance import Clock
 from entropy_probe.analyses.realized import Measurement, measure_change
+from entropy_probe.analyses.reduced import step_on
 from entropy_probe.estimators.first_order import sequence_weights
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many

@@ -16,7 +16,8 @@ from entropy_probe.analyses.assemble import estimate_fields, predicted_record
 from entropy_probe.analyses.batches import UpdateBatch
 from entropy_probe.analyses.gradient import differentiate, over_clusters
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Prediction, entropy_surrogate, step_without
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate
+from entropy_probe.analyses.reduced import step_without
 from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.named import NamedVector
