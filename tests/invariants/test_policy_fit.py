@@ -251,6 +251,13 @@ def test_a_batch_of_an_older_policy_is_not_held_against_the_policy():
     assert found.policy_fit.update.status == "selected"
     assert not [text for text in texts(found.notes) if text.startswith("update")]
     assert found.not_modelled == ()
+    both = run(update=(batch := later()), evaluation=replace(batch, prompt_ids=torch.arange(len(batch))))
+    assert both.policy_fit.evaluation.status == "off_policy"  # entropy is that of the policy's own responses
+    corrected = {"trainer": "trl", "use_vllm": True}
+    drawn = grouped(sampled(SCORES.logprobs, 400, given=SCORES.logprobs - 0.2))
+    found = run(update=drawn, loss=corrected)
+    assert about(texts(found.notes), "update").endswith("the loss weights its tokens by ratios to sampled_logprobs")
+    assert found.not_modelled == ()
     without = replace(later(), old_logprobs=None)
     assert "sampled from another policy" in about(texts(run(update=without).notes), "update")
 

@@ -73,7 +73,7 @@ def old_policy(
         largest: mean difference of log-probabilities that is allowed, nats per token.
     """
     old, sampled = rollouts.old_logprobs, rollouts.sampled_logprobs
-    if old is None or role == "evaluation":
+    if old is None or role != "update":  # entropy is that of the policy's own responses
         return None
 
     def compared(with_scores: TokenScores, logprobs: Tensor) -> Mismatch:

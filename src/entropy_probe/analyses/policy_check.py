@@ -115,6 +115,7 @@ class PolicyCheck:
             mismatch=mismatch,
             share=1.0 if record is None else record.ess_fraction,
             differ=mismatch is not None and mismatch.mean > config.max_mismatch,
+            corrected=config.loss.weighs_sampler,
         )
         checked = Checked(scores, _record(fit, selected=selected), record)
         if not (misfit.strange or misfit.differ):

@@ -24,7 +24,7 @@ COPY = "ref"
 """The adapter in which TRL keeps a copy of the one that training started from."""
 ADAPTER_OFF = NoteKind(
     "adapter_off",
-    "the reference of the KL term is the policy {how}, as the trainer has it that made this adapter",
+    "the reference of the KL term is the policy {how}, as TRL takes it from a model with an adapter",
     "Record reference_logprobs in the update batch, or give a reference, if it is another policy.",
 )
 
