@@ -33,6 +33,7 @@ __all__ = ["SCENARIOS", "Numbers", "disagreements", "hf_policy", "numbers", "on_
 
 Numbers = dict[str, float]
 ROUNDING = (
+    "horizons",  # differences of changes that hardly differ
     "influence",
     "difference_influence",
     "noise_floor",

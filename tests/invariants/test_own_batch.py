@@ -127,7 +127,7 @@ def test_the_sum_over_pairs_one_by_one(kept_gib):
     s = torch.nn.functional.pad(log_p[:, :-1].gather(-1, rollouts.input_ids[:, 1:, None])[..., 0], (1, 0))
     h = torch.nn.functional.pad(-(log_p.exp() * log_p).sum(-1)[:, :-1], (1, 0))
     x_rows = (surrogate.logprobs * s + surrogate.entropies * h).sum(1)
-    y_rows = (plan.loss.logprobs * s).sum(1)
+    y_rows = (plan.batch.loss.logprobs * s).sum(1)
 
     def by_prompt(rows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         values = [rows[rollouts.prompt_ids == u].sum() for u in range(5)]

@@ -187,12 +187,14 @@ def test_one_batch_is_of_a_first_step():
     """Earlier steps on the same rollouts were fitted to the responses that entropy would be taken on."""
     model = TinyPolicy()
     update, _ = batches()
-    subject = probe(model, trained_optimizer(model), loss={"trainer": "trl"}, identity_if_coverage_below=0.0)
+    subject = probe(
+        model, trained_optimizer(model), loss={"trainer": "trl"}, geometry="frozen", identity_if_coverage_below=0.0
+    )
     with pytest.raises(ValueError, match="one batch: expected the first step on fresh rollouts, got old_logprobs"):
         subject.one_batch(off_policy(update))
     ours = replace(update, old_logprobs=scores_of(model, update))
     plain = subject.one_batch(update).cross_prompt
     assert subject.one_batch(ours).cross_prompt.delta_h1 == pytest.approx(plain.delta_h1, rel=1e-9)
     bonus = FULL | {"beta": 0.0}
-    subject = probe(model, trained_optimizer(model), loss=bonus, identity_if_coverage_below=0.0)
+    subject = probe(model, trained_optimizer(model), loss=bonus, geometry="frozen", identity_if_coverage_below=0.0)
     assert subject.one_batch(update).cross_prompt.delta_h1 != pytest.approx(plain.delta_h1, rel=1e-2)
