@@ -83,7 +83,7 @@ def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
                 "text": None if text is None else [(kind, visible_parts(piece)) for kind, piece in cut(text)],
             }
             for prompt, name, text in zip(
-                *(tables.prompts[column] for column in ("prompt_id", "name", "prompt")), strict=True
+                tables.prompts["prompt_id"], tables.prompts["name"], tables.prompts["prompt"], strict=True
             )
         ],
         "responses": responses,

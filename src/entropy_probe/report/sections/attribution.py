@@ -65,8 +65,8 @@ def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
     exponent = common_exponent(*contributions)
     order = np.argsort(prompts["contribution"], kind="stable").tolist()
     shown = order if len(order) <= 2 * ENDS else order[:ENDS] + order[-ENDS:]
-    named = _named(prompts)
-    bars = {k: _prompt_bar(prompts, k, named[k], folds, exponent) for k in shown}
+    lines = _prompt_lines(prompts)
+    bars = {k: _prompt_bar(prompts, k, lines[k], folds, exponent) for k in shown}
     down = [bars[k].row for k in shown[:MAX_NAMED] if contributions[k] < 0]
     up = [bars[k].row for k in shown[::-1][:MAX_NAMED] if contributions[k] > 0]
     headed = (("lowering entropy most", down), ("raising entropy most", up))
@@ -76,27 +76,31 @@ def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
         caption += "; whiskers: 95% intervals, from the choice of evaluation rollouts"
     chart = bar_charts("Contribution of each prompt", list(bars.values()), unit, caption, "prompts")
     sentences = prompt_sentences(prompts)
-    blocks = (*chart, *([Rows(extremes, unit)] if extremes else []), _all_prompts(prompts, named))
+    blocks = (*chart, *([Rows(extremes, unit)] if extremes else []), _all_prompts(prompts, lines))
     return Section("Which prompts did it", "prompts", "Prompts", sentences=tuple(sentences), summary=sentences[0],
                    blocks=blocks)  # fmt: skip
 
 
-def _prompt_bar(prompts: Columns, k: int, name: str, folds: int | None, exponent: int | None) -> Bar:
+def _prompt_bar(prompts: Columns, k: int, line: str, folds: int | None, exponent: int | None) -> Bar:
     value, error = float(prompts["contribution"][k]), float(prompts["standard_error"][k])
     known, number, reward = not math.isnan(error), int(prompts["prompt_id"][k]), float(prompts["mean_reward"][k])
     note = f"{prompts['num_responses'][k]} responses"
     note += "" if math.isnan(reward) else f", reward {format_number(reward, 2)}"
     text = format_estimate(value, error, exponent) if known else format_in(value, exponent)
-    row = Row(f"prompt {number}", text, note, quote=name, quote_begins=prompts["name"][k] is not None, indent=True)
+    row = Row(f"prompt {number}", text, note, quote=line, quote_begins=_names(prompts)[k] is not None, indent=True)
     return Bar(row, value, critical_value(folds - 1) * error if known and folds else None, prompt=number)
 
 
-def _named(prompts: Columns) -> list[Verbatim]:
-    """A line to know each prompt by: its user's message from where it differs from the others', else its text's end."""
-    names = [None if name is None else " ".join(name.split()) for name in prompts["name"]]
-    known = [name for name in names if name is not None]
+def _names(prompts: Columns) -> Sequence[str | None]:
+    return prompts.get("name", [None] * len(prompts["prompt_id"]))
+
+
+def _prompt_lines(prompts: Columns) -> list[Verbatim]:
+    """A line to know each prompt by: what the user says, from where it differs between prompts, or the text's end."""
+    names = [None if name is None else " ".join(name.split()) for name in _names(prompts)]
+    known = {name for name in names if name is not None}
     shared = "".join(same[0] for same in takewhile(lambda column: len(set(column)) == 1, zip(*known, strict=False)))
-    start = shared.rfind(" ") + 1 if len(shared) > MAX_SHARED and len(set(known)) > 1 else 0
+    start = shared.rfind(" ") + 1 if len(shared) > MAX_SHARED and len(known) > 1 else 0
     lines = []
     for name, text in zip(names, prompts["prompt"], strict=True):
         if name is None:
@@ -108,13 +112,13 @@ def _named(prompts: Columns) -> list[Verbatim]:
     return lines
 
 
-def _all_prompts(prompts: Columns, names: Sequence[str]) -> Table:
+def _all_prompts(prompts: Columns, lines: Sequence[str]) -> Table:
     numbers = ("mean_reward", "contribution", "standard_error", "covariance")
     rows = tuple(
-        (str(number), name, str(responses), str(tokens), *(format_number(x) if x == x else "" for x in more))
-        for number, name, responses, tokens, *more in zip(
+        (str(number), line, str(responses), str(tokens), *(format_number(x) if x == x else "" for x in more))
+        for number, line, responses, tokens, *more in zip(
             prompts["prompt_id"],
-            names,
+            lines,
             *(prompts[column] for column in ("num_responses", "num_tokens", *numbers)),
             strict=True,
         )
