@@ -1,4 +1,4 @@
-"""The demo on SmolLM2: its own code on a stand-in of a few kilobytes, and once on the weights where they are installed."""
+"""The demo on SmolLM2: its own code on a stand-in of a few kilobytes, and once on the weights, if they are there."""
 
 import json
 from functools import partial
@@ -52,7 +52,7 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path):
     whole, lines = stand_in(tmp_path / "whole"), []
     assert train_smollm2(whole, RECORDS, digits, **SMALL, on_progress=lines.append) == whole / "checkpoint-3"
     assert [line.split(",")[0] for line in lines] == ["demo: GRPO", *(f"demo: step {k} of 3" for k in (1, 2, 3))]
-    assert lines[1].endswith(" s left")
+    assert lines[1].endswith(" left")
     assert "left" not in lines[3]
 
     def killed_at_the_third(line: str) -> None:
@@ -139,6 +139,8 @@ def test_the_real_weights(tmp_path):
     update, _ = sample_update(*subject, lambda prompts, responses: [-float(len(text)) for text in responses],
                               UpdateSettings(num_prompts=2, group_size=4), parameters)  # fmt: skip
     evaluation, _ = sample_evaluation(*subject, EvaluationSettings(total_sequences=16), parameters)
-    result = EntropyProbe(state.model, state.optimizer, ProbeConfig(learning_rate=1e-5)).run(update, evaluation)
+    result = EntropyProbe(state.model, state.optimizer, ProbeConfig(learning_rate=1e-5)).run(
+        update=update, evaluation=evaluation
+    )
     assert result.predicted.value != 0
     assert result.realized.value == pytest.approx(result.predicted.value, rel=0.2)

@@ -84,7 +84,7 @@ def test_what_cannot_be_used_is_one_line(fields, match):
 
 
 def test_the_reward_is_for_its_own_prompts():
-    with pytest.raises(ValueError, match="expected prompts of reasoning-gym, .* got prompt 4 without; set prompts"):
+    with pytest.raises(ValueError, match=r"expected prompts of reasoning-gym, .* got prompt 4 without; set prompts"):
         load_rewards("reasoning_gym").check([Prompt(4, "1+1=", "2")])
 
 

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,10 +253,10 @@ def reinforce(
             if "reward" not in logs or state.global_step % say_every:
                 return
             done, left = state.global_step - self.done_before, state.max_steps - state.global_step
-            seconds = (time.monotonic() - self.begun) / done * left
+            seconds = round((time.monotonic() - self.begun) / done * left)
             on_progress(
                 f"demo: step {state.global_step} of {state.max_steps}, reward {logs['reward']:.2f}, "
-                f"entropy {logs['entropy']:.4f} nats/token" + (f", {_in_words(seconds)} left" if left else "")
+                f"entropy {logs['entropy']:.4f} nats/token" + (f", {timedelta(seconds=seconds)} left" if left else "")
             )
 
     trainer = GRPOTrainer(
@@ -289,7 +290,3 @@ def _is_json(file: Path) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return True
-
-
-def _in_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
