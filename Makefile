@@ -21,7 +21,7 @@ CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators t
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.analyses.provenance import library_versions; print(library_versions())
 
-.PHONY: demo demo-real test test-full test-gpu test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu clean
+.PHONY: demo demo-real test test-full test-gpu test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu bench-real clean
 
 # -qq hides pip's warnings, not its errors; the build backend comes from the lock too
 $(STAMP): pyproject.toml lock.txt
@@ -117,6 +117,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checks.py
 	$(BIN)/python benchmarks/inspect_checkpoint.py
 	$(BIN)/python benchmarks/report.py
+
+# the demo's claims on a real policy, into benchmarks/RESULTS.md: about three hours; goes on where it was
+bench-real: demo-real
+	$(BIN)/python benchmarks/real.py
 
 clean:
 	rm -rf .venv .venv-* runs examples/tiny examples/smollm2 site
