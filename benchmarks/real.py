@@ -188,9 +188,9 @@ def section(found: dict[int, dict[str, dict[str, Any]]], command: str) -> str:
     lines = [
         TITLE,
         "",
-        f"`{command}` · the checkpoints of `make demo-real`; 8 prompts × 8 responses of at most 40 tokens in the update "
-        f"batch, {' or '.join(map(str, sorted(sequences)))} sequences in the evaluation batch; errors are one standard "
-        "error. Wall times are of a machine whose two cores were shared.",
+        f"`{command}` · the checkpoints of `make demo-real`; 8 prompts × 8 responses of up to 40 tokens in the update "
+        "batch, " + " or ".join(map(str, sorted(sequences))) + " sequences in the evaluation batch; errors are one "
+        "standard error. Wall times are of a machine whose two cores were shared.",
         "",
     ]
     for part, (title, head, rows) in TABLES.items():

@@ -126,7 +126,7 @@ def test_low_precision_around_adapters_in_float32(autocast):
         scorer.prepare(batch)
         hooks = hookable(scorer, trained(model), batch)
         assert isinstance(hooks, Hooks), hooks
-        side = Side(coefficients(batch, 1), store=True)
+        side = Side(coefficients(batch, 1), is_loss=True, store=True)
         fast, slow = (
             sample_gradients(scorer, trained(model), batch, batch.prompt_ids, [side], hooks=t)[0].stored
             for t in (hooks, None)
@@ -149,7 +149,7 @@ def test_layers_without_a_formula(dtype):
     assert str(hooks) == "hooks; by autograd: conv.bias, conv.weight, norm.weight and 2 more"
 
 
-def test_the_padding_row_gets_no_gradient():
+def test_the_padding_row_gets_no_gradient_of_the_loss():
     model = Mixed().double()
     batch = rollouts()
     assert bool((batch.input_ids[batch.attention_mask] == 0).any())
@@ -157,7 +157,7 @@ def test_the_padding_row_gets_no_gradient():
     parameters = trained(model)
     hooks = hookable(scorer, parameters, batch)
     assert isinstance(hooks, Hooks)
-    side = Side(coefficients(batch, 1), store=True)
+    side = Side(coefficients(batch, 1), is_loss=True, store=True)
     (got,) = sample_gradients(scorer, parameters, batch, batch.prompt_ids, [side], hooks=hooks)
     embedding = got.stored[:, : model.embed.weight.numel()].view(-1, *model.embed.weight.shape)
     assert (embedding[:, 0] == 0).all()
@@ -187,7 +187,7 @@ def test_cross_products(kind, exact_norms):
         g = torch.Generator().manual_seed(2)
         scale = {n: torch.rand(p.shape, generator=g).double() for n, p in parameters.items()}
         x, y = coefficients(batch, 1), coefficients(batch, 2)
-        sides = [Side(x, store=True), Side(y, store=True)]
+        sides = [Side(x, store=True), Side(y, is_loss=True, store=True)]
         xs, ys = (s.stored for s in sample_gradients(scorer, parameters, batch, batch.prompt_ids, sides))
         k = xs * torch.cat([s.reshape(-1) for s in scale.values()]) @ ys.T
         one_side = ys.numel() * 8

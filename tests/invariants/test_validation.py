@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from entropy_probe import Validation
+from entropy_probe import EntropyProbe, ProbeConfig, Validation
 from entropy_probe.analyses import validate
 from entropy_probe.analyses.validate import distinct_halves
+from tests.invariants.hf_problems import policy, rollouts
 from tests.invariants.problems import batches, probe, with_advantages, with_reference
 from tests.invariants.traces import WithState, assert_same, state
 from tests.notes import texts
@@ -100,6 +101,16 @@ def test_more_rollouts_are_proposed_where_the_changes_are_mostly_noise():
         ValueError, match="expected at least 4 independent clusters of evaluation rollouts to halve, got 3"
     ):
         subject.validate(subject.attribute(update=update, evaluation=evaluation), evaluation=few, subsets=4)
+
+
+def test_rollouts_that_overlap_those_of_the_contributions_are_halved():
+    model, optimizer = policy("lora")
+    subject = EntropyProbe(model, optimizer, ProbeConfig(learning_rate=1e-5))
+    update, evaluation = rollouts(), rollouts(n=48, seed=1)
+    attribution = subject.attribute(update=update, evaluation=evaluation.select(torch.arange(24)))
+    for rows, measured_on in ((torch.arange(12, 36), "halves"), (torch.arange(24, 48), "others")):
+        found = subject.validate(attribution, evaluation=evaluation.select(rows), subsets=4)
+        assert found.measured_on == measured_on
 
 
 @pytest.mark.parametrize("prompts", [4, 7])

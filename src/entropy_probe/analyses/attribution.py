@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.analyses.chat import markup_tokens, user_turn
+from entropy_probe.analyses.overlap import Contents
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.results.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TABLES, TOKENS_FILE, write_table
 from entropy_probe.results.probe import ProbeResult
@@ -58,7 +59,7 @@ class Attribution:
         update: the update batch, as given.
         prompt_of_sequence: the prompt that each of its sequences counts for, ``[N]``: its id, but equal prompts and
             those of one trajectory under the smallest of theirs.
-        evaluation: what the evaluation batch is recognised by, whatever its order and padding.
+        evaluation: what the evaluation batch holds.
         scores: its log-probabilities and entropies, nats.
         tokens: each response token's contribution, 0 off the response, float64, ``[N, L]``.
         covariances: each token's covariance term of Cui et al. (2025), float64, ``[N, L]``.
@@ -70,7 +71,7 @@ class Attribution:
     result: ProbeResult
     update: Rollouts
     prompt_of_sequence: Int[Tensor, " N"]
-    evaluation: str
+    evaluation: Contents
     scores: TokenScores
     tokens: Float[Tensor, "N L"]
     covariances: Float[Tensor, "N L"]

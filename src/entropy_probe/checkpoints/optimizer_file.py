@@ -219,10 +219,10 @@ def saved_optimizer(
             f"{path}: expected the groups to number parameters 0, 1, 2 …, got {shown(indices)}; "
             "groups were reordered or edited, save the optimizer again"
         )
-    found = SavedOptimizer(path, kind, clean, state, size, read)
-    if found.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
+    optimizer = SavedOptimizer(path, kind, clean, state, size, read)
+    if optimizer.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
         raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
-    return found
+    return optimizer
 
 
 def _numbered(groups: list[dict[str, Any]], state: Any) -> tuple[list[dict[str, Any]], Any]:

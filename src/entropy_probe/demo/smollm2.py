@@ -6,7 +6,6 @@ never imported: only its file is read.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from entropy_probe.demo.train import complete_checkpoints, quiet, reinforce
+from entropy_probe.demo.train import built_beside, complete_checkpoints, quiet, reinforce
 
 __all__ = ["MAX_COMPLETION_LENGTH", "WHEEL", "convert_weights", "train_smollm2", "weights_file"]
 
@@ -116,9 +115,6 @@ def convert_weights(file: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        building = Path(temporary) / target.name
+    with built_beside(target, "the converted weights") as building:
         model.eval().save_pretrained(building)
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(building)
-        building.rename(target)

@@ -27,6 +27,7 @@ from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.parallel.shards import local, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.scoring.isolation import has_padding_rows, padding_unmasked
 from entropy_probe.types import TokenCoefficients
 
 __all__ = ["CrossProducts", "cross_products"]
@@ -77,7 +78,7 @@ def cross_products(
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
-        rollouts: this rank's part of the batch, whole clusters.
+        rollouts: this rank's rows of the batch, whole clusters.
         clusters: the cluster of each of these sequences, ``[N]``, numbered from 0 without gaps.
         count: the clusters of the whole batch.
         x: coefficients of the entropy side.
@@ -86,7 +87,7 @@ def cross_products(
         hooks: how to read per-sequence gradients off layers, if they can be.
         max_bytes: how much the gradients of all clusters may take, on all ranks together.
         progress: called with sequences done and in all.
-        ranks: the ranks that have the other parts.
+        ranks: the ranks that have the other rows.
     """
 
     def differentiate(sides: list[Side]) -> list[SampleGradients]:
@@ -95,7 +96,7 @@ def cross_products(
 
     size = stored_bytes(parameters, count)
     if 2 * size <= max_bytes:
-        left, right = differentiate([Side(x, store=True), Side(y, store=True)])
+        left, right = differentiate([Side(x, store=True), Side(y, is_loss=True, store=True)])
         how = f"one pass, gradients of {count} units kept ({2 * size / 2**20:.0f} MiB)"
         return _from_stored(left, right, scale, how, ranks)
     if size <= max_bytes:
@@ -108,8 +109,8 @@ def cross_products(
 
 def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks) -> dict[str, Tensor]:
     """A total over all ranks, with zeros for the parameters the surrogate does not reach."""
-    found = ranks.sum_vector(total, scale)
-    return {name: torch.zeros_like(s) if (t := found[name]) is None else t for name, s in scale.items()}
+    summed = ranks.sum_vector(total, scale)
+    return {name: torch.zeros_like(s) if (t := summed[name]) is None else t for name, s in scale.items()}
 
 
 def _flat(vector: NamedVector, names: Iterable[str]) -> Tensor:
@@ -126,8 +127,8 @@ def _from_stored(x: SampleGradients, y: SampleGradients, scale: NamedVector, how
     def products(xs: Tensor, ys: Tensor, along: Tensor, to_x: Tensor, to_y: Tensor) -> Tensor:
         return torch.stack([xs @ (along * to_y), ys @ (along * to_x), (xs * ys) @ along])
 
-    found = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
-    left, right, diagonal = sum_of_shards(found, scale.values())
+    sums = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
+    left, right, diagonal = sum_of_shards(sums, scale.values())
     return CrossProducts(left, right, diagonal, dot(x_total, y_total), y_total, how)
 
 
@@ -140,7 +141,7 @@ def _one_side_stored(
     ranks: Ranks,
 ) -> CrossProducts:
     """With all ``P Y_u`` at hand, each ``X_u`` is multiplied where it arises and dropped."""
-    (right,) = differentiate([Side(y, store=True)])
+    (right,) = differentiate([Side(y, is_loss=True, store=True)])
     assert right.stored is not None
     p = _flat(scale, right.total).to(right.stored)
     for row in right.stored:
@@ -166,7 +167,7 @@ def _totals(
     counts = clusters.bincount().tolist()
     diagonal = torch.zeros(len(counts), dtype=torch.float64)
     for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-        gradients = cluster_backward(scorer, parameters, rollouts, rows, [x, y])
+        gradients = _pair(scorer, parameters, rollouts, rows, x, y)
         for total, side in zip(totals, gradients, strict=True):
             for name, g in side.items():
                 wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
@@ -175,6 +176,23 @@ def _totals(
             a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
             diagonal[unit] += (a @ (p * b)).item()
     return totals, sum_of_shards(diagonal, scale.values())
+
+
+def _pair(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    rows: Tensor,
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+) -> list[dict[str, Tensor]]:
+    """The gradients of both sides over some rows; in one forward pass unless only the loss masks padding rows."""
+    given = (scorer, parameters, rollouts, rows)
+    if not has_padding_rows(scorer.model, parameters):
+        return cluster_backward(*given, [x, y])
+    with padding_unmasked(scorer.model):
+        slope = cluster_backward(*given, [x])
+    return slope + cluster_backward(*given, [y])
 
 
 def _two_passes(
@@ -187,7 +205,7 @@ def _two_passes(
 ) -> CrossProducts:
     x_total, y_total = totals
     toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
-    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, directions=[toward_x])])
+    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, is_loss=True, directions=[toward_x])])
     unscaled = dot(x_total, y_total)
     how = "two passes, since the gradients of all clusters exceed max_stored_gradient_gib"
     return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, how)

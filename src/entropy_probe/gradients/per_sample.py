@@ -4,13 +4,14 @@ Two paths give the same numbers. With ``hooks`` one backward pass over a microba
 what each sequence adds is read off the layers. ``per cluster``: for any module, one backward pass per cluster. Only one
 microbatch's graph is alive at a time, and ``.grad`` is left as it was.
 
-Of sharded parameters every rank keeps its part of each gradient; inner products are summed over the parts at the end.
+Of sharded parameters every rank keeps its shard of each gradient; inner products are summed over the shards at the end.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,9 +23,10 @@ from torch.nn import Parameter
 from entropy_probe.gradients.hooks import Hooks, hooked_backward
 from entropy_probe.gradients.layers import Sink
 from entropy_probe.named import NamedVector
-from entropy_probe.parallel.shards import local, reshard, sum_of_shards, take_part
+from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
+from entropy_probe.scoring.isolation import has_padding_rows, padding_unmasked
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -47,12 +49,15 @@ class Side:
         store: keep each cluster's gradient.
         pair_with: a vector for each cluster to take its own inner product with, ``[U, P]``, laid out as in
             :attr:`SampleGradients.stored`.
+        is_loss: differentiate as training does, which leaves the row ``padding_idx`` of an embedding out. The slope of
+            anything else has that row, since weight decay and old moments move it.
     """
 
     coefficients: TokenCoefficients
     directions: Sequence[NamedVector] = ()
     store: bool = False
     pair_with: Float[Tensor, "U P"] | None = None
+    is_loss: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +85,7 @@ class SampleGradients:
         return {
             name: None
             if self.total[name] is None
-            else take_part(piece.sum(0, dtype=torch.float64).view(local(p).shape).to(p.device), p)
+            else from_shard(piece.sum(0, dtype=torch.float64).view(local(p).shape).to(p.device), p)
             for (name, p), piece in pieces
         }
 
@@ -99,11 +104,11 @@ def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Ten
     """
     elements = _COLUMN_ELEMENTS if rows.device.type == "cpu" else _COLUMN_ELEMENTS_OFF_CPU
     width = max(1, elements // max(1, len(rows)))
-    parts = [
+    blocks = [
         products(*(x[..., start : start + width].double() for x in (rows, *others)))
-        for start in range(0, max(1, rows.shape[-1]), width)  # a rank's part of a parameter may be empty
+        for start in range(0, max(1, rows.shape[-1]), width)  # a rank's shard of a parameter may be empty
     ]
-    return torch.stack(parts).sum(0)
+    return torch.stack(blocks).sum(0)
 
 
 class _Sums(Sink):
@@ -124,29 +129,29 @@ class _Sums(Sink):
         self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
 
     def outcome(self) -> SampleGradients:
-        total = {name: None if x is None else take_part(x, self._parameters[name]) for name, x in self.total.items()}
+        total = {name: None if x is None else from_shard(x, self._parameters[name]) for name, x in self.total.items()}
         dots, paired = (sum_of_shards(x, self._parameters.values()) for x in (self.dots, self.paired))
         return SampleGradients(total, dots, self.stored, paired)
 
-    def part(self, clusters: Tensor) -> _Sums:
+    def empty(self, clusters: Tensor) -> _Sums:
         """Empty sums for one microbatch with these clusters, for :meth:`merge` once it is known to be complete."""
-        part = copy.copy(self)
-        part.total = dict.fromkeys(self.total)
-        part.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
-        part.paired = torch.zeros(len(clusters), dtype=torch.float64)
-        part.stored = None if self.stored is None else self.stored.new_zeros(len(clusters), self.stored.shape[1])
-        part._clusters = clusters.tolist()
-        return part
+        sums = copy.copy(self)
+        sums.total = dict.fromkeys(self.total)
+        sums.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
+        sums.paired = torch.zeros(len(clusters), dtype=torch.float64)
+        sums.stored = None if self.stored is None else self.stored.new_zeros(len(clusters), self.stored.shape[1])
+        sums._clusters = clusters.tolist()
+        return sums
 
-    def merge(self, part: _Sums, clusters: Tensor) -> None:
+    def merge(self, added: _Sums, clusters: Tensor) -> None:
         """Add the sums of a microbatch whose clusters are ``clusters``, distinct."""
-        for name, gradient in part.total.items():
+        for name, gradient in added.total.items():
             if gradient is not None:
                 self.add_total(name, gradient)
-        self.dots[:, clusters] += part.dots
-        self.paired[clusters] += part.paired
-        if self.stored is not None and part.stored is not None:
-            self.stored.index_add_(0, clusters, part.stored)
+        self.dots[:, clusters] += added.dots
+        self.paired[clusters] += added.paired
+        if self.stored is not None and added.stored is not None:
+            self.stored.index_add_(0, clusters, added.stored)
 
     def _stack(self, name: str) -> Tensor:
         """The directions of one parameter in float64, ``[K, p]``."""
@@ -219,6 +224,8 @@ def sample_gradients(
 ) -> list[SampleGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
+    Where an embedding with ``padding_idx`` is trained, the losses and the other surrogates take one each.
+
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to, by name.
@@ -233,6 +240,28 @@ def sample_gradients(
     Returns:
         One outcome per side.
     """
+    given = (scorer, parameters, rollouts, clusters)
+    padded = has_padding_rows(scorer.model, parameters)
+    if padded and len({side.is_loss for side in sides}) > 1:
+        return [
+            gradients
+            for side in sides
+            for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
+        ]
+    with nullcontext() if sides[0].is_loss else padding_unmasked(scorer.model):
+        return _sample_gradients(*given, sides, hooks, progress, sheet)
+
+
+def _sample_gradients(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    clusters: Tensor,
+    sides: Sequence[Side],
+    hooks: Hooks | None,
+    progress: Progress | None,
+    sheet: ScoreSheet | None,
+) -> list[SampleGradients]:
     counts = clusters.bincount().tolist()
     sums = [_Sums(parameters, side, len(counts)) for side in sides]
     coefficients = [side.coefficients for side in sides]
@@ -281,15 +310,15 @@ def _read_off_layers(
     def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
         """What the microbatch adds, by cluster; kept apart until it is complete."""
         present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
-        parts = [side.part(present) for side in sums]
-        hooked_backward(scorer, hooks, batch, coefficients, of_rows, parts, sheet)
-        return present, parts
+        added = [side.empty(present) for side in sums]
+        hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
+        return present, added
 
-    for batch, (present, parts) in scorer.each(
+    for batch, (present, added) in scorer.each(
         rollouts, hooked, share=_prompts_are_whole(rollouts.prompt_ids, clusters)
     ):
-        for side, part in zip(sums, parts, strict=True):
-            side.merge(part, present)
+        for side, more in zip(sums, added, strict=True):
+            side.merge(more, present)
         yield batch.rows
 
 
@@ -327,13 +356,13 @@ def _backward(
     """One forward pass over a microbatch, then one backward pass per surrogate."""
     if scorer.sharded:
         return [_backward_into_grad(scorer, parameters, each, sheet, batch) for each in coefficients]
-    values, found = scorer.surrogates(batch, coefficients, sheet=sheet), []
+    values, per_surrogate = scorer.surrogates(batch, coefficients, sheet=sheet), []
     for k, value in enumerate(values):
         gradients = torch.autograd.grad(
             value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
         )
-        found.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
-    return found
+        per_surrogate.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
+    return per_surrogate
 
 
 def _backward_into_grad(

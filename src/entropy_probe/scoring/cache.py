@@ -14,7 +14,6 @@ from entropy_probe.types import TokenScores
 
 __all__ = [
     "ScoreCache",
-    "batch_digest",
     "digest",
     "fingerprint",
     "mixed_sums",
@@ -82,11 +81,6 @@ def sequence_digests(rollouts: Rollouts) -> list[bytes]:
     ]
 
 
-def batch_digest(rollouts: Rollouts) -> str:
-    """A digest of the sequences of a batch, whatever their order and padding."""
-    return digest(b"".join(sorted(sequence_digests(rollouts)))).hex()
-
-
 class ScoreCache:
     """The scores of the last few batches, found again by the content of policy and batch."""
 
@@ -97,8 +91,8 @@ class ScoreCache:
     def get(self, key: str, compute: Callable[[], TokenScores]) -> TokenScores:
         """The scores under ``key``, computed if they are not there; the oldest make room."""
         if key not in self._scores:
-            found = compute()
+            scores = compute()
             while len(self._scores) >= self._size:
                 del self._scores[next(iter(self._scores))]
-            self._scores[key] = found
+            self._scores[key] = scores
         return self._scores[key]

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from entropy_probe.parallel.shards import local
 
-__all__ = ["evaluating", "parameters_at", "substituted"]
+__all__ = ["evaluating", "has_padding_rows", "lookups_masked", "padding_unmasked", "parameters_at", "substituted"]
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tens
         if values[name].shape != parameter.shape:
             raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(values[name].shape)}")
     whole = {name: parameter.data for name, parameter in parameters.items() if local(parameter) is parameter}
-    parts = {name: local(parameter).clone() for name, parameter in parameters.items() if name not in whole}
+    shards = {name: local(parameter).clone() for name, parameter in parameters.items() if name not in whole}
     try:
         for name, parameter in parameters.items():
             if name in whole:
@@ -137,8 +138,8 @@ def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tens
     finally:
         for name, value in whole.items():
             parameters[name].data = value
-        for name, part in parts.items():
-            local(parameters[name]).copy_(part)
+        for name, shard in shards.items():
+            local(parameters[name]).copy_(shard)
 
 
 @contextmanager
@@ -167,3 +168,43 @@ def substituted(model: nn.Module, parameters: Mapping[str, Parameter], values: M
     finally:
         for of_module, key, parameter in held:
             of_module[key] = parameter
+
+
+def has_padding_rows(model: nn.Module, parameters: Mapping[str, Parameter]) -> bool:
+    """Whether autograd leaves a row out of the gradient of one of the parameters: an embedding's ``padding_idx``."""
+    trained = {id(parameter) for parameter in parameters.values()}
+    return any(id(module.weight) in trained for module in _padded(model))
+
+
+@contextmanager
+def padding_unmasked(model: nn.Module) -> Iterator[None]:
+    """Let autograd see the rows that ``padding_idx`` keeps from training: a step may move them all the same."""
+    padded = [(module, module.padding_idx) for module in _padded(model)]
+    try:
+        for module, _ in padded:
+            module.padding_idx = None
+        yield
+    finally:
+        for module, row in padded:
+            module.padding_idx = row
+
+
+@contextmanager
+def lookups_masked(model: nn.Module) -> Iterator[None]:
+    """Let forward-mode derivatives leave out what autograd does: looking up the row ``padding_idx``."""
+
+    def without_tangent(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        ids: Tensor = args[0] if args else kwargs["input"]
+        padding = (ids == module.padding_idx)[..., None]
+        return torch.where(padding, forward_ad.unpack_dual(output).primal, output)
+
+    handles = [module.register_forward_hook(without_tangent, with_kwargs=True) for module in _padded(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _padded(model: nn.Module) -> list[nn.Embedding]:
+    return [module for module in model.modules() if isinstance(module, nn.Embedding) and module.padding_idx is not None]
