@@ -109,7 +109,7 @@ def convert_weights(file: Path, target: Path) -> None:
 
     source, name = str(file.parent), file.name
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):  # the weights are plain float32 now, but saving them would be refused
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from entropy_probe.sampling.reasoning_gym import task_records
+from entropy_probe.sampling.generated import task_records
 from entropy_probe.sampling.records import (
     callable_records,
     dataset_records,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from entropy_probe.sampling.final_number import final_number
 from entropy_probe.sampling.foreign import import_function
+from entropy_probe.sampling.generated import verified
 from entropy_probe.sampling.prompts import Prompt
-from entropy_probe.sampling.reasoning_gym import verified
 from entropy_probe.sampling.reward_calls import RewardFunction, Sample, columns_of
 
 __all__ = ["Reward", "Rewards", "exact_match", "gsm8k", "load_reward", "load_rewards", "math", "score_responses"]

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from entropy_probe.sampling.final_number import final_number
@@ -88,16 +89,16 @@ def _answer(response: str, reference: str) -> str | None:
 def _dataset(task: str, settings: str) -> Any:
     """A task's problems, with their verifier; ``settings`` in JSON."""
     try:
-        from reasoning_gym import create_dataset
-        from reasoning_gym.factory import DATASETS
+        gym: Any = import_module("reasoning_gym")
     except ModuleNotFoundError as error:
         raise ValueError(
             "prompts.reasoning_gym: expected the package reasoning-gym, which is not installed; "
             "pip install 'entropy-probe[real]'"
         ) from error
-    if task not in DATASETS:
-        near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)
+    tasks = gym.factory.DATASETS
+    if task not in tasks:
+        near = difflib.get_close_matches(task, tasks, n=3) or sorted(tasks)
         raise ValueError(
             f"prompts.reasoning_gym: expected a task of reasoning-gym, got {task!r}; did you mean {', '.join(near)}?"
         )
-    return call(f"prompts.reasoning_gym {task}", create_dataset, task, **json.loads(settings))
+    return call(f"prompts.reasoning_gym {task}", gym.create_dataset, task, **json.loads(settings))
