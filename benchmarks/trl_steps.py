@@ -320,7 +320,9 @@ class _Watch:
         """How far the policy has moved from the old one on this batch."""
         if self.rollouts.old_logprobs is None or self.planned.batch.scores is None:
             return 0.0
-        gap = (self.planned.batch.scores.logprobs - self.rollouts.old_logprobs).masked_fill(~self.rollouts.response_mask, 0.0)
+        gap = (self.planned.batch.scores.logprobs - self.rollouts.old_logprobs).masked_fill(
+            ~self.rollouts.response_mask, 0.0
+        )
         return float((gap.sum(1) if self.kind == "rloo" else gap).abs().max())
 
 

@@ -88,7 +88,7 @@ def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):
         (["rollouts.update=u.parquet", "prompts=null"], r"prompts: required to sample the evaluation batch"),
         (
             ["prompts.dataset=gsm8k"],
-            r"prompts: expected exactly one of jsonl, parquet, dataset, callable, got jsonl and dataset",
+            r"prompts: expected exactly one of jsonl, parquet, dataset, callable, reasoning_gym, got jsonl and dataset",
         ),
     ],
 )

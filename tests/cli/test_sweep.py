@@ -246,7 +246,7 @@ def test_several_checkpoints(config, checkpoint, trained, tmp_path, refused):
         (["checkpoint=/nowhere"], "/nowhere: expected a checkpoint directory"),
         (["rollouts.update=/nowhere.parquet"], "/nowhere.parquet: expected a Parquet file of rollouts"),
         (["prompts.jsonl=/nowhere.jsonl"], "/nowhere.jsonl: expected a JSONL file of prompts"),
-        (["reward=nobody"], "reward: expected exact_match, gsm8k, math or package.module:function"),
+        (["reward=nobody"], "reward: expected exact_match, gsm8k, math, reasoning_gym or package.module:function"),
     ],
 )
 def test_bad_settings(config, refused, tmp_path, args, match):

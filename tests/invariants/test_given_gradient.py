@@ -212,7 +212,7 @@ def test_something_must_be_given():
             gradient=random_gradient(model),
             questions={"without_prompts": {"prompts": [[0]]}},
         )
-    measured = subject.measure(update=update, gradient=random_gradient(model)).realized
+    measured = subject.measure(update=update, evaluation=update, gradient=random_gradient(model)).realized
     assert measured
     assert measured.batch == "update"
 

@@ -190,7 +190,7 @@ def _probe_into(
         result = _annotate(result, notes, beyond_loss(config, update, state.report.not_modelled), clock.seconds)
         if output.writes:
             if attribution is not None:
-                attribution.save_tables(output.path, state.tokenizer)
+                attribution.save_tables(output.path, state.tokenizer, _names(sources))
             output.add_given(sources)
             for answer in result.answers.values():
                 answer.save(output.path)
@@ -244,6 +244,14 @@ def _run_mode(
     notes = (note.about("one batch") for note in distinct(filter(None, beside), known.notes))
     left_out = (f"one batch: {line}" for line in said.not_modelled if line not in known.not_modelled)
     return _annotate(result, tuple(notes), tuple(left_out), one.timing), attribution
+
+
+def _names(sources: Sources) -> dict[int, str]:
+    """What sampled update prompts are called: conversations by their last user message."""
+    from entropy_probe.sampling import last_user_message
+
+    prompts = sources.prompts if sources.update is None else []
+    return {prompt.id: message for prompt in prompts if (message := last_user_message(prompt)) is not None}
 
 
 def beyond_loss(config: RunConfig, update: Rollouts, not_modelled: tuple[str, ...]) -> tuple[str, ...]:

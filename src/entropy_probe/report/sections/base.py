@@ -46,7 +46,8 @@ class Row:
     label: str
     value: str = ""  # as written, with its error
     note: str = ""  # what belongs beside it, in a few words
-    quote: str = ""  # what the row is about, if a file says it; the console shows its end in place of the label
+    quote: str = ""  # what the row is about, if a file says it; the console shows it, cut, in place of the label
+    quote_begins: bool = False  # whether a quote is cut at its end, not at its beginning
     headline: bool = False  # whether it is one of the few numbers at the head of a page
     indent: bool = False  # whether it is a part of the row above
     state: State = "plain"  # how a check came out
