@@ -179,6 +179,9 @@ def test_checkpoints_are_loaded_in_shards(where, tmp_path, request):
             else:
                 assert value == other
         del two[name]
+    profiles = (each.pop("horizons")["points"] for each in (one, two))
+    for p, q in zip(*profiles, strict=True):
+        assert all(abs(p[name]["value"] - q[name]["value"]) <= 1e-7 for name in ("predicted", "realized"))
     assert differences(one, two, 1e-6) == []
 
 

@@ -29,6 +29,7 @@ from entropy_probe.results.step import StepVectors
 from entropy_probe.results.student import combined_degrees
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
+from entropy_probe.steps.afterlife import lifetime_factor
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import summarize_moments
 from entropy_probe.types import Clusters
@@ -105,11 +106,25 @@ def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
     elif "gradient" in parts:
         given = (policy, parts["gradient"], clusters, _update_error(prediction))
         components["gradient"] = Estimate(**estimate_fields(*given))
-    return {
+    return _after_the_step(prediction, components.get("gradient")) | {
         "predicted": predicted_record(prediction),
         "components": components,
         "contributions": tuple((prediction.change.value + prediction.change.influence).tolist()),
     }
+
+
+def _after_the_step(prediction: Prediction, gradient: Estimate | None) -> dict[str, Any]:
+    """What the gradient does over its life in the momentum, and what the moments are committed to."""
+    plan, policy, committed = prediction.plan, prediction.plan.policy, prediction.committed
+    fields: dict[str, Any] = {}
+    if gradient is not None and policy.config.geometry == "adamw" and is_adam(policy.optimizer):
+        factor = lifetime_factor(policy.parameters, policy.optimizer)
+        if factor is not None:
+            numbers = {"value": factor * gradient.value, "standard_error": factor * gradient.standard_error}
+            fields["lifetime"] = gradient.model_copy(update=numbers)
+    if committed is not None:
+        fields["committed"] = Estimate(**estimate_fields(policy, committed, plan.evaluation.clusters))
+    return fields
 
 
 def realized_record(plan: Plan, measured: Measured, prediction: Prediction | None = None) -> Realized:

@@ -99,7 +99,7 @@ def predict_own(policy: Policy, batch: Rollouts) -> OwnPrediction:
     _note_used_before(planned)
     slope, own = _slope(planned)
     dots = dict(zip(planned.step.components, over_clusters(policy, planned.evaluation.local, slope.dots), strict=True))
-    length_slope, lengths = length_changes(planned)
+    length_slope, lengths = length_changes(planned, list(planned.step.components.values()))
     before = planned.before
     pairs = OwnPairs(dots["gradient"], prompt_contributions(planned, slope, 1.0), own)
 
@@ -118,6 +118,7 @@ def predict_own(policy: Policy, batch: Rollouts) -> OwnPrediction:
         parts,
         by_prompt,
         fo.update_standard_error(by_prompt),
+        None,  # the moments have this batch's gradient after the step, and so the influence of its responses
         all_pairs=first_order(torch.stack([*dots.values()]).sum(0), float(lengths.sum())),
         of_update=len(by_prompt) * by_prompt - by_prompt.sum(),
     )

@@ -7,6 +7,7 @@ first-order change" and "The step".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,10 @@ from entropy_probe.analyses.plan import Plan
 from entropy_probe.analyses.reduced import jackknife
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.gradients.per_sample import SampleGradients, Side
+from entropy_probe.named import NamedVector
 from entropy_probe.results.note import NoteKind
+from entropy_probe.steps.adamw import is_adam
+from entropy_probe.steps.afterlife import coasting
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
@@ -66,6 +70,8 @@ class Prediction:
         by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise, and for a gradient
             from outside.
         se_update: the error from the update batch; ``None`` for a gradient from outside.
+        committed: the change that the moments alone will still make after the step; ``None`` where they have no closed
+            form, and in the frozen geometry.
     """
 
     plan: Plan
@@ -75,30 +81,45 @@ class Prediction:
     parts: dict[str, fo.FirstOrder]
     by_prompt: Float[Tensor, " B"] | None
     se_update: float | None
+    committed: fo.FirstOrder | None
 
 
 def predict(planned: Plan) -> Prediction:
     """The first-order change of the entropy by a step."""
     step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
-    slope = _entropy_slope(planned)
+    directions = [*step.components.values(), *_later(planned)]
+    slope = _entropy_slope(planned, directions)
     dots = over_clusters(policy, planned.evaluation.local, slope.dots)
-    length_slope, lengths = length_changes(planned)
-    change = fo.first_order(dots.sum(0), sizes, before.entropy, float(lengths.sum()))
+    length_slope, lengths = length_changes(planned, directions)
+    own = len(step.components)
+    later = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(own, len(directions))]
+    committed = later[0] if later else None
+    change = fo.first_order(dots[:own].sum(0), sizes, before.entropy, float(lengths[:own].sum()))
     parts = {
         name: fo.first_order(dots[k], sizes, before.entropy, float(lengths[k]))
         for k, name in enumerate(step.components)
         if step.gradient_scale is not None
     }
     if isinstance(planned.source, GivenGradient):
-        return Prediction(planned, slope, length_slope, change, parts, None, None)
+        return Prediction(planned, slope, length_slope, change, parts, None, None, committed)
     if step.gradient_scale is None:
         se_update = jackknife(planned, slope, sizes.sum().item())
-        return Prediction(planned, slope, length_slope, change, parts, None, se_update)
+        return Prediction(planned, slope, length_slope, change, parts, None, se_update, committed)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
     fo.check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
     _note_what_the_update_error_holds_fixed(planned)
-    return Prediction(planned, slope, length_slope, change, parts, by_prompt, fo.update_standard_error(by_prompt))
+    se_update = fo.update_standard_error(by_prompt)
+    return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, committed)
+
+
+def _later(planned: Plan) -> list[NamedVector]:
+    """What the moments alone will still do after the step, where they are Adam's."""
+    policy = planned.policy
+    if policy.config.geometry == "frozen" or not is_adam(policy.optimizer):
+        return []
+    given = (policy.parameters, policy.optimizer, planned.step.gradient.values, policy.config.learning_rate)
+    return [coasting(*given)]
 
 
 def entropy_surrogate(planned: Plan) -> TokenCoefficients:
@@ -111,19 +132,19 @@ def entropy_surrogate(planned: Plan) -> TokenCoefficients:
     )
 
 
-def _entropy_slope(planned: Plan) -> SampleGradients:
-    """The entropy gradient, along the parts of the step."""
+def _entropy_slope(planned: Plan, directions: Sequence[NamedVector]) -> SampleGradients:
+    """The entropy gradient, along some directions."""
     surrogate, evaluation = entropy_surrogate(planned), planned.evaluation
     with planned.policy.clock.phase("evaluation gradient") as progress:
-        side = Side(surrogate, directions=list(planned.step.components.values()))
+        side = Side(surrogate, directions=directions)
         return differentiate(
             planned.policy, evaluation.own, evaluation.local, side, hooks=planned.hooks, progress=progress
         )
 
 
-def length_changes(planned: Plan) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
-    """The relative first-order change of the mean length by each part of the step; 0 per sequence."""
-    lengths, steps, policy = planned.before.lengths, list(planned.step.components.values()), planned.policy
+def length_changes(planned: Plan, steps: Sequence[NamedVector]) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
+    """The relative first-order change of the mean length by each of some steps; 0 per sequence."""
+    lengths, policy = planned.before.lengths, planned.policy
     if lengths is None:
         return None, torch.zeros(len(steps), dtype=torch.float64)
     own = planned.evaluation.own.select(lengths.rows)

@@ -319,6 +319,10 @@ class ProbeResult(SavedRecord):
         components: the gradient, momentum and weight-decay parts of ``predicted``, and what rounding adds where
             training keeps its weights in 16 bits; they sum to it. Empty for optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
+        lifetime: what the gradient does to first order over its life in the momentum, this step included, with the
+            step's denominators held; null without a closed form.
+        committed: what the moments alone will do to first order after this step if every later gradient is zero; null
+            without a closed form, and for one batch, whose responses are in them.
         horizons: both changes within 0, 1, 2, 4, ... tokens; null unless the step was predicted and measured.
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation clusters. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
@@ -345,6 +349,8 @@ class ProbeResult(SavedRecord):
     predicted: Predicted | None = None
     components: dict[StepPart, Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
+    lifetime: Estimate | None = None
+    committed: Estimate | None = None
     horizons: Horizons | None = None
     difference: Estimate | None = None
     cross_prompt: CrossPrompt | None = None

@@ -20,9 +20,11 @@ from entropy_probe.parallel.shards import count
 from entropy_probe.steps.moments import step_count
 
 __all__ = [
+    "AdamSettings",
     "ClippedGradient",
     "Gradient",
     "Step",
+    "adam_settings",
     "adamw_step",
     "check_adam",
     "clip_gradient",
@@ -85,7 +87,7 @@ def optimizer_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimize
 
 
 @dataclass(frozen=True)
-class _Settings:
+class AdamSettings:
     """The hyperparameters of one parameter's own group."""
 
     lr: float
@@ -97,11 +99,12 @@ class _Settings:
     amsgrad: bool
 
 
-def _settings(optimizer: torch.optim.Optimizer, learning_rate: float | None) -> dict[int, _Settings]:
-    out: dict[int, _Settings] = {}
+def adam_settings(optimizer: torch.optim.Optimizer, learning_rate: float | None) -> dict[int, AdamSettings]:
+    """The hyperparameters of every parameter, by identity; ``learning_rate`` replaces the rate of every group."""
+    out: dict[int, AdamSettings] = {}
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
-        settings = _Settings(
+        settings = AdamSettings(
             lr=float(group["lr"]) if learning_rate is None else learning_rate,
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),
@@ -214,7 +217,7 @@ def adamw_step(
     check_adam(optimizer)
     if parameters.keys() != gradient.keys():
         raise ValueError(f"gradient: expected {len(parameters)} parameter names, got {len(gradient)} that differ")
-    settings = _settings(optimizer, learning_rate)
+    settings = adam_settings(optimizer, learning_rate)
     parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "momentum": {}, "weight_decay": {}}
     scales: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -229,7 +232,7 @@ def adamw_step(
     return Step(components=parts, gradient_scale=scales)
 
 
-def _parameter_step(name: str, theta: Tensor, g: Tensor, state: Mapping[str, Any], s: _Settings) -> list[Tensor]:
+def _parameter_step(name: str, theta: Tensor, g: Tensor, state: Mapping[str, Any], s: AdamSettings) -> list[Tensor]:
     """Gradient, momentum and weight-decay parts of a parameter's step and the gradient's scale, in at least float32."""
     taken = step_count(state)
     if taken is None:

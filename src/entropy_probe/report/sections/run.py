@@ -92,6 +92,11 @@ def step_section(result: ProbeResult) -> Section:
         changes.append(Bar(rows[-1], predicted.value, predicted.margin, look="dot"))
         parts = _part_bars(result, exponent)
         rows += [bar.row for bar in parts]
+        if result.lifetime is not None:
+            note = "this batch's gradient over its life in the momentum"
+            rows.append(Row("lifetime", written(result.lifetime, exponent), note, indent=True))
+        if result.committed is not None:
+            rows.append(Row("committed", written(result.committed, exponent), "by the moments alone, after this step"))
         parts += [replace(changes[0], look="total")] if parts else []
     if (cross := result.cross_prompt) is not None:
         errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"

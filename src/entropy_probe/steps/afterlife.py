@@ -1,0 +1,96 @@
+"""What a step leaves to the steps after it: the life of its gradient in the momentum, and what momentum alone will do.
+
+Formulas: ``docs/theory.md``, "After the step".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from entropy_probe.steps.adamw import AdamSettings, Gradient, adam_settings
+from entropy_probe.steps.moments import step_count
+
+__all__ = ["coasting", "lifetime_factor"]
+
+NEGLIGIBLE = 1e-4
+"""Later steps whose share of the momentum is below this are left out."""
+
+
+def _num_later(beta1: float) -> int:
+    """How many later steps a gradient still moves."""
+    count, share = 0, beta1
+    while share >= NEGLIGIBLE:
+        count, share = count + 1, share * beta1
+    return count
+
+
+def lifetime_factor(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> float | None:
+    """The first-order effect of the gradient over its life in the momentum, over its effect in this step.
+
+    ``sum_j beta1^j (1 - beta1^(k+1)) / (1 - beta1^(k+1+j))``, the denominators of this step held: about
+    ``1 / (1 - beta1)`` late in training.
+
+    Args:
+        parameters: what is stepped, by name.
+        optimizer: Adam or AdamW.
+
+    Returns:
+        ``None`` where parameters have different factors.
+    """
+    settings, factors = adam_settings(optimizer, None), set[float]()
+    for parameter in parameters.values():
+        k, beta1 = (step_count(optimizer.state.get(parameter, {})) or 0) + 1, settings[id(parameter)].beta1
+        now = 1 - beta1**k
+        factors.add(sum(beta1**j * now / (1 - beta1 ** (k + j)) for j in range(_num_later(beta1) + 1)))
+    return factors.pop() if len(factors) == 1 else None
+
+
+def coasting(
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    gradient: Gradient,
+    learning_rate: float | None = None,
+) -> dict[str, Tensor]:
+    """How far the moments alone will move each parameter after this step, if every later gradient is zero.
+
+    ``sum_{j >= 1} -lr beta1^j / (1 - beta1^(k+1+j)) m+ / D_j`` with ``m+`` and ``v+`` after this step and
+    ``D_j = sqrt(beta2^j v+ / (1 - beta2^(k+1+j))) + eps``. Weight decay apart; the rate stays.
+
+    Args:
+        parameters: what is stepped, by name.
+        optimizer: Adam or AdamW; not changed.
+        gradient: of this step, clipped; a parameter with ``None`` is not stepped.
+        learning_rate: replaces the rate of every group.
+    """
+    settings = adam_settings(optimizer, learning_rate)
+    moves = {}
+    for name, p in parameters.items():
+        g = gradient[name]
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if g is None:
+            moves[name] = torch.zeros_like(p, dtype=wide)
+            continue
+        moves[name] = _coast(p.detach().to(wide), g.to(wide), optimizer.state.get(p, {}), settings[id(p)])
+    return moves
+
+
+def _coast(theta: Tensor, g: Tensor, state: Mapping[str, Any], s: AdamSettings) -> Tensor:
+    if not s.decoupled and s.weight_decay:
+        g = g + s.weight_decay * theta
+    k = (step_count(state) or 0) + 1
+    m, v = (1 - s.beta1) * g, (1 - s.beta2) * g.square()
+    if "exp_avg" in state:
+        m += s.beta1 * state["exp_avg"].to(m)
+        v += s.beta2 * state["exp_avg_sq"].to(v)
+    largest = torch.maximum(v, state["max_exp_avg_sq"].to(v)) if s.amsgrad and "max_exp_avg_sq" in state else v
+    total = torch.zeros_like(m)
+    for j in range(1, _num_later(s.beta1) + 1):
+        held = largest if s.amsgrad else s.beta2**j * v
+        denominator = (held / (1 - s.beta2 ** (k + j))).sqrt_().add_(s.eps)
+        total += s.beta1**j / (1 - s.beta1 ** (k + j)) / denominator
+    return -s.lr * m * total
