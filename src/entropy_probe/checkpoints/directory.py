@@ -39,8 +39,7 @@ def open_directory(path: Path) -> Path:
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
     if any((path / name).is_file() for name in ("config.json", "model.safetensors")):
         return path
-    megatron = (path / "common.pt").is_file()  # beside .metadata, of names and shapes of its own
-    if not adapters_of(path) and (megatron or weights_of(path) is None):
+    if not adapters_of(path) and weights_of(path) is None:
         inside = [str(place.relative_to(path)) for place in checkpoints_below(path)]
         if inside:
             raise MissingFileError(

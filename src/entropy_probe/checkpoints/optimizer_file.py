@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_probe.checkpoints.eight_bit import EightBitState, is_of_bitsandbytes
 from entropy_probe.checkpoints.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -22,7 +23,7 @@ from entropy_probe.checkpoints.errors import (
 from entropy_probe.checkpoints.optimizers import (
     ADAM,
     ADAMW,
-    BITSANDBYTES_REMEDY,
+    ADAMW_8BIT,
     REMEDY,
     Content,
     OptimizerKind,
@@ -39,11 +40,6 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _OTHER_OPTIMIZERS = {
     "train_mode": "a schedule-free optimizer",
-    "__bnb_optimizer_quant_state__": "an optimizer of bitsandbytes",
-    "t_alpha": "an optimizer of bitsandbytes",
-    "qmap1": "8-bit Adam of bitsandbytes",
-    "absmax1": "8-bit Adam of bitsandbytes",
-    "state1": "an optimizer of bitsandbytes",
     "lambd": "ASGD",
     "etas": "Rprop",
     "history_size": "L-BFGS",
@@ -103,7 +99,7 @@ class SavedOptimizer:
     @property
     def is_adam(self) -> bool:
         """Whether it is of ``torch.optim.Adam`` or ``AdamW``, whose step is known in parts."""
-        return self.kind in (ADAM, ADAMW)
+        return self.kind in (ADAM, ADAMW, ADAMW_8BIT)
 
     def shape(self, index: int) -> tuple[int, ...] | None:
         """The shape of a parameter, by what is kept for it; None where nothing is."""
@@ -204,6 +200,11 @@ def saved_optimizer(
     groups, state = _numbered(groups, state)
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
         raise DamagedFileError(f"{path}: expected state by parameter index, got {type(state).__name__}")
+    eight_bit = None
+    if is_of_bitsandbytes(groups, state):
+        eight_bit = EightBitState.of(path, groups, state, size)
+        groups, state = eight_bit.groups, eight_bit.state
+        size, read = max(size, eight_bit.size), eight_bit.read
     _refuse_others(path, groups, state)
     for i, group in enumerate(groups):
         if not (isinstance(group["params"], list) and all(type(index) is int for index in group["params"])):
@@ -219,6 +220,8 @@ def saved_optimizer(
             f"{path}: expected the groups to number parameters 0, 1, 2 …, got {shown(indices)}; "
             "groups were reordered or edited, save the optimizer again"
         )
+    if eight_bit is not None and eight_bit.in_8_bits:
+        kind = ADAMW_8BIT
     found = SavedOptimizer(path, kind, clean, state, size, read)
     if found.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
         raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
@@ -244,19 +247,15 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
         for index, group in enumerate(groups):
             if key in group:
                 raise UnsupportedError(
-                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {_remedy(name)}"
+                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {REMEDY}"
                 )
     for index, entry in state.items():
         for key, name in _OTHER_OPTIMIZERS.items():
             if key in entry:
                 raise UnsupportedError(
                     f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); "
-                    f"{_remedy(name)}"
+                    f"{REMEDY}"
                 )
-
-
-def _remedy(name: str) -> str:
-    return BITSANDBYTES_REMEDY if "bitsandbytes" in name else REMEDY
 
 
 def check_entries(saved: SavedOptimizer) -> None:

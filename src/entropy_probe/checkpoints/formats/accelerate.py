@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints.errors import UnsupportedError, shown
-from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights
+from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights, named_weights
 from entropy_probe.checkpoints.safe_read import read_archive
 
 __all__ = ["FORMAT", "Accelerate"]
@@ -36,7 +36,7 @@ class Accelerate(CheckpointFormat):
             raise UnsupportedError(
                 f"{place}: expected dense tensors by name, got {shown(found)}; save the model's own state_dict"
             )
-        return Weights((place,), {name: StoredTensor(place, tuple(x.shape), x.detach) for name, x in found.items()})
+        return named_weights(place, {n: StoredTensor(place, tuple(x.shape), x.detach) for n, x in found.items()})
 
 
 FORMAT = Accelerate()

@@ -1,6 +1,6 @@
 """Folders of ``torch.distributed.checkpoint``: FSDP under accelerate, Miles, slime, NeMo-RL, prime-rl and others.
 
-Model and optimizer are in folders of their own or in one, nested or not, with parameters by name as
+Model and optimizer are in folders of their own or in one, nested under any keys or not, with parameters by name as
 ``torch.distributed.checkpoint.state_dict`` gives them.
 """
 
@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.dcp import METADATA, Entry, ShardedDirectory
+from entropy_probe.checkpoints.dcp import METADATA, Entry, Place, ShardedDirectory
 from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, UnsupportedError, shown
-from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights
+from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights, named_weights
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 
 __all__ = ["FORMAT", "Sharded", "read_sharded_optimizer"]
 
 
 class Sharded(CheckpointFormat):
-    """Folders called ``pytorch_model_fsdp_0``, ``model`` or ``weights``, and ``optimizer_0`` or ``optimizer``."""
+    """Model and optimizer in one folder or in two, of any names, with or without a schedule's in a third."""
 
     def optimizer_at(self, path: Path) -> Path | None:
         """The folder of the optimizer, or of all."""
-        return _folder(path, "optimizer_0", "optimizer")
+        return _folder(path, "an optimizer", ("optimizer_0", "optimizer"))
 
     def optimizer(self, place: Path) -> SavedOptimizer:
         """Its state by name; tensors are without storage until they are loaded."""
@@ -35,10 +35,10 @@ class Sharded(CheckpointFormat):
 
     def weights_at(self, path: Path) -> Path | None:
         """The folder of the model, or of all."""
-        return _folder(path, "pytorch_model_fsdp_0", "model", "weights")
+        return _folder(path, "a model", ("pytorch_model_fsdp_0", "model", "weights"))
 
     def weights(self, place: Path) -> Weights:
-        """The model's tensors, each put together from its shards when it is read."""
+        """The model's or adapter's tensors, each put together from its shards when it is read."""
         _refuse_several(place)
         return read_sharded_weights(ShardedDirectory.open(place))
 
@@ -46,9 +46,49 @@ class Sharded(CheckpointFormat):
 FORMAT = Sharded()
 
 
-def _folder(path: Path, *names: str) -> Path | None:
-    places = (*(path / name for name in names), path)
-    return next((place for place in places if (place / METADATA).is_file()), None)
+def _folder(path: Path, what: str, names: tuple[str, ...]) -> Path | None:
+    """The folder of a usual name, or the directory itself, or the one folder in it that holds this and nothing else."""
+    usual = next((place for place in (*(path / name for name in names), path) if _is_sharded(place)), None)
+    if usual is not None or not path.is_dir():
+        return usual
+    inside = (place for place in sorted(path.iterdir()) if place.name not in _USUAL and _is_sharded(place))
+    fitting = [place for place in inside if _holds(ShardedDirectory.open(place)) == {what}]
+    if len(fitting) > 1:
+        raise UnsupportedError(
+            f"{path}: expected {what} in one folder, got {len(fitting)} ({', '.join(p.name for p in fitting[:3])}); "
+            "move those of other models elsewhere"
+        )
+    return fitting[0] if fitting else None
+
+
+_USUAL = ("optimizer_0", "optimizer", "pytorch_model_fsdp_0", "model", "weights")
+
+
+def _is_sharded(place: Path) -> bool:
+    """Whether there is an index; beside ``common.pt`` it is Megatron's, of names and shapes of its own."""
+    return (place / METADATA).is_file() and not (place / "common.pt").is_file()
+
+
+def _holds(directory: ShardedDirectory) -> set[str]:
+    optimizer = {"an optimizer"} if _optimizers(directory) else set()
+    return optimizer | ({"a model"} if _models(directory) else set())
+
+
+def _optimizers(directory: ShardedDirectory) -> set[Place]:
+    """Where optimizers are: what is above ``param_groups``."""
+    return {place[: place.index("param_groups")] for place in directory.entries if "param_groups" in place}
+
+
+def _models(directory: ShardedDirectory) -> set[Place]:
+    """Where models are: what is above tensors by the names of parameters, outside optimizers."""
+    states = [(*parent, "state") for parent in _optimizers(directory)]
+    parents = {
+        place[:-1]
+        for place, entry in directory.entries.items()
+        if entry.dtype is not None and "." in str(place[-1]) and all(place[: len(s)] != s for s in states)
+    }
+    called = {parent for parent in parents if parent[-1:] in ((), ("model",))}
+    return called or parents
 
 
 def _refuse_several(place: Path) -> None:
@@ -58,28 +98,27 @@ def _refuse_several(place: Path) -> None:
 
 
 def read_sharded_weights(directory: ShardedDirectory) -> Weights:
-    """The model's tensors by name: those under ``model``, or all where nothing is nested.
+    """The model's tensors by name: those under ``model``, or the only ones by names of parameters.
 
     Raises:
         UnsupportedError: if there are none, or several models.
     """
-    inside = {place: e for place, e in directory.entries.items() if e.dtype is not None}
-    parents = {place[:-1] for place in inside if place[-2:-1] in ((), ("model",))}
+    parents = _models(directory)
     if len(parents) != 1:
+        where = ", ".join(sorted(".".join(map(str, parent)) or "the top" for parent in parents)[:5])
         raise UnsupportedError(
-            f"{directory.path}: expected one 'model' with tensors by name, got {len(parents)}; save model and "
-            "optimizer as torch.distributed.checkpoint.state_dict gives them"
+            f"{directory.path}: expected one 'model' with tensors by name, got {len(parents)}"
+            f"{f' ({where})' if where else ''}; save model and optimizer as torch.distributed.checkpoint.state_dict "
+            "gives them"
         )
     (parent,) = parents
     file = directory.path / METADATA
-    return Weights(
-        (file,),
-        {
-            str(place[-1]): StoredTensor(file, entry.shape, partial(directory.read, entry))
-            for place, entry in inside.items()
-            if place[:-1] == parent
-        },
-    )
+    inside = {
+        str(place[-1]): StoredTensor(file, entry.shape, partial(directory.read, entry))
+        for place, entry in directory.entries.items()
+        if place[:-1] == parent and entry.dtype is not None
+    }
+    return named_weights(file, inside)
 
 
 def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
@@ -132,14 +171,15 @@ def _names(where: Path, groups: list[dict[str, Any]], state: dict[str, dict[str,
     return names
 
 
-def _parent(directory: ShardedDirectory) -> tuple[Any, ...]:
+def _parent(directory: ShardedDirectory) -> Place:
     """Where the one optimizer is."""
-    parents = {p[: p.index("param_groups")] for p in directory.entries if "param_groups" in p}
+    parents = _optimizers(directory)
     if len(parents) != 1:
+        where = ", ".join(sorted(".".join(map(str, parent)) or "the top" for parent in parents)[:5])
         raise UnsupportedError(
             f"{directory.path / METADATA}: expected one optimizer with state and param_groups by parameter name, got "
-            f"{len(parents)}; save it as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it, "
-            "not flattened"
+            f"{len(parents)}{f' ({where})' if where else ''}; save it as "
+            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it, not flattened"
         )
     (parent,) = parents
     return parent
