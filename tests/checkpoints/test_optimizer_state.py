@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.grouping import grouping_rules
+from entropy_probe.checkpoints.mapping import map_parameters
 from entropy_probe.checkpoints.optimizer_file import read_optimizer
-from entropy_probe.checkpoints.parameters import grouping_rules, layout_of, map_parameters
+from entropy_probe.checkpoints.parameters import layout_of
 from tests.checkpoints.conftest import edit_optimizer
 from tests.tiny import tiny_policy
 
@@ -289,7 +291,7 @@ def test_the_rule_differs_from_naive_orders_at_parameters_of_equal_shape(runs):
 @pytest.mark.parametrize("rule", ["hf-trainer-patterns", "hf-trainer-layer-types", "hf-trainer-registered-norms"])
 def test_files_of_every_version_of_the_rule_load(tmp_path, architecture, rule):
     model, _ = tiny_policy(architecture)
-    decay, no_decay = grouping_rules(layout_of(model))[rule]
+    decay, no_decay = grouping_rules(layout_of(model))[rule].groups
     assert len(decay) + len(no_decay) == len(list(model.parameters()))
     assert ("model.norm.weight" in no_decay) == (rule != "hf-trainer-layer-types")
     named = dict(model.named_parameters())
@@ -369,6 +371,6 @@ def test_two_assignments_that_both_fit_are_refused(tmp_path):
 
 def test_todays_rule_goes_by_layer_type_and_lower_cased_names():
     model = nn.ModuleDict({"LayerNorm": Plain(), "proj": nn.Linear(2, 2), "normal": Plain(), "ln": nn.LayerNorm(4)})
-    decay, no_decay = grouping_rules(layout_of(model))["hf-trainer-patterns"]
+    decay, no_decay = grouping_rules(layout_of(model))["hf-trainer-patterns"].groups
     assert decay == ("proj.weight", "normal.weight")
     assert no_decay == ("LayerNorm.weight", "proj.bias", "ln.weight", "ln.bias")

@@ -1,9 +1,9 @@
-"""The state of bitsandbytes' Adam, in 8 bits or paged, as that of AdamW: 8-bit moments are dequantised when they are read.
+"""The state of bitsandbytes' Adam, in 8 bits or paged, as AdamW's: dequantised when it is read.
 
-A moment in 8 bits is a code for each element, a map of 256 values, and a scale for each block of elements: element ``i``
-is ``map[code[i]] * scale[i // block]``. Small tensors, and those that a run excepts (embeddings), are in float32. Today's
-files have these tensors in a dictionary of their own, older ones beside ``step``. The library's Adam decays as AdamW
-does, whatever its class is called.
+A moment in 8 bits is a code for each element, a map of 256 values, and a scale for each block of elements: element
+``i`` is ``map[code[i]] * scale[i // block]``. Small tensors, and those that a run excepts (embeddings), are in float32.
+Today's files have these tensors in a dictionary of their own, older ones beside ``step``. The library's Adam decays as
+AdamW does, whatever its class is called.
 
 Its kernel steps from the moments as they are stored, before it quantises the new ones, so AdamW on the dequantised ones
 takes the same step: to 1e-5 of it with bitsandbytes 0.50.
@@ -156,7 +156,9 @@ def _opened(where: str, entry: dict[str, Any]) -> dict[str, Tensor]:
         raise UnsupportedError(f"{where}: expected {sorted(expected)}, got {shown(list(tensors), 200)}; {_DAMAGED}")
     for i in ("1", "2"):
         if not isinstance(tensors[f"state{i}"], Tensor):
-            raise DamagedFileError(f"{where}: state{i}: expected a tensor, got {shown(tensors[f'state{i}'])}; {_DAMAGED}")
+            raise DamagedFileError(
+                f"{where}: state{i}: expected a tensor, got {shown(tensors[f'state{i}'])}; {_DAMAGED}"
+            )
         if expected is _STATE:
             _check_quantised(where, i, tensors[f"state{i}"], tensors[f"qmap{i}"], tensors[f"absmax{i}"])
     return tensors

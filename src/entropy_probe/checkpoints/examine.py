@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +25,22 @@ from entropy_probe.checkpoints.errors import MismatchError, MissingFileError, Un
 from entropy_probe.checkpoints.evidence import check_adapter_never_trained, check_movement, check_weights_never_trained
 from entropy_probe.checkpoints.formats import CheckpointFormat, Weights
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
+from entropy_probe.checkpoints.mapping import ParameterMapping, StatedMapping, map_parameters, without_frozen
 from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, embedding_names, full_skeleton
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries
 from entropy_probe.checkpoints.optimizer_state import summarize
-from entropy_probe.checkpoints.parameters import Layout, ParameterMapping, layout_of, map_parameters
+from entropy_probe.checkpoints.parameters import Layout, layout_of
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
-from entropy_probe.checkpoints.weights import check_finite, check_shapes, has_weights, read_weights, unchanged
+from entropy_probe.checkpoints.weights import (
+    check_base,
+    check_finite,
+    check_shapes,
+    has_weights,
+    read_weights,
+    refuse_adapter,
+    split_adapter,
+    unchanged,
+)
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
 
@@ -46,12 +56,14 @@ class Request:
         base_model: the base model, or the one that full weights started from.
         adapter: the name of the trained adapter.
         quantization: how training quantised the base model.
+        mapping: which parameters the entries of a file without names belong to.
     """
 
     path: Path
     base_model: str | Path | None = None
     adapter: str | None = None
     quantization: Quantization | None = None
+    mapping: StatedMapping | None = None
 
     def starting_point(self, manifest: Manifest | None) -> Path | None:
         """The weights that full-weight training started from, where they are given or recorded, and local.
@@ -157,7 +169,8 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         check_recorded(path, [saved.path, configuration, *model.weights.files], manifest)
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
-    mapping = _map(saved, model, manifest, start)
+    saved = without_frozen(saved, model.layout)
+    mapping = _map(saved, model, manifest, request, start)
     _check_tied(model, mapping)
     saved = saved.loaded()
     _check_never_trained(saved, mapping, model, start)
@@ -187,7 +200,12 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
     skeleton, quantization = base_skeleton(base, request.quantization, trained)
     refuse_unmentioned(directory, quantization)
     check_vocabulary(path, base, skeleton)
+    base_names = set(skeleton.state_dict())
     layout, expected = adapter_layout(skeleton, directory, adapter)
+    if not weights.pretrained:
+        weights, frozen = split_adapter(weights, expected, adapter, base_names)
+        if quantization is None and has_weights(Path(base), "model"):
+            check_base(frozen, read_weights(Path(base), "model"))
     check_shapes(weights.files[0], weights.shapes, expected)
     return StoredModel(
         directory, weights, layout, base=base, adapter=adapter, adapter_config=config, quantization=quantization
@@ -202,6 +220,7 @@ def _full_weights(request: Request) -> StoredModel:
                 f"{path}: {name}: expected none with full weights, got {given!r:.60}; it is for adapters, leave it out"
             )
     weights = read_weights(path, "model")
+    refuse_adapter(path, weights)
     configuration = _configuration(path, request.base_model)
     skeleton = full_skeleton(configuration, weights)
     check_vocabulary(path, request.base_model, skeleton)
@@ -220,17 +239,26 @@ def _configuration(path: Path, base_model: str | Path | None) -> str:
     return str(base_model)
 
 
-def _map(saved: SavedOptimizer, model: StoredModel, manifest: Manifest | None, start: Path | None) -> ParameterMapping:
-    """Match entries to parameters; by recorded names, else by the rules over what was trained.
+def _map(
+    saved: SavedOptimizer, model: StoredModel, manifest: Manifest | None, request: Request, start: Path | None
+) -> ParameterMapping:
+    """Match entries to parameters; by recorded or stated names, else by the rules over what was trained.
 
     Full weights of which a part was frozen have fewer entries than parameters. Without recorded names, those that
     are as in the model that training started from are taken as frozen.
     """
+    loaded = cache(saved.loaded)
+
+    def moved(names: tuple[str, ...]) -> str:
+        movements, _ = _movements(saved, names, model, request, start)
+        return check_movement(loaded(), names, movements, "").status if movements else "inconclusive"
+
     recorded = manifest is not None or any("param_names" in group for group in saved.groups)
-    if recorded or start is None or saved.num_parameters >= len(model.layout.parameters):
-        return map_parameters(saved, model.layout, manifest)
+    known = recorded or request.mapping is not None
+    if known or start is None or saved.num_parameters >= len(model.layout.parameters):
+        return map_parameters(saved, model.layout, manifest, request.mapping, moved)
     frozen = unchanged(model.weights, read_weights(start, "model")) & model.layout.parameters.keys()
-    mapping = map_parameters(saved, model.layout.without(frozen))
+    mapping = map_parameters(saved, model.layout.without(frozen), moved=moved)
     how = f"{mapping.how}; {len(frozen)} tensors that are as in {start} were frozen"
     return replace(mapping, how=how, others_frozen=True)
 

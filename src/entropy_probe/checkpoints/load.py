@@ -17,6 +17,7 @@ from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, Uns
 from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
+from entropy_probe.checkpoints.mapping import StatedMapping
 from entropy_probe.checkpoints.models import load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
@@ -58,6 +59,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     adapter: str | None = None,
     quantization: Quantization | None = None,
+    mapping: StatedMapping | None = None,
     shard: bool = False,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
@@ -82,6 +84,9 @@ def load_checkpoint(
         quantization: settings of the ``BitsAndBytesConfig`` with which training quantised the base model while loading
             it (``{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", ...}``). Not needed for a base model that is
             stored in 4 bits.
+        mapping: for an optimizer file without names whose groups are of no known rule, which parameters its entries
+            belong to: a file with a name on each line in the optimizer's order, or for regular expressions the group
+            of the parameters that they match first (``{"lora_A": 0, "lora_B": 1}``), which are in the model's order.
         shard: spread model and optimizer state over the ranks of torch's default process group (FSDP2), for a model
             that does not fit one device. To be called on all ranks.
 
@@ -99,7 +104,7 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        found = examine(Request(open_directory(Path(path)), base_model, adapter, quantization), facts)
+        found = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, mapping), facts)
         model = _load_model(found, getattr(torch, dtype), torch.device(device), shard=shard)
         tokenizer = load_tokenizer(found.path, found.model.base or base_model)
         parameters = _trained(model, found)
@@ -154,6 +159,7 @@ def inspect_checkpoint(
     *,
     adapter: str | None = None,
     quantization: Quantization | None = None,
+    mapping: StatedMapping | None = None,
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
@@ -166,6 +172,7 @@ def inspect_checkpoint(
         base_model: as in :func:`load_checkpoint`.
         adapter: as there.
         quantization: as there.
+        mapping: as there.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
@@ -174,7 +181,7 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            found = examine(Request(directory, base_model, adapter, quantization), facts)
+            found = examine(Request(directory, base_model, adapter, quantization, mapping), facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
     return report_on(found, facts)

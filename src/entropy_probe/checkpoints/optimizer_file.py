@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +85,21 @@ class SavedOptimizer:
             for index, entry in self.state.items()
         }
         return replace(self, state=state, read=None)
+
+    def only(self, kept: Sequence[int]) -> SavedOptimizer:
+        """The same with some of the parameters, numbered anew."""
+        number, read = {old: new for new, old in enumerate(kept)}, self.read
+        groups = []
+        for group in self.groups:
+            at = [k for k, i in enumerate(group["params"]) if i in number]
+            names = {"param_names": [group["param_names"][k] for k in at]} if "param_names" in group else {}
+            groups.append(group | {"params": [number[group["params"][k]] for k in at], **names})
+        return replace(
+            self,
+            groups=tuple(groups),
+            state={number[i]: entry for i, entry in self.state.items() if i in number},
+            read=None if read is None else lambda index, key: read(kept[index], key),
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -253,8 +268,7 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
         for key, name in _OTHER_OPTIMIZERS.items():
             if key in entry:
                 raise UnsupportedError(
-                    f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); "
-                    f"{REMEDY}"
+                    f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); {REMEDY}"
                 )
 
 
