@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from entropy_probe.checkpoints.optimizers import ADAMW_8BIT
 from entropy_probe.results.checkpoint import MovementReport
-from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
 if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Examined
 
-__all__ = ["doubts_about"]
+__all__ = ["doubts_about", "remarks_on"]
 
 LARGE_LEARNING_RATE = 0.1
 LARGE_UNSCALED = {"SGD": 100.0, "Adadelta": 100.0}
@@ -61,6 +62,18 @@ OTHER_BASE = NoteKind(
     "every number is wrong, and only a manifest could tell",
     "Give the base model that it was trained on, and record a manifest.",
 )
+EIGHT_BIT = NoteKind(
+    "eight_bit_state",
+    "the moments are stored in 8 bits: the step is AdamW's from the dequantised ones, which is the step that "
+    "bitsandbytes takes, to 1e-5 of it; that it quantises them again afterwards changes later steps only",
+    NOTHING_TO_DO,
+)
+
+
+def remarks_on(found: Examined) -> Iterator[Note]:
+    """A note for what should be known though nothing speaks against the checkpoint."""
+    if found.saved.kind is ADAMW_8BIT:
+        yield EIGHT_BIT()
 
 
 def doubts_about(found: Examined) -> Iterator[Note]:

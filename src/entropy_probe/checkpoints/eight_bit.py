@@ -39,9 +39,9 @@ _ADDED = ("alpha", "t_alpha", "t_beta3")
 _MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 _STATE = {f"{what}{i}" for what in ("state", "qmap", "absmax") for i in (1, 2)}
 _OTHERS = {
-    "unorm_vec": "LAMB or LARS, which bounds the step of each tensor",
-    "gnorm_vec": "percentile clipping, which scales gradients by earlier ones",
-    "max1": "8-bit state with one scale for each tensor, of a version before blocks of elements",
+    "unorm_vec": "that bounds the step of each tensor (LAMB, LARS)",
+    "gnorm_vec": "with percentile clipping, which scales gradients by earlier ones",
+    "max1": "with a scale for each tensor, of a version before blocks of elements",
 }
 _OTHER_REMEDY = "train with optim: adamw_8bit, paged_adamw_8bit or paged_adamw_32bit, or one of torch"
 _DAMAGED = "the file is damaged"
@@ -148,9 +148,9 @@ def _opened(where: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     tensors = {**{key: x for key, x in entry.items() if key not in (WRAPPED, "step")}, **inside}
     other = next((what for key, what in _OTHERS.items() if key in tensors), None)
     if other is None and "state2" not in tensors:
-        other = "an optimizer that keeps no second moment (Lion, SGD, RMSprop, Adagrad)"
+        other = "that keeps no second moment (Lion, SGD, RMSprop, Adagrad)"
     if other is not None:
-        raise UnsupportedError(f"{where}: not supported: bitsandbytes with {other}; {_OTHER_REMEDY}")
+        raise UnsupportedError(f"{where}: not supported: an optimizer of bitsandbytes {other}; {_OTHER_REMEDY}")
     expected = _STATE if tensors.keys() & {"qmap1", "absmax1", "qmap2", "absmax2"} else {"state1", "state2"}
     if tensors.keys() != expected:
         raise UnsupportedError(f"{where}: expected {sorted(expected)}, got {shown(list(tensors), 200)}; {_DAMAGED}")

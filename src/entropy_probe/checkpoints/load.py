@@ -12,7 +12,7 @@ from torch import nn
 
 from entropy_probe.checkpoints.adapters import Quantization
 from entropy_probe.checkpoints.directory import open_directory
-from entropy_probe.checkpoints.doubts import UNUSABLE, doubts_about
+from entropy_probe.checkpoints.doubts import UNUSABLE, doubts_about, remarks_on
 from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
@@ -143,11 +143,11 @@ def _load_model(found: Examined, dtype: torch.dtype, device: torch.device, *, sh
 
 def report_on(found: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
     """The report on a checkpoint that can be loaded; ``facts`` as :func:`examine` left them."""
-    notes = tuple(doubts_about(found))
+    doubts = tuple(doubts_about(found))
     return CheckpointReport(
         path=str(found.path),
-        verdict="suspicious" if notes else "healthy",
-        notes=notes,
+        verdict="suspicious" if doubts else "healthy",
+        notes=(*doubts, *remarks_on(found)),
         not_modelled=not_modelled_by_log(found.path),
         **facts,
     )

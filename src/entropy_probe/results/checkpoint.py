@@ -65,7 +65,7 @@ class CheckpointReport(Record):
         kind: a LoRA adapter or full weights.
         base_model: the base model's directory or hub name; null for full weights.
         global_step: optimizer steps taken, from ``trainer_state.json``.
-        optimizer: the class: ``AdamW``, ``Adam``, ``SGD`` … or ``Adafactor of transformers``.
+        optimizer: the class: ``AdamW``, ``Adam``, ``SGD`` … ``Adafactor of transformers`` or ``AdamW, 8-bit state``.
         groups: the parameter groups.
         num_with_exp_avg_sq: parameter tensors whose entry has a second moment.
         num_with_step: parameter tensors whose entry has a step count.
@@ -75,7 +75,7 @@ class CheckpointReport(Record):
         movement: the check of entries of equal shape; null where ``movement_not_checked`` says why there was none.
         manifest: how the manifest was recorded; null where there is none.
         verdict: ``healthy``; ``suspicious``: loads, but read the notes first; ``unusable``: loading raises.
-        notes: everything that speaks against the checkpoint.
+        notes: everything that speaks against the checkpoint; then what should be known of it though it does not.
         not_modelled: one line for each part of the trainer's loss that its log shows and a probe leaves out.
     """
 
