@@ -40,7 +40,7 @@ from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import change, per_decision, snis
 from entropy_probe.estimators.uncertainty import Sampled
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.sampling import (
     EvaluationSettings,
     HFGenerator,
@@ -208,9 +208,9 @@ def estimate_all(probe: EntropyProbe, update: Rollouts, evaluation: Rollouts) ->
     """Value and standard error by every estimator, and of the paired difference, from the scores of one probe."""
     seen: list[tuple[TokenScores, TokenScores, Clusters]] = []
 
-    def record(before: TokenScores, after: TokenScores, part: Part, *rest: Any) -> Measurement:
-        seen.append((before, after, part.clusters))
-        return measure_change(before, after, part, *rest)
+    def record(before: TokenScores, after: TokenScores, local: LocalRows, *rest: Any) -> Measurement:
+        seen.append((before, after, local.clusters))
+        return measure_change(before, after, local, *rest)
 
     with mock.patch.object(measure, "measure_change", record):
         result = probe.run(update=update, evaluation=evaluation)

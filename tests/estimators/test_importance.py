@@ -11,7 +11,7 @@ from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.realized import change, noise_floor, rounding_of
 from entropy_probe.estimators.uncertainty import Sampled
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.types import Clusters
 from tests.whole_batch import per_decision, snis
 
@@ -138,8 +138,8 @@ def test_options_that_would_change_nothing_are_errors(settings, message):
 
 
 def measure(before, after, resample=None, **settings):
-    part = Part.whole(Clusters.sequences(len(before.response_mask)))
-    return measure_change(before, after, part, PositionSums.of(before), ProbeConfig(**settings), resample=resample)
+    local = LocalRows.whole(Clusters.sequences(len(before.response_mask)))
+    return measure_change(before, after, local, PositionSums.of(before), ProbeConfig(**settings), resample=resample)
 
 
 def batch(log_weights):

@@ -17,7 +17,7 @@ from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy, first_order
 from entropy_probe.estimators.realized import change, per_decision
 from entropy_probe.estimators.uncertainty import Sampled
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import ALONE
 from entropy_probe.results.student import critical_value
 from entropy_probe.types import Clusters
@@ -96,7 +96,7 @@ class Setting:
         batch = TABLE.rollouts.select(rows)
         batch = Rollouts(batch.input_ids, batch.attention_mask, batch.response_mask, clusters.index)
         positions, sums = PositionSums.of(before), entropy(before, clusters, "token", kind)
-        lengths = LengthSample.of(batch, clusters, Part.whole(clusters), before, positions)
+        lengths = LengthSample.of(batch, clusters, LocalRows.whole(clusters), before, positions)
         longer = (lengths.coefficients().logprobs * slope.logprobs[lengths.rows]).sum().item() / lengths.tokens
         c = coefficients(before, clusters.index, clusters, "token", kind)
         d = (c.logprobs * slope.logprobs).sum(1)

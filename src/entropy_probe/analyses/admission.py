@@ -232,9 +232,9 @@ def _about_masked_out(batch: Rollouts, role: Role) -> list[Note]:
 def end_tokens(model: nn.Module, more: Sequence[int] = ()) -> tuple[int, ...]:
     """The ids that end a response, by the model's generation config or else its config, and more that are known."""
     for holder in ("generation_config", "config"):
-        found = getattr(getattr(model, holder, None), "eos_token_id", None)
-        if found is not None:
-            return tuple(sorted({*more, *([found] if isinstance(found, int) else found)}))
+        eos = getattr(getattr(model, holder, None), "eos_token_id", None)
+        if eos is not None:
+            return tuple(sorted({*more, *([eos] if isinstance(eos, int) else eos)}))
     return tuple(sorted(set(more)))
 
 

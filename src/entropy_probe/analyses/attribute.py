@@ -28,7 +28,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
 from entropy_probe.estimators.uncertainty import ClusterSums
 from entropy_probe.gradients.per_sample import Side
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.scoring.precision import precisions
 from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
@@ -121,20 +121,20 @@ def _rounding(policy: Policy, dtypes: Iterable[torch.dtype]) -> float:
 def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
     """Slopes of the update batch's log-probabilities along the entropy gradient, and tokens' contributions."""
     plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.update
-    step, total_weight, part = plan.step, plan.before.sums.size.sum().item(), update.part
+    step, total_weight, local = plan.step, plan.before.sums.size.sum().item(), update.local
     assert step.gradient_scale is not None
     assert prediction.by_prompt is not None
     direction = scaled(prediction.slope.total, step.gradient_scale, -step.gradient.factor / total_weight)
     trial = max(
         TRIAL_TOLERANCE, UNITS_OF_ROUNDING * _rounding(policy, (dtype for _, dtype in precisions(policy.model)))
     )
-    with policy.clock.phase("attribution") as progress, policy.on_part(part):
+    with policy.clock.phase("attribution") as progress, policy.on_rank(local):
         given = (policy.scorer, update.rollouts, policy.parameters, direction)
-        own = token_slopes(*given, trial, progress, part.rows)
+        own = token_slopes(*given, trial, progress, local.rows)
     # adding 0 turns the -0 of a token without an advantage into 0
     own_tokens = plan.loss.logprobs.double() * own.slopes.double() + 0.0
     slopes, logprobs, entropies, tokens = (
-        over_tokens(policy, part, x) for x in (own.slopes, own.scores.logprobs, own.scores.entropies, own_tokens)
+        over_tokens(policy, local, x) for x in (own.slopes, own.scores.logprobs, own.scores.entropies, own_tokens)
     )
     whole = TokenSlopes(slopes, TokenScores(logprobs, entropies, update.rollouts.response_mask), own.method)
     return whole, _reconciled(tokens, update.prompts, prediction.by_prompt, trial)
@@ -161,13 +161,13 @@ def _layers(prediction: Prediction) -> tuple[LayerShare, ...]:
 def _fold_errors(prediction: Prediction, folds: int) -> Tensor:
     """Standard errors of the prompts' contributions, from the entropy gradient of one fold at a time."""
     plan, policy, evaluation = prediction.plan, prediction.plan.policy, prediction.plan.evaluation
-    part, table = evaluation.part, plan.before.sums.table
+    local, table = evaluation.local, plan.before.sums.table
     surrogate, fold_of = entropy_surrogate(plan), torch.arange(evaluation.clusters.count) % folds
     sums = ClusterSums(table.new_zeros(len(table), folds).index_add_(1, fold_of, table))
     numerators = []
     for fold in range(folds):
-        rows = (fold_of[part.clusters.index] == fold).nonzero()[:, 0]
-        own, side = Part(part.rows[rows], part.size, part.clusters.select(rows)), Side(surrogate.select(rows))
+        rows = (fold_of[local.clusters.index] == fold).nonzero()[:, 0]
+        own, side = LocalRows(local.rows[rows], local.size, local.clusters.select(rows)), Side(surrogate.select(rows))
         with policy.clock.phase("attribution folds") as progress:
             slope = differentiate(policy, evaluation.own.select(rows), own, side, progress=_unreported)
             progress(fold + 1, folds)

@@ -1,4 +1,4 @@
-"""The update and the evaluation batch of a run: as given, as counted, and this rank's part of them."""
+"""The update and the evaluation batch of a run: as given, as counted, and this rank's rows of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from entropy_probe.analyses.admission import (
 from entropy_probe.analyses.overlap import Contents
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators.jackknife import blocks_of
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.types import Clusters
@@ -34,7 +34,7 @@ class UpdateBatch:
         rollouts: the same with equal prompts under one id.
         prompts: the prompt of each sequence.
         shares: what the gradient is divided over: prompts, or blocks of them where steps are taken on copies.
-        part: this rank's part.
+        local: this rank's rows.
         own: its sequences.
     """
 
@@ -42,7 +42,7 @@ class UpdateBatch:
     rollouts: Rollouts
     prompts: Clusters
     shares: Clusters
-    part: Part
+    local: LocalRows
     own: Rollouts
 
 
@@ -55,7 +55,7 @@ class EvaluationBatch:
         clusters: what is independent in it.
         cluster_name: what that is called.
         draws: which sequences were drawn together.
-        part: this rank's part.
+        local: this rank's rows.
         own: its sequences.
         is_update: whether it is the update batch itself.
     """
@@ -64,7 +64,7 @@ class EvaluationBatch:
     clusters: Clusters
     cluster_name: ClusterName
     draws: Clusters
-    part: Part
+    local: LocalRows
     own: Rollouts
     is_update: bool
 
@@ -106,9 +106,10 @@ def admit_batches(policy: Policy, update: Rollouts, evaluation: Rollouts) -> tup
     prompts = Clusters.prompts(update.prompt_ids)
     shares = prompts if config.geometry == "frozen" or is_adam(policy.optimizer) else blocks_of(prompts)
     policy.check_ranks_agree(update=update, evaluation=evaluation)
-    part = Part.of(evaluation, Clusters.prompts(evaluation.prompt_ids), clusters, policy.ranks)
-    update_part = Part.of(update, shares, shares, policy.ranks)
+    local = LocalRows.of(evaluation, Clusters.prompts(evaluation.prompt_ids), clusters, policy.ranks)
+    own = local.select(evaluation)
+    update_local = LocalRows.of(update, shares, shares, policy.ranks)
     return (
-        UpdateBatch(given, update, prompts, shares, update_part, update_part.select(update)),
-        EvaluationBatch(evaluation, clusters, cluster_name, draws_of(evaluation), part, part.select(evaluation), same),
+        UpdateBatch(given, update, prompts, shares, update_local, update_local.select(update)),
+        EvaluationBatch(evaluation, clusters, cluster_name, draws_of(evaluation), local, own, same),
     )

@@ -21,7 +21,7 @@ from entropy_probe.estimators.realized import per_decision
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
 from entropy_probe.gradients.per_sample import SampleGradients
 from entropy_probe.named import NamedVector, dot
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest, sequence_digests
@@ -67,24 +67,24 @@ class LengthSample:
     """This rank's share of the sequences that the change of the mean length is taken from.
 
     Attributes:
-        rows: their places among the sequences of the rank's part.
-        part: their places in the batch, and their clusters.
+        rows: their places among the rank's rows.
+        local: their places in the batch, and their clusters.
         before: their scores before the step.
         positions: sums over the whole batch.
     """
 
     rows: Int[Tensor, " n"]
-    part: Part
+    local: LocalRows
     before: TokenScores
     positions: PositionSums
 
     @classmethod
     def of(
-        cls, whole: Rollouts, clusters: Clusters, part: Part, before: TokenScores, positions: PositionSums
+        cls, whole: Rollouts, clusters: Clusters, local: LocalRows, before: TokenScores, positions: PositionSums
     ) -> LengthSample:
-        """Out of a rank's part of the whole batch, with its scores; ``clusters`` are those of the whole batch."""
-        rows = torch.isin(part.rows, chosen_sequences(whole, clusters)).nonzero()[:, 0]
-        own = Part(part.rows[rows], part.size, part.clusters.select(rows))
+        """Out of a rank's rows of the whole batch, with its scores; ``clusters`` are those of the whole batch."""
+        rows = torch.isin(local.rows, chosen_sequences(whole, clusters)).nonzero()[:, 0]
+        own = LocalRows(local.rows[rows], local.size, local.clusters.select(rows))
         return cls(rows, own, before.select(rows), positions)
 
     @property
@@ -94,17 +94,17 @@ class LengthSample:
 
     def coefficients(self) -> TokenCoefficients:
         """Of the surrogate whose gradient is that of their number of tokens."""
-        return fo.length_coefficients(self.before, self.part.clusters, self.positions)
+        return fo.length_coefficients(self.before, self.local.clusters, self.positions)
 
-    def along(self, steps: Sequence[NamedVector], found: SampleGradients, ranks: Ranks) -> Float[Tensor, " K"]:
+    def along(self, steps: Sequence[NamedVector], gradients: SampleGradients, ranks: Ranks) -> Float[Tensor, " K"]:
         """The relative first-order change of the mean length by each of some steps.
 
         Args:
             steps: the steps.
-            found: the gradient of the surrogate, of this rank's share.
+            gradients: of the surrogate, of this rank's share.
             ranks: the ranks that have the others.
         """
-        reached = {name: x for name, x in found.total.items() if x is not None}
+        reached = {name: x for name, x in gradients.total.items() if x is not None}
         dots = [dot(reached, {name: step[name] for name in reached}) for step in steps]
         *sums, tokens = ranks.sum(torch.tensor([*dots, self.tokens], dtype=torch.float64))
         return torch.stack(sums) / tokens
@@ -113,11 +113,11 @@ class LengthSample:
         """By how much more than to first order their mean length changes, relative, by per-decision weights.
 
         Args:
-            after: scores of the rank's part of the batch after the step.
+            after: scores of the rank's rows of the batch after the step.
             first_order: what :meth:`along` says of the step.
             ranks: the ranks that have the others.
         """
-        new = per_decision(self.before, after.select(self.rows), self.part.clusters, self.positions)
+        new = per_decision(self.before, after.select(self.rows), self.local.clusters, self.positions)
         size, tokens = ranks.sum(torch.tensor([new.size.sum().item(), self.tokens], dtype=torch.float64)).tolist()
         return size / tokens - 1 - first_order
 
@@ -127,7 +127,7 @@ class Before:
     """The evaluation batch at the checkpoint.
 
     Attributes:
-        scores: of this rank's part of it.
+        scores: of this rank's rows of it.
         positions: sums by response position over the whole batch.
         sums: entropies and tokens or sequences of every cluster.
         entropy: H.
@@ -163,8 +163,8 @@ def entropy_coefficients(
     for rows in in_chunks(Clusters.prompts(prompt_ids)):
         some, ids, own = scores.select(rows), prompt_ids[rows], clusters.select(rows)
         how = (config.normalization, config.entropy, draws.select(rows))
-        found = fo.entropy_coefficients(some, ids, own, positions, *how)
-        of_logprobs[rows] = found.logprobs
-        if found.entropies is not None:
-            of_entropies[rows] = found.entropies
+        coefficients = fo.entropy_coefficients(some, ids, own, positions, *how)
+        of_logprobs[rows] = coefficients.logprobs
+        if coefficients.entropies is not None:
+            of_entropies[rows] = coefficients.entropies
     return TokenCoefficients(of_logprobs, of_entropies if config.entropy == "rao_blackwell" else None)

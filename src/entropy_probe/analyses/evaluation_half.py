@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.types import Clusters, TokenScores
 
@@ -24,25 +24,25 @@ class EvaluationHalf:
     """A half of the clusters of a batch.
 
     Attributes:
-        rows: places of its sequences among those of this rank's part of the batch.
-        part: their places in the half, and their clusters in it.
+        rows: places of its sequences among this rank's rows of the batch.
+        local: their places in the half, and their clusters in it.
         scores: their scores before the step.
         positions: sums over the whole half.
     """
 
     rows: Int[Tensor, " n"]
-    part: Part
+    local: LocalRows
     scores: TokenScores
     positions: PositionSums
 
 
-def halved(clusters: Clusters, part: Part, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
+def halved(clusters: Clusters, local: LocalRows, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
     """Two random halves of a batch.
 
     Args:
         clusters: of the whole batch.
-        part: this rank's part of it.
-        scores: of that part.
+        local: this rank's rows of it.
+        scores: of those rows.
         ranks: the ranks that have the others.
         seed: of the choice.
 
@@ -59,9 +59,9 @@ def halved(clusters: Clusters, part: Part, scores: TokenScores, ranks: Ranks, se
     for half in (0, 1):
         ids = (half_of == half).nonzero()[:, 0]
         members = (half_of[clusters.index] == half).nonzero()[:, 0]
-        rows = (half_of[part.clusters.index] == half).nonzero()[:, 0]
-        own = Clusters(torch.searchsorted(ids, part.clusters.index[rows]), len(ids))
-        places = Part(torch.searchsorted(members, part.rows[rows]), len(members), own)
+        rows = (half_of[local.clusters.index] == half).nonzero()[:, 0]
+        own = Clusters(torch.searchsorted(ids, local.clusters.index[rows]), len(ids))
+        places = LocalRows(torch.searchsorted(members, local.rows[rows]), len(members), own)
         some = scores.select(rows)
         halves.append(EvaluationHalf(rows, places, some, add_up(ranks, PositionSums.of(some))))
     return halves

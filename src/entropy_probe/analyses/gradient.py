@@ -12,7 +12,7 @@ from entropy_probe.analyses.batches import UpdateBatch
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.gradients.hooks import Hooks
 from entropy_probe.gradients.per_sample import SampleGradients, Side, sample_gradients, stored_bytes
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NOTHING_TO_DO, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress
@@ -29,44 +29,45 @@ PASSED_OVER_TWICE = NoteKind(
 
 
 def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> TokenCoefficients:
-    """The loss of the step, of this rank's part of the update batch.
+    """The loss of the step, of this rank's rows of the update batch.
 
     Args:
         policy: whose loss it is.
         update: the batch; scored first where the loss takes that.
         checked: whether the batch has been checked against the policy; else its scores are.
     """
-    loss, part, scores = policy.config.loss, update.part, None
+    loss, local, scores = policy.config.loss, update.local, None
     if loss.needs_scores:
-        scores = policy.reference_scores(update.rollouts, part, "score update")
+        scores = policy.reference_scores(update.rollouts, local, "score update")
         if not checked:
-            policy.check_rollouts("update", scores, part, update.rollouts)
-        scores = whole_scores(policy, part, scores)
+            policy.check_rollouts("update", scores, local, update.rollouts)
+        scores = whole_scores(policy, local, scores)
     # by the trainer's own groups
-    return loss.coefficients(update.given, scores).select(part.rows)
+    return loss.coefficients(update.given, scores).select(local.rows)
 
 
-def whole_scores(policy: Policy, part: Part, own: TokenScores) -> TokenScores:
-    """Scores of the whole batch from those of the parts that the ranks have."""
-    found = (over_tokens(policy, part, x) for x in (own.logprobs, own.entropies, own.response_mask.double()))
-    logprobs, entropies, mask = found
+def whole_scores(policy: Policy, local: LocalRows, own: TokenScores) -> TokenScores:
+    """Scores of the whole batch from those of the rows that each rank has."""
+    logprobs, entropies, mask = (
+        over_tokens(policy, local, x) for x in (own.logprobs, own.entropies, own.response_mask.double())
+    )
     return TokenScores(logprobs, entropies, mask.bool())
 
 
-def over_tokens(policy: Policy, part: Part, values: Float[Tensor, "n L"]) -> Float[Tensor, "N L"]:
+def over_tokens(policy: Policy, local: LocalRows, values: Float[Tensor, "n L"]) -> Float[Tensor, "N L"]:
     """Values of this rank's sequences, with those of all others in their places."""
-    return policy.ranks.sum(part.by_sequence(values.T).T.contiguous())
+    return policy.ranks.sum(local.by_sequence(values.T).T.contiguous())
 
 
-def over_clusters(policy: Policy, part: Part, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
+def over_clusters(policy: Policy, local: LocalRows, values: Float[Tensor, "*k u"]) -> Float[Tensor, "*k U"]:
     """Values of this rank's clusters, with those of all others in their places."""
-    return policy.ranks.sum(part.by_cluster(values))
+    return policy.ranks.sum(local.by_cluster(values))
 
 
 def differentiate(
     policy: Policy,
     own: Rollouts,
-    part: Part,
+    local: LocalRows,
     side: Side,
     *,
     progress: Progress,
@@ -79,7 +80,7 @@ def differentiate(
     Args:
         policy: what is differentiated.
         own: this rank's sequences.
-        part: which these are.
+        local: which these are.
         side: the surrogate, and what is wanted of its gradient.
         progress: where progress is reported.
         hooks: where per-sample gradients can be read off the layers.
@@ -87,9 +88,9 @@ def differentiate(
         sheet: gets the scores of the pass.
     """
     parameters, ranks = policy.parameters, policy.ranks
-    with policy.on_part(part):
+    with policy.on_rank(local):
         (gradients,) = sample_gradients(
-            policy.scorer, parameters, own, part.local_clusters, [side], hooks=hooks, progress=progress, sheet=sheet
+            policy.scorer, parameters, own, local.local_clusters, [side], hooks=hooks, progress=progress, sheet=sheet
         )
     if not total:
         return gradients
@@ -111,7 +112,7 @@ def update_gradient(
     Args:
         policy: what is differentiated.
         update: the batch.
-        loss: coefficients of this rank's part.
+        loss: coefficients of this rank's rows.
         store: keep the shares.
         hooks: where per-sample gradients can be read off the layers.
         scored: whether the batch was scored and checked before; else it is now, by the scores of this pass.
@@ -123,10 +124,10 @@ def update_gradient(
     with policy.clock.phase("update gradient") as progress:
         side = Side(loss, is_loss=True, store=store and fits)
         gradient = differentiate(
-            policy, update.own, update.part, side, hooks=hooks if side.store else None, progress=progress, sheet=sheet
+            policy, update.own, update.local, side, hooks=hooks if side.store else None, progress=progress, sheet=sheet
         )
     if sheet is not None:
-        with policy.on_part(update.part):
+        with policy.on_rank(update.local):
             scores = sheet.read()
-        policy.check_rollouts("update", scores, update.part, update.rollouts)
+        policy.check_rollouts("update", scores, update.local, update.rollouts)
     return gradient

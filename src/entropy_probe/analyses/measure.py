@@ -68,9 +68,9 @@ def measure_at(plan: Plan, learning_rate: float | None, phase: str, floor: float
         ValueError: if the policy after the step gives numbers that are not finite, or the step is not linear in the
             rate.
     """
-    policy, before, part = plan.policy, plan.before, plan.evaluation.part
+    policy, before, local = plan.policy, plan.before, plan.evaluation.local
     with after_step(plan, plan.step, learning_rate, phase) as (after, rounding):
-        given = (before.scores, after, part, before.positions, policy.config, policy.ranks)
+        given = (before.scores, after, local, before.positions, policy.config, policy.ranks)
         return Measured(measure_change(*given, lambda: fresh_scores(plan)), rounding, floor)
 
 
@@ -78,11 +78,11 @@ def measure_at(plan: Plan, learning_rate: float | None, phase: str, floor: float
 def after_step(
     plan: Plan, step: PlannedStep, learning_rate: float | None, phase: str
 ) -> Iterator[tuple[TokenScores, float]]:
-    """The policy after a step, for as long as this lasts: scores of this rank's part, and the step's rounding."""
+    """The policy after a step, for as long as this lasts: scores of this rank's rows, and the step's rounding."""
     policy, evaluation = plan.policy, plan.evaluation
     stepped, rounding = stepped_parameters(policy.parameters, policy.optimizer, step, policy.config, learning_rate)
     with parameters_at(policy.parameters, stepped):
-        with policy.clock.phase(phase) as progress, policy.on_part(evaluation.part):
+        with policy.clock.phase(phase) as progress, policy.on_rank(evaluation.local):
             after = policy.scorer.score(evaluation.own, progress)
         yield after, rounding
 
@@ -93,7 +93,7 @@ def fresh_scores(plan: Plan) -> TokenScores:
     Raises:
         ValueError: if the responses are to other prompts.
     """
-    policy, evaluation, part = plan.policy, plan.evaluation.rollouts, plan.evaluation.part
+    policy, evaluation, local = plan.policy, plan.evaluation.rollouts, plan.evaluation.local
     assert policy.resample is not None
     with policy.clock.phase("resample"):
         fresh = policy.resample(evaluation).cpu()
@@ -104,8 +104,8 @@ def fresh_scores(plan: Plan) -> TokenScores:
         )
     policy.scorer.check_also(fresh)
     policy.check_ranks_agree(resampled=fresh)
-    with policy.clock.phase("score resampled") as progress, policy.on_part(part):
-        return policy.scorer.score(fresh.select(part.rows), progress)
+    with policy.clock.phase("score resampled") as progress, policy.on_rank(local):
+        return policy.scorer.score(fresh.select(local.rows), progress)
 
 
 def noise_floor(plan: Plan) -> float | None:
@@ -114,7 +114,7 @@ def noise_floor(plan: Plan) -> float | None:
     if not policy.config.measure_noise_floor:
         return None
     with policy.clock.phase("noise floor"):
-        given = (evaluation.rollouts, evaluation.part, plan.before.scores, policy.config, policy.ranks)
+        given = (evaluation.rollouts, evaluation.local, plan.before.scores, policy.config, policy.ranks)
         return measured_noise_floor(policy.scorer, policy.parameters, *given)
 
 

@@ -124,13 +124,13 @@ class Misfit:
     @property
     def _numbers(self) -> dict[str, float]:
         """Those of the diagnosis."""
-        found: dict[str, float | None] = {"z": self.fit.z, "sequences": self.fit.num_sequences}
+        numbers: dict[str, float | None] = {"z": self.fit.z, "sequences": self.fit.num_sequences}
         if self.strange:
-            found |= {"excess": self.fit.excess, "token_temperature": self.of_tokens and self.of_tokens[0]}
+            numbers |= {"excess": self.fit.excess, "token_temperature": self.of_tokens and self.of_tokens[0]}
         if self.mismatch is not None and self.differ:
-            found |= {"mean": self.mismatch.mean, "max": self.mismatch.max, "effective_share": self.share}
-            found |= {"logprob_temperature": self.of_logprobs}
-        return {name: x for name, x in found.items() if x is not None}
+            numbers |= {"mean": self.mismatch.mean, "max": self.mismatch.max, "effective_share": self.share}
+            numbers |= {"logprob_temperature": self.of_logprobs}
+        return {name: x for name, x in numbers.items() if x is not None}
 
 
 def beside_two_batches(note: Note, fit: BatchFit | None) -> Note | None:
@@ -147,46 +147,46 @@ def beside_two_batches(note: Note, fit: BatchFit | None) -> Note | None:
     return OF_UPDATE_BATCH(how="may be" if fit.status == "ok" else "are")
 
 
-def _diagnosis(found: Misfit, temperature: float) -> str:
+def _diagnosis(misfit: Misfit, temperature: float) -> str:
     """What was found and what it looks like."""
-    fit, parts = found.fit, []
-    if found.strange:
-        parts.append(
+    fit, symptoms = misfit.fit, []
+    if misfit.strange:
+        symptoms.append(
             f"the responses do not fit the policy: surprisal minus entropy is {fit.excess:+.3g} nats per token (z = "
             f"{fit.z:+.1f} over {fit.num_sequences} sequences, and 0 for the policy's own)"
         )
-    if found.mismatch is not None and found.differ:
-        parts.append(
-            f"sampled_logprobs differ from the policy's by {found.mismatch.mean:.3g} nats per token on average, "
-            f"{found.mismatch.max:.3g} at most (effective sample size of the weights between them {found.share:.1%})"
+    if misfit.mismatch is not None and misfit.differ:
+        symptoms.append(
+            f"sampled_logprobs differ from the policy's by {misfit.mismatch.mean:.3g} nats per token on average, "
+            f"{misfit.mismatch.max:.3g} at most (effective sample size of the weights between them {misfit.share:.1%})"
         )
         if fit.holds:
-            parts.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
-    return "; ".join((*parts, _cause(found, temperature)))
+            symptoms.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
+    return "; ".join((*symptoms, _cause(misfit, temperature)))
 
 
-def _cause(found: Misfit, temperature: float) -> str:
+def _cause(misfit: Misfit, temperature: float) -> str:
     """The likely cause."""
     said = []
-    if found.differ:
-        said.append(_cause_of_logprobs(found, temperature))
-    if found.strange and (not found.differ or found.blame_logprobs):
-        said.append(_cause_of_tokens(found))
+    if misfit.differ:
+        said.append(_cause_of_logprobs(misfit, temperature))
+    if misfit.strange and (not misfit.differ or misfit.blame_logprobs):
+        said.append(_cause_of_tokens(misfit))
     return ", and ".join(said)
 
 
-def _cause_of_logprobs(found: Misfit, temperature: float) -> str:
-    assert found.mismatch is not None
-    if found.amiss is not None:
-        return f"the log-probabilities themselves are amiss: {found.amiss}"
-    at = (
-        "" if found.of_logprobs is None else f"the policy's at temperature {found.of_logprobs:.3g}, not {temperature:g}"
-    )
-    if found.blame_logprobs:
+def _cause_of_logprobs(misfit: Misfit, temperature: float) -> str:
+    assert misfit.mismatch is not None
+    if misfit.amiss is not None:
+        return f"the log-probabilities themselves are amiss: {misfit.amiss}"
+    at = ""
+    if misfit.of_logprobs is not None:
+        at = f"the policy's at temperature {misfit.of_logprobs:.3g}, not {temperature:g}"
+    if misfit.blame_logprobs:
         return "the log-probabilities themselves are amiss: " + (
             at or "the tokens are likelier under the policy, so they were not drawn with these"
         )
-    if found.mismatch.never_lower:
+    if misfit.mismatch.never_lower:
         return (
             "no token is less likely under the sampler than under the policy, as where the batch was sampled from a "
             "part of the distribution (top_p, top_k or greedy)"
@@ -196,12 +196,12 @@ def _cause_of_logprobs(found: Misfit, temperature: float) -> str:
     return "the batch was sampled from another policy (other weights, such as an older policy's, or changed logits)"
 
 
-def _cause_of_tokens(found: Misfit) -> str:
-    agree = found.mismatch is not None and not found.differ
+def _cause_of_tokens(misfit: Misfit) -> str:
+    agree = misfit.mismatch is not None and not misfit.differ
     as_at = ""
-    if found.of_tokens is not None:
-        as_at = "; the tokens are likeliest at temperature {:.2f} ± {:.2f}".format(*found.of_tokens)
-    if found.fit.z < 0:
+    if misfit.of_tokens is not None:
+        as_at = "; the tokens are likeliest at temperature {:.2f} ± {:.2f}".format(*misfit.of_tokens)
+    if misfit.fit.z < 0:
         if agree:
             return (
                 "sampled_logprobs agree with the policy's, so the sampler took a part of the distribution (top_p, "
@@ -210,7 +210,7 @@ def _cause_of_tokens(found: Misfit) -> str:
         return (
             "sampled at a lower temperature, with top_p, top_k or greedily, or by other weights of less entropy" + as_at
         )
-    if found.foreign:
+    if misfit.foreign:
         return (
             "as far above the entropy as ids of another tokenizer would be, or responses to prompts that were changed"
         )
@@ -222,17 +222,17 @@ def _cause_of_tokens(found: Misfit) -> str:
     return "sampled at a higher temperature, or by other weights, such as an older policy's" + as_at
 
 
-def _consequence(role: Role, found: Misfit) -> str:
-    if found.only_logprobs:
+def _consequence(role: Role, misfit: Misfit) -> str:
+    if misfit.only_logprobs:
         return "nothing is computed from them, so results stand"
-    biased = "so results are biased" if found.strange or not found.fit.holds else "so results may be biased"
+    biased = "so results are biased" if misfit.strange or not misfit.fit.holds else "so results may be biased"
     if role == "evaluation":
         return biased
-    if role == "update" and found.foreign and (found.blame_logprobs or not found.differ):
+    if role == "update" and misfit.foreign and (misfit.blame_logprobs or not misfit.differ):
         return "the step is taken on it as given"
     as_given = (
         "the step is taken on it as given; importance weights of the trainer's loss are not modelled (give "
         "advantages per token times the weight to include them)"
     )
-    chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if found.strange else ""
+    chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if misfit.strange else ""
     return (as_given if role == "update" else f"{biased}, and {as_given}") + chosen

@@ -13,7 +13,7 @@ from entropy_probe.analyses.realized import measure_change
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.realized import Change, noise_floor, rounding_of
-from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.parallel.shards import sharded_as
 from entropy_probe.rollouts.batch import Rollouts
@@ -40,7 +40,7 @@ def measured_noise_floor(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
-    part: Part,
+    local: LocalRows,
     before: TokenScores,
     config: ProbeConfig,
     ranks: Ranks,
@@ -54,21 +54,21 @@ def measured_noise_floor(
         scorer: the policy.
         parameters: what is trained, by name.
         rollouts: the whole evaluation batch.
-        part: this rank's part of it.
-        before: scores of that part.
+        local: this rank's rows of it.
+        before: scores of those rows.
         config: the settings.
-        ranks: the ranks that have the other parts.
+        ranks: the ranks that have the other rows.
 
     Raises:
         ValueError: if rounding changes log-probabilities beyond what importance sampling can bridge.
     """
     chosen = torch.linspace(0, len(rollouts) - 1, min(len(rollouts), NOISE_SEQUENCES)).long()
-    mine = torch.isin(chosen, part.rows).nonzero()[:, 0]
-    few = Part(mine, len(chosen), Clusters.sequences(len(chosen)).select(mine))
+    mine = torch.isin(chosen, local.rows).nonzero()[:, 0]
+    few = LocalRows(mine, len(chosen), Clusters.sequences(len(chosen)).select(mine))
     few_rollouts = rollouts.select(chosen[mine])
     # rounding has nothing to do with who sampled the responses
     plain = replace(before, log_weights=None)
-    few_before = plain.select(torch.searchsorted(part.rows, chosen[mine]))
+    few_before = plain.select(torch.searchsorted(local.rows, chosen[mine]))
     positions = add_up(ranks, PositionSums.of(plain))
     least = min(config.min_ess_fraction, ENOUGH_EFFECTIVE)
     uncut = config.model_copy(update={"is_mode": "snis", "on_low_ess": "refuse", "min_ess_fraction": least})
@@ -85,7 +85,7 @@ def measured_noise_floor(
         return change
 
     spurious = [rounding_of(change_at(draw, 1), change_at(draw, -1)) for draw in range(NOISE_PAIRS)]
-    weights = ranks.sum(part.by_sequence(before.weights))
+    weights = ranks.sum(local.by_sequence(before.weights))
     return noise_floor(spurious, (weights.sum().square() / weights.square().sum()).item())
 
 

@@ -23,20 +23,20 @@ MIN_SHARE = 0.5
 
 def of_model(model: nn.Module) -> list[str]:
     """Dropout, and the auxiliary loss of a mixture of experts."""
-    found = []
+    left_out = []
     dropout = dict(_dropout(model))
     if dropout:
-        found.append(
+        left_out.append(
             f"dropout of up to {max(dropout.values()):g} in {len(dropout)} modules ({next(iter(dropout))} first): "
             "training draws its masks unless it switches them off, the probe differentiates without"
         )
     config = getattr(model, "config", None)
     weight = getattr(config, "router_aux_loss_coef", None)
     if getattr(config, "output_router_logits", False) and isinstance(weight, int | float) and weight > 0:
-        found.append(
+        left_out.append(
             f"the auxiliary loss that balances the experts (router_aux_loss_coef {weight:g}, output_router_logits on)"
         )
-    return found
+    return left_out
 
 
 def _dropout(model: nn.Module) -> Iterator[tuple[str, float]]:
@@ -109,5 +109,5 @@ def of_frozen_geometry(
         "weight decay": any(group.get("weight_decay", 0) for group in optimizer.param_groups),
         "clipping": max_norm is not None and norm > max_norm,
     }
-    found = [name for name, there in parts.items() if there]
-    return [f"{', '.join(found)} (frozen geometry)"] if found else []
+    left_out = [name for name, there in parts.items() if there]
+    return [f"{', '.join(left_out)} (frozen geometry)"] if left_out else []

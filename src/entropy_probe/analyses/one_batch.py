@@ -22,7 +22,7 @@ from entropy_probe.estimators.u_statistic import CrossStatistic, cross_statistic
 from entropy_probe.gradients.cross import CrossProducts, cross_products
 from entropy_probe.gradients.per_sample import cluster_backward
 from entropy_probe.named import dot, norm
-from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import CrossPrompt, PreconditionerReport, ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
@@ -55,7 +55,7 @@ class _Batch:
     prompts: Clusters
     block_size: int
     clusters: Clusters
-    part: Part
+    local: LocalRows
 
 
 def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
@@ -65,7 +65,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
         ValueError: see :meth:`entropy_probe.EntropyProbe.cross_prompt`.
     """
     config, ranks, whole = policy.config, policy.ranks, _admitted(policy, batch)
-    clusters, part, own = whole.clusters, whole.part, whole.part.select(whole.rollouts)
+    clusters, local, own = whole.clusters, whole.local, whole.local.select(whole.rollouts)
     policy.prepare(whole.rollouts)
     hooks = policy.choose_hooks(whole.rollouts)
     scale, report = policy.frozen_scale()
@@ -73,20 +73,20 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
     relative = {name: s / rate for name, s in scale.items()}
     before = _scores(policy, whole)
     by_prompt, positions = (
-        add_up(ranks, fo.entropy(before, whole.prompts.select(part.rows), config.normalization, config.entropy)),
+        add_up(ranks, fo.entropy(before, whole.prompts.select(local.rows), config.normalization, config.entropy)),
         add_up(ranks, PositionSums.of(before)),
     )
-    how = (config.normalization, config.entropy, draws_of(whole.rollouts).select(part.rows))
-    towards = fo.entropy_coefficients(before, own.prompt_ids, part.clusters, positions, *how)
-    scores = whole_scores(policy, part, before) if config.loss.needs_scores else None
-    loss = config.loss.coefficients(whole.given, scores).select(part.rows)
+    how = (config.normalization, config.entropy, draws_of(whole.rollouts).select(local.rows))
+    towards = fo.entropy_coefficients(before, own.prompt_ids, local.clusters, positions, *how)
+    scores = whole_scores(policy, local, before) if config.loss.needs_scores else None
+    loss = config.loss.coefficients(whole.given, scores).select(local.rows)
     left, right = _times(towards, -clusters.count / by_prompt.size.sum().item()), _times(loss, -float(clusters.count))
     with policy.clock.phase("cross-prompt gradients") as progress:
         products = cross_products(
             policy.scorer,
             policy.parameters,
             own,
-            part.local_clusters,
+            local.local_clusters,
             clusters.count,
             # mean X = -grad H and mean Y = -grad loss, over clusters
             left,
@@ -98,7 +98,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
             ranks=ranks,
         )
     slope = _length_slope(policy, whole, before, positions, right, products.right_total, relative)
-    by_cluster = part.by_cluster(torch.stack([products.left, products.right, products.diagonal]))
+    by_cluster = local.by_cluster(torch.stack([products.left, products.right, products.diagonal]))
     x_side, y_side, diagonal = ranks.sum(by_cluster)
     statistic = cross_statistic(x_side, y_side, diagonal, _of_sums(policy, whole, before, slope))
     cross = _record(policy, whole, statistic, products, report)
@@ -150,13 +150,15 @@ def _admitted(policy: Policy, batch: Rollouts) -> _Batch:
             "one batch: expected at least 2 responses per prompt for the surprisal baseline, got a prompt with 1; "
             "sample more, or use entropy='rao_blackwell'"
         )
-    return _Batch(given, rollouts, prompts, block_size, clusters, Part.of(rollouts, clusters, clusters, policy.ranks))
+    return _Batch(
+        given, rollouts, prompts, block_size, clusters, LocalRows.of(rollouts, clusters, clusters, policy.ranks)
+    )
 
 
 def _scores(policy: Policy, whole: _Batch) -> TokenScores:
-    """Of this rank's part of the batch, which the policy itself must have sampled."""
-    scores = policy.reference_scores(whole.rollouts, whole.part, "score batch")
-    if policy.check_rollouts("batch", scores, whole.part, whole.rollouts).log_weights is not None:
+    """Of this rank's rows of the batch, which the policy itself must have sampled."""
+    scores = policy.reference_scores(whole.rollouts, whole.local, "score batch")
+    if policy.check_rollouts("batch", scores, whole.local, whole.rollouts).log_weights is not None:
         raise ValueError(
             "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
             "they are, so they cannot be reweighted; predict from two batches"
@@ -167,7 +169,7 @@ def _scores(policy: Policy, whole: _Batch) -> TokenScores:
 def _of_sums(policy: Policy, whole: _Batch, before: TokenScores, slope: float) -> Callable[[float], Tensor]:
     """What each cluster does to the statistic through the batch's sums, from the statistic."""
     config, of_loss = policy.config, whole.given.response_lengths.double()
-    sums = add_up(policy.ranks, fo.entropy(before, whole.part.clusters, config.normalization, config.entropy))
+    sums = add_up(policy.ranks, fo.entropy(before, whole.local.clusters, config.normalization, config.entropy))
     if not config.loss.per_token:
         of_loss = torch.ones_like(of_loss)
     return lambda value: influence_of_sums(value, sums.size, whole.clusters.total(of_loss), sums.ratio(), slope)
@@ -187,7 +189,7 @@ def _length_slope(
     Args:
         policy: what is differentiated.
         whole: the batch.
-        before: scores of this rank's part.
+        before: scores of this rank's rows.
         positions: sums over the whole batch.
         right: coefficients of ``Y``.
         right_total: ``sum Y``.
@@ -195,14 +197,14 @@ def _length_slope(
     """
     if policy.config.normalization != "token":
         return 0.0
-    count, part = whole.clusters.count, whole.part
+    count, local = whole.clusters.count, whole.local
     number = min(count // 2, max(MIN_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
     some = chosen_clusters(whole.rollouts, whole.clusters, number)
-    rows = torch.isin(part.clusters.index, some).nonzero()[:, 0]
-    chosen, clusters = before.select(rows), part.clusters.select(rows)
+    rows = torch.isin(local.clusters.index, some).nonzero()[:, 0]
+    chosen, clusters = before.select(rows), local.clusters.select(rows)
     sides = [fo.length_coefficients(chosen, clusters, positions), right.select(rows)]
-    own, present, along = part.select(whole.rollouts).select(rows), clusters.index.unique().tolist(), 0.0
-    with policy.clock.phase("length gradient") as progress, policy.on_part(part):
+    own, present, along = local.select(whole.rollouts).select(rows), clusters.index.unique().tolist(), 0.0
+    with policy.clock.phase("length gradient") as progress, policy.on_rank(local):
         for done, unit in enumerate(present, start=1):
             members = (clusters.index == unit).nonzero()[:, 0]
             lengths, loss = cluster_backward(policy.scorer, policy.parameters, own, members, sides)

@@ -20,7 +20,7 @@ from entropy_probe.analyses.provenance import Clock, Phase
 from entropy_probe.config import ProbeConfig
 from entropy_probe.gradients.hooks import Hooks, hookable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import (
@@ -170,7 +170,7 @@ class Policy:
             "optimizer": repr(self.optimizer.state_dict()["param_groups"]),
             **{name: fingerprint(_tensors(vars(batch))) for name, batch in batches.items()},
         }
-        if not self.scorer.sharded:  # else every rank has another part
+        if not self.scorer.sharded:  # else every rank has other rows
             named = self.parameters.items()
             moments = [(f"{name} {key}", x) for name, p in named for key, x in _tensors(state.get(p, {}))]
             known["policy"] = fingerprint([*model.named_parameters(), *model.named_buffers()])
@@ -185,31 +185,31 @@ class Policy:
                 )
 
     @contextmanager
-    def on_part(self, part: Part) -> Iterator[None]:
-        """Work on this rank's part of a batch; an error there is one on all ranks."""
+    def on_rank(self, local: LocalRows) -> Iterator[None]:
+        """Work on this rank's rows of a batch; an error there is one on all ranks."""
         with self.ranks.agreeing():
             try:
                 yield
             except (ValueError, MemoryError) as error:
-                if len(part.rows) < part.size:
+                if len(local.rows) < local.size:
                     error.add_note(f"sequences are counted within the share of rank {self.ranks.rank}")
                 raise
 
-    def reference_scores(self, batch: Rollouts, part: Part, phase: str) -> TokenScores:
-        """Scores of part of a batch at the policy as it is; computed once for the same policy and part.
+    def reference_scores(self, batch: Rollouts, local: LocalRows, phase: str) -> TokenScores:
+        """Scores of some rows of a batch at the policy as it is; computed once for the same policy and rows.
 
         Not all that makes a policy is in its parameters and buffers (which adapter is active, say), so what it makes of
         the shortest sequence is part of what it is recognised by.
 
         Args:
             batch: the whole batch; the scorer must have been prepared.
-            part: which sequences to score.
+            local: which sequences to score.
             phase: what to report progress under.
         """
         scorer, model = self.scorer, self.model
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
-        own = part.select(batch)
-        with self.clock.phase(phase) as progress, self.on_part(part):
+        own = local.select(batch)
+        with self.clock.phase(phase) as progress, self.on_rank(local):
             seen = scorer.shortest_scores(batch)
             state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
             if scorer.sharded:
@@ -217,13 +217,13 @@ class Policy:
             key = f"{state} {rollouts_fingerprint(own)} {how}"
             return self.cache.get(key, lambda: scorer.score(own, progress))
 
-    def check_rollouts(self, role: Role, scores: TokenScores, part: Part, rollouts: Rollouts) -> TokenScores:
+    def check_rollouts(self, role: Role, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> TokenScores:
         """Compare a batch with the policy: its tokens, and the sampler's own log-probabilities if there are any.
 
         Args:
             role: what the batch is used for; ``batch`` where it is both.
-            scores: of part of it.
-            part: which sequences these are.
+            scores: of some of its rows.
+            local: which sequences these are.
             rollouts: the whole batch.
 
         Returns:
@@ -232,22 +232,22 @@ class Policy:
         Raises:
             ValueError: if they differ by more than the config allows, or too much to reweight.
         """
-        checked = PolicyCheck(self.scorer, self.config, self.ranks)(role, scores, part, rollouts)
+        checked = PolicyCheck(self.scorer, self.config, self.ranks)(role, scores, local, rollouts)
         self.log.checked[role] = checked
         if checked.note is not None:
             self.log.notes.append(checked.note)
         if checked.not_modelled is not None:
             self.log.not_modelled.append(checked.not_modelled)
-        repeated = copies(Contents.of(rollouts), self.sequence_logprobs(part, scores))
+        repeated = copies(Contents.of(rollouts), self.sequence_logprobs(local, scores))
         if repeated.significant:
             batch = "update" if role == "batch" else role
             numbers = {"copies": repeated.sequences, "sequences": len(rollouts), "expected": repeated.expected}
             self.log.notes.append(COPIES(batch=batch, **numbers))
         return checked.scores
 
-    def sequence_logprobs(self, part: Part, own: TokenScores) -> Float[Tensor, " N"]:
-        """Log-probabilities of the responses of the whole batch, from the scores of this rank's part."""
-        return self.ranks.sum(part.by_sequence(own.sequence_logprobs.double()))
+    def sequence_logprobs(self, local: LocalRows, own: TokenScores) -> Float[Tensor, " N"]:
+        """Log-probabilities of the responses of the whole batch, from the scores of this rank's rows."""
+        return self.ranks.sum(local.by_sequence(own.sequence_logprobs.double()))
 
     def choose_hooks(self, rollouts: Rollouts) -> Hooks | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""

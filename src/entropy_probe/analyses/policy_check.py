@@ -25,7 +25,7 @@ from entropy_probe.estimators.sampler import (
     sampler_gaps,
     sampler_mismatch,
 )
-from entropy_probe.parallel.batch import Part
+from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.results.note import Note
 from entropy_probe.results.probe import BatchFit, SamplerMismatch
@@ -50,7 +50,7 @@ class Checked:
     """What a check found.
 
     Attributes:
-        scores: of this rank's part, with weights where the batch is to be reweighted.
+        scores: of this rank's rows, with weights where the batch is to be reweighted.
         fit: the tokens against the policy.
         mismatch: the sampler's log-probabilities against the policy's; ``None`` without any.
         note: what a reader should know; ``None`` where all is well.
@@ -70,19 +70,19 @@ class PolicyCheck:
     Args:
         scorer: the policy.
         config: how far apart they may be, and what to do then.
-        ranks: the ranks that have the other parts of a batch.
+        ranks: the ranks that have the other rows of a batch.
     """
 
     def __init__(self, scorer: Scorer, config: ProbeConfig, ranks: Ranks) -> None:
         self.scorer, self.config, self.ranks = scorer, config, ranks
 
-    def __call__(self, role: Role, scores: TokenScores, part: Part, rollouts: Rollouts) -> Checked:
+    def __call__(self, role: Role, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> Checked:
         """Check one batch.
 
         Args:
             role: what it is used for; ``batch`` where it is both.
-            scores: of part of it.
-            part: which sequences these are.
+            scores: of some of its rows.
+            local: which sequences these are.
             rollouts: the whole batch.
 
         Raises:
@@ -94,17 +94,17 @@ class PolicyCheck:
                 "on_mismatch reweight: expected sampled_logprobs in the rollouts, got none; record the sampler's "
                 "log-probabilities, or use on_mismatch: report"
             )
-        sums = self._sum(part, excess_sums(scores))
+        sums = self._sum(local, excess_sums(scores))
         fit = policy_fit(sums)
         gaps, mismatch, record = None, None, None
         if rollouts.sampled_logprobs is not None:
-            gaps = self._sum(part, sampler_gaps(scores, rollouts.sampled_logprobs[part.rows]))
+            gaps = self._sum(local, sampler_gaps(scores, rollouts.sampled_logprobs[local.rows]))
             answered = rollouts.response_mask.any(1)  # a response that is masked out has no weight to compare
             mismatch = sampler_mismatch(gaps[:, answered], int(rollouts.response_mask.sum()))
             share = mismatch.ess / int(answered.sum())
             record = SamplerMismatch(mean=mismatch.mean, max=mismatch.max, ess_fraction=share)
         selected = role != "evaluation" and config.update_selected
-        found = Misfit(
+        misfit = Misfit(
             fit,
             strange=not fit.holds and not selected,
             mismatch=mismatch,
@@ -112,33 +112,33 @@ class PolicyCheck:
             differ=mismatch is not None and mismatch.mean > config.max_mismatch,
         )
         checked = Checked(scores, _record(fit, selected=selected), record)
-        if not (found.strange or found.differ):
+        if not (misfit.strange or misfit.differ):
             return checked
-        found = self._investigated(found, scores, part, rollouts)
-        said = found.said(role, config.temperature)
+        misfit = self._investigated(misfit, scores, local, rollouts)
+        said = misfit.said(role, config.temperature)
         if config.on_mismatch == "refuse":
             raise ValueError(
                 f"{said}; on_mismatch refuse: expected at most {config.max_mismatch:g} nats per token and |z| of at "
-                f"most {MAX_Z:g}, so {found.remedy}, or use on_mismatch: report"
+                f"most {MAX_Z:g}, so {misfit.remedy}, or use on_mismatch: report"
             )
-        if config.on_mismatch == "reweight" and role != "update" and found.differ and gaps is not None:
-            return self._reweighted(checked, found, said, (sums, gaps[0]), part)
+        if config.on_mismatch == "reweight" and role != "update" and misfit.differ and gaps is not None:
+            return self._reweighted(checked, misfit, said, (sums, gaps[0]), local)
         return replace(
             checked,
-            note=found.note(role, said),
-            not_modelled=None if role == "evaluation" or found.only_logprobs else UNMODELLED,
+            note=misfit.note(role, said),
+            not_modelled=None if role == "evaluation" or misfit.only_logprobs else UNMODELLED,
         )
 
-    def _sum(self, part: Part, values: Tensor) -> Tensor:
-        return self.ranks.sum(part.by_sequence(values))
+    def _sum(self, local: LocalRows, values: Tensor) -> Tensor:
+        return self.ranks.sum(local.by_sequence(values))
 
     def _reweighted(
-        self, checked: Checked, found: Misfit, said: str, sums: tuple[Tensor, Tensor], part: Part
+        self, checked: Checked, misfit: Misfit, said: str, sums: tuple[Tensor, Tensor], local: LocalRows
     ) -> Checked:
         """The scores with each sequence's weight, from sums over all of them."""
-        if found.blame_logprobs:
+        if misfit.blame_logprobs:
             raise ValueError(
-                f"{said}; weights from them would bias the results instead of correcting them, so {found.remedy}, or "
+                f"{said}; weights from them would bias the results instead of correcting them, so {misfit.remedy}, or "
                 "use on_mismatch: report"
             )
         excess, log_weights = sums
@@ -159,44 +159,44 @@ class PolicyCheck:
             )
         return replace(
             checked,
-            scores=replace(checked.scores, log_weights=normalized[part.rows]),
+            scores=replace(checked.scores, log_weights=normalized[local.rows]),
             fit=_record(fit),
-            note=found.reweighted(said),
+            note=misfit.reweighted(said),
         )
 
-    def _investigated(self, found: Misfit, scores: TokenScores, part: Part, rollouts: Rollouts) -> Misfit:
+    def _investigated(self, misfit: Misfit, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> Misfit:
         """With what the likely causes would explain."""
         sampled, amiss, of_logprobs = rollouts.sampled_logprobs, None, None
         few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
-        keep = torch.isin(part.rows, few).nonzero()[:, 0]
-        own = Part(part.rows[keep], part.size, part.clusters.select(keep))
+        keep = torch.isin(local.rows, few).nonzero()[:, 0]
+        own = LocalRows(local.rows[keep], local.size, local.clusters.select(keep))
         some = own.select(rollouts)
-        if found.mismatch is not None and sampled is not None and found.differ:
-            amiss = recorded_amiss(self._sum(part, mistake_sums(scores, sampled[part.rows])), found.mismatch)
-            if amiss == MISTAKES[0] and found.strange and found.fit.z < 0:
+        if misfit.mismatch is not None and sampled is not None and misfit.differ:
+            amiss = recorded_amiss(self._sum(local, mistake_sums(scores, sampled[local.rows])), misfit.mismatch)
+            if amiss == MISTAKES[0] and misfit.strange and misfit.fit.z < 0:
                 amiss = None  # of greedy decoding they are 0
             if amiss is None:
-                of_logprobs = self._temperature_of_logprobs(some, own, found.mismatch.mean)
-        of_tokens = self._temperature_of_tokens(some, own) if found.strange else None
-        return replace(found, amiss=amiss, of_tokens=of_tokens, of_logprobs=of_logprobs)
+                of_logprobs = self._temperature_of_logprobs(some, own, misfit.mismatch.mean)
+        of_tokens = self._temperature_of_tokens(some, own) if misfit.strange else None
+        return replace(misfit, amiss=amiss, of_tokens=of_tokens, of_logprobs=of_logprobs)
 
-    def _temperature_of_tokens(self, few: Rollouts, part: Part) -> tuple[float, float] | None:
+    def _temperature_of_tokens(self, few: Rollouts, local: LocalRows) -> tuple[float, float] | None:
         """The temperature at which the tokens are likeliest, with its error, if there is one.
 
         It is where surprisal minus entropy sums to 0.
         """
 
         def sums(scores: TokenScores) -> Tensor:
-            return self._sum(part, excess_sums(scores)).sum(1)
+            return self._sum(local, excess_sums(scores)).sum(1)
 
         def step(scores: TokenScores) -> float:
             x, _, variance, _ = sums(scores)
             return (-x / variance).item()
 
-        found, scores = self._temperature(few, step)
-        return None if found is None else (found, found / sums(scores)[2].sqrt().item())
+        temperature, scores = self._temperature(few, step)
+        return None if temperature is None else (temperature, temperature / sums(scores)[2].sqrt().item())
 
-    def _temperature_of_logprobs(self, few: Rollouts, part: Part, mismatch: float) -> float | None:
+    def _temperature_of_logprobs(self, few: Rollouts, local: LocalRows, mismatch: float) -> float | None:
         """The temperature at which the policy has the sampler's log-probabilities, if there is one."""
         sampled, mask = few.sampled_logprobs, few.response_mask
         assert sampled is not None
@@ -204,13 +204,13 @@ class PolicyCheck:
         def step(scores: TokenScores) -> float:
             slope = torch.where(mask, scores.logprobs.double() + scores.entropies.double(), 0.0)
             gap = torch.where(mask, sampled.double() - scores.logprobs.double(), 0.0)
-            along, size = self._sum(part, torch.stack([(slope * gap).sum(1), slope.square().sum(1)])).sum(1)
+            along, size = self._sum(local, torch.stack([(slope * gap).sum(1), slope.square().sum(1)])).sum(1)
             return (along / size).item()
 
-        found, scores = self._temperature(few, step)
+        temperature, scores = self._temperature(few, step)
         gap = torch.where(mask, (sampled.double() - scores.logprobs.double()).abs(), 0.0)
-        left, tokens = self._sum(part, torch.stack([gap.sum(1), mask.sum(1).double()])).sum(1)
-        return found if bool(left <= EXPLAINED * mismatch * tokens) else None
+        left, tokens = self._sum(local, torch.stack([gap.sum(1), mask.sum(1).double()])).sum(1)
+        return temperature if bool(left <= EXPLAINED * mismatch * tokens) else None
 
     def _temperature(self, few: Rollouts, step: Callable[[TokenScores], float]) -> tuple[float | None, TokenScores]:
         """Newton's method for a temperature, and the scores there; each step is in the logarithm of its inverse."""

@@ -59,7 +59,7 @@ class Plan:
         update: the batch it is taken on.
         evaluation: the batch that entropy is taken on.
         before: what that is before the step.
-        loss: coefficients of this rank's part of the update batch.
+        loss: coefficients of this rank's rows of the update batch.
         hooks: where per-sample gradients are read off the layers.
         gradient: of the loss, with each prompt's share where these are kept.
         step: the parameter change, in parts.
@@ -137,7 +137,7 @@ def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) ->
     planned = plan(policy, update, evaluation)
     step, before, sizes = planned.step, planned.before, planned.before.sums.size
     slope = _entropy_slope(planned)
-    dots = over_clusters(policy, evaluation.part, slope.dots)
+    dots = over_clusters(policy, evaluation.local, slope.dots)
     length_slope, lengths = _length_changes(planned)
     change = fo.first_order(dots.sum(0), sizes, before.entropy, float(lengths.sum()))
     if step.gradient_scale is None:
@@ -156,19 +156,19 @@ def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) ->
 
 def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
     """Score the evaluation batch at the checkpoint, and check it against the policy."""
-    config, ranks, part, rollouts = policy.config, policy.ranks, evaluation.part, evaluation.rollouts
-    scores = policy.reference_scores(rollouts, part, "score evaluation")
-    scores = policy.check_rollouts(evaluation.role, scores, part, rollouts)
+    config, ranks, local, rollouts = policy.config, policy.ranks, evaluation.local, evaluation.rollouts
+    scores = policy.reference_scores(rollouts, local, "score evaluation")
+    scores = policy.check_rollouts(evaluation.role, scores, local, rollouts)
     positions = add_up(ranks, PositionSums.of(scores))
-    sums = add_up(ranks, fo.entropy(scores, part.clusters, config.normalization, config.entropy))
+    sums = add_up(ranks, fo.entropy(scores, local.clusters, config.normalization, config.entropy))
     lengths = None
     if config.normalization == "token":
-        lengths = LengthSample.of(rollouts, evaluation.clusters, part, scores, positions)
+        lengths = LengthSample.of(rollouts, evaluation.clusters, local, scores, positions)
     return Before(scores, positions, sums, sums.ratio(), lengths)
 
 
 def _note_shared_sequences(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, before: Before) -> None:
-    logprobs = policy.sequence_logprobs(evaluation.part, before.scores)
+    logprobs = policy.sequence_logprobs(evaluation.local, before.scores)
     both = shared(Contents.of(evaluation.rollouts), logprobs, Contents.of(update.rollouts))
     if both.significant:
         numbers = {"shared": both.sequences, "sequences": len(evaluation.rollouts), "expected": both.expected}
@@ -176,12 +176,12 @@ def _note_shared_sequences(policy: Policy, update: UpdateBatch, evaluation: Eval
 
 
 def entropy_surrogate(planned: Plan) -> TokenCoefficients:
-    """What the entropy is differentiated by, of this rank's part of the evaluation batch."""
+    """What the entropy is differentiated by, of this rank's rows of the evaluation batch."""
     evaluation, before = planned.evaluation, planned.before
-    part, draws = evaluation.part, evaluation.draws.select(evaluation.part.rows)
+    local, draws = evaluation.local, evaluation.draws.select(evaluation.local.rows)
     config = planned.policy.config
     return entropy_coefficients(
-        before.scores, evaluation.own.prompt_ids, part.clusters, draws, before.positions, config
+        before.scores, evaluation.own.prompt_ids, local.clusters, draws, before.positions, config
     )
 
 
@@ -191,7 +191,7 @@ def _entropy_slope(planned: Plan) -> SampleGradients:
     with planned.policy.clock.phase("evaluation gradient") as progress:
         side = Side(surrogate, directions=list(planned.step.components.values()))
         return differentiate(
-            planned.policy, evaluation.own, evaluation.part, side, hooks=planned.hooks, progress=progress
+            planned.policy, evaluation.own, evaluation.local, side, hooks=planned.hooks, progress=progress
         )
 
 
@@ -203,7 +203,7 @@ def _length_changes(planned: Plan) -> tuple[SampleGradients | None, Float[Tensor
     own = planned.evaluation.own.select(lengths.rows)
     with policy.clock.phase("length gradient") as progress:
         side = Side(lengths.coefficients())
-        slope = differentiate(policy, own, lengths.part, side, progress=progress, total=False)
+        slope = differentiate(policy, own, lengths.local, side, progress=progress, total=False)
     return slope, lengths.along(steps, slope, policy.ranks)
 
 
@@ -220,12 +220,12 @@ def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: fl
     direction = scaled(slope.total, step.gradient_scale, -step.gradient.factor / total_weight)
     with policy.clock.phase("update error") as progress:
         if gradient.stored is not None:
-            return over_clusters(policy, update.part, gradient.dot_stored(direction))
+            return over_clusters(policy, update.local, gradient.dot_stored(direction))
         side = Side(planned.loss, is_loss=True, directions=[direction])
         again = differentiate(
-            policy, update.own, update.part, side, hooks=planned.hooks, progress=progress, total=False
+            policy, update.own, update.local, side, hooks=planned.hooks, progress=progress, total=False
         )
-        return over_clusters(policy, update.part, again.dots[0])
+        return over_clusters(policy, update.local, again.dots[0])
 
 
 def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> PlannedStep:
@@ -236,10 +236,10 @@ def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> Plan
         kept: which prompts, numbered by increasing id.
         factor: of every token's weight in the loss of the whole batch.
     """
-    policy, update, part, step = planned.policy, planned.update, planned.update.part, planned.step
-    own = torch.isin(part.present_clusters, kept).nonzero()[:, 0]
-    given = (policy.scorer, policy.parameters, update.own, part.local_clusters, own, planned.loss, planned.gradient)
-    with policy.on_part(part):
+    policy, update, local, step = planned.policy, planned.update, planned.update.local, planned.step
+    own = torch.isin(local.present_clusters, kept).nonzero()[:, 0]
+    given = (policy.scorer, policy.parameters, update.own, local.local_clusters, own, planned.loss, planned.gradient)
+    with policy.on_rank(local):
         gradient = kept_gradient(*given)
     gradient = policy.ranks.sum_vector(gradient, policy.parameters)
     gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
@@ -255,21 +255,21 @@ def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> Plan
 def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:
     """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
     policy, update, step = planned.policy, planned.update, planned.step
-    config, blocks, part = policy.config, update.shares, update.part
+    config, blocks, local = policy.config, update.shares, update.local
     policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
     factors = renormalisation(update.given, blocks.index, config.loss)
-    own_factors = [factors[block] for block in part.present_clusters.tolist()]
+    own_factors = [factors[block] for block in local.present_clusters.tolist()]
     direction = {
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
         for name, p in step.delta.items()
     }
     left_out = []
-    with policy.clock.phase("update error") as progress, policy.on_part(part):
+    with policy.clock.phase("update error") as progress, policy.on_rank(local):
         for reduced in reduced_gradients(
             policy.scorer,
             policy.parameters,
             update.own,
-            part.local_clusters,
+            local.local_clusters,
             planned.loss,
             planned.gradient,
             own_factors,
@@ -278,7 +278,7 @@ def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> fl
             stepped = copied_step(policy.parameters, policy.optimizer, clipped, config.learning_rate)
             left_out.append(dot(direction, moved(policy.parameters, stepped)))
             progress(len(left_out), len(own_factors))
-    changes = over_clusters(policy, part, torch.tensor(left_out, dtype=torch.float64))
+    changes = over_clusters(policy, local, torch.tensor(left_out, dtype=torch.float64))
     sizes = torch.stack([update.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
     return jackknife_standard_error(dot(direction, step.delta), changes, sizes)
 

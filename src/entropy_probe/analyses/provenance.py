@@ -44,10 +44,10 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that a number may depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("entropy-probe", "torch", "transformers", "peft", "trl"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

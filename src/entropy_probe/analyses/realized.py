@@ -10,11 +10,11 @@ import torch
 
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.baselines import EntropyKind, PositionSums
-from entropy_probe.estimators.first_order import entropy
+from entropy_probe.estimators.first_order import Normalization, entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
 from entropy_probe.estimators.uncertainty import ClusterSums, in_chunks
-from entropy_probe.parallel.batch import Part, add_up
+from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import Realized, Unit
@@ -39,7 +39,7 @@ class Measurement:
         estimator: which path produced it, or would have.
         diagnosis: whether the weights can be trusted.
         weights: of the sequences, after the step.
-        after: scores of this rank's part of the batch after the step.
+        after: scores of this rank's rows of the batch after the step.
     """
 
     change: Change | None
@@ -81,14 +81,14 @@ class Measurement:
             batch: which rollouts it was measured on.
             step_rounding: what rounding of the parameters adds to the step, relative to its length.
         """
-        found, status = self.change, "ok"
-        if found is None:
+        change, status = self.change, "ok"
+        if change is None:
             status = self.diagnosis
-        elif floor is not None and abs(found.value) <= floor:
+        elif floor is not None and abs(change.value) <= floor:
             status = "below_noise_floor"
         return Realized(
-            value=None if found is None else found.value,
-            standard_error=None if found is None else found.standard_error,
+            value=None if change is None else change.value,
+            standard_error=None if change is None else change.standard_error,
             num_clusters=clusters.count,
             unit=unit,
             status=status,
@@ -107,7 +107,7 @@ class Measurement:
 def measure_change(
     before: TokenScores,
     after: TokenScores,
-    part: Part,
+    local: LocalRows,
     batch: PositionSums,
     config: ProbeConfig,
     ranks: Ranks = ALONE,
@@ -116,20 +116,20 @@ def measure_change(
     """The realized change from scores of the same responses before and after the step.
 
     Args:
-        before: scores of this rank's part of the batch before the step.
+        before: scores of this rank's rows of the batch before the step.
         after: scores of the same after it.
-        part: which sequences these are, and their clusters.
+        local: which sequences these are, and their clusters.
         batch: sums over the whole batch of scores before the step.
         config: the estimator, its options, and what to do when the weights are not trusted.
-        ranks: the ranks that have the other parts.
+        ranks: the ranks that have the other rows.
         resample: scores, after the step, of fresh responses to the same prompts; needed for that fallback only.
     """
-    clusters, normalization, kind = part.clusters, config.normalization, config.entropy
+    clusters, normalization, kind = local.clusters, config.normalization, config.entropy
 
     def change_to(new: ClusterSums, kind: EntropyKind = kind) -> Change:
         return change(add_up(ranks, new), add_up(ranks, entropy(before, clusters, normalization, kind)))
 
-    log_weights, base = ranks.sum(part.by_sequence(sequence_log_weights(before, after)))
+    log_weights, base = ranks.sum(local.by_sequence(sequence_log_weights(before, after)))
     weights = sequence_importance_weights(
         log_weights,
         config.is_mode,
@@ -150,17 +150,29 @@ def measure_change(
         smoothed = sequence_importance_weights(log_weights, "psis", base=base, log_weight_clamp=config.log_weight_clamp)
         if smoothed.heavy_tailed:
             return Measurement(None, "psis", "high_pareto_k", weights, after)
-        new = snis(after, smoothed.normalized[part.rows], clusters, normalization, kind)
+        new = snis(after, smoothed.normalized[local.rows], clusters, normalization, kind)
         return Measurement(change_to(new), "psis", diagnosis, weights, after)
     estimator = "per_decision" if config.realized == "per_decision" else config.is_mode
     if diagnosis != "ok":
         return Measurement(None, estimator, diagnosis, weights, after)
     if estimator == "per_decision":
         with ranks.agreeing():
-            table = torch.zeros(2, clusters.count, dtype=torch.float64)
-            for rows in in_chunks(clusters):
-                own = clusters.select(rows)
-                table += per_decision(before.select(rows), after.select(rows), own, batch, normalization).table
-        return Measurement(change_to(ClusterSums(table), "rao_blackwell"), estimator, diagnosis, weights, after)
-    new = snis(after, weights.normalized[part.rows], clusters, normalization, kind)
+            new = _per_decision(before, after, clusters, batch, normalization)
+        return Measurement(change_to(new, "rao_blackwell"), estimator, diagnosis, weights, after)
+    new = snis(after, weights.normalized[local.rows], clusters, normalization, kind)
     return Measurement(change_to(new), estimator, diagnosis, weights, after)
+
+
+def _per_decision(
+    before: TokenScores,
+    after: TokenScores,
+    clusters: Clusters,
+    positions: PositionSums,
+    normalization: Normalization,
+) -> ClusterSums:
+    """The sums of :func:`~entropy_probe.estimators.realized.per_decision`, a chunk of clusters at a time."""
+    table = torch.zeros(2, clusters.count, dtype=torch.float64)
+    for rows in in_chunks(clusters):
+        own = clusters.select(rows)
+        table += per_decision(before.select(rows), after.select(rows), own, positions, normalization).table
+    return ClusterSums(table)

@@ -159,7 +159,7 @@ def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoi
 def _direct_derivatives(prediction: Prediction, notes: list[Note]) -> tuple[Sampled, Sampled] | None:
     """Slope and second derivative along the step by nested forward mode, or a note on why there are none."""
     plan, rate, predicted = prediction.plan, _planned_rate(prediction), prediction.change
-    policy, part, before = plan.policy, plan.evaluation.part, plan.before
+    policy, local, before = plan.policy, plan.evaluation.local, plan.before
     direction = {name: move / rate for name, move in plan.step.delta.items()}
     # on a few sequences, the same on all ranks
     given = (policy.scorer, plan.evaluation.rollouts, policy.parameters, direction)
@@ -167,19 +167,19 @@ def _direct_derivatives(prediction: Prediction, notes: list[Note]) -> tuple[Samp
     if reason is not None:
         notes.append(NO_FORWARD_MODE(reason=reason))
         return None
-    with policy.clock.phase("direct curvature") as progress, policy.on_part(part):
+    with policy.clock.phase("direct curvature") as progress, policy.on_rank(local):
         given = (policy.scorer, plan.evaluation.own, policy.parameters, direction)
         first, second = directional_derivatives(*given, progress)
     c = entropy_surrogate(plan)
     d = (c.logprobs * first.logprobs).sum(1)
     d = d if c.entropies is None else d + (c.entropies * first.entropies).sum(1)
-    d, size = policy.ranks.sum(part.by_sequence(d.double())), before.sums.size.sum()
+    d, size = policy.ranks.sum(local.by_sequence(d.double())), before.sums.size.sum()
     gap = rate * float(d.sum() / size) - predicted.value
     if abs(gap) > SLOPE_TOLERANCE * rate * float(d.abs().sum() / size):
         notes.append(FORWARD_MODE_DIFFERS(forward=predicted.value + gap, backward=predicted.value))
         return None
     own = per_decision_taylor(
-        before.scores, first, second, part.clusters, before.positions, policy.config.normalization
+        before.scores, first, second, local.clusters, before.positions, policy.config.normalization
     )
     return add_up(policy.ranks, own).derivatives()
 
@@ -272,5 +272,5 @@ def _fitted(sampled: Sampled) -> Fitted:
     return Fitted(value=sampled.value, standard_error=sampled.standard_error)
 
 
-def _coefficient(found: curves.Coefficient, rounding: float, factor: float = 1.0) -> Fitted:
-    return Fitted(value=factor * found.value, standard_error=factor * found.error(rounding))
+def _coefficient(coefficient: curves.Coefficient, rounding: float, factor: float = 1.0) -> Fitted:
+    return Fitted(value=factor * coefficient.value, standard_error=factor * coefficient.error(rounding))

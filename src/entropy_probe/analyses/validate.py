@@ -157,12 +157,12 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
         )
     check_halves(update.prompts.count, subsets)
     planned = plan(policy, update, batch)
-    moving = policy.ranks.sum(update.part.clusters.total(planned.loss.logprobs.abs().sum(1))) > 0
+    moving = policy.ranks.sum(update.local.clusters.total(planned.loss.logprobs.abs().sum(1))) > 0
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
     question = _Question(attribution, planned, _crossed(attribution, planned))
-    halves = halved(batch.clusters, batch.part, planned.before.scores, policy.ranks, seed)
+    halves = halved(batch.clusters, batch.local, planned.before.scores, policy.ranks, seed)
     by_half = torch.stack([_contributions(planned, half) for half in halves])
     measured: list[_Measured | str] = []
     for kept in kept_prompts:
@@ -175,7 +175,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
 def _crossed(attribution: Attribution, planned: Plan) -> bool:
     """Whether sequences that the changes are measured on are among those that the contributions are from."""
     evaluation, contents = planned.evaluation, Contents.of(planned.evaluation.rollouts)
-    logprobs = planned.policy.sequence_logprobs(evaluation.part, planned.before.scores)
+    logprobs = planned.policy.sequence_logprobs(evaluation.local, planned.before.scores)
     given = attribution.evaluation
     return contents.same_as(given) or shared(contents, logprobs, given).significant
 
@@ -195,11 +195,11 @@ def _forecasts(attribution: Attribution, update: UpdateBatch) -> dict[str, Tenso
 def _contributions(planned: Plan, half: EvaluationHalf) -> Tensor:
     """The contributions of the update prompts by one half of the evaluation batch, ``[B]``."""
     policy, evaluation = planned.policy, planned.evaluation
-    rollouts, draws = evaluation.own.select(half.rows), evaluation.draws.select(evaluation.part.rows[half.rows])
-    given = (half.scores, rollouts.prompt_ids, half.part.clusters, draws, half.positions, policy.config)
+    rollouts, draws = evaluation.own.select(half.rows), evaluation.draws.select(evaluation.local.rows[half.rows])
+    given = (half.scores, rollouts.prompt_ids, half.local.clusters, draws, half.positions, policy.config)
     side = Side(entropy_coefficients(*given))
     with policy.clock.phase("evaluation gradient") as progress:
-        slope = differentiate(policy, rollouts, half.part, side, progress=progress)
+        slope = differentiate(policy, rollouts, half.local, side, progress=progress)
     weights = sequence_weights(half.scores, policy.config.normalization).double()
     return prompt_contributions(planned, slope, policy.ranks.sum(weights.sum()[None]).item())
 
@@ -221,13 +221,13 @@ def _change(planned: Plan, halves: list[EvaluationHalf], kept: Tensor) -> _Measu
 
 def _measure_halves(planned: Plan, step: PlannedStep, halves: list[EvaluationHalf]) -> list[Measurement]:
     """The change on the whole evaluation batch, and on its halves, from one scoring."""
-    policy, before, part = planned.policy, planned.before, planned.evaluation.part
+    policy, before, local = planned.policy, planned.before, planned.evaluation.local
     config, ranks = policy.config, policy.ranks
     with after_step(planned, step, config.learning_rate, "score after steps") as (after, _):
         fresh = cache(lambda: fresh_scores(planned))
-        measured = [measure_change(before.scores, after, part, before.positions, config, ranks, fresh)]
+        measured = [measure_change(before.scores, after, local, before.positions, config, ranks, fresh)]
         for half in halves:
-            given = (half.scores, after.select(half.rows), half.part, half.positions, config, ranks)
+            given = (half.scores, after.select(half.rows), half.local, half.positions, config, ranks)
             measured.append(measure_change(*given, lambda rows=half.rows: fresh().select(rows)))
     return measured
 

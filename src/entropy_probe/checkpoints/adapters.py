@@ -50,8 +50,8 @@ _REFERENCE = ("ref", "reference")
 
 def adapters_trained(names: Iterable[str], adapters: Iterable[str]) -> tuple[str, ...]:
     """Those of some adapters to which parameters belong, by the parameters' names."""
-    found = {match[1] for name in names for match in re.finditer(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)", name)}
-    return tuple(adapter for adapter in adapters if adapter in found)
+    trained = {match[1] for name in names for match in re.finditer(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)", name)}
+    return tuple(adapter for adapter in adapters if adapter in trained)
 
 
 def trained_adapter(path: Path, asked: str | None = None, recorded: str | None = None) -> tuple[str, Path]:
@@ -67,23 +67,23 @@ def trained_adapter(path: Path, asked: str | None = None, recorded: str | None =
         CheckpointError: if there is none of that name, the two names differ, or several could be meant and none is
             named.
     """
-    found = adapters_of(path)
+    adapters = adapters_of(path)
     if asked is not None and recorded is not None and asked != recorded:
         raise MismatchError(f"{path}: adapter: expected {recorded!r:.60}, the manifest's, got {asked!r:.60}; pass that")
     name = recorded if asked is None else asked
     if name is not None:
-        if name not in found:
+        if name not in adapters:
             raise MissingFileError(
-                f"{path}: adapter: expected one of {_listed(found)}, got {name!r:.60}; pass one that is there"
+                f"{path}: adapter: expected one of {_listed(adapters)}, got {name!r:.60}; pass one that is there"
             )
-        return name, found[name]
-    candidates = [name for name in found if name not in _REFERENCE]
+        return name, adapters[name]
+    candidates = [name for name in adapters if name not in _REFERENCE]
     if len(candidates) != 1:
         raise MappingError(
             f"{path}: expected one trained adapter, got {_listed(candidates) or 'only reference copies'}; pass "
             "adapter=... with the name of the one that was trained"
         )
-    return candidates[0], found[candidates[0]]
+    return candidates[0], adapters[candidates[0]]
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -168,11 +168,11 @@ def find_base(path: Path, directory: Path, given: str | Path | None, recorded: A
             "base_model if you trust it"
         )
     places = [place] if place.is_absolute() else [root / place for root in (Path(), path, *path.resolve().parents)]
-    for found in places:
-        if (found / "adapter_config.json").is_file():
-            raise MismatchError(f"{found}: expected a base model, got an adapter; pass the model under both")
-        if (found / "config.json").is_file():
-            return str(found)
+    for base in places:
+        if (base / "adapter_config.json").is_file():
+            raise MismatchError(f"{base}: expected a base model, got an adapter; pass the model under both")
+        if (base / "config.json").is_file():
+            return str(base)
     if place.is_absolute() or str(name).startswith((".", "~")) or len(place.parts) > 2:
         raise MissingFileError(
             f"{name}: expected the base model's directory, found no config.json in it; pass base_model"
@@ -214,12 +214,12 @@ def live_settings(model: nn.Module) -> dict[str, Any] | None:
 
 def _plain(settings: Any) -> dict[str, Any]:
     """Settings as JSON holds them."""
-    found = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
+    entries = settings if isinstance(settings, Mapping) else settings.to_dict()
     return {
         key: value
         if isinstance(value, bool | list | None)
         else str(getattr(value, "value", value)).removeprefix("torch.")
-        for key, value in found.items()
+        for key, value in entries.items()
     }
 
 

@@ -46,10 +46,10 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16
 
 def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
     """Offsets or sizes, with any error that others give."""
-    found = tuple(values)
-    if len(found) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in found):
-        raise ValueError(f"sizes {shown(found)}")
-    return found
+    numbers = tuple(values)
+    if len(numbers) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in numbers):
+        raise ValueError(f"sizes {shown(numbers)}")
+    return numbers
 
 
 _CLASSES = (
@@ -110,9 +110,9 @@ class ShardedDirectory:
         entries = read_with_stand_ins(
             file, _ALLOWED, "index of tensors and values", lambda index: {e.place: e for e in _entries(file, index)}
         )
-        found = cls(path, entries)
-        found._check_files()
-        return found
+        directory = cls(path, entries)
+        directory._check_files()
+        return directory
 
     @cached_property
     def size(self) -> int:

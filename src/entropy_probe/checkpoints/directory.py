@@ -56,9 +56,9 @@ def open_directory(path: Path) -> Path:
 
 def adapters_of(path: Path) -> dict[str, Path]:
     """Adapters by name: ``default`` in the checkpoint itself, every other in a folder of its name."""
-    found = {"default": path} if (path / "adapter_config.json").is_file() else {}
+    adapters = {"default": path} if (path / "adapter_config.json").is_file() else {}
     folders = [file.parent for file in sorted(path.glob("*/adapter_config.json"))]
-    return found | {folder.name: folder for folder in folders if not (folder / "optimizer.pt").is_file()}
+    return adapters | {folder.name: folder for folder in folders if not (folder / "optimizer.pt").is_file()}
 
 
 def find_optimizer(path: Path) -> tuple[CheckpointFormat, Path]:
@@ -67,14 +67,14 @@ def find_optimizer(path: Path) -> tuple[CheckpointFormat, Path]:
     Raises:
         CheckpointError: if there is none; where another trainer wrote the directory, its name.
     """
-    found = optimizer_of(path)
-    if found is None:
+    optimizer = optimizer_of(path)
+    if optimizer is None:
         _refuse_other_trainers(path, "optimizer.pt")
         raise MissingFileError(
             f"{path / 'optimizer.pt'}: expected the optimizer's state, found no such file; train with "
             "save_only_model=False, or copy the whole checkpoint again"
         )
-    return found
+    return optimizer
 
 
 def _refuse_other_trainers(path: Path, expected: str) -> None:
@@ -177,20 +177,20 @@ def whose_directory(path: Path) -> str | None:
     for place in (path, path.parent):
         names = list(_below(place, 5 if place == path else 1))
         for trace in _TRACES:
-            found = next((name for name in names if any(name.match(pattern) for pattern in trace.files)), None)
-            if found is not None:
-                return f"got {trace.what} (it has {found.relative_to(place)}); {trace.remedy}"
+            file = next((name for name in names if any(name.match(pattern) for pattern in trace.files)), None)
+            if file is not None:
+                return f"got {trace.what} (it has {file.relative_to(place)}); {trace.remedy}"
     return None
 
 
 def checkpoints_below(path: Path) -> list[Path]:
     """Directories down to four levels below that hold an optimizer's state that is read, in order of their numbers."""
-    found: list[Path] = []
+    checkpoints: list[Path] = []
     for place in _below(path, 4):
-        inside = any(parent in found for parent in place.parents)  # a checkpoint's own folders are none
+        inside = any(parent in checkpoints for parent in place.parents)  # a checkpoint's own folders are none
         if not inside and place.is_dir() and optimizer_of(place) is not None:
-            found.append(place)
-    return sorted(found, key=lambda place: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(place))])
+            checkpoints.append(place)
+    return sorted(checkpoints, key=lambda place: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(place))])
 
 
 def _below(path: Path, depth: int) -> Iterator[Path]:

@@ -70,17 +70,17 @@ EIGHT_BIT = NoteKind(
 )
 
 
-def remarks_on(found: Examined) -> Iterator[Note]:
+def remarks_on(examined: Examined) -> Iterator[Note]:
     """A note for what should be known though nothing speaks against the checkpoint."""
-    if found.saved.kind is ADAMW_8BIT:
+    if examined.saved.kind is ADAMW_8BIT:
         yield EIGHT_BIT()
 
 
-def doubts_about(found: Examined) -> Iterator[Note]:
+def doubts_about(examined: Examined) -> Iterator[Note]:
     """A note for each doubt, the gravest first."""
-    saved, state = found.saved, found.state
-    if found.movement is not None and found.movement.exchanged:
-        yield _exchange(found.movement)
+    saved, state = examined.saved, examined.state
+    if examined.movement is not None and examined.movement.exchanged:
+        yield _exchange(examined.movement)
     rates = [group["lr"] for group in saved.groups if group["params"]]
     if not any(rates):
         yield RATE_IS_ZERO()
@@ -92,19 +92,19 @@ def doubts_about(found: Examined) -> Iterator[Note]:
     low, high = state.steps
     if low != high:
         yield STEPS_DIFFER(least=low, most=high)
-    if found.global_step is not None and found.global_step != high and saved.count("step"):
-        yield TWO_SAVES(optimizer=high, trainer=found.global_step)
-    yield from found.format.doubts(found.path)
+    if examined.global_step is not None and examined.global_step != high and saved.count("step"):
+        yield TWO_SAVES(optimizer=high, trainer=examined.global_step)
+    yield from examined.format.doubts(examined.path)
     if saved.is_adam and any(g["weight_decay"] and "decoupled_weight_decay" not in g for g in saved.groups):
         yield DECAY_UNKNOWN()
-    yield from _doubts_about_base(found)
+    yield from _doubts_about_base(examined)
 
 
-def _doubts_about_base(found: Examined) -> Iterator[Note]:
+def _doubts_about_base(examined: Examined) -> Iterator[Note]:
     """Another base model of the same shapes loads without an error and gives wrong numbers."""
-    base, manifest = found.model.base, found.manifest
+    base, manifest = examined.model.base, examined.manifest
     proven = manifest is not None and manifest.base_model is not None and manifest.base_model.files
-    recorded = found.model.adapter_config.get("base_model_name_or_path")
+    recorded = examined.model.adapter_config.get("base_model_name_or_path")
     if base is None or proven or not isinstance(recorded, str):
         return
     if Path(recorded).name.lower() != Path(base).name.lower():

@@ -124,7 +124,7 @@ MAX_OTHERS = 2**19
 
 
 @dataclass(frozen=True)
-class _Set:
+class _Comparison:
     """Correlations between the movements (rows) and the Adam directions (columns) of parameters of one shape."""
 
     names: tuple[str, ...]
@@ -163,11 +163,11 @@ def check_movement(
         shape = saved.shape(index)
         if shape is not None and name in movements and math.prod(shape) >= MIN_ELEMENTS:
             by_shape.setdefault(shape, []).append(index)
-    sets = [_correlate(saved, names, movements, indices) for indices in by_shape.values()]
-    sets = [found for found in sets if found.names]
-    own = torch.cat([found.own for found in sets]) if sets else torch.empty(0)
-    others = torch.cat([found.others for found in sets]) if sets else torch.empty(0)
-    exchanged = tuple(cycle for found in sets for cycle in _exchanged(found))
+    comparisons = [_correlate(saved, names, movements, indices) for indices in by_shape.values()]
+    comparisons = [comparison for comparison in comparisons if comparison.names]
+    own = torch.cat([comparison.own for comparison in comparisons]) if comparisons else torch.empty(0)
+    others = torch.cat([comparison.others for comparison in comparisons]) if comparisons else torch.empty(0)
+    exchanged = tuple(cycle for comparison in comparisons for cycle in _exchanged(comparison))
     median = own.median().item() if len(own) else None
     recognised = median is not None and median >= MIN_CORRELATION
     return MovementReport(
@@ -182,7 +182,7 @@ def check_movement(
 
 def _correlate(
     saved: SavedOptimizer, names: Sequence[str], movements: Mapping[str, Callable[[], Tensor]], indices: list[int]
-) -> _Set:
+) -> _Comparison:
     """Parameters that did not move, or have no direction, are left out."""
     limit = max(256, min(MAX_SAMPLE, MAX_TABLE // len(indices)))
     kept, rows, columns = [], [], []
@@ -196,7 +196,7 @@ def _correlate(
             rows.append(movement)
             columns.append(direction)
     table = torch.stack(rows) @ torch.stack(columns).T if kept else torch.empty(0, 0)
-    return _Set(tuple(kept), table)
+    return _Comparison(tuple(kept), table)
 
 
 def _sample(tensor: Tensor, limit: int) -> Tensor:
@@ -211,15 +211,15 @@ def _unit(values: Tensor) -> Tensor | None:
     return centred / norm if math.isfinite(norm.item()) and norm > 0 else None
 
 
-def _exchanged(found: _Set) -> list[tuple[str, ...]]:
+def _exchanged(comparison: _Comparison) -> list[tuple[str, ...]]:
     """Cycles of parameters whose entries would fit clearly better one place on."""
-    count = len(found.names)
+    count = len(comparison.names)
     if count < 2:
         return []
-    others = found.others
+    others = comparison.others
     spread = 1.4826 * (others - others.median()).abs().median().item() if count >= 4 else 0.0
     chance = spread * (math.sqrt(2 * math.log(count * (count - 1) / 2)) + 1.5)
-    best = found.table.argmax(1).tolist()
+    best = comparison.table.argmax(1).tolist()
     cycles, seen = [], set()
     for start in range(count):
         path, at = [], start
@@ -229,7 +229,7 @@ def _exchanged(found: _Set) -> list[tuple[str, ...]]:
         cycle = path[path.index(at) :] if at in path else []
         seen.update(path)
         if len(cycle) > 1:
-            gain = sum(found.table[i, best[i]].item() - found.table[i, i].item() for i in cycle) / len(cycle)
+            gain = sum(comparison.table[i, best[i]].item() - comparison.table[i, i].item() for i in cycle) / len(cycle)
             if gain > max(MIN_GAIN, chance):
-                cycles.append(tuple(found.names[i] for i in cycle))
+                cycles.append(tuple(comparison.names[i] for i in cycle))
     return cycles

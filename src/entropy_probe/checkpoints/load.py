@@ -104,51 +104,51 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        found = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, mapping), facts)
-        model = _load_model(found, getattr(torch, dtype), torch.device(device), shard=shard)
-        tokenizer = load_tokenizer(found.path, found.model.base or base_model)
-        parameters = _trained(model, found)
-        optimizer = build_optimizer(found.saved, found.mapping, parameters)
-    return CheckpointState(model, tokenizer, optimizer, report_on(found, facts))
+        examined = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, mapping), facts)
+        model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
+        tokenizer = load_tokenizer(examined.path, examined.model.base or base_model)
+        parameters = _trained(model, examined)
+        optimizer = build_optimizer(examined.saved, examined.mapping, parameters)
+    return CheckpointState(model, tokenizer, optimizer, report_on(examined, facts))
 
 
-def _trained(model: nn.Module, found: Examined) -> dict[str, nn.Parameter]:
+def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
     """The parameters that were trained, and after this require a gradient, by name."""
-    names = found.mapping.names
-    if found.mapping.others_frozen:
+    names = examined.mapping.names
+    if examined.mapping.others_frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if parameters.keys() != set(names):
         raise MismatchError(
-            f"{found.path}: expected {len(names)} trainable parameters, the loaded model has {len(parameters)} that "
+            f"{examined.path}: expected {len(names)} trainable parameters, the loaded model has {len(parameters)} that "
             "differ; the installed peft or transformers builds another model"
         )
     return parameters
 
 
-def _load_model(found: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
-    stored, base, adapter = found.model, found.model.base, found.model.adapter
+def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
+    stored, base, adapter = examined.model, examined.model.base, examined.model.adapter
     if base is None or adapter is None:
         load = shard_full if shard else load_full
         return load(stored.configuration, stored.weights, dtype, device)
     if shard and stored.quantization is not None:
         raise UnsupportedError(f"{base}: not supported: a quantised base in shards; load it on one device")
-    if found.manifest is not None:
-        verify_base(Path(base), found.manifest)
+    if examined.manifest is not None:
+        verify_base(Path(base), examined.manifest)
     if shard:
         return shard_lora(stored.directory, adapter, stored.weights, base, dtype, device)
     return load_lora(stored.directory, adapter, stored.weights, base, stored.quantization, dtype, device)
 
 
-def report_on(found: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
+def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
     """The report on a checkpoint that can be loaded; ``facts`` as :func:`examine` left them."""
-    doubts = tuple(doubts_about(found))
+    doubts = tuple(doubts_about(examined))
     return CheckpointReport(
-        path=str(found.path),
+        path=str(examined.path),
         verdict="suspicious" if doubts else "healthy",
-        notes=(*doubts, *remarks_on(found)),
-        not_modelled=not_modelled_by_log(found.path),
+        notes=(*doubts, *remarks_on(examined)),
+        not_modelled=not_modelled_by_log(examined.path),
         **facts,
     )
 
@@ -181,7 +181,7 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            found = examine(Request(directory, base_model, adapter, quantization, mapping), facts)
+            examined = examine(Request(directory, base_model, adapter, quantization, mapping), facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
-    return report_on(found, facts)
+    return report_on(examined, facts)

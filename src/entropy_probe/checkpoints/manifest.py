@@ -148,12 +148,12 @@ class Manifest(_Record):
         if sizes != recorded:
             raise MappingError(f"{path}: expected groups of the manifest's sizes {recorded}, got {sizes}; {_COPY}")
         for i, (group, record) in enumerate(zip(groups, self.groups, strict=True)):
-            found = plain_settings(group)
-            for key in sorted(found.keys() & record.settings.keys()):
-                if found[key] != record.settings[key]:
+            settings = plain_settings(group)
+            for key in sorted(settings.keys() & record.settings.keys()):
+                if settings[key] != record.settings[key]:
                     raise MappingError(
                         f"{path}: group {i}: {key}: expected the manifest's {record.settings[key]!r:.60}, got "
-                        f"{found[key]!r:.60}; {_COPY}"
+                        f"{settings[key]!r:.60}; {_COPY}"
                     )
 
     def check_shapes(self, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -164,16 +164,16 @@ def names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
     """
     names: list[str] = []
     for i, group in enumerate(saved.groups):
-        found = group.get("param_names")
-        if not (isinstance(found, list | tuple) and len(found) == len(group["params"])):
-            got = len(found) if isinstance(found, list | tuple) else shown(found)
+        group_names = group.get("param_names")
+        if not (isinstance(group_names, list | tuple) and len(group_names) == len(group["params"])):
+            got = len(group_names) if isinstance(group_names, list | tuple) else shown(group_names)
             raise MappingError(
                 f"{saved.path}: group {i}: param_names: expected {len(group['params'])} names, got {got}; "
                 "save the optimizer again"
             )
-        if not all(type(name) is str for name in found):
-            raise MappingError(f"{saved.path}: group {i}: param_names: expected names, got {shown(found)}")
-        names += map(plain_name, found)
+        if not all(type(name) is str for name in group_names):
+            raise MappingError(f"{saved.path}: group {i}: param_names: expected names, got {shown(group_names)}")
+        names += map(plain_name, group_names)
     return tuple(names)
 
 

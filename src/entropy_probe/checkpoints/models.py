@@ -164,12 +164,12 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
     """Every key with its value, at any depth."""
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, list):
-            waiting += found
-        elif isinstance(found, dict):
-            yield from found.items()
-            waiting += found.values()
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            yield from node.items()
+            waiting += node.values()
 
 
 def untouched(name: str, config: Any, dtype: torch.dtype) -> nn.Module:

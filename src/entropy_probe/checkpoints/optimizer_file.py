@@ -237,10 +237,10 @@ def saved_optimizer(
         )
     if eight_bit is not None and eight_bit.in_8_bits:
         kind = ADAMW_8BIT
-    found = SavedOptimizer(path, kind, clean, state, size, read)
-    if found.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
+    optimizer = SavedOptimizer(path, kind, clean, state, size, read)
+    if optimizer.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
         raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
-    return found
+    return optimizer
 
 
 def _numbered(groups: list[dict[str, Any]], state: Any) -> tuple[list[dict[str, Any]], Any]:

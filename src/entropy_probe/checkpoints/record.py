@@ -81,11 +81,11 @@ def record_checkpoint(
     request = Request(directory, base_model, adapter, quantization, mapping)
     facts: dict[str, Any] = {}
     with random_state_kept():
-        found = examine(request, facts)
-    report = report_on(found, facts)
+        examined = examine(request, facts)
+    report = report_on(examined, facts)
     if report.movement is not None and report.movement.exchanged:
         raise MappingError(f"{directory}: expected a mapping to record, got a doubtful one: {report.reasons[0]}")
-    manifest = _manifest(found, request, written_by)
+    manifest = _manifest(examined, request, written_by)
     try:
         return write_manifest(directory, manifest), report
     except OSError as error:
@@ -95,8 +95,8 @@ def record_checkpoint(
         ) from error
 
 
-def _manifest(found: Examined, request: Request, written_by: str) -> Manifest:
-    saved, names, facts = found.saved, found.mapping.names, found.model.layout.parameters
+def _manifest(examined: Examined, request: Request, written_by: str) -> Manifest:
+    saved, names, facts = examined.saved, examined.mapping.names, examined.model.layout.parameters
     groups = tuple(
         GroupRecord(
             parameters=tuple(
@@ -106,16 +106,16 @@ def _manifest(found: Examined, request: Request, written_by: str) -> Manifest:
         )
         for group in saved.groups
     )
-    base = found.model.base or (str(request.base_model) if request.base_model else None)
+    base = examined.model.base or (str(request.base_model) if request.base_model else None)
     local = base is not None and has_weights(Path(base), "model")
     return Manifest(
         recorded="inspection",
-        mapping=found.mapping.how,
+        mapping=examined.mapping.how,
         written_by=written_by,
-        global_step=found.global_step,
+        global_step=examined.global_step,
         optimizer=saved.kind.name,
-        adapter=found.model.adapter,
+        adapter=examined.model.adapter,
         groups=groups,
-        files=recordable_files(found.path),
+        files=recordable_files(examined.path),
         base_model=base_record(base, read_weights(Path(base), "model").files if local else None) if base else None,
     )

@@ -264,8 +264,8 @@ def _one_line(where: str, instead: str = _PLAIN_ADAM) -> Iterator[None]:
 
 def _cause(error: Exception) -> str:
     """What torch objected to, without its advice to load the file the unsafe way."""
-    found = re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return found.group(1)[:160] if found else first_line(error, 160)
+    match = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return match.group(1)[:160] if match else first_line(error, 160)
 
 
 def _check_entries(where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap) -> None:

@@ -32,15 +32,15 @@ def not_modelled_by_log(path: Path) -> tuple[str, ...]:
     return tuple(line for look in _SIGNS if (line := look(logged, largest)) is not None)
 
 
-Found = dict[str, float]
+_Logged = dict[str, float]
 """The last number logged under each key, or the largest by size."""
 
 
-def _numbers(record: dict[Any, Any]) -> Found:
+def _numbers(record: dict[Any, Any]) -> _Logged:
     return {k: float(v) for k, v in record.items() if isinstance(k, str) and isinstance(v, int | float)}
 
 
-def _other_loss(last: Found, _: Found) -> str | None:
+def _other_loss(last: _Logged, _: _Logged) -> str | None:
     rewarded = "reward" in last or "objective/rlhf_reward" in last
     if "rewards/chosen" in last or "rewards/rejected" in last:
         return (
@@ -55,23 +55,23 @@ def _other_loss(last: Found, _: Found) -> str | None:
     return None
 
 
-def _kl(last: Found, _: Found) -> str | None:
+def _kl(last: _Logged, _: _Logged) -> str | None:
     key = next((key for key in ("kl", "objective/kl", "kl_loss") if key in last), None)
     return None if key is None else f"the KL term to a reference policy (the log has {key}, {last[key]:.3g} last)"
 
 
-def _entropy_bonus(last: Found, largest: Found) -> str | None:
+def _entropy_bonus(last: _Logged, largest: _Logged) -> str | None:
     key = next((key for key in ("entropy_coef", "entropy_loss") if largest.get(key)), None)
     return None if key is None else f"the entropy bonus (the log has {key}, {last[key]:.3g} last)"
 
 
-def _experts(last: Found, largest: Found) -> str | None:
+def _experts(last: _Logged, largest: _Logged) -> str | None:
     if not largest.get("aux_loss"):
         return None
     return f"the auxiliary loss that balances the experts (the log has aux_loss, {last['aux_loss']:.3g} last)"
 
 
-def _clipped_ratios(_: Found, largest: Found) -> str | None:
+def _clipped_ratios(_: _Logged, largest: _Logged) -> str | None:
     keys = [k for k, v in largest.items() if v and (k.startswith("clip_ratio") or "clipfrac" in k)]
     if not keys:
         return None
@@ -82,14 +82,14 @@ def _clipped_ratios(_: Found, largest: Found) -> str | None:
     )
 
 
-def _sampler_weights(last: Found, _: Found) -> str | None:
+def _sampler_weights(last: _Logged, _: _Logged) -> str | None:
     key = next((key for key in sorted(last) if key.startswith("sampling/importance_sampling_ratio")), None)
     return (
         None if key is None else f"the weights that correct for the sampler (the log has {key}, {last[key]:.3g} last)"
     )
 
 
-_SIGNS: tuple[Callable[[Found, Found], str | None], ...] = (
+_SIGNS: tuple[Callable[[_Logged, _Logged], str | None], ...] = (
     _other_loss,
     _kl,
     _entropy_bonus,

@@ -55,8 +55,8 @@ def read_weights(directory: Path, stem: str) -> Weights:
         return safetensors(whole)
     elsewhere = weights_of(directory) if not index.is_file() else None
     if elsewhere is not None:
-        found, place = elsewhere
-        return found.weights(place)
+        checkpoint_format, place = elsewhere
+        return checkpoint_format.weights(place)
     if not index.is_file():
         raise MissingFileError(
             f"{whole}: expected safetensors weights, found no such file nor an index; "
@@ -164,18 +164,18 @@ def _tensors(weights: Weights) -> Iterator[tuple[Path, str, Tensor]]:
         yield stored.file, name, stored.read()
 
 
-def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+def check_shapes(path: Path, stored: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Check that a file holds exactly the expected tensors, with their shapes.
 
     Raises:
         CheckpointError: naming what is missing, unknown or of another shape.
     """
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
         remedy = "pass intact weights with their own configuration and base model"
         embeddings = [name for name in unknown if re.search(r"embed|lm_head|wte", name)]
         if not missing and embeddings == unknown:
-            rows = ", ".join(f"{found[name][0]} rows" for name in embeddings[:1])
+            rows = ", ".join(f"{stored[name][0]} rows" for name in embeddings[:1])
             remedy = (
                 f"peft saved the embeddings along ({rows}), as where the vocabulary was resized, which is not put "
                 "back: copy them into the base model resized to as many rows, save that as base_model, and take the "
@@ -185,10 +185,10 @@ def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, 
             f"{path}: expected {len(expected)} tensors, {len(missing)} missing {missing[:2]}, {len(unknown)} "
             f"unknown {unknown[:2]}; {remedy}"
         )
-    wrong = [name for name in expected if found[name] != expected[name]]
+    wrong = [name for name in expected if stored[name] != expected[name]]
     if wrong:
         raise MismatchError(
-            f"{path}: {wrong[0]}: expected shape {list(expected[wrong[0]])}, got {list(found[wrong[0]])} "
+            f"{path}: {wrong[0]}: expected shape {list(expected[wrong[0]])}, got {list(stored[wrong[0]])} "
             f"({len(wrong)} tensors differ); pass the base model and configuration it was trained with"
         )
 

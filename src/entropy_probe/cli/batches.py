@@ -100,8 +100,8 @@ def _parameters(config: RunConfig) -> SamplingParameters:
 
 def end_ids(state: CheckpointState) -> list[int]:
     """What the checkpoint's tokenizer ends a text with, if it has one."""
-    found = getattr(state.tokenizer, "eos_token_id", None)
-    return [] if found is None else [found]
+    eos = getattr(state.tokenizer, "eos_token_id", None)
+    return [] if eos is None else [eos]
 
 
 def engine_for(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Engine | None:
@@ -152,16 +152,16 @@ def collect_batches(
     from entropy_probe.sampling import share_engine
 
     def collect(engine: Engine | None) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
-        found = {"update": sources.update, "evaluation": sources.evaluation}
+        batches = {"update": sources.update, "evaluation": sources.evaluation}
         there, notes = output, []
         for batch in ("update",) if config.needs_no_evaluation else ("update", "evaluation"):
-            if found[batch] is not None:
+            if batches[batch] is not None:
                 continue
             if batch not in there.inputs.rollouts:
                 there = there.record(batch, _sample_batch(batch, config, state, sources, there, engine, progress))
-            found[batch] = Rollouts.from_parquet(there.batch_file(batch))
+            batches[batch] = Rollouts.from_parquet(there.batch_file(batch))
             notes += there.inputs.rollouts[batch].notes
-        return required(found["update"]), found["evaluation"], tuple(notes)
+        return required(batches["update"]), batches["evaluation"], tuple(notes)
 
     return share_engine(ranks, engine_for(config, state, ranks), collect, together=config.shard)
 

@@ -174,7 +174,7 @@ def _probe_into(
         if halves is None:
             return result
         try:
-            found = probe.validate(
+            validation = probe.validate(
                 required(attribution), evaluation=required(evaluation), subsets=halves[0], seed=halves[1]
             )
         except BaseException:
@@ -182,7 +182,7 @@ def _probe_into(
                 write_run_report(output.path, result)
             raise
         if output.writes:
-            found.save(output.path)
+            validation.save(output.path)
     return result
 
 

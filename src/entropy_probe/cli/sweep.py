@@ -103,11 +103,11 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
         sources = read_sources(config)
         output = open_output(config, "sweep", sources, ranks)
         if output.finished:
-            (found,) = ranks.broadcast([Sweep.load(output.path)] if output.writes else [])
+            (sweep,) = ranks.broadcast([Sweep.load(output.path)] if output.writes else [])
         else:
-            found = _sweep_into(output, config, sources, ranks, progress)
-    output.finish(partial(write_sweep_report, output.path, {"": found}))
-    return found
+            sweep = _sweep_into(output, config, sources, ranks, progress)
+    output.finish(partial(write_sweep_report, output.path, {"": sweep}))
+    return sweep
 
 
 def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ranks, progress: Phase) -> Sweep:
@@ -129,7 +129,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
 
         with ranks.agreeing():
             finished = [SweepPoint.load(file) for file in sorted(points.glob("[0-9]*.json"))] if output.writes else []
-        found = probe.sweep(
+        sweep = probe.sweep(
             update=update,
             evaluation=required(evaluation),
             learning_rates=rates,
@@ -137,18 +137,18 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             finished=ranks.broadcast(finished),
             on_point=save if output.writes else None,
         )
-        left_out = (*found.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
-        diagnostics = found.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
-        found = found.model_copy(
+        left_out = (*sweep.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
+        diagnostics = sweep.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
+        sweep = sweep.model_copy(
             update={
-                "prediction": found.prediction.model_copy(update={"diagnostics": diagnostics}),
-                "notes": (*state.report.notes, *sources.notes, *notes, *found.notes),
+                "prediction": sweep.prediction.model_copy(update={"diagnostics": diagnostics}),
+                "notes": (*state.report.notes, *sources.notes, *notes, *sweep.notes),
             }
         )
         if output.writes:
             output.add_given(sources)
-            found.save(output.path)
-    return found
+            sweep.save(output.path)
+    return sweep
 
 
 class SweepIndex(SavedRecord):

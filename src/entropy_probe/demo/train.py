@@ -91,17 +91,7 @@ def train_demo(
     checkpoint = directory / f"checkpoint-{steps}"
     if (checkpoint / "trainer_state.json").is_file():
         return checkpoint
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"{directory}: expected a demo with checkpoint-{steps}, or nothing, got something else; "
-            "delete it or choose another directory"
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary,
-        quiet_single_thread(),
-    ):
-        building = Path(temporary) / directory.name
+    with _built_beside(directory, f"a demo with {checkpoint.name}") as building, quiet_single_thread():
         problems = _problems(random.Random(f"prompts {seed}"), num_prompts)
         on_progress(f"demo: supervised warm start, {warm_start_steps} steps")
         model, tokenizer = _base_model(building / "base", warm_start_steps, seed)
@@ -118,8 +108,25 @@ def train_demo(
             "seed": seed,
         }
         _reinforce(building, model, tokenizer, problems, arguments, on_progress)
-        building.rename(directory)
     return checkpoint
+
+
+@contextmanager
+def _built_beside(directory: Path, what: str) -> Iterator[Path]:
+    """A temporary name beside a directory's place, from which it moves there whole if no error is raised.
+
+    Raises:
+        ValueError: if anything but an empty directory is there already, instead of ``what``.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(
+            f"{directory}: expected {what}, or nothing, got something else; delete it or choose another directory"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
+        building = Path(temporary) / directory.name
+        yield building
+        building.rename(directory)
 
 
 @contextmanager

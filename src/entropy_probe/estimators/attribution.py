@@ -81,5 +81,5 @@ def fold_errors(
         length_changes: the relative first-order change of the mean length by each prompt's part; 0 per sequence.
     """
     entropy, pairs = sums.ratio(), zip(numerators.T, length_changes.tolist(), strict=True)
-    found = [first_order(column, sums.size, entropy, change).standard_error for column, change in pairs]
-    return torch.tensor(found, dtype=torch.float64)
+    errors = [first_order(column, sums.size, entropy, change).standard_error for column, change in pairs]
+    return torch.tensor(errors, dtype=torch.float64)

@@ -188,5 +188,7 @@ def cancelling_rate(curve: Quadratic) -> Coefficient | None:
     if a.value * b.value >= 0:
         return None
     rate = -a.value / b.value
-    found = Coefficient(rate, -(a.influence + rate * b.influence) / b.value, -(a.weights + rate * b.weights) / b.value)
-    return found if bool(torch.isfinite(found.influence).all()) and rate < float("inf") else None
+    influence, weights = (-(x + rate * y) / b.value for x, y in ((a.influence, b.influence), (a.weights, b.weights)))
+    return (
+        Coefficient(rate, influence, weights) if bool(torch.isfinite(influence).all()) and rate < float("inf") else None
+    )

@@ -104,8 +104,8 @@ def reliability(halves: Float[Tensor, "2 S"], times: float = 1.0) -> float | Non
     Returns:
         ``None`` where all values of a half are equal.
     """
-    found = rank_correlation(halves[0], halves[1])
-    return None if found is None else spearman_brown(max(found, 0.0), times)
+    correlation = rank_correlation(halves[0], halves[1])
+    return None if correlation is None else spearman_brown(max(correlation, 0.0), times)
 
 
 def score(forecast: Forecast, changes: Changes, *, crossed: bool, seed: int) -> Score | None:

@@ -78,7 +78,7 @@ def cross_products(
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
-        rollouts: this rank's part of the batch, whole clusters.
+        rollouts: this rank's rows of the batch, whole clusters.
         clusters: the cluster of each of these sequences, ``[N]``, numbered from 0 without gaps.
         count: the clusters of the whole batch.
         x: coefficients of the entropy side.
@@ -87,7 +87,7 @@ def cross_products(
         hooks: how to read per-sequence gradients off layers, if they can be.
         max_bytes: how much the gradients of all clusters may take, on all ranks together.
         progress: called with sequences done and in all.
-        ranks: the ranks that have the other parts.
+        ranks: the ranks that have the other rows.
     """
 
     def differentiate(sides: list[Side]) -> list[SampleGradients]:
@@ -109,8 +109,8 @@ def cross_products(
 
 def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks) -> dict[str, Tensor]:
     """A total over all ranks, with zeros for the parameters the surrogate does not reach."""
-    found = ranks.sum_vector(total, scale)
-    return {name: torch.zeros_like(s) if (t := found[name]) is None else t for name, s in scale.items()}
+    summed = ranks.sum_vector(total, scale)
+    return {name: torch.zeros_like(s) if (t := summed[name]) is None else t for name, s in scale.items()}
 
 
 def _flat(vector: NamedVector, names: Iterable[str]) -> Tensor:
@@ -127,8 +127,8 @@ def _from_stored(x: SampleGradients, y: SampleGradients, scale: NamedVector, how
     def products(xs: Tensor, ys: Tensor, along: Tensor, to_x: Tensor, to_y: Tensor) -> Tensor:
         return torch.stack([xs @ (along * to_y), ys @ (along * to_x), (xs * ys) @ along])
 
-    found = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
-    left, right, diagonal = sum_of_shards(found, scale.values())
+    sums = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
+    left, right, diagonal = sum_of_shards(sums, scale.values())
     return CrossProducts(left, right, diagonal, dot(x_total, y_total), y_total, how)
 
 

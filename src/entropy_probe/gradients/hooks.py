@@ -257,7 +257,7 @@ def _hooked_sum(scorer: Scorer, parameters: Mapping[str, Parameter], hooks: Hook
         hooked_backward(scorer, hooks, batch, [_ones(few)], batch.leaders, [sink])
         return sink.total
 
-    return _sum(found for _, found in scorer.each(few, work, share=False))
+    return _sum(gradient for _, gradient in scorer.each(few, work, share=False))
 
 
 def _autograd(scorer: Scorer, parameters: Mapping[str, Parameter], few: Rollouts) -> dict[str, Tensor]:
@@ -266,10 +266,10 @@ def _autograd(scorer: Scorer, parameters: Mapping[str, Parameter], few: Rollouts
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         (value,) = scorer.surrogates(batch, [TokenCoefficients(weighted, weighted)])
-        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        return {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
 
-    return _sum(found for _, found in scorer.each(few, work, share=False))
+    return _sum(gradient for _, gradient in scorer.each(few, work, share=False))
 
 
 def _sum(vectors: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

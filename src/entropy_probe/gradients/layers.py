@@ -125,8 +125,8 @@ def call_again(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> No
             (output.detach() - first).norm() > tolerance(first.dtype) * first.norm()
         ):
             raise UnhookableError(call.layer, "depends on more than one sequence")
-        found = torch.autograd.grad(output, parameters, gradient[rows], allow_unused=True)
-        for name, g in zip(call.names.values(), found, strict=True):
+        gradients = torch.autograd.grad(output, parameters, gradient[rows], allow_unused=True)
+        for name, g in zip(call.names.values(), gradients, strict=True):
             if g is not None:
                 sink.add_clusters(name, unit[None], g[None])
 

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from entropy_probe.gradients.per_sample import SampleGradients, cluster_backward
 from entropy_probe.losses import Loss
-from entropy_probe.parallel.shards import local, take_part
+from entropy_probe.parallel.shards import from_shard, local
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenCoefficients
@@ -102,7 +102,7 @@ def kept_gradient(
 
 def _by_name(flat: Tensor, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
     pieces = zip(parameters.items(), flat.split([local(p).numel() for p in parameters.values()]), strict=True)
-    return {name: take_part(piece.view(local(p).shape).to(p.device), p) for (name, p), piece in pieces}
+    return {name: from_shard(piece.view(local(p).shape).to(p.device), p) for (name, p), piece in pieces}
 
 
 def _without(total: Tensor | None, share: Tensor | None, factor: float) -> Tensor | None:

@@ -4,7 +4,7 @@ Two paths give the same numbers. With ``hooks`` one backward pass over a microba
 what each sequence adds is read off the layers. ``per cluster``: for any module, one backward pass per cluster. Only one
 microbatch's graph is alive at a time, and ``.grad`` is left as it was.
 
-Of sharded parameters every rank keeps its part of each gradient; inner products are summed over the parts at the end.
+Of sharded parameters every rank keeps its shard of each gradient; inner products are summed over the shards at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from entropy_probe.gradients.hooks import Hooks, hooked_backward
 from entropy_probe.gradients.layers import Sink
 from entropy_probe.named import NamedVector
-from entropy_probe.parallel.shards import local, reshard, sum_of_shards, take_part
+from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.isolation import has_padding_rows, padding_unmasked
@@ -85,7 +85,7 @@ class SampleGradients:
         return {
             name: None
             if self.total[name] is None
-            else take_part(piece.sum(0, dtype=torch.float64).view(local(p).shape).to(p.device), p)
+            else from_shard(piece.sum(0, dtype=torch.float64).view(local(p).shape).to(p.device), p)
             for (name, p), piece in pieces
         }
 
@@ -104,11 +104,11 @@ def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Ten
     """
     elements = _COLUMN_ELEMENTS if rows.device.type == "cpu" else _COLUMN_ELEMENTS_OFF_CPU
     width = max(1, elements // max(1, len(rows)))
-    parts = [
+    blocks = [
         products(*(x[..., start : start + width].double() for x in (rows, *others)))
-        for start in range(0, max(1, rows.shape[-1]), width)  # a rank's part of a parameter may be empty
+        for start in range(0, max(1, rows.shape[-1]), width)  # a rank's shard of a parameter may be empty
     ]
-    return torch.stack(parts).sum(0)
+    return torch.stack(blocks).sum(0)
 
 
 class _Sums(Sink):
@@ -129,29 +129,29 @@ class _Sums(Sink):
         self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
 
     def outcome(self) -> SampleGradients:
-        total = {name: None if x is None else take_part(x, self._parameters[name]) for name, x in self.total.items()}
+        total = {name: None if x is None else from_shard(x, self._parameters[name]) for name, x in self.total.items()}
         dots, paired = (sum_of_shards(x, self._parameters.values()) for x in (self.dots, self.paired))
         return SampleGradients(total, dots, self.stored, paired)
 
-    def part(self, clusters: Tensor) -> _Sums:
+    def empty(self, clusters: Tensor) -> _Sums:
         """Empty sums for one microbatch with these clusters, for :meth:`merge` once it is known to be complete."""
-        part = copy.copy(self)
-        part.total = dict.fromkeys(self.total)
-        part.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
-        part.paired = torch.zeros(len(clusters), dtype=torch.float64)
-        part.stored = None if self.stored is None else self.stored.new_zeros(len(clusters), self.stored.shape[1])
-        part._clusters = clusters.tolist()
-        return part
+        sums = copy.copy(self)
+        sums.total = dict.fromkeys(self.total)
+        sums.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
+        sums.paired = torch.zeros(len(clusters), dtype=torch.float64)
+        sums.stored = None if self.stored is None else self.stored.new_zeros(len(clusters), self.stored.shape[1])
+        sums._clusters = clusters.tolist()
+        return sums
 
-    def merge(self, part: _Sums, clusters: Tensor) -> None:
+    def merge(self, added: _Sums, clusters: Tensor) -> None:
         """Add the sums of a microbatch whose clusters are ``clusters``, distinct."""
-        for name, gradient in part.total.items():
+        for name, gradient in added.total.items():
             if gradient is not None:
                 self.add_total(name, gradient)
-        self.dots[:, clusters] += part.dots
-        self.paired[clusters] += part.paired
-        if self.stored is not None and part.stored is not None:
-            self.stored.index_add_(0, clusters, part.stored)
+        self.dots[:, clusters] += added.dots
+        self.paired[clusters] += added.paired
+        if self.stored is not None and added.stored is not None:
+            self.stored.index_add_(0, clusters, added.stored)
 
     def _stack(self, name: str) -> Tensor:
         """The directions of one parameter in float64, ``[K, p]``."""
@@ -310,15 +310,15 @@ def _read_off_layers(
     def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
         """What the microbatch adds, by cluster; kept apart until it is complete."""
         present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
-        parts = [side.part(present) for side in sums]
-        hooked_backward(scorer, hooks, batch, coefficients, of_rows, parts, sheet)
-        return present, parts
+        added = [side.empty(present) for side in sums]
+        hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
+        return present, added
 
-    for batch, (present, parts) in scorer.each(
+    for batch, (present, added) in scorer.each(
         rollouts, hooked, share=_prompts_are_whole(rollouts.prompt_ids, clusters)
     ):
-        for side, part in zip(sums, parts, strict=True):
-            side.merge(part, present)
+        for side, more in zip(sums, added, strict=True):
+            side.merge(more, present)
         yield batch.rows
 
 
@@ -356,13 +356,13 @@ def _backward(
     """One forward pass over a microbatch, then one backward pass per surrogate."""
     if scorer.sharded:
         return [_backward_into_grad(scorer, parameters, each, sheet, batch) for each in coefficients]
-    values, found = scorer.surrogates(batch, coefficients, sheet=sheet), []
+    values, per_surrogate = scorer.surrogates(batch, coefficients, sheet=sheet), []
     for k, value in enumerate(values):
         gradients = torch.autograd.grad(
             value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
         )
-        found.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
-    return found
+        per_surrogate.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
+    return per_surrogate
 
 
 def _backward_into_grad(

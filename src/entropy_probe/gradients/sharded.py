@@ -30,10 +30,10 @@ TOLERANCE = 0.3
 
 def gathered_precisions(scorer: Scorer, rollouts: Rollouts) -> set[torch.dtype]:
     """The types in which parameters are when their modules are called, which a ``MixedPrecisionPolicy`` may lower."""
-    found: set[torch.dtype] = set()
+    precisions: set[torch.dtype] = set()
 
     def look(module: nn.Module, _: Any) -> None:
-        found.update(p.dtype for p in module.parameters(recurse=False) if p.is_floating_point())
+        precisions.update(p.dtype for p in module.parameters(recurse=False) if p.is_floating_point())
 
     handles = [module.register_forward_pre_hook(look) for module in scorer.model.modules()]
     try:
@@ -41,7 +41,7 @@ def gathered_precisions(scorer: Scorer, rollouts: Rollouts) -> set[torch.dtype]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return precisions
 
 
 def check_gradient(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Rollouts) -> None:
@@ -74,14 +74,14 @@ def check_gradient(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts
         with parameters_at(moving, {name: p.detach() + step[name] for name, p in moving.items()}):
             return float(scorer.score(tried).logprobs.double().sum())
 
-    found = 0.0
+    ratio = 0.0
     for share in SHARES:
         nats = share * min(1.0, surprise)
-        found = (moved_by(nats) - moved_by(-nats)) / (2 * nats)
-        if abs(found - 1) <= TOLERANCE:
+        ratio = (moved_by(nats) - moved_by(-nats)) / (2 * nats)
+        if abs(ratio - 1) <= TOLERANCE:
             return
     raise ValueError(
-        f"model: expected log-probabilities to change along their gradient as it says, got {found:.3g} times that; "
+        f"model: expected log-probabilities to change along their gradient as it says, got {ratio:.3g} times that; "
         "leave FSDP's gradient divide factor, reduction and hooks as they are by default, with gradient "
         "synchronisation on"
     )

@@ -1,1 +1,1 @@
-"""Several processes, parts of a batch, and parameters in shards."""
+"""Several processes, the rows of a batch that each has, and parameters in shards."""

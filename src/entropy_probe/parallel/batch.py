@@ -1,4 +1,4 @@
-"""The part of a batch that one rank works on, and how what it finds joins that of the others."""
+"""The rows of a batch that one rank works on, and how what it finds joins that of the others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import Clusters
 
-__all__ = ["Part", "add_up", "balanced"]
+__all__ = ["LocalRows", "add_up", "balanced"]
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Some sequences of a batch.
+class LocalRows:
+    """The sequences of a batch that this rank has.
 
     Attributes:
         rows: their places in the batch, increasing, ``[n]``; possibly none.
@@ -36,13 +36,13 @@ class Part:
     clusters: Clusters
 
     @classmethod
-    def whole(cls, clusters: Clusters) -> Part:
+    def whole(cls, clusters: Clusters) -> LocalRows:
         """All of a batch."""
         return cls(torch.arange(len(clusters.index)), len(clusters.index), clusters)
 
     @classmethod
-    def of(cls, rollouts: Rollouts, uncut: Clusters, clusters: Clusters, ranks: Ranks) -> Part:
-        """This rank's part, such that all ranks have about as many tokens.
+    def of(cls, rollouts: Rollouts, uncut: Clusters, clusters: Clusters, ranks: Ranks) -> LocalRows:
+        """This rank's rows, such that all ranks have about as many tokens.
 
         Args:
             rollouts: the batch, the same on all ranks.
@@ -83,21 +83,21 @@ class Part:
         return values.new_zeros(*values.shape[:-1], self.clusters.count).index_copy_(-1, self.present_clusters, values)
 
 
-def balanced(sizes: Sequence[float], parts: int) -> list[int]:
-    """The part of each item, so that the parts are of about one size: the largest first, each to the smallest part.
+def balanced(sizes: Sequence[float], num_bins: int) -> list[int]:
+    """The bin of each item, so that the bins are of about one size: the largest first, each to the smallest bin.
 
-    No part exceeds the best possible by more than a third (Graham, 1969). Some may be empty.
+    No bin exceeds the best possible by more than a third (Graham, 1969). Some may be empty.
     """
-    filled = [(0.0, part) for part in range(parts)]
-    part_of = [0] * len(sizes)
+    filled = [(0.0, k) for k in range(num_bins)]
+    bin_of = [0] * len(sizes)
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        total, part = filled[0]
-        part_of[item] = part
-        heapq.heapreplace(filled, (total + sizes[item], part))
-    return part_of
+        total, smallest = filled[0]
+        bin_of[item] = smallest
+        heapq.heapreplace(filled, (total + sizes[item], smallest))
+    return bin_of
 
 
 def add_up(ranks: Ranks, sums: S) -> S:
-    """Sums over the whole batch (of positions or clusters) from those over the parts that the ranks have."""
+    """Sums over the whole batch (of positions or clusters) from those over the rows that each rank has."""
     holder: Any = sums
     return replace(holder, table=ranks.sum(holder.table))

@@ -1,6 +1,6 @@
 """Several processes as one: sums over the ranks of a process group. With one process everything is as it is.
 
-What the ranks hold adds up: every rank has the sums of its own part of a batch, and zeros for the rest. Sums are the
+What the ranks hold adds up: every rank has the sums of its own rows of a batch, and zeros for the rest. Sums are the
 same on all ranks to the bit, so all take the same decisions from them.
 """
 
@@ -139,8 +139,8 @@ class ProcessGroup:
         reached = self.sum(torch.tensor([x is not None for x in vector.values()], dtype=torch.float64))
         total: dict[str, Tensor | None] = dict.fromkeys(vector)
         bucket: list[tuple[str, Tensor]] = []
-        for (name, x), found in zip(vector.items(), reached.tolist(), strict=True):
-            if not found:
+        for (name, x), is_reached in zip(vector.items(), reached.tolist(), strict=True):
+            if not is_reached:
                 continue
             if x is None:
                 wide = torch.promote_types(like[name].dtype, torch.float32)
@@ -202,9 +202,9 @@ class ProcessGroup:
         """See :class:`Ranks`."""
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
 
 @final

@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 shards over ranks: this rank's part of them, and sums over the parts.
+"""Tensors that FSDP2 shards over ranks: this rank's shard of them, and sums over the shards.
 
 Sharded parameters are ``DTensor``; arithmetic on them, element by element, is torch's own. What torch has no operation
 for is here. Everything is called by all ranks together, and does nothing to tensors that are not sharded.
@@ -16,12 +16,12 @@ __all__ = [
     "check_shards",
     "count",
     "extremes",
+    "from_shard",
     "is_sharded",
     "local",
     "reshard",
     "sharded_as",
     "sum_of_shards",
-    "take_part",
 ]
 
 
@@ -30,7 +30,7 @@ def _is_shard(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the same memory; the tensor itself if it is not sharded."""
+    """This rank's shard of a tensor, in the same memory; the tensor itself if it is not sharded."""
     if not _is_shard(tensor):
         return tensor
     shard: Any = tensor.detach()
@@ -38,7 +38,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sum_of_shards(values: Tensor, of: Iterable[Tensor]) -> Tensor:
-    """The sum of what each rank found on its parts of some tensors.
+    """The sum of what each rank found on its shards of some tensors.
 
     Torch's own sums of sharded tensors are not used: ``item()`` of one gives what this rank has.
 
@@ -56,10 +56,10 @@ def count(where: Tensor) -> int:
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
     """The smallest and the largest element."""
-    part = local(tensor)
+    shard = local(tensor)
     own = torch.full((2,), -torch.inf, dtype=torch.float64)
-    if part.numel():
-        smallest, largest = part.aminmax()
+    if shard.numel():
+        smallest, largest = shard.aminmax()
         own = torch.tensor([-smallest.item(), largest.item()], dtype=torch.float64)
     smallest, largest = _reduced(own, [tensor], "max").tolist()
     return -smallest, largest
@@ -87,18 +87,18 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
     mesh = target.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     # a copy, for a view would keep the memory of the whole
-    return take_part(local(everywhere.redistribute(placements=target.placements)).clone(), like)
+    return from_shard(local(everywhere.redistribute(placements=target.placements)).clone(), like)
 
 
-def take_part(part: Tensor, like: Tensor) -> Tensor:
-    """The sharded tensor of which every rank has a part, as :func:`local` gives it of one like it."""
+def from_shard(shard: Tensor, like: Tensor) -> Tensor:
+    """The sharded tensor of which every rank has a shard, as :func:`local` gives it of one like it."""
     if not _is_shard(like):
-        return part
+        return shard
     from torch.distributed.tensor import DTensor
 
     target: Any = like
     return DTensor.from_local(
-        part, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+        shard, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
     )
 
 

@@ -137,9 +137,9 @@ def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[F
     plan, before, evaluation = prediction.plan, prediction.plan.before, prediction.plan.evaluation
     with plan.policy.clock.phase("what if") as progress:
         side = Side(entropy_surrogate(plan), directions=moves)
-        given = (plan.policy, evaluation.own, evaluation.part, side)
+        given = (plan.policy, evaluation.own, evaluation.local, side)
         dots = over_clusters(
-            plan.policy, evaluation.part, differentiate(*given, hooks=plan.hooks, progress=progress, total=False).dots
+            plan.policy, evaluation.local, differentiate(*given, hooks=plan.hooks, progress=progress, total=False).dots
         )
     lengths = torch.zeros(len(moves), dtype=torch.float64)
     if before.lengths is not None and prediction.length_slope is not None:

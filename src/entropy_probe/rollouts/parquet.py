@@ -150,8 +150,8 @@ def read_rollouts(path: Path) -> Rollouts:
         absent = torch.from_numpy(table[name].is_null().to_numpy())
         _same_lengths(response_lengths, torch.where(absent, response_lengths, counts), name, path)
         there = is_response & ~absent[:, None]
-        found = torch.full(there.shape, torch.nan, dtype=values.dtype).masked_scatter_(there, values)
-        return torch.where(sampled, found, 0.0)
+        padded = torch.full(there.shape, torch.nan, dtype=values.dtype).masked_scatter_(there, values)
+        return torch.where(sampled, padded, 0.0)
 
     sampled = at_response(mask)
     values = {
@@ -205,10 +205,10 @@ def _read_table(path: Path) -> pa.Table:
             f"{path}: expected a Parquet file of rollouts, got one that cannot be read ({reason}); it is not "
             "Parquet or is truncated, so write it again with Rollouts.to_parquet"
         ) from error
-    found = (table.schema.metadata or {}).get(_SCHEMA_KEY, b"none").decode()
-    if found not in _READABLE:
+    schema = (table.schema.metadata or {}).get(_SCHEMA_KEY, b"none").decode()
+    if schema not in _READABLE:
         raise ValueError(
-            f"{path}: expected rollouts of schema {SCHEMA_VERSION} at most, got {found}; write the file with "
+            f"{path}: expected rollouts of schema {SCHEMA_VERSION} at most, got {schema}; write the file with "
             "Rollouts.to_parquet of this version"
         )
     _check_columns(table.column_names, path)

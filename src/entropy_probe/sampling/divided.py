@@ -103,8 +103,7 @@ def share_engine(
             ranks.broadcast(None)
         else:
             _serve(ranks, divided)
-    (found,) = ranks.broadcast(outcome)
-    return found
+    return ranks.broadcast(outcome)[0]
 
 
 def _serve(ranks: Ranks, divided: _DividedEngine | None) -> None:

@@ -38,7 +38,7 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
         raise ValueError(f"{what}: expected package.module:function, got {path!r}; name the module and the function")
     try:
         with _torch_left_alone():
-            found: Any = importlib.import_module(module_name)
+            target: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{what}: cannot import {path!r} ({error}); install it or set PYTHONPATH") from error
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
@@ -46,10 +46,10 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
             f"{what}: cannot import {path!r}: {type(error).__name__}: {error}{_place(error)}; correct the module"
         ) from error
     for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise ValueError(f"{what}: expected a function {name!r} in module {module_name}, got {found!r}; correct it")
-    return found
+        target = getattr(target, part, None)
+    if not callable(target):
+        raise ValueError(f"{what}: expected a function {name!r} in module {module_name}, got {target!r}; correct it")
+    return target
 
 
 def call(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

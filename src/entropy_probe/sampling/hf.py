@@ -158,10 +158,10 @@ class HFGenerator:
             rows = waiting[: self._batch_size]
             if not self._ways[0].pads:
                 rows = [i for i in rows if len(prompts[i]) == len(prompts[rows[0]])]
-            found = self._try_batch(request.of(rows))
-            if found is None:
+            drawn = self._try_batch(request.of(rows))
+            if drawn is None:
                 continue
-            completions.update(zip(rows, found, strict=True))
+            completions.update(zip(rows, drawn, strict=True))
             waiting = waiting[len(rows) :]
             if progress is not None:
                 progress(len(completions), len(prompts))
@@ -175,8 +175,8 @@ class HFGenerator:
         """
         fault = "it fails on another rank"
         try:
-            found = self._sample(batch)
-            agrees = (difference := self._difference(found, batch.temperature)) is None
+            completions = self._sample(batch)
+            agrees = (difference := self._difference(completions, batch.temperature)) is None
             fault = difference or fault
         except torch.OutOfMemoryError as error:
             if self._agreed is not None:  # the other ranks wait for this one in the middle of a pass
@@ -187,16 +187,16 @@ class HFGenerator:
                     f"sampling: a single sequence of up to {len(batch.prompts[0]) + batch.limits[0]} tokens "
                     "does not fit the device's memory; lower max_completion_length, or sample on a larger device"
                 ) from error
-            found, agrees = None, True
+            completions, agrees = None, True
         except FAULTS as error:
-            found, agrees = None, False
+            completions, agrees = None, False
             fault = f"it fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         if not self._all_agree(agrees):
             self._rule_out(fault)
             return None
-        if found is None:  # outside the handler, which holds on to the failed batch
+        if completions is None:  # outside the handler, which holds on to the failed batch
             self._halve(len(batch.prompts))
-        return found
+        return completions
 
     def _halve(self, size: int) -> None:
         if self._model.device.type == "cuda":

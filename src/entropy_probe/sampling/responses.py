@@ -83,13 +83,13 @@ def _name(engine: Engine) -> str:
 
 def _problem(completion: Completion, prompt: tuple[int, ...], longest: int) -> str | None:
     """What is wrong with a completion, if anything."""
-    found, logprobs = len(completion.token_ids), completion.logprobs
+    length, logprobs = len(completion.token_ids), completion.logprobs
     if tuple(completion.prompt_token_ids) != prompt:
         return "expected the completion to repeat its prompt's tokens, got others; completions must keep their order"
-    if not 1 <= found <= longest:
-        return f"expected a response of 1 to {longest} tokens, got {found}"
-    if logprobs is not None and len(logprobs) != found:
-        return f"expected a log-probability for each of {found} response tokens, got {len(logprobs)}"
+    if not 1 <= length <= longest:
+        return f"expected a response of 1 to {longest} tokens, got {length}"
+    if logprobs is not None and len(logprobs) != length:
+        return f"expected a log-probability for each of {length} response tokens, got {len(logprobs)}"
     if logprobs is not None and not all(math.isfinite(x) for x in logprobs):
         return "expected finite log-probabilities, got others"
     return None

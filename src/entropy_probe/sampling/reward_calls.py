@@ -84,13 +84,13 @@ class RewardFunction:
         """
         parameters, takes_any = _signature(name, function)
         names = {parameter.name for parameter in parameters}
-        found = [key for key, marks in CONVENTIONS.items() if names.intersection(marks)]
-        if not found and not takes_any:
+        conventions = [key for key, marks in CONVENTIONS.items() if names.intersection(marks)]
+        if not conventions and not takes_any:
             raise ValueError(
                 f"reward {name}: expected a parameter named {_CONVENTIONS_IN_WORDS}, got "
                 f"({', '.join(p.name for p in parameters)}); rename the parameters, since they are passed by name"
             )
-        return cls(name, function, found[0] if found else "TRL", parameters, takes_any)
+        return cls(name, function, conventions[0] if conventions else "TRL", parameters, takes_any)
 
     def check(self, prompts: Sequence[Prompt], state: SimpleNamespace | None) -> None:
         """Check, before anything is sampled, that everything that the function asks for is there.
@@ -234,7 +234,7 @@ def _completion(sample: Sample) -> Any:
 
 def _ground_truth(prompt: Prompt) -> Any:
     """What verl compares with: its own field, else the reference answer."""
-    return found if (found := field_of(prompt.columns, "reward_model.ground_truth")) is not None else prompt.answer
+    return truth if (truth := field_of(prompt.columns, "reward_model.ground_truth")) is not None else prompt.answer
 
 
 def _verl(sample: Sample) -> dict[str, Any]:

@@ -223,10 +223,10 @@ def _answer(prompt: Prompt) -> str:
 
 def _final_number(text: str) -> Decimal | None:
     _, marker, tail = text.rpartition("####")
-    found = list(_NUMBER.finditer(tail.replace("−", "-")))
-    if not found:
+    matches = list(_NUMBER.finditer(tail.replace("−", "-")))
+    if not matches:
         return None
-    match = found[0] if marker else found[-1]
+    match = matches[0] if marker else matches[-1]
     value = Decimal(match[1].replace(",", ""))
     return -value if "-" in match[0] else value
 

@@ -91,8 +91,8 @@ class ScoreCache:
     def get(self, key: str, compute: Callable[[], TokenScores]) -> TokenScores:
         """The scores under ``key``, computed if they are not there; the oldest make room."""
         if key not in self._scores:
-            found = compute()
+            scores = compute()
             while len(self._scores) >= self._size:
                 del self._scores[next(iter(self._scores))]
-            self._scores[key] = found
+            self._scores[key] = scores
         return self._scores[key]

@@ -189,11 +189,11 @@ class PolicyCalls:
         waiting = rows
         while bool(left.any()):
             for batch in self.microbatches(rollouts, waiting, share=share):
-                found = self.attempt(batch, work)
-                if found is None:
+                outcome = self.attempt(batch, work)
+                if outcome is None:
                     break
                 left[batch.rows] = False
-                yield batch, found[0]
+                yield batch, outcome[0]
             waiting = left.nonzero()[:, 0]
 
     def attempt(self, batch: Microbatch, work: Callable[[Microbatch], T]) -> tuple[T] | None:
@@ -280,13 +280,13 @@ class PolicyCalls:
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
         if self._split is not None:
-            head, hidden, found = self._head(), self.hidden(batch), []
+            head, hidden, scored = self._head(), self.hidden(batch), []
             values = []
             for k, (a, c) in enumerate(terms):
-                consume, scores = partial(consume_head, k) if consume_head else None, None if k else found.append
+                consume, scores = partial(consume_head, k) if consume_head else None, None if k else scored.append
                 values.append(head_surrogate(head, hidden, batch.targets, a, c, consume, scores if sheet else None))
             if sheet:
-                sheet.write(batch, FlatScores.joined(found))
+                sheet.write(batch, FlatScores.joined(scored))
         else:
             logits = self.model_logits(batch)
             s, h = logit_scores(logits, batch.targets, self.temperature)

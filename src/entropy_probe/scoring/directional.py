@@ -81,8 +81,8 @@ class _Line:
     def derivatives(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """First and second derivatives of ``s`` and ``h`` at 0."""
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
-            found = jvp(self._slope_at, (0 * self.one,), (self.one,))
-        return found[0], found[1]
+            derivatives = jvp(self._slope_at, (0 * self.one,), (self.one,))
+        return derivatives[0], derivatives[1]
 
 
 def why_not_forward_mode(
@@ -151,20 +151,20 @@ def directional_derivatives(
         RuntimeError: if the model has an operation without a forward-mode rule; see :func:`why_not_forward_mode`.
     """
     wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
-    found = [[torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(2)] for _ in range(2)]
+    orders = [[torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(2)] for _ in range(2)]
     done = 0
     for batch in scorer.microbatches(rollouts, share=False):
         derivatives = _Line(scorer, batch, parameters, direction).derivatives()
-        for order, pair in zip(found, derivatives, strict=True):
+        for order, pair in zip(orders, derivatives, strict=True):
             for into, values in zip(order, pair, strict=True):
                 batch.scatter(values, into)
         done += len(batch.rows)
         if progress:
             progress(done, len(rollouts))
-    if not all(bool(torch.isfinite(values).all()) for order in found for values in order):
+    if not all(bool(torch.isfinite(values).all()) for order in orders for values in order):
         raise ValueError(
             "directional derivatives: expected finite numbers, got others; look for non-finite weights or second "
             "moments, or leave out the direct curvature"
         )
-    first, second = (TokenScores(s, h, rollouts.response_mask) for s, h in found)
+    first, second = (TokenScores(s, h, rollouts.response_mask) for s, h in orders)
     return first, second

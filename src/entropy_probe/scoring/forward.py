@@ -119,8 +119,8 @@ class Scorer(PolicyCalls):
     @torch.no_grad()
     def _score(self, rollouts: Rollouts, *, share: bool = True, progress: Progress | None = None) -> TokenScores:
         sheet, done = ScoreSheet(rollouts, self.model), 0
-        for batch, found in self.each(rollouts, self.scores, share=share):
-            sheet.write(batch, found)
+        for batch, scores in self.each(rollouts, self.scores, share=share):
+            sheet.write(batch, scores)
             done += len(batch.rows)
             if progress:
                 progress(done, len(rollouts))

@@ -127,7 +127,7 @@ def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tens
         if values[name].shape != parameter.shape:
             raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(values[name].shape)}")
     whole = {name: parameter.data for name, parameter in parameters.items() if local(parameter) is parameter}
-    parts = {name: local(parameter).clone() for name, parameter in parameters.items() if name not in whole}
+    shards = {name: local(parameter).clone() for name, parameter in parameters.items() if name not in whole}
     try:
         for name, parameter in parameters.items():
             if name in whole:
@@ -138,8 +138,8 @@ def parameters_at(parameters: Mapping[str, Parameter], values: Mapping[str, Tens
     finally:
         for name, value in whole.items():
             parameters[name].data = value
-        for name, part in parts.items():
-            local(parameters[name]).copy_(part)
+        for name, shard in shards.items():
+            local(parameters[name]).copy_(shard)
 
 
 @contextmanager

@@ -115,12 +115,12 @@ class Trials:
         """Why the policy cannot be called as it is laid out, without shared prompts; ``None`` if it can."""
         for sample in self.samples:
             try:
-                found = look(self.calls, sample.rollouts, sample.rows, sample.parameters)
+                seen = look(self.calls, sample.rollouts, sample.rows, sample.parameters)
             except torch.OutOfMemoryError:
                 raise
             except REFUSALS as error:
                 return words_of(error)
-            why = difference(sample.expected, found, self.tolerance)
+            why = difference(sample.expected, seen, self.tolerance)
             if why:
                 return why
         return None
@@ -198,9 +198,9 @@ def _check_plain(calls: PolicyCalls, samples: Sequence[Sample], tolerance: Toler
     errors, sizes = [], []
     for column in sorted({first + 1, (first + last) // 2 + 1, last} - {first}):
         look(calls, sample.rollouts, shortest, {})
-        found = look(calls, cut(sample.rollouts, longest, column), torch.tensor([longest]), {}).scores[longest]
-        full = sample.expected.scores[longest][:, : found.shape[1]]
-        errors.append(found - full)
+        truncated = look(calls, cut(sample.rollouts, longest, column), torch.tensor([longest]), {}).scores[longest]
+        full = sample.expected.scores[longest][:, : truncated.shape[1]]
+        errors.append(truncated - full)
         sizes.append(full)
     error = rms(torch.cat(errors, 1)) if errors else 0.0
     if errors and not error <= tolerance.scores * (1 + rms(torch.cat(sizes, 1))):
@@ -263,14 +263,14 @@ def _shared_difference(calls: PolicyCalls, sample: Sample, width: int, tolerance
         for some in bounded_groups([padded(row_tokens(rollouts, row)) for row in rows], calls.max_tokens):
             try:
                 batch = calls.pack_shared(rollouts, [rows[k] for k in some])
-                found = calls.attempt(batch, lambda batch: see(calls, batch, sample.rows, sample.parameters))
+                outcome = calls.attempt(batch, lambda batch: see(calls, batch, sample.rows, sample.parameters))
             except torch.OutOfMemoryError:
                 raise
             except REFUSALS as error:
                 return words_of(error)
-            if found is None:  # tried again with shorter rows
+            if outcome is None:  # tried again with shorter rows
                 seen = None
                 break
-            add(seen, found[0])
+            add(seen, outcome[0])
         if seen is not None:
             return difference(sample.expected, seen, tolerance)

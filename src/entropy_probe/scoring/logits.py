@@ -156,7 +156,7 @@ def head_slopes(
     """
     (h, d_h), (weight, d_weight) = unpack_dual(hidden), unpack_dual(head.weight)
     bias, d_bias = (None, None) if head.bias is None else unpack_dual(head.bias)
-    found = []
+    per_chunk = []
     for chunk in _chunks(OutputHead(weight, bias, head.temperature), h, targets):
         rows = chunk.rows
         d_z = torch.zeros((), dtype=h.dtype, device=h.device) if d_bias is None else d_bias
@@ -166,8 +166,8 @@ def head_slopes(
             d_z = d_z + torch.nn.functional.linear(h[rows], d_weight)
         d_z = d_z.to(chunk.e.dtype).expand_as(chunk.e) / head.temperature
         at_target = d_z.gather(-1, targets[rows, None])[:, 0]
-        found.append((chunk.logprobs, chunk.entropies, at_target - torch.linalg.vecdot(chunk.e, d_z) / chunk.total))
-    logprobs, entropies, slopes = (torch.cat(column) for column in zip(*found, strict=True))
+        per_chunk.append((chunk.logprobs, chunk.entropies, at_target - torch.linalg.vecdot(chunk.e, d_z) / chunk.total))
+    logprobs, entropies, slopes = (torch.cat(column) for column in zip(*per_chunk, strict=True))
     return logprobs, entropies, slopes
 
 

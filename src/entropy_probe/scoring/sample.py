@@ -157,8 +157,8 @@ def cut(rollouts: Rollouts, row: int, column: int) -> Rollouts:
 def look(calls: PolicyCalls, rollouts: Rollouts, rows: Tensor, parameters: Mapping[str, Parameter]) -> Seen:
     """Some sequences as the policy is laid out now, without shared prompts."""
     seen = Seen()
-    for _, found in calls.each(rollouts, lambda batch: see(calls, batch, rows, parameters), rows, share=False):
-        add(seen, found)
+    for _, more in calls.each(rollouts, lambda batch: see(calls, batch, rows, parameters), rows, share=False):
+        add(seen, more)
     return seen
 
 
@@ -179,8 +179,8 @@ def see(calls: PolicyCalls, batch: Microbatch, rows: Tensor, parameters: Mapping
         with torch.enable_grad():
             s, h, value = calls.scores_and_surrogate(batch, *weights)
             if value.requires_grad:
-                found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-                gradient = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+                gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                gradient = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
     else:
         with torch.no_grad():
             s, h, _ = calls.scores(batch)
@@ -195,17 +195,17 @@ def rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def difference(expected: Seen, found: Seen, tolerance: Tolerance) -> str | None:
+def difference(expected: Seen, actual: Seen, tolerance: Tolerance) -> str | None:
     """How two ways of calling a model differ by more than rounding; ``None`` if they do not."""
-    gaps = {row: rms(found.scores[row] - x) / (1 + rms(x)) for row, x in expected.scores.items()}
+    gaps = {row: rms(actual.scores[row] - x) / (1 + rms(x)) for row, x in expected.scores.items()}
     worst = max(gaps, key=lambda row: gaps[row])
     if not gaps[worst] <= tolerance.scores:
-        return f"scores of a sequence change by {rms(found.scores[worst] - expected.scores[worst]):.2g} nats"
-    norms = [float(g.norm()) for seen in (expected, found) for g in seen.gradient.values()]
+        return f"scores of a sequence change by {rms(actual.scores[worst] - expected.scores[worst]):.2g} nats"
+    norms = [float(g.norm()) for seen in (expected, actual) for g in seen.gradient.values()]
     least = tolerance.share * max(norms, default=0.0)
-    device = next((g.device for seen in (expected, found) for g in seen.gradient.values()), None)
-    for name in sorted(expected.gradient.keys() | found.gradient.keys()):
-        a, b = (seen.gradient.get(name, torch.zeros((), device=device)) for seen in (expected, found))
+    device = next((g.device for seen in (expected, actual) for g in seen.gradient.values()), None)
+    for name in sorted(expected.gradient.keys() | actual.gradient.keys()):
+        a, b = (seen.gradient.get(name, torch.zeros((), device=device)) for seen in (expected, actual))
         if not float((a - b).norm()) <= tolerance.gradient * max(float(a.norm()), least):
             return f"the gradient of {name} changes by {float((a - b).norm() / max(float(a.norm()), least)):.1%}"
     return None

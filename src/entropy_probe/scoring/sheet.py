@@ -29,9 +29,9 @@ class ScoreSheet:
         self._mask = rollouts.response_mask
         self._columns = [torch.zeros(rollouts.input_ids.shape, dtype=dtype) for _ in FlatScores._fields]
 
-    def write(self, batch: Microbatch, found: FlatScores) -> None:
+    def write(self, batch: Microbatch, scores: FlatScores) -> None:
         """Enter the scores of a microbatch."""
-        for flat, column in zip(found, self._columns, strict=True):
+        for flat, column in zip(scores, self._columns, strict=True):
             batch.scatter(flat, column)
 
     def read(self) -> TokenScores:

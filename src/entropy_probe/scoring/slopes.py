@@ -32,9 +32,9 @@ from entropy_probe.types import TokenCoefficients, TokenScores
 
 __all__ = ["TokenSlopes", "token_slopes"]
 
-Found = tuple[Tensor, Tensor, Tensor]
+_FlatSlopes = tuple[Tensor, Tensor, Tensor]
 """Log-probabilities, entropies and slopes of a microbatch, ``[T]`` each."""
-Method = Callable[[Scorer, Mapping[str, Parameter], NamedVector, Microbatch], Found]
+Method = Callable[[Scorer, Mapping[str, Parameter], NamedVector, Microbatch], _FlatSlopes]
 
 NUM_TRIED = 2
 ATTENTION_ELEMENTS = 2**27
@@ -56,7 +56,9 @@ class TokenSlopes:
     method: str
 
 
-def _forward(scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch) -> Found:
+def _forward(
+    scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
+) -> _FlatSlopes:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         moved = {name: forward_ad.make_dual(p.detach(), direction[name].to(p.dtype)) for name, p in parameters.items()}
         with substituted(scorer.model, parameters, moved), lookups_masked(scorer.model):
@@ -65,7 +67,7 @@ def _forward(scorer: Scorer, parameters: Mapping[str, Parameter], direction: Nam
 
 def _double_backward(
     scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
-) -> Found:
+) -> _FlatSlopes:
     with sdpa_kernel(SDPBackend.MATH):
         s, h = scorer.token_scores(batch)
         u = torch.ones_like(s, requires_grad=True)
@@ -81,7 +83,7 @@ def _double_backward(
 
 def _token_by_token(
     scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
-) -> Found:
+) -> _FlatSlopes:
     s, h = scorer.token_scores(batch)
     slopes = [_slope(value, parameters, direction) for value in s]
     return s.detach(), h.detach(), torch.tensor(slopes, dtype=s.dtype, device=s.device)
@@ -94,8 +96,10 @@ def _slope(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedV
 
 def _slope_terms(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> list[float]:
     """The same, parameter by parameter."""
-    found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return [dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, found, strict=True) if g is not None]
+    gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return [
+        dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, gradients, strict=True) if g is not None
+    ]
 
 
 def token_slopes(
@@ -132,8 +136,8 @@ def token_slopes(
     wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
     logprobs, entropies, slopes = (torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(3))
     done = 0
-    for batch, found in narrow.each(rollouts, partial(method, narrow, parameters, direction)):
-        for values, into in zip(found, (logprobs, entropies, slopes), strict=True):
+    for batch, flat in narrow.each(rollouts, partial(method, narrow, parameters, direction)):
+        for values, into in zip(flat, (logprobs, entropies, slopes), strict=True):
             batch.scatter(values, into)
         done += len(batch.rows)
         if progress:
@@ -197,10 +201,10 @@ def _why_not(
             )
         except RuntimeError as error:  # what torch raises for an operation without a rule
             return " ".join(re.split(r"\.\s", str(error))[0].rstrip(".").split())
-        found = torch.dot(batch.gather(weights), slopes.double()).item()
+        slope = torch.dot(batch.gather(weights), slopes.double()).item()
         (value,) = scorer.surrogates(batch, [TokenCoefficients(weights, None)])
         terms = torch.tensor(_slope_terms(value, parameters, direction), dtype=torch.float64)
-        error, size = abs(found - terms.sum().item()), terms.abs().sum().item()
+        error, size = abs(slope - terms.sum().item()), terms.abs().sum().item()
         if not error <= tolerance * size + torch.finfo(torch.float32).tiny:
             return f"its slopes are off by {error / (size or 1.0):.2g} on a sequence"
     return None

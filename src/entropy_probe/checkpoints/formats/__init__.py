@@ -37,5 +37,4 @@ def weights_of(path: Path) -> tuple[CheckpointFormat, Path] | None:
 
 def folders(path: Path) -> set[Path]:
     """The folders, the directory itself among them, of which every file belongs to its state."""
-    found = (optimizer_of(path), weights_of(path))
-    return {place for _, place in filter(None, found) if place.is_dir()}
+    return {place for _, place in filter(None, (optimizer_of(path), weights_of(path))) if place.is_dir()}

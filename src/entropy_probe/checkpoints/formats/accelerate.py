@@ -38,12 +38,13 @@ class Accelerate(CheckpointFormat):
     def weights(self, place: Path) -> Weights:
         """Its tensors, of a model or an adapter, mapped from the file."""
         _refuse_several(place)
-        found = read_archive(place, "save the model's own state_dict")
-        if not (isinstance(found, dict) and found and all(map(_is_weight, found.items()))):
+        state_dict = read_archive(place, "save the model's own state_dict")
+        if not (isinstance(state_dict, dict) and state_dict and all(map(_is_weight, state_dict.items()))):
             raise UnsupportedError(
-                f"{place}: expected dense tensors by name, got {shown(found)}; save the model's own state_dict"
+                f"{place}: expected dense tensors by name, got {shown(state_dict)}; save the model's own state_dict"
             )
-        return named_weights(place, {n: StoredTensor(place, tuple(x.shape), x.detach) for n, x in found.items()})
+        tensors = {name: StoredTensor(place, tuple(x.shape), x.detach) for name, x in state_dict.items()}
+        return named_weights(place, tensors)
 
 
 FORMAT = Accelerate()

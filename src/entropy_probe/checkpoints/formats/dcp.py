@@ -130,22 +130,22 @@ def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
     """
     where = directory.path / METADATA
     parent = _parent(directory)
-    found: dict[int, dict[str, Any]] = {}
+    settings: dict[int, dict[str, Any]] = {}
     state: dict[str, dict[str, Any]] = {}
     for place, entry in directory.entries.items():
         if place[: len(parent)] != parent:
             continue
         match place[len(parent) :]:
             case ("param_groups", int(index), str(key)):
-                found.setdefault(index, {})[key] = directory.read(entry)
+                settings.setdefault(index, {})[key] = directory.read(entry)
             case ("state", str(name), str(key)):
                 in_place = entry.dtype is None or not entry.shape
                 state.setdefault(name, {})[key] = directory.read(entry) if in_place else _without_storage(entry)
             case other:
                 raise UnsupportedError(f"{where}: optimizer: expected state and param_groups, got {shown(other, 80)}")
-    if sorted(found) != list(range(len(found))):
-        raise DamagedFileError(f"{where}: expected parameter groups numbered from 0, got {sorted(found)[:5]}")
-    groups = [found[i] for i in sorted(found)]
+    if sorted(settings) != list(range(len(settings))):
+        raise DamagedFileError(f"{where}: expected parameter groups numbered from 0, got {sorted(settings)[:5]}")
+    groups = [settings[i] for i in sorted(settings)]
     names = _names(where, groups, state)
 
     def read(index: int, key: str) -> Tensor:

@@ -179,8 +179,8 @@ def layers_section(layers: Columns, unit: str) -> Section:
 
     def total(part: str, module: str | None = None, layer: str | None = None) -> float | None:
         chosen = zip(layers[part], layers["module"], layers["layer"], strict=True)
-        found = [float(x) for x, m, name in chosen if module in (m, None) and layer in (name, None)]
-        return sum(found) if found else None
+        terms = [float(x) for x, m, name in chosen if module in (m, None) and layer in (name, None)]
+        return sum(terms) if terms else None
 
     cells = tuple((name, tuple(total("total", module, name) for module in modules)) for name in names)
     sums = tuple(total("total", layer=name) or 0.0 for name in names)

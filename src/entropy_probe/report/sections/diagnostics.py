@@ -73,24 +73,25 @@ def _check(label: str, value: str, note: str = "", state: State = "ok", *, batch
 
 def diagnostics_section(result: ProbeResult) -> Section:
     """The checks, one row each, and how the numbers were computed."""
-    found = result.diagnostics
+    diagnostics = result.diagnostics
     weights = () if result.realized is None else _weight_rows(result.realized, result.config)
-    norm, clipped = f"norm of the gradient {format_number(found.gradient_norm)}", found.clip_factor < 1
-    clipping = _check("clipping", f"×{format_number(found.clip_factor)}", norm, "plain" if clipped else "ok")
-    length = _check("step length", format_number(found.step_norm), state="plain")
+    norm, clipped = f"norm of the gradient {format_number(diagnostics.gradient_norm)}", diagnostics.clip_factor < 1
+    clipping = _check("clipping", f"×{format_number(diagnostics.clip_factor)}", norm, "plain" if clipped else "ok")
+    num_update, num_evaluation = diagnostics.num_update_sequences, diagnostics.num_evaluation_sequences
+    length = _check("step length", format_number(diagnostics.step_norm), state="plain")
     how = [
-        Row("evaluation batch", f"{found.num_evaluation_sequences} sequences; unit of error: {found.evaluation_unit}"),
-        Row("update batch", f"{found.num_update_sequences} sequences of {found.num_update_prompts} prompts"),
-        Row("output layer", Verbatim(found.head)),
-        Row("shared prompts", Verbatim(found.prefix_sharing)),
-        Row("per-sample gradients", Verbatim(found.per_sample_gradients)),
+        Row("evaluation batch", f"{num_evaluation} sequences; unit of error: {diagnostics.evaluation_unit}"),
+        Row("update batch", f"{num_update} sequences of {diagnostics.num_update_prompts} prompts"),
+        Row("output layer", Verbatim(diagnostics.head)),
+        Row("shared prompts", Verbatim(diagnostics.prefix_sharing)),
+        Row("per-sample gradients", Verbatim(diagnostics.per_sample_gradients)),
     ]
     if (frozen := result.preconditioner) is not None:
         how.append(Row("frozen geometry", f"bias correction: {frozen.bias_correction}; {frozen.num_clamped} clamped"))
     checks = Rows((*weights, *_fit_rows(result), clipping, length), title="Checks")
     computed = Rows(tuple(how), title="How the numbers were computed", page_only=True)
-    return Section("Diagnostics", "diagnostics", "Diagnostics", blocks=(checks, computed), notes=found.notes,
-                   not_modelled=found.not_modelled)  # fmt: skip
+    return Section("Diagnostics", "diagnostics", "Diagnostics", blocks=(checks, computed), notes=diagnostics.notes,
+                   not_modelled=diagnostics.not_modelled)  # fmt: skip
 
 
 def _fit_rows(result: ProbeResult) -> Iterator[Row]:

@@ -162,16 +162,16 @@ def story(result: ProbeResult) -> str:
 
 def cautions(result: ProbeResult) -> tuple[str, ...]:
     """What a reader of the headline must know: rollouts that are not the policy's, parts that are not modelled."""
-    found, diagnostics = [], result.diagnostics
+    sentences, diagnostics = [], result.diagnostics
     fit = diagnostics.policy_fit
     if fit.evaluation is not None and fit.evaluation.status == "off_policy":
-        found.append("The evaluation rollouts do not fit the policy, so the numbers are biased.")
+        sentences.append("The evaluation rollouts do not fit the policy, so the numbers are biased.")
     if fit.update is not None and fit.update.status == "off_policy":
-        found.append("The update rollouts do not fit the policy; the step is taken on them as given.")
+        sentences.append("The update rollouts do not fit the policy; the step is taken on them as given.")
     if count := len(diagnostics.not_modelled):
         parts = "One part of the trainer's step is" if count == 1 else f"{count} parts of the trainer's step are"
-        found.append(f"{parts} not in these numbers.")
-    return tuple(found)
+        sentences.append(f"{parts} not in these numbers.")
+    return tuple(sentences)
 
 
 def settings_sections(config: str | None, result: ProbeResult | None = None) -> tuple[Section, ...]:

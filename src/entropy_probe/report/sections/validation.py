@@ -39,11 +39,11 @@ def validation_section(validation: Validation, said: Collection[Note] = ()) -> S
     )  # fmt: skip
 
 
-def _cells(found: RankCorrelation | None) -> tuple[str, str, str]:
-    if found is None:
+def _cells(correlation: RankCorrelation | None) -> tuple[str, str, str]:
+    if correlation is None:
         return "undefined", "", ""
-    corrected = "unknown" if found.corrected is None else f"{found.corrected:.2f}"
-    return f"{found.value:.3f}", f"{found.low:.3f} to {found.high:.3f}", corrected
+    corrected = "unknown" if correlation.corrected is None else f"{correlation.corrected:.2f}"
+    return f"{correlation.value:.3f}", f"{correlation.low:.3f} to {correlation.high:.3f}", corrected
 
 
 def _measured_on(validation: Validation) -> str:
