@@ -105,7 +105,7 @@ def _adafactor(saved):
     ("change", "message"),
     [
         (_adafactor, r"parameter 0: expected AdamW's \['exp_avg', 'exp_avg_sq', 'step'\], got .*'exp_avg_sq_row'"),
-        (lambda s: _set_state(s, state1=torch.zeros(2), qmap1=torch.zeros(2)), "looks like 8-bit Adam of bitsandbytes"),
+        (lambda s: _set_state(s, state1=torch.zeros(2), qmap1=torch.zeros(2)), "bitsandbytes that keeps no second"),
         (lambda s: _set_state(s, momentum_buffer=torch.zeros(2)), r"expected AdamW's .*, got \['momentum_buffer'\]"),
         (
             lambda s: s["param_groups"][0].update(ns_steps=5),
@@ -139,21 +139,20 @@ def _bitsandbytes(name):
 
 
 @pytest.mark.parametrize(
-    ("build", "name"),
+    ("build", "message"),
     [
-        (lambda p: torch.optim.ASGD(p), "ASGD"),
-        (lambda p: torch.optim.Rprop(p), "Rprop"),
-        (lambda p: _bitsandbytes("AdamW8bit")(p), "an optimizer of bitsandbytes"),
-        (lambda p: _bitsandbytes("Lion")(p), "an optimizer of bitsandbytes"),
+        (lambda p: torch.optim.ASGD(p), "looks like ASGD .* only Adam, AdamW, .* load from files"),
+        (lambda p: torch.optim.Rprop(p), "looks like Rprop .* only Adam, AdamW, .* load from files"),
+        (lambda p: _bitsandbytes("Lion")(p), "an optimizer of bitsandbytes that keeps no second moment"),
     ],
 )
-def test_files_of_other_optimizers_are_refused_by_name(tmp_path, build, name):
+def test_files_of_other_optimizers_are_refused_by_name(tmp_path, build, message):
     parameter = nn.Parameter(torch.ones(64, 80))
     optimizer = build([parameter])
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=f"looks like {name} .* only Adam, AdamW, .* load from files"):
+    with pytest.raises(CheckpointError, match=message):
         read_optimizer(tmp_path / "optimizer.pt")
 
 
