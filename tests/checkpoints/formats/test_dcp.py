@@ -13,7 +13,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 
 from entropy_probe.checkpoints import CheckpointError, errors, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.directory import checkpoints_below
@@ -65,6 +69,22 @@ def test_any_folders_and_keys_are_read(runs, tmp_path, layout):
     assert_same(state, original)
     assert (state.report.verdict, state.report.movement.status) == ("healthy", "consistent")
     assert [place] == [x for x in (tmp_path, *checkpoints_below(tmp_path)) if x != tmp_path]
+
+
+def test_flattened_state_is_read(runs, tmp_path):
+    """As torchtitan and NeMo AutoModel save it, model and optimizer at the top or below a key."""
+    run = runs("full")
+    original = run.load(2)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = get_optimizer_state_dict(original.model, original.optimizer, options=options)
+    model = get_model_state_dict(original.model)
+    dcp.save({**model, **flat, "train_state": {"step": 2}}, checkpoint_id=tmp_path / "titan", no_dist=True)
+    dcp.save({"optim": flat, "model": model}, checkpoint_id=tmp_path / "below", no_dist=True)
+    for place in ("titan", "below"):
+        state = load_checkpoint(tmp_path / place, run.directory / "base")
+        assert_same(state, original)
+        groups = sorted((len(g["params"]), g["weight_decay"], g["lr"]) for g in state.optimizer.param_groups)
+        assert groups == sorted((len(g["params"]), g["weight_decay"], g["lr"]) for g in original.optimizer.param_groups)
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])

@@ -6,6 +6,7 @@ Model and optimizer are in folders of their own or in one, nested under any keys
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,19 @@ def _holds(directory: ShardedDirectory) -> set[str]:
     return optimizer | ({"a model"} if _models(directory) else set())
 
 
+_FLAT = re.compile(r"(state|param_groups)\.(.+)\.(\w+)")
+"""A key of an optimizer's state that was flattened."""
+
+
 def _optimizers(directory: ShardedDirectory) -> set[Place]:
     """Where optimizers are: what is above ``param_groups``."""
-    return {place[: place.index("param_groups")] for place in directory.entries if "param_groups" in place}
+    nested = {place[: place.index("param_groups")] for place in directory.entries if "param_groups" in place}
+    return nested | _flattened(directory)
+
+
+def _flattened(directory: ShardedDirectory) -> set[Place]:
+    """Where flattened ones are."""
+    return {place[:-1] for place in directory.entries if str(place[-1]).startswith("param_groups.")}
 
 
 def _models(directory: ShardedDirectory) -> set[Place]:
@@ -85,10 +96,14 @@ def _models(directory: ShardedDirectory) -> set[Place]:
     parents = {
         place[:-1]
         for place, entry in directory.entries.items()
-        if entry.dtype is not None and "." in str(place[-1]) and all(place[: len(s)] != s for s in states)
+        if entry.dtype is not None and _is_parameter(place) and all(place[: len(s)] != s for s in states)
     }
     called = {parent for parent in parents if parent[-1:] in ((), ("model",))}
     return called or parents
+
+
+def _is_parameter(place: Place) -> bool:
+    return "." in str(place[-1]) and not _FLAT.fullmatch(str(place[-1]))
 
 
 def _refuse_several(place: Path) -> None:
@@ -116,7 +131,7 @@ def read_sharded_weights(directory: ShardedDirectory) -> Weights:
     inside = {
         str(place[-1]): StoredTensor(file, entry.shape, partial(directory.read, entry))
         for place, entry in directory.entries.items()
-        if place[:-1] == parent and entry.dtype is not None
+        if place[:-1] == parent and entry.dtype is not None and not _FLAT.fullmatch(str(place[-1]))
     }
     return named_weights(file, inside)
 
@@ -130,31 +145,67 @@ def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
     """
     where = directory.path / METADATA
     parent = _parent(directory)
-    settings: dict[int, dict[str, Any]] = {}
-    state: dict[str, dict[str, Any]] = {}
+    flat = parent in _flattened(directory)
+    groups, entries = (_from_flat if flat else _from_nested)(directory, parent)
+    names = _names(where, groups, entries)
+    state = {
+        name: {
+            key: directory.read(entry) if entry.dtype is None or not entry.shape else _without_storage(entry)
+            for key, entry in kept.items()
+        }
+        for name, kept in entries.items()
+    }
+
+    def read(index: int, key: str) -> Tensor:
+        return directory.read(entries[names[index]][key])
+
+    return saved_optimizer(where, {"state": state, "param_groups": groups}, directory.size, read)
+
+
+Kept = dict[str, dict[str, Entry]]
+"""What is kept for each parameter, by its name."""
+
+
+def _from_nested(directory: ShardedDirectory, parent: Place) -> tuple[list[dict[str, Any]], Kept]:
+    """Groups by number, with the names of their parameters."""
+    where = directory.path / METADATA
+    groups: dict[int, dict[str, Any]] = {}
+    entries: Kept = {}
     for place, entry in directory.entries.items():
         if place[: len(parent)] != parent:
             continue
         match place[len(parent) :]:
             case ("param_groups", int(index), str(key)):
-                settings.setdefault(index, {})[key] = directory.read(entry)
+                groups.setdefault(index, {})[key] = directory.read(entry)
             case ("state", str(name), str(key)):
-                in_place = entry.dtype is None or not entry.shape
-                state.setdefault(name, {})[key] = directory.read(entry) if in_place else _without_storage(entry)
+                entries.setdefault(name, {})[key] = entry
             case other:
                 raise UnsupportedError(f"{where}: optimizer: expected state and param_groups, got {shown(other, 80)}")
-    if sorted(settings) != list(range(len(settings))):
-        raise DamagedFileError(f"{where}: expected parameter groups numbered from 0, got {sorted(settings)[:5]}")
-    groups = [settings[i] for i in sorted(settings)]
-    names = _names(where, groups, state)
-
-    def read(index: int, key: str) -> Tensor:
-        return directory.read(directory.entries[(*parent, "state", names[index], key)])
-
-    return saved_optimizer(where, {"state": state, "param_groups": groups}, directory.size, read)
+    if sorted(groups) != list(range(len(groups))):
+        raise DamagedFileError(f"{where}: expected parameter groups numbered from 0, got {sorted(groups)[:5]}")
+    return [groups[i] for i in sorted(groups)], entries
 
 
-def _names(where: Path, groups: list[dict[str, Any]], state: dict[str, dict[str, Any]]) -> list[str]:
+def _from_flat(directory: ShardedDirectory, parent: Place) -> tuple[list[dict[str, Any]], Kept]:
+    """As ``flatten_optimizer_state_dict`` has it: settings by parameter, those with the same ones in one group."""
+    settings: dict[str, dict[str, Any]] = {}
+    entries: Kept = {}
+    for place, entry in directory.entries.items():
+        match = _FLAT.fullmatch(str(place[-1]))
+        if match and place[:-1] == parent:
+            what, name, key = match.groups()
+            if what == "state":
+                entries.setdefault(name, {})[key] = entry
+            else:
+                settings.setdefault(name, {})[key] = directory.read(entry)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, own in settings.items():
+        own.pop("params", None)
+        groups.setdefault(repr(sorted(own.items())), own | {"params": []})["params"].append(name)
+    return list(groups.values()), entries
+
+
+def _names(where: Path, groups: list[dict[str, Any]], state: Kept) -> list[str]:
     """The parameters of all groups, each in one of them."""
     names: list[str] = []
     for i, group in enumerate(groups):
@@ -179,7 +230,7 @@ def _parent(directory: ShardedDirectory) -> Place:
         raise UnsupportedError(
             f"{directory.path / METADATA}: expected one optimizer with state and param_groups by parameter name, got "
             f"{len(parents)}{f' ({where})' if where else ''}; save it as "
-            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it, not flattened"
+            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it"
         )
     (parent,) = parents
     return parent
