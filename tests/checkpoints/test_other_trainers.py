@@ -43,6 +43,16 @@ def test_a_directory_of_another_trainer_is_named(tmp_path, maker, above):
         inspect_checkpoint(tmp_path / "x")
 
 
+def test_weights_in_a_piece_for_each_rank_are_named(tmp_path):
+    """Beside an optimizer that could be read, and from above lead to it."""
+    names = ["weights/model/shard-00001-model-00001-of-00001.safetensors", "optimizer/optim/.metadata"]
+    touch(tmp_path / "step_2/policy", names)
+    with pytest.raises(CheckpointError, match="pass one of step_2/policy inside it"):
+        inspect_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"weights of NeMo AutoModel.*save with model_save_format: torch_save"):
+        inspect_checkpoint(tmp_path / "step_2/policy")
+
+
 def test_a_folder_beside_the_files_of_another_trainer_is_named_too(tmp_path):
     touch(tmp_path, LAYOUTS["verl, SkyRL or AReaL"])
     assert "verl" in (whose_directory(tmp_path / "huggingface") or "")
@@ -122,14 +132,16 @@ def test_another_number_of_entries_leads_on(copy_of, extra, remedy):
 
 
 def test_groups_of_ones_own_lead_to_recorded_names(copy_of):
+    """Every other parameter in a group of its own, which no rule does."""
     checkpoint = copy_of("lora")
 
     def split(saved):
-        first = saved["param_groups"][0]
-        saved["param_groups"] = [first | {"params": list(range(14))}, first | {"params": list(range(14, 28))}]
+        first, order = saved["param_groups"][0], [*range(0, 28, 4), *(i for i in range(28) if i % 4)]
+        saved["state"] = {i: saved["state"][k] for i, k in enumerate(order)}
+        saved["param_groups"] = [first | {"params": list(range(7))}, first | {"params": list(range(7, 28))}]
 
     edit_optimizer(checkpoint, split)
-    with pytest.raises(MappingError, match=r"as many entries as trainable parameters.*ManifestCallback"):
+    with pytest.raises(MappingError, match=r"as many entries as trainable parameters.*ManifestCallback.*mapping: FILE"):
         load_checkpoint(checkpoint)
 
 

@@ -124,7 +124,7 @@ def _moment(stored: Mapping[str, Tensor], i: str) -> Tensor:
 
 def _block(elements: int, scales: int) -> int | None:
     """The elements that share a scale; None if none of the library's numbers fits."""
-    return next((n for n in (*BLOCKS, max(1, elements)) if -(-elements // n) == scales), None)
+    return next((n for n in BLOCKS if -(-elements // n) == scales), None)
 
 
 def _group(where: str, group: dict[str, Any]) -> dict[str, Any]:

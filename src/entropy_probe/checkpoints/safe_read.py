@@ -236,13 +236,17 @@ def read_with_stand_ins(
 _MAKERS = {
     "galore_torch": "GaLore",
     "apollo_torch": "APOLLO",
-    "torchao": "an optimizer of torchao",
+    "torchao": (
+        "an optimizer of torchao; in an environment with torchao: import torch, torchao.optim; "
+        "s = torch.load('optimizer.pt', weights_only=True); [e.update({k: x.dequantize() for k, x in e.items() if k != "
+        "'step'}) for e in s['state'].values()]; torch.save(s, 'optimizer.pt')"
+    ),
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "DeepSpeed",
     "torch.distributed": "an optimizer sharded over ranks, saved as DTensors",
     "megatron": "Megatron",
 }
-"""Libraries whose objects an optimizer's file may hold, by a part of their name."""
+"""Libraries whose objects an optimizer's file may hold, by a part of their name, and how to convert them."""
 
 
 @contextmanager
@@ -286,4 +290,13 @@ def _check_entries(where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap)
                         f"{where}: expected intact data, got a wrong checksum in {entry.filename}; {_REMEDY}"
                     )
                 if entry.filename.lower().endswith("data.pkl"):  # torch does not look at the case
-                    check_pickle(bytes(content), PLAIN)
+                    _check_plain(bytes(content))
+
+
+def _check_plain(data: bytes) -> None:
+    """Check a pickle of tensors, and name the library whose objects it holds where it does."""
+    try:
+        check_pickle(data, PLAIN)
+    except pickle.UnpicklingError as error:
+        maker = next((word for word in _MAKERS if word.encode() in data), None)
+        raise pickle.UnpicklingError(f"{error}{f', of {maker}' if maker else ''}") from error

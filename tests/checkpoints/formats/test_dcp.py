@@ -80,7 +80,10 @@ def test_flattened_state_is_read(runs, tmp_path):
     model = get_model_state_dict(original.model)
     dcp.save({**model, **flat, "train_state": {"step": 2}}, checkpoint_id=tmp_path / "titan", no_dist=True)
     dcp.save({"optim": flat, "model": model}, checkpoint_id=tmp_path / "below", no_dist=True)
-    for place in ("titan", "below"):
+    for place, content in (("weights/model", model), ("optimizer/optim", {"optim": flat})):
+        dcp.save(content, checkpoint_id=tmp_path / "automodel/policy" / place, no_dist=True)
+    assert checkpoints_below(tmp_path / "automodel") == [tmp_path / "automodel/policy"]
+    for place in ("titan", "below", "automodel/policy"):
         state = load_checkpoint(tmp_path / place, run.directory / "base")
         assert_same(state, original)
         groups = sorted((len(g["params"]), g["weight_decay"], g["lr"]) for g in state.optimizer.param_groups)

@@ -27,7 +27,7 @@ class Sharded(CheckpointFormat):
 
     def optimizer_at(self, path: Path) -> Path | None:
         """The folder of the optimizer, or of all."""
-        return _folder(path, "an optimizer", ("optimizer_0", "optimizer"))
+        return _folder(path, "an optimizer", ("optimizer_0", "optimizer", "optim", "optimizer/optim"))
 
     def optimizer(self, place: Path) -> SavedOptimizer:
         """Its state by name; tensors are without storage until they are loaded."""
@@ -36,7 +36,7 @@ class Sharded(CheckpointFormat):
 
     def weights_at(self, path: Path) -> Path | None:
         """The folder of the model, or of all."""
-        return _folder(path, "a model", ("pytorch_model_fsdp_0", "model", "weights"))
+        return _folder(path, "a model", ("pytorch_model_fsdp_0", "model", "weights", "weights/model"))
 
     def weights(self, place: Path) -> Weights:
         """The model's or adapter's tensors, each put together from its shards when it is read."""
@@ -62,7 +62,7 @@ def _folder(path: Path, what: str, names: tuple[str, ...]) -> Path | None:
     return fitting[0] if fitting else None
 
 
-_USUAL = ("optimizer_0", "optimizer", "pytorch_model_fsdp_0", "model", "weights")
+_USUAL = ("optimizer_0", "optimizer", "optim", "pytorch_model_fsdp_0", "model", "weights")
 
 
 def _is_sharded(place: Path) -> bool:
