@@ -215,6 +215,12 @@ def saved_optimizer(
     groups, state = _numbered(groups, state)
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
         raise DamagedFileError(f"{path}: expected state by parameter index, got {type(state).__name__}")
+    strangers = [key for key in state if type(key) is not int]
+    if strangers:
+        raise MappingError(
+            f"{path}: expected state of parameters that are in a group, got entries of {shown(strangers)}; save the "
+            "optimizer again"
+        )
     eight_bit = None
     if is_of_bitsandbytes(groups, state):
         eight_bit = EightBitState.of(path, groups, state, size)
