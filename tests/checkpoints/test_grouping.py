@@ -12,8 +12,7 @@ import torch
 
 from entropy_probe.checkpoints import CheckpointError, MappingError, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.manifest import MANIFEST_FILE
-from tests.checkpoints.conftest import edit_optimizer
-from tests.checkpoints.formats.test_accelerate import assert_same, parameter_names
+from tests.checkpoints.conftest import assert_same, edit_optimizer, parameter_names
 from tests.cli.conftest import invoke
 
 Names = Sequence[str]
@@ -58,6 +57,11 @@ def whole_apart(names: Names) -> Sequence[Names]:
     return [[n for n in names if "lora_" in n], [n for n in names if "modules_to_save" in n]]
 
 
+def embeddings_apart(names: Names) -> Sequence[Names]:
+    whole = ("model.embed_tokens.weight", "lm_head.weight")
+    return [[n for n in names if n not in whole], list(whole)]
+
+
 def each_layer(names: Names) -> Sequence[Names]:
     return [[n for n in trained(names) if f"layers.{i}." in n] for i in (0, 1)]
 
@@ -73,6 +77,7 @@ def each_layer(names: Names) -> Sequence[Names]:
         ("lora", lambda names: [trained(names)], "hf-trainer-patterns + shapes"),
         ("lora", lambda names: [names], "hf-trainer-patterns + shapes"),  # the frozen ones in the list too
         ("full", lambda names: [names], "named-parameters + shapes"),
+        ("full", embeddings_apart, "embeddings-apart + shapes + movement"),
         ("full", lambda names: [[n] for n in names], "groups-in-order + shapes + movement"),
     ],
 )

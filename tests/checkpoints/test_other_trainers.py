@@ -9,7 +9,7 @@ import torch
 
 from entropy_probe.checkpoints import CheckpointError, MappingError, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.directory import checkpoints_below, find_optimizer, whose_directory
-from tests.checkpoints.conftest import edit_optimizer, edit_tensors
+from tests.checkpoints.conftest import assert_same, edit_optimizer, edit_tensors, parameter_names
 
 LAYOUTS = {
     "verl, SkyRL or AReaL": ["optim_world_size_4_rank_3.pt", "model_world_size_4_rank_3.pt", "huggingface/config.json"],
@@ -69,23 +69,6 @@ def test_directories_above_lead_to_their_checkpoints(tmp_path):
         inspect_checkpoint(tmp_path)
 
 
-def parameter_names(state) -> list[str]:
-    """Of the optimizer's parameters, in the order of its groups."""
-    name = {id(p): n for n, p in state.model.named_parameters()}
-    return [name[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
-
-
-def first_moments(state) -> dict[str, torch.Tensor]:
-    name = {id(p): n for n, p in state.model.named_parameters()}
-    return {name[id(p)]: entry["exp_avg"] for p, entry in state.optimizer.state.items()}
-
-
-def assert_same_moments(checkpoint: Path, expected) -> None:
-    found, wanted = first_moments(load_checkpoint(checkpoint)), first_moments(expected)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
 def flatten(order: list[int]):
     """One group, whose i-th parameter is the ``order[i]``-th of the two groups."""
 
@@ -100,7 +83,7 @@ def test_one_group_in_the_order_of_the_model_is_read(copy_of, runs):
     checkpoint, original = copy_of("full"), runs("full").load(2)
     names = parameter_names(original)
     edit_optimizer(checkpoint, flatten([names.index(n) for n, _ in original.model.named_parameters()]))
-    assert_same_moments(checkpoint, original)
+    assert_same(load_checkpoint(checkpoint), original)
     assert "named-parameters" in load_checkpoint(checkpoint).report.optimizer_state.mapping
 
 

@@ -24,6 +24,7 @@ Moved = Callable[[Names], str]
 """The status of the movement check for an assignment; ``inconclusive`` too where there is nothing to compare."""
 
 IN_ORDER = "groups-in-order"
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head|embed_in|embed_out|wte)\.weight$")
 RECORD = (
     "record the names while training, with integrations.trl.ManifestCallback or an optimizer made from "
     "named_parameters(), or state them: mapping: FILE with a name on each line in the optimizer's order, or mapping: "
@@ -72,7 +73,7 @@ def other_rules(saved: SavedOptimizer, layout: Layout) -> dict[str, Rule]:
 
     * ``loraplus``: peft's ``create_loraplus_optimizer``: ``lora_A``, embeddings, ``lora_B``, what does not decay.
     * ``loraplus-embeddings-last``: LLaMA-Factory's, with embeddings last.
-    * ``embeddings-apart``: Unsloth's ``embedding_learning_rate``: all, then the modules that are saved whole.
+    * ``embeddings-apart``: as of Unsloth's ``embedding_learning_rate``: all, then embeddings and modules saved whole.
     * ``groups-in-order``: groups of any sizes in the model's order, as for a rate for each layer.
     """
     names, facts = list(layout.parameters), layout.parameters
@@ -81,7 +82,7 @@ def other_rules(saved: SavedOptimizer, layout: Layout) -> dict[str, Rule]:
     first = tuple(n for n in names if n not in embeddings and n not in second)
     still = tuple(n for n in second if facts[n].in_layer_norm or "bias" in n)
     moving = tuple(n for n in second if n not in still)
-    whole = tuple(n for n in names if ".modules_to_save." in n)
+    whole = tuple(n for n in names if ".modules_to_save." in n or _EMBEDDING.search(n))
     ends = list(accumulate(saved.sizes))
     cut = tuple(tuple(names[end - size : end]) for size, end in zip(saved.sizes, ends, strict=True))
     return {

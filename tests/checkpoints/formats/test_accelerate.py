@@ -12,26 +12,7 @@ from safetensors.torch import load_file
 
 from entropy_probe.checkpoints import CheckpointError, errors, inspect_checkpoint, load_checkpoint
 from entropy_probe.steps.adamw import optimizer_parameters, shadow_step
-from tests.checkpoints.conftest import edit_json, edit_optimizer
-
-
-def parameter_names(state) -> list[str]:
-    """Of the optimizer's parameters, in the order of its groups."""
-    name = {id(p): n for n, p in state.model.named_parameters()}
-    return [name[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
-
-
-def first_moments(state) -> dict[str, torch.Tensor]:
-    name = {id(p): n for n, p in state.model.named_parameters()}
-    return {name[id(p)]: entry["exp_avg"] for p, entry in state.optimizer.state.items()}
-
-
-def assert_same(found, expected) -> None:
-    weights, wanted = found.model.state_dict(), expected.model.state_dict()
-    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
-    moments, wanted = first_moments(found), first_moments(expected)
-    assert moments.keys() == wanted.keys()
-    assert all(torch.equal(moments[name], wanted[name]) for name in wanted)
+from tests.checkpoints.conftest import assert_same, edit_json, edit_optimizer, parameter_names
 
 
 def gathered(checkpoint: Path, original) -> Path:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from entropy_probe.checkpoints import CheckpointError, errors, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.directory import checkpoints_below
 from entropy_probe.steps.adamw import optimizer_parameters, shadow_step
-from tests.checkpoints.formats.test_accelerate import assert_same
+from tests.checkpoints.conftest import assert_same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
