@@ -71,6 +71,19 @@ def test_any_folders_and_keys_are_read(runs, tmp_path, layout):
     assert [place] == [x for x in (tmp_path, *checkpoints_below(tmp_path)) if x != tmp_path]
 
 
+def test_a_directory_of_checkpoints_leads_to_them_and_opens_few(runs, tmp_path):
+    state = state_of(runs("full").load(2))
+    for step in (2, 3):
+        saved(tmp_path / f"globalstep{step}", "AReaL", *state)
+    with pytest.raises(CheckpointError, match="pass one of globalstep2, globalstep3 inside it"):
+        load_checkpoint(tmp_path)
+    for step in range(4, 11):
+        (tmp_path / f"globalstep{step}").mkdir()
+        (tmp_path / f"globalstep{step}" / ".metadata").write_bytes(b"not looked at")
+    with pytest.raises(CheckpointError, match="pass one of globalstep8, globalstep9, globalstep10 inside it"):
+        load_checkpoint(tmp_path)
+
+
 def test_flattened_state_is_read(runs, tmp_path):
     """As torchtitan and NeMo AutoModel save it, model and optimizer at the top or below a key."""
     run = runs("full")

@@ -52,7 +52,9 @@ def _folder(path: Path, what: str, names: tuple[str, ...]) -> Path | None:
     usual = next((place for place in (*(path / name for name in names), path) if _is_sharded(place)), None)
     if usual is not None or not path.is_dir():
         return usual
-    inside = (place for place in sorted(path.iterdir()) if place.name not in _USUAL and _is_sharded(place))
+    inside = [place for place in sorted(path.iterdir()) if place.name not in _USUAL and _is_sharded(place)]
+    if len(inside) > _MOST_FOLDERS:
+        return None
     fitting = [place for place in inside if _holds(ShardedDirectory.open(place)) == {what}]
     if len(fitting) > 1:
         raise UnsupportedError(
@@ -62,6 +64,8 @@ def _folder(path: Path, what: str, names: tuple[str, ...]) -> Path | None:
     return fitting[0] if fitting else None
 
 
+_MOST_FOLDERS = 6
+"""Of more, a directory is of checkpoints, not one; their indices may take long to read."""
 _USUAL = ("optimizer_0", "optimizer", "optim", "pytorch_model_fsdp_0", "model", "weights")
 
 
