@@ -171,3 +171,47 @@ def test_entries_of_frozen_parameters_are_not_dropped(copy_of, runs):
     edit_optimizer(place, change)
     with pytest.raises(MappingError, match="entries more than the 28 trainable parameters"):
         load_checkpoint(place)
+
+
+# --- a value model beside the policy --------------------------------------------------------------------------------
+
+
+def with_value_model(place: Path, *, first: bool) -> None:
+    """The optimizer steps a value model too: a backbone as the policy's and a head of one row, in the same groups."""
+
+    def change(saved: dict[str, Any]) -> None:
+        value, state, at = [], {}, 0
+        for group in saved["param_groups"]:
+            entries = [saved["state"][i] for i in group["params"]]
+            other = [{**e, "exp_avg": e["exp_avg"].flip(0), "exp_avg_sq": e["exp_avg_sq"].flip(0)} for e in entries]
+            if not value:
+                other[-1] = {key: x[:1] if x.dim() else x for key, x in other[-1].items()}
+                value = other
+            both = [*other, *entries] if first else [*entries, *other]
+            group["params"] = list(range(at, at + len(both)))
+            state |= dict(enumerate(both, at))
+            at += len(both)
+        saved["state"] = state
+
+    edit_optimizer(place, change)
+
+
+@pytest.mark.parametrize("run", ["full", "lora"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_value_model_beside_the_policy_is_set_aside(runs, copy_of, run, first):
+    place = copy_of(run)
+    with_value_model(place, first=first)
+    state = load_checkpoint(place, runs(run).directory / "base")
+    assert_same(state, runs(run).load(2))
+    (note,) = state.report.notes
+    assert (note.code, note.numbers["count"]) == ("other_model_in_optimizer", 27 if run == "full" else 28)
+    assert state.report.verdict == "suspicious"
+    assert state.report.num_with_step == state.report.optimizer_state.num_parameters
+    assert "entries of another model are set aside" in state.report.optimizer_state.mapping
+
+
+def test_a_value_model_is_not_guessed_without_the_starting_point(copy_of):
+    place = copy_of("full")
+    with_value_model(place, first=False)
+    with pytest.raises(MappingError, match=r"27 entries more than the 27 .*pass base_model"):
+        load_checkpoint(place)

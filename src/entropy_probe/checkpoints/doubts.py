@@ -62,6 +62,12 @@ OTHER_BASE = NoteKind(
     "every number is wrong, and only a manifest could tell",
     "Give the base model that it was trained on, and record a manifest.",
 )
+OTHER_MODEL = NoteKind(
+    "other_model_in_optimizer",
+    "{count:.0f} entries of the optimizer belong to another model that it steps too, such as PPO's value model; they "
+    "are set aside, and so is their gradient, which the trainer clips together with the policy's",
+    "Where clipping was active, set probe.max_grad_norm to what it left of the policy's gradient.",
+)
 EIGHT_BIT = NoteKind(
     "eight_bit_state",
     "the moments are stored in 8 bits: the step is AdamW's from the dequantised ones, which is the step that "
@@ -81,6 +87,8 @@ def doubts_about(examined: Examined) -> Iterator[Note]:
     saved, state = examined.saved, examined.state
     if examined.movement is not None and examined.movement.exchanged:
         yield _exchange(examined.movement)
+    if examined.num_others:
+        yield OTHER_MODEL(count=examined.num_others)
     rates = [group["lr"] for group in saved.groups if group["params"]]
     if not any(rates):
         yield RATE_IS_ZERO()

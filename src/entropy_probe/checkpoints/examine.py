@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from entropy_probe.checkpoints.directory import check_contained, find_optimizer,
 from entropy_probe.checkpoints.errors import MismatchError, MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.evidence import check_adapter_never_trained, check_movement, check_weights_never_trained
 from entropy_probe.checkpoints.formats import CheckpointFormat, Weights
+from entropy_probe.checkpoints.grouping import policy_entries
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
 from entropy_probe.checkpoints.mapping import ParameterMapping, StatedMapping, map_parameters, without_frozen
 from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, embedding_names, full_skeleton
@@ -122,6 +123,7 @@ class Examined:
         mapping: which parameter each of its entries belongs to.
         state: what the moments cover.
         movement: the check of entries of equal shape, where the weights' starting point is known.
+        num_others: the optimizer's entries of another model, which were set aside.
     """
 
     path: Path
@@ -133,6 +135,7 @@ class Examined:
     mapping: ParameterMapping
     state: OptimizerStateReport
     movement: MovementReport | None
+    num_others: int
 
 
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
@@ -169,8 +172,15 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         check_recorded(path, [saved.path, configuration, *model.weights.files], manifest)
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
-    saved = without_frozen(saved, model.layout)
+    in_file = without_frozen(saved, model.layout)
+    moved = partial(_movement_status, model=model, request=request, start=start)
+    known = manifest is not None or request.mapping is not None
+    saved = in_file if known else policy_entries(in_file, model.layout, moved)
+    others = in_file.num_parameters - saved.num_parameters
+    facts |= {"num_with_exp_avg_sq": saved.count("exp_avg_sq"), "num_with_step": saved.count("step")}
     mapping = _map(saved, model, manifest, request, start)
+    if others:
+        mapping = replace(mapping, how=f"{mapping.how} + movement; {others} entries of another model are set aside")
     _check_tied(model, mapping)
     saved = saved.loaded()
     _check_never_trained(saved, mapping, model, start)
@@ -182,7 +192,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         movement = facts["movement"] = check_movement(saved, mapping.names, movements, reference)
     else:
         facts["movement_not_checked"] = reference
-    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement)
+    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, others)
 
 
 def _kind(path: Path) -> Literal["lora", "full"]:
@@ -247,12 +257,7 @@ def _map(
     Full weights of which a part was frozen have fewer entries than parameters. Without recorded names, those that
     are as in the model that training started from are taken as frozen.
     """
-    loaded = cache(saved.loaded)
-
-    def moved(names: tuple[str, ...]) -> str:
-        movements, _ = _movements(saved, names, model, request, start)
-        return check_movement(loaded(), names, movements, "").status if movements else "inconclusive"
-
+    moved = partial(_movement_status, saved, model=model, request=request, start=start)
     recorded = manifest is not None or any("param_names" in group for group in saved.groups)
     known = recorded or request.mapping is not None
     if known or start is None or saved.num_parameters >= len(model.layout.parameters):
@@ -287,6 +292,14 @@ def _check_never_trained(
     else:
         starting = starting_at_zero(model.adapter_config, mapping.names, model.adapter)
         check_adapter_never_trained(saved, mapping.names, model.weights, starting)
+
+
+def _movement_status(
+    saved: SavedOptimizer, names: tuple[str, ...], model: StoredModel, request: Request, start: Path | None
+) -> str:
+    """The status of the movement check; ``inconclusive`` too where there is nothing to compare."""
+    movements, _ = _movements(saved, names, model, request, start)
+    return check_movement(saved.loaded(), names, movements, "").status if movements else "inconclusive"
 
 
 def _movements(

@@ -17,7 +17,15 @@ from entropy_probe.checkpoints.errors import MappingError
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = ["Moved", "Rule", "grouping_rules", "match_rules", "other_rules", "wrong_shape"]
+__all__ = [
+    "Moved",
+    "Rule",
+    "grouping_rules",
+    "match_rules",
+    "other_rules",
+    "policy_entries",
+    "wrong_shape",
+]
 
 Names = tuple[str, ...]
 Moved = Callable[[Names], str]
@@ -135,6 +143,30 @@ def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Na
     )
 
 
+def policy_entries(
+    saved: SavedOptimizer, layout: Layout, moved: Callable[[SavedOptimizer, Names], str]
+) -> SavedOptimizer:
+    """Without the entries of another model that the optimizer steps too, such as PPO's value model.
+
+    In each group the parameters of one model come before those of the other. The policy's are those along which its
+    weights have moved; where that does not single out one part of the file, or an entry is missing, all is returned.
+    """
+    named = any("param_names" in group for group in saved.groups)
+    if named or saved.num_parameters <= len(layout.parameters) or saved.never_trained:
+        return saved
+    parts: dict[Names, SavedOptimizer] = {}
+    for rule in grouping_rules(layout).values():
+        counts = [len(group) for group in rule.groups]
+        if len(counts) != len(saved.sizes) or any(n > size for n, size in zip(counts, saved.sizes, strict=True)):
+            continue
+        for first in (True, False):
+            spans = zip(counts, (group["params"] for group in saved.groups), strict=True)
+            part = saved.only([i for n, span in spans for i in (span[:n] if first else span[len(span) - n :])])
+            if _misfit(part, rule, layout.shapes) is None and moved(part, rule.names) == "consistent":
+                parts[rule.names] = part
+    return next(iter(parts.values())) if len(parts) == 1 else saved
+
+
 def _distinct(rules: Mapping[str, Rule], misfits: Mapping[str, str | None]) -> dict[Names, str]:
     """The assignments that fit, each with the first rule that gives it."""
     fitting: dict[Names, str] = {}
@@ -157,8 +189,9 @@ def _what_to_do(saved: SavedOptimizer, trainable: int, status: Mapping[Names, st
     if saved.num_parameters > trainable:
         return (
             f"{saved.num_parameters - trainable} entries more than the {trainable} trainable parameters: with PPO, one "
-            "optimizer over policy and value model, which is not supported (step the value model with an optimizer of "
-            "its own); otherwise pass the model this state was trained with, unedited"
+            "optimizer over policy and value model, which are told apart by how the policy's weights have moved: pass "
+            "base_model, the model that training started from; otherwise pass the model this state was trained with, "
+            "unedited"
         )
     return (
         f"{trainable - saved.num_parameters} entries fewer than the {trainable} trainable parameters: if a part was "
