@@ -28,7 +28,7 @@ from entropy_probe.checkpoints.errors import (
     shown,
 )
 
-__all__ = ["EightBitState", "is_of_bitsandbytes"]
+__all__ = ["WRAPPED", "EightBitState", "is_of_bitsandbytes"]
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 BLOCKS = (256, 2048)

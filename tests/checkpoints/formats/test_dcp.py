@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from entropy_probe.checkpoints import CheckpointError, errors, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.directory import checkpoints_below
+from entropy_probe.checkpoints.eight_bit import WRAPPED
 from entropy_probe.steps.adamw import optimizer_parameters, shadow_step
 from tests.checkpoints.conftest import assert_same
 
@@ -243,6 +244,12 @@ def cut(place: Path) -> None:
     file.write_bytes(file.read_bytes()[:-2000])
 
 
+def eight_bit(moment: torch.Tensor) -> Content:
+    codes, scales, values = moment.to(torch.uint8), torch.ones(1), torch.linspace(0, 1, 256)
+    one = {"state1": codes, "absmax1": scales, "qmap1": values}
+    return one | {"step": torch.tensor(2.0), "state2": codes, "absmax2": scales, "qmap2": values}
+
+
 CONTENTS: dict[str, tuple[Callable[[Content, Content], Any], str, str]] = {
     "half an adapter": (lambda m, o: m.pop(A), "MismatchError", "1 missing"),
     "an unknown tensor": (lambda m, o: m.update({"v_head.weight": torch.ones(2)}), "MismatchError", "1 unknown"),
@@ -261,6 +268,16 @@ CONTENTS: dict[str, tuple[Callable[[Content, Content], Any], str, str]] = {
         "value.head|got none for 1",
     ),
     "a name twice": (lambda m, o: o["param_groups"][0]["params"].append(A), "MappingError", "1 in two"),
+    "8-bit state": (
+        lambda m, o: o["state"].update({B: eight_bit(o["state"][B]["exp_avg"])}),
+        "UnsupportedError",
+        "state of bitsandbytes in shards",
+    ),
+    "8-bit state in a dictionary": (
+        lambda m, o: o["state"].update({B: {WRAPPED: eight_bit(o["state"][B]["exp_avg"])}}),
+        "UnsupportedError",
+        "state of bitsandbytes in shards",
+    ),
     "two names for one": (lambda m, o: m.update({f"_orig_mod.{A}": m[A]}), "MismatchError", "expected one tensor for"),
 }
 FILES: dict[str, tuple[Callable[[Path], Any], str, str]] = {

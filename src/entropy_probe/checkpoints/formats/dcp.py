@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints.dcp import METADATA, Entry, Place, ShardedDirectory
+from entropy_probe.checkpoints.eight_bit import WRAPPED
 from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, UnsupportedError, shown
 from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights, named_weights
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
@@ -152,6 +153,11 @@ def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
     flat = parent in _flattened(directory)
     groups, entries = (_from_flat if flat else _from_nested)(directory, parent)
     names = _names(where, groups, entries)
+    if any(kept.keys() & {WRAPPED, "state1"} for kept in entries.values()):
+        raise UnsupportedError(
+            f"{where}: not supported: state of bitsandbytes in shards, which each rank quantised by itself; train with "
+            "optim: adamw_torch, or save from one GPU or DDP, where 8-bit state is read"
+        )
     state = {
         name: {
             key: directory.read(entry) if entry.dtype is None or not entry.shape else _without_storage(entry)
@@ -181,7 +187,7 @@ def _from_nested(directory: ShardedDirectory, parent: Place) -> tuple[list[dict[
         match place[len(parent) :]:
             case ("param_groups", int(index), str(key)):
                 groups.setdefault(index, {})[key] = directory.read(entry)
-            case ("state", str(name), str(key)):
+            case ("state", str(name), str(key), *below) if not below or key == WRAPPED:
                 entries.setdefault(name, {})[key] = entry
             case other:
                 raise UnsupportedError(f"{where}: optimizer: expected state and param_groups, got {shown(other, 80)}")
