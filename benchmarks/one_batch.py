@@ -25,7 +25,7 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.u_statistic import cross_statistic
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.steps.preconditioner import frozen_preconditioner
@@ -41,7 +41,7 @@ def surrogates(scorer: Scorer, batch: Rollouts) -> list[TokenCoefficients]:
     factor = -clusters.count / batch.response_mask.sum().item()
     assert towards.entropies is not None
     x = TokenCoefficients(factor * towards.logprobs, factor * towards.entropies)
-    return [x, TokenCoefficients(-clusters.count * build_loss("dapo", {}).coefficients(batch, None).logprobs, None)]
+    return [x, TokenCoefficients(-clusters.count * TRLLoss(loss_type="dapo").coefficients(batch, None).logprobs, None)]
 
 
 def straightforward(

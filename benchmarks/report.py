@@ -1,8 +1,9 @@
-"""How long ``report.html`` takes to write and to open, with 512 responses of 200 tokens.
+"""How long ``report.html`` takes to write and to open, with 512 responses of 200 tokens, or 256 of 1,000 (``--long``).
 
 The tables are made up, with as many distinct tokens as a real vocabulary would give. Opening is from the start of the
 navigation to the first frame that shows the responses, in a fresh context of Chromium each time; the page's own clock
-says so. Needs Chromium (``apt-get install chromium``).
+says so. The longest frame is while the whole page is scrolled, 400 pixels a frame. Needs Chromium (``apt-get install
+chromium``).
 
 Run ``python benchmarks/report.py``, or with ``--quick`` at a size that only shows that it works. Exits with 1 if the
 median is above two seconds.
@@ -32,6 +33,19 @@ FIRST_FRAME = """() => new Promise((done) => {
     ? requestAnimationFrame(() => setTimeout(() => done(performance.now()))) : setTimeout(look, 1);
   look();
 })"""
+SCROLL = """() => new Promise((done) => {
+  let last = performance.now(), longest = 0, y = 0;
+  const end = document.documentElement.scrollHeight;
+  const step = (now) => {
+    longest = Math.max(longest, now - last);
+    last = now;
+    y += 400;
+    window.scrollTo(0, y);
+    if (y < end) requestAnimationFrame(step); else done(longest);
+  };
+  requestAnimationFrame(step);
+})"""
+FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 
 
 def measure(prompts: int, group: int, tokens: int, rounds: int) -> dict[str, float | int]:
@@ -49,11 +63,13 @@ def measure(prompts: int, group: int, tokens: int, rounds: int) -> dict[str, flo
         path.write_text(page(run_sections(result, tables)), encoding="utf-8")
         written = time.perf_counter() - started
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        opened, elements = [], 0
+        opened, painted, frames, elements = [], [], [], 0
         for _ in range(rounds):
             tab = browser.new_page()
             tab.goto(path.as_uri(), wait_until="commit")
             opened.append(tab.evaluate(FIRST_FRAME) / 1000)
+            painted.append(tab.evaluate(FIRST_PAINT) / 1000)
+            frames.append(tab.evaluate(SCROLL) / 1000)
             elements = tab.evaluate("document.querySelectorAll('*').length")
             tab.close()
         browser.close()
@@ -62,6 +78,8 @@ def measure(prompts: int, group: int, tokens: int, rounds: int) -> dict[str, flo
             "tokens": tokens,
             "megabytes": path.stat().st_size / 1e6,
             "write_seconds": written,
+            "first_paint_seconds": median(painted),
+            "longest_frame_seconds": median(frames),
             "open_seconds": median(opened),
             "smallest": min(opened),
             "largest": max(opened),
@@ -72,13 +90,14 @@ def measure(prompts: int, group: int, tokens: int, rounds: int) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few short responses")
+    parser.add_argument("--long", action="store_true", help="256 responses of 1,000 tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    size = (4, 4, 20) if arguments.quick else (64, 8, 200)
+    size = (4, 4, 20) if arguments.quick else (32, 8, 1000) if arguments.long else (64, 8, 200)
     found = measure(*size, rounds=arguments.rounds)
     for name, value in found.items():
-        print(f"{name:>14} {value:.3g}" if isinstance(value, float) else f"{name:>14} {value}")
+        print(f"{name:>22} {value:.3g}" if isinstance(value, float) else f"{name:>22} {value}")
     if arguments.json:
         arguments.json.write_text(json.dumps(found))
     if not arguments.quick and found["open_seconds"] > LIMIT:

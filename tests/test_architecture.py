@@ -19,7 +19,7 @@ ALLOWED = {
     "estimators": {"types"},
     "parallel": {"types", "rollouts"},
     "named": {"parallel"},
-    "losses": {"types", "rollouts"},
+    "losses": {"types", "rollouts", "results"},
     "config": {"estimators", "losses"},
     "scoring": {"types", "rollouts", "results", "parallel", "named"},
     "gradients": {"types", "rollouts", "parallel", "named", "losses", "scoring"},

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from entropy_probe import Rollouts
+from entropy_probe.rollouts.batch import LOGPROBS
 from entropy_probe.sampling import unused_columns
 
 
@@ -35,6 +36,9 @@ def _rollouts(side="right", dtype=torch.float32, **changes):
         "advantages": torch.tensor([0.1, -0.3, 2.0], dtype=dtype),
         "rewards": torch.tensor([1.0, 0.0, 0.3], dtype=dtype),
         "sampled_logprobs": sampled,
+        "old_logprobs": sampled - 1,
+        "reference_logprobs": sampled - 2,
+        "microbatch_ids": torch.tensor([1, 0, 1]),
     }
     return Rollouts(**(values | given | changes))
 
@@ -47,7 +51,7 @@ def _assert_equivalent(a, b):
         keep_a, keep_b = a.attention_mask[i], b.attention_mask[i]
         assert torch.equal(a.input_ids[i][keep_a], b.input_ids[i][keep_b])
         assert torch.equal(a.response_mask[i][keep_a], b.response_mask[i][keep_b])
-    for name in ("advantages", "rewards", "sampled_logprobs"):
+    for name in ("advantages", "rewards", "microbatch_ids", "trajectory_ids", *LOGPROBS):
         x, y = getattr(a, name), getattr(b, name)
         if x is None or y is None:
             assert x is y
@@ -167,7 +171,7 @@ def test_missing_column(tmp_path, name):
     path = tmp_path / "r.parquet"
     _rollouts().to_parquet(path)
     _rewrite(path, lambda t: t.drop_columns([name]))
-    _read_error(path, f"got .*sampled_logprobs and no {name}; rename or add")
+    _read_error(path, f"got .*microbatch_id and no {name}; rename or add")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ def test_inconsistent_files(tmp_path, change, match):
 def test_a_later_schema_is_refused_and_the_first_is_read(tmp_path):
     path = tmp_path / "r.parquet"
     _rollouts().to_parquet(path)
-    for version, match in (("1", None), ("3", "expected rollouts of schema 2 at most, got 3")):
+    for version, match in (("1", None), ("2", None), ("4", "expected rollouts of schema 3 at most, got 4")):
         table = pq.read_table(path)
         pq.write_table(table.replace_schema_metadata({"entropy_probe.rollouts_schema": version}), path)
         if match is None:
@@ -251,7 +255,8 @@ def test_a_plain_file_with_these_columns_is_read(tmp_path):
     same = replace(
         back, prompt_ids=expected.prompt_ids, trajectory_ids=None, rewards=None, advantages=None, sampled_logprobs=None
     )
-    _assert_equivalent(same, _rollouts(rewards=None, advantages=None, sampled_logprobs=None))
+    absent = dict.fromkeys(("rewards", "advantages", "microbatch_ids", *LOGPROBS))
+    _assert_equivalent(same, _rollouts(**absent))
     assert back.sampled_logprobs is not None
     assert back.sampled_logprobs.dtype == torch.float32
     assert back.sampled_logprobs[back.response_mask].tolist() == [-0.5, -0.25, -1.0, -1.0, -2.0, -0.5, -0.5]

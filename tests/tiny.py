@@ -97,11 +97,13 @@ def _quantised(base: Path, settings: dict[str, Any]):
 
 
 def _prepared(model: Any, how: str) -> Any:
-    """``frozen``: the first layer and the embeddings do not train; ``adapter``: one that exists before training;
-    ``adapters``: two of one shape, of which ``policy`` trains.
+    """``bfloat16``: weights in that; ``frozen``: the first layer and the embeddings do not train; ``adapter``: one that
+    exists before training; ``adapters``: two of one shape, of which ``policy`` trains.
     """
     from peft import LoraConfig, get_peft_model
 
+    if how == "bfloat16":
+        return model.bfloat16()
     if how == "frozen":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("layers.0" not in name and "embed" not in name)

@@ -24,7 +24,7 @@ from tests.checkpoints.sharded_run import one_rank
 from tests.processes import Process, run_all
 from tests.tiny import train_grpo
 
-__all__ = ["OTHER_RUNS", "RUNS", "Run", "Trained", "made_once", "runs", "sharded", "trained"]
+__all__ = ["LOW_RUNS", "OTHER_RUNS", "RUNS", "Run", "Trained", "made_once", "runs", "sharded", "trained"]
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "full": {"lora": False, "lr_scheduler_type": "linear"},
@@ -48,6 +48,14 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
     "adagrad": {"lora": True, "optim": "adagrad"},
 }
 """The same with optimizers whose step is taken on a copy."""
+LOW_RUNS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"lora": False, "prepare": "bfloat16"},
+    "bfloat16, fused": {"lora": False, "prepare": "bfloat16", "optim": "adamw_torch_fused"},
+    "bfloat16, foreach": {"lora": False, "prepare": "bfloat16", "optimizer": {"foreach": True}},
+    "bfloat16, sgd": {"lora": False, "prepare": "bfloat16", "optim": "sgd", "learning_rate": 0.1},
+    "bfloat16, adafactor": {"lora": False, "prepare": "bfloat16", "optim": "adafactor"},
+}
+"""Weights and, but for Adafactor, state in bfloat16."""
 NEEDED: dict[str, dict[str, str]] = {"frozen subset": {"base_model": "base"}, "two adapters": {"adapter": "policy"}}
 """What these runs' directories do not say, to be passed when they are loaded."""
 
@@ -102,11 +110,11 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 
 @pytest.fixture(scope="session")
 def runs(made_once) -> Callable[[str], Run]:
-    """A run of ``RUNS`` or ``OTHER_RUNS`` by name."""
+    """A run of ``RUNS``, ``OTHER_RUNS`` or ``LOW_RUNS`` by name."""
 
     def train(name: str, directory: Path) -> None:
         gradients: dict[int, dict[str, torch.Tensor]] = {}
-        train_grpo(directory, steps=4, capture=gradients, weight_decay=0.1, **(RUNS | OTHER_RUNS)[name])
+        train_grpo(directory, steps=4, capture=gradients, weight_decay=0.1, **(RUNS | OTHER_RUNS | LOW_RUNS)[name])
         torch.save(gradients, directory / "gradients.pt")
 
     @cache

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints import CheckpointError, CheckpointState, load_checkpoint
     from entropy_probe.config import ProbeConfig
     from entropy_probe.probe import EntropyProbe
-    from entropy_probe.results.probe import Estimate, Predicted, ProbeResult, Realized
+    from entropy_probe.results.estimate import Estimate
+    from entropy_probe.results.horizons import HorizonPoint, Horizons
+    from entropy_probe.results.probe import Predicted, ProbeResult, Realized
+    from entropy_probe.results.step import StepVectors
     from entropy_probe.results.sweep import Sweep, SweepPoint
     from entropy_probe.results.validation import Validation
     from entropy_probe.rollouts.batch import Rollouts
@@ -24,11 +27,14 @@ __all__ = [
     "CheckpointState",
     "EntropyProbe",
     "Estimate",
+    "HorizonPoint",
+    "Horizons",
     "Predicted",
     "ProbeConfig",
     "ProbeResult",
     "Realized",
     "Rollouts",
+    "StepVectors",
     "Sweep",
     "SweepPoint",
     "TokenScores",
@@ -42,12 +48,15 @@ _HOME = {
     "CheckpointError": "checkpoints",
     "CheckpointState": "checkpoints",
     "EntropyProbe": "probe",
-    "Estimate": "results.probe",
+    "Estimate": "results.estimate",
+    "HorizonPoint": "results.horizons",
+    "Horizons": "results.horizons",
     "Predicted": "results.probe",
     "ProbeConfig": "config",
     "ProbeResult": "results.probe",
     "Realized": "results.probe",
     "Rollouts": "rollouts.batch",
+    "StepVectors": "results.step",
     "Sweep": "results.sweep",
     "SweepPoint": "results.sweep",
     "TokenScores": "types",

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    field_serializer,
+    model_validator,
+)
 
 from entropy_probe.estimators.baselines import EntropyKind
 from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.importance import ImportanceMode
 from entropy_probe.losses import Loss, build_loss
 
-__all__ = ["ProbeConfig"]
+__all__ = ["ProbeConfig", "StepDtype"]
+
+StepDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+LONGEST = "max_completion_length"
 
 
 class ProbeConfig(BaseModel):
@@ -19,9 +31,9 @@ class ProbeConfig(BaseModel):
 
     Attributes:
         temperature: the sampling temperature; the policy is ``softmax(logits / temperature)``.
-        loss_type: the trainer's loss, which sets the weight of every update token: a name that
-            :func:`entropy_probe.losses.loss_types` lists.
-        loss_settings: its own settings, such as ``beta`` of ``policy_gradient_with_kl``.
+        loss: the trainer's loss with all its settings, which set the coefficient of every update token: a member of
+            :func:`entropy_probe.losses.trainers`, or its settings by name: ``{trainer: trl, loss_type: dapo}``.
+        loss_type: short for a loss of TRL with default settings; not beside ``loss``.
         max_completion_length: the trainer's generation limit in tokens; needed by ``dr_grpo``.
         max_grad_norm: the trainer's clipping threshold; ``None`` for no clipping.
         learning_rate: replaces the optimizer's rate in every group; ``None`` keeps each group's own.
@@ -30,6 +42,9 @@ class ProbeConfig(BaseModel):
         normalization: entropies per ``token`` or per ``sequence``.
         entropy: ``rao_blackwell`` uses exact next-token entropies, ``surprisal`` minus the sampled log-probabilities.
         realized: how the realized change is estimated. ``per_decision`` always uses exact entropies.
+        horizon: which point of the profile over horizons (:class:`~entropy_probe.Horizons`) states the change: the
+            whole response where it is told from 0, else the shortest that no longer one contradicts (``auto``), or
+            this many tokens. ``None`` leaves the profile out, which saves one scoring of the evaluation batch.
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in
@@ -65,6 +80,10 @@ class ProbeConfig(BaseModel):
         max_stored_gradient_gib: per-prompt gradients of the update batch are kept in host memory up to this size;
             beyond it a second pass over the update batch takes their place.
         dtype: the least precision of the model's parameters; a model in a lower one is refused.
+        step_dtype: the precision that the trainer keeps its weights in, and so rounds every step to: ``bfloat16``,
+            ``float16``, or ``float32``, which a trainer adds its steps to that keeps a float32 copy (in the optimizer,
+            or under autocast). ``auto`` takes a 16-bit type where the weights are numbers of it and the optimizer's
+            state is in it. Whatever it is, ``dtype`` is what scores are computed in.
         autocast: run the model under autocast in ``bfloat16``, as some trainers do. Realized changes of small steps
             drown in its rounding.
         measure_noise_floor: score some evaluation sequences again after tiny opposite moves, to learn what rounding
@@ -74,8 +93,8 @@ class ProbeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(default=1.0, gt=0)
-    loss_type: str = "dapo"
-    loss_settings: dict[str, float | str] = Field(default_factory=dict)
+    loss: SerializeAsAny[Loss] = Field(default_factory=lambda: build_loss({"trainer": "trl"}))
+    loss_type: str | None = Field(default=None, exclude=True)
     max_completion_length: int | None = Field(default=None, gt=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -83,6 +102,7 @@ class ProbeConfig(BaseModel):
     normalization: Normalization = "token"
     entropy: EntropyKind = "rao_blackwell"
     realized: Literal["per_decision", "snis"] = "per_decision"
+    horizon: Annotated[int, Field(ge=0)] | Literal["auto"] | None = "auto"
     evaluation_unit: Literal["auto", "sequence", "prompt"] = "auto"
     merge_equal_prompts: bool = True
     is_mode: ImportanceMode = "snis"
@@ -101,18 +121,39 @@ class ProbeConfig(BaseModel):
     max_tokens_per_microbatch: int = Field(default=8192, gt=0)
     max_stored_gradient_gib: float = Field(default=2.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    step_dtype: StepDtype = "auto"
     autocast: Literal["off", "bfloat16"] = "off"
     measure_noise_floor: bool = True
 
-    @property
-    def loss(self) -> Loss:
-        """The trainer's loss."""
-        return build_loss(self.loss_type, self.loss_settings, self.max_completion_length)
+    @model_validator(mode="before")
+    @classmethod
+    def _build_loss(cls, settings: Any) -> Any:
+        """The loss from its settings or its short form, with the largest length of the probe where it takes one."""
+        if not isinstance(settings, Mapping):
+            return settings
+        settings = dict(settings)
+        short, loss = settings.pop("loss_type", None), settings.get("loss")
+        if short is not None and loss is not None:
+            raise ValueError(f"loss_type: expected loss or loss_type, got both; set loss.loss_type to {short!r}")
+        if short is not None or loss is None:
+            loss = {"trainer": "trl"} | ({} if short is None else {"loss_type": short})
+        if not isinstance(loss, Loss | Mapping):
+            raise ValueError(
+                f"loss: expected settings with a trainer, got {loss!r}; write {{trainer: trl, beta: 0.04}}"
+            )
+        loss = loss if isinstance(loss, Loss) else build_loss(loss)
+        own, longest = getattr(loss, LONGEST, None), settings.get(LONGEST)
+        if isinstance(longest, int) and longest > 0 and LONGEST in type(loss).model_fields:
+            if own is not None and own != longest:
+                raise ValueError(f"loss.{LONGEST}: expected {longest}, as {LONGEST} is, got {own}; leave it out")
+            loss = loss.model_copy(update={LONGEST: longest})
+        return settings | {"loss": loss}
 
-    @model_validator(mode="after")
-    def _check_loss(self) -> ProbeConfig:
-        _ = self.loss
-        return self
+    @field_serializer("loss")
+    def _without_longest(self, loss: Loss) -> dict[str, Any]:
+        """The loss without what the probe says already, so that one place in a file sets it."""
+        said = {LONGEST} if self.max_completion_length is not None else set()
+        return loss.model_dump(mode="json", exclude=said)
 
     @model_validator(mode="after")
     def _check_weight_options(self) -> ProbeConfig:

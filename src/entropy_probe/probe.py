@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
@@ -13,11 +13,15 @@ from torch import nn
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import attribute, check_divides, check_folds
 from entropy_probe.analyses.attribution import Attribution
-from entropy_probe.analyses.batches import admit_batches
+from entropy_probe.analyses.batches import admit_batches, admit_evaluation
+from entropy_probe.analyses.given import checked_gradient
+from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
+from entropy_probe.analyses.own_batch import measure_own, predict_own
+from entropy_probe.analyses.plan import Plan, plan, plan_given
 from entropy_probe.analyses.policy import Policy, Resample, open_policy
-from entropy_probe.analyses.predict import Prediction, plan, predict
+from entropy_probe.analyses.predict import predict
 from entropy_probe.analyses.provenance import Phase
 from entropy_probe.analyses.sweep import check_finished, check_learning_rates, sweep
 from entropy_probe.analyses.validate import validate
@@ -32,7 +36,7 @@ from entropy_probe.results.validation import Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import ScoreCache
 from entropy_probe.scoring.precision import precisions
-from entropy_probe.steps.adamw import is_adam, learning_rates, optimizer_parameters
+from entropy_probe.steps.adamw import Gradient, is_adam, learning_rates, optimizer_parameters
 from entropy_probe.steps.copied import check_optimizer, optimizer_name
 
 __all__ = ["EntropyProbe"]
@@ -53,6 +57,9 @@ class EntropyProbe:
         progress: called as ``progress(phase, done, total)`` while the probe works.
         resample: called with the evaluation rollouts while the model is at the parameters after the step, for fresh
             responses to the same prompts in the same order; needed for ``on_low_ess="resample"`` only.
+        reference: the reference policy of a loss with a KL term, where it is a model of its own. Log-probabilities in
+            the rollouts (``reference_logprobs``) go before it; without either a policy with an adapter is scored with
+            the adapter switched off.
         distributed: share the work among the ranks of torch's default process group. Every rank must hold the whole
             policy and optimizer, be given whole batches, and call the same methods; every rank returns the result. A
             model sharded by FSDP2 (``fully_shard``) needs no such asking; there every rank works on the whole batches.
@@ -75,6 +82,7 @@ class EntropyProbe:
         mapping: str = "live optimizer",
         progress: Phase | None = None,
         resample: Resample | None = None,
+        reference: nn.Module | None = None,
         distributed: bool = False,
         end_token_ids: Sequence[int] = (),
         stop_texts: bool = False,
@@ -95,6 +103,7 @@ class EntropyProbe:
             "mapping": mapping,
             "progress": progress,
             "resample": resample,
+            "reference": reference,
             "cache": ScoreCache(),
             "ranks": SameWork(ranks) if is_sharded(model) else ranks,
             "end_ids": tuple(end_token_ids),
@@ -103,17 +112,15 @@ class EntropyProbe:
         self._policy()
 
     @contextmanager
-    def _opened(self, learning_rate: float | None = None) -> Iterator[Policy]:
-        """The policy ready to be scored and differentiated for one run, and left as it was."""
-        policy = self._policy(learning_rate)
+    def _opened(self, **settings: Any) -> Iterator[Policy]:
+        """The policy ready to be scored and differentiated for one run, with these settings, and left as it was."""
+        policy = self._policy(**settings)
         with policy.isolated():
             yield policy
 
-    def _policy(self, learning_rate: float | None = None) -> Policy:
+    def _policy(self, **settings: Any) -> Policy:
         """The policy and its optimizer as they are now: a scheduler may have changed the rates since the last call."""
-        model, optimizer, config = self._model, self._optimizer, self._config
-        if learning_rate is not None:
-            config = config.model_copy(update={"learning_rate": learning_rate})
+        model, optimizer, config = self._model, self._optimizer, self._config.model_copy(update=settings)
         reshard(model)
         parameters = optimizer_parameters(model, optimizer)
         check_shards(model, parameters.items())
@@ -126,41 +133,56 @@ class EntropyProbe:
         return open_policy(model, optimizer, parameters, config, learning_rates=rates, **self._shared)
 
     def run(
-        self, *, update: Rollouts, evaluation: Rollouts, questions: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        *,
+        update: Rollouts | None = None,
+        evaluation: Rollouts,
+        gradient: Gradient | None = None,
+        questions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> ProbeResult:
-        """Predict the change of the next step on ``update`` and measure it, both on ``evaluation``.
+        """Predict the change of the next step and measure it, both on ``evaluation``.
 
         Args:
             update: the batch the step is taken on.
             evaluation: the batch whose entropy is predicted and measured.
+            gradient: of the trainer's own loss before clipping, by the names of the trained parameters in
+                ``model.named_parameters()``, such as ``.grad`` after the backward pass; ``None`` where the loss does
+                not reach one. The step is then this gradient's, clipped to ``max_grad_norm``, and errors are from
+                ``evaluation`` alone; of ``update`` beside it the gradient is compared
+                (``diagnostics.gradient_agreement``). Every rank gives the same, or its shards.
             questions: what else to ask of the prediction, as :meth:`ask`: settings by the question's name. Answers are
                 in ``result.answers``.
 
         Raises:
-            ValueError: for unusable rollouts (too long, too few clusters, no advantages) or non-finite numbers, or
-                questions that do not fit.
+            ValueError: for unusable rollouts (too long, too few clusters, no advantages), a gradient of other names or
+                shapes, non-finite numbers, or questions that do not fit.
         """
         asked = check_questions(questions or {})
+        if asked and gradient is not None:
+            raise ValueError(
+                f"questions: expected the step of update rollouts, which {next(iter(asked))} divides, got that of a "
+                "gradient from outside; leave one of the two out"
+            )
         with self._opened() as policy:
-            prediction = _predict(policy, update, evaluation, asked)
-            answers = answer_all(prediction, asked)
-            return result_of(prediction.plan, prediction, measure_step(prediction.plan), answers=answers)
+            planned = _plan(policy, update, evaluation, gradient, asked=asked)
+            prediction, measured = predict(planned), measure_step(planned)
+            answers, horizons = answer_all(prediction, asked), measure_horizons(prediction, measured)
+            return result_of(planned, prediction, measured, horizons=horizons, answers=answers)
 
-    def predict(self, *, update: Rollouts, evaluation: Rollouts) -> ProbeResult:
+    def predict(
+        self, *, update: Rollouts | None = None, evaluation: Rollouts, gradient: Gradient | None = None
+    ) -> ProbeResult:
         """The first-order part of :meth:`run` only."""
         with self._opened() as policy:
-            prediction = predict(policy, *admit_batches(policy, update, evaluation))
+            prediction = predict(_plan(policy, update, evaluation, gradient))
             return result_of(prediction.plan, prediction)
 
-    def measure(self, *, update: Rollouts, evaluation: Rollouts | None = None) -> ProbeResult:
-        """The realized part of :meth:`run` only.
-
-        Without ``evaluation`` the change is measured on the update batch itself. That is biased: the step was fitted
-        to the very responses that it is then judged on. The result is labelled (``realized.batch``).
-        """
+    def measure(
+        self, *, update: Rollouts | None = None, evaluation: Rollouts, gradient: Gradient | None = None
+    ) -> ProbeResult:
+        """The realized part of :meth:`run` only."""
         with self._opened() as policy:
-            batches = admit_batches(policy, update, update if evaluation is None else evaluation)
-            planned = plan(policy, *batches, shares=False)
+            planned = _plan(policy, update, evaluation, gradient, shares=False)
             return result_of(planned, measured=measure_step(planned))
 
     def attribute(
@@ -196,9 +218,11 @@ class EntropyProbe:
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
         with self._opened() as policy:
-            prediction = _predict(policy, update, evaluation, asked, folds)
+            prediction = predict(_plan(policy, update, evaluation, asked=asked, folds=folds))
             measured = measure_step(prediction.plan) if measure else None
-            return attribute(prediction, folds, measured, answers=answer_all(prediction, asked))
+            horizons = None if measured is None else measure_horizons(prediction, measured)
+            answers = answer_all(prediction, asked)
+            return attribute(prediction, folds, measured, horizons=horizons, answers=answers)
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0
@@ -233,7 +257,8 @@ class EntropyProbe:
     ) -> Sweep:
         """Measure the change at many learning rates, and say up to which of them the prediction describes it.
 
-        Costs what :meth:`predict` costs, and for each rate one scoring of the evaluation batch.
+        Costs what :meth:`predict` costs, and for each rate one scoring of the evaluation batch. Steps are not rounded
+        to the precision that training keeps its weights in, whatever ``step_dtype`` says.
 
         Args:
             update: the batch the step is taken on.
@@ -249,8 +274,9 @@ class EntropyProbe:
         """
         rates = check_learning_rates(learning_rates)
         check_finished(finished, rates)
-        with self._opened(rates[-1]) as policy:
-            prediction = predict(policy, *admit_batches(policy, update, evaluation))
+        # rounded steps are not in proportion to the rate
+        with self._opened(learning_rate=rates[-1], step_dtype="float32") as policy:
+            prediction = predict(_plan(policy, update, evaluation))
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
 
     def ask(self, question: str, *, update: Rollouts, evaluation: Rollouts, **settings: Any) -> SavedRecord:
@@ -270,12 +296,29 @@ class EntropyProbe:
         """
         asked = check_questions({question: settings})
         with self._opened() as policy:
-            return answer_all(_predict(policy, update, evaluation, asked), asked)[question]
+            return answer_all(predict(_plan(policy, update, evaluation, asked=asked)), asked)[question]
 
-    def one_batch(self, batch: Rollouts) -> ProbeResult:
-        """:meth:`cross_prompt` with H and the diagnostics, as a result to save and print."""
+    def one_batch(self, batch: Rollouts, *, geometry: Literal["adamw", "frozen"] | None = None) -> ProbeResult:
+        """Predict the change of the next step on a batch, and measure it, from that batch alone.
+
+        The gradient part is taken over pairs of different prompts, since the step is fitted to the responses that it is
+        judged on; momentum and weight decay need no correction. From the realized change the first-order influence of
+        the responses on themselves is subtracted. ``predicted.standard_error`` is over batches of this kind,
+        ``se_evaluation`` that of this step. In the frozen geometry this is :meth:`cross_prompt`, with H and the
+        diagnostics.
+
+        Args:
+            batch: the batch the step is taken on.
+            geometry: in place of ``config.geometry``.
+
+        Raises:
+            ValueError: for unusable rollouts, fewer than three distinct prompts, or an optimizer other than Adam.
+        """
         with self._opened() as policy:
-            return one_batch(policy, batch)
+            if (geometry or policy.config.geometry) == "frozen":
+                return one_batch(policy, batch)
+            prediction = predict_own(policy, batch)
+            return result_of(prediction.plan, prediction, measure_own(prediction))
 
     def cross_prompt(self, batch: Rollouts) -> CrossPrompt:
         """Predict from one batch that is both update and evaluation, by the cross-prompt U-statistic.
@@ -286,19 +329,39 @@ class EntropyProbe:
             ValueError: for unusable rollouts, fewer than three clusters, blocks that do not divide the prompts, a
                 surprisal baseline without a group, or second moments that cover too little.
         """
-        cross_prompt = self.one_batch(batch).cross_prompt
+        with self._opened() as policy:
+            cross_prompt = one_batch(policy, batch).cross_prompt
         assert cross_prompt is not None
         return cross_prompt
 
 
-def _predict(
-    policy: Policy, update: Rollouts, evaluation: Rollouts, asked: Mapping[str, BaseModel], folds: int | None = None
-) -> Prediction:
-    """The prediction, once it is sure that what is asked of it fits."""
-    batches = admit_batches(policy, update, evaluation)
-    check_fit(asked, policy, batches[0])
+def _plan(
+    policy: Policy,
+    update: Rollouts | None,
+    evaluation: Rollouts,
+    gradient: Gradient | None = None,
+    *,
+    asked: Mapping[str, BaseModel] | None = None,
+    folds: int | None = None,
+    shares: bool = True,
+) -> Plan:
+    """The step on a batch, or with a gradient from outside, once it is sure that what is asked of it fits."""
+    checked = None
+    if gradient is not None:
+        with policy.ranks.agreeing():
+            checked = checked_gradient(policy.parameters, gradient)
+    if update is None:
+        if checked is None:
+            raise ValueError("update: expected rollouts to take the step on, or a gradient, got neither; pass one")
+        batch = admit_evaluation(policy, evaluation)
+        policy.check_ranks_agree(checked, evaluation=batch.rollouts)
+        return plan_given(policy, checked, None, batch, shares=shares)
+    batches = admit_batches(policy, update, evaluation, checked)
+    if checked is not None:
+        return plan_given(policy, checked, *batches, shares=shares)
+    check_fit(asked or {}, policy, batches[0])
     check_folds(folds, batches[1])
-    return predict(policy, *batches)
+    return plan(policy, *batches, shares=shares)
 
 
 def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:

@@ -93,6 +93,11 @@ class TokenCoefficients:
         """The coefficients of the sequences at the given indices, in that order."""
         return TokenCoefficients(self.logprobs[rows], None if self.entropies is None else self.entropies[rows])
 
+    @property
+    def size(self) -> Float[Tensor, "N L"]:
+        """How large the coefficients of each token are; 0 where it does nothing."""
+        return self.logprobs.abs() + (0.0 if self.entropies is None else self.entropies.abs())
+
 
 @dataclass(frozen=True, eq=False)
 class Clusters:

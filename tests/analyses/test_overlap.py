@@ -48,25 +48,38 @@ def test_a_part_of_another_batch_is_found_in_any_order(share):
     assert not shared(one, logprobs, other).significant
 
 
+@torch.no_grad()
+def sampled(model, seed: int, n: int = 24, group: int = 4) -> Rollouts:
+    """Responses of 12 tokens that the policy itself draws, each to a prompt of four tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 12, (n // group, 4), generator=generator).repeat_interleave(group, 0)
+    for _ in range(12):
+        p = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+    mask = (torch.arange(16) >= 4).expand(n, -1)
+    advantages = torch.randn(n, generator=generator)
+    prompts = torch.arange(n // group).repeat_interleave(group)
+    return Rollouts(ids, torch.ones_like(ids), mask, prompts, advantages=advantages)
+
+
 def test_every_row_twice_is_said_of_either_batch():
     model, optimizer = policy("lora")
     probe = EntropyProbe(model, optimizer, ProbeConfig(loss_type="dapo"))
-    update, evaluation = rollouts(), rollouts(seed=1)
+    update, evaluation = sampled(model, 0), sampled(model, 1)
     twice = torch.arange(len(update)).repeat(2)
     for given in ({"update": update.select(twice), "evaluation": evaluation},
                   {"update": update, "evaluation": evaluation.select(twice)}):  # fmt: skip
         notes = " ".join(texts(probe.predict(**given).diagnostics.notes))
         (role,) = (name for name, batch in given.items() if len(batch) > len(update))
         assert f"{role}: 48 of 48 sequences occur more than once" in notes
-    assert "more than once" not in " ".join(
-        texts(probe.predict(update=update, evaluation=evaluation).diagnostics.notes)
-    )
+    notes = probe.predict(update=update, evaluation=evaluation).diagnostics.notes
+    assert "more than once" not in " ".join(texts(notes))
 
 
 def test_evaluation_rollouts_from_the_update_batch_are_said():
     model, optimizer = policy("lora")
     probe = EntropyProbe(model, optimizer, ProbeConfig(loss_type="dapo"))
-    update, evaluation = rollouts(), rollouts(seed=1)
+    update, evaluation = sampled(model, 0), sampled(model, 1)
     some = update.select(torch.tensor([17, 3, 5, 11, 8]))
     mixed = Rollouts(
         *(torch.cat([getattr(x, name) for x in (evaluation, some)])
@@ -76,6 +89,16 @@ def test_evaluation_rollouts_from_the_update_batch_are_said():
     result = probe.predict(update=update, evaluation=mixed)
     assert "5 of 29 evaluation sequences are in the update batch too" in " ".join(texts(result.diagnostics.notes))
     shuffled = update.select(torch.randperm(len(update)))
-    assert any(
-        note.code == "same_batch" for note in probe.predict(update=update, evaluation=shuffled).diagnostics.notes
+    result = probe.predict(update=update, evaluation=shuffled)
+    assert any(note.code == "same_batch" for note in result.diagnostics.notes)
+
+
+def test_rollouts_of_another_policy_are_not_held_to_this_ones_chance():
+    model, optimizer = policy("lora")
+    update, evaluation = sampled(model, 0), rollouts(seed=1)  # of any tokens
+    result = EntropyProbe(model, optimizer, ProbeConfig(loss_type="dapo")).predict(
+        update=update, evaluation=evaluation.select(torch.arange(24).repeat(2))
     )
+    codes = {note.code for note in result.diagnostics.notes}
+    assert "copies" not in codes
+    assert result.diagnostics.policy_fit.evaluation.status == "off_policy"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.notes import noted
@@ -241,6 +243,40 @@ def test_reduced_motion_is_respected(open_page, report):
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
     animated = "[...document.querySelectorAll('*')].filter((e) => getComputedStyle(e).animationName !== 'none').length"
     assert page.evaluate(animated) == 0
+
+
+def test_conversations(open_page, tmp_path):
+    """Prompts by what the user says; roles and special tokens in frames, which can be hidden; what is long folds."""
+    question = "Why is the sky blue? " + "Think. " * 100
+    rendered = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+    tables = write_tables(
+        tmp_path, prompts=2, group=1, tokens=400, texts={(0, 0): "<|im_end|>"}, prompt_texts={0: rendered}
+    )
+    tables = replace(
+        tables,
+        markup=frozenset({"<|im_start|>", "<|im_end|>"}),
+        prompts={**tables.prompts, "name": [question, None]},
+    )
+    path = tmp_path / "report.html"
+    path.write_text(run_page(result_of(tables), tables=tables), encoding="utf-8")
+    page = open_page(path)
+    assert "Why is the sky blue?" in page.locator("#prompts .row", has_text="prompt 100").first.text_content()
+    one = response(page, 0)
+    assert one.locator("summary").all_text_contents()[0].startswith("Why is the sky blue? Think.")
+    assert one.locator(".source").count() == 0
+    one.get_by_text("Whole prompt").click()
+    assert one.locator(".source").text_content().replace("↵", "") == rendered
+    assert one.locator(".source .role").all_text_contents() == ["system", "user"]
+    assert one.locator(".source .special").count() == 4
+    token = one.locator(".tokens .special")
+    assert token.text_content() == "<|im_end|>"
+    assert one.locator(".tokens span[data-k]").count() == 300
+    page.get_by_label("Roles and special tokens").uncheck()
+    assert not token.is_visible()
+    assert not one.locator(".source .role").first.is_visible()
+    one.get_by_role("button", name="Show all 400 tokens").click()
+    assert one.locator(".tokens span[data-k]").count() == 400
+    assert response(page, 1).locator("summary").count() == 0
 
 
 def test_text_stands_out_from_its_background(open_page, report):

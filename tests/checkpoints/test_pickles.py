@@ -9,7 +9,8 @@ import torch
 
 from entropy_probe.checkpoints import CheckpointError
 from entropy_probe.checkpoints.errors import shown
-from entropy_probe.checkpoints.safe_read import MAX_VALUES, PLAIN, check_pickle, read_archived
+from entropy_probe.checkpoints.pickles import MAX_VALUES, PLAIN, check_pickle
+from entropy_probe.checkpoints.safe_read import read_archived
 
 
 def doubled(times: int, empty: object = ()) -> object:

@@ -38,7 +38,7 @@ def config(trained, tmp_path) -> Path:
         "reward": "tests.cli.rewards:odd_characters",
         "update": {"num_prompts": 4, "group_size": 4},
         "evaluation": {"total_sequences": 24},
-        "probe": {"max_completion_length": 8, "max_grad_norm": 0.5, "learning_rate": 1e-4},
+        "probe": {"max_completion_length": 8, "max_grad_norm": 1.0, "learning_rate": 1e-4},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))

@@ -58,7 +58,7 @@ def rollout_file(tmp_path):
         (["--learning-rate", "x"], "Invalid value for '--learning-rate'"),
         (["--no-such-option"], "No such option"),
         (["nonsense"], "nonsense: expected an override key=value"),
-        (["reward=nobody"], "reward: expected exact_match, gsm8k, math or package.module:function, got 'nobody'"),
+        (["reward=nobody"], "reasoning_gym or package.module:function, got 'nobody'"),
         (["reward=no_such_module:f"], "reward: cannot import 'no_such_module:f'"),
         (["prompts.jsonl=/nowhere.jsonl"], "/nowhere.jsonl: expected a JSONL file of prompts"),
         (["update.num_prompts=51"], "num_prompts: expected at most the 50 prompts"),

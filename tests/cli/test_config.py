@@ -83,13 +83,12 @@ def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):
         (["update=null"], r"update: required to sample the update batch"),
         (["evaluation=null"], r"evaluation: required to sample the evaluation batch"),
         (["reward=null"], r"reward: required to sample the update batch"),
-        (["probe.max_completion_length=null"], r"probe\.max_completion_length: required to sample"),
         (["attribution=true", "mode=one_batch"], r"attribution: expected mode two_batch or both, .* got one_batch"),
         (["attribution_folds=4"], r"attribution_folds: expected attribution: true beside it, got false"),
         (["rollouts.update=u.parquet", "prompts=null"], r"prompts: required to sample the evaluation batch"),
         (
             ["prompts.dataset=gsm8k"],
-            r"prompts: expected exactly one of jsonl, parquet, dataset, callable, got jsonl and dataset",
+            r"prompts: expected exactly one of jsonl, parquet, dataset, callable, reasoning_gym, got jsonl and dataset",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from entropy_probe.cli.output import locked
 from entropy_probe.report.wording import RESULT_FIGURES
 from entropy_probe.sampling import HFGenerator
 from tests.checkpoints.conftest import edit_json
+from tests.checkpoints.settings_files import GRPO, pickled_settings, saved_settings
 from tests.cli.conftest import SHARD, command_line, execute, invoke, killed_before
 from tests.notes import texts
 from tests.processes import Process
@@ -72,7 +73,7 @@ def test_a_run_directory_holds_the_run(once):
     ]  # fmt: skip
     names = "config.yaml, evaluation.parquet, figures, inputs.json, report.html, results.json, update.parquet"
     assert f"Saved in {out}: {names}\n Open in a browser: {out / 'report.html'}\n" in done.stdout
-    figures = [f"{name}.{kind}" for name in ("change", "parts") for kind in ("png", "svg")]
+    figures = [f"{name}.{kind}" for name in ("change", "horizons", "parts") for kind in ("png", "svg")]
     assert sorted(path.name for path in (out / "figures").iterdir()) == figures
     assert "\x1b[" not in done.stdout + done.stderr
     assert all(line[2] == ":" for line in done.stderr.splitlines()), done.stderr
@@ -167,20 +168,28 @@ def test_dropped_prompts_and_other_notes_reach_the_reader(config, checkpoint, tm
 
 
 def test_one_batch_needs_no_evaluation(config, tmp_path):
-    arguments = ("mode=one_batch", "probe.frozen_max_scale=1e12", "probe.identity_if_coverage_below=0.1")
-    done = execute("run", config, *arguments)
+    done = execute("run", config, "mode=one_batch", "probe.learning_rate=1e-5")
     assert done.returncode == 0, done.stderr
     result = ProbeResult.load(tmp_path / "out")
-    assert result.predicted is None
-    assert result.realized is None
-    assert result.cross_prompt is not None
-    assert result.cross_prompt.num_clusters == 4
-    assert result.cross_prompt.delta_h1 != 0
-    assert "one batch δH₁" in done.stdout
+    assert result.predicted.se_update_method == "pairs"
+    assert result.realized.batch == "own"
+    assert set(result.components) == {"gradient", "momentum", "weight_decay"}
+    assert result.diagnostics.evaluation_unit == "prompt"
+    assert "self-influence out" in done.stdout
     assert not (tmp_path / "out" / "evaluation.parquet").exists()
     again = execute("run", tmp_path / "out" / "config.yaml", "--output-dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
-    assert ProbeResult.load(tmp_path / "again").cross_prompt == result.cross_prompt
+    assert ProbeResult.load(tmp_path / "again").predicted == result.predicted
+
+
+def test_one_batch_in_the_frozen_geometry_is_the_u_statistic(config, tmp_path):
+    frozen = ("probe.geometry=frozen", "probe.frozen_max_scale=1e12", "probe.identity_if_coverage_below=0.1")
+    out = run(config, "mode=one_batch", *frozen)
+    result = ProbeResult.load(tmp_path / "out")
+    assert result.predicted is result.realized is None
+    assert result.cross_prompt.num_clusters == 4
+    assert result.cross_prompt.delta_h1 != 0
+    assert "one batch δH₁" in out
 
 
 def test_both_modes_side_by_side(config, tmp_path):
@@ -308,6 +317,31 @@ def test_rollouts_sampled_before_a_failure_are_kept(config, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")} == before
 
 
+def test_the_trainers_settings_reach_the_result(config, checkpoint, tmp_path):
+    """What the files say, of a copy whose settings are its own; the config says nothing of them."""
+    settings = GRPO | {"loss_type": "grpo", "max_grad_norm": 0.25, "max_completion_length": 8, "temperature": 1.0}
+    saved_settings(checkpoint, pickled_settings(**settings, mask_truncated_completions=True))
+    own = yaml.safe_load(config.read_text()) | {"checkpoint": str(checkpoint), "probe": {"learning_rate": 1e-4}}
+    config.write_text(yaml.safe_dump(own))
+    done = invoke("run", config)
+    assert done.exit_code == 0, done.output
+    result = ProbeResult.load(tmp_path / "out")
+    assert result.config["loss"]["loss_type"] == "grpo"
+    assert (result.config["max_grad_norm"], result.config["max_completion_length"]) == (0.25, 8)
+    assert result.config["update_selected"]
+    update = Rollouts.from_parquet(tmp_path / "out" / "update.parquet")
+    assert not update.response_mask.any(1).all()
+    refused = invoke("run", config, "probe.temperature=0.7", "--output-dir", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "probe.temperature: expected 1.0, which" in refused.output
+    assert not (tmp_path / "other").exists()
+    trusted = ("probe.temperature=0.7", "--trust-config", "--output-dir", tmp_path / "other")
+    assert invoke("run", config, *trusted).exit_code == 0
+    codes = [note.code for note in ProbeResult.load(tmp_path / "other").diagnostics.notes]
+    assert "config_trusted" in codes
+    assert "logged_entropy" in codes
+
+
 def test_a_finished_run_is_shown_again(once, monkeypatch):
     out, done = once
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -384,17 +418,6 @@ def test_a_refused_change_is_shown_as_one(config, tmp_path):
     assert "refused" in out
     assert "Not measured" in out
     assert ProbeResult.load(tmp_path / "out").realized.value is None
-
-
-def test_same_batch_predicts_without_and_measures_with_shared_noise(config, tmp_path):
-    out = run(config, "mode=same_batch", "evaluation=null", "probe.frozen_max_scale=1e9", "probe.learning_rate=1e-5")
-    result = ProbeResult.load(tmp_path / "out")
-    assert result.cross_prompt is not None
-    assert result.predicted is result.difference is None
-    assert result.realized.batch == "update"
-    assert "on the update batch: biased" in out
-    assert not (tmp_path / "out" / "evaluation.parquet").exists()
-    assert result.diagnostics.evaluation_unit == "prompt"
 
 
 def test_resampling_needs_the_largest_length(config, refused, once):

@@ -173,7 +173,7 @@ def test_a_sweep_of_other_inputs_is_not_resumed(swept, checkpoint, tmp_path, ref
         return line
 
     assert "another sweep.learning_rates" in refusal(config, named, "sweep.learning_rates=[1e-5,2e-4]")
-    assert "another probe.max_grad_norm" in refusal(*same, "probe.max_grad_norm=0.1")
+    assert "another probe.normalization" in refusal(*same, "probe.normalization=sequence")
     assert "another update.seed" in refusal(*same, "update.seed=5")
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
     sweep(config, f"checkpoint={moved}", "sweep.learning_rates=[1e-5,1e-4]")  # the same content elsewhere
@@ -246,7 +246,7 @@ def test_several_checkpoints(config, checkpoint, trained, tmp_path, refused):
         (["checkpoint=/nowhere"], "/nowhere: expected a checkpoint directory"),
         (["rollouts.update=/nowhere.parquet"], "/nowhere.parquet: expected a Parquet file of rollouts"),
         (["prompts.jsonl=/nowhere.jsonl"], "/nowhere.jsonl: expected a JSONL file of prompts"),
-        (["reward=nobody"], "reward: expected exact_match, gsm8k, math or package.module:function"),
+        (["reward=nobody"], "reward: expected exact_match, gsm8k, math, reasoning_gym or package.module:function"),
     ],
 )
 def test_bad_settings(config, refused, tmp_path, args, match):

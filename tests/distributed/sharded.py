@@ -25,6 +25,12 @@ def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
     update, evaluation = rollouts(9, group=3), rollouts(8, seed=2, group=1)
     if case["what"] == "run":
         return subject.run(update=update, evaluation=evaluation).model_dump(mode="json")
+    if case["what"] == "gradient":
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        given = {"gradient": {name: torch.ones_like(p) for name, p in trained.items()}, "evaluation": evaluation}
+        if case.get("gathered_gradient"):
+            given["gradient"] = {name: torch.ones(p.shape) for name, p in trained.items()}
+        return subject.run(update=update, **given).model_dump(mode="json")
     if case["what"] == "one_batch":
         return subject.one_batch(update).model_dump(mode="json")
     if case["what"] == "sweep":
@@ -47,6 +53,11 @@ def subject_of(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.AdamW]:
         model.double()
         for state in optimizer.state.values():
             state.update({key: x.double() for key, x in state.items() if key != "step"})
+    if case.get("kept"):  # as a checkpoint is loaded whose weights and moments are in bfloat16
+        for p in model.parameters():
+            p.data = p.data.bfloat16().to(p.dtype)
+        for state in optimizer.state.values():
+            state.update({key: x.bfloat16() for key, x in state.items() if key != "step"})
     return model, optimizer
 
 

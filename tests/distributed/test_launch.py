@@ -22,7 +22,7 @@ SETTINGS = {
     "update": {"num_prompts": 7, "group_size": 3},
     "evaluation": {"total_sequences": 40},
     "mode": "both",
-    "probe": {"max_completion_length": 8, "max_grad_norm": 0.5, "learning_rate": 1e-3},
+    "probe": {"max_completion_length": 8, "learning_rate": 1e-3},
 }
 
 

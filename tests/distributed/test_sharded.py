@@ -37,11 +37,22 @@ CASES = {
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "question": {"what": "question", "kind": "lora", "config": WIDE},
     "question, kept nothing": {"what": "question", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
+    "gradient": {"what": "gradient", "kind": "lora", "config": WIDE},
+    "kept in bfloat16": {
+        "what": "gradient",
+        "kind": "full",
+        "config": WIDE | {"max_grad_norm": None},  # the norm of shards is rounded otherwise
+        "kept": True,
+    },
     "sweep": {"what": "sweep", "kind": "lora", "config": WIDE},
 }  # fmt: skip
 REFUSED = {
     "attribution": ({"what": "attribute", "kind": "lora", "config": {}}, "model: expected whole parameters"),
     "SGD": ({"what": "run", "kind": "full", "config": {}, "optimizer": "SGD"}, "optimizer: expected torch.optim.AdamW"),
+    "whole gradient": (
+        {"what": "gradient", "kind": "lora", "config": {}, "gathered_gradient": True},
+        "gradient: base_model",
+    ),
     "summed twice": (
         {"what": "run", "kind": "lora", "config": {}, "gradients_times": 2.0},
         "model: expected log-probabilities to change along",

@@ -298,13 +298,30 @@ def tokenizer_code(case: Case) -> None:
 
 def pickles_everywhere(case: Case) -> None:
     payload = {"evil": Payload(case.outside / "ran")}
-    for file in ("scheduler.pt", "training_args.bin", "rng_state.pth", "rng_state_0.pth", "pytorch_model.bin"):
+    for file in ("scheduler.pt", "rng_state.pth", "rng_state_0.pth", "pytorch_model.bin"):
         zip_pickle(case.checkpoint / file, payload)
     raw_pickle(case.checkpoint / "adapter_model.bin", payload)
 
 
 def optimizer_pickle(write: Callable[[Path, Any], None]) -> Callable[[Case], None]:
     return lambda case: write(case.optimizer, {"state": {0: Payload(case.outside / "ran")}, "param_groups": []})
+
+
+def settings_pickle(write: Callable[[Path, Any], None]) -> Callable[[Case], None]:
+    return lambda case: write(case.checkpoint / "training_args.bin", {"evil": Payload(case.outside / "ran")})
+
+
+def settings_with_payload(case: Case) -> None:
+    """The trainer's own arguments, of which one is a payload."""
+    args = torch.load(case.checkpoint / "training_args.bin", weights_only=False)
+    args.hub_token = Payload(case.outside / "ran")
+    torch.save(args, case.checkpoint / "training_args.bin")
+
+
+def another_trainer(case: Case) -> None:
+    history = [{"step": 3, "loss": 0.5, "rewards/chosen": 1.0}]
+    edit_json(case.checkpoint / "trainer_state.json", log_history=history)
+    (case.checkpoint / "training_args.bin").unlink()
 
 
 def adapter_pickle(case: Case) -> None:
@@ -628,6 +645,34 @@ FAULTS = [
         r"pickles \(\.bin\) are not read",
         environment=FORCED,
     ),
+    Fault(
+        "pickle in the trainer's settings",
+        "lora",
+        settings_pickle(zip_pickle),
+        "UnsupportedError",
+        "expected the trainer's arguments, got {'evil': a value of Inert}",
+        environment=FORCED,
+    ),
+    *(
+        Fault(
+            f"{name} pickle in the trainer's settings",
+            "lora",
+            settings_pickle(write),
+            "DamagedFileError",
+            "expected an intact archive",
+            environment=FORCED,
+        )
+        for name, write in (("legacy", legacy_pickle), ("raw", raw_pickle))
+    ),
+    Fault("cut settings of the trainer", "lora", cut("training_args.bin", 0.5), "DamagedFileError", "intact archive"),
+    Fault(
+        "payload among the trainer's settings",
+        "lora",
+        settings_with_payload,
+        harmless="whatever the file names is an inert record",
+        environment=FORCED,
+    ),
+    Fault("another trainer by its log", "lora", another_trainer, "UnsupportedError", "got one of DPO, KTO"),
     Fault(
         "pickles in every other file",
         "lora",

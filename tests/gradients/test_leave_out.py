@@ -8,7 +8,7 @@ from torch import nn
 from entropy_probe.gradients.cross import _totals
 from entropy_probe.gradients.leave_out import kept_gradient, reduced_gradients
 from entropy_probe.gradients.per_sample import SampleGradients
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
 from tests.invariants.problems import batches
 from tests.reference.enumeration import TinyPolicy
@@ -29,7 +29,7 @@ def test_what_only_the_left_out_block_reaches_becomes_zero_exactly():
         parameters,
         update,
         update.prompt_ids,
-        build_loss("dapo", {}).coefficients(update, None),
+        TRLLoss(loss_type="dapo").coefficients(update, None),
     )
     without = list(reduced_gradients(*given, whole, [2.0, 3.0]))
     torch.testing.assert_close(without[0]["a"], 2 * shares[1, :3])
@@ -55,7 +55,7 @@ def test_what_is_kept_has_one_precision_on_every_rank():
     """Backward passes in bfloat16 where a rank has some of the kept units, zeros where it has none: both are summed."""
     model = Bigrams()
     update, _ = batches(groups=2)
-    scorer, loss = Scorer(model, 1.0, 100), build_loss("dapo", {}).coefficients(update, None)
+    scorer, loss = Scorer(model, 1.0, 100), TRLLoss(loss_type="dapo").coefficients(update, None)
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros(p.shape) for name, p in parameters.items()}
     whole = SampleGradients(dict(total), torch.zeros(0, 2), None, torch.zeros(2))
@@ -68,7 +68,7 @@ def test_what_is_kept_has_one_precision_on_every_rank():
 def test_totals_of_one_batch_are_in_float32():
     model = Bigrams()
     update, _ = batches(groups=2)
-    parameters, loss = dict(model.named_parameters()), build_loss("dapo", {}).coefficients(update, None)
+    parameters, loss = dict(model.named_parameters()), TRLLoss(loss_type="dapo").coefficients(update, None)
     scale = {name: torch.ones(p.shape) for name, p in parameters.items()}
     totals, _ = _totals(Scorer(model, 1.0, 100), parameters, update, update.prompt_ids, loss, loss, scale)
     assert {g.dtype for total in totals for g in total.values()} == {torch.float32}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.report import page, run_sections
 from entropy_probe.report.tables import check_tables, read_tables
 from tests.invariants.hf_problems import policy
@@ -121,7 +121,7 @@ def test_a_masked_out_response_counts_in_the_denominator_and_nowhere_else(loss):
     assert result.diagnostics.gradient_norm == pytest.approx(by_hand, rel=1e-5)
     assert result.diagnostics.num_update_sequences == len(update)
     assert result.diagnostics.num_update_prompts == update.num_prompts
-    assert bool(torch.isfinite(build_loss(loss, {}, 9).weights(update)).all())
+    assert bool(torch.isfinite(TRLLoss(loss_type=loss, max_completion_length=9).weights(update)).all())
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -151,7 +151,8 @@ def test_everything_downstream_takes_masked_out_responses(shared):
     # the first shows that it was sampled in groups, the second no longer does
     config = ProbeConfig(max_tokens_per_microbatch=40, merge_equal_prompts=False, evaluation_unit="prompt")
     of_prompts = EntropyProbe(model, optimizer, config)
-    measured = [of_prompts.measure(update=x).realized for x in (masked_out(update, rows), update.select(kept))]
+    both = (masked_out(update, rows), update.select(kept))
+    measured = [of_prompts.measure(update=x, evaluation=x).realized for x in both]
     assert measured[0].value == pytest.approx(measured[1].value, rel=1e-4)
 
 

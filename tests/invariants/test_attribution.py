@@ -1,5 +1,6 @@
 """Attribution adds up, equals one backward pass per token, and finds causes that were planted."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,13 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts, TokenScores
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import length_coefficients, sequence_weights
 from entropy_probe.estimators.uncertainty import ratio
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
 from entropy_probe.types import Clusters
 from tests.invariants import hf_problems as hf
-from tests.invariants.problems import batches, pad, probe, with_advantages
+from tests.invariants.problems import TABLE, batches, pad, probe, with_advantages
 from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TEMPERATURE, VOCABULARY, TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients
@@ -41,7 +42,7 @@ def assert_adds_up(found, rel: float) -> None:
 
 
 def one_backward_per_token(
-    model, optimizer, update, evaluation, loss_type="dapo", normalization="token", max_norm=None
+    model, optimizer, update, evaluation, loss_type="dapo", normalization="token", max_norm=None, loss=None
 ):
     """Every token's contribution on a route of its own: the model's logits and autograd, no pass of the package."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -61,13 +62,18 @@ def one_backward_per_token(
     c = coefficients(fixed, evaluation.prompt_ids, clusters, normalization)
     size = sequence_weights(fixed, normalization).sum()
     entropy = gradient((c.logprobs * e.logprobs + c.entropies * e.entropies).sum() / size)
-    s = scores(update).logprobs
-    weights = build_loss(loss_type, {}, 5).weights(update) * update.token_advantages
-    clipped = clip_gradient(gradient(-(weights * s).sum()), max_norm)
+    u = scores(update)
+    detached = TokenScores(u.logprobs.detach(), u.entropies.detach(), u.response_mask)
+    loss = TRLLoss(loss_type=loss_type, max_completion_length=5) if loss is None else loss
+    of_loss = loss.coefficients(update, detached)
+    value = of_loss.logprobs * u.logprobs
+    if of_loss.entropies is not None:
+        value = value + of_loss.entropies * u.entropies
+    clipped = clip_gradient(gradient(value.sum()), max_norm)
     step = adamw_step(named, optimizer, clipped.values)
-    out = torch.zeros_like(s)
+    out = torch.zeros_like(value)
     for i, t in update.response_mask.nonzero().tolist():
-        g = gradient(-weights[i, t] * s[i, t])
+        g = gradient(value[i, t])
         out[i, t] = -clipped.factor * sum((entropy[n] * step.gradient_scale[n] * g[n]).sum() for n in named)
     return out.detach(), clipped.factor
 
@@ -94,6 +100,28 @@ def test_tokens_equal_one_backward_per_token(case):
     assert found.summary.method == "forward-mode"
     assert found.summary.unit == f"nats/{case.get('normalization', 'token')}"
     assert_adds_up(found, 1e-10)
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.3])
+def test_off_policy_with_kl_and_bonus(bonus):
+    """Contributions count what a token's entropy does, and its ratio."""
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    update, evaluation = batches(groups=5)
+    noise = torch.randn(2, *update.input_ids.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    old = TABLE.token_scores(model).logprobs.detach()
+    rows = (update.input_ids[:, None] == TABLE.rollouts.input_ids).all(-1).int().argmax(1)
+    given = {"old_logprobs": old[rows] + 0.2 * noise[0], "reference_logprobs": old[rows] + 0.5 * noise[1]}
+    update = replace(update, **given)
+    loss = TRLLoss(loss_type="grpo", beta=0.3, entropy_coef=bonus, top_entropy_quantile=0.8)
+    expected, _ = one_backward_per_token(model, optimizer, update, evaluation, loss=loss)
+    found = probe(model, optimizer, max_grad_norm=None, loss=loss).attribute(update=update, evaluation=evaluation)
+    torch.testing.assert_close(found.tokens, expected, rtol=1e-8, atol=1e-8 * expected.abs().max().item())
+    # of tokens without an advantage too, which the KL term and the bonus move
+    gradient, summary = found.result.components["gradient"].value, found.summary
+    assert found.tokens.sum().item() == pytest.approx(gradient, rel=1e-9)
+    assert found.prompts.sum().item() == pytest.approx(gradient, rel=1e-9)
+    assert summary.positive_advantages + summary.negative_advantages != pytest.approx(gradient, rel=1e-4)
 
 
 def test_advantages_per_token():
@@ -390,7 +418,7 @@ def test_what_does_not_add_up_is_an_error(what, monkeypatch):
 
         def wrong(*args):
             found = token_slopes(*args)
-            found.slopes[::2] *= 1.01
+            found.slopes.logprobs[::2] *= 1.01
             return found
 
         monkeypatch.setattr("entropy_probe.analyses.attribute.token_slopes", wrong)

@@ -144,15 +144,15 @@ def test_fresh_responses_must_answer_the_same_prompts():
         EntropyProbe(model, trained_optimizer(model), config)
 
 
-def test_same_batch_measurement_is_labelled_and_grouped_by_prompt():
+def test_the_same_sequences_as_both_batches_are_said_to_share_their_noise():
     model = TinyPolicy()
     update, evaluation = batches()
-    result = probe(model, trained_optimizer(model)).measure(update=update)
+    subject = probe(model, trained_optimizer(model))
+    result = subject.measure(update=update, evaluation=update)
     assert result.realized.batch == "update"
     assert result.diagnostics.evaluation_unit == "prompt"
     assert any("biased by what they share" in m for m in texts(result.diagnostics.notes))
-    other = probe(model, trained_optimizer(model)).measure(update=update, evaluation=evaluation)
-    assert other.realized.batch == "evaluation"
+    assert subject.measure(update=update, evaluation=evaluation).realized.batch == "evaluation"
 
 
 def test_the_noise_floor_tells_a_real_change_from_rounding():
@@ -207,21 +207,21 @@ def test_reference_scores_are_computed_once_per_policy_and_batch(monkeypatch):
     monkeypatch.setattr(Scorer, "score", lambda self, r, p=None: scored.append(len(r)) or original(self, r, p))
     subject = probe(model, optimizer)
     first = subject.run(update=update, evaluation=evaluation)
-    assert len(scored) == 2  # before and after the step
+    assert len(scored) == 3  # before and after the step, and after the opposite one
     copy = Rollouts(
         *(getattr(evaluation, n).clone() for n in ("input_ids", "attention_mask", "response_mask", "prompt_ids"))
     )
     assert numbers(subject.run(update=update, evaluation=copy)) == numbers(first)
-    assert len(scored) == 3
+    assert len(scored) == 5
     subject.predict(update=update, evaluation=copy)
-    assert len(scored) == 3
+    assert len(scored) == 5
     with torch.no_grad():
         model.out.bias[0] += 1e-9
     changed = subject.predict(update=update, evaluation=evaluation)
-    assert len(scored) == 4
+    assert len(scored) == 6
     assert changed.entropy.value != first.entropy.value
     subject.predict(update=update, evaluation=evaluation.select(torch.arange(50)))
-    assert len(scored) == 5
+    assert len(scored) == 7
 
 
 def test_a_policy_that_changed_outside_of_its_parameters_is_not_mistaken():

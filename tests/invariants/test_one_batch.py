@@ -10,7 +10,7 @@ from entropy_probe.analyses.before import chosen_clusters
 from entropy_probe.estimators.baselines import strictly_after
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import ratio
-from entropy_probe.losses import build_loss
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.results.student import critical_value
 from entropy_probe.types import Clusters
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
@@ -360,7 +360,7 @@ def test_a_probe_takes_these_terms_from_its_batch(loss):
     for i, t in own.response_mask.nonzero().tolist():
         other = own.response_mask[:, t] & (clusters.index != clusters.index[i])
         baseline[i, t] = to_go[other, t].mean() if bool(other.any()) else 0.0
-    omega = build_loss(loss, {}).weights(rollouts)
+    omega = TRLLoss(loss_type=loss).weights(rollouts)
     longer, gain = (
         (to_go - baseline) * own.response_mask * own.logprobs,
         omega * rollouts.token_advantages * own.logprobs,

@@ -56,7 +56,7 @@ def run(lora: bool, where: str | None, tokens: int = 0, **settings):
     limited = Limited(model, where, tokens) if where else None
     config = ProbeConfig(learning_rate=1e-3, max_tokens_per_microbatch=400, **settings)
     probe = EntropyProbe(model, optimizer, config)
-    return probe.run(update=update, evaluation=evaluation), probe.one_batch(update), limited
+    return probe.run(update=update, evaluation=evaluation), probe.one_batch(update, geometry="frozen"), limited
 
 
 roomy = cache(partial(run, where=None))

@@ -5,6 +5,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.analyses.batches import admit_batches
+from entropy_probe.analyses.plan import plan
 from entropy_probe.analyses.predict import entropy_surrogate, predict
 from entropy_probe.gradients.cross import cross_products
 from entropy_probe.gradients.per_sample import stored_bytes
@@ -36,25 +37,25 @@ def test_the_slope_has_the_row_and_the_step_is_trainings(tied, hooks, monkeypatc
     model, optimizer, embedding = padded_policy(tied=tied)
     probe = EntropyProbe(model, optimizer, ProbeConfig(loss_type="dapo", max_grad_norm=None))
     with probe._opened() as opened:
-        prediction = predict(opened, *admit_batches(opened, rollouts(), rollouts(seed=1)))
-        plan, surrogate = prediction.plan, entropy_surrogate(prediction.plan)
+        planned = plan(opened, *admit_batches(opened, rollouts(), rollouts(seed=1)))
+        prediction, surrogate = predict(planned), entropy_surrogate(planned)
         slopes, _ = directional_derivatives(
-            opened.scorer, plan.evaluation.own, opened.parameters, plan.step.delta, lambda *_: None
+            opened.scorer, planned.evaluation.own, opened.parameters, planned.step.delta, lambda *_: None
         )
     expected = (surrogate.logprobs * slopes.logprobs).sum()
     if surrogate.entropies is not None:
         expected = expected + (surrogate.entropies * slopes.entropies).sum()
     slope = {name: torch.zeros_like(p) if (x := prediction.slope.total[name]) is None else x
              for name, p in opened.parameters.items()}  # fmt: skip
-    assert dot(slope, plan.step.delta) == pytest.approx(expected.item(), rel=1e-4)
+    assert dot(slope, planned.step.delta) == pytest.approx(expected.item(), rel=1e-4)
     (name,) = [name for name, p in model.named_parameters() if p is embedding.weight]
     assert slope[name][PADDING].abs().max() > 0
 
     batch = rollouts()
     log_p = torch.log_softmax(model(batch.input_ids, batch.attention_mask.long()).logits[:, :-1].double(), -1)
     s = log_p.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-    (plan.loss.logprobs[:, 1:] * s).sum().backward()
-    torch.testing.assert_close(plan.gradient.total[name], embedding.weight.grad, rtol=1e-4, atol=1e-9)
+    (planned.batch.loss.logprobs[:, 1:] * s).sum().backward()
+    torch.testing.assert_close(planned.batch.gradient.total[name], embedding.weight.grad, rtol=1e-4, atol=1e-9)
     assert (embedding.weight.grad[PADDING] == 0).all() != tied
     assert embedding.padding_idx == PADDING
 

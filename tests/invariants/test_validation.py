@@ -129,7 +129,7 @@ def test_halves_differ_in_prompts_with_an_advantage_and_none_is_missing(prompts,
 
 def test_a_kl_term_moves_prompts_without_an_advantage_too():
     model = TinyPolicy()
-    loss = {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 0.5}}
+    loss = {"loss": {"trainer": "trl", "beta": 0.5}}
     subject = probe(model, trained_optimizer(model), learning_rate=1e-5, **loss)
     update, evaluation = batches(groups=4, n=20)
     update = with_reference(with_advantages(update, torch.zeros(len(update))))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,8 +14,16 @@ CASES = [
     {"loss_type": "dr_grpo", "max_completion_length": 5, "normalization": "sequence"},
     {"loss_type": "per_prompt_max", "geometry": "frozen"},
     {"max_stored_gradient_gib": 0.0},
-    {"loss_type": "policy_gradient_with_kl", "loss_settings": {"beta": 0.5, "policy_loss": "per_prompt_max"}},
-]
+    {"loss": {"trainer": "trl", "loss_type": "per_prompt_max", "beta": 0.5, "use_bias_correction_kl": False}},
+    # terms with normalisers of their own, and a quantile that others move
+    {
+        "loss": {
+            "trainer": "trl", "loss_type": "grpo", "beta": 0.5, "entropy_coef": 0.3, "top_entropy_quantile": 0.5,
+            "gradient_accumulation_steps": 3,
+        }
+    },
+    {"loss": {"trainer": "trl", "loss_type": "bnpo", "gradient_accumulation_steps": 3}},
+]  # fmt: skip
 
 
 def subject(**settings):
@@ -24,7 +34,7 @@ def subject(**settings):
 @pytest.mark.parametrize("settings", CASES)
 def test_the_step_is_that_of_a_batch_without_them(settings):
     update, evaluation = batches()
-    update = with_reference(update)
+    update = replace(with_reference(update), microbatch_ids=torch.arange(len(update)) % 3)
     ids = update.prompt_ids.unique().tolist()
     asked = [[ids[0]], [ids[1], ids[-1]]]
     answer = subject(**settings).ask("without_prompts", update=update, evaluation=evaluation, prompts=asked)

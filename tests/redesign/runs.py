@@ -72,17 +72,17 @@ def _probe(**settings: Any) -> dict[str, Any]:
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "demo": ("run", LORA | DRAWN | _probe() | {"attribution": True, "attribution_folds": 4}),
     "given": ("run", LORA | GIVEN | _probe() | {"attribution": True, "attribution_folds": 4}),
-    "one_batch": ("run", LORA | ALONE | _probe() | {"mode": "one_batch"}),
+    "one_batch": ("run", LORA | ALONE | _probe(geometry="frozen") | {"mode": "one_batch"}),
     "one_batch_blocks": (
         "run",
-        LORA | ALONE | _probe(one_batch_units="block", block_size=2) | {"mode": "one_batch"},
+        LORA | ALONE | _probe(geometry="frozen", one_batch_units="block", block_size=2) | {"mode": "one_batch"},
     ),
     "one_batch_surprisal": (
         "run",
-        LORA | ALONE | _probe(entropy="surprisal", normalization="sequence") | {"mode": "one_batch"},
+        LORA | ALONE | _probe(geometry="frozen", entropy="surprisal", normalization="sequence") | {"mode": "one_batch"},
     ),
+    "own_batch": ("run", LORA | ALONE | _probe() | {"mode": "one_batch"}),
     "both": ("run", LORA | GIVEN | _probe() | {"mode": "both", "attribution": True}),
-    "same_batch": ("run", LORA | ALONE | _probe() | {"mode": "same_batch"}),
     "snis": ("run", LORA | GIVEN | _probe(realized="snis", log_weight_clamp=2.0)),
     "clip": ("run", LORA | GIVEN | _probe(realized="snis", is_mode="clip", weight_clip=3.0)),
     "psis": ("run", LORA | GIVEN | _probe(realized="snis", is_mode="psis")),

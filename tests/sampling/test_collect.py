@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 from tests.notes import texts
 
+from entropy_probe import Rollouts
 from entropy_probe.sampling import (
     EvaluationSettings,
     GenerationSettings,
@@ -242,6 +243,22 @@ def test_scale_rewards_is_passed_on(model, tokenizer):
         rollouts, _ = _update(model, tokenizer, scale_rewards=scale)
         expected = group_advantages(rollouts.rewards, rollouts.prompt_ids, scale)
         assert torch.equal(rollouts.advantages, expected)
+
+
+def test_truncated_responses_are_masked_and_count(model, tokenizer, tmp_path):
+    """In rewards, advantages and the number of sequences they stay, as in the trainer."""
+    whole, _ = _update(model, tokenizer)
+    masked, report = _update(model, tokenizer, mask_truncated_completions=True)
+    last = whole.input_ids[torch.arange(12), whole.attention_mask.sum(1) - 1]
+    truncated = last != tokenizer.eos_token_id
+    assert 0 < truncated.sum() < 12
+    assert torch.equal(masked.response_mask, whole.response_mask & ~truncated[:, None])
+    assert torch.equal(masked.advantages, whole.advantages)
+    assert report.truncated_fraction == pytest.approx(truncated.double().mean().item())
+    masked.to_parquet(tmp_path / "update.parquet")
+    again = Rollouts.from_parquet(tmp_path / "update.parquet")
+    assert torch.equal(again.response_mask, masked.response_mask)
+    assert torch.equal(again.attention_mask, masked.attention_mask)
 
 
 def test_errors(model, tokenizer):

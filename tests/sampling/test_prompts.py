@@ -71,9 +71,9 @@ def test_missing_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({}, "exactly one of jsonl, parquet, dataset, callable, got none"),
+        ({}, "exactly one of jsonl, parquet, dataset, callable, reasoning_gym, got none"),
         ({"jsonl": "a", "callable": "b:c"}, "got jsonl and callable"),
-        ({"jsonl": "a", "split": "train"}, "expected only with dataset, got them with jsonl"),
+        ({"jsonl": "a", "split": "train"}, "split: expected only with dataset, got it with jsonl"),
         ({"dataset": "some/other"}, "expected prompt_field and split, which are known only for gsm8k, math, MATH"),
         ({"jsonl": "a", "limit": 0}, "greater than 0"),
         ({"jsonl": "a", "fields": "b"}, "Extra inputs"),

@@ -114,7 +114,7 @@ def test_function_by_path(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("accuracy", "expected exact_match, gsm8k, math or package.module:function, got 'accuracy'"),
+        ("accuracy", "expected exact_match, gsm8k, math, reasoning_gym or package.module:function, got 'accuracy'"),
         ("no_such_module_here:f", "cannot import 'no_such_module_here:f'"),
         ("math:no_such_function", "expected a function 'no_such_function' in module math, got None"),
         ("math:pi", "expected a function 'pi' in module math, got 3.14"),

@@ -6,9 +6,12 @@ import math
 from typing import Any
 
 from entropy_probe.analyses.admission import ClusterName
+from entropy_probe.analyses.given import GivenGradient
 from entropy_probe.analyses.measure import Measured, difference
+from entropy_probe.analyses.own_batch import OwnPrediction
+from entropy_probe.analyses.plan import Plan
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Plan, Prediction
+from entropy_probe.analyses.predict import Prediction
 from entropy_probe.analyses.provenance import library_versions, peak_memory
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.named import norm
@@ -22,6 +25,7 @@ from entropy_probe.results.probe import (
     ProbeResult,
     Realized,
 )
+from entropy_probe.results.step import StepVectors
 from entropy_probe.results.student import combined_degrees
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
@@ -42,7 +46,8 @@ def result_of(
     plan: Plan, prediction: Prediction | None = None, measured: Measured | None = None, **fields: Any
 ) -> ProbeResult:
     """The result of a step that was predicted, measured, or both, with these fields beside."""
-    step, evaluation = plan.step, plan.evaluation
+    step, evaluation, source = plan.step, plan.evaluation, plan.source
+    update = source.update if isinstance(source, GivenGradient) else source.update.rollouts
     if prediction is not None:
         fields |= _predicted_fields(prediction)
     if measured is not None:
@@ -52,8 +57,14 @@ def result_of(
         plan.before.entropy,
         evaluation.clusters,
         evaluation.rollouts,
-        plan.update.rollouts,
-        {"gradient_norm": step.gradient.norm, "clip_factor": step.gradient.factor, "step_norm": norm(step.delta)},
+        update,
+        {
+            "gradient_norm": step.gradient.norm,
+            "clip_factor": step.gradient.factor,
+            "step_norm": norm(delta := step.delta),
+            "gradient_agreement": source.agreement if isinstance(source, GivenGradient) else None,
+        },
+        step=StepVectors(delta, step.taken_with),
         unit=evaluation.cluster_name,
         preconditioner=step.preconditioner,
         **fields,
@@ -62,23 +73,38 @@ def result_of(
 
 def predicted_record(prediction: Prediction) -> Predicted:
     """The record of the first-order change."""
-    plan, change = prediction.plan, prediction.change
-    update = (prediction.se_update, plan.update.shares.count)
+    plan, change, clusters = prediction.plan, prediction.change, prediction.plan.evaluation.clusters
+    if isinstance(prediction, OwnPrediction):
+        fields = estimate_fields(plan.policy, Sampled(change.value, prediction.influence), clusters)
+        method = "pairs"
+    else:
+        fields = estimate_fields(plan.policy, change, clusters, _update_error(prediction))
+        method = "jackknife" if prediction.by_prompt is None else "linear"
     return Predicted(
-        **estimate_fields(plan.policy, change, plan.evaluation.clusters, update),
+        **fields,
         se_evaluation=change.standard_error,
         se_update=prediction.se_update,
-        se_update_method="jackknife" if prediction.by_prompt is None else "linear",
+        se_update_method=None if prediction.se_update is None else method,
     )
+
+
+def _update_error(prediction: Prediction) -> tuple[float, int] | None:
+    """The error from the update batch, and how many units it is from; ``None`` for a gradient from outside."""
+    if prediction.se_update is None:
+        return None
+    return prediction.se_update, prediction.plan.batch.update.shares.count
 
 
 def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
     plan, parts = prediction.plan, prediction.parts
     policy, clusters = plan.policy, plan.evaluation.clusters
     components = {name: Estimate(**estimate_fields(policy, part, clusters)) for name, part in parts.items()}
-    if "gradient" in parts:
-        update = (prediction.se_update, plan.update.shares.count)
-        components["gradient"] = Estimate(**estimate_fields(policy, parts["gradient"], clusters, update))
+    if isinstance(prediction, OwnPrediction):
+        gradient = Sampled(parts["gradient"].value, parts["gradient"].influence + prediction.of_update)
+        components["gradient"] = Estimate(**estimate_fields(policy, gradient, clusters))
+    elif "gradient" in parts:
+        given = (policy, parts["gradient"], clusters, _update_error(prediction))
+        components["gradient"] = Estimate(**estimate_fields(*given))
     return {
         "predicted": predicted_record(prediction),
         "components": components,
@@ -86,15 +112,16 @@ def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def realized_record(plan: Plan, measured: Measured) -> Realized:
+def realized_record(plan: Plan, measured: Measured, prediction: Prediction | None = None) -> Realized:
     """The record of a measured change."""
-    batch = "update" if plan.evaluation.is_update else "evaluation"
+    own = isinstance(prediction, OwnPrediction)
+    batch = "own" if own else "update" if plan.evaluation.is_update else "evaluation"
     given = (plan.evaluation.clusters, plan.policy.unit, measured.floor, batch, measured.rounding)
     return measured.measurement.report(*given)
 
 
 def _realized_fields(plan: Plan, prediction: Prediction | None, measured: Measured) -> dict[str, Any]:
-    fields: dict[str, Any] = {"realized": realized_record(plan, measured)}
+    fields: dict[str, Any] = {"realized": realized_record(plan, measured, prediction)}
     gap = None if prediction is None else difference(prediction, measured.measurement)
     if gap is not None:
         fields["difference"] = Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.clusters))
@@ -155,8 +182,8 @@ def assemble(
     entropy: Sampled,
     clusters: Clusters,
     evaluation: Rollouts,
-    update: Rollouts,
-    step: dict[str, float],
+    update: Rollouts | None,
+    taken: dict[str, Any],
     *,
     unit: ClusterName,
     **fields: Any,
@@ -168,9 +195,9 @@ def assemble(
         entropy: H.
         clusters: the evaluation clusters.
         evaluation: the evaluation batch.
-        update: the update batch.
+        update: the update batch, if there is one.
+        taken: the diagnostics of the step, such as its ``step_norm``.
         unit: what an evaluation cluster is.
-        step: the diagnostics ``gradient_norm``, ``clip_factor`` and ``step_norm``.
         fields: everything else.
     """
     optimizer_state = _optimizer_report(policy)
@@ -183,8 +210,8 @@ def assemble(
         diagnostics=Diagnostics(
             evaluation_unit=unit,
             num_evaluation_sequences=len(evaluation),
-            num_update_sequences=len(update),
-            num_update_prompts=update.num_prompts,
+            num_update_sequences=None if update is None else len(update),
+            num_update_prompts=None if update is None else update.num_prompts,
             head=policy.scorer.head_path,
             prefix_sharing=policy.scorer.prefix_sharing,
             per_sample_gradients=policy.log.per_sample_gradients,
@@ -193,7 +220,7 @@ def assemble(
             update_mismatch=given and given.mismatch,
             notes=(*policy.log.notes, *notes),
             not_modelled=tuple(policy.log.not_modelled),
-            **step,
+            **taken,
         ),
         timing=policy.clock.seconds,
         memory=peak_memory(policy.scorer.device),

@@ -18,7 +18,7 @@ from torch import Tensor
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribution import Attribution, LayerShare
 from entropy_probe.analyses.batches import EvaluationBatch
-from entropy_probe.analyses.gradient import differentiate, over_tokens
+from entropy_probe.analyses.gradient import differentiate, over_tokens, whole_scores
 from entropy_probe.analyses.layer_names import layer_and_module
 from entropy_probe.analyses.measure import Measured
 from entropy_probe.analyses.overlap import Contents
@@ -35,11 +35,11 @@ from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import Clusters, TokenScores
+from entropy_probe.types import Clusters
 
 __all__ = ["attribute", "check_divides", "check_folds"]
 
-PARTS = ("gradient", "momentum", "weight_decay")
+PARTS = ("gradient", "momentum", "weight_decay", "rounding")
 UNITS_OF_ROUNDING = 8
 """How far sums may be off, relative to the sum of absolute terms: 1e-6 in float32."""
 SUM_TOLERANCE = 1e-10
@@ -90,11 +90,13 @@ def attribute(
     layers = _layers(prediction)
     errors = None if folds is None else _fold_errors(prediction, folds)
     seconds = time.perf_counter() - began
-    update = plan.update.rollouts
-    covariances = covariance_terms(update.token_advantages, slopes.scores.logprobs, update.response_mask)
+    update = plan.batch.update
+    covariances = covariance_terms(
+        update.rollouts.token_advantages, slopes.scores.logprobs, update.rollouts.response_mask
+    )
     parts = {name: part.value for name, part in prediction.parts.items()}
     _check_sums(prediction, tokens, layers, parts)
-    advantages, mask = update.token_advantages, update.response_mask
+    advantages, mask = update.rollouts.token_advantages, update.rollouts.response_mask
     summary = AttributionSummary(
         unit=policy.unit,
         method=slopes.method,
@@ -107,9 +109,9 @@ def attribute(
         seconds=seconds,
     )
     result = result_of(plan, prediction, measured, attribution=summary, **fields)
-    prompts = plan.update.prompts.total(tokens.sum(1))
-    of = (update.prompt_ids, Contents.of(plan.evaluation.rollouts))
-    return Attribution(result, plan.update.given, *of, slopes.scores, tokens, covariances, prompts, errors, layers)
+    prompts = update.prompts.total(tokens.sum(1))
+    of = (update.rollouts.prompt_ids, Contents.of(plan.evaluation.rollouts))
+    return Attribution(result, update.given, *of, slopes.scores, tokens, covariances, prompts, errors, layers)
 
 
 def _rounding(policy: Policy, dtypes: Iterable[torch.dtype]) -> float:
@@ -119,8 +121,8 @@ def _rounding(policy: Policy, dtypes: Iterable[torch.dtype]) -> float:
 
 
 def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
-    """Slopes of the update batch's log-probabilities along the entropy gradient, and tokens' contributions."""
-    plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.update
+    """Slopes of the update batch's scores along the entropy gradient, and tokens' contributions."""
+    plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.batch.update
     step, total_weight, local = plan.step, plan.before.sums.size.sum().item(), update.local
     assert step.gradient_scale is not None
     assert prediction.by_prompt is not None
@@ -132,12 +134,12 @@ def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
         given = (policy.scorer, update.rollouts, policy.parameters, direction)
         own = token_slopes(*given, trial, progress, local.rows)
     # adding 0 turns the -0 of a token without an advantage into 0
-    own_tokens = plan.loss.logprobs.double() * own.slopes.double() + 0.0
-    slopes, logprobs, entropies, tokens = (
-        over_tokens(policy, local, x) for x in (own.slopes, own.scores.logprobs, own.scores.entropies, own_tokens)
-    )
-    whole = TokenSlopes(slopes, TokenScores(logprobs, entropies, update.rollouts.response_mask), own.method)
-    return whole, _reconciled(tokens, update.prompts, prediction.by_prompt, trial)
+    own_tokens = plan.batch.loss.logprobs.double() * own.slopes.logprobs.double() + 0.0
+    if plan.batch.loss.entropies is not None:
+        own_tokens += plan.batch.loss.entropies.double() * own.slopes.entropies.double()
+    slopes, scores = whole_scores(policy, local, own.slopes), whole_scores(policy, local, own.scores)
+    tokens = over_tokens(policy, local, own_tokens)
+    return TokenSlopes(slopes, scores, own.method), _reconciled(tokens, update.prompts, prediction.by_prompt, trial)
 
 
 def _layers(prediction: Prediction) -> tuple[LayerShare, ...]:
@@ -180,7 +182,7 @@ def _length_changes_by_prompt(prediction: Prediction) -> Tensor:
     plan, ranks, own = prediction.plan, prediction.plan.policy.ranks, prediction.length_slope
     lengths = plan.before.lengths
     if lengths is None or own is None:
-        return torch.zeros(plan.update.prompts.count, dtype=torch.float64)
+        return torch.zeros(plan.batch.update.prompts.count, dtype=torch.float64)
     whole = replace(own, total=ranks.sum_vector(own.total, plan.policy.parameters))
     tokens = ranks.sum(torch.tensor([lengths.tokens], dtype=torch.float64)).item()
     return prompt_contributions(plan, whole, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from entropy_probe.analyses.chat import markup_tokens, user_turn
 from entropy_probe.analyses.overlap import Contents
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.results.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TABLES, TOKENS_FILE, write_table
@@ -31,6 +32,7 @@ class LayerShare:
         gradient: through the fresh gradient, in the attribution's unit.
         momentum: through the first moment.
         weight_decay: through weight decay.
+        rounding: through rounding to the precision that training keeps its weights in.
     """
 
     layer: str
@@ -39,11 +41,12 @@ class LayerShare:
     gradient: float
     momentum: float
     weight_decay: float
+    rounding: float = 0.0
 
     @property
     def total(self) -> float:
-        """All three."""
-        return self.gradient + self.momentum + self.weight_decay
+        """All four."""
+        return self.gradient + self.momentum + self.weight_decay + self.rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,26 +97,30 @@ class Attribution:
         """The distinct prompt ids, in the order of :attr:`prompts`."""
         return self.prompt_of_sequence.unique()
 
-    def save(self, directory: str | Path, tokenizer: Any = None) -> None:
+    def save(self, directory: str | Path, tokenizer: Any = None, names: Mapping[int, str] = {}) -> None:
         """Write the result and the three tables into ``directory`` (made if missing).
 
         Args:
             directory: gets ``results.json``, ``tokens.parquet``, ``prompts.parquet`` and ``layers.parquet``; columns
                 and units in ``docs/attribution.md``.
             tokenizer: decodes tokens and prompts; without one, a token's text is its id and prompts have none.
+            names: what to call prompts, by id. Others are called by their last user message, which is found with the
+                tokenizer's chat template.
         """
-        self.save_tables(directory, tokenizer)
+        self.save_tables(directory, tokenizer, names)
         self.result.save(directory)
 
-    def save_tables(self, directory: str | Path, tokenizer: Any = None) -> None:
+    def save_tables(self, directory: str | Path, tokenizer: Any = None, names: Mapping[int, str] = {}) -> None:
         """:meth:`save` without ``results.json``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for file, columns in _tables(self, tokenizer).items():
-            write_table(directory / file, columns, self.summary.unit)
+        markup = () if tokenizer is None else markup_tokens(tokenizer)
+        for file, columns in _tables(self, tokenizer, names).items():
+            texts = "\0".join(filter(None, columns.get("prompt") or dict.fromkeys(columns.get("text", ()))))
+            write_table(directory / file, columns, self.summary.unit, [token for token in markup if token in texts])
 
 
-def _tables(attribution: Attribution, tokenizer: Any) -> dict[str, dict[str, Any]]:
+def _tables(attribution: Attribution, tokenizer: Any, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
     """The columns of the three tables, by file."""
     update, mask = attribution.update, attribution.update.response_mask
     rows, columns = mask.nonzero(as_tuple=True)
@@ -133,19 +140,25 @@ def _tables(attribution: Attribution, tokenizer: Any) -> dict[str, dict[str, Any
         "covariance": attribution.covariances[rows, columns],
     }
     layers = {name: [getattr(layer, name) for layer in attribution.layers] for name in TABLES[LAYERS_FILE]}
-    return {TOKENS_FILE: tokens, PROMPTS_FILE: _prompt_columns(attribution, tokenizer), LAYERS_FILE: layers}
+    return {TOKENS_FILE: tokens, PROMPTS_FILE: _prompt_columns(attribution, tokenizer, names), LAYERS_FILE: layers}
 
 
-def _prompt_columns(attribution: Attribution, tokenizer: Any) -> dict[str, Any]:
+def _prompt_columns(attribution: Attribution, tokenizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
     update = attribution.update
     members = [(attribution.prompt_of_sequence == prompt).nonzero()[:, 0] for prompt in attribution.prompt_ids]
     # the first with a response, which says where the prompt ends
     first = [int(m[update.response_mask[m].any(1).int().argmax()]) for m in members]
     lengths, covariances = update.response_lengths, attribution.covariances.sum(1)
     none = [None] * len(members)
+    texts = none if tokenizer is None else [_prompt_text(attribution, row, tokenizer) for row in first]
+    turn = user_turn(tokenizer)
     return {
         "prompt_id": attribution.prompt_ids,
-        "prompt": none if tokenizer is None else [_prompt_text(attribution, row, tokenizer) for row in first],
+        "prompt": texts,
+        "name": [
+            names.get(prompt) or (turn.last_message(text) if turn and text else None)
+            for prompt, text in zip(attribution.prompt_ids.tolist(), texts, strict=True)
+        ],
         "num_responses": [len(m) for m in members],
         "num_tokens": [int(lengths[m].sum()) for m in members],
         "mean_reward": none if update.rewards is None else [update.rewards[m].double().mean().item() for m in members],

@@ -19,10 +19,10 @@ from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators.jackknife import blocks_of
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.steps.adamw import is_adam
+from entropy_probe.steps.adamw import Gradient, is_adam
 from entropy_probe.types import Clusters
 
-__all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admitted"]
+__all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admit_evaluation", "admitted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,32 +84,45 @@ def admitted(policy: Policy, batch: Rollouts, role: Role) -> Rollouts:
     return seen.rollouts
 
 
-def admit_batches(policy: Policy, update: Rollouts, evaluation: Rollouts) -> tuple[UpdateBatch, EvaluationBatch]:
-    """Both batches as this run counts them.
+def admit_batches(
+    policy: Policy, update: Rollouts, evaluation: Rollouts, gradient: Gradient | None = None
+) -> tuple[UpdateBatch, EvaluationBatch]:
+    """Both batches as this run counts them, and a gradient beside them that ranks must agree on.
 
     Raises:
         ValueError: for unusable rollouts, or ranks that were given different ones.
     """
-    config, log = policy.config, policy.log
     given, evaluation = update.cpu(), evaluation.cpu()
     same = Contents.of(given).same_as(Contents.of(evaluation))
     update = admitted(policy, given, "update")
+    batch = admit_evaluation(policy, evaluation, is_update=same)
+    if same:
+        policy.log.notes.append(SAME_BATCH())
+    prompts = Clusters.prompts(update.prompt_ids)
+    shares = prompts if policy.config.geometry == "frozen" or is_adam(policy.optimizer) else blocks_of(prompts)
+    policy.check_ranks_agree(gradient, update=update, evaluation=batch.rollouts)
+    local = LocalRows.of(update, shares, shares, policy.ranks)
+    return UpdateBatch(given, update, prompts, shares, local, local.select(update)), batch
+
+
+def admit_evaluation(policy: Policy, evaluation: Rollouts, *, is_update: bool = False) -> EvaluationBatch:
+    """The evaluation batch as this run counts it.
+
+    Args:
+        policy: what it is evaluated at.
+        evaluation: as given.
+        is_update: whether it is the update batch itself.
+
+    Raises:
+        ValueError: for unusable rollouts.
+    """
+    evaluation = evaluation.cpu()
     grouped = in_groups(evaluation)
-    evaluation = admitted(policy, evaluation, "batch" if same else "evaluation")
+    evaluation = admitted(policy, evaluation, "batch" if is_update else "evaluation")
     grouped = grouped or in_groups(evaluation)
     answered = evaluation.response_mask.any(1)
     evaluation = evaluation if bool(answered.all()) else evaluation.select(answered)
-    cluster_name, clusters, notes = evaluation_clusters(evaluation, config.evaluation_unit, grouped=grouped)
-    log.notes += notes
-    if same:
-        log.notes.append(SAME_BATCH())
-    prompts = Clusters.prompts(update.prompt_ids)
-    shares = prompts if config.geometry == "frozen" or is_adam(policy.optimizer) else blocks_of(prompts)
-    policy.check_ranks_agree(update=update, evaluation=evaluation)
+    name, clusters, notes = evaluation_clusters(evaluation, policy.config.evaluation_unit, grouped=grouped)
+    policy.log.notes += notes
     local = LocalRows.of(evaluation, Clusters.prompts(evaluation.prompt_ids), clusters, policy.ranks)
-    own = local.select(evaluation)
-    update_local = LocalRows.of(update, shares, shares, policy.ranks)
-    return (
-        UpdateBatch(given, update, prompts, shares, update_local, update_local.select(update)),
-        EvaluationBatch(evaluation, clusters, cluster_name, draws_of(evaluation), local, own, same),
-    )
+    return EvaluationBatch(evaluation, clusters, name, draws_of(evaluation), local, local.select(evaluation), is_update)

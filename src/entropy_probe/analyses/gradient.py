@@ -28,8 +28,8 @@ PASSED_OVER_TWICE = NoteKind(
 )
 
 
-def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> TokenCoefficients:
-    """The loss of the step, of this rank's rows of the update batch.
+def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> tuple[TokenCoefficients, TokenScores | None]:
+    """The loss of the step, of this rank's rows of the update batch, and the whole batch's scores if it takes any.
 
     Args:
         policy: whose loss it is.
@@ -37,13 +37,15 @@ def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> TokenC
         checked: whether the batch has been checked against the policy; else its scores are.
     """
     loss, local, scores = policy.config.loss, update.local, None
-    if loss.needs_scores:
+    if loss.needs_scores(update.given):
         scores = policy.reference_scores(update.rollouts, local, "score update")
         if not checked:
             policy.check_rollouts("update", scores, local, update.rollouts)
         scores = whole_scores(policy, local, scores)
     # by the trainer's own groups
-    return loss.coefficients(update.given, scores).select(local.rows)
+    coefficients = loss.coefficients(update.given, scores).select(local.rows)
+    policy.log.notes += loss.notes(update.given, scores)
+    return coefficients, scores
 
 
 def whole_scores(policy: Policy, local: LocalRows, own: TokenScores) -> TokenScores:

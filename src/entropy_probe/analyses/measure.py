@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from entropy_probe.analyses.noise import measured_noise_floor
-from entropy_probe.analyses.predict import Plan, Prediction
+from entropy_probe.analyses.plan import Plan
+from entropy_probe.analyses.predict import Prediction
 from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.results.note import NoteKind

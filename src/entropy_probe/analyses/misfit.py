@@ -38,7 +38,7 @@ OTHER_TEMPERATURE = NoteKind(
 OFF_POLICY_UPDATE = NoteKind(
     "off_policy_update",
     _MISFIT,
-    "If the trainer weights tokens by importance ratios, multiply the advantages per token by them.",
+    "If the trainer takes importance ratios to the policy that sampled, record its old_logprobs in the update batch.",
 )
 OFF_POLICY = NoteKind(
     "off_policy",
@@ -67,6 +67,7 @@ class Misfit:
         amiss: what went wrong in recording them, if that explains it.
         of_tokens: the temperature at which the tokens are likeliest, with its error.
         of_logprobs: the temperature at which the policy has the sampler's log-probabilities.
+        corrected: whether the loss weights tokens by ratios to the sampler's log-probabilities.
     """
 
     fit: Fit
@@ -77,6 +78,7 @@ class Misfit:
     amiss: str | None = None
     of_tokens: tuple[float, float] | None = None
     of_logprobs: float | None = None
+    corrected: bool = False
 
     @property
     def blame_logprobs(self) -> bool:
@@ -92,12 +94,12 @@ class Misfit:
     @property
     def only_logprobs(self) -> bool:
         """Whether nothing is wrong but log-probabilities that nothing is computed from."""
-        return self.blame_logprobs and not self.strange
+        return self.blame_logprobs and not self.strange and not self.corrected
 
     @property
     def remedy(self) -> str:
         """What to do about a batch that is refused."""
-        if self.only_logprobs:
+        if self.blame_logprobs and not self.strange:
             return "record the log-probability that each token was drawn with, or leave them out"
         return "sample from the policy itself or set the temperature of sampling"
 
@@ -231,8 +233,10 @@ def _consequence(role: Role, misfit: Misfit) -> str:
     if role == "update" and misfit.foreign and (misfit.blame_logprobs or not misfit.differ):
         return "the step is taken on it as given"
     as_given = (
-        "the step is taken on it as given; importance weights of the trainer's loss are not modelled (give "
-        "advantages per token times the weight to include them)"
+        "the step is taken on it as given; importance ratios of the trainer's loss are 1 here, since the batch has no "
+        "old_logprobs"
     )
+    if misfit.corrected:
+        as_given = "the loss weights its tokens by ratios to sampled_logprobs"
     chosen = "; rollouts kept or dropped by reward do this as well (update_selected)" if misfit.strange else ""
     return (as_given if role == "update" else f"{biased}, and {as_given}") + chosen

@@ -12,13 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from entropy_probe.parallel.shards import count, local
+from entropy_probe.config import StepDtype
+from entropy_probe.parallel.shards import count
+from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.steps.precision import MIN_SHARE, NARROW, exact_share, fits, step_dtypes, trained
 
-__all__ = ["of_frozen_geometry", "of_model", "of_rounding"]
+__all__ = ["MASTER_WEIGHTS", "PRECISION_UNKNOWN", "of_frozen_geometry", "of_model", "of_rounding", "unrounded"]
 
-NARROW = (torch.bfloat16, torch.float16)
-MIN_SHARE = 0.5
-"""Of the trained elements; single tensors may fit a narrow type because they never moved."""
+MASTER_WEIGHTS = NoteKind(
+    "master_weights",
+    "the trained weights are numbers of {kind}, and the optimizer's state is wider, as where a trainer adds its steps "
+    "to a float32 copy of the weights: the step is not rounded; without such a copy {share:.1%} of the elements that "
+    "move would stay where they are",
+    "Set probe.step_dtype to the weights' precision if the trainer keeps no such copy.",
+)
+PRECISION_UNKNOWN = NoteKind(
+    "precision_unknown",
+    "the weights are numbers of {kind}, and the optimizer has no state that tells whether training keeps them in it: "
+    "the step is not rounded; if it were, {share:.1%} of the elements that move would stay where they are",
+    "Set probe.step_dtype to what the trainer keeps its weights in.",
+)
 
 
 def of_model(model: nn.Module) -> list[str]:
@@ -49,6 +62,32 @@ def _dropout(model: nn.Module) -> Iterator[tuple[str, float]]:
             yield name, max(rates)
 
 
+def unrounded(
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    delta: Mapping[str, Tensor],
+    setting: StepDtype,
+) -> tuple[list[str], list[Note]]:
+    """What to say of a step that is not rounded, where something suggests that it is in training.
+
+    Args:
+        parameters: what is trained.
+        optimizer: whose state says what has been.
+        delta: the step, by name.
+        setting: ``step_dtype``.
+
+    Returns:
+        What is not modelled, and notes on what is not known.
+    """
+    if step_dtypes(parameters, optimizer, "auto"):
+        return of_rounding(parameters, optimizer, delta), []
+    if setting != "auto" or any(p.dtype in NARROW for p in parameters.values()):
+        return [], []
+    told = trained(parameters, optimizer)
+    lost = _lost(told or parameters, delta)
+    return [], [] if lost is None else [(MASTER_WEIGHTS if told else PRECISION_UNKNOWN)(kind=lost[0], share=lost[1])]
+
+
 def of_rounding(
     parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, delta: Mapping[str, Tensor]
 ) -> list[str]:
@@ -62,29 +101,34 @@ def of_rounding(
         optimizer: whose state says what has been.
         delta: the step, by name.
     """
-    trained = {name: p for name, p in parameters.items() if optimizer.state.get(p)}
-    elements = sum(p.numel() for p in trained.values())
+    lost = _lost(trained(parameters, optimizer), delta)
+    if lost is None:
+        return []
+    kind, share = lost
+    return [
+        f"the rounding of the step to {kind}, which the trained weights are exact in: {share:.1%} "
+        f"of the elements that move here stay where they are in a trainer that keeps its weights in {kind}"
+    ]
+
+
+def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
+    """The 16-bit type that weights are exact in, and the share of what moves that rounding to it undoes.
+
+    Args:
+        parameters: some of what is trained, by name.
+        delta: the step, by name.
+
+    Returns:
+        ``None`` where most of the weights are not exact in any.
+    """
     for dtype in NARROW:
-        narrow = {name: p for name, p in trained.items() if _fits(p.detach(), dtype)}
-        if not elements or sum(p.numel() for p in narrow.values()) < MIN_SHARE * elements:
+        if not parameters or exact_share(parameters, dtype) < MIN_SHARE:
             continue
+        narrow = {name: p for name, p in parameters.items() if fits(p, dtype)}
         moving = sum(count(delta[name] != 0) for name in narrow)
         gone = sum(count(_vanishes(p.detach(), delta[name], dtype)) for name, p in narrow.items())
-        kind = str(dtype).removeprefix("torch.")
-        return [
-            f"the rounding of the step to {kind}, which the trained weights are exact in: {gone / max(1, moving):.1%} "
-            f"of the elements that move here stay where they are in a trainer that keeps its weights in {kind}"
-        ]
-    return []
-
-
-def _fits(values: Tensor, dtype: torch.dtype) -> bool:
-    if values.dtype == dtype:
-        return True
-    few = local(values).reshape(-1)[:4096]
-    if bool((few.to(dtype).to(few.dtype) != few).any()) and values is local(values):  # shards: all ranks must go on
-        return False
-    return count(values.to(dtype).to(values.dtype) != values) == 0
+        return str(dtype).removeprefix("torch."), gone / max(1, moving)
+    return None
 
 
 def _vanishes(values: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from entropy_probe.analyses.assemble import assemble
 from entropy_probe.analyses.batches import admitted
 from entropy_probe.analyses.before import chosen_clusters
 from entropy_probe.analyses.gradient import whole_scores
-from entropy_probe.analyses.not_modelled import of_frozen_geometry
+from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model
 from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.reference import with_reference
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import CrossStatistic, cross_statistic, influence_of_sums
 from entropy_probe.gradients.cross import CrossProducts, cross_products
 from entropy_probe.gradients.per_sample import cluster_backward
+from entropy_probe.losses.pieces import gap, is_one
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.results.note import NoteKind
@@ -67,6 +69,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
     config, ranks, whole = policy.config, policy.ranks, _admitted(policy, batch)
     clusters, local, own = whole.clusters, whole.local, whole.local.select(whole.rollouts)
     policy.prepare(whole.rollouts)
+    whole = replace(whole, given=with_reference(policy, whole.given, whole.rollouts, local))
     hooks = policy.choose_hooks(whole.rollouts)
     scale, report = policy.frozen_scale()
     rate = max(policy.learning_rates)
@@ -78,8 +81,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
     )
     how = (config.normalization, config.entropy, draws_of(whole.rollouts).select(local.rows))
     towards = fo.entropy_coefficients(before, own.prompt_ids, local.clusters, positions, *how)
-    scores = whole_scores(policy, local, before) if config.loss.needs_scores else None
-    loss = config.loss.coefficients(whole.given, scores).select(local.rows)
+    loss = _loss(policy, whole, before)
     left, right = _times(towards, -clusters.count / by_prompt.size.sum().item()), _times(loss, -float(clusters.count))
     with policy.clock.phase("cross-prompt gradients") as progress:
         products = cross_products(
@@ -111,6 +113,26 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
     return assemble(policy, *given, unit="prompt", cross_prompt=cross)
 
 
+def _loss(policy: Policy, whole: _Batch, before: TokenScores) -> TokenCoefficients:
+    """Coefficients of this rank's rows, of a step that is the first on these rollouts.
+
+    Raises:
+        ValueError: if the batch was used before.
+    """
+    loss, given, local = policy.config.loss, whole.given, whole.local
+    scores = None
+    if loss.needs_scores(given):
+        scores = whole_scores(policy, local, before)
+        if given.old_logprobs is not None and not is_one(gap(scores.logprobs, given.old_logprobs, given.response_mask)):
+            raise ValueError(
+                "one batch: expected the first step on fresh rollouts, got old_logprobs that are not the policy's: "
+                "earlier steps were fitted to these responses, which biases every number from them; predict from two "
+                "batches"
+            )
+    policy.log.notes += loss.notes(given, scores)
+    return loss.coefficients(given, scores).select(local.rows)
+
+
 def _record(
     policy: Policy, whole: _Batch, statistic: CrossStatistic, products: CrossProducts, report: PreconditionerReport
 ) -> CrossPrompt:
@@ -139,6 +161,7 @@ def _record(
 
 def _admitted(policy: Policy, batch: Rollouts) -> _Batch:
     given = batch.cpu()
+    policy.log.not_modelled += of_model(policy.model)
     rollouts = admitted(policy, given, "batch")
     prompts = Clusters.prompts(rollouts.prompt_ids)
     block_size = _block_size(prompts.count, policy.config)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from entropy_probe.analyses.admission import Role
-from entropy_probe.analyses.not_modelled import of_model
 from entropy_probe.analyses.overlap import COPIES, Contents, copies
 from entropy_probe.analyses.policy_check import Checked, PolicyCheck
 from entropy_probe.analyses.provenance import Clock, Phase
@@ -102,6 +101,7 @@ class Policy:
         clock: seconds by phase, and where progress is reported.
         log: what the run has to say beside its numbers.
         resample: samples fresh responses after the step, where the config asks for it.
+        reference: the reference policy of a KL term, where it is a model of its own.
         cache: scores at the policy as it is, of batches seen before.
         ranks: the processes that share the work.
         end_ids: tokens that end a response.
@@ -118,6 +118,7 @@ class Policy:
     clock: Clock
     log: Log
     resample: Resample | None
+    reference: nn.Module | None
     cache: ScoreCache
     ranks: Ranks = ALONE
     end_ids: tuple[int, ...] = ()
@@ -156,8 +157,12 @@ class Policy:
             else:
                 check_gradient(self.scorer, self.parameters, batches[0])
 
-    def check_ranks_agree(self, **batches: Rollouts) -> None:
+    def check_ranks_agree(self, gradient: Mapping[str, Tensor | None] | None = None, **batches: Rollouts) -> None:
         """Make sure that all ranks probe the same policy with the same settings and batches.
+
+        Args:
+            gradient: that they were given, if any.
+            batches: by what they are used for.
 
         Raises:
             ValueError: if a rank does not.
@@ -175,6 +180,7 @@ class Policy:
             moments = [(f"{name} {key}", x) for name, p in named for key, x in _tensors(state.get(p, {}))]
             known["policy"] = fingerprint([*model.named_parameters(), *model.named_buffers()])
             known["optimizer"] += fingerprint(moments)
+            known["gradient"] = fingerprint(_tensors(gradient or {}))
         seen = self.ranks.gather(known)
         for what in known:
             others = [rank for rank, of_rank in enumerate(seen) if of_rank.get(what) != seen[0].get(what)]
@@ -238,8 +244,12 @@ class Policy:
             self.log.notes.append(checked.note)
         if checked.not_modelled is not None:
             self.log.not_modelled.append(checked.not_modelled)
-        repeated = copies(Contents.of(rollouts), self.sequence_logprobs(local, scores))
-        if repeated.significant:
+        logprobs = self.sequence_logprobs(local, scores)
+        if rollouts.old_logprobs is not None and role != "evaluation":
+            logprobs = rollouts.old_logprobs.double().masked_fill(~rollouts.response_mask, 0.0).sum(1)
+        repeated = copies(Contents.of(rollouts), logprobs)
+        # what chance makes of another policy's responses this one cannot say
+        if repeated.significant and checked.note is None:
             batch = "update" if role == "batch" else role
             numbers = {"copies": repeated.sequences, "sequences": len(rollouts), "expected": repeated.expected}
             self.log.notes.append(COPIES(batch=batch, **numbers))
@@ -306,7 +316,7 @@ def open_policy(
     if strays:
         notes.append(NOT_IN_OPTIMIZER(tensors=strays))
     scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
-    log = Log(notes, of_model(model))
+    log = Log(notes, [])
     return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)
 
 

@@ -9,12 +9,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from entropy_probe.analyses.admission import Role
 from entropy_probe.analyses.misfit import Misfit
+from entropy_probe.analyses.old_policy import OldPolicy, old_policy
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.policy_fit import MAX_Z, Fit, excess_sums, policy_fit
@@ -42,7 +44,7 @@ WIDEST = 5.0
 """A temperature this many times off is no temperature."""
 EXPLAINED = 0.2
 """A temperature explains log-probabilities if at most this share of their distance from the policy's is left."""
-UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss"
+UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss, if it has any"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,9 @@ class PolicyCheck:
             )
         sums = self._sum(local, excess_sums(scores))
         fit = policy_fit(sums)
+        add_up = partial(self._sum, local)
+        if (older := old_policy(role, scores, local, rollouts, add_up, config.max_mismatch)) is not None:
+            return self._of_older(scores, fit, older, rollouts)
         gaps, mismatch, record = None, None, None
         if rollouts.sampled_logprobs is not None:
             gaps = self._sum(local, sampler_gaps(scores, rollouts.sampled_logprobs[local.rows]))
@@ -110,6 +115,7 @@ class PolicyCheck:
             mismatch=mismatch,
             share=1.0 if record is None else record.ess_fraction,
             differ=mismatch is not None and mismatch.mean > config.max_mismatch,
+            corrected=config.loss.weighs_sampler,
         )
         checked = Checked(scores, _record(fit, selected=selected), record)
         if not (misfit.strange or misfit.differ):
@@ -126,8 +132,21 @@ class PolicyCheck:
         return replace(
             checked,
             note=misfit.note(role, said),
-            not_modelled=None if role == "evaluation" or misfit.only_logprobs else UNMODELLED,
+            not_modelled=None
+            if role == "evaluation" or misfit.only_logprobs or config.loss.weighs_sampler
+            else UNMODELLED,
         )
+
+    def _of_older(self, scores: TokenScores, fit: Fit, older: OldPolicy, rollouts: Rollouts) -> Checked:
+        """A batch that an older policy sampled, which its tokens are not held against the policy for."""
+        if older.notes and self.config.on_mismatch == "refuse":
+            raise ValueError(f"{older.notes[0].text}; on_mismatch refuse: {older.notes[0].remedy}")
+        record = None
+        if (sampled := older.sampled) is not None:
+            share = sampled.ess / int(rollouts.response_mask.any(1).sum())
+            record = SamplerMismatch(mean=sampled.mean, max=sampled.max, ess_fraction=share)
+        note = older.notes[0] if older.notes else None
+        return Checked(scores, _record(fit, selected=True), record, note)
 
     def _sum(self, local: LocalRows, values: Tensor) -> Tensor:
         return self.ranks.sum(local.by_sequence(values))

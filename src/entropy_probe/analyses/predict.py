@@ -10,31 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
-from entropy_probe.analyses.before import Before, LengthSample, entropy_coefficients
-from entropy_probe.analyses.gradient import differentiate, over_clusters, update_gradient, update_loss
-from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_rounding
-from entropy_probe.analyses.overlap import SHARED, Contents, shared
-from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.before import entropy_coefficients
+from entropy_probe.analyses.given import GivenGradient
+from entropy_probe.analyses.gradient import differentiate, over_clusters
+from entropy_probe.analyses.plan import Plan
+from entropy_probe.analyses.reduced import jackknife
 from entropy_probe.estimators import first_order as fo
-from entropy_probe.estimators.baselines import PositionSums
-from entropy_probe.estimators.jackknife import jackknife_standard_error
-from entropy_probe.gradients.hooks import Hooks
-from entropy_probe.gradients.leave_out import kept_gradient, reduced_gradients, renormalisation
 from entropy_probe.gradients.per_sample import SampleGradients, Side
-from entropy_probe.named import dot
-from entropy_probe.parallel.batch import add_up
 from entropy_probe.results.note import NoteKind
-from entropy_probe.results.probe import PreconditionerReport
-from entropy_probe.steps.adamw import clip_gradient
-from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
-from entropy_probe.steps.plan import PlannedStep, plan_step, scaled
+from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Plan", "Prediction", "entropy_surrogate", "plan", "predict", "prompt_contributions", "step_on"]
+__all__ = ["Prediction", "entropy_surrogate", "length_changes", "predict", "prompt_contributions"]
+
 
 NO_HISTORY = NoteKind(
     "no_history",
@@ -42,6 +33,8 @@ NO_HISTORY = NoteKind(
     "them: the error from the update batch is overstated",
     "Trust the error from the evaluation rollouts; probe a checkpoint some steps later for both.",
 )
+
+
 CLIPPED = NoteKind(
     "clipped",
     "clipping scales the update gradient by {factor:.3g}; se_update holds that factor fixed, which overstates the "
@@ -50,29 +43,13 @@ CLIPPED = NoteKind(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The next step, and all that leads to it.
-
-    Attributes:
-        policy: whose step it is.
-        update: the batch it is taken on.
-        evaluation: the batch that entropy is taken on.
-        before: what that is before the step.
-        loss: coefficients of this rank's rows of the update batch.
-        hooks: where per-sample gradients are read off the layers.
-        gradient: of the loss, with each prompt's share where these are kept.
-        step: the parameter change, in parts.
-    """
-
-    policy: Policy
-    update: UpdateBatch
-    evaluation: EvaluationBatch
-    before: Before
-    loss: TokenCoefficients
-    hooks: Hooks | None
-    gradient: SampleGradients
-    step: PlannedStep
+ROUNDED = NoteKind(
+    "rounded",
+    "training rounds the step to {kind}, and so it is here: {share:.1%} of the elements that would move stay where "
+    "they are; se_update is that of the gradient part, as if other update prompts were rounded alike",
+    "Trust the error from the evaluation rollouts; set probe.step_dtype to float32 if the trainer keeps a float32 copy "
+    "of its weights.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +63,9 @@ class Prediction:
         length_slope: the gradient of the number of tokens of some sequences; ``None`` for entropies per sequence.
         change: the first-order change.
         parts: its parts by those of the step; none for a step that is taken on copies.
-        by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise.
-        se_update: the error from the update batch.
+        by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise, and for a gradient
+            from outside.
+        se_update: the error from the update batch; ``None`` for a gradient from outside.
     """
 
     plan: Plan
@@ -96,83 +74,31 @@ class Prediction:
     change: fo.FirstOrder
     parts: dict[str, fo.FirstOrder]
     by_prompt: Float[Tensor, " B"] | None
-    se_update: float
+    se_update: float | None
 
 
-def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool = True) -> Plan:
-    """Score the evaluation batch, differentiate the loss, and plan the step.
-
-    Args:
-        policy: whose step it is.
-        update: the batch it is taken on.
-        evaluation: the batch that entropy is taken on.
-        shares: keep each update prompt's share of the gradient, if they fit.
-
-    Raises:
-        ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
-    """
-    config, trained = policy.config, (policy.parameters, policy.optimizer)
-    policy.prepare(update.rollouts, evaluation.rollouts)
-    # first, since it refuses batches that lack what the loss takes
-    loss = update_loss(policy, update, checked=evaluation.is_update)
-    before = _before(policy, evaluation)
-    if not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
-    hooks = policy.choose_hooks(update.rollouts) if shares else None
-    checked = evaluation.is_update or config.loss.needs_scores
-    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
-    step = plan_step(*trained, gradient.total, config, policy.frozen_scale)
-    policy.log.not_modelled += of_rounding(*trained, step.delta)
-    if config.geometry == "frozen":
-        policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
-    return Plan(policy, update, evaluation, before, loss, hooks, gradient, step)
-
-
-def predict(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) -> Prediction:
-    """The first-order change of the entropy of ``evaluation`` by the next step on ``update``.
-
-    Raises:
-        ValueError: as :func:`plan`.
-    """
-    planned = plan(policy, update, evaluation)
-    step, before, sizes = planned.step, planned.before, planned.before.sums.size
+def predict(planned: Plan) -> Prediction:
+    """The first-order change of the entropy by a step."""
+    step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
     slope = _entropy_slope(planned)
-    dots = over_clusters(policy, evaluation.local, slope.dots)
-    length_slope, lengths = _length_changes(planned)
+    dots = over_clusters(policy, planned.evaluation.local, slope.dots)
+    length_slope, lengths = length_changes(planned)
     change = fo.first_order(dots.sum(0), sizes, before.entropy, float(lengths.sum()))
-    if step.gradient_scale is None:
-        se_update = _jackknife(planned, slope, sizes.sum().item())
-        return Prediction(planned, slope, length_slope, change, {}, None, se_update)
     parts = {
         name: fo.first_order(dots[k], sizes, before.entropy, float(lengths[k]))
         for k, name in enumerate(step.components)
+        if step.gradient_scale is not None
     }
+    if isinstance(planned.source, GivenGradient):
+        return Prediction(planned, slope, length_slope, change, parts, None, None)
+    if step.gradient_scale is None:
+        se_update = jackknife(planned, slope, sizes.sum().item())
+        return Prediction(planned, slope, length_slope, change, parts, None, se_update)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
     fo.check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
     _note_what_the_update_error_holds_fixed(planned)
     return Prediction(planned, slope, length_slope, change, parts, by_prompt, fo.update_standard_error(by_prompt))
-
-
-def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
-    """Score the evaluation batch at the checkpoint, and check it against the policy."""
-    config, ranks, local, rollouts = policy.config, policy.ranks, evaluation.local, evaluation.rollouts
-    scores = policy.reference_scores(rollouts, local, "score evaluation")
-    scores = policy.check_rollouts(evaluation.role, scores, local, rollouts)
-    positions = add_up(ranks, PositionSums.of(scores))
-    sums = add_up(ranks, fo.entropy(scores, local.clusters, config.normalization, config.entropy))
-    lengths = None
-    if config.normalization == "token":
-        lengths = LengthSample.of(rollouts, evaluation.clusters, local, scores, positions)
-    return Before(scores, positions, sums, sums.ratio(), lengths)
-
-
-def _note_shared_sequences(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, before: Before) -> None:
-    logprobs = policy.sequence_logprobs(evaluation.local, before.scores)
-    both = shared(Contents.of(evaluation.rollouts), logprobs, Contents.of(update.rollouts))
-    if both.significant:
-        numbers = {"shared": both.sequences, "sequences": len(evaluation.rollouts), "expected": both.expected}
-        policy.log.notes.append(SHARED(**numbers))
 
 
 def entropy_surrogate(planned: Plan) -> TokenCoefficients:
@@ -195,7 +121,7 @@ def _entropy_slope(planned: Plan) -> SampleGradients:
         )
 
 
-def _length_changes(planned: Plan) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
+def length_changes(planned: Plan) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
     """The relative first-order change of the mean length by each part of the step; 0 per sequence."""
     lengths, steps, policy = planned.before.lengths, list(planned.step.components.values()), planned.policy
     if lengths is None:
@@ -215,72 +141,17 @@ def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: fl
         slope: the gradient of a sum over some batch.
         total_weight: the batch's weight, which the sum is divided by.
     """
-    policy, update, step, gradient = planned.policy, planned.update, planned.step, planned.gradient
+    policy, step, update, gradient = planned.policy, planned.step, planned.batch.update, planned.batch.gradient
     assert step.gradient_scale is not None
     direction = scaled(slope.total, step.gradient_scale, -step.gradient.factor / total_weight)
     with policy.clock.phase("update error") as progress:
         if gradient.stored is not None:
             return over_clusters(policy, update.local, gradient.dot_stored(direction))
-        side = Side(planned.loss, is_loss=True, directions=[direction])
+        side = Side(planned.batch.loss, is_loss=True, directions=[direction])
         again = differentiate(
             policy, update.own, update.local, side, hooks=planned.hooks, progress=progress, total=False
         )
         return over_clusters(policy, update.local, again.dots[0])
-
-
-def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> PlannedStep:
-    """The step on some prompts of the update batch, in the geometry of the planned one.
-
-    Args:
-        planned: the step on all of them, in closed form.
-        kept: which prompts, numbered by increasing id.
-        factor: of every token's weight in the loss of the whole batch.
-    """
-    policy, update, local, step = planned.policy, planned.update, planned.update.local, planned.step
-    own = torch.isin(local.present_clusters, kept).nonzero()[:, 0]
-    given = (policy.scorer, policy.parameters, update.own, local.local_clusters, own, planned.loss, planned.gradient)
-    with policy.on_rank(local):
-        gradient = kept_gradient(*given)
-    gradient = policy.ranks.sum_vector(gradient, policy.parameters)
-    gradient = {name: None if g is None else factor * g for name, g in gradient.items()}
-
-    def frozen() -> tuple[dict[str, Tensor], PreconditionerReport]:
-        assert step.gradient_scale is not None
-        assert step.preconditioner is not None
-        return step.gradient_scale, step.preconditioner
-
-    return plan_step(policy.parameters, policy.optimizer, gradient, policy.config, frozen)
-
-
-def _jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> float:
-    """The error from the update batch of a step that is taken on copies: leave out a block, step again."""
-    policy, update, step = planned.policy, planned.update, planned.step
-    config, blocks, local = policy.config, update.shares, update.local
-    policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=blocks.count))
-    factors = renormalisation(update.given, blocks.index, config.loss)
-    own_factors = [factors[block] for block in local.present_clusters.tolist()]
-    direction = {
-        name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
-        for name, p in step.delta.items()
-    }
-    left_out = []
-    with policy.clock.phase("update error") as progress, policy.on_rank(local):
-        for reduced in reduced_gradients(
-            policy.scorer,
-            policy.parameters,
-            update.own,
-            local.local_clusters,
-            planned.loss,
-            planned.gradient,
-            own_factors,
-        ):
-            clipped = clip_gradient(reduced, config.max_grad_norm).values
-            stepped = copied_step(policy.parameters, policy.optimizer, clipped, config.learning_rate)
-            left_out.append(dot(direction, moved(policy.parameters, stepped)))
-            progress(len(left_out), len(own_factors))
-    changes = over_clusters(policy, local, torch.tensor(left_out, dtype=torch.float64))
-    sizes = torch.stack([update.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()
-    return jackknife_standard_error(dot(direction, step.delta), changes, sizes)
 
 
 def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:
@@ -289,3 +160,6 @@ def _note_what_the_update_error_holds_fixed(planned: Plan) -> None:
         policy.log.notes.append(NO_HISTORY())
     if step.gradient.factor < 1:
         policy.log.notes.append(CLIPPED(factor=step.gradient.factor))
+    if step.kept:
+        kinds = sorted({str(dtype).removeprefix("torch.") for dtype in step.kept.values()})
+        policy.log.notes.append(ROUNDED(kind=" and ".join(kinds), share=step.stays))

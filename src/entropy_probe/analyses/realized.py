@@ -69,7 +69,7 @@ class Measurement:
         clusters: Clusters,
         unit: Unit,
         floor: float | None = None,
-        batch: Literal["evaluation", "update"] = "evaluation",
+        batch: Literal["evaluation", "update", "own"] = "evaluation",
         step_rounding: float = 0.0,
     ) -> Realized:
         """The result's record of it.

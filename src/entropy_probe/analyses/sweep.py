@@ -136,7 +136,9 @@ def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoi
     """The step at one rate, and the change after it."""
     plan, factor, planned = prediction.plan, rate / _planned_rate(prediction), predicted_record(prediction)
     of_rate = {
-        name: factor * getattr(planned, name) for name in ("value", "standard_error", "se_evaluation", "se_update")
+        name: factor * value
+        for name in ("value", "standard_error", "se_evaluation", "se_update")
+        if (value := getattr(planned, name)) is not None
     }
     predicted = Predicted(**planned.model_dump() | of_rate)
     try:

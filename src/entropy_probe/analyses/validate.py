@@ -21,10 +21,12 @@ from entropy_probe.analyses.evaluation_half import EvaluationHalf, halved
 from entropy_probe.analyses.gradient import differentiate
 from entropy_probe.analyses.measure import after_step, fresh_scores
 from entropy_probe.analyses.overlap import Contents, shared
+from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Plan, plan, prompt_contributions, step_on
+from entropy_probe.analyses.predict import prompt_contributions
 from entropy_probe.analyses.provenance import Clock
 from entropy_probe.analyses.realized import Measurement, measure_change
+from entropy_probe.analyses.reduced import step_on
 from entropy_probe.estimators.first_order import sequence_weights
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
@@ -157,7 +159,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
         )
     check_halves(update.prompts.count, subsets)
     planned = plan(policy, update, batch)
-    moving = policy.ranks.sum(update.local.clusters.total(planned.loss.logprobs.abs().sum(1))) > 0
+    moving = policy.ranks.sum(update.local.clusters.total(planned.batch.loss.size.sum(1))) > 0
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
@@ -236,7 +238,7 @@ def _judged(
     question: _Question, kept_prompts: list[Tensor], results: list[_Measured | str], by_half: Tensor, seed: int
 ) -> Validation:
     """The rank correlations over the steps that were measured, and what to know about the others."""
-    policy, update, evaluation = question.policy, question.plan.update, question.plan.evaluation.rollouts
+    policy, update, evaluation = question.policy, question.plan.batch.update, question.plan.evaluation.rollouts
     forecasts, notes = _forecasts(question.attribution, update), policy.log.notes
     kept = torch.stack([torch.isin(torch.arange(update.prompts.count), rows) for rows in kept_prompts]).double()
     summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}

@@ -12,7 +12,7 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
-from entropy_probe.checkpoints.load import CheckpointState, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.load import CheckpointState, inspect_checkpoint, load_checkpoint, load_reference
 from entropy_probe.results.checkpoint import CheckpointReport, GroupReport
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "UnsupportedError",
     "inspect_checkpoint",
     "load_checkpoint",
+    "load_reference",
 ]

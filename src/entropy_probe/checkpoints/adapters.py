@@ -38,6 +38,7 @@ __all__ = [
     "load_arguments",
     "quantization_of",
     "read_adapter_config",
+    "reference_copy",
     "refuse_unmentioned",
     "set_precision",
     "starting_at_zero",
@@ -84,6 +85,11 @@ def trained_adapter(path: Path, asked: str | None = None, recorded: str | None =
             "adapter=... with the name of the one that was trained"
         )
     return candidates[0], adapters[candidates[0]]
+
+
+def reference_copy(path: Path) -> str | None:
+    """The adapter in which a checkpoint keeps a frozen copy for a KL penalty; ``None`` without one."""
+    return next((name for name in adapters_of(path) if name in _REFERENCE), None)
 
 
 def _listed(names: Iterable[str]) -> str:

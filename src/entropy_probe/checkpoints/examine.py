@@ -32,6 +32,7 @@ from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entri
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.parameters import Layout, layout_of
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
+from entropy_probe.checkpoints.training_run import TrainingRun
 from entropy_probe.checkpoints.weights import (
     check_base,
     check_finite,
@@ -58,6 +59,7 @@ class Request:
         adapter: the name of the trained adapter.
         quantization: how training quantised the base model.
         mapping: which parameters the entries of a file without names belong to.
+        any_trainer: whether the loss may be one that is not modelled.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class Request:
     adapter: str | None = None
     quantization: Quantization | None = None
     mapping: StatedMapping | None = None
+    any_trainer: bool = False
 
     def starting_point(self, manifest: Manifest | None) -> Path | None:
         """The weights that full-weight training started from, where they are given or recorded, and local.
@@ -123,6 +126,7 @@ class Examined:
         mapping: which parameter each of its entries belongs to.
         state: what the moments cover.
         movement: the check of entries of equal shape, where the weights' starting point is known.
+        run: the trainer's settings and log.
         num_others: the optimizer's entries of another model, which were set aside.
     """
 
@@ -135,6 +139,7 @@ class Examined:
     mapping: ParameterMapping
     state: OptimizerStateReport
     movement: MovementReport | None
+    run: TrainingRun
     num_others: int
 
 
@@ -158,6 +163,8 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         verify_files(path, manifest)
     global_step = facts["global_step"] = read_global_step(path)
     member, place = find_optimizer(path)
+    run = TrainingRun.of(path, member, global_step)
+    facts |= run.facts()
     saved = member.optimizer(place)
     facts |= {
         "optimizer": saved.kind.name,
@@ -169,7 +176,8 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     model = _adapter(request, manifest, facts) if kind == "lora" else _full_weights(request)
     if manifest is not None:
         configuration = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
-        check_recorded(path, [saved.path, configuration, *model.weights.files], manifest)
+        own = [] if run.settings is None else [run.settings.file]
+        check_recorded(path, [saved.path, configuration, *model.weights.files, *own], manifest)
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
     in_file = without_frozen(saved, model.layout)
@@ -192,7 +200,9 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         movement = facts["movement"] = check_movement(saved, mapping.names, movements, reference)
     else:
         facts["movement_not_checked"] = reference
-    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, others)
+    if not request.any_trainer:
+        run.refuse_other_loss()
+    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, run, others)
 
 
 def _kind(path: Path) -> Literal["lora", "full"]:

@@ -18,17 +18,17 @@ from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
 from entropy_probe.checkpoints.mapping import StatedMapping
-from entropy_probe.checkpoints.models import load_full, load_lora
+from entropy_probe.checkpoints.models import full_skeleton, load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
-from entropy_probe.checkpoints.trainer_log import not_modelled_by_log
+from entropy_probe.checkpoints.weights import check_finite, has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "report_on"]
+__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "load_reference", "report_on"]
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -42,12 +42,18 @@ class CheckpointState:
         tokenizer: the checkpoint's tokenizer, else the base model's; None when neither has one (only sampling
             and scoring of text need it).
         optimizer: the checkpoint's optimizer over the model's parameters, holding their state.
+        loss: the settings of the trainer's loss, as ``ProbeConfig(loss=...)`` takes them; None where the files do not
+            tell them.
+        settings: the trainer's settings that the loss, the step and the samples depend on, by its own names; empty
+            where there is no file of them.
         report: what was found and how state was matched to parameters.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
     optimizer: torch.optim.Optimizer
+    loss: dict[str, Any] | None
+    settings: Mapping[str, Any]
     report: CheckpointReport
 
 
@@ -61,6 +67,7 @@ def load_checkpoint(
     quantization: Quantization | None = None,
     mapping: StatedMapping | None = None,
     shard: bool = False,
+    any_trainer: bool = False,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
 
@@ -89,6 +96,8 @@ def load_checkpoint(
             of the parameters that they match first (``{"lora_A": 0, "lora_B": 1}``), which are in the model's order.
         shard: spread model and optimizer state over the ranks of torch's default process group (FSDP2), for a model
             that does not fit one device. To be called on all ranks.
+        any_trainer: load the checkpoint of a trainer whose loss is none of those that are modelled (DPO, SFT …) too,
+            for a gradient from outside.
 
     Raises:
         CheckpointError: if anything is missing, damaged, of another model, unsafe or not supported, as one of its
@@ -104,12 +113,14 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        examined = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, mapping), facts)
+        request = Request(open_directory(Path(path)), base_model, adapter, quantization, mapping, any_trainer)
+        examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
         tokenizer = load_tokenizer(examined.path, examined.model.base or base_model)
         parameters = _trained(model, examined)
         optimizer = build_optimizer(examined.saved, examined.mapping, parameters)
-    return CheckpointState(model, tokenizer, optimizer, report_on(examined, facts))
+    run = examined.run
+    return CheckpointState(model, tokenizer, optimizer, run.loss, run.values, report_on(examined, facts))
 
 
 def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
@@ -141,14 +152,37 @@ def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *,
     return load_lora(stored.directory, adapter, stored.weights, base, stored.quantization, dtype, device)
 
 
+def load_reference(path: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> nn.Module:
+    """The full weights of a directory, as the reference policy of a KL term: in eval mode, nothing trains.
+
+    Args:
+        path: the directory: a model, or a checkpoint of full weights.
+        dtype: precision of the weights, as in :func:`load_checkpoint`.
+        device: where they go.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+    """
+    directory = Path(path)
+    if not has_weights(directory, "model"):
+        raise CheckpointError(
+            f"{directory}: expected full weights of the reference (model.safetensors), found none; pass the directory "
+            "of the model that training started from"
+        )
+    with random_state_kept():
+        weights = read_weights(directory, "model")
+        check_finite(weights)
+        full_skeleton(str(directory), weights)
+        return load_full(str(directory), weights, getattr(torch, dtype), torch.device(device)).requires_grad_(False)
+
+
 def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
     """The report on a checkpoint that can be loaded; ``facts`` as :func:`examine` left them."""
     doubts = tuple(doubts_about(examined))
     return CheckpointReport(
         path=str(examined.path),
         verdict="suspicious" if doubts else "healthy",
-        notes=(*doubts, *remarks_on(examined)),
-        not_modelled=not_modelled_by_log(examined.path),
+        notes=(*doubts, *remarks_on(examined), *examined.run.notes()),
         **facts,
     )
 

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MANIFEST_FILE = "entropy-probe-manifest.json"
-NEVER_READ = ("scheduler.pt", "training_args.bin", "rng_state")
+NEVER_READ = ("scheduler.pt", "rng_state")
 """Beginnings of the names of files that loading never opens, so that their hashes are recorded but not verified."""
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -88,7 +88,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer the file describes, over a model's own parameters, with its state copied in.
 
-    Tensors keep the precision of the file or of the parameter, whichever is higher.
+    Tensors keep the precision of the file or of the parameter, whichever is higher; those of 16 bits stay as they are,
+    which shows what precision training took its steps in.
 
     Raises:
         CheckpointError: if a parameter is missing or has another shape than its state.
@@ -121,6 +122,7 @@ def _in_place(saved: SavedOptimizer, index: int, key: str, group: Mapping[str, A
             return int(value)
         on_device = group.get("fused") or group.get("capturable")
         return torch.tensor(float(value), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-    dtype = torch.promote_types(value.dtype, parameter.dtype)
+    narrow = value.dtype in (torch.bfloat16, torch.float16)
+    dtype = value.dtype if narrow else torch.promote_types(value.dtype, parameter.dtype)
     whole = torch.empty(value.shape, dtype=dtype, device=parameter.device).copy_(value)
     return whole if value.shape != parameter.shape else sharded_as(whole, parameter)

@@ -78,7 +78,7 @@ def record_checkpoint(
             f"{directory}: not supported: a manifest of a sharded checkpoint, which has the parameters' names in "
             "it; load it without one"
         )
-    request = Request(directory, base_model, adapter, quantization, mapping)
+    request = Request(directory, base_model, adapter, quantization, mapping, any_trainer=True)
     facts: dict[str, Any] = {}
     with random_state_kept():
         examined = examine(request, facts)

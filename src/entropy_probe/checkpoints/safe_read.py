@@ -1,11 +1,6 @@
 """Files of a checkpoint, read without running anything in them: JSON, archives of ``torch.save``, and other pickles.
 
-Archives are checked byte by byte. Pickles are gone through before they are opened: nothing in one may take longer to
-look at than its length suggests.
-
-A few hundred bytes can describe a tuple that holds another twice, which holds another twice, and so on; to hash it, as
-an unpickler does with a key, or to print it then takes for ever. And some of what torch lets a pickle call makes large
-values from small ones. So the instructions are gone through first, without carrying them out.
+Archives are checked byte by byte, pickles gone through before they are opened.
 """
 
 from __future__ import annotations
@@ -14,15 +9,15 @@ import io
 import json
 import mmap
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -33,77 +28,22 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     first_line,
 )
+from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
 
-__all__ = ["PLAIN", "StandIn", "check_pickle", "read_archive", "read_archived", "read_json", "read_with_stand_ins"]
+__all__ = [
+    "Inert",
+    "StandIn",
+    "read_archive",
+    "read_archived",
+    "read_inert",
+    "read_json",
+    "read_with_stand_ins",
+]
 
 Built = TypeVar("Built")
 
-MAX_VALUES = 1000
-"""Values in one tuple, at any depth."""
-
-_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-PLAIN = {
-    *(f"torch {kind}Storage" for kind in _STORAGES),
-    *("torch.storage UntypedStorage", "torch Size", "torch device", "torch.serialization _get_layout"),
-    *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
-    *("torch.nn.parameter Parameter", "collections OrderedDict"),
-    *(f"torch {name}" for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")),
-}
-"""What ``torch.save`` names for dense tensors and plain values."""
-
-_MADE_OF_OTHERS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
-_PUT, _GET = ("BINPUT", "LONG_BINPUT", "MEMOIZE", "PUT"), ("BINGET", "LONG_BINGET", "GET")
-
-
-def _effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, bool, bool]:
-    """How many values it takes, besides those since a mark or not; whether it leaves one, and one made of them."""
-    before = opcode.stack_before
-    marked = pickletools.markobject in before
-    count = before.index(pickletools.markobject) if marked else len(before)
-    return count, marked, bool(opcode.stack_after), opcode.name in _MADE_OF_OTHERS
-
-
-_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
-
-
-def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
-    """Go through a pickle without carrying it out.
-
-    Args:
-        data: the pickle.
-        names: what it may name, as module and name with a space between; None for anything, where the unpickler looks.
-
-    Raises:
-        pickle.UnpicklingError: if it names something else, or a tuple in it holds too much.
-        ValueError, LookupError: if it is malformed.
-    """
-    stack: list[int] = []  # of each value, how many it holds that it will always hold: 1 where they can still change
-    outer: list[list[int]] = []  # the stacks below each mark
-    memo: dict[Any, int] = {}
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in _PUT:
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif name in _GET:
-            stack.append(memo[argument])
-        elif name == "MARK":
-            outer.append(stack)
-            stack = []
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "GLOBAL" and names is not None and argument not in names:
-            raise pickle.UnpicklingError(f"it names {argument}"[:100])
-        else:
-            count, marked, leaves, made_of_them = _EFFECTS[name]
-            held = sum(stack) if marked else 0
-            if marked:
-                stack = outer.pop()
-            for _ in range(count):
-                held += stack.pop()
-            if held >= MAX_VALUES and made_of_them:
-                raise pickle.UnpicklingError(f"it has a tuple of {MAX_VALUES} values or more")
-            if leaves:
-                stack.append(1 + held if made_of_them else 1)
+MAX_SETTINGS = 2**20
+"""Bytes of a file of settings: a trainer's has about ten thousand."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -189,16 +129,47 @@ class StandIn:
             self.state = state
 
 
+class Inert:
+    """In place of whatever a pickle names, and of whatever it makes of that: it holds what was stored, does nothing.
+
+    Without a ``__dict__``, so that nothing stored can take the place of a method.
+
+    Attributes:
+        named: of the class, what the pickle named: module and name with a dot between.
+        arguments: what it would have been called with.
+        state: what it would have been filled with, if anything.
+    """
+
+    __slots__ = ("arguments", "state")
+    named: ClassVar[str] = ""
+
+    def __new__(cls, *arguments: Any, **more: Any) -> Inert:
+        """One that holds its arguments."""
+        made = super().__new__(cls)
+        made.arguments, made.state = (*arguments, *more.values()), None
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """What is stored item by item is not looked at."""
+
+    def append(self, value: Any) -> None:
+        """The same."""
+
+    def extend(self, values: Any) -> None:
+        """The same."""
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, stand_ins: Mapping[tuple[str, str], Any]) -> None:
+    def __init__(self, data: bytes, stand_in: Callable[[str, str], Any]) -> None:
         super().__init__(io.BytesIO(data))
-        self._stand_ins = stand_ins
+        self._stand_in = stand_in
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a class, if the pickle may name it."""
-        if (module, name) not in self._stand_ins:
-            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
-        return self._stand_ins[module, name]
+        return self._stand_in(module, name)
 
 
 def read_with_stand_ins(
@@ -215,22 +186,70 @@ def read_with_stand_ins(
     Raises:
         CheckpointError: if the file names anything else, is damaged, or ``build`` refuses it.
     """
+
+    def stand_in(module: str, name: str) -> Any:
+        if (module, name) not in stand_ins:
+            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
+        return stand_ins[module, name]
+
+    return _unpickled(path, Path.read_bytes, stand_in, what, build, "copy the checkpoint again")
+
+
+def read_inert(path: Path, what: str, build: Callable[[Any], Built], remedy: str) -> Built:
+    """What is made of the pickle in an archive of ``torch.save``, with :class:`Inert` for whatever it names.
+
+    Args:
+        path: the file.
+        what: the kind of file, and of what, for messages.
+        build: makes the result of what was unpickled; it may raise whatever malformed values give.
+        remedy: what to do about a file that cannot be read.
+
+    Raises:
+        CheckpointError: if the file is damaged, larger than settings are, or ``build`` refuses it.
+    """
+
+    @cache
+    def stand_in(module: str, name: str) -> type[Inert]:
+        return type("Inert", (Inert,), {"__slots__": (), "named": f"{module}.{name}"})
+
+    return _unpickled(path, _archived_pickle, stand_in, what, build, remedy)
+
+
+def _archived_pickle(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_SETTINGS:
+        raise UnsafeFileError(
+            f"{path}: expected settings of at most {MAX_SETTINGS:,} bytes, got {size:,}; it was not opened"
+        )
+    data = path.read_bytes()
+    _check_entries(str(path), io.BytesIO(data), data, None)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        (name,) = (name for name in archive.namelist() if name.lower().endswith("data.pkl"))
+        return archive.read(name)
+
+
+def _unpickled(
+    path: Path,
+    read: Callable[[Path], bytes],
+    stand_in: Callable[[str, str], Any],
+    what: str,
+    build: Callable[[Any], Built],
+    remedy: str,
+) -> Built:
     kind = what.partition(" of ")[0]
     try:
-        data = path.read_bytes()
+        data = read(path)
         check_pickle(data)
-        return build(_Unpickler(data, stand_ins).load())
+        return build(_Unpickler(data, stand_in).load())
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{path}: expected an {what}, got a pickle that is none ({first_line(error, 100)}); nothing in it was run; "
-            "copy the checkpoint again"
+            f"{remedy}"
         ) from error
     except CheckpointError:
         raise
-    except _UNREADABLE as error:
-        raise DamagedFileError(
-            f"{path}: expected an intact {kind}, got: {first_line(error)}; copy the checkpoint again"
-        ) from error
+    except (*_UNREADABLE, zipfile.BadZipFile) as error:
+        raise DamagedFileError(f"{path}: expected an intact {kind}, got: {first_line(error)}; {remedy}") from error
 
 
 _MAKERS = {
@@ -272,8 +291,10 @@ def _cause(error: Exception) -> str:
     return match.group(1)[:160] if match else first_line(error, 160)
 
 
-def _check_entries(where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap) -> None:
-    """Every entry is stored as it is, lies within the data, and has its checksum; the pickle is plain."""
+def _check_entries(
+    where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap, names: Collection[str] | None = frozenset(PLAIN)
+) -> None:
+    """Every entry is stored as it is, lies within the data, and has its checksum; the pickle names nothing else."""
     with zipfile.ZipFile(file) as archive, memoryview(data) as view:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -290,13 +311,13 @@ def _check_entries(where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap)
                         f"{where}: expected intact data, got a wrong checksum in {entry.filename}; {_REMEDY}"
                     )
                 if entry.filename.lower().endswith("data.pkl"):  # torch does not look at the case
-                    _check_plain(bytes(content))
+                    _check_plain(bytes(content), names)
 
 
-def _check_plain(data: bytes) -> None:
-    """Check a pickle of tensors, and name the library whose objects it holds where it does."""
+def _check_plain(data: bytes, names: Collection[str] | None) -> None:
+    """Check a pickle of an archive, and name the library whose objects it holds where it may not."""
     try:
-        check_pickle(data, PLAIN)
+        check_pickle(data, names)
     except pickle.UnpicklingError as error:
-        maker = next((word for word in _MAKERS if word.encode() in data), None)
+        maker = next((word for word in _MAKERS if names is not None and word.encode() in data), None)
         raise pickle.UnpicklingError(f"{error}{f', of {maker}' if maker else ''}") from error

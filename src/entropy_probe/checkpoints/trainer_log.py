@@ -1,4 +1,4 @@
-"""What a trainer's own log shows of its loss that a policy gradient at the sampling point does not have.
+"""What a trainer's own log shows of the run: its loss, and numbers that a probe's own can be held against.
 
 ``trainer_state.json`` holds what was logged at each step. The keys are those of TRL's trainers (1.x) and of loops that
 log alike; a log without any of them shows nothing.
@@ -6,94 +6,144 @@ log alike; a log without any of them shows nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = ["not_modelled_by_log"]
+__all__ = ["LOGGED", "LOG_FILE", "TrainerLog", "read_log"]
 
 LAST = 20
 """How many of the last records are looked at; settings may change during a run."""
+COMPARED = 5
+"""Of how many the numbers are kept."""
+LOGGED = ("grad_norm", "entropy", "completions/mean_length", "reward")
+"""What a probe has too: the norm before clipping, nats per token, tokens per response, and the mean."""
+
+LOG_FILE = "trainer_state.json"
 
 
-def not_modelled_by_log(path: Path) -> tuple[str, ...]:
-    """One line for each term of the loss, or other loss, that the log of a checkpoint directory shows.
+@dataclass(frozen=True)
+class TrainerLog:
+    """The last training records of a log, the numbers in them.
+
+    Attributes:
+        records: by key, in order.
+    """
+
+    records: tuple[dict[str, float], ...]
+
+    def last(self, key: str) -> float | None:
+        """The last number under a key."""
+        return next((record[key] for record in reversed(self.records) if key in record), None)
+
+    def largest(self, key: str) -> float:
+        """The largest by size, 0 where there is none."""
+        return max((abs(record.get(key, 0.0)) for record in self.records), default=0.0)
+
+    @property
+    def numbers(self) -> dict[str, tuple[float, ...]]:
+        """The last numbers under the keys that can be compared, where there are any."""
+        logged = {key: [record[key] for record in self.records if key in record] for key in LOGGED}
+        return {key: tuple(values[-COMPARED:]) for key, values in logged.items() if values}
+
+    @property
+    def reuses_rollouts(self) -> bool:
+        """Whether some steps log no reward, having sampled nothing."""
+        clipped = [record for record in self.records if any(key.startswith("clip_ratio") for key in record)]
+        return any("reward" in record for record in clipped) and any("reward" not in record for record in clipped)
+
+    def other_loss(self) -> str | None:
+        """Which trainer it is, and what shows it, where its loss is no policy gradient that is modelled."""
+        keys = {key for record in self.records for key in record}
+        for shown, but, name in _OTHER_LOSSES:
+            if shown in keys and but not in keys:
+                return f"{name} ({LOG_FILE} logs {shown})"
+        trains, samples = keys & {"loss", "grad_norm"}, ("reward", "clip_ratio", "cispo_", "vespo/", "objective/")
+        if trains and not any(key.startswith(samples) for key in keys):
+            return f"a trainer without rewards ({LOG_FILE} logs neither reward nor clip_ratio)"
+        return None
+
+    def settings(self) -> Iterator[tuple[str, Any, str]]:
+        """What the keys tell of settings of TRL's losses: name, value (None for any but 0), and the key."""
+        if self.last("kl") is not None:
+            yield "beta", None, "kl"
+        if self.largest("entropy_coef"):
+            yield "entropy_coef", self.last("entropy_coef"), "entropy_coef"
+        for key, loss_type in (("cispo_clip_ratio", "cispo"), ("vespo/phi_seq_mean", "vespo")):
+            if self.last(key) is not None:
+                yield "loss_type", loss_type, key
+
+    def not_modelled(self) -> tuple[str, ...]:
+        """One line for each term of the loss that it shows and a policy gradient at the sampling point does not have.
+
+        How a line begins says which term it is: see :attr:`entropy_probe.losses.Loss.models`.
+        """
+        lines = (self._kl(), self._bonus(), self._experts(), self._ratios(), self._sampler())
+        return tuple(line for line in lines if line)
+
+    def _kl(self) -> str:
+        key = next((key for key in ("kl", "objective/kl", "kl_loss") if self.last(key) is not None), None)
+        return f"the KL term to a reference policy (the log has {key}, {self.last(key):.3g} last)" if key else ""
+
+    def _bonus(self) -> str:
+        key = next((key for key in ("entropy_coef", "entropy_loss") if self.largest(key)), None)
+        return f"the entropy bonus (the log has {key}, {self.last(key):.3g} last)" if key else ""
+
+    def _experts(self) -> str:
+        last = self.last("aux_loss") if self.largest("aux_loss") else None
+        what = "the auxiliary loss that balances the experts"
+        return "" if last is None else f"{what} (the log has aux_loss, {last:.3g} last)"
+
+    def _ratios(self) -> str:
+        keys = {key for record in self.records for key in record if key.startswith("clip_ratio") or "clipfrac" in key}
+        key = max(sorted(keys), key=self.largest, default=None)
+        if key is None or not self.largest(key):
+            return ""
+        return (
+            f"importance ratios other than 1 and their clipping: the log has {key} up to {self.largest(key):.3g}, so "
+            "the trainer takes several steps on the same rollouts; the step here is the first of them"
+        )
+
+    def _sampler(self) -> str:
+        keys = {key for record in self.records for key in record}
+        key = next((key for key in sorted(keys) if key.startswith("sampling/importance_sampling_ratio")), None)
+        what = "the weights that correct for the sampler"
+        return f"{what} (the log has {key}, {self.last(key):.3g} last)" if key else ""
+
+
+_OTHER_LOSSES = (
+    ("objective/rlhf_reward", "reward", "online DPO, or PPO or RLOO of older TRL"),
+    ("loss/value_avg", "", "PPO with a learned value function"),
+    ("log_odds_ratio", "", "ORPO"),
+    ("nll_loss", "", "CPO"),
+    ("rewards/chosen", "", "DPO, KTO or another trainer that learns from preferences"),
+    ("rewards/rejected", "", "DPO, KTO or another trainer that learns from preferences"),
+    ("logps/chosen", "", "DPO, KTO or another trainer that learns from preferences"),
+    ("mean_token_accuracy", "reward", "SFT or another trainer that imitates given text"),
+    ("margin", "reward", "a trainer of reward models"),
+)
+"""A key, one that may not be there beside it, and who logs so, the most telling first."""
+
+
+def read_log(path: Path) -> TrainerLog:
+    """The log of a checkpoint directory, empty where there is none.
 
     Raises:
         DamagedFileError: if the log is not JSON.
     """
-    file = path / "trainer_state.json"
+    file = path / LOG_FILE
     history = read_json(file).get("log_history") if file.is_file() else None
-    records = [record for record in history if isinstance(record, dict)] if isinstance(history, list) else []
-    logged = {key: value for record in records[-LAST:] for key, value in _numbers(record).items()}
-    largest = {key: max((abs(_numbers(r).get(key, 0.0)) for r in records[-LAST:]), default=0.0) for key in logged}
-    return tuple(line for look in _SIGNS if (line := look(logged, largest)) is not None)
+    records = [_numbers(record) for record in history if isinstance(record, dict)] if isinstance(history, list) else []
+    training = [record for record in records if not any(key.startswith(("eval_", "train_")) for key in record)]
+    return TrainerLog(tuple(training[-LAST:]))
 
 
-_Logged = dict[str, float]
-"""The last number logged under each key, or the largest by size."""
-
-
-def _numbers(record: dict[Any, Any]) -> _Logged:
-    return {k: float(v) for k, v in record.items() if isinstance(k, str) and isinstance(v, int | float)}
-
-
-def _other_loss(last: _Logged, _: _Logged) -> str | None:
-    rewarded = "reward" in last or "objective/rlhf_reward" in last
-    if "rewards/chosen" in last or "rewards/rejected" in last:
-        return (
-            "the loss itself: the log has rewards/chosen, so the trainer learns from preferences (DPO, KTO and alike), "
-            "and the step here is that of a policy gradient, which it does not take"
-        )
-    if "mean_token_accuracy" in last and not rewarded:
-        return (
-            "the loss itself: the log has mean_token_accuracy and no reward, so the trainer imitates given text (SFT), "
-            "and the step here is that of a policy gradient, which it does not take"
-        )
-    return None
-
-
-def _kl(last: _Logged, _: _Logged) -> str | None:
-    key = next((key for key in ("kl", "objective/kl", "kl_loss") if key in last), None)
-    return None if key is None else f"the KL term to a reference policy (the log has {key}, {last[key]:.3g} last)"
-
-
-def _entropy_bonus(last: _Logged, largest: _Logged) -> str | None:
-    key = next((key for key in ("entropy_coef", "entropy_loss") if largest.get(key)), None)
-    return None if key is None else f"the entropy bonus (the log has {key}, {last[key]:.3g} last)"
-
-
-def _experts(last: _Logged, largest: _Logged) -> str | None:
-    if not largest.get("aux_loss"):
-        return None
-    return f"the auxiliary loss that balances the experts (the log has aux_loss, {last['aux_loss']:.3g} last)"
-
-
-def _clipped_ratios(_: _Logged, largest: _Logged) -> str | None:
-    keys = [k for k, v in largest.items() if v and (k.startswith("clip_ratio") or "clipfrac" in k)]
-    if not keys:
-        return None
-    key = max(keys, key=lambda k: largest[k])
-    return (
-        f"importance ratios other than 1 and their clipping: the log has {key} up to {largest[key]:.3g}, so the "
-        "trainer takes several steps on the same rollouts; the step here is the first of them"
-    )
-
-
-def _sampler_weights(last: _Logged, _: _Logged) -> str | None:
-    key = next((key for key in sorted(last) if key.startswith("sampling/importance_sampling_ratio")), None)
-    return (
-        None if key is None else f"the weights that correct for the sampler (the log has {key}, {last[key]:.3g} last)"
-    )
-
-
-_SIGNS: tuple[Callable[[_Logged, _Logged], str | None], ...] = (
-    _other_loss,
-    _kl,
-    _entropy_bonus,
-    _experts,
-    _clipped_ratios,
-    _sampler_weights,
-)
+def _numbers(record: dict[Any, Any]) -> dict[str, float]:
+    return {
+        key: float(value)
+        for key, value in record.items()
+        if isinstance(key, str) and isinstance(value, int | float) and abs(value) < 1e300
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +194,8 @@ def _sample_batch(
     if batch == "update":
         reward, settings = required(sources.reward), required(config.update)
         rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
+        if config.probe.loss.needs_old:  # fresh rollouts are the policy's own
+            rollouts = replace(rollouts, old_logprobs=rollouts.sampled_logprobs)
         rollouts.to_parquet(output.batch_file(batch))
         return _describe(batch, report, config) + notes
     policy = fingerprint([*state.model.named_parameters(), *state.model.named_buffers()])

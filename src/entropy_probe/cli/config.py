@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from entropy_probe.cli.errors import describe
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
+from entropy_probe.losses import Loss
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
 __all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config"]
@@ -43,15 +45,17 @@ class RunConfig(BaseModel):
         mapping: which parameters the entries of an optimizer file without names belong to, where its groups are of no
             known rule: a file with a name on each line in the optimizer's order, or for regular expressions the group
             of the parameters that they match first, ``{lora_A: 0, lora_B: 1}``.
+        reference: the reference policy of a KL term, a directory of full weights, where the rollouts have no
+            ``reference_logprobs`` and the checkpoint no adapter that can be switched off.
         output_dir: where the results go; new or empty, unless ``overwrite``.
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
         shard: spread model and optimizer over the ranks that ``torchrun`` started (FSDP2), for a model that does not
             fit one device. Every rank then works on the whole batches, so more ranks bring memory, not speed.
         prompts: where prompts come from; not needed when both batches are read from files.
-        mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` predicts from the update batch
-            alone, by the cross-prompt U-statistic; ``both`` does both; ``same_batch`` predicts from the update batch
-            and measures on it too, which is biased and labelled so.
+        mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` on the update batch alone, over
+            pairs of different prompts; ``both`` is two batches, with the cross-prompt U-statistic beside. With
+            ``probe.geometry: frozen`` one batch is that statistic too.
         reward: the reward of update responses, by name, or several.
         reward_weights: of several rewards, whose weighted sum counts; 1 each by default.
         generation: how responses are sampled. Temperature and largest length are those of ``probe``.
@@ -62,7 +66,10 @@ class RunConfig(BaseModel):
         attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
         attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch.
         questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
-        probe: how to probe.
+        trust_config: go by the config where the checkpoint's files say otherwise of training, and probe the checkpoint
+            of any trainer. The result says where they differ.
+        probe: how to probe. Loss, temperature, clipping and largest length are the trainer's where the checkpoint tells
+            them and the config does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -72,12 +79,13 @@ class RunConfig(BaseModel):
     adapter: str | None = None
     quantization: dict[str, Any] | None = None
     mapping: str | dict[str, int] | None = None
+    reference: Path | None = None
     output_dir: Path
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"
     shard: bool = False
     prompts: PromptSource | None = None
-    mode: Literal["two_batch", "one_batch", "both", "same_batch"] = "two_batch"
+    mode: Literal["two_batch", "one_batch", "both"] = "two_batch"
     reward: str | tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
     generation: GenerationSettings = GenerationSettings()
@@ -88,12 +96,13 @@ class RunConfig(BaseModel):
     attribution: bool = False
     attribution_folds: int | None = Field(default=None, ge=2)
     questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    trust_config: bool = False
     probe: ProbeConfig = ProbeConfig()
 
     @property
     def needs_no_evaluation(self) -> bool:
         """Whether the update batch is the only one."""
-        return self.mode in ("one_batch", "same_batch")
+        return self.mode == "one_batch"
 
     @model_validator(mode="after")
     def _check_prompts(self) -> RunConfig:
@@ -120,7 +129,6 @@ class RunConfig(BaseModel):
             needed = {
                 batch: getattr(self, batch),
                 "prompts": self.prompts,
-                "probe.max_completion_length": self.probe.max_completion_length,
                 **({"reward": self.reward} if batch == "update" else {}),
             }
             for key, value in needed.items():
@@ -142,12 +150,9 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _check_resampling(self) -> RunConfig:
-        if self.probe.on_low_ess == "resample" and self.probe.max_completion_length is None:
-            raise ValueError(
-                "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), but "
-                "missing"
-            )
+    def _check_reference(self) -> RunConfig:
+        if self.reference is not None and self.shard:
+            raise ValueError("reference: expected shard: false beside it, got true; record reference_logprobs instead")
         return self
 
     @model_validator(mode="after")
@@ -183,11 +188,37 @@ class RunConfig(BaseModel):
             )
         return self
 
+    def check_filled(self) -> None:
+        """Check what the trainer's settings are part of, once they were filled in from the checkpoint.
+
+        Raises:
+            ValueError: if responses are to be sampled and neither the config nor the checkpoint has their largest
+                length, or a reference is given that the loss has no use for.
+        """
+        batches = ("update",) if self.needs_no_evaluation else ("update", "evaluation")
+        sampled = next((batch for batch in batches if getattr(self.rollouts, batch) is None), None)
+        missing = "but missing, and the checkpoint does not tell it; set it"
+        if self.probe.max_completion_length is None and sampled is not None:
+            raise ValueError(
+                f"probe.max_completion_length: required to sample the {sampled} batch, {missing}, or set "
+                f"rollouts.{sampled} to a saved batch"
+            )
+        if self.probe.max_completion_length is None and self.probe.on_low_ess == "resample":
+            raise ValueError(
+                "probe.max_completion_length: required to sample responses anew (probe.on_low_ess is resample), "
+                f"{missing}"
+            )
+        if self.reference is not None and not self.probe.loss.needs_reference:
+            raise ValueError(
+                "reference: expected a loss with a KL term beside it (probe.loss.beta above 0), got none; set it, or "
+                "leave reference out"
+            )
+
     def resolved(self) -> RunConfig:
         """The config with nothing left to circumstances: absolute paths, the device, how batches were drawn.
 
         Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own. Update
-        prompts that are filtered here are selected by their rewards.
+        prompts that are filtered here, or whose truncated responses are masked, are selected by what they are.
         Sampling settings that saved rollouts take the place of are left out.
 
         Raises:
@@ -204,6 +235,8 @@ class RunConfig(BaseModel):
         }
         if self.base_model is not None and Path(self.base_model).is_dir():
             changes["base_model"] = str(Path(self.base_model).absolute())
+        if self.reference is not None:
+            changes["reference"] = self.reference.absolute()
         if self.prompts is not None and self.prompts.file is not None:
             kind, path = self.prompts.file
             changes["prompts"] = self.prompts.model_copy(update={kind: path.absolute()})
@@ -213,7 +246,7 @@ class RunConfig(BaseModel):
         drawn: dict[str, Any] = {}
         if "evaluation" not in saved and not self.needs_no_evaluation and self.probe.evaluation_unit == "auto":
             drawn["evaluation_unit"] = "sequence"
-        if "update" not in saved and self.update is not None and self.update.filter_zero_advantage:
+        if "update" not in saved and self.update is not None and self.update.selects:
             drawn["update_selected"] = True
         changes["probe"] = self.probe.model_copy(update=drawn)
         return self.model_copy(update=changes)
@@ -229,7 +262,7 @@ class ValidateConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _attributed(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        if settings.get("mode") in ("one_batch", "same_batch"):
+        if settings.get("mode") == "one_batch":
             raise ValueError(
                 f"validate: expected mode two_batch or both, whose prediction is attributed, got {settings['mode']}; "
                 "change the mode"
@@ -267,12 +300,12 @@ def load_config(
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The keys of a section, with the model of those that are sections themselves."""
+    """The keys of a section, with the model of those that are sections themselves; a loss knows its own keys."""
     keys: dict[str, type[BaseModel] | None] = {}
     for name, field in model.model_fields.items():
         candidates = (field.annotation, *get_args(field.annotation))
         models = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        keys[name] = models[0] if models else None
+        keys[name] = models[0] if models and not inspect.isabstract(models[0]) else None
     return keys
 
 
@@ -289,7 +322,7 @@ def _unknown_keys(settings: Mapping[Any, Any], model: type[BaseModel], prefix: s
         section = known.get(name)
         if name not in known:
             yield f"{prefix}{name}"
-        elif section is not None and isinstance(value, Mapping):
+        elif section is not None and section is not Loss and isinstance(value, Mapping):
             yield from _unknown_keys(value, section, f"{prefix}{name}.")
 
 

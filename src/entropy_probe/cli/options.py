@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Adapter", "BaseModel", "Mapping", "Quantization", "parse_mapping", "parse_quantization"]
+__all__ = ["Adapter", "BaseModel", "Mapping", "Quantization", "TrustConfig", "parse_mapping", "parse_quantization"]
 
 BaseModel = Annotated[
     str | None,
@@ -21,6 +21,10 @@ Quantization = Annotated[
         help="The BitsAndBytesConfig with which training quantised the base model while loading it, such as "
         '{"load_in_4bit": true}.',
     ),
+]
+TrustConfig = Annotated[
+    bool,
+    typer.Option("--trust-config", help="Go by the config where the checkpoint's files say otherwise of training."),
 ]
 Mapping = Annotated[
     str | None,

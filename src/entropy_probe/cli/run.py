@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
+from entropy_probe.cli.options import TrustConfig
 from entropy_probe.cli.output import Output, locked, open_output
 from entropy_probe.results.probe import ProbeResult
 
@@ -43,6 +45,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
     ] = False,
+    trust_config: TrustConfig = False,
 ) -> None:
     """Probe a checkpoint: predict the next step's entropy change, and measure it."""
     from rich.console import Console
@@ -55,6 +58,7 @@ def run(
         "output_dir": None if output_dir is None else str(output_dir),
         "probe.learning_rate": learning_rate,
         "overwrite": overwrite or None,
+        "trust_config": trust_config or None,
     }
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options)
@@ -80,22 +84,39 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         quantization=config.quantization,
         mapping=config.mapping,
         shard=config.shard,
+        any_trainer=config.trust_config,
     )
 
 
-def open_probe(config: RunConfig, ranks: Ranks, clock: Clock) -> tuple[EntropyProbe, CheckpointState]:
-    """A probe of the checkpoint of a configuration.
+def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) -> tuple[EntropyProbe, CheckpointState]:
+    """A probe of the checkpoint of a configuration, of which its optimizer and loss have what they take.
 
     Raises:
         ValueError: if the checkpoint cannot be used, or not as configured.
     """
     from entropy_probe.analyses.attribute import check_divides
+    from entropy_probe.analyses.reference import check_reference
+    from entropy_probe.checkpoints import load_reference
+    from entropy_probe.checkpoints.adapters import reference_copy
     from entropy_probe.probe import EntropyProbe
 
+    loss, update = config.probe.loss, sources.update
+    if update is not None:
+        loss.check(update)
     with clock.phase("load checkpoint") as step:
-        state = open_checkpoint(config)
+        state, reference = open_checkpoint(config), None
+        if config.reference is not None:
+            reference = load_reference(config.reference, dtype=config.probe.dtype, device=config.device)
         step(1, 1)
-    # Before sampling, since both check the optimizer.
+    # all of it before sampling
+    check_reference(loss, update, state.model, reference)
+    if loss.needs_reference and reference is None and (update is None or update.reference_logprobs is None):
+        copied = reference_copy(config.checkpoint)
+        if copied is not None:
+            raise ValueError(
+                f"{config.checkpoint}: expected reference_logprobs in the update batch, since the reference is its "
+                f"adapter {copied!r}, which is not loaded; record them in training"
+            )
     if config.attribution:
         check_divides(state.optimizer, config.probe)
     assert state.report.optimizer_state is not None
@@ -106,6 +127,7 @@ def open_probe(config: RunConfig, ranks: Ranks, clock: Clock) -> tuple[EntropyPr
         mapping=state.report.optimizer_state.mapping,
         progress=clock.progress,
         resample=resampler(config, state, ranks),
+        reference=reference,
         distributed=ranks.size > 1 and not config.shard,
         end_token_ids=end_ids(state),
         stop_texts=bool(config.generation.stop),
@@ -128,10 +150,11 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
     """
     from entropy_probe.analyses.validate import check_halves
+    from entropy_probe.cli.from_checkpoint import with_trainer_settings
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_run_report
 
-    config = config.resolved()
+    config, of_config = with_trainer_settings(config)
     writing = ranks.rank == 0
     with locked(config.output_dir) if writing else nullcontext(), show_progress(visible=writing) as progress:
         sources = read_sources(config)
@@ -144,7 +167,7 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         if output.finished:
             (result,) = ranks.broadcast([ProbeResult.load(output.path)] if writing else [])
         else:
-            result = _probe_into(output, sources, ranks, progress, halves)
+            result = _probe_into(output, replace(sources, notes=(*of_config, *sources.notes)), ranks, progress, halves)
         output.finish(partial(write_run_report, output.path, result))
     return result
 
@@ -153,20 +176,22 @@ def _probe_into(
     output: Output, sources: Sources, ranks: Ranks, progress: Phase, halves: tuple[int, int] | None
 ) -> ProbeResult:
     """Load, sample, probe and validate; rank 0 writes what comes of it."""
+    from entropy_probe.analyses.log_check import against_log
     from entropy_probe.analyses.provenance import Clock
     from entropy_probe.cli.report import write_run_report
 
     config, clock = output.config, Clock(progress)
-    probe, state = open_probe(config, ranks, clock)
+    probe, state = open_probe(config, sources, ranks, clock)
     with output.writing(ranks):
         with clock.phase("sample"):
             update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         result, attribution = _run_mode(probe, config, update, evaluation)
-        notes = (*state.report.notes, *sources.notes, *notes)
-        result = _annotate(result, notes, beyond_loss(config, state.report.not_modelled), clock.seconds)
+        of_log = against_log(state.report.logged, result, update, selected=config.probe.update_selected)
+        notes = (*state.report.notes, *sources.notes, *notes, *of_log)
+        result = _annotate(result, notes, beyond_loss(config, update, state.report.not_modelled), clock.seconds)
         if output.writes:
             if attribution is not None:
-                attribution.save_tables(output.path, state.tokenizer)
+                attribution.save_tables(output.path, state.tokenizer, _names(sources))
             output.add_given(sources)
             for answer in result.answers.values():
                 answer.save(output.path)
@@ -199,9 +224,7 @@ def _run_mode(
     attribution = None
     if config.mode == "one_batch":
         return probe.one_batch(update), None
-    if config.mode == "same_batch":
-        result = probe.measure(update=update)
-    elif config.attribution:
+    if config.attribution:
         attribution = probe.attribute(
             update=update,
             evaluation=required(evaluation),
@@ -214,7 +237,7 @@ def _run_mode(
         result = probe.run(update=update, evaluation=required(evaluation), questions=config.questions)
     if config.mode == "two_batch":
         return result, attribution
-    one = probe.one_batch(update)
+    one = probe.one_batch(update, geometry="frozen")
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})
 
     said, known = one.diagnostics, result.diagnostics
@@ -224,9 +247,17 @@ def _run_mode(
     return _annotate(result, tuple(notes), tuple(left_out), one.timing), attribution
 
 
-def beyond_loss(config: RunConfig, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
-    """What a trainer's log shows of its loss, without what the configured loss models."""
-    models = config.probe.loss.models
+def _names(sources: Sources) -> dict[int, str]:
+    """What sampled update prompts are called: conversations by their last user message."""
+    from entropy_probe.sampling import last_user_message
+
+    prompts = sources.prompts if sources.update is None else []
+    return {prompt.id: message for prompt in prompts if (message := last_user_message(prompt)) is not None}
+
+
+def beyond_loss(config: RunConfig, update: Rollouts, not_modelled: tuple[str, ...]) -> tuple[str, ...]:
+    """What a trainer's log shows of its loss, without what the configured loss models on this batch."""
+    models = (*config.probe.loss.models, *(("importance ratios",) if update.old_logprobs is not None else ()))
     return tuple(line for line in not_modelled if not line.startswith(models))
 
 

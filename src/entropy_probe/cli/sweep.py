@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
+from entropy_probe.cli.options import TrustConfig
 from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, locked, open_output
 from entropy_probe.results.record import Kept, SavedRecord, write_atomically
 from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
@@ -38,6 +40,7 @@ def sweep(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier sweep in the output directory and start afresh.")
     ] = False,
+    trust_config: TrustConfig = False,
 ) -> None:
     """Measure the step's entropy change at many learning rates.
 
@@ -50,7 +53,11 @@ def sweep(
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.report import print_files, print_sections, sweep_sections
 
-    options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
+    options = {
+        "output_dir": None if output_dir is None else str(output_dir),
+        "overwrite": overwrite or None,
+        "trust_config": trust_config or None,
+    }
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options, SweepConfig)
         assert isinstance(settings, SweepConfig)
@@ -96,15 +103,20 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     See :mod:`entropy_probe.cli.output` for what rank 0 writes.
     """
     from entropy_probe.cli.batches import read_sources
+    from entropy_probe.cli.from_checkpoint import with_trainer_settings
     from entropy_probe.cli.progress import show_progress
     from entropy_probe.cli.report import write_sweep_report
 
+    settings, of_config = with_trainer_settings(config)
+    assert isinstance(settings, type(config))
+    config = settings
     with show_progress(visible=ranks.rank == 0) as progress:
         sources = read_sources(config)
         output = open_output(config, "sweep", sources, ranks)
         if output.finished:
             (sweep,) = ranks.broadcast([Sweep.load(output.path)] if output.writes else [])
         else:
+            sources = replace(sources, notes=(*of_config, *sources.notes))
             sweep = _sweep_into(output, config, sources, ranks, progress)
     output.finish(partial(write_sweep_report, output.path, {"": sweep}))
     return sweep
@@ -112,13 +124,14 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
 
 def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ranks, progress: Phase) -> Sweep:
     """Load, sample and sweep; rank 0 writes what comes of it."""
+    from entropy_probe.analyses.log_check import against_log
     from entropy_probe.analyses.provenance import Clock
     from entropy_probe.cli.batches import collect_batches, required
     from entropy_probe.cli.run import beyond_loss, open_probe
 
     rates = config.sweep.rates()
     settings = config.model_copy(update={"probe": config.probe.model_copy(update={"learning_rate": rates[-1]})})
-    probe, state = open_probe(settings, ranks, Clock(progress))
+    probe, state = open_probe(settings, sources, ranks, Clock(progress))
     with output.writing(ranks):
         update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         points = output.path / POINTS
@@ -137,12 +150,13 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             finished=ranks.broadcast(finished),
             on_point=save if output.writes else None,
         )
-        left_out = (*sweep.prediction.diagnostics.not_modelled, *beyond_loss(config, state.report.not_modelled))
+        left_out = (*sweep.prediction.diagnostics.not_modelled, *beyond_loss(config, update, state.report.not_modelled))
         diagnostics = sweep.prediction.diagnostics.model_copy(update={"not_modelled": left_out})
+        of_log = against_log(state.report.logged, sweep.prediction, update, selected=config.probe.update_selected)
         sweep = sweep.model_copy(
             update={
                 "prediction": sweep.prediction.model_copy(update={"diagnostics": diagnostics}),
-                "notes": (*state.report.notes, *sources.notes, *notes, *sweep.notes),
+                "notes": (*state.report.notes, *sources.notes, *notes, *of_log, *sweep.notes),
             }
         )
         if output.writes:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from entropy_probe.cli.options import TrustConfig
+
 __all__ = ["validate"]
 
 
@@ -22,6 +24,7 @@ def validate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
     ] = False,
+    trust_config: TrustConfig = False,
 ) -> None:
     """Run with attribution, then take real steps on random halves of the update prompts and compare.
 
@@ -34,7 +37,11 @@ def validate(
     from entropy_probe.cli.report import print_run
     from entropy_probe.cli.run import probe_checkpoint
 
-    options = {"output_dir": None if output_dir is None else str(output_dir), "overwrite": overwrite or None}
+    options = {
+        "output_dir": None if output_dir is None else str(output_dir),
+        "overwrite": overwrite or None,
+        "trust_config": trust_config or None,
+    }
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options, ValidateConfig)
         result = probe_checkpoint(settings, ranks, (subsets, seed))

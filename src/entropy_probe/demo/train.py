@@ -11,9 +11,11 @@ import json
 import logging
 import random
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,16 @@ from entropy_probe.demo.policy import EOS, build_model, build_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["CPU_ARGUMENTS", "LORA_TARGETS", "quiet_single_thread", "train_demo"]
+__all__ = [
+    "CPU_ARGUMENTS",
+    "LORA_TARGETS",
+    "built_beside",
+    "complete_checkpoints",
+    "quiet",
+    "quiet_single_thread",
+    "reinforce",
+    "train_demo",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +102,7 @@ def train_demo(
     checkpoint = directory / f"checkpoint-{steps}"
     if (checkpoint / "trainer_state.json").is_file():
         return checkpoint
-    with _built_beside(directory, f"a demo with {checkpoint.name}") as building, quiet_single_thread():
+    with built_beside(directory, f"a demo with {checkpoint.name}") as building, quiet_single_thread():
         problems = _problems(random.Random(f"prompts {seed}"), num_prompts)
         on_progress(f"demo: supervised warm start, {warm_start_steps} steps")
         model, tokenizer = _base_model(building / "base", warm_start_steps, seed)
@@ -105,14 +116,16 @@ def train_demo(
             "per_device_train_batch_size": prompts_per_step * generations_per_prompt,
             "num_generations": generations_per_prompt,
             "learning_rate": learning_rate,
+            "max_completion_length": MAX_COMPLETION_LENGTH,
             "seed": seed,
         }
-        _reinforce(building, model, tokenizer, problems, arguments, on_progress)
+        records = [{"prompt": prompt, "answer": answer} for prompt, answer in problems]
+        reinforce(building, model, tokenizer, records, _exact_match, arguments, on_progress, say_every=save_steps)
     return checkpoint
 
 
 @contextmanager
-def _built_beside(directory: Path, what: str) -> Iterator[Path]:
+def built_beside(directory: Path, what: str) -> Iterator[Path]:
     """A temporary name beside a directory's place, from which it moves there whole if no error is raised.
 
     Raises:
@@ -129,16 +142,18 @@ def _built_beside(directory: Path, what: str) -> Iterator[Path]:
         building.rename(directory)
 
 
-@contextmanager
-def quiet_single_thread() -> Iterator[None]:
-    """One torch thread and no progress bars of transformers, both restored on leaving.
+def quiet_single_thread() -> AbstractContextManager[None]:
+    """:func:`quiet` on one torch thread: two can be a hundred times slower on models as small as the tiny policy."""
+    return quiet(1)
 
-    Two threads can be a hundred times slower than one on models this small.
-    """
+
+@contextmanager
+def quiet(threads: int) -> Iterator[None]:
+    """So many torch threads and no progress bars of transformers, both restored on leaving."""
     from transformers.utils import logging as transformers_logging
 
-    threads, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
-    torch.set_num_threads(1)
+    before, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
+    torch.set_num_threads(threads)
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -146,9 +161,13 @@ def quiet_single_thread() -> Iterator[None]:
             warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+    return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
 def _problems(source: random.Random, count: int, stray_spaces: float = 0.0) -> list[tuple[str, str]]:
@@ -204,15 +223,30 @@ def _warm_start(
     model.eval()
 
 
-def _reinforce(
+def reinforce(
     directory: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    problems: list[tuple[str, str]],
+    records: list[dict[str, Any]],
+    reward: Callable[..., list[float | None]],
     arguments: dict[str, Any],
     on_progress: Callable[[str], None],
+    say_every: int,
 ) -> None:
-    """Train a LoRA adapter on every linear layer with GRPO, writing checkpoints into ``directory``."""
+    """Train a LoRA adapter on every linear layer with GRPO, writing checkpoints into ``directory``.
+
+    Goes on from the last complete checkpoint that is there.
+
+    Args:
+        directory: gets TRL's ``checkpoint-N/``.
+        model: the base model.
+        tokenizer: its tokenizer.
+        records: rows of the data set, with ``prompt`` and what the reward asks for.
+        reward: a reward function as TRL calls it.
+        arguments: of ``GRPOConfig``, besides :data:`CPU_ARGUMENTS`.
+        on_progress: called with a line every ``say_every`` steps.
+        say_every: see above.
+    """
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
@@ -220,27 +254,47 @@ def _reinforce(
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     class Progress(TrainerCallback):
-        def on_save(self, args, state, control, **_):
-            last = state.log_history[-1]
-            on_progress(
-                f"demo: step {state.global_step} of {state.max_steps}, reward {last['reward']:.2f}, "
-                f"entropy {last['entropy']:.4f} nats/token"
-            )
+        def on_train_begin(self, args, state, control, **_):
+            self.begun, self.done_before = time.monotonic(), state.global_step
 
-    def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
-        return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
+        def on_log(self, args, state, control, logs, **_):
+            if "reward" not in logs or state.global_step % say_every:
+                return
+            done, left = state.global_step - self.done_before, state.max_steps - state.global_step
+            seconds = round((time.monotonic() - self.begun) / done * left)
+            on_progress(
+                f"demo: step {state.global_step} of {state.max_steps}, reward {logs['reward']:.2f}, "
+                f"entropy {logs['entropy']:.4f} nats/token" + (f", {timedelta(seconds=seconds)} left" if left else "")
+            )
 
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=exact_match,
-        args=GRPOConfig(str(directory), max_completion_length=MAX_COMPLETION_LENGTH, **CPU_ARGUMENTS, **arguments),
-        train_dataset=Dataset.from_list([{"prompt": prompt, "answer": answer} for prompt, answer in problems]),
+        reward_funcs=reward,
+        args=GRPOConfig(str(directory), **CPU_ARGUMENTS, **arguments),
+        train_dataset=Dataset.from_list(records),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"),
         callbacks=[Progress()],
     )
     trainer.remove_callback(PrinterCallback)
+    last = max(complete_checkpoints(directory), default=None)
+    if last is not None:
+        on_progress(f"demo: goes on from checkpoint-{last}")
     with warnings.catch_warnings():
         # peft looks for the base model's vocabulary where the base model will be once all is complete
         warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if last is None else str(directory / f"checkpoint-{last}"))
+
+
+def complete_checkpoints(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a directory that were written to the end: the Trainer's own record comes last."""
+    states = (path / "trainer_state.json" for path in directory.glob("checkpoint-*"))
+    return sorted(int(state.parent.name.partition("-")[2]) for state in states if _is_json(state))
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

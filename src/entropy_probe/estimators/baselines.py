@@ -17,7 +17,14 @@ from torch import Tensor
 from entropy_probe.estimators.uncertainty import in_chunks
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["EntropyKind", "PositionSums", "leave_one_out_mean", "position_baseline", "strictly_after"]
+__all__ = [
+    "EntropyKind",
+    "PositionSums",
+    "leave_one_out_mean",
+    "position_baseline",
+    "strictly_after",
+    "strictly_before",
+]
 
 EntropyKind = Literal["rao_blackwell", "surprisal"]
 MIN_SHARE = 1e-9
@@ -68,10 +75,30 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1)[mask]
 
 
-def strictly_after(values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N L"]:
-    """At each response token the sum of ``values`` over the later response tokens of its sequence, in float64."""
+def strictly_after(
+    values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], horizon: int | None = None
+) -> Float[Tensor, "N L"]:
+    """At each response token the sum of ``values`` over the later response tokens of its sequence, in float64.
+
+    Args:
+        values: of each token.
+        mask: response tokens.
+        horizon: how many of the later tokens; all by default.
+    """
     masked = torch.where(mask, values.double(), 0.0)
-    return torch.where(mask, masked.sum(1, keepdim=True) - masked.cumsum(1), 0.0)
+    if horizon is None:
+        return torch.where(mask, masked.sum(1, keepdim=True) - masked.cumsum(1), 0.0)
+    order = (~mask).int().argsort(dim=1, stable=True)  # response tokens first
+    sums = masked.gather(1, order).cumsum(1)
+    ahead = torch.arange(horizon, horizon + mask.shape[1]).clamp(max=mask.shape[1] - 1)
+    return torch.where(mask, torch.zeros_like(masked).scatter(1, order, sums[:, ahead] - sums), 0.0)
+
+
+def strictly_before(
+    values: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], horizon: int | None = None
+) -> Float[Tensor, "N L"]:
+    """The same over the earlier response tokens, the last ``horizon`` of them."""
+    return strictly_after(values.flip(1), mask.flip(1), horizon).flip(1)
 
 
 def position_baseline(
@@ -81,6 +108,7 @@ def position_baseline(
     reaching: Float[Tensor, " P"],
     sums: Float[Tensor, " P"],
     weights: Float[Tensor, " N"],
+    horizon: int | None = None,
 ) -> Float[Tensor, "N L"]:
     """At the t-th response token the mean of ``to_go`` there over the sequences of the other clusters that reach t.
 
@@ -94,6 +122,7 @@ def position_baseline(
         sums: over the whole batch, at each position, what ``to_go`` adds up. Since a sequence that reaches a later
             position reaches t as well, the sum of ``to_go`` at t is that of ``sums`` after t.
         weights: what these sequences count in the sums and in the mean.
+        horizon: that of ``to_go``.
     """
     position, length = _positions(mask), len(reaching)
     present, local = clusters.index.unique(return_inverse=True)
@@ -101,7 +130,8 @@ def position_baseline(
     own = weights[:, None].expand_as(mask)[mask]
     own_sum = torch.zeros(len(present) * length, dtype=torch.float64).index_add_(0, cell, own * to_go.double()[mask])
     own_count = torch.zeros_like(own_sum).index_add_(0, cell, own)
-    other_sum = (sums.sum() - sums.cumsum(0))[position] - own_sum[cell]
+    later = strictly_after(sums[None], torch.ones_like(sums[None], dtype=torch.bool), horizon)[0]
+    other_sum = later[position] - own_sum[cell]
     other_count = reaching[position] - own_count[cell]
     out = torch.zeros(mask.shape, dtype=torch.float64)
     some = other_count > MIN_SHARE * reaching[position]

@@ -67,6 +67,7 @@ def entropy_coefficients(
     normalization: Normalization = "token",
     kind: EntropyKind = "rao_blackwell",
     draws: Clusters | None = None,
+    horizon: int | None = None,
 ) -> TokenCoefficients:
     """Coefficients of the entropy-gradient surrogate, before division by the tokens or sequences of the batch.
 
@@ -84,6 +85,7 @@ def entropy_coefficients(
         normalization: per token or per sequence.
         kind: how the entropy of a sequence is estimated.
         draws: which of these sequences were sampled together, whole; by default each by itself.
+        horizon: how many later tokens ``R_it`` reaches; all by default. Only for Rao-Blackwell.
 
     Returns:
         Float64 coefficients, 0 off the response.
@@ -96,12 +98,14 @@ def entropy_coefficients(
         counted = weights * scores.answered
         others = leave_one_out_mean(surprisal, prompt_ids, sums.sum().item(), reaching[0].item(), counted, draws)
         return TokenCoefficients((weights * (surprisal - others))[:, None] * mask, None)
-    to_go = strictly_after(scores.entropies.double() - per_token, mask)
-    centred = to_go - position_baseline(to_go, mask, clusters, reaching, sums, weights)
+    to_go = strictly_after(scores.entropies.double() - per_token, mask, horizon)
+    centred = to_go - position_baseline(to_go, mask, clusters, reaching, sums, weights, horizon)
     return TokenCoefficients(weights[:, None] * centred, weights[:, None] * mask)
 
 
-def length_coefficients(scores: TokenScores, clusters: Clusters, batch: PositionSums) -> TokenCoefficients:
+def length_coefficients(
+    scores: TokenScores, clusters: Clusters, batch: PositionSums, horizon: int | None = None
+) -> TokenCoefficients:
     """Coefficients of the length-gradient surrogate, before division by the tokens of the batch.
 
     ``(L_it - b_it) s_it`` with ``L_it`` the response tokens still to come after token t and ``b_it`` their mean at
@@ -113,13 +117,14 @@ def length_coefficients(scores: TokenScores, clusters: Clusters, batch: Position
         scores: of all or some sequences of a batch.
         clusters: the cluster of each of these sequences.
         batch: sums over the whole batch.
+        horizon: how many later tokens ``L_it`` counts; all by default.
 
     Returns:
         Float64 coefficients, 0 off the response.
     """
     mask, weights = scores.response_mask, scores.weights
-    to_go = strictly_after(mask.double(), mask)
-    centred = to_go - position_baseline(to_go, mask, clusters, batch.reaching, batch.reaching, weights)
+    to_go = strictly_after(mask.double(), mask, horizon)
+    centred = to_go - position_baseline(to_go, mask, clusters, batch.reaching, batch.reaching, weights, horizon)
     return TokenCoefficients(weights[:, None] * centred, None)
 
 

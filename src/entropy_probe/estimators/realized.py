@@ -14,12 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entropy_probe.estimators.baselines import EntropyKind, PositionSums, position_baseline, strictly_after
+from entropy_probe.estimators.baselines import (
+    EntropyKind,
+    PositionSums,
+    position_baseline,
+    strictly_after,
+    strictly_before,
+)
 from entropy_probe.estimators.first_order import FirstOrder, Normalization, sequence_entropies, sequence_weights
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["Change", "change", "noise_floor", "per_decision", "rounding_of", "snis"]
+__all__ = ["Change", "change", "noise_floor", "per_decision", "rounding_of", "snis", "windowed_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +123,7 @@ def per_decision(
     clusters: Clusters,
     batch: PositionSums,
     normalization: Normalization = "token",
+    horizon: int | None = None,
 ) -> ClusterSums:
     """Per-decision importance sampling with position baselines; as the step shrinks it becomes the first order.
 
@@ -134,13 +141,14 @@ def per_decision(
         clusters: the cluster of each of these sequences.
         batch: sums over the whole batch of scores at the old parameters.
         normalization: per token or per sequence.
+        horizon: how many of the last earlier ratios count in ``w_<t``, and later tokens in ``b_t``; all by default. See
+            :mod:`~entropy_probe.estimators.horizon`.
 
     Raises:
         ValueError: if a product of ratios overflows.
     """
     mask = before.response_mask
-    log_ratio = torch.where(mask, after.logprobs.double() - before.logprobs.double(), 0.0)
-    earlier = torch.where(mask, (log_ratio.cumsum(1) - log_ratio).exp(), 0.0)
+    earlier, log_ratio = windowed_weights(before, after, horizon)
     innovation = earlier * torch.expm1(log_ratio)
     if not bool(torch.isfinite(innovation).all() & torch.isfinite(earlier).all()):
         raise ValueError(
@@ -149,7 +157,8 @@ def per_decision(
         )
 
     def reweighted(old: Tensor, sums: Tensor, new: Tensor) -> Float[Tensor, " N"]:
-        baseline = position_baseline(strictly_after(old, mask), mask, clusters, batch.reaching, sums, before.weights)
+        to_go = strictly_after(old, mask, horizon)
+        baseline = position_baseline(to_go, mask, clusters, batch.reaching, sums, before.weights, horizon)
         return before.weights * (earlier * new - innovation * baseline).sum(1)
 
     numerator = reweighted(before.entropies, batch.of_kind("rao_blackwell"), after.entropies.double())
@@ -157,3 +166,13 @@ def per_decision(
         return ClusterSums.of(clusters, numerator, before.weights)
     ones = mask.double()
     return ClusterSums.of(clusters, numerator, reweighted(ones, batch.reaching, ones))
+
+
+def windowed_weights(
+    before: TokenScores, after: TokenScores, horizon: int | None = None
+) -> tuple[Float[Tensor, "N L"], Float[Tensor, "N L"]]:
+    """The product of the last ``horizon`` ratios before each response token, 0 elsewhere, and the token's log-ratio."""
+    mask = before.response_mask
+    log_ratio = torch.where(mask, after.logprobs.double() - before.logprobs.double(), 0.0)
+    earlier = log_ratio.cumsum(1) - log_ratio if horizon is None else strictly_before(log_ratio, mask, horizon)
+    return torch.where(mask, earlier.exp(), 0.0), log_ratio

@@ -5,7 +5,7 @@ Nothing of size clusters x clusters is formed: three numbers per cluster are eno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.isolation import has_padding_rows, padding_unmasked
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["CrossProducts", "cross_products"]
+__all__ = ["CrossProducts", "cross_products", "own_products"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,10 +172,33 @@ def _totals(
             for name, g in side.items():
                 wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
                 total[name] = wide if seen is None else seen + wide
-        for name in (name for name in gradients[0] if name in gradients[1]):  # in a fixed order
-            a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
-            diagonal[unit] += (a @ (p * b)).item()
+        diagonal[unit] = _product(gradients, scale)
     return totals, sum_of_shards(diagonal, scale.values())
+
+
+def own_products(
+    scorer: Scorer,
+    parameters: Mapping[str, Parameter],
+    rollouts: Rollouts,
+    clusters: Tensor,
+    x: TokenCoefficients,
+    y: TokenCoefficients,
+    scale: NamedVector,
+) -> Float[Tensor, " U"]:
+    """``<X_u, P Y_u>`` alone, a cluster at a time; arguments as for :func:`cross_products`."""
+    products = []
+    for rows in torch.split(clusters.argsort(stable=True), clusters.bincount().tolist()):
+        products.append(_product(_pair(scorer, parameters, rollouts, rows, x, y), scale))
+    return sum_of_shards(torch.tensor(products, dtype=torch.float64), scale.values())
+
+
+def _product(gradients: Sequence[NamedVector], scale: NamedVector) -> float:
+    """``<x, P y>`` of two gradients that need not reach every parameter."""
+    total = 0.0
+    for name in (name for name in gradients[0] if name in gradients[1]):  # in a fixed order
+        a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
+        total += (a @ (p * b)).item()
+    return total
 
 
 def _pair(

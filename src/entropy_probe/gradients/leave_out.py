@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -13,29 +14,42 @@ from entropy_probe.losses import Loss
 from entropy_probe.parallel.shards import from_shard, local
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.types import TokenCoefficients
+from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["kept_gradient", "reduced_gradients", "renormalisation"]
+__all__ = ["kept_gradient", "reduced_gradients", "renormalised"]
+
+EXACT = 1e-12
+"""Rounding of coefficients, relative to the largest."""
 
 
-def renormalisation(rollouts: Rollouts, blocks: Tensor, loss: Loss) -> list[float]:
-    """What the remaining tokens' weights are multiplied by when the loss no longer counts a block.
-
-    One number per block, since every supported loss divides by one number for the batch.
+def renormalised(
+    loss: Loss, rollouts: Rollouts, scores: TokenScores | None, kept: Bool[Tensor, " N"]
+) -> tuple[TokenCoefficients, float, bool]:
+    """The loss of the step without some sequences, beside that of the whole.
 
     Args:
-        rollouts: the update batch.
-        blocks: the block of each sequence, ``[N]``.
         loss: the trainer's loss.
+        rollouts: the update batch.
+        scores: its scores, where the loss takes them.
+        kept: the sequences that stay.
+
+    Returns:
+        The coefficients of these sequences, the factor that comes nearest to taking them there from those in the whole
+        batch, and whether it does: it does where all terms of the loss divide by one number for the batch.
     """
-    whole = loss.weights(rollouts)
-    factors = []
-    for block in range(int(blocks.max()) + 1):
-        kept = blocks != block
-        reduced = loss.weights(rollouts.select(kept))
-        before = whole[kept].sum().item()
-        factors.append(reduced.sum().item() / before if before else 1.0)  # nothing is left where all are masked out
-    return factors
+    rows = kept.nonzero()[:, 0]
+    before = _stacked(loss.coefficients(rollouts, scores).select(rows))
+    reduced = loss.coefficients(rollouts.select(rows), None if scores is None else scores.select(rows))
+    after = _stacked(reduced)
+    size = before.square().sum()
+    factor = float((before * after).sum() / size) if size > 0 else 1.0  # nothing is left where all are masked out
+    exact = bool((after - factor * before).abs().max() <= EXACT * after.abs().max())
+    return reduced, factor, exact
+
+
+def _stacked(coefficients: TokenCoefficients) -> Tensor:
+    of_logprobs, of_entropies = coefficients.logprobs, coefficients.entropies
+    return torch.stack([of_logprobs, torch.zeros_like(of_logprobs) if of_entropies is None else of_entropies])
 
 
 def reduced_gradients(
@@ -59,7 +73,7 @@ def reduced_gradients(
         blocks: the block of each sequence, ``[N]``.
         loss: coefficients of the whole batch's loss.
         whole: its gradient; where it keeps no gradient per block, each block is differentiated again.
-        factors: of :func:`renormalisation`.
+        factors: what the remaining tokens' coefficients are multiplied by, of :func:`renormalised`.
     """
     for block, factor in enumerate(factors):
         if whole.stored is not None:

@@ -49,6 +49,7 @@ class Side:
         store: keep each cluster's gradient.
         pair_with: a vector for each cluster to take its own inner product with, ``[U, P]``, laid out as in
             :attr:`SampleGradients.stored`.
+        pair_scale: what to multiply those vectors by, element by element; nothing by default.
         is_loss: differentiate as training does, which leaves the row ``padding_idx`` of an embedding out. The slope of
             anything else has that row, since weight decay and old moments move it.
     """
@@ -57,6 +58,7 @@ class Side:
     directions: Sequence[NamedVector] = ()
     store: bool = False
     pair_with: Float[Tensor, "U P"] | None = None
+    pair_scale: NamedVector | None = None
     is_loss: bool = False
 
 
@@ -124,7 +126,8 @@ class _Sums(Sink):
         self._shapes = {name: local(p).shape for name, p in parameters.items()}
         self._parameters = parameters
         self.stored = torch.zeros(num_clusters, starts[-1], dtype=_stored_dtype(parameters)) if side.store else None
-        self._directions, self._pair_with, self._clusters = side.directions, side.pair_with, list(range(num_clusters))
+        self._directions, self._clusters = side.directions, list(range(num_clusters))
+        self._pair_with, self._pair_scale = side.pair_with, side.pair_scale
         small = len(side.directions) * starts[-1] <= _CACHED_ELEMENTS
         self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
 
@@ -174,7 +177,7 @@ class _Sums(Sink):
             for unit, row in zip(clusters.tolist(), block, strict=True):
                 self.stored[unit, self._slices[name]] += row
         if self._pair_with is not None:
-            for unit, row in zip(clusters.tolist(), flat.cpu(), strict=True):
+            for unit, row in zip(clusters.tolist(), self._to_pair(name, flat.cpu()), strict=True):
                 other = self._pair_with[self._clusters[unit], self._slices[name]]
                 self.paired[unit] += sum_over_columns(lambda g, o: (g * o).sum(), row[None], other[None])
 
@@ -199,7 +202,13 @@ class _Sums(Sink):
                 own.index_add_(0, row_ids, row.to(own.dtype))
             if self._pair_with is not None:
                 other = self._pair_with[self._clusters[unit], self._slices[name]].view(self._shapes[name])
-                self.paired[unit] += torch.linalg.vecdot(row.double(), other[row_ids].double()).sum()
+                scaled = row if self._pair_scale is None else row * local(self._pair_scale[name]).cpu()[row_ids]
+                self.paired[unit] += torch.linalg.vecdot(scaled.double(), other[row_ids].double()).sum()
+
+    def _to_pair(self, name: str, rows: Tensor) -> Tensor:
+        """Gradients of one parameter, ``[n, p]``, as they are paired."""
+        scale = self._pair_scale
+        return rows if scale is None else rows * local(scale[name]).reshape(-1).to(rows)
 
 
 def _stored_dtype(parameters: Mapping[str, Parameter]) -> torch.dtype:

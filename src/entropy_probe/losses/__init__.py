@@ -1,5 +1,5 @@
-"""The trainers' losses: the coefficient that each sampled token carries; one file per family."""
+"""The trainers' losses: the coefficient that each sampled token carries; one file per family of trainers."""
 
-from entropy_probe.losses.base import Loss, build_loss, loss_types
+from entropy_probe.losses.base import Loss, build_loss, trainers
 
-__all__ = ["Loss", "build_loss", "loss_types"]
+__all__ = ["Loss", "build_loss", "trainers"]

@@ -20,6 +20,7 @@ __all__ = [
     "is_sharded",
     "local",
     "reshard",
+    "same_shards",
     "sharded_as",
     "sum_of_shards",
 ]
@@ -88,6 +89,15 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     # a copy, for a view would keep the memory of the whole
     return from_shard(local(everywhere.redistribute(placements=target.placements)).clone(), like)
+
+
+def same_shards(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a tensor is sharded as another is, or neither is."""
+    if not (_is_shard(tensor) and _is_shard(like)):
+        return _is_shard(tensor) == _is_shard(like)
+    a: Any = tensor
+    b: Any = like
+    return a.device_mesh == b.device_mesh and a.placements == b.placements
 
 
 def from_shard(shard: Tensor, like: Tensor) -> Tensor:

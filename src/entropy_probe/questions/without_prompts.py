@@ -11,15 +11,14 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields, predicted_record
 from entropy_probe.analyses.batches import UpdateBatch
 from entropy_probe.analyses.gradient import differentiate, over_clusters
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Prediction, entropy_surrogate, step_on
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate
+from entropy_probe.analyses.reduced import step_without
 from entropy_probe.estimators.first_order import FirstOrder, first_order
-from entropy_probe.gradients.leave_out import renormalisation
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.named import NamedVector
 from entropy_probe.report.sections.base import Row, Rows, Section, written
@@ -27,9 +26,8 @@ from entropy_probe.results.probe import Estimate, Predicted
 from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
-from entropy_probe.steps.plan import PlannedStep
 
-__all__ = ["Answer", "Scenario", "Settings", "check", "run", "section", "step_changes", "step_without"]
+__all__ = ["Answer", "Scenario", "Settings", "check", "run", "section", "step_changes"]
 
 ERRORS = "Errors are from the evaluation rollouts alone; that of the whole update batch is from both batches."
 
@@ -104,10 +102,8 @@ def check(policy: Policy, update: UpdateBatch, settings: Settings) -> None:
 
 def run(prediction: Prediction, settings: Settings) -> Answer:
     """The change of the step without each list of prompts, from one more pass over the evaluation batch."""
-    plan, known = prediction.plan, prediction.plan.update.rollouts.prompt_ids.unique()
-    steps = [
-        step_without(prediction, torch.searchsorted(known, torch.tensor(sorted(set(ids))))) for ids in settings.prompts
-    ]
+    plan, known = prediction.plan, prediction.plan.batch.update.rollouts.prompt_ids.unique()
+    steps = [step_without(plan, torch.searchsorted(known, torch.tensor(sorted(set(ids))))) for ids in settings.prompts]
     moves = [{name: step.delta[name] - x for name, x in plan.step.delta.items()} for step in steps]
     scenarios = []
     for ids, step, difference in zip(settings.prompts, steps, step_changes(prediction, moves), strict=True):
@@ -122,14 +118,6 @@ def run(prediction: Prediction, settings: Settings) -> Answer:
         scenarios.append(Scenario(left_out=ids, **dict(zip(("predicted", "difference"), estimates, strict=True)),
                                   clip_factor=step.gradient.factor))  # fmt: skip
     return Answer(whole=predicted_record(prediction), scenarios=tuple(scenarios))
-
-
-def step_without(prediction: Prediction, dropped: Tensor) -> PlannedStep:
-    """The step on the update batch without some of its prompts, numbered by increasing id."""
-    plan, prompts = prediction.plan, prediction.plan.update.prompts
-    left = ~torch.isin(torch.arange(prompts.count), dropped)
-    factor, _ = renormalisation(plan.update.given, left[prompts.index].long(), plan.policy.config.loss)
-    return step_on(plan, left.nonzero()[:, 0], factor)
 
 
 def step_changes(prediction: Prediction, moves: Sequence[NamedVector]) -> list[FirstOrder]:

@@ -77,7 +77,8 @@ def _rows(block: Rows) -> Grid:
 def _label(row: Row) -> Text:
     quote = printable(row.quote)
     if len(quote) > WIDEST_QUOTE:
-        quote = f"…{quote[1 - WIDEST_QUOTE :]}"
+        cut = WIDEST_QUOTE - 1
+        quote = f"{quote[:cut].rstrip('…')}…" if row.quote_begins else f"…{quote[-cut:]}"
     return Text(f"{'  ' * row.indent}{quote or printable(row.label)}", "italic" if not row.value else "")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,8 @@ MAX_TOKENS = 300_000
 """Tokens that a page holds: about 10 MB of JSON. Of a larger batch it shows the responses that contribute most."""
 DIGITS = 4
 STRONGEST = 0.99
+_ROLE = re.compile(r"(?:system|developer|user|assistant|model|tool|function|ipython|environment)(?=\n|$)")
+"""What follows a special token at the head of a turn."""
 
 
 def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
@@ -27,11 +32,13 @@ def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
         unit: of the contributions.
 
     Returns:
-        ``texts``: each distinct token as :func:`visible_parts` (a plain string where that is all); ``prompts``: ``id``
-        and ``text`` of each; ``responses``: ``id``, ``prompt`` (its row in ``prompts``), ``advantage`` (the mean where
-        it differs by token), sums, and per token ``t`` (row of ``texts``), ``c`` contribution, ``v`` covariance, ``l``
-        log-probability, ``h`` entropy and, where it differs by token, ``a`` advantage; ``scale``: the
-        contribution and the covariance that get the strongest colour, the 99th percentile of their absolute values;
+        ``texts``: each distinct token as :func:`visible_parts` (a plain string where that is all); ``special``: rows
+        of those that are special; ``prompts``: ``id`` of each, ``name`` (the last user message) and ``text``, in pieces
+        of a kind (see :func:`turns`) and :func:`visible_parts`; ``responses``: ``id``, ``prompt`` (its row in
+        ``prompts``), ``advantage`` (the mean where it differs by token), sums, and per token ``t`` (row of ``texts``),
+        ``c`` contribution, ``v`` covariance, ``l`` log-probability, ``h`` entropy and, where it differs by token, ``a``
+        advantage; ``scale``: the contribution and the covariance that get the strongest colour, the 99th percentile of
+        their absolute values;
         ``total``: responses in the batch.
 
     Raises:
@@ -46,6 +53,7 @@ def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
     rows = {prompt: row for row, prompt in enumerate(tables.prompts["prompt_id"].tolist())}
     texts = {text: row for row, text in enumerate(dict.fromkeys(tokens["text"]))}
 
+    cut = partial(turns, markup=tables.markup)
     responses = []
     for k in _shown(sums["contribution"], ends - starts):
         part = slice(int(starts[k]), int(ends[k]))
@@ -67,13 +75,37 @@ def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
         "unit": unit,
         "total": len(starts),
         "texts": [parts[0] if len(parts := visible_parts(text)) == 1 else parts for text in texts],
+        "special": [row for text, row in texts.items() if text.strip() in tables.markup],
         "prompts": [
-            {"id": int(prompt), "text": None if text is None else visible_parts(text)}
-            for prompt, text in zip(tables.prompts["prompt_id"], tables.prompts["prompt"], strict=True)
+            {
+                "id": int(prompt),
+                "name": None if name is None else visible_parts(name),
+                "text": None if text is None else [(kind, visible_parts(piece)) for kind, piece in cut(text)],
+            }
+            for prompt, name, text in zip(
+                tables.prompts["prompt_id"], tables.prompts["name"], tables.prompts["prompt"], strict=True
+            )
         ],
         "responses": responses,
         "scale": {name: _strongest(tokens[name]) for name in ("contribution", "covariance")},
     }
+
+
+def turns(text: str, markup: Collection[str]) -> list[tuple[str, str]]:
+    """A rendered conversation in pieces: special tokens (``special``), who speaks (``role``), and ``text``."""
+    if not markup:
+        return [("text", text)]
+    longest_first = sorted(markup, key=len, reverse=True)
+    pieces = []
+    for k, piece in enumerate(re.split(f"({'|'.join(map(re.escape, longest_first))})", text)):
+        role = _ROLE.match(piece) if k and k % 2 == 0 else None
+        if k % 2:
+            pieces.append(("special", piece))
+        elif role:
+            pieces += [("role", role[0]), ("text", piece[role.end() :])]
+        else:
+            pieces.append(("text", piece))
+    return [(kind, piece) for kind, piece in pieces if piece]
 
 
 def script_json(value: Any) -> Markup:

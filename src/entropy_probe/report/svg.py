@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from entropy_probe.report.numbers import common_exponent, typeset
 from entropy_probe.report.sections.base import Axis, Bar, BarChart, HeatMap, LineChart
@@ -142,6 +142,8 @@ def _percent(axis: Axis, value: float) -> str:
 
 
 def _label(value: float, axis: Axis) -> str:
+    if axis.names:
+        return escape(axis.names[round(value)])
     if axis.logarithmic:
         return typeset(f"1e{round(math.log10(value))}")[2:]
     return _tick(value)

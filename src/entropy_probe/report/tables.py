@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from entropy_probe.results.attribution_tables import LAYERS_FILE, PROMPTS_FILE, TABLES, TOKENS_FILE
+from entropy_probe.results.attribution_tables import (
+    LAYERS_FILE,
+    MARKUP,
+    OPTIONAL,
+    PROMPTS_FILE,
+    TABLES,
+    TOKENS_FILE,
+)
 from entropy_probe.results.probe import ProbeResult
 
 __all__ = ["Columns", "Tables", "check_tables", "read_tables"]
@@ -26,12 +34,14 @@ ROUNDED = 0.1
 class Tables:
     """``tokens.parquet``, ``prompts.parquet`` and ``layers.parquet`` as columns.
 
-    Numbers are float64 or int64 arrays, with NaN for null; text is a list, with None for null.
+    Numbers are float64 or int64 arrays, with NaN for null; text is a list, with None for null. ``markup`` has the texts
+    of special tokens that occur in tokens and prompts.
     """
 
     tokens: Columns
     prompts: Columns
     layers: Columns
+    markup: frozenset[str] = frozenset()
 
 
 def read_tables(directory: Path) -> Tables | None:
@@ -50,7 +60,8 @@ def read_tables(directory: Path) -> Tables | None:
                 f"{directory / name}: expected a table of the attribution beside {there[0]}, found no such file; put "
                 "it back or run again"
             )
-    return Tables(*(_read(directory / name) for name in names))
+    read = [_read(directory / name) for name in names]
+    return Tables(*(columns for columns, _ in read), markup=frozenset().union(*(markup for _, markup in read)))
 
 
 def check_tables(tables: Tables, result: ProbeResult) -> None:
@@ -87,7 +98,8 @@ def check_tables(tables: Tables, result: ProbeResult) -> None:
             raise ValueError(f"{name}: expected sums as in the result, got others; it is of another run, so run again")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The columns of a table, and the special tokens in it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -100,10 +112,14 @@ def _read(path: Path) -> dict[str, Any]:
             "that the run wrote, or run again"
         ) from error
     columns = TABLES[path.name]
-    missing = [name for name in columns if name not in table.column_names]
+    missing = [name for name in columns if name not in table.column_names and name not in OPTIONAL]
     if missing:
         raise ValueError(f"{path}: expected a table of an attribution, got one without {missing[0]}; run again")
-    return {name: _column(table[name].to_pylist(), kind) for name, (kind, _, _) in columns.items()}
+    read = {
+        name: _column(table[name].to_pylist(), kind) if name in table.column_names else [None] * len(table)
+        for name, (kind, _, _) in columns.items()
+    }
+    return read, json.loads((table.schema.metadata or {}).get(MARKUP, b"[]"))
 
 
 def _column(values: list[Any], kind: str) -> Any:

@@ -22,7 +22,9 @@ class AttributionSummary(Record):
         num_tokens: response tokens of the update batch.
         gradient: what this batch's gradient adds to the first-order change; the tokens' contributions sum to it.
         momentum: what earlier batches add, through Adam's first moment.
-        weight_decay: what weight decay adds. The three sum to ``predicted.value``.
+        weight_decay: what weight decay adds.
+        rounding: what rounding to the precision that training keeps its weights in adds. The four sum to
+            ``predicted.value``.
         positive_advantages: contributions of the tokens with an advantage above 0.
         negative_advantages: of those below 0. The two sum to ``gradient``.
         rank_correlation_with_covariance: Spearman, over tokens, between contributions and the covariance terms of Cui
@@ -38,6 +40,7 @@ class AttributionSummary(Record):
     gradient: float
     momentum: float
     weight_decay: float
+    rounding: float = 0.0
     positive_advantages: float
     negative_advantages: float
     rank_correlation_with_covariance: float | None

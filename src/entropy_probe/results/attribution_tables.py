@@ -6,15 +6,21 @@ Every column's meaning and unit are in the file itself, in the metadata of its f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from entropy_probe.results.record import whole_file
 
-__all__ = ["LAYERS_FILE", "PROMPTS_FILE", "TABLES", "TOKENS_FILE", "write_table"]
+__all__ = ["LAYERS_FILE", "MARKUP", "OPTIONAL", "PROMPTS_FILE", "TABLES", "TOKENS_FILE", "write_table"]
 
 TOKENS_FILE, PROMPTS_FILE, LAYERS_FILE = "tokens.parquet", "prompts.parquet", "layers.parquet"
+
+OPTIONAL = frozenset({"name"})
+"""Columns that a table may be without, as one is that an earlier version wrote: null in all rows."""
+MARKUP = b"special_tokens"
+"""Key of the files' metadata with the texts of the tokenizer's special tokens that occur in them, in JSON."""
 
 RUN_UNIT = "run"
 """Stands for the unit of the run's changes, nats/token or nats/sequence."""
@@ -44,6 +50,7 @@ TABLES: dict[str, dict[str, tuple[str, str, str]]] = {
     PROMPTS_FILE: {
         "prompt_id": ("int64", "", "prompt"),
         "prompt": ("string", "", "the prompt, decoded; null if there was no tokenizer"),
+        "name": ("string", "", "the last user message of a conversation; null for other prompts"),
         "num_responses": ("int32", "", "responses to it in the update batch"),
         "num_tokens": ("int32", "", "response tokens"),
         "mean_reward": ("float64", "reward", "mean reward of its responses; null if the batch has no rewards"),
@@ -62,28 +69,32 @@ TABLES: dict[str, dict[str, tuple[str, str, str]]] = {
         "gradient": ("float64", RUN_UNIT, "to the first-order change through this batch's gradient"),
         "momentum": ("float64", RUN_UNIT, "through Adam's first moment"),
         "weight_decay": ("float64", RUN_UNIT, "through weight decay"),
-        "total": ("float64", RUN_UNIT, "through all three"),
+        "total": ("float64", RUN_UNIT, "through all parts of the step, rounding included"),
     },
 }
 
 
-def write_table(path: Path, columns: Mapping[str, Any], unit: str) -> None:
+def write_table(path: Path, columns: Mapping[str, Any], unit: str, markup: Sequence[str] = ()) -> None:
     """Write one of :data:`TABLES`; the file appears whole or not at all.
 
     Args:
         path: named like the table.
         columns: its columns, as lists or one-dimensional tensors.
         unit: of the run's changes.
+        markup: texts of special tokens that occur in it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     fields, arrays = [], []
     for name, (kind, column_unit, description) in TABLES[path.name].items():
+        if name in OPTIONAL and name not in columns:
+            continue
         values = columns[name]
         array = pa.array(values.tolist() if hasattr(values, "tolist") else values, type=getattr(pa, kind)())
         metadata = {"description": description, "unit": unit if column_unit == RUN_UNIT else column_unit}
         fields.append(pa.field(name, array.type, metadata=metadata))
         arrays.append(array)
+    metadata = {MARKUP: json.dumps(list(markup))} if markup else None
     with whole_file(path) as temporary:
-        pq.write_table(pa.table(arrays, schema=pa.schema(fields)), temporary)
+        pq.write_table(pa.table(arrays, schema=pa.schema(fields, metadata)), temporary)

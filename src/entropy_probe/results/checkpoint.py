@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,10 @@ from entropy_probe.results.note import Note
 from entropy_probe.results.probe import OptimizerStateReport
 from entropy_probe.results.record import Record
 
-__all__ = ["CheckpointReport", "GroupReport", "MovementReport"]
+__all__ = ["ABOVE_ZERO", "CheckpointReport", "GroupReport", "MovementReport", "SettingReport"]
+
+ABOVE_ZERO = "above 0"
+"""In place of the value of a setting of which the files tell no more."""
 
 
 class GroupReport(Record):
@@ -55,6 +58,20 @@ class MovementReport(Record):
     exchanged: tuple[tuple[str, ...], ...]
 
 
+class SettingReport(Record):
+    """One of the trainer's settings, as a file of the checkpoint tells it.
+
+    Attributes:
+        name: the trainer's own name of it.
+        value: a number, a word, null, or a list or mapping of these; ``above 0`` where only that is told.
+        source: the file; of a log with the key that tells.
+    """
+
+    name: str
+    value: Any
+    source: str
+
+
 class CheckpointReport(Record):
     """What a checkpoint holds and whether the next optimizer step can be computed from it.
 
@@ -74,6 +91,10 @@ class CheckpointReport(Record):
         optimizer_state: coverage, mapping, steps and Adam scale over all parameters.
         movement: the check of entries of equal shape; null where ``movement_not_checked`` says why there was none.
         manifest: how the manifest was recorded; null where there is none.
+        trainer: the class of the trainer's settings; null where there is no file of them.
+        settings: the trainer's settings that the loss, the step and the samples depend on.
+        logged: the last numbers, at most five, that the trainer logged under each of ``grad_norm``, ``entropy``,
+            ``completions/mean_length`` and ``reward``.
         verdict: ``healthy``; ``suspicious``: loads, but read the notes first; ``unusable``: loading raises.
         notes: everything that speaks against the checkpoint; then what should be known of it though it does not.
         not_modelled: one line for each part of the trainer's loss that its log shows and a probe leaves out.
@@ -92,6 +113,9 @@ class CheckpointReport(Record):
     movement: MovementReport | None = None
     movement_not_checked: str | None = None
     manifest: Literal["training", "inspection"] | None = None
+    trainer: str | None = None
+    settings: tuple[SettingReport, ...] = ()
+    logged: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     verdict: Literal["healthy", "suspicious", "unusable"]
     notes: tuple[Note, ...] = ()
     not_modelled: tuple[str, ...] = ()

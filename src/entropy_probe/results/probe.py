@@ -8,17 +8,21 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.estimate import Estimate, Unit
+from entropy_probe.results.horizons import Horizons
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
-from entropy_probe.results.student import critical_value
+from entropy_probe.results.step import StepVectors
 
 __all__ = [
     "BatchFit",
     "CrossPrompt",
     "Diagnostics",
     "Estimate",
+    "GradientAgreement",
     "OptimizerStateReport",
     "PolicyFit",
     "PreconditionerReport",
@@ -31,58 +35,25 @@ __all__ = [
 SCHEMA_VERSION = 3
 RESULTS_FILE = "results.json"
 
-Unit = Literal["nats/token", "nats/sequence"]
-
-
-class Estimate(Record):
-    """A number with its sampling error.
-
-    Attributes:
-        value: the estimate, in ``unit``.
-        standard_error: one standard error, in ``unit``.
-        num_clusters: independent clusters behind the standard error (sequences, or prompts).
-        unit: nats per token or nats per sequence.
-        status: ``ok``, or ``below_noise_floor`` if rounding alone could have made the number.
-        degrees_of_freedom: of the standard error; null where that is one fewer than ``num_clusters``.
-    """
-
-    value: float
-    standard_error: float = Field(ge=0)
-    num_clusters: int
-    unit: Unit
-    status: Literal["ok", "below_noise_floor"] = "ok"
-    degrees_of_freedom: float | None = Field(default=None, gt=0)
-
-    @property
-    def margin(self) -> float:
-        """How far the 95% interval reaches to either side, by Student's t, in ``unit``."""
-        degrees = self.num_clusters - 1 if self.degrees_of_freedom is None else self.degrees_of_freedom
-        return critical_value(degrees) * self.standard_error
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval, in ``unit``."""
-        return self.value - self.margin, self.value + self.margin
-
-    @property
-    def distinguishable(self) -> bool:
-        """Whether the 95% interval excludes 0."""
-        return abs(self.value) > self.margin
+StepPart = Literal["gradient", "momentum", "weight_decay", "rounding"]
 
 
 class Predicted(Estimate):
-    """The first-order change; ``standard_error`` combines the two parts in quadrature.
+    """The first-order change; ``standard_error`` combines the two parts: in quadrature, or over the same prompts.
 
     Attributes:
-        se_evaluation: the error from the evaluation rollouts, with the update held fixed.
-        se_update: the error from the update rollouts.
+        se_evaluation: the error from the evaluation rollouts, with the update held fixed: that of this very step.
+        se_update: the error from the update rollouts: that of another batch of this kind; null for a gradient from
+            outside, whose error is not known.
         se_update_method: ``linear``: from each prompt's part of the gradient, with the step's denominators, clipping
-            and normalisation held fixed; ``jackknife``: from steps without a block of prompts.
+            and normalisation held fixed; ``jackknife``: from steps without a block of prompts; ``pairs``: as
+            ``linear``, where the batch of the step is the evaluation batch, so both errors are of the same prompts;
+            null with ``se_update``.
     """
 
     se_evaluation: float = Field(ge=0)
-    se_update: float = Field(ge=0)
-    se_update_method: Literal["linear", "jackknife"] = "linear"
+    se_update: float | None = Field(ge=0)
+    se_update_method: Literal["linear", "jackknife", "pairs"] | None = "linear"
 
 
 class Realized(Record):
@@ -97,14 +68,15 @@ class Realized(Record):
             ``high_pareto_k``: refused, since the step moves the policy too far for these rollouts.
         estimator: which path produced the number: ``per_decision``, ``snis`` with weights as they are, ``clip`` and
             ``psis`` with weights capped or Pareto-smoothed, ``resampled`` from fresh responses after the step.
-        batch: the rollouts it was measured on; those of the step itself (``update``) share their noise with it.
+        batch: the rollouts it was measured on; those of the step itself share their noise with it (``update``), unless
+            their first-order influence on themselves is taken out (``own``).
         ess: effective sample size of the sequence weights, between 1 and the number of sequences.
         ess_fraction: ``ess`` divided by the number of sequences.
         max_weight: the largest weight divided by the mean weight; 1 when the step changes nothing.
         pareto_k: shape of the tail of the weights; null when there are too few or they are equal.
         pareto_k_threshold: what ``pareto_k`` may be at most for this number of sequences.
         noise_floor: two standard deviations of what rounding does to ``value``; null when not measured.
-        step_rounding: length of what the parameters' precision adds to the step, relative to the step's.
+        step_rounding: length of what the parameters' precision adds to the step as predicted, relative to the step's.
     """
 
     value: float | None
@@ -113,7 +85,7 @@ class Realized(Record):
     unit: Unit
     status: Literal["ok", "below_noise_floor", "low_ess", "high_pareto_k"]
     estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
-    batch: Literal["evaluation", "update"] = "evaluation"
+    batch: Literal["evaluation", "update", "own"] = "evaluation"
     ess: float
     ess_fraction: float
     max_weight: float
@@ -258,7 +230,8 @@ class BatchFit(Record):
         excess: its mean, nats per token.
         num_sequences: sequences of the batch.
         status: ``ok``; ``off_policy``: further from 0 than chance explains (``|z|`` above 4); ``selected``: likewise,
-            but expected of responses that were selected by what they are (``update_selected``).
+            but expected of responses that were selected by what they are (``update_selected``) or drawn by an older
+            policy (``old_logprobs``).
     """
 
     z: float
@@ -279,6 +252,18 @@ class PolicyFit(Record):
     update: BatchFit | None = None
 
 
+class GradientAgreement(Record):
+    """How far the gradient of the update rollouts is from one that was given beside them, before clipping.
+
+    Attributes:
+        relative_distance: length of the difference, over that of the gradient given; null if that is 0.
+        cosine: of the angle between the two; null if one of them is 0.
+    """
+
+    relative_distance: float | None = Field(ge=0)
+    cosine: float | None
+
+
 class Diagnostics(Record):
     """How the numbers came about.
 
@@ -286,9 +271,12 @@ class Diagnostics(Record):
         evaluation_unit: what was treated as independent on the evaluation side; ``trajectory`` where the rollouts say
             which sequences are parts of one.
         num_evaluation_sequences: sequences in the evaluation batch.
-        num_update_sequences: sequences in the update batch.
-        num_update_prompts: prompts in the update batch, equal ones and those of one trajectory counted once.
-        gradient_norm: norm of the update gradient before clipping.
+        num_update_sequences: sequences in the update batch; null where there is none, but a gradient from outside.
+        num_update_prompts: prompts in the update batch, equal ones and those of one trajectory counted once; null
+            likewise.
+        gradient_agreement: of a gradient from outside, which the step is that of, and that of the update batch beside
+            it; null without either.
+        gradient_norm: norm of the gradient before clipping.
         clip_factor: what clipping multiplied it by, 1 when it did not act.
         step_norm: Euclidean norm of the parameter change.
         prefix_sharing: whether responses to one prompt were computed with the prompt once, or why not.
@@ -306,8 +294,9 @@ class Diagnostics(Record):
 
     evaluation_unit: Literal["sequence", "prompt", "trajectory"]
     num_evaluation_sequences: int
-    num_update_sequences: int
-    num_update_prompts: int
+    num_update_sequences: int | None
+    num_update_prompts: int | None
+    gradient_agreement: GradientAgreement | None = None
     gradient_norm: float
     clip_factor: float
     step_norm: float
@@ -327,9 +316,10 @@ class ProbeResult(SavedRecord):
     Attributes:
         entropy: H at the checkpoint.
         predicted: the first-order change of the next step; null after ``measure``.
-        components: the gradient, momentum and weight-decay parts of ``predicted``; they sum to it. Empty for
-            optimizers without a closed form.
+        components: the gradient, momentum and weight-decay parts of ``predicted``, and what rounding adds where
+            training keeps its weights in 16 bits; they sum to it. Empty for optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
+        horizons: both changes within 0, 1, 2, 4, ... tokens; null unless the step was predicted and measured.
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation clusters. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
             share their sampling noise.
@@ -337,6 +327,8 @@ class ProbeResult(SavedRecord):
         attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
         contributions: each evaluation cluster's contribution to ``predicted`` (their mean is its value); kept in
             memory only.
+        step: the step itself and its clipped gradient, by parameter name; null where none is planned; kept in memory
+            only.
         answers: to further questions, by name; each has a file of its own.
         optimizer_state: what the optimizer's state covers.
         preconditioner: the frozen preconditioner, when that geometry was asked for.
@@ -351,12 +343,14 @@ class ProbeResult(SavedRecord):
     schema_version: Literal[3] = SCHEMA_VERSION
     entropy: Estimate
     predicted: Predicted | None = None
-    components: dict[Literal["gradient", "momentum", "weight_decay"], Estimate] = Field(default_factory=dict)
+    components: dict[StepPart, Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
+    horizons: Horizons | None = None
     difference: Estimate | None = None
     cross_prompt: CrossPrompt | None = None
     attribution: AttributionSummary | None = None
     contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)
+    step: SkipJsonSchema[StepVectors] | None = Field(default=None, exclude=True, repr=False)
     answers: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     optimizer_state: OptimizerStateReport
     preconditioner: PreconditionerReport | None = None

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 else:
     Ids = Any  # given as a tensor, an array or a list, of integers or strings; kept as a tensor
 
-__all__ = ["Rollouts"]
+__all__ = ["LOGPROBS", "Rollouts"]
+
+LOGPROBS = ("sampled_logprobs", "old_logprobs", "reference_logprobs")
+"""Log-probabilities that other policies give the response tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,11 @@ class Rollouts:
         advantages: per sequence ``[N]`` or per token ``[N, L]``, used as given. Needed for the update batch only.
         rewards: the scalar reward of each sequence, ``[N]``.
         sampled_logprobs: the sampler's own log-probabilities in nats, ``[N, L]``.
+        old_logprobs: those of the policy that the trainer takes importance ratios to, in nats, ``[N, L]``. Without them
+            ratios are taken to the policy as it is, as in the first step on fresh rollouts.
         reference_logprobs: those of the reference policy that a loss with a KL term holds to, in nats, ``[N, L]``.
+        microbatch_ids: in which of the trainer's forward passes a sequence was, ``[N]``, for losses that are normalised
+            over each: accumulation step times processes, plus the process.
         trajectory_ids: which rollout a sequence is a part of, ``[N]``, where one is spread over several sequences, such
             as the turns of a conversation whose prompts hold the earlier turns. What has one id was sampled together.
             Strings as for ``prompt_ids``.
@@ -56,11 +63,13 @@ class Rollouts:
     advantages: Tensor | None = None
     rewards: Tensor | None = None
     sampled_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    microbatch_ids: Ids | None = None
     trajectory_ids: Ids | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt_ids", "trajectory_ids"):
+        for name in ("prompt_ids", "microbatch_ids", "trajectory_ids"):
             object.__setattr__(self, name, _numbered(name, getattr(self, name)))
         for name in ("attention_mask", "response_mask"):
             object.__setattr__(self, name, getattr(self, name).bool())
@@ -81,8 +90,8 @@ class Rollouts:
             "prompt_ids": [(n,)],
             "advantages": [(n,), (n, length)],
             "rewards": [(n,)],
-            "sampled_logprobs": [(n, length)],
-            "reference_logprobs": [(n, length)],
+            **{name: [(n, length)] for name in LOGPROBS},
+            "microbatch_ids": [(n,)],
             "trajectory_ids": [(n,)],
         }
         for name, shapes in allowed.items():
@@ -90,7 +99,7 @@ class Rollouts:
             if value is not None and tuple(value.shape) not in shapes:
                 expected = " or ".join(str(list(shape)) for shape in shapes)
                 raise ValueError(f"{name}: expected shape {expected} to match input_ids, got {list(value.shape)}")
-        for name in ("input_ids", "prompt_ids", "trajectory_ids"):
+        for name in ("input_ids", "prompt_ids", "microbatch_ids", "trajectory_ids"):
             value = getattr(self, name)
             if value is not None and value.is_floating_point():
                 raise ValueError(f"{name}: expected integers, got {value.dtype}")
@@ -112,7 +121,7 @@ class Rollouts:
         )
 
     def _check_finite(self) -> None:
-        for name in ("advantages", "rewards", "sampled_logprobs", "reference_logprobs"):
+        for name in ("advantages", "rewards", *LOGPROBS):
             value = getattr(self, name)
             if value is None:
                 continue

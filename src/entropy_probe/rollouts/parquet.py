@@ -8,8 +8,9 @@ One row per sequence, padding not stored. Columns:
 * ``response_mask`` (list of bool): per entry of ``response_token_ids``, whether the policy sampled it; all false, or no
   entry, for a response that the trainer masks out of its loss;
 * ``advantage`` (float, or list of float per entry of ``response_token_ids``), ``reward`` (float),
-  ``sampled_logprobs``, ``reference_logprobs`` (lists of float in nats per entry of ``response_token_ids``) and
-  ``trajectory_id`` (int64, or strings): each absent when the batch has none.
+  ``sampled_logprobs``, ``old_logprobs``, ``reference_logprobs`` (lists of float in nats per entry of
+  ``response_token_ids``), ``microbatch_id`` and ``trajectory_id`` (int64, or strings): each absent when the batch has
+  none.
 
 Per-token numbers are kept where ``response_mask`` is true and are 0 elsewhere; in a file of other origin they may be
 anything there, null included. Numbers are float64 if the batch holds float64, else float32 (exact for half precisions).
@@ -32,24 +33,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["SCHEMA_VERSION", "merge_rollouts", "read_note", "read_rollouts", "unused_columns", "write_rollouts"]
 
-SCHEMA_VERSION = 2
-"""Version 1 had no ``trajectory_id`` and no responses without tokens; it is read as before."""
+SCHEMA_VERSION = 3
+"""Version 1 had no ``trajectory_id`` and no responses without tokens, version 2 no ``old_logprobs`` and no
+``microbatch_id``; both are read as before."""
 _SCHEMA_KEY = b"entropy_probe.rollouts_schema"
 _NOTE_KEY = b"entropy_probe.note"
 _REQUIRED = ("prompt_id", "prompt_token_ids", "response_token_ids", "response_mask")
-_OPTIONAL = ("advantage", "reward", "sampled_logprobs", "reference_logprobs")
-_TRAJECTORY = "trajectory_id"
-_KNOWN = (*_REQUIRED, *_OPTIONAL, _TRAJECTORY)
+_OPTIONAL = ("advantage", "reward", *LOGPROBS)
+_GROUPS = ("microbatch_id", "trajectory_id")
+_KNOWN = (*_REQUIRED, *_OPTIONAL, *_GROUPS)
 _EXACT = 2.0**53
 """Whole numbers below it are exact in float64."""
-_READABLE = ("none", "1", "2")
+_READABLE = ("none", "1", "2", "3")
 
 
 def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | None = None) -> None:
@@ -71,7 +73,7 @@ def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | Non
         "response_token_ids": _ragged(rollouts.input_ids.long(), is_response),
         "response_mask": _ragged(rollouts.response_mask, is_response),
     }
-    numbers = (rollouts.advantages, rollouts.rewards, rollouts.sampled_logprobs, rollouts.reference_logprobs)
+    numbers = (rollouts.advantages, rollouts.rewards, *(getattr(rollouts, name) for name in LOGPROBS))
     for name, value in zip(_OPTIONAL, numbers, strict=True):
         if value is None:
             continue
@@ -80,8 +82,9 @@ def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | Non
             columns[name] = _ragged(value.masked_fill(~rollouts.response_mask, 0.0), is_response)
         else:
             columns[name] = pa.array(_numpy(value))
-    if rollouts.trajectory_ids is not None:
-        columns[_TRAJECTORY] = pa.array(_numpy(rollouts.trajectory_ids.long()))
+    for name in _GROUPS:
+        if (ids := getattr(rollouts, f"{name}s")) is not None:
+            columns[name] = pa.array(_numpy(ids.long()))
     metadata = {_SCHEMA_KEY: str(SCHEMA_VERSION)} | ({} if note is None else {_NOTE_KEY: json.dumps(note)})
     table = pa.table(columns).replace_schema_metadata(metadata)
     with _whole(path) as temporary:
@@ -161,9 +164,8 @@ def read_rollouts(path: Path) -> Rollouts:
         "prompt_ids": _scalars(table, "prompt_id", path),
         "advantages": optional("advantage"),
         "rewards": optional("reward"),
-        "sampled_logprobs": optional("sampled_logprobs"),
-        "reference_logprobs": optional("reference_logprobs"),
-        "trajectory_ids": optional(_TRAJECTORY),
+        **{name: optional(name) for name in LOGPROBS},
+        **{f"{name}s": optional(name) for name in _GROUPS},
     }
     try:
         return Rollouts(**values)
@@ -214,7 +216,7 @@ def _read_table(path: Path) -> pa.Table:
     _check_columns(table.column_names, path)
     if table.num_rows == 0:
         raise ValueError(f"{path}: expected at least one sequence, got an empty file; sample again")
-    for name in (*_REQUIRED, "reward", _TRAJECTORY):
+    for name in (*_REQUIRED, "reward", *_GROUPS):
         if name in table.column_names and table[name].null_count:
             raise ValueError(
                 f"{path}: column {name}: expected a value in every row, got {table[name].null_count} nulls; fill them "
@@ -274,7 +276,7 @@ def _tensor(array: pa.Array, name: str, path: Path) -> Tensor:
 
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    kind, is_id = array.type, name in ("prompt_id", _TRAJECTORY)
+    kind, is_id = array.type, name in ("prompt_id", *_GROUPS)
     is_number = name in _OPTIONAL
     fits = pa.types.is_integer(kind)
     if not is_number and pa.types.is_floating(kind) and not array.null_count:

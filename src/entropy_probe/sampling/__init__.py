@@ -15,7 +15,7 @@ from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.prompts import Message, Prompt, PromptSource, load_prompts
 from entropy_probe.sampling.responses import generate_responses
 from entropy_probe.sampling.rewards import Reward, Rewards, load_reward, load_rewards, score_responses
-from entropy_probe.sampling.templates import encode_prompts, prompt_notes
+from entropy_probe.sampling.templates import encode_prompts, last_user_message, prompt_notes
 
 __all__ = [
     "ENGINES",
@@ -37,6 +37,7 @@ __all__ = [
     "encode_prompts",
     "generate_responses",
     "group_advantages",
+    "last_user_message",
     "load_prompts",
     "load_reward",
     "load_rewards",

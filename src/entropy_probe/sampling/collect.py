@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -62,6 +62,8 @@ class UpdateSettings(Settings):
         scale_rewards: what the centred rewards are divided by; see :func:`group_advantages`.
         filter_zero_advantage: drop prompts whose rewards are all equal and try other prompts instead.
         max_resampling_rounds: how many times to try other prompts at most.
+        mask_truncated_completions: leave responses that were cut off at the largest length out of the loss, where they
+            still count in what it divides by, as TRL does when asked to.
         allow_zero_advantages: go on with a batch in which every prompt has equal rewards. Its gradient is exactly 0,
             and far more often a reward that fails than a policy that does, so it is an error by default.
     """
@@ -72,7 +74,13 @@ class UpdateSettings(Settings):
     scale_rewards: ScaleRewards = "group"
     filter_zero_advantage: bool = False
     max_resampling_rounds: int = Field(default=4, ge=0)
+    mask_truncated_completions: bool = False
     allow_zero_advantages: bool = False
+
+    @property
+    def selects(self) -> bool:
+        """Whether responses are kept or dropped by what they are."""
+        return self.filter_zero_advantage or self.mask_truncated_completions
 
 
 class EvaluationSettings(Settings):
@@ -229,13 +237,19 @@ def _examples(groups: Sequence[_Group]) -> str:
 
 def _update_rollouts(groups: list[_Group], settings: UpdateSettings) -> Rollouts:
     prompt_ids = [group.prompt.id for group in groups for _ in group.completions]
+    completions = [completion for group in groups for completion in group.completions]
     rewards = torch.cat([group.rewards for group in groups])
-    return completed_rollouts(
-        prompt_ids,
-        [completion for group in groups for completion in group.completions],
-        rewards=rewards,
-        advantages=group_advantages(rewards, torch.tensor(prompt_ids), settings.scale_rewards),
-    )
+    advantages = group_advantages(rewards, torch.tensor(prompt_ids), settings.scale_rewards)
+    rollouts = completed_rollouts(prompt_ids, completions, rewards=rewards, advantages=advantages)
+    if not settings.mask_truncated_completions:
+        return rollouts
+    whole = torch.tensor([not completion.truncated for completion in completions])
+    if not bool(whole.any()):
+        raise ValueError(
+            "update.mask_truncated_completions: expected a response that ends before the largest length, got none of "
+            f"{len(completions)}; raise probe.max_completion_length, or leave it out"
+        )
+    return replace(rollouts, response_mask=rollouts.response_mask & whole[:, None])
 
 
 def _update_report(

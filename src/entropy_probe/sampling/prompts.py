@@ -12,6 +12,7 @@ from typing import Any, TypedDict, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from entropy_probe.sampling.generated import task_records
 from entropy_probe.sampling.records import (
     callable_records,
     dataset_records,
@@ -77,7 +78,7 @@ _KNOWN_DATASETS = {
     "math": _MATH,
     "MATH": _MATH,
 }
-_SOURCES = ("jsonl", "parquet", "dataset", "callable")
+_SOURCES = ("jsonl", "parquet", "dataset", "callable", "reasoning_gym")
 _GROUND_TRUTH = "reward_model.ground_truth"
 
 # Columns that change the prompt of some trainer. Those that cannot be used, or only when told so, are refused.
@@ -91,7 +92,7 @@ _OWN_ARGUMENTS = frozenset(
 
 
 class PromptSource(BaseModel):
-    """Where prompts come from: exactly one of ``jsonl``, ``parquet``, ``dataset`` and ``callable``.
+    """Where prompts come from: one of ``jsonl``, ``parquet``, ``dataset``, ``callable`` and ``reasoning_gym``.
 
     Attributes:
         jsonl: a file with one JSON object per line, or with one JSON array of objects.
@@ -99,12 +100,15 @@ class PromptSource(BaseModel):
         dataset: ``gsm8k`` or ``MATH``, the name of another Hugging Face dataset, or a local dataset
             directory.
         callable: ``package.module:function``; called without arguments, gives an iterable of mappings.
-        prompt_field: the field with the text or the list of messages; ``prompt`` by default, known for gsm8k
-            and MATH, required for other datasets. A dotted name leads into fields of fields.
+        reasoning_gym: a task of reasoning-gym, such as ``chain_sum``; its verifier is the reward ``reasoning_gym``.
+        prompt_field: the field with the text or the list of messages; ``prompt`` by default, known for gsm8k, MATH
+            and reasoning_gym, required for other datasets. A dotted name leads into fields of fields.
         answer_field: the field with the reference answer, dotted likewise. When not given: known for gsm8k and MATH,
             else ``reward_model.ground_truth`` (verl's layout) or ``answer`` of the records that have one.
-        config: the configuration (subset) of a dataset that has several.
+        config: the configuration (subset) of a dataset that has several; settings of the reasoning_gym task.
         split: the split of a dataset; known for gsm8k and MATH (``train``), required for others.
+        size: how many problems reasoning_gym generates, 500 by default.
+        seed: of reasoning_gym's generator, 0 by default.
         limit: read only this many prompts, the first ones.
         chat: put prompts of text as the user's turn of a chat.
         system: a system message before every prompt; implies ``chat``.
@@ -122,10 +126,13 @@ class PromptSource(BaseModel):
     parquet: Path | None = None
     dataset: str | None = None
     callable: str | None = None
+    reasoning_gym: str | None = None
     prompt_field: str | None = None
     answer_field: str | None = None
-    config: str | None = None
+    config: str | dict[str, Any] | None = None
     split: str | None = None
+    size: int | None = Field(None, gt=0)
+    seed: int | None = Field(None, ge=0)
     limit: int | None = Field(None, gt=0)
     chat: bool = False
     system: str | None = Field(None, min_length=1)
@@ -140,8 +147,7 @@ class PromptSource(BaseModel):
         given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"expected exactly one of {', '.join(_SOURCES)}, got {' and '.join(given) or 'none'}")
-        if self.dataset is None and (self.config or self.split):
-            raise ValueError(f"config and split: expected only with dataset, got them with {given[0]}")
+        self._check_settings(given[0])
         if self.dataset is not None and self.dataset not in _KNOWN_DATASETS:
             missing = [name for name in ("prompt_field", "split") if getattr(self, name) is None]
             if missing:
@@ -153,6 +159,23 @@ class PromptSource(BaseModel):
             raise ValueError("expected one of system and system_field, got both; leave one out")
         _check_arguments(self.chat_template_kwargs, "chat_template_kwargs")
         return self
+
+    def _check_settings(self, given: str) -> None:
+        """Refuse what does nothing with the source that is given."""
+        of = {"config": ("dataset", "reasoning_gym"), "split": ("dataset",)}
+        of |= dict.fromkeys(("size", "seed"), ("reasoning_gym",))
+        for name, sources in of.items():
+            if getattr(self, name) is not None and given not in sources:
+                raise ValueError(
+                    f"{name}: expected only with {' or '.join(sources)}, got it with {given}; leave it out"
+                )
+        kind = {"dataset": str, "reasoning_gym": dict}.get(given, object)
+        if self.config is not None and not isinstance(self.config, kind):
+            form = "the name of a configuration" if kind is str else "a mapping of settings"
+            raise ValueError(f"config: expected {form} with {given}, got {self.config!r:.60}; correct it")
+        both = sorted({"size", "seed"}.intersection(self.config)) if isinstance(self.config, dict) else []
+        if both:
+            raise ValueError(f"config: expected {' and '.join(both)} beside config, got them in it; move them out")
 
     @property
     def file(self) -> tuple[str, Path] | None:
@@ -173,13 +196,17 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
         records, what = parquet_records(source.parquet), str(source.parquet)
     elif source.dataset is not None:
         what = f"dataset {source.dataset}"
-        config = source.config or (known.config if known else None)
+        config = cast(str | None, source.config) or (known.config if known else None)
         split = source.split or (known.split if known else None)
         records = dataset_records(source.dataset, known.hub_id if known else source.dataset, config, split)
+    elif source.reasoning_gym is not None:
+        what, config = f"reasoning_gym {source.reasoning_gym}", cast(dict[str, Any], source.config or {})
+        records = task_records(source.reasoning_gym, source.size or 500, source.seed or 0, config)
     else:
         records, what = callable_records(str(source.callable)), f"callable {source.callable}"
+    asked = "question" if source.reasoning_gym is not None else "prompt"
     fields = {
-        "prompt_field": source.prompt_field or (known.prompt_field if known else "prompt"),
+        "prompt_field": source.prompt_field or (known.prompt_field if known else asked),
         "answer_field": source.answer_field or (known.answer_field if known else None),
     }
     source = source.model_copy(update=fields)

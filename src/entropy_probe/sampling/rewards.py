@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from math import fsum
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from entropy_probe.sampling.final_number import final_number
 from entropy_probe.sampling.foreign import import_function
+from entropy_probe.sampling.generated import verified
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.reward_calls import RewardFunction, Sample, columns_of
 
@@ -24,8 +24,6 @@ __all__ = ["Reward", "Rewards", "exact_match", "gsm8k", "load_reward", "load_rew
 Reward = Callable[..., Any]
 """A number or None per response; :mod:`entropy_probe.sampling.reward_calls` says what it is called with."""
 
-# an optional sign (not the hyphen of 10-5) and $, and a number whose thousands may be set off by commas
-_NUMBER = re.compile(r"(?<![\d.])(?:(?<!\w)-)?(?:\$\s*-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _PARSE_SECONDS = 5
 
 
@@ -59,7 +57,7 @@ class Rewards:
         for reward in self.functions:
             reward.check(prompts, self.trainer_state)
             if reward.function in _BUILT_IN.values():
-                answered = gsm8k if reward.function is gsm8k else exact_match  # parsing all of MATH would take minutes
+                answered = exact_match if reward.function is math else reward.function  # parsing MATH takes minutes
                 answered(prompts, [""] * len(prompts))
 
     def score(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
@@ -94,7 +92,7 @@ class Rewards:
 
 
 def load_reward(name: str) -> Reward:
-    """The reward of that name: ``exact_match``, ``gsm8k``, ``math``, or a ``package.module:function``.
+    """The reward of that name: ``exact_match``, ``gsm8k``, ``math``, ``reasoning_gym``, or ``package.module:function``.
 
     Raises:
         ValueError: if there is no such reward, or ``math`` is asked for without its extra.
@@ -174,12 +172,12 @@ def gsm8k(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """
     scores = []
     for prompt, text in zip(prompts, responses, strict=True):
-        expected = _final_number(_answer(prompt))
+        expected = final_number(_answer(prompt))
         if expected is None:
             raise ValueError(
                 f"reward gsm8k: expected a number in the answer of prompt {prompt.id}, got {prompt.answer!r}"
             )
-        scores.append(float(_final_number(text) == expected))
+        scores.append(float(final_number(text) == expected))
     return scores
 
 
@@ -207,7 +205,7 @@ def math(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     return scores
 
 
-_BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "gsm8k": gsm8k, "math": math}
+_BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "gsm8k": gsm8k, "math": math, "reasoning_gym": verified}
 
 
 def _answer(prompt: Prompt) -> str:
@@ -219,16 +217,6 @@ def _answer(prompt: Prompt) -> str:
             f"{type(prompt.answer).__name__} {prompt.answer!r:.60}; set answer_field, or write a reward function"
         )
     return prompt.answer
-
-
-def _final_number(text: str) -> Decimal | None:
-    _, marker, tail = text.rpartition("####")
-    matches = list(_NUMBER.finditer(tail.replace("−", "-")))
-    if not matches:
-        return None
-    match = matches[0] if marker else matches[-1]
-    value = Decimal(match[1].replace(",", ""))
-    return -value if "-" in match[0] else value
 
 
 def _require_math_verify() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.sampling.prompts import Prompt
 
-__all__ = ["encode_prompts", "prompt_notes"]
+__all__ = ["encode_prompts", "last_user_message", "prompt_notes"]
 
 _PRINTED = ("'type': 'text'", '"type": "text"')
 """What a list of text parts looks like when a template prints it as it stands."""
@@ -51,6 +51,13 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]
         if id(prompt) not in encoded:
             encoded[id(prompt)] = _encode(tokenizer, prompt)
     return [list(encoded[id(prompt)]) for prompt in prompts]
+
+
+def last_user_message(prompt: Prompt) -> str | None:
+    """What the user says last in a conversation; None for a prompt of text, and without a user."""
+    turns = () if isinstance(prompt.prompt, str) else prompt.prompt
+    said = next((turn for turn in reversed(turns) if turn.get("role") == "user"), None)
+    return None if said is None else "".join(_texts(dict(said))).strip() or None
 
 
 def prompt_notes(tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[Note, ...]:

@@ -236,15 +236,16 @@ class PolicyCalls:
         s, h = zip(*(logit_scores(z, targets, self.temperature) for z, targets in logits), strict=True)
         return torch.cat(s), torch.cat(h)
 
-    def token_slopes(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`token_scores` without a graph, and derivatives of the log-probabilities, ``[T]`` each.
+    def token_slopes(self, batch: Microbatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """:meth:`token_scores` without a graph, and the derivatives of both, ``[T]`` each.
 
         To be called inside a level of forward mode, in which the model's parameters carry the tangents.
         """
         if self._split is not None:
             return head_slopes(self._head(), self.hidden(batch), batch.targets)
-        (s, slopes), (h, _) = map(unpack_dual, self.token_scores(batch))
-        return s, h, torch.zeros_like(s) if slopes is None else slopes
+        values, slopes = zip(*map(unpack_dual, self.token_scores(batch)), strict=True)
+        of_logprobs, of_entropies = (torch.zeros_like(values[0]) if x is None else x for x in slopes)
+        return *values, of_logprobs, of_entropies
 
     def scores_and_surrogate(
         self, batch: Microbatch, of_logprobs: Tensor, of_entropies: Tensor

@@ -143,11 +143,11 @@ def plain_scores(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], tempe
 @torch.no_grad()
 def head_slopes(
     head: OutputHead, hidden: Float[Tensor, "T D"], targets: Int[Tensor, " T"]
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """Log-probabilities, entropies, and derivatives of the former along the tangents, inside a level of forward mode.
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], Float[Tensor, " T"], Float[Tensor, " T"]]:
+    """Log-probabilities, entropies, and the derivatives of both along the tangents, inside a level of forward mode.
 
-    ``d s / d z = onehot - p``, so with ``d z`` the tangent of the logits the derivative of ``s`` is
-    ``d z_target - sum_v p_v d z_v``.
+    ``d s / d z = onehot - p`` and ``d h / d z = -p (log p + h)``, so with ``d z`` the tangent of the logits the
+    derivative of ``s`` is ``d z_target - sum_v p_v d z_v``, and that of ``h`` is ``-sum_v p_v (log p_v + h) d z_v``.
 
     Args:
         head: the output layer; its parameters carry tangents where they are moved.
@@ -166,9 +166,11 @@ def head_slopes(
             d_z = d_z + torch.nn.functional.linear(h[rows], d_weight)
         d_z = d_z.to(chunk.e.dtype).expand_as(chunk.e) / head.temperature
         at_target = d_z.gather(-1, targets[rows, None])[:, 0]
-        per_chunk.append((chunk.logprobs, chunk.entropies, at_target - torch.linalg.vecdot(chunk.e, d_z) / chunk.total))
-    logprobs, entropies, slopes = (torch.cat(column) for column in zip(*per_chunk, strict=True))
-    return logprobs, entropies, slopes
+        mean, weighted = (torch.linalg.vecdot(x, d_z) / chunk.total for x in (chunk.e, chunk.e * chunk.z))
+        of_entropies = (chunk.total.log() - chunk.entropies) * mean - weighted  # with log p = z - log total
+        per_chunk.append((chunk.logprobs, chunk.entropies, at_target - mean, of_entropies))
+    logprobs, entropies, of_logprobs, of_entropies = (torch.cat(column) for column in zip(*per_chunk, strict=True))
+    return logprobs, entropies, of_logprobs, of_entropies
 
 
 class _HeadSurrogate(torch.autograd.Function):

@@ -1,10 +1,10 @@
-"""How fast each response token's log-probability changes along one direction in parameter space.
+"""How fast each response token's log-probability and entropy change along one direction in parameter space.
 
 Forward mode carries the derivative along with the value and keeps nothing for a backward pass. Where a model has an
 operation without a forward-mode rule, or with a wrong one, reverse mode takes over: the gradient of
-``sum_t u_t s_t`` is linear in ``u``, so differentiating its inner product with the direction once more, in ``u``, gives
-all slopes of a microbatch (double backward; Griewank and Walther, Evaluating Derivatives, 2008, chapter 3), and one
-backward pass per token always works.
+``sum_t u_t s_t + w_t h_t`` is linear in ``u`` and ``w``, so differentiating its inner product with the direction once
+more, in these, gives all slopes of a microbatch (double backward; Griewank and Walther, Evaluating Derivatives, 2008,
+chapter 3), and two backward passes per token always work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -32,8 +32,8 @@ from entropy_probe.types import TokenCoefficients, TokenScores
 
 __all__ = ["TokenSlopes", "token_slopes"]
 
-_FlatSlopes = tuple[Tensor, Tensor, Tensor]
-"""Log-probabilities, entropies and slopes of a microbatch, ``[T]`` each."""
+_FlatSlopes = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Log-probabilities and entropies of a microbatch, and the slopes of both, ``[T]`` each."""
 Method = Callable[[Scorer, Mapping[str, Parameter], NamedVector, Microbatch], _FlatSlopes]
 
 NUM_TRIED = 2
@@ -46,12 +46,12 @@ class TokenSlopes:
     """Slopes along a direction, beside the scores they belong to.
 
     Attributes:
-        slopes: derivative of each log-probability along the direction, nats, 0 off the response, ``[N, L]``.
+        slopes: derivatives of log-probabilities and entropies along the direction, nats, 0 off the response.
         scores: log-probabilities and entropies, from the same pass.
         method: ``forward-mode``, or ``reverse-mode (WHY)`` with why not forward mode.
     """
 
-    slopes: Float[Tensor, "N L"]
+    slopes: TokenScores
     scores: TokenScores
     method: str
 
@@ -70,23 +70,27 @@ def _double_backward(
 ) -> _FlatSlopes:
     with sdpa_kernel(SDPBackend.MATH):
         s, h = scorer.token_scores(batch)
-        u = torch.ones_like(s, requires_grad=True)
-        gradients = torch.autograd.grad(s, list(parameters.values()), u, create_graph=True, allow_unused=True)
+        uw = tuple(torch.ones_like(x, requires_grad=True) for x in (s, h))
+        gradients = torch.autograd.grad((s, h), list(parameters.values()), uw, create_graph=True, allow_unused=True)
         products = [
             (g * direction[name].to(g.dtype)).sum()
             for name, g in zip(parameters, gradients, strict=True)
             if g is not None
         ]
-        slopes = torch.autograd.grad(torch.stack(products).sum(), u)[0] if products else torch.zeros_like(s)
-    return s.detach(), h.detach(), slopes
+        slopes = torch.autograd.grad(torch.stack(products).sum(), uw) if products else map(torch.zeros_like, uw)
+        of_logprobs, of_entropies = slopes
+    return s.detach(), h.detach(), of_logprobs, of_entropies
 
 
 def _token_by_token(
     scorer: Scorer, parameters: Mapping[str, Parameter], direction: NamedVector, batch: Microbatch
 ) -> _FlatSlopes:
     s, h = scorer.token_scores(batch)
-    slopes = [_slope(value, parameters, direction) for value in s]
-    return s.detach(), h.detach(), torch.tensor(slopes, dtype=s.dtype, device=s.device)
+    of_logprobs, of_entropies = (
+        torch.tensor([_slope(value, parameters, direction) for value in x], dtype=x.dtype, device=x.device)
+        for x in (s, h)
+    )
+    return s.detach(), h.detach(), of_logprobs, of_entropies
 
 
 def _slope(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> float:
@@ -111,7 +115,7 @@ def token_slopes(
     progress: Progress | None = None,
     rows: Int[Tensor, " n"] | None = None,
 ) -> TokenSlopes:
-    """The derivative of every response token's log-probability at ``theta`` along a direction.
+    """The derivatives of every response token's log-probability and entropy at ``theta`` along a direction.
 
     As training's gradients do, slopes leave out the lookups of a row ``padding_idx``. In forward mode the cost is about
     two forward passes. A method is used only if, on two sequences of middling length, it reproduces what one backward
@@ -134,22 +138,23 @@ def token_slopes(
     name, method = _choose(narrow, rollouts, parameters, direction, tolerance)
     rollouts = rollouts if rows is None else rollouts.select(rows)
     wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
-    logprobs, entropies, slopes = (torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(3))
+    columns = [torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(4)]
     done = 0
-    for batch, flat in narrow.each(rollouts, partial(method, narrow, parameters, direction)):
-        for values, into in zip(flat, (logprobs, entropies, slopes), strict=True):
-            batch.scatter(values, into)
+    for batch, values in narrow.each(rollouts, partial(method, narrow, parameters, direction)):
+        for flat, into in zip(values, columns, strict=True):
+            batch.scatter(flat, into)
         done += len(batch.rows)
         if progress:
             progress(done, len(rollouts))
     scorer.notes = narrow.notes
-    bad = ~torch.isfinite(slopes).all(1)
+    bad = ~(torch.isfinite(columns[2]) & torch.isfinite(columns[3])).all(1)
     if bool(bad.any()):
         raise ValueError(
             f"attribution: expected finite slopes, got others in {int(bad.sum())} sequences (first index "
             f"{int(bad.nonzero()[0])}); look for non-finite weights or second moments"
         )
-    return TokenSlopes(slopes, TokenScores(logprobs, entropies, rollouts.response_mask), name)
+    scores, slopes = (TokenScores(s, h, rollouts.response_mask) for s, h in (columns[:2], columns[2:]))
+    return TokenSlopes(slopes, scores, name)
 
 
 def _narrowed(scorer: Scorer, rollouts: Rollouts) -> Scorer:
@@ -191,18 +196,20 @@ def _why_not(
     Tried on two sequences against one backward pass for each, because an operation without a rule raises an error but
     one with a wrong rule does not. Tokens have different weights, so that their errors do not cancel.
     """
-    weights = torch.rand(rollouts.input_ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape, generator = rollouts.input_ids.shape, torch.Generator().manual_seed(0)
+    weights = TokenCoefficients(*torch.rand(2, *shape, generator=generator, dtype=torch.float64))
     by_length = rollouts.shortest_first
     middle = max(0, len(by_length) // 2 - 1)
     for row in by_length[middle : middle + NUM_TRIED]:
         try:
-            ((batch, (_, _, slopes)),) = scorer.each(
+            ((batch, (_, _, *slopes)),) = scorer.each(
                 rollouts, partial(method, scorer, parameters, direction), row[None]
             )
         except RuntimeError as error:  # what torch raises for an operation without a rule
             return " ".join(re.split(r"\.\s", str(error))[0].rstrip(".").split())
-        slope = torch.dot(batch.gather(weights), slopes.double()).item()
-        (value,) = scorer.surrogates(batch, [TokenCoefficients(weights, None)])
+        of_both = zip((weights.logprobs, weights.entropies), slopes, strict=True)
+        slope = sum(torch.dot(batch.gather(w), x.double()).item() for w, x in of_both if w is not None)
+        (value,) = scorer.surrogates(batch, [weights])
         terms = torch.tensor(_slope_terms(value, parameters, direction), dtype=torch.float64)
         error, size = abs(slope - terms.sum().item()), terms.abs().sum().item()
         if not error <= tolerance * size + torch.finfo(torch.float32).tiny:

@@ -6,6 +6,7 @@ Hutter, 2019 (AdamW); Reddi et al., 2018 (AMSGrad).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -239,7 +240,7 @@ def _parameter_step(name: str, theta: Tensor, g: Tensor, state: Mapping[str, Any
     total = g if s.decoupled or s.weight_decay == 0 else g + s.weight_decay * theta
     v = (1 - s.beta2) * total.square()
     if "exp_avg_sq" in state:
-        v += s.beta2 * state["exp_avg_sq"]
+        v += s.beta2 * state["exp_avg_sq"].to(wide)
     if s.amsgrad and "max_exp_avg_sq" in state:
         v = torch.maximum(v, state["max_exp_avg_sq"])
     denominator = (v / (1 - s.beta2**k)).sqrt_().add_(s.eps)
@@ -261,14 +262,24 @@ def shadow_step(
     optimizer: torch.optim.Optimizer,
     gradient: Gradient,
     learning_rate: float | None = None,
+    kept: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters after a real step of the optimizer's own kernel, taken on copies.
 
     One parameter at a time: a fresh optimizer of the same class and flags steps a clone that carries a clone of
     the state, so neither hooks and scheduler patches on the live optimizer nor its memory are involved.
 
+    Args:
+        parameters: as in :func:`adamw_step`.
+        optimizer: as there.
+        gradient: as there.
+        learning_rate: as there.
+        kept: the type in which training keeps a parameter, its moments and its gradient, by name; for all others the
+            step is taken in the widest of theirs.
+
     Returns:
-        The stepped values by name, as new tensors. The model and the optimizer are not touched.
+        The stepped values by name, in the parameters' types, as new tensors. The model and the optimizer are not
+        touched.
 
     Raises:
         ValueError: as :func:`adamw_step`.
@@ -277,22 +288,28 @@ def shadow_step(
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     stepped: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        clone = parameter.detach().clone()
-        stepped[name] = clone
-        g = gradient[name]
+        g, state = gradient[name], optimizer.state.get(parameter, {})
         if g is None:
+            stepped[name] = parameter.detach().clone()
             continue
+        moments = [x for key, x in state.items() if key != "step" and isinstance(x, Tensor)]
+        widest = functools.reduce(torch.promote_types, (x.dtype for x in moments), parameter.dtype)
+        dtype = (kept or {}).get(name, widest)
+        clone = parameter.detach().to(dtype, copy=True)
         group = {key: value for key, value in groups[id(parameter)].items() if key != "params"}
         group["capturable"] = False  # a flag for graph capture; the arithmetic is the same
         group["lr"] = float(group["lr"]) if learning_rate is None else learning_rate
-        clone.grad = g.to(clone.dtype)
+        clone.grad = g.to(dtype)
         kind = torch.optim.AdamW if isinstance(optimizer, torch.optim.AdamW) else torch.optim.Adam
         shadow = kind([{**group, "params": [clone]}])
-        if optimizer.state.get(parameter):
+        if state:
             shadow.state[clone] = {
-                key: value.clone() if isinstance(value, Tensor) else value
-                for key, value in optimizer.state[parameter].items()
+                key: value.to(value.dtype if key == "step" else dtype, copy=True)
+                if isinstance(value, Tensor)
+                else value
+                for key, value in state.items()
             }
         shadow.step()
         clone.grad = None
+        stepped[name] = clone.to(parameter.dtype)
     return stepped

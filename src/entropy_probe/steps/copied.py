@@ -79,6 +79,10 @@ def _why_not_copied(optimizer: torch.optim.Optimizer) -> str | None:
             return _REFUSED_LIBRARIES[library]
     if isinstance(optimizer, torch.optim.SparseAdam):
         return "it takes sparse gradients only"
+    drawing = [key for group in optimizer.param_groups for key, on in group.items() if "stochastic" in key and on]
+    drawing += [name for name, on in _own_attributes(optimizer).items() if "stochastic" in name and on]
+    if drawing:
+        return f"it rounds stochastically ({drawing[0]}), and its draws are not known"
     if any("train_mode" in group for group in optimizer.param_groups):
         return _REFUSED_LIBRARIES["schedulefree"]
     if inspect.signature(kind.step).parameters.get("closure", inspect.Parameter).default is inspect.Parameter.empty:
@@ -111,6 +115,7 @@ def copied_step(
     optimizer: torch.optim.Optimizer,
     gradient: Gradient,
     learning_rate: float | None = None,
+    kept: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters after the optimizer's own next step, taken on a copy of parameters, state and groups.
 
@@ -122,9 +127,10 @@ def copied_step(
         optimizer: one that :func:`check_optimizer` accepts; it and the parameters are not touched.
         gradient: the clipped loss gradient with the same names; ``None`` where the loss does not reach.
         learning_rate: replaces the rate of every group.
+        kept: the type in which training keeps a parameter, by name, where that is narrower than the parameter's here.
 
     Returns:
-        The stepped values by name, as new tensors.
+        The stepped values by name, in the parameters' types, as new tensors.
 
     Raises:
         ValueError: if names differ, two copies disagree, the step moves nothing, or a value is not finite.
@@ -132,7 +138,7 @@ def copied_step(
     check_optimizer(optimizer)
     if parameters.keys() != gradient.keys():
         raise ValueError(f"gradient: expected {len(parameters)} parameter names, got {len(gradient)} that differ")
-    stepped = _step_once(parameters, optimizer, gradient, learning_rate)
+    stepped = _step_once(parameters, optimizer, gradient, learning_rate, kept or {})
     for name, value in stepped.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name}: expected finite values after the step, got others; lower the learning rate")
@@ -145,6 +151,7 @@ def check_repeatable(
     gradient: Gradient,
     stepped: Mapping[str, Tensor],
     learning_rate: float | None = None,
+    kept: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Check that a second copy takes the same step, bit by bit, and that it is a step at all.
 
@@ -154,19 +161,20 @@ def check_repeatable(
         gradient: as there.
         stepped: what :func:`copied_step` returned for them.
         learning_rate: as there.
+        kept: as there.
 
     Raises:
         ValueError: naming the optimizer.
     """
     name = optimizer_name(optimizer)
-    again = copied_step(parameters, optimizer, gradient, learning_rate)
+    again = copied_step(parameters, optimizer, gradient, learning_rate, kept)
     differing = [n for n in stepped if not torch.equal(stepped[n], again[n])]
     if differing:
         raise ValueError(
             f"optimizer: {name} is not supported: two copies of it take different steps (first at {differing[0]}), so "
             f"its step is random or uses more than its state; {_REMEDY}"
         )
-    still = all(torch.equal(stepped[n], p) for n, p in parameters.items())
+    still = not kept and all(torch.equal(stepped[n], p) for n, p in parameters.items())  # rounding may undo a step
     if still and any(g is not None and bool(g.any()) for g in gradient.values()):
         raise ValueError(
             f"optimizer: a copy of {name} moves no parameter although the gradient is not 0; check the learning rate, "
@@ -185,9 +193,14 @@ def _step_once(
     optimizer: torch.optim.Optimizer,
     gradient: Gradient,
     learning_rate: float | None,
+    kept: Mapping[str, torch.dtype],
 ) -> dict[str, Tensor]:
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    clones = {id(p): Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in held}
+    dtypes = {id(p): kept.get(name, p.dtype) for name, p in parameters.items()}
+    clones = {
+        id(p): Parameter(p.detach().to(dtypes.get(id(p), p.dtype), copy=True), requires_grad=p.requires_grad)
+        for p in held
+    }
     # a deep copy leaves out what schedulers and hooks put on the instance
     shadow = copy.deepcopy(optimizer, memo=dict(clones))
     vars(shadow).update(_own_attributes(optimizer))
@@ -198,6 +211,15 @@ def _step_once(
             group["capturable"] = False  # a flag for graph capture; the arithmetic is the same
     for name, p in parameters.items():
         g = gradient[name]
-        clones[id(p)].grad = None if g is None else g.to(p.dtype, copy=True)  # some kernels work in it
+        clones[id(p)].grad = None if g is None else g.to(dtypes[id(p)], copy=True)  # some kernels work in it
+        if name not in kept:
+            _widen(shadow.state.get(clones[id(p)], {}), p)
     shadow.step()
-    return {name: clones[id(p)].detach() for name, p in parameters.items()}
+    return {name: clones[id(p)].detach().to(p.dtype) for name, p in parameters.items()}
+
+
+def _widen(state: dict[str, Any], parameter: Tensor) -> None:
+    """Keep 16-bit state in the parameter's type, where the step is not rounded."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            state[key] = value.to(torch.promote_types(value.dtype, parameter.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,24 +13,45 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.named import add, norm
 from entropy_probe.parallel.shards import count, extremes
 from entropy_probe.results.probe import PreconditionerReport
-from entropy_probe.steps.adamw import ClippedGradient, adamw_step, clip_gradient, is_adam, shadow_step
+from entropy_probe.steps.adamw import ClippedGradient, Gradient, adamw_step, clip_gradient, is_adam, shadow_step
 from entropy_probe.steps.copied import check_repeatable, copied_step, moved, optimizer_name
+from entropy_probe.steps.precision import clipped_as_kept, step_dtypes
 
 __all__ = ["PlannedStep", "plan_step", "scaled", "stepped_parameters"]
+
+DISAGREE = "{name}: the optimizer's own step and its closed form disagree; please report this"
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedStep:
     """The next step: its parts, and how it depends on the update gradient.
 
-    Without a closed form there is one part, no ``gradient_scale``, and ``stepped`` holds the parameters after the step.
+    Attributes:
+        gradient: of the loss, clipped.
+        components: the parts; one where there is no closed form.
+        gradient_scale: how the gradient part depends on the gradient; ``None`` likewise.
+        preconditioner: how P was built; ``None`` but in the frozen geometry.
+        stepped: the parameters after the step, where only the optimizer's own code can tell: without a closed form, or
+            where the step is rounded.
+        kept: the types that the step is rounded to, by parameter.
+        taken_with: the gradient as the optimizer gets it, in these types.
     """
 
     gradient: ClippedGradient
     components: dict[str, dict[str, Tensor]]
     gradient_scale: dict[str, Tensor] | None
+    taken_with: Gradient
     preconditioner: PreconditionerReport | None = None
     stepped: dict[str, Tensor] | None = None
+    kept: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def stays(self) -> float:
+        """The share of the elements that would move, and stay where they are by rounding."""
+        delta, rounding = self.delta, self.components["rounding"]
+        moving = {name: (delta[name] - rounding[name]) != 0 for name in self.kept}
+        still = sum(count(moves & (delta[name] == 0)) for name, moves in moving.items())
+        return still / max(1, sum(map(count, moving.values())))
 
     @property
     def delta(self) -> dict[str, Tensor]:
@@ -57,15 +78,26 @@ def plan_step(
     if config.geometry == "frozen":
         unclipped = clip_gradient(gradient, None)
         scale, report = frozen_scale()
-        return PlannedStep(unclipped, {"gradient": scaled(unclipped.values, scale, -1.0)}, scale, report)
-    clipped = clip_gradient(gradient, config.max_grad_norm)
-    given = (parameters, optimizer, clipped.values)
-    if is_adam(optimizer):
-        step = adamw_step(*given, config.learning_rate)
-        return PlannedStep(clipped, step.components, step.gradient_scale)
-    stepped = copied_step(*given, config.learning_rate)
-    check_repeatable(*given, stepped, config.learning_rate)
-    return PlannedStep(clipped, {"step": moved(parameters, stepped)}, None, stepped=stepped)
+        parts = {"gradient": scaled(unclipped.values, scale, -1.0)}
+        return PlannedStep(unclipped, parts, scale, unclipped.values, report)
+    kept = step_dtypes(parameters, optimizer, config.step_dtype)
+    clipped, rate = clip_gradient(gradient, config.max_grad_norm), config.learning_rate
+    taken_with = clipped_as_kept(gradient, config.max_grad_norm, kept) if kept else clipped.values
+    given = (parameters, optimizer, taken_with)
+    if not is_adam(optimizer):
+        stepped = copied_step(*given, rate, kept)
+        check_repeatable(*given, stepped, rate, kept)
+        return PlannedStep(clipped, {"step": moved(parameters, stepped)}, None, taken_with, stepped=stepped, kept=kept)
+    step = adamw_step(parameters, optimizer, clipped.values, rate)
+    if not kept:
+        return PlannedStep(clipped, step.components, step.gradient_scale, taken_with)
+    stepped, delta = shadow_step(*given, rate, kept), step.delta
+    rounding = _added(parameters, stepped, delta)
+    _check_finite(stepped, kept)
+    if (name := _beyond_rounding(parameters, rounding, delta, kept)) is not None:
+        raise RuntimeError(DISAGREE.format(name=name))
+    parts = {**step.components, "rounding": rounding}
+    return PlannedStep(clipped, parts, step.gradient_scale, taken_with, stepped=stepped, kept=kept)
 
 
 def stepped_parameters(
@@ -77,8 +109,8 @@ def stepped_parameters(
 ) -> tuple[dict[str, Tensor], float]:
     """The parameters after the step, by the optimizer's own code on copies or by the frozen move; and its rounding.
 
-    The step is linear in the rate, so ``step``, planned at ``config.learning_rate``, gives it at any other. Rounding is
-    the length of what the parameters' precision adds to the step, over the length of the step.
+    Steps are linear in the rate up to rounding, so ``step``, planned at ``config.learning_rate``, gives any other.
+    Rounding is the length of what is not in the step as planned, over the length of the step.
 
     Args:
         parameters: what the optimizer steps, by name.
@@ -97,23 +129,52 @@ def stepped_parameters(
     delta = {name: factor * move for name, move in step.delta.items()}
     if config.geometry == "frozen":
         stepped = {name: (p.detach() + delta[name]).to(p.dtype) for name, p in parameters.items()}
-    elif step.stepped is None:
-        stepped = shadow_step(parameters, optimizer, step.gradient.values, learning_rate)
     else:
-        stepped = copied_step(parameters, optimizer, step.gradient.values, learning_rate)
-    added: dict[str, Tensor] = {}
-    for name, p in parameters.items():
-        eps = torch.finfo(p.dtype).eps
-        slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * max(map(abs, extremes(delta[name])))
-        added[name] = stepped[name] - p.detach() - delta[name]
-        if count(added[name].abs() > slack):
-            if step.stepped is not None:
-                raise ValueError(
-                    f"learning rate: expected a step in proportion to it, but {optimizer_name(optimizer)} takes "
-                    f"another at {learning_rate:g} (seen in {name}); probe each rate by itself"
-                )
-            raise RuntimeError(f"{name}: the optimizer's own step and its closed form disagree; please report this")
+        take = shadow_step if is_adam(optimizer) else copied_step
+        stepped = take(parameters, optimizer, step.taken_with, learning_rate, step.kept)
+    added = _added(parameters, stepped, delta)
+    if (name := _beyond_rounding(parameters, added, delta, step.kept)) is not None:
+        if step.gradient_scale is None:
+            raise ValueError(
+                f"learning rate: expected a step in proportion to it, but {optimizer_name(optimizer)} takes "
+                f"another at {learning_rate:g} (seen in {name}); probe each rate by itself"
+            )
+        raise RuntimeError(DISAGREE.format(name=name))
     return stepped, norm(added) / (norm(delta) or 1.0)
+
+
+def _added(
+    parameters: Mapping[str, Parameter], stepped: Mapping[str, Tensor], delta: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What precision adds to a parameter change."""
+    return {name: move - delta[name] for name, move in moved(parameters, stepped).items()}
+
+
+def _beyond_rounding(
+    parameters: Mapping[str, Parameter],
+    added: Mapping[str, Tensor],
+    delta: Mapping[str, Tensor],
+    kept: Mapping[str, torch.dtype],
+) -> str | None:
+    """The first parameter whose step is another one than planned, by more than precision explains."""
+    for name, p in parameters.items():
+        dtype = kept.get(name, p.dtype)
+        if dtype == torch.float16:  # squares of gradients leave its range, and no bound holds
+            continue
+        eps = torch.finfo(dtype).eps
+        slack = 4 * eps * p.detach().abs() + max(1e-4, 16 * eps) * max(map(abs, extremes(delta[name])))
+        if count(added[name].abs() > slack):
+            return name
+    return None
+
+
+def _check_finite(stepped: Mapping[str, Tensor], kept: Mapping[str, torch.dtype]) -> None:
+    for name, dtype in kept.items():
+        if count(~torch.isfinite(stepped[name])):
+            raise ValueError(
+                f"{name}: expected finite values after a step in {dtype}, got others: no trainer can keep its weights "
+                "in it; set step_dtype to float32"
+            )
 
 
 def scaled(vector: Mapping[str, Tensor | None], scale: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def frozen_preconditioner(
         corrections.add("own step" if own is not None else "checkpoint_step" if checkpoint_step else "none")
         step = own if own is not None else checkpoint_step
         correction = 1.0 if step is None else 1 - float(group["betas"][1]) ** step
-        denominator = (v / correction).sqrt_().add_(float(group["eps"]))
+        denominator = (v.to(torch.promote_types(v.dtype, torch.float32)) / correction).sqrt_().add_(float(group["eps"]))
         smallest = min(smallest, extremes(denominator)[0])
         scale = denominator.reciprocal_()
         clamped += count(scale > max_scale)

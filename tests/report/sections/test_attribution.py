@@ -181,7 +181,9 @@ def test_the_payload_holds_every_token(tmp_path):
     assert payload["total"] == len(payload["responses"]) == 6
     assert [one["id"] for one in payload["responses"]] == list(range(6))
     assert [one["prompt"] for one in payload["responses"]] == [0, 0, 1, 1, 2, 2]
-    assert payload["prompts"][1] == {"id": 101, "text": None}
+    assert payload["prompts"][0] == {"id": 100, "name": None, "text": [("text", ["What is 0 + 1?"])]}
+    assert payload["prompts"][1] == {"id": 101, "name": None, "text": None}
+    assert payload["special"] == []
     flat = {key: [x for one in payload["responses"] for x in one[key]] for key in "tcvlh"}
     assert flat["c"] == pytest.approx(tables.tokens["contribution"].tolist(), rel=1e-3)
     assert flat["v"] == pytest.approx(tables.tokens["covariance"].tolist(), rel=1e-3)

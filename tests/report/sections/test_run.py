@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from entropy_probe.report.sections.base import BarChart
-from entropy_probe.report.sections.run import step_section, story
+from entropy_probe.report.sections.base import BarChart, Rows
+from entropy_probe.report.sections.diagnostics import diagnostics_section
+from entropy_probe.report.sections.run import run_sections, step_section, story
+from entropy_probe.results.probe import Estimate, GradientAgreement
 from tests.report.results import make_cross_prompt, make_result
 
 
@@ -38,3 +40,43 @@ def test_every_change_is_a_point_of_one_chart():
 def test_a_change_of_0_has_no_story():
     assert story(make_result((0.0, 0.0))) == ""
     assert story(make_result()).endswith("0.2% of what it is; 64% of that comes from momentum.")
+
+
+def rows(section) -> dict[str, tuple[str, str]]:
+    of_section = (block.rows for block in section.blocks if isinstance(block, Rows))
+    return {row.label: (str(row.value), row.note) for rows in of_section for row in rows}
+
+
+def test_a_gradient_from_outside_has_no_error_from_an_update_batch():
+    result = make_result()
+    predicted = result.predicted.model_copy(update={"se_update": None, "se_update_method": None})
+    alone = {"num_update_sequences": None, "num_update_prompts": None}
+    given = result.model_copy(
+        update={"predicted": predicted, "diagnostics": result.diagnostics.model_copy(update=alone)}
+    )
+    assert "update" in rows(step_section(result))["predicted δH₁"][1]
+    assert "update" not in rows(step_section(given))["predicted δH₁"][1]
+    assert "gradient from outside" in str(rows(diagnostics_section(given))["update batch"][0])
+    assert "gradients" not in rows(diagnostics_section(given))
+    for distance, cosine, state in ((0.3, 0.95, "look"), (0.01, 1.0, "ok"), (0.5, None, "look")):
+        agreement = {"gradient_agreement": GradientAgreement(relative_distance=distance, cosine=cosine)}
+        beside = given.model_copy(update={"diagnostics": result.diagnostics.model_copy(update=agreement)})
+        (row,) = (
+            row
+            for block in diagnostics_section(beside).blocks
+            if isinstance(block, Rows)
+            for row in block.rows
+            if row.label == "gradients"
+        )
+        assert row.state == state
+        assert (cosine is None) == (row.note == "")
+    assert run_sections(given)
+
+
+def test_rounding_is_a_part_like_the_others():
+    result = make_result()
+    size = result.components["gradient"].model_dump() | {"value": -2e-3}
+    parts = {**result.components, "rounding": Estimate(**size)}
+    rounded = result.model_copy(update={"components": parts})
+    assert [bar.row.label for bar in charts(rounded)["parts"].bars][3] == "rounding"
+    assert story(rounded).endswith("of that comes from rounding.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from entropy_probe.checkpoints.errors import MismatchError
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, read_optimizer
+from entropy_probe.checkpoints.trainer_settings import TrainerSettings, read_training_args
 from entropy_probe.results.note import Note, NoteKind
 
 __all__ = ["CheckpointFormat", "StoredTensor", "Weights", "doubts_about_files", "named_weights"]
@@ -108,6 +109,14 @@ class CheckpointFormat(Protocol):
             CheckpointError: if they cannot be read.
         """
         raise AssertionError(f"{place}: {type(self).__name__} has no weights of its own")
+
+    def settings(self, path: Path) -> TrainerSettings | None:
+        """What the trainer wrote down of its loss and step; as here, by the Hugging Face Trainer. None without a file.
+
+        Raises:
+            CheckpointError: if the file cannot be read. Nothing in it runs.
+        """
+        return read_training_args(path)
 
     def doubts(self, path: Path) -> Iterator[Note]:
         """What makes a save look unfinished; files of the Hugging Face Trainer are expected where it wrote its log."""

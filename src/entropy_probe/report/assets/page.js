@@ -2,7 +2,8 @@
 (() => {
   const byId = (id) => document.getElementById(id);
   const PAGE = 12; // responses in the document at a time
-  const LONG = 600; // tokens of a response shown at first
+  const LONG = 300; // tokens of a response shown at first
+  const FOLDED = 400; // characters of a prompt shown at first
   const LEVELS = 6;
   const SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 
@@ -21,6 +22,7 @@
   const holder = byId("responses-data");
   if (!holder) return;
   const data = JSON.parse(holder.textContent);
+  const specials = new Set(data.special);
   const state = { page: 0, rows: [], colour: "contribution" };
   const largest = data.responses.reduce((most, r) => Math.max(most, Math.abs(r.contribution)), 0);
 
@@ -115,11 +117,8 @@
     header.append(element("span", "", `${response.t.length} tokens`));
     header.append(element("span", "sum", `${number(response.contribution)} ${data.unit}`));
     made.append(header);
-    if (about.text) {
-      const source = fill(element("p", "source"), about.text);
-      source.dir = "auto";
-      made.append(source);
-    }
+    if (about.name) made.append(folded("source", about.name, [["text", about.name]]));
+    if (about.text) made.append(about.name ? whole(about.text) : folded("source", about.text.flatMap((piece) => piece[1]), about.text));
     const text = element("p", "tokens");
     text.dir = "auto";
     text.setAttribute("role", "group");
@@ -131,11 +130,44 @@
     return made;
   }
 
+  function pieces(parent, list) {
+    list.forEach(([kind, parts]) => parent.append(fill(element("span", kind === "text" ? "" : kind), parts)));
+    return parent;
+  }
+
+  // A text, of which a long one opens only when asked to.
+  function folded(className, parts, list) {
+    const flat = parts.filter((_, k) => k % 2 === 0).join("");
+    if (flat.length <= FOLDED) {
+      const text = pieces(element("p", className), list);
+      text.dir = "auto";
+      return text;
+    }
+    return details(`${flat.slice(0, FOLDED / 2).trim()}…`, className, list);
+  }
+
+  const whole = (list) => details("Whole prompt", "source", list);
+
+  function details(summary, className, list) {
+    const made = element("details", "fold");
+    const head = element("summary", "", summary);
+    head.dir = "auto";
+    made.append(head);
+    made.addEventListener("toggle", () => {
+      if (made.childElementCount > 1) return;
+      const text = pieces(element("p", className), list);
+      text.dir = "auto";
+      made.append(text);
+    });
+    return made;
+  }
+
   function addTokens(text, from, to) {
     const response = text.response;
     const values = state.colour === "contribution" ? response.c : response.v;
     for (let k = from; k < Math.min(to, response.t.length); k += 1) {
-      const token = fill(element("span", level(values[k])), data.texts[response.t[k]]);
+      const kind = specials.has(response.t[k]) ? "special " : "";
+      const token = fill(element("span", kind + level(values[k])), data.texts[response.t[k]]);
       token.dataset.k = k;
       token.tabIndex = k === 0 ? 0 : -1;
       text.append(token);
@@ -223,7 +255,10 @@
     if (event.key === "Escape") hideTip();
     if (to === undefined) return;
     event.preventDefault();
-    enter(tokens[Math.min(tokens.length - 1, Math.max(0, to))]);
+    const back = to < k;
+    let at = Math.min(tokens.length - 1, Math.max(0, to));
+    while (tokens[at] && !tokens[at].offsetParent) at += back ? -1 : 1; // special tokens that are hidden
+    if (tokens[at]) enter(tokens[at]);
   });
   window.addEventListener("scroll", () => { if (shownFor !== document.activeElement) hideTip(); }, { passive: true });
 
@@ -245,6 +280,9 @@
     byId("responses").scrollIntoView({ block: "start" });
     byId("prompt").focus({ preventScroll: true });
   }));
+  const marks = byId("marks");
+  marks.parentElement.hidden = !specials.size && !data.prompts.some((about) => about.text && about.text.length > 1);
+  marks.addEventListener("change", () => byId("list").classList.toggle("bare", !marks.checked));
   byId("viewer").hidden = false;
   choose();
 })();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import numpy as np
 
@@ -31,6 +31,8 @@ ENOUGH = 0.5
 ENDS = 8
 MAX_NAMED = 3
 EXCERPT = 60
+MAX_SHARED = 8
+"""Characters that all names may begin with before these are left out."""
 PARTS = ("gradient", "momentum", "weight_decay", "total")
 
 
@@ -63,43 +65,62 @@ def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
     exponent = common_exponent(*contributions)
     order = np.argsort(prompts["contribution"], kind="stable").tolist()
     shown = order if len(order) <= 2 * ENDS else order[:ENDS] + order[-ENDS:]
-    bars = {k: _prompt_bar(prompts, k, folds, exponent) for k in shown}
+    lines = _prompt_lines(prompts)
+    bars = {k: _prompt_bar(prompts, k, lines[k], folds, exponent) for k in shown}
     down = [bars[k].row for k in shown[:MAX_NAMED] if contributions[k] < 0]
     up = [bars[k].row for k in shown[::-1][:MAX_NAMED] if contributions[k] > 0]
     headed = (("lowering entropy most", down), ("raising entropy most", up))
-    named = tuple(row for heading, rows in headed if rows for row in (Row(heading), *rows))
+    extremes = tuple(row for heading, rows in headed if rows for row in (Row(heading), *rows))
     caption = "; what each prompt's tokens add to δH₁ through the gradient"
     if any(bar.margin is not None for bar in bars.values()):
         caption += "; whiskers: 95% intervals, from the choice of evaluation rollouts"
     chart = bar_charts("Contribution of each prompt", list(bars.values()), unit, caption, "prompts")
     sentences = prompt_sentences(prompts)
-    blocks = (*chart, *([Rows(named, unit)] if named else []), _all_prompts(prompts))
+    blocks = (*chart, *([Rows(extremes, unit)] if extremes else []), _all_prompts(prompts, lines))
     return Section("Which prompts did it", "prompts", "Prompts", sentences=tuple(sentences), summary=sentences[0],
                    blocks=blocks)  # fmt: skip
 
 
-def _prompt_bar(prompts: Columns, k: int, folds: int | None, exponent: int | None) -> Bar:
+def _prompt_bar(prompts: Columns, k: int, line: str, folds: int | None, exponent: int | None) -> Bar:
     value, error = float(prompts["contribution"][k]), float(prompts["standard_error"][k])
     known, number, reward = not math.isnan(error), int(prompts["prompt_id"][k]), float(prompts["mean_reward"][k])
     note = f"{prompts['num_responses'][k]} responses"
     note += "" if math.isnan(reward) else f", reward {format_number(reward, 2)}"
     text = format_estimate(value, error, exponent) if known else format_in(value, exponent)
-    row = Row(f"prompt {number}", text, note, quote=_excerpt(prompts["prompt"][k]), indent=True)
+    row = Row(f"prompt {number}", text, note, quote=line, quote_begins=_names(prompts)[k] is not None, indent=True)
     return Bar(row, value, critical_value(folds - 1) * error if known and folds else None, prompt=number)
 
 
-def _excerpt(text: str | None) -> str:
-    """The end of a prompt on one line: chat templates begin alike."""
-    line = " ".join((text or "").split())
-    return Verbatim(line if len(line) <= EXCERPT else f"…{line[-EXCERPT:]}")
+def _names(prompts: Columns) -> Sequence[str | None]:
+    return prompts.get("name", [None] * len(prompts["prompt_id"]))
 
 
-def _all_prompts(prompts: Columns) -> Table:
+def _prompt_lines(prompts: Columns) -> list[Verbatim]:
+    """A line to know each prompt by: what the user says, from where it differs between prompts, or the text's end."""
+    names = [None if name is None else " ".join(name.split()) for name in _names(prompts)]
+    known = {name for name in names if name is not None}
+    shared = "".join(same[0] for same in takewhile(lambda column: len(set(column)) == 1, zip(*known, strict=False)))
+    start = shared.rfind(" ") + 1 if len(shared) > MAX_SHARED and len(known) > 1 else 0
+    lines = []
+    for name, text in zip(names, prompts["prompt"], strict=True):
+        if name is None:
+            line = " ".join((text or "").split())
+            lines.append(Verbatim(line if len(line) <= EXCERPT else f"…{line[-EXCERPT:]}"))
+        else:
+            rest = name[start : start + EXCERPT]
+            lines.append(Verbatim(f"{'…' if start else ''}{rest}{'…' if len(name) > start + EXCERPT else ''}"))
+    return lines
+
+
+def _all_prompts(prompts: Columns, lines: Sequence[str]) -> Table:
     numbers = ("mean_reward", "contribution", "standard_error", "covariance")
     rows = tuple(
-        (str(number), _excerpt(text), str(responses), str(tokens), *(format_number(x) if x == x else "" for x in more))
-        for number, text, responses, tokens, *more in zip(
-            *(prompts[name] for name in ("prompt_id", "prompt", "num_responses", "num_tokens", *numbers)), strict=True
+        (str(number), line, str(responses), str(tokens), *(format_number(x) if x == x else "" for x in more))
+        for number, line, responses, tokens, *more in zip(
+            prompts["prompt_id"],
+            lines,
+            *(prompts[column] for column in ("num_responses", "num_tokens", *numbers)),
+            strict=True,
         )
     )
     columns = ("prompt", "text", "responses", "tokens", *(name.replace("_", " ") for name in numbers))

@@ -46,7 +46,8 @@ class Row:
     label: str
     value: str = ""  # as written, with its error
     note: str = ""  # what belongs beside it, in a few words
-    quote: str = ""  # what the row is about, if a file says it; the console shows its end in place of the label
+    quote: str = ""  # what the row is about, if a file says it; the console shows it, cut, in place of the label
+    quote_begins: bool = False  # whether a quote is cut at its end, not at its beginning
     headline: bool = False  # whether it is one of the few numbers at the head of a page
     indent: bool = False  # whether it is a part of the row above
     state: State = "plain"  # how a check came out
@@ -109,7 +110,9 @@ class Axis:
         return min(1.0, max(0.0, share))
 
     def ticks(self, about: int = 4) -> list[float]:
-        """Round values within the axis, about so many."""
+        """Round values within the axis, about so many; of every name, where there are names."""
+        if self.names:
+            return [float(k) for k in range(len(self.names))]
         if self.logarithmic:
             powers = range(math.ceil(self._scale(self.low) - 1e-9), math.floor(self._scale(self.high) + 1e-9) + 1)
             return [10.0**power for power in list(powers)[:: max(1, len(powers) // about)]]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import Row, Rows, Section, State, Table, Verbatim, Verdict
-from entropy_probe.results.checkpoint import CheckpointReport, GroupReport, MovementReport
+from entropy_probe.results.checkpoint import CheckpointReport, GroupReport, MovementReport, SettingReport
 from entropy_probe.results.probe import OptimizerStateReport
 
 __all__ = ["checkpoint_section"]
 
 MANIFESTS = {"training": "during training", "inspection": "by inspection, after training"}
+BELONGS = {"sapo_": "sapo", "vespo_": "vespo"}
+"""Settings that only losses of this type have, by how they begin."""
+NEEDS = {"vllm_": "use_vllm", "entropy_target": "use_adaptive_entropy", "ref_model_": "sync_ref_model"}
+"""Settings that do nothing where another is off."""
 STATES: dict[str, State] = {"healthy": "ok", "suspicious": "look", "unusable": "bad"}
 
 
@@ -24,7 +30,7 @@ def checkpoint_section(report: CheckpointReport) -> Section:
         key="checkpoint",
         short="Checkpoint",
         verdict=Verdict(f"verdict: {report.verdict}", state=STATES[report.verdict]),
-        blocks=(facts, *([_groups(report.groups)] if report.groups else [])),
+        blocks=(facts, *([_groups(report.groups)] if report.groups else []), *_settings(report.settings)),
         notes=notes,
         not_modelled=report.not_modelled,
     )
@@ -33,6 +39,8 @@ def checkpoint_section(report: CheckpointReport) -> Section:
 def _facts(report: CheckpointReport) -> list[tuple[str, str]]:
     kind = "LoRA adapter" if report.kind == "lora" else "full weights"
     facts = [("weights", kind + (f" on {report.base_model}" if report.base_model else ""))]
+    if report.trainer is not None:
+        facts.append(("trainer", report.trainer))
     if report.global_step is not None:
         facts.append(("global step", str(report.global_step)))
     if report.optimizer is not None:
@@ -83,3 +91,21 @@ def _groups(groups: tuple[GroupReport, ...]) -> Table:
         rate, eps, decay, *more = ("-" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in values)
         rows.append((str(i), str(group.num_parameters), rate, betas, eps, decay, *more))
     return Table("Parameter groups", (*columns, *(name.replace("_", " ") for name in others)), tuple(rows))
+
+
+def _settings(settings: tuple[SettingReport, ...]) -> list[Table]:
+    """The trainer's settings that do something, with where each stands."""
+    values = {setting.name: setting.value for setting in settings}
+
+    def acts(name: str) -> bool:
+        loss = next((loss for begin, loss in BELONGS.items() if name.startswith(begin)), None)
+        switch = next((switch for begin, switch in NEEDS.items() if name.startswith(begin)), None)
+        return (loss is None or values.get("loss_type") == loss) and (switch is None or bool(values.get(switch)))
+
+    shown = [setting for setting in settings if setting.value is not None and acts(setting.name)]
+    rows = tuple((setting.name, _value(setting.value), setting.source) for setting in shown)
+    return [Table("Settings of the trainer", ("setting", "value", "from"), rows)] if rows else []
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,11 +8,12 @@ from typing import Any
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import Row, Rows, Section, State, Verbatim
 from entropy_probe.report.wording import HARMLESS_ESS
-from entropy_probe.results.probe import OptimizerStateReport, ProbeResult, Realized
+from entropy_probe.results.probe import GradientAgreement, OptimizerStateReport, ProbeResult, Realized
 
 __all__ = ["diagnostics_section", "optimizer_section"]
 
 NOTABLE_ROUNDING = 0.01
+NOTABLE_DISTANCE = 0.05
 SMALLER = "Probe a smaller learning rate, or set probe.on_low_ess to resample."
 CHECKS = {  # what each means, and what to do where it is not as it should be
     "ESS": (
@@ -42,6 +43,10 @@ CHECKS = {  # what each means, and what to do where it is not as it should be
         "How far the log-probabilities that the sampler recorded are from the policy's, in nats/token; 0 up to "
         "rounding.",
         "See the notes for what they look like.",
+    ),
+    "gradients": (
+        "How far the gradient of the update batch is from the one that the step is of, relative to that one's length.",
+        "See the notes for what the loss may leave out.",
     ),
     "clipping": (
         "What clipping multiplies the update gradient by; 1 when it does not act.",
@@ -79,16 +84,18 @@ def diagnostics_section(result: ProbeResult) -> Section:
     clipping = _check("clipping", f"×{format_number(diagnostics.clip_factor)}", norm, "plain" if clipped else "ok")
     num_update, num_evaluation = diagnostics.num_update_sequences, diagnostics.num_evaluation_sequences
     length = _check("step length", format_number(diagnostics.step_norm), state="plain")
+    batch = f"{num_update} sequences of {diagnostics.num_update_prompts} prompts"
     how = [
         Row("evaluation batch", f"{num_evaluation} sequences; unit of error: {diagnostics.evaluation_unit}"),
-        Row("update batch", f"{num_update} sequences of {diagnostics.num_update_prompts} prompts"),
+        Row("update batch", "none: the step is of a gradient from outside" if num_update is None else batch),
         Row("output layer", Verbatim(diagnostics.head)),
         Row("shared prompts", Verbatim(diagnostics.prefix_sharing)),
         Row("per-sample gradients", Verbatim(diagnostics.per_sample_gradients)),
     ]
     if (frozen := result.preconditioner) is not None:
         how.append(Row("frozen geometry", f"bias correction: {frozen.bias_correction}; {frozen.num_clamped} clamped"))
-    checks = Rows((*weights, *_fit_rows(result), clipping, length), title="Checks")
+    rows = (*weights, *_fit_rows(result), *_agreement_rows(diagnostics.gradient_agreement), clipping, length)
+    checks = Rows(rows, title="Checks")
     computed = Rows(tuple(how), title="How the numbers were computed", page_only=True)
     return Section("Diagnostics", "diagnostics", "Diagnostics", blocks=(checks, computed), notes=diagnostics.notes,
                    not_modelled=diagnostics.not_modelled)  # fmt: skip
@@ -103,13 +110,22 @@ def _fit_rows(result: ProbeResult) -> Iterator[Row]:
     for batch, fit, mismatch in zip(batches, fits, mismatches, strict=False):
         if fit is not None:
             note = f"surprisal − entropy {format_number(fit.excess, 2)} nats/token"
-            note += ", selected: not judged" if fit.status == "selected" else ""
+            note += ", not judged" if fit.status == "selected" else ""
             state = "look" if fit.status == "off_policy" else "ok"
             yield _check("policy fit", f"z {fit.z:+.1f}", note, state, batch=batch, limit=fit.num_sequences)
         if mismatch is not None:
             note = f"|Δ log π|, at most {format_number(mismatch.max, 2)}; ESS {format_percent(mismatch.ess_fraction)}"
             state = "look" if allowed is not None and mismatch.mean > allowed else "ok"
             yield _check("sampler", format_number(mismatch.mean, 2), note, state, batch=batch)
+
+
+def _agreement_rows(agreement: GradientAgreement | None) -> Iterator[Row]:
+    """Whether the update rollouts' gradient is the one that the step was given."""
+    if agreement is None or agreement.relative_distance is None:
+        return
+    cosine = "" if agreement.cosine is None else f"cosine {agreement.cosine:.4f}"
+    state = "look" if agreement.relative_distance > NOTABLE_DISTANCE else "ok"
+    yield _check("gradients", format_percent(agreement.relative_distance), cosine, state)
 
 
 def _weight_rows(realized: Realized, config: dict[str, Any]) -> Iterator[Row]:

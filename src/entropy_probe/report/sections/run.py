@@ -20,6 +20,7 @@ from entropy_probe.report.sections.base import (
     written,
 )
 from entropy_probe.report.sections.diagnostics import diagnostics_section, optimizer_section
+from entropy_probe.report.sections.horizons import horizon_blocks, horizon_rows
 from entropy_probe.report.sections.validation import validation_section
 from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
@@ -31,7 +32,13 @@ __all__ = ["cautions", "run_sections", "settings_sections", "step_section", "sto
 
 MEBIBYTE = 2**20
 INTERVALS = "; whiskers: 95% intervals"
-_SOURCES = {"gradient": "this batch's gradient", "momentum": "momentum", "weight_decay": "weight decay"}
+_MEASURED_ON = {"update": "on the update batch: biased", "own": "on its own batch, self-influence out"}
+_SOURCES = {
+    "gradient": "this batch's gradient",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+    "rounding": "rounding",
+}
 
 
 def run_sections(
@@ -77,9 +84,9 @@ def step_section(result: ProbeResult) -> Section:
     clusters = f"{result.entropy.num_clusters} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
     rows, changes, parts = [Row("entropy H(θ)", written(result.entropy), clusters, headline=True)], [], []
     if (predicted := result.predicted) is not None:
-        errors = (
-            f"evaluation {format_number(predicted.se_evaluation, 2)}, update {format_number(predicted.se_update, 2)}"
-        )
+        from_update = predicted.se_update
+        errors = f"evaluation {format_number(predicted.se_evaluation, 2)}"
+        errors += "" if from_update is None else f", update {format_number(from_update, 2)}"
         how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
         rows.append(Row("predicted δH₁", written(predicted, exponent), f"SE: {errors}{how}", headline=True))
         changes.append(Bar(rows[-1], predicted.value, predicted.margin, look="dot"))
@@ -93,12 +100,13 @@ def step_section(result: ProbeResult) -> Section:
         changes.append(Bar(rows[-1], cross.delta_h1, cross.estimate.margin, look="dot"))
         rows.append(Row("clusters", str(cross.num_clusters), f"{sizes}, frozen geometry", indent=True))
     if (realized := result.realized) is not None:
-        how = "on the update batch: biased" if realized.batch == "update" else ESTIMATORS[realized.estimator]
+        how = _MEASURED_ON.get(realized.batch, ESTIMATORS[realized.estimator])
         if (change := realized.estimate) is None:
             rows.append(Row("realized ΔH", "refused", how, headline=True, state="bad"))
         else:
             rows.append(Row("realized ΔH", written(change, exponent), how, headline=True))
             changes.append(Bar(rows[-1], change.value, change.margin, look="dot"))
+        rows += horizon_rows(result.horizons, exponent)
         if predicted is not None and difference is not None and change is not None:
             rows += _comparison_rows(predicted, change, difference, exponent)
             if parts:
@@ -109,6 +117,7 @@ def step_section(result: ProbeResult) -> Section:
     blocks = (
         *bar_charts("Predicted against realized", changes, unit, INTERVALS, "change"),
         *bar_charts("Where it comes from", parts, unit, beginning, "parts"),
+        *horizon_blocks(result.horizons, unit),
         Rows(tuple(rows), unit),
     )
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),

@@ -1,0 +1,122 @@
+"""The profile over horizons, from scores at the checkpoint, after the step, and after the opposite step.
+
+The opposite step is one more scoring of the evaluation batch; half the difference of the two gives the slope of every
+token along the step, from which the prediction at every horizon is a sum. Formulas: ``docs/theory.md``, "A horizon".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from entropy_probe.analyses.assemble import estimate_fields
+from entropy_probe.analyses.measure import Measured
+from entropy_probe.analyses.predict import Prediction
+from entropy_probe.config import ProbeConfig
+from entropy_probe.estimators import horizon as estimator
+from entropy_probe.estimators.first_order import first_order
+from entropy_probe.estimators.realized import change, per_decision
+from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
+from entropy_probe.results.estimate import Estimate
+from entropy_probe.results.horizons import HorizonPoint, Horizons
+from entropy_probe.results.student import critical_value
+from entropy_probe.scoring.isolation import parameters_at
+from entropy_probe.types import TokenScores
+
+__all__ = ["has_horizons", "measure_horizons"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Within:
+    """Both changes within a horizon, and the effective share of the weights of the realized one."""
+
+    predicted: Sampled
+    realized: Sampled
+    ess_fraction: float
+
+
+def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | None:
+    """The profile of a step that was predicted and scored; ``None`` where the settings leave it out."""
+    plan, config = prediction.plan, prediction.plan.policy.config
+    if not has_horizons(config):
+        return None
+    after = measured.measurement.after
+    slopes = estimator.central_slopes(after, _opposite(prediction))
+    longest = int(plan.evaluation.rollouts.response_lengths.max())
+    horizons = estimator.horizons(longest, config.horizon if isinstance(config.horizon, int) else None)
+    along = [_within(prediction, slopes, after, horizon) for horizon in horizons]
+    # the slopes are exact to third order in the step: what they make of the whole is set to the prediction itself
+    predicted = [prediction.change - (along[-1].predicted - each.predicted) for each in along]
+    realized = [each.realized if each.ess_fraction >= config.min_ess_fraction else None for each in along]
+    points = tuple(
+        HorizonPoint(
+            horizon=horizon,
+            predicted=_estimate(prediction, predicted[k]),
+            realized=_maybe(prediction, realized[k]),
+            increment=_maybe(prediction, predicted[k] - predicted[k - 1]) if k else None,
+            beyond=None if horizon is None else _estimate(prediction, predicted[-1] - predicted[k]),
+            beyond_realized=None if horizon is None else _maybe(prediction, _minus(realized[-1], realized[k])),
+            ess_fraction=along[k].ess_fraction,
+        )
+        for k, horizon in enumerate(horizons)
+    )
+    return Horizons(points=points, headline=_headline(config, points, predicted))
+
+
+def has_horizons(config: ProbeConfig) -> bool:
+    """Whether the settings ask for the profile, and their estimators have one."""
+    return config.horizon is not None and config.entropy == "rao_blackwell" and config.realized == "per_decision"
+
+
+def _headline(config: ProbeConfig, points: Sequence[HorizonPoint], changes: Sequence[Sampled]) -> int | None:
+    if isinstance(config.horizon, int):
+        return config.horizon
+    if points[-1].predicted.distinguishable:
+        return None
+    return points[estimator.settled(changes, critical_value(points[-1].predicted.num_clusters - 1))].horizon
+
+
+def _minus(one: Sampled | None, other: Sampled | None) -> Sampled | None:
+    return None if one is None or other is None else one - other
+
+
+def _maybe(prediction: Prediction, sampled: Sampled | None) -> Estimate | None:
+    return None if sampled is None else _estimate(prediction, sampled)
+
+
+def _estimate(prediction: Prediction, sampled: Sampled) -> Estimate:
+    plan = prediction.plan
+    return Estimate(**estimate_fields(plan.policy, sampled, plan.evaluation.clusters))
+
+
+def _opposite(prediction: Prediction) -> TokenScores:
+    """Scores of this rank's rows after the opposite step."""
+    plan, policy = prediction.plan, prediction.plan.policy
+    moved = {name: (p.detach() - plan.step.delta[name]).to(p.dtype) for name, p in policy.parameters.items()}
+    with (
+        parameters_at(policy.parameters, moved),
+        policy.clock.phase("score opposite step") as progress,
+        policy.on_rank(plan.evaluation.local),
+    ):
+        return policy.scorer.score(plan.evaluation.own, progress)
+
+
+def _within(prediction: Prediction, slopes: TokenScores, after: TokenScores, horizon: int | None) -> _Within:
+    plan, policy = prediction.plan, prediction.plan.policy
+    before, local, normalization = plan.before, plan.evaluation.local, policy.config.normalization
+    new, along = torch.zeros(2, 2, local.clusters.count, dtype=torch.float64).unbind()
+    weights = torch.zeros(3, dtype=torch.float64)
+    with policy.ranks.agreeing():
+        for rows in in_chunks(local.clusters):
+            clusters, old, later = local.clusters.select(rows), before.scores.select(rows), after.select(rows)
+            given = (clusters, before.positions, normalization, horizon)
+            new += per_decision(old, later, *given).table
+            along += estimator.first_order_along(old, slopes.select(rows), *given)
+            weights += estimator.squared_weights(old, later, horizon)
+    total, squares, tokens = policy.ranks.sum(weights).tolist()
+    new, (contributions, lengths) = policy.ranks.sum(new), policy.ranks.sum(along)
+    longer = (lengths.sum() / before.sums.size.sum()).item()
+    predicted = first_order(contributions, before.sums.size, before.entropy, longer)
+    return _Within(predicted, change(ClusterSums(new), before.sums), total**2 / (squares * tokens))

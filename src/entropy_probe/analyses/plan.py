@@ -1,0 +1,189 @@
+"""The next step, and all that leads to it: scores of the evaluation batch, the update gradient, and the optimizer.
+
+Formulas: ``docs/theory.md``, "The step".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch
+from entropy_probe.analyses.before import Before, LengthSample
+from entropy_probe.analyses.given import GRADIENT_GIVEN, GRADIENTS_DIFFER, NOTABLE_DISTANCE, GivenGradient, agreement
+from entropy_probe.analyses.gradient import update_gradient, update_loss
+from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model, unrounded
+from entropy_probe.analyses.overlap import SHARED, Contents, shared
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.reference import with_reference
+from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.gradients.hooks import Hooks
+from entropy_probe.gradients.per_sample import SampleGradients
+from entropy_probe.parallel.batch import add_up
+from entropy_probe.steps.adamw import Gradient
+from entropy_probe.steps.plan import PlannedStep, plan_step
+from entropy_probe.types import TokenCoefficients, TokenScores
+
+__all__ = ["BatchGradient", "Plan", "plan", "plan_given"]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchGradient:
+    """The gradient that a step is taken with, of the loss on a batch.
+
+    Attributes:
+        update: the batch.
+        loss: coefficients of this rank's rows of it.
+        scores: of the whole batch, where the loss takes them.
+        gradient: of the loss, with each prompt's share where these are kept.
+    """
+
+    update: UpdateBatch
+    loss: TokenCoefficients
+    scores: TokenScores | None
+    gradient: SampleGradients
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The next step, and all that leads to it.
+
+    Attributes:
+        policy: whose step it is.
+        evaluation: the batch that entropy is taken on.
+        before: what that is before the step.
+        hooks: where per-sample gradients are read off the layers.
+        source: where its gradient comes from.
+        step: the parameter change, in parts.
+    """
+
+    policy: Policy
+    evaluation: EvaluationBatch
+    before: Before
+    hooks: Hooks | None
+    source: BatchGradient | GivenGradient
+    step: PlannedStep
+
+    @property
+    def batch(self) -> BatchGradient:
+        """The update batch, of which the step is, and its gradient.
+
+        Raises:
+            ValueError: if the gradient came from outside, so that there is none to divide the step over.
+        """
+        if isinstance(self.source, GivenGradient):
+            raise ValueError(
+                "update: expected the step of an update batch, which this divides over, got that of a gradient from "
+                "outside; leave the gradient out"
+            )
+        return self.source
+
+
+def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool = True) -> Plan:
+    """Score the evaluation batch, differentiate the loss, and plan the step.
+
+    Args:
+        policy: whose step it is.
+        update: the batch it is taken on.
+        evaluation: the batch that entropy is taken on.
+        shares: keep each update prompt's share of the gradient, if they fit.
+
+    Raises:
+        ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
+    """
+    policy.log.not_modelled += of_model(policy.model)
+    policy.prepare(update.rollouts, evaluation.rollouts)
+    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    # first, since it refuses batches that lack what the loss takes
+    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
+    before = _before(policy, evaluation)
+    if not evaluation.is_update:
+        _note_shared_sequences(policy, update, evaluation, before)
+    hooks = policy.choose_hooks(update.rollouts) if shares else None
+    gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares, scored=scores is not None)
+    source = BatchGradient(update, loss, scores, gradient)
+    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
+
+
+def plan_given(
+    policy: Policy, gradient: Gradient, update: UpdateBatch | None, evaluation: EvaluationBatch, *, shares: bool = True
+) -> Plan:
+    """Score the evaluation batch, and plan the step of a gradient from outside.
+
+    Args:
+        policy: whose step it is.
+        gradient: as :func:`~entropy_probe.analyses.given.checked_gradient` returns it.
+        update: a batch whose gradient to compare it with, if any.
+        evaluation: the batch that entropy is taken on.
+        shares: prepare to differentiate the entropy cluster by cluster.
+
+    Raises:
+        ValueError: as :func:`plan`.
+    """
+    batches = (evaluation,) if update is None else (update, evaluation)
+    policy.prepare(*(batch.rollouts for batch in batches))
+    if update is not None:
+        update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
+    before = _before(policy, evaluation)
+    if update is not None and not evaluation.is_update:
+        _note_shared_sequences(policy, update, evaluation, before)
+    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
+    policy.log.notes.append(GRADIENT_GIVEN())
+    source = GivenGradient(None, None)
+    if update is not None and loss is not None:
+        coefficients, scores = loss
+        own = _update_gradient(policy, update, evaluation, coefficients, None, shares=False, scored=scores is not None)
+        agreed = agreement(gradient, own.total)
+        if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
+            policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
+        source = GivenGradient(update.rollouts, agreed)
+    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient))
+
+
+def _update_gradient(
+    policy: Policy,
+    update: UpdateBatch,
+    evaluation: EvaluationBatch,
+    loss: TokenCoefficients,
+    hooks: Hooks | None,
+    *,
+    shares: bool,
+    scored: bool,
+) -> SampleGradients:
+    checked = evaluation.is_update or scored
+    return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
+
+
+def _step(policy: Policy, gradient: Gradient) -> PlannedStep:
+    """The step with a gradient, and what of the trainer's is not in it."""
+    config, trained = policy.config, (policy.parameters, policy.optimizer)
+    step = plan_step(*trained, gradient, config, policy.frozen_scale)
+    if not step.kept:
+        lines, notes = unrounded(*trained, step.delta, config.step_dtype)
+        policy.log.not_modelled += lines
+        policy.log.notes += notes
+    if config.geometry == "frozen":
+        policy.log.not_modelled += of_frozen_geometry(*trained, step.gradient.norm, config.max_grad_norm)
+    return step
+
+
+def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
+    """Score the evaluation batch at the checkpoint, and check it against the policy."""
+    config, ranks, local, rollouts = policy.config, policy.ranks, evaluation.local, evaluation.rollouts
+    scores = policy.reference_scores(rollouts, local, "score evaluation")
+    scores = policy.check_rollouts(evaluation.role, scores, local, rollouts)
+    positions = add_up(ranks, PositionSums.of(scores))
+    sums = add_up(ranks, fo.entropy(scores, local.clusters, config.normalization, config.entropy))
+    lengths = None
+    if config.normalization == "token":
+        lengths = LengthSample.of(rollouts, evaluation.clusters, local, scores, positions)
+    return Before(scores, positions, sums, sums.ratio(), lengths)
+
+
+def _note_shared_sequences(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, before: Before) -> None:
+    logprobs = policy.sequence_logprobs(evaluation.local, before.scores)
+    both = shared(Contents.of(evaluation.rollouts), logprobs, Contents.of(update.rollouts))
+    if both.significant and policy.log.checked[evaluation.role].note is None:
+        numbers = {"shared": both.sequences, "sequences": len(evaluation.rollouts), "expected": both.expected}
+        policy.log.notes.append(SHARED(**numbers))

@@ -1,0 +1,113 @@
+"""Where a KL term has its reference from: the rollouts, a model that is given, or the adapter switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from entropy_probe.analyses.gradient import over_tokens
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.losses import Loss
+from entropy_probe.parallel.batch import LocalRows
+from entropy_probe.results.note import NoteKind
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.isolation import evaluating
+
+__all__ = ["check_reference", "with_reference"]
+
+COPY = "ref"
+"""The adapter in which TRL keeps a copy of the one that training started from."""
+ADAPTER_OFF = NoteKind(
+    "adapter_off",
+    "the reference of the KL term is the policy {how}, as TRL takes it from a model with an adapter",
+    "Record reference_logprobs in the update batch, or give a reference, if it is another policy.",
+)
+
+
+def check_reference(loss: Loss, update: Rollouts | None, model: nn.Module, reference: nn.Module | None) -> None:
+    """Make sure that a loss has the reference that it takes.
+
+    Args:
+        loss: the trainer's loss.
+        update: the update batch; ``None`` where it is yet to be sampled.
+        model: the policy.
+        reference: a model of its own.
+
+    Raises:
+        ValueError: if not.
+    """
+    given = (update is not None and update.reference_logprobs is not None) or reference is not None
+    if loss.needs_reference and not given and not _has_adapter(model):
+        raise ValueError(
+            "reference_logprobs: expected [N, L] on an update batch of a loss with a KL term, got None, and a policy "
+            "without an adapter to switch off; record the reference's log-probabilities of the sampled tokens, or give "
+            "its model (reference), such as the one that training started from"
+        )
+
+
+def with_reference(policy: Policy, given: Rollouts, rollouts: Rollouts, local: LocalRows) -> Rollouts:
+    """The update batch with the reference's log-probabilities, where the loss takes them and it has none.
+
+    Args:
+        policy: whose loss it is, prepared for the batch.
+        given: the batch.
+        rollouts: the same as it is counted.
+        local: this rank's rows of it.
+
+    Raises:
+        ValueError: if there is no reference.
+    """
+    check_reference(policy.config.loss, given, policy.model, policy.reference)
+    if given.reference_logprobs is not None or not policy.config.loss.needs_reference:
+        return given
+    config = policy.config
+    with _reference(policy) as model:
+        scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
+        with policy.clock.phase("score reference") as progress, policy.on_rank(local):
+            scorer.prepare(rollouts)
+            scores = scorer.score(local.select(rollouts), progress)
+    return replace(given, reference_logprobs=over_tokens(policy, local, scores.logprobs))
+
+
+@contextmanager
+def _reference(policy: Policy) -> Iterator[nn.Module]:
+    """The reference, ready to be scored."""
+    model: Any = policy.model
+    if policy.reference is not None:
+        with evaluating(policy.reference):
+            yield policy.reference
+        return
+    copied = COPY in model.peft_config
+    how = f"with its adapter {COPY!r}" if copied else "with its adapter switched off"
+    policy.log.notes.append(ADAPTER_OFF(how=how))
+    with _flags_kept(model):
+        if not copied:
+            with model.disable_adapter():
+                yield model
+            return
+        active = model.active_adapters
+        model.base_model.set_adapter(COPY)
+        try:
+            yield model
+        finally:
+            model.base_model.set_adapter(active)
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Which parameters require a gradient, which switching adapters changes."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _has_adapter(model: nn.Module) -> bool:
+    return bool(getattr(model, "peft_config", None)) and hasattr(model, "disable_adapter")

@@ -1,0 +1,182 @@
+"""What a checkpoint's files tell of the run that wrote it: its loss, its settings, and where each of them stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entropy_probe.checkpoints.directory import check_contained, find_optimizer, open_directory, read_global_step
+from entropy_probe.checkpoints.errors import UnsupportedError
+from entropy_probe.checkpoints.formats import CheckpointFormat
+from entropy_probe.checkpoints.trainer_log import LOG_FILE, TrainerLog, read_log
+from entropy_probe.checkpoints.trainer_settings import TrainerSettings
+from entropy_probe.results.checkpoint import ABOVE_ZERO, SettingReport
+from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
+
+__all__ = ["TrainingRun"]
+
+REUSED = NoteKind(
+    "reused_rollouts",
+    "the next step is number {place} of {steps} that training takes on the same rollouts; batches that are sampled "
+    "here are fresh, so their step is the first of as many",
+    "Give the trainer's own rollouts with old_logprobs as the update batch, or probe a checkpoint before fresh ones.",
+)
+REUSED_BY_LOG = NoteKind(
+    "reused_rollouts_by_log",
+    "some steps of the log have no reward: training takes several steps on the same rollouts, and the next one may not "
+    "be the first of them; batches that are sampled here are fresh",
+    "Give the trainer's own rollouts with old_logprobs as the update batch, or probe a checkpoint before fresh ones.",
+)
+OTHER_SAMPLES = NoteKind(
+    "other_samples",
+    "training samples with {settings}, so its rollouts are not the policy's own; batches that are sampled here are",
+    "Give the trainer's own rollouts as the update batch; the evaluation batch is right as it is.",
+)
+DERIVED = NoteKind(
+    "derived_trainer",
+    "{trainer} is none of TRL's own classes; its loss is taken for that of TRL with the same settings",
+    "Compare its loss with TRL's; another one gives another step.",
+)
+LOSS_NOT_TOLD = NoteKind(
+    "loss_not_told",
+    "{trainer} does not say which loss was trained; probe.loss says which one is probed",
+    f"{NOTHING_TO_DO[:-1]} if probe.loss, temperature and clipping are those of training.",
+)
+
+_OFF: dict[str, tuple[float, ...]] = {
+    "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,),
+}  # fmt: skip
+"""Settings of samplers, and where they do nothing."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The settings and the log of the trainer that wrote a checkpoint.
+
+    Attributes:
+        path: the checkpoint directory.
+        settings: what the trainer wrote down; None where it left no file that is read.
+        log: what it logged.
+        global_step: optimizer steps taken.
+    """
+
+    path: Path
+    settings: TrainerSettings | None
+    log: TrainerLog
+    global_step: int | None
+
+    @classmethod
+    def of(cls, path: Path, member: CheckpointFormat, global_step: int | None) -> TrainingRun:
+        """That of a directory.
+
+        Args:
+            path: the directory.
+            member: the format of its optimizer's state.
+            global_step: optimizer steps taken.
+
+        Raises:
+            CheckpointError: if one of the files is damaged.
+        """
+        return cls(path, member.settings(path), read_log(path), global_step)
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingRun:
+        """That of a directory of which nothing is known yet.
+
+        Raises:
+            CheckpointError: if it is no checkpoint, an entry leads outside of it, or one of the files is damaged.
+        """
+        directory = open_directory(path)
+        check_contained(directory)
+        member, _ = find_optimizer(directory)
+        return cls.of(directory, member, read_global_step(directory))
+
+    @property
+    def loss(self) -> dict[str, Any] | None:
+        """The settings of the loss, as ``ProbeConfig(loss=...)`` takes them; None where no file tells them."""
+        return None if self.settings is None or self.settings.loss is None else dict(self.settings.loss)
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Settings by the trainer's own names; empty where there is no file of them."""
+        return {} if self.settings is None else self.settings.values
+
+    def other_loss(self) -> str | None:
+        """Which trainer it is, and where that stands, if its loss is none that is modelled."""
+        if self.settings is not None and self.settings.other_loss:
+            return f"{self.settings.trainer} ({self.settings.file.name})"
+        return self.log.other_loss() if self.loss is None else None
+
+    def refuse_other_loss(self) -> None:
+        """Make sure that the loss may be one of those that are modelled.
+
+        Raises:
+            UnsupportedError: if it is another trainer's.
+        """
+        whose = self.other_loss()
+        if whose is not None:
+            raise UnsupportedError(
+                f"{self.path}: expected a checkpoint of a policy gradient (GRPO, GMPO, RLOO and alike), got one of "
+                f"{whose}, whose step is that of another loss; give its gradient from outside "
+                "(load_checkpoint(any_trainer=True)), or insist with trust_config: true"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a ``CheckpointReport`` that are about the run."""
+        return {
+            "trainer": None if self.settings is None else self.settings.trainer,
+            "settings": self.reports(),
+            "logged": self.log.numbers,
+            "not_modelled": self.log.not_modelled(),
+        }
+
+    def reports(self) -> tuple[SettingReport, ...]:
+        """Every setting that is told, with where it stands: in the trainer's own file, else in its log."""
+        reports: list[SettingReport] = []
+        if self.settings is not None:
+            told = {**self.settings.values, **(self.loss or {})}
+            told.pop("trainer", None)
+            file = self.settings.file.name
+            reports += [SettingReport(name=name, value=value, source=file) for name, value in told.items()]
+        if self.loss is None:
+            reports += [
+                SettingReport(name=name, value=ABOVE_ZERO if value is None else value, source=f"{LOG_FILE} ({key})")
+                for name, value, key in self.log.settings()
+            ]
+        return tuple(reports)
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """Which of the steps on the same rollouts the next one is, from 1, and how many there are; None if unknown.
+
+        An interrupted run that went on from a checkpoint counts from there.
+        """
+        loss = self.loss
+        if loss is None:
+            return None
+        per_step = loss.get("gradient_accumulation_steps") or 1
+        per_rollouts = (loss.get("steps_per_generation") or per_step) * (loss.get("num_iterations") or 1)
+        if per_step % per_rollouts == 0:
+            return 1, 1
+        if per_rollouts % per_step or self.global_step is None:
+            return None
+        steps = per_rollouts // per_step
+        return self.global_step % steps + 1, steps
+
+    def notes(self) -> Iterator[Note]:
+        """What a reader of numbers from this checkpoint should know of the run."""
+        settings = self.settings
+        if settings is not None and self.loss is not None and not settings.trainer.startswith("trl."):
+            yield DERIVED(trainer=settings.trainer)
+        if settings is not None and self.loss is None and not settings.other_loss:
+            yield LOSS_NOT_TOLD(trainer=settings.trainer)
+        place = self.place
+        if place is not None and place[0] > 1:
+            yield REUSED(place=place[0], steps=place[1])
+        elif place is None and self.log.reuses_rollouts:
+            yield REUSED_BY_LOG()
+        on = [f"{name} {self.values[name]}" for name, off in _OFF.items() if self.values.get(name) not in (None, *off)]
+        if on:
+            yield OTHER_SAMPLES(settings=", ".join(on))

@@ -1,0 +1,60 @@
+"""How far a changed token echoes: the change within 0, 1, 2, 4, ... tokens."""
+
+from __future__ import annotations
+
+from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Point, Row, Table, written
+from entropy_probe.results.estimate import Estimate
+from entropy_probe.results.horizons import HorizonPoint, Horizons
+
+__all__ = ["horizon_blocks", "horizon_rows"]
+
+CAPTION = "the whole response is the last point; whiskers: 95% intervals"
+
+
+def horizon_rows(horizons: Horizons | None, exponent: int | None) -> list[Row]:
+    """What is stated where it is not the whole response, and what lies beyond."""
+    if horizons is None or horizons.headline is None:
+        return []
+    stated = horizons.stated
+    within = Row(f"within {_tokens(stated.horizon)}", written(stated.predicted, exponent), "predicted", headline=True)
+    return [within, *_beyond_row(stated, exponent)]
+
+
+def _beyond_row(point: HorizonPoint, exponent: int | None) -> list[Row]:
+    if point.beyond is None:
+        return []
+    note = "predicted" if point.beyond.distinguishable else "predicted, not resolved"
+    return [Row("beyond", written(point.beyond, exponent), note, indent=True)]
+
+
+def horizon_blocks(horizons: Horizons | None, unit: str) -> tuple[Block, ...]:
+    """The profile as a picture and a table; nothing where responses have one token."""
+    if horizons is None or len(horizons.points) < 3:
+        return ()
+    names = tuple("all" if point.horizon is None else str(point.horizon) for point in horizons.points)
+    predicted = tuple(Point(float(k), p.predicted.value, p.predicted.margin) for k, p in enumerate(horizons.points))
+    realized = tuple(
+        Point(float(k), p.realized.value, p.realized.margin) for k, p in enumerate(horizons.points) if p.realized
+    )
+    curves = (
+        Curve("predicted", "predicted δH₁", predicted),
+        Curve("realized", "realized ΔH", realized, "points"),
+    )
+    ends = [x for curve in curves for p in curve.points for x in (p.y - p.margin, p.y + p.margin)]
+    x = Axis(-0.5, len(names) - 0.5, label="tokens after a changed one that count", names=names)
+    y = Axis.around((0.0, *ends), f"entropy change ({unit})")
+    chart = LineChart("How far a changed token echoes", curves, x, y, CAPTION, figure="horizons")
+    columns = ("tokens", "predicted", "realized", "beyond, predicted")
+    rows = tuple(
+        (name, *(_or_dash(x) for x in (p.predicted, p.realized, p.beyond)))
+        for name, p in zip(names, horizons.points, strict=True)
+    )
+    return chart, Table("Change within a horizon", columns, rows, folded=True)
+
+
+def _or_dash(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else written(estimate)
+
+
+def _tokens(count: int | None) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
