@@ -47,3 +47,23 @@ def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     tensors = load_file(file)
     change(tensors)
     save_file({name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def parameter_names(state) -> list[str]:
+    """Of the optimizer's parameters, in the order of its groups."""
+    name = {id(p): n for n, p in state.model.named_parameters()}
+    return [name[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def first_moments(state) -> dict[str, torch.Tensor]:
+    name = {id(p): n for n, p in state.model.named_parameters()}
+    return {name[id(p)]: entry["exp_avg"] for p, entry in state.optimizer.state.items()}
+
+
+def assert_same(found, expected) -> None:
+    """The same weights and first moments, by name and to the bit."""
+    weights, wanted = found.model.state_dict(), expected.model.state_dict()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    moments, wanted = first_moments(found), first_moments(expected)
+    assert moments.keys() == wanted.keys()
+    assert all(torch.equal(moments[name], wanted[name]) for name in wanted)

@@ -16,9 +16,10 @@ from torch import nn, optim
 
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.checkpoints import CheckpointError, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.grouping import grouping_rules
 from entropy_probe.checkpoints.optimizer_file import check_entries, read_optimizer
 from entropy_probe.checkpoints.optimizers import KINDS
-from entropy_probe.checkpoints.parameters import grouping_rules, layout_of
+from entropy_probe.checkpoints.parameters import layout_of
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.steps.adamw import optimizer_parameters
 from entropy_probe.steps.copied import check_repeatable, copied_step
@@ -76,7 +77,7 @@ def train(directory: Path, name: str) -> Trained:
         model.name_or_path = str(directory / "base")
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    rule = grouping_rules(layout_of(model))["hf-trainer-patterns"]
+    rule = grouping_rules(layout_of(model))["hf-trainer-patterns"].groups
     groups = [
         {"params": [parameters[n] for n in names], "weight_decay": d} for names, d in zip(rule, (0.1, 0.0), strict=True)
     ]

@@ -9,7 +9,7 @@ import torch
 
 from entropy_probe.checkpoints import CheckpointError, MappingError, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.directory import checkpoints_below, find_optimizer, whose_directory
-from tests.checkpoints.conftest import edit_optimizer, edit_tensors
+from tests.checkpoints.conftest import assert_same, edit_optimizer, edit_tensors, parameter_names
 
 LAYOUTS = {
     "verl, SkyRL or AReaL": ["optim_world_size_4_rank_3.pt", "model_world_size_4_rank_3.pt", "huggingface/config.json"],
@@ -38,11 +38,19 @@ def test_torchtune_keeps_its_state_beside_the_epochs(tmp_path):
 @pytest.mark.parametrize("above", ["", "step_2", "run/step_2"])
 def test_a_directory_of_another_trainer_is_named(tmp_path, maker, above):
     touch(tmp_path / "x" / above, LAYOUTS[maker])
-    if maker == "checkpoint of Megatron" and above:
-        assert checkpoints_below(tmp_path / "x") == [tmp_path / "x" / above]  # for its optimizer's sake
-        return
+    assert checkpoints_below(tmp_path / "x") == []
     with pytest.raises(CheckpointError, match=f"expected a checkpoint that is read, got .*{maker}.*; what is|{maker}"):
         inspect_checkpoint(tmp_path / "x")
+
+
+def test_weights_in_a_piece_for_each_rank_are_named(tmp_path):
+    """Beside an optimizer that could be read, and from above lead to it."""
+    names = ["weights/model/shard-00001-model-00001-of-00001.safetensors", "optimizer/optim/.metadata"]
+    touch(tmp_path / "step_2/policy", names)
+    with pytest.raises(CheckpointError, match="pass one of step_2/policy inside it"):
+        inspect_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"weights of NeMo AutoModel.*save with model_save_format: torch_save"):
+        inspect_checkpoint(tmp_path / "step_2/policy")
 
 
 def test_a_folder_beside_the_files_of_another_trainer_is_named_too(tmp_path):
@@ -61,23 +69,6 @@ def test_directories_above_lead_to_their_checkpoints(tmp_path):
         inspect_checkpoint(tmp_path)
 
 
-def parameter_names(state) -> list[str]:
-    """Of the optimizer's parameters, in the order of its groups."""
-    name = {id(p): n for n, p in state.model.named_parameters()}
-    return [name[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
-
-
-def first_moments(state) -> dict[str, torch.Tensor]:
-    name = {id(p): n for n, p in state.model.named_parameters()}
-    return {name[id(p)]: entry["exp_avg"] for p, entry in state.optimizer.state.items()}
-
-
-def assert_same_moments(checkpoint: Path, expected) -> None:
-    found, wanted = first_moments(load_checkpoint(checkpoint)), first_moments(expected)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
 def flatten(order: list[int]):
     """One group, whose i-th parameter is the ``order[i]``-th of the two groups."""
 
@@ -92,7 +83,7 @@ def test_one_group_in_the_order_of_the_model_is_read(copy_of, runs):
     checkpoint, original = copy_of("full"), runs("full").load(2)
     names = parameter_names(original)
     edit_optimizer(checkpoint, flatten([names.index(n) for n, _ in original.model.named_parameters()]))
-    assert_same_moments(checkpoint, original)
+    assert_same(load_checkpoint(checkpoint), original)
     assert "named-parameters" in load_checkpoint(checkpoint).report.optimizer_state.mapping
 
 
@@ -105,7 +96,10 @@ def test_one_group_whose_order_shapes_do_not_tell_is_refused(copy_of):
 
 @pytest.mark.parametrize(
     ("extra", "remedy"),
-    [(1, "1 entries more than the 27 .* value model"), (-1, "1 entries fewer than the 27 .*frozen, pass base_model")],
+    [
+        (1, "1 entries more than the 27 .* value model.*pass base_model"),
+        (-1, "1 entries fewer than the 27 .*frozen, pass base_model"),
+    ],
 )
 def test_another_number_of_entries_leads_on(copy_of, extra, remedy):
     checkpoint = copy_of("full")
@@ -124,14 +118,16 @@ def test_another_number_of_entries_leads_on(copy_of, extra, remedy):
 
 
 def test_groups_of_ones_own_lead_to_recorded_names(copy_of):
+    """Every other parameter in a group of its own, which no rule does."""
     checkpoint = copy_of("lora")
 
     def split(saved):
-        first = saved["param_groups"][0]
-        saved["param_groups"] = [first | {"params": list(range(14))}, first | {"params": list(range(14, 28))}]
+        first, order = saved["param_groups"][0], [*range(0, 28, 4), *(i for i in range(28) if i % 4)]
+        saved["state"] = {i: saved["state"][k] for i, k in enumerate(order)}
+        saved["param_groups"] = [first | {"params": list(range(7))}, first | {"params": list(range(7, 28))}]
 
     edit_optimizer(checkpoint, split)
-    with pytest.raises(MappingError, match=r"as many entries as trainable parameters.*ManifestCallback"):
+    with pytest.raises(MappingError, match=r"as many entries as trainable parameters.*ManifestCallback.*mapping: FILE"):
         load_checkpoint(checkpoint)
 
 

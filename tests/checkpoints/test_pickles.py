@@ -9,7 +9,8 @@ import torch
 
 from entropy_probe.checkpoints import CheckpointError
 from entropy_probe.checkpoints.errors import shown
-from entropy_probe.checkpoints.safe_read import MAX_VALUES, PLAIN, check_pickle, read_archived
+from entropy_probe.checkpoints.pickles import MAX_VALUES, PLAIN, check_pickle
+from entropy_probe.checkpoints.safe_read import read_archived
 
 
 def doubled(times: int, empty: object = ()) -> object:
@@ -132,3 +133,16 @@ def test_messages_are_one_line_whatever_they_quote():
     assert len(found) < 2000
     assert found.isprintable()
     assert found.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [
+        (b"ctorchao.optim.subclass_8bit\nOptimState8bit\n", r"torchao; in an environment with torchao: .*dequantize"),
+        (b"ctorch._tensor\n_rebuild_from_type_v2\nctorchao.optim\nX\n", "torchao"),
+        (b"cgalore_torch.galore_projector\nGaLoreProjector\n", "GaLore"),
+    ],
+)
+def test_the_library_whose_objects_a_file_holds_is_named(name, maker):
+    with pytest.raises(CheckpointError, match=f"nothing in it was run; this is state of .*{maker}"):
+        read_archived(archive(b"\x80\x02" + name + b"."), "here")

@@ -30,7 +30,7 @@ from entropy_probe.checkpoints.errors import (
 )
 from entropy_probe.checkpoints.safe_read import StandIn, read_archived, read_with_stand_ins
 
-__all__ = ["METADATA", "Entry", "ShardedDirectory"]
+__all__ = ["METADATA", "Entry", "Place", "ShardedDirectory"]
 
 METADATA = ".metadata"
 Place = tuple[Any, ...]

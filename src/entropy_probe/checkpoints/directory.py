@@ -39,10 +39,9 @@ def open_directory(path: Path) -> Path:
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
     if any((path / name).is_file() for name in ("config.json", "model.safetensors")):
         return path
-    megatron = (path / "common.pt").is_file()  # beside .metadata, of names and shapes of its own
-    if not adapters_of(path) and (megatron or weights_of(path) is None):
+    if not adapters_of(path) and weights_of(path) is None:
         inside = [str(place.relative_to(path)) for place in checkpoints_below(path)]
-        if inside:
+        if inside and optimizer_of(path) is None:
             raise MissingFileError(
                 f"{path}: expected a checkpoint, got a directory of checkpoints; pass one of "
                 f"{', '.join(inside[-3:])} inside it"
@@ -158,13 +157,20 @@ _TRACES = (
     ),
     _Trace(
         ("mp_rank_*/distrib_optim.pt", "mp_rank_*/model_optim_rng.pt", "common.pt"),
-        "a checkpoint of Megatron, whose optimizer's state in buckets of its own is not read",
-        f"Megatron-Bridge converts the weights only; {_ANOTHER_SAVE}",
+        "a checkpoint of Megatron (slime, Miles, verl, NeMo-RL or ms-swift with it), whose optimizer's state is not "
+        "read: buckets without names, of tensors that are fused and stacked over layers",
+        f"no conversion keeps it, Megatron-Bridge has the weights only, so save from the FSDP backend; {_ANOTHER_SAVE}",
+    ),
+    _Trace(
+        ("shard-[0-9]*-model-[0-9]*.safetensors", ".hf_metadata"),
+        "weights of NeMo AutoModel (NeMo-RL's DTensor v2) as safetensors in a piece for each rank, which are not read",
+        f"save with model_save_format: torch_save; {_ANOTHER_SAVE}",
     ),
     _Trace(
         ("recipe_state.pt", "recipe_state", "hf_model_*_of_*.safetensors", "hf_model_[0-9]*.safetensors"),
-        "a checkpoint of torchtune, whose optimizer's state in recipe_state.pt, under names of its own, is not read",
-        _ANOTHER_SAVE,
+        "a checkpoint of torchtune, whose optimizer's state in recipe_state.pt, under names of its own models, is not "
+        "read",
+        f"no conversion keeps it; {_ANOTHER_SAVE}",
     ),
 )
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from entropy_probe.checkpoints.optimizers import ADAMW_8BIT
 from entropy_probe.results.checkpoint import MovementReport
-from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
 if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Examined
 
-__all__ = ["doubts_about"]
+__all__ = ["doubts_about", "remarks_on"]
 
 LARGE_LEARNING_RATE = 0.1
 LARGE_UNSCALED = {"SGD": 100.0, "Adadelta": 100.0}
@@ -61,6 +62,24 @@ OTHER_BASE = NoteKind(
     "every number is wrong, and only a manifest could tell",
     "Give the base model that it was trained on, and record a manifest.",
 )
+OTHER_MODEL = NoteKind(
+    "other_model_in_optimizer",
+    "{count:.0f} entries of the optimizer belong to another model that it steps too, such as PPO's value model; they "
+    "are set aside, and so is their gradient, which the trainer clips together with the policy's",
+    "Where clipping was active, set probe.max_grad_norm to what it left of the policy's gradient.",
+)
+EIGHT_BIT = NoteKind(
+    "eight_bit_state",
+    "the moments are stored in 8 bits: the step is AdamW's from the dequantised ones, which is the step that "
+    "bitsandbytes takes, to 1e-5 of it; that it quantises them again afterwards changes later steps only",
+    NOTHING_TO_DO,
+)
+
+
+def remarks_on(examined: Examined) -> Iterator[Note]:
+    """A note for what should be known though nothing speaks against the checkpoint."""
+    if examined.saved.kind is ADAMW_8BIT:
+        yield EIGHT_BIT()
 
 
 def doubts_about(examined: Examined) -> Iterator[Note]:
@@ -68,6 +87,8 @@ def doubts_about(examined: Examined) -> Iterator[Note]:
     saved, state = examined.saved, examined.state
     if examined.movement is not None and examined.movement.exchanged:
         yield _exchange(examined.movement)
+    if examined.num_others:
+        yield OTHER_MODEL(count=examined.num_others)
     rates = [group["lr"] for group in saved.groups if group["params"]]
     if not any(rates):
         yield RATE_IS_ZERO()

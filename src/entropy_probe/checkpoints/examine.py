@@ -24,14 +24,25 @@ from entropy_probe.checkpoints.directory import check_contained, find_optimizer,
 from entropy_probe.checkpoints.errors import MismatchError, MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.evidence import check_adapter_never_trained, check_movement, check_weights_never_trained
 from entropy_probe.checkpoints.formats import CheckpointFormat, Weights
+from entropy_probe.checkpoints.grouping import policy_entries
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
+from entropy_probe.checkpoints.mapping import ParameterMapping, StatedMapping, map_parameters, without_frozen
 from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, embedding_names, full_skeleton
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries
 from entropy_probe.checkpoints.optimizer_state import summarize
-from entropy_probe.checkpoints.parameters import Layout, ParameterMapping, layout_of, map_parameters
+from entropy_probe.checkpoints.parameters import Layout, layout_of
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
 from entropy_probe.checkpoints.training_run import TrainingRun
-from entropy_probe.checkpoints.weights import check_finite, check_shapes, has_weights, read_weights, unchanged
+from entropy_probe.checkpoints.weights import (
+    check_base,
+    check_finite,
+    check_shapes,
+    has_weights,
+    read_weights,
+    refuse_adapter,
+    split_adapter,
+    unchanged,
+)
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
 
@@ -47,6 +58,7 @@ class Request:
         base_model: the base model, or the one that full weights started from.
         adapter: the name of the trained adapter.
         quantization: how training quantised the base model.
+        mapping: which parameters the entries of a file without names belong to.
         any_trainer: whether the loss may be one that is not modelled.
     """
 
@@ -54,6 +66,7 @@ class Request:
     base_model: str | Path | None = None
     adapter: str | None = None
     quantization: Quantization | None = None
+    mapping: StatedMapping | None = None
     any_trainer: bool = False
 
     def starting_point(self, manifest: Manifest | None) -> Path | None:
@@ -114,6 +127,7 @@ class Examined:
         state: what the moments cover.
         movement: the check of entries of equal shape, where the weights' starting point is known.
         run: the trainer's settings and log.
+        num_others: the optimizer's entries of another model, which were set aside.
     """
 
     path: Path
@@ -126,6 +140,7 @@ class Examined:
     state: OptimizerStateReport
     movement: MovementReport | None
     run: TrainingRun
+    num_others: int
 
 
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
@@ -165,7 +180,15 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         check_recorded(path, [saved.path, configuration, *model.weights.files, *own], manifest)
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
-    mapping = _map(saved, model, manifest, start)
+    in_file = without_frozen(saved, model.layout)
+    moved = partial(_movement_status, model=model, request=request, start=start)
+    known = manifest is not None or request.mapping is not None
+    saved = in_file if known else policy_entries(in_file, model.layout, moved)
+    others = in_file.num_parameters - saved.num_parameters
+    facts |= {"num_with_exp_avg_sq": saved.count("exp_avg_sq"), "num_with_step": saved.count("step")}
+    mapping = _map(saved, model, manifest, request, start)
+    if others:
+        mapping = replace(mapping, how=f"{mapping.how} + movement; {others} entries of another model are set aside")
     _check_tied(model, mapping)
     saved = saved.loaded()
     _check_never_trained(saved, mapping, model, start)
@@ -179,7 +202,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         facts["movement_not_checked"] = reference
     if not request.any_trainer:
         run.refuse_other_loss()
-    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, run)
+    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, run, others)
 
 
 def _kind(path: Path) -> Literal["lora", "full"]:
@@ -197,7 +220,12 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
     skeleton, quantization = base_skeleton(base, request.quantization, trained)
     refuse_unmentioned(directory, quantization)
     check_vocabulary(path, base, skeleton)
+    base_names = set(skeleton.state_dict())
     layout, expected = adapter_layout(skeleton, directory, adapter)
+    if not weights.pretrained:
+        weights, frozen = split_adapter(weights, expected, adapter, base_names)
+        if quantization is None and has_weights(Path(base), "model"):
+            check_base(frozen, read_weights(Path(base), "model"))
     check_shapes(weights.files[0], weights.shapes, expected)
     return StoredModel(
         directory, weights, layout, base=base, adapter=adapter, adapter_config=config, quantization=quantization
@@ -212,6 +240,7 @@ def _full_weights(request: Request) -> StoredModel:
                 f"{path}: {name}: expected none with full weights, got {given!r:.60}; it is for adapters, leave it out"
             )
     weights = read_weights(path, "model")
+    refuse_adapter(path, weights)
     configuration = _configuration(path, request.base_model)
     skeleton = full_skeleton(configuration, weights)
     check_vocabulary(path, request.base_model, skeleton)
@@ -230,17 +259,21 @@ def _configuration(path: Path, base_model: str | Path | None) -> str:
     return str(base_model)
 
 
-def _map(saved: SavedOptimizer, model: StoredModel, manifest: Manifest | None, start: Path | None) -> ParameterMapping:
-    """Match entries to parameters; by recorded names, else by the rules over what was trained.
+def _map(
+    saved: SavedOptimizer, model: StoredModel, manifest: Manifest | None, request: Request, start: Path | None
+) -> ParameterMapping:
+    """Match entries to parameters; by recorded or stated names, else by the rules over what was trained.
 
     Full weights of which a part was frozen have fewer entries than parameters. Without recorded names, those that
     are as in the model that training started from are taken as frozen.
     """
+    moved = partial(_movement_status, saved, model=model, request=request, start=start)
     recorded = manifest is not None or any("param_names" in group for group in saved.groups)
-    if recorded or start is None or saved.num_parameters >= len(model.layout.parameters):
-        return map_parameters(saved, model.layout, manifest)
+    known = recorded or request.mapping is not None
+    if known or start is None or saved.num_parameters >= len(model.layout.parameters):
+        return map_parameters(saved, model.layout, manifest, request.mapping, moved)
     frozen = unchanged(model.weights, read_weights(start, "model")) & model.layout.parameters.keys()
-    mapping = map_parameters(saved, model.layout.without(frozen))
+    mapping = map_parameters(saved, model.layout.without(frozen), moved=moved)
     how = f"{mapping.how}; {len(frozen)} tensors that are as in {start} were frozen"
     return replace(mapping, how=how, others_frozen=True)
 
@@ -269,6 +302,14 @@ def _check_never_trained(
     else:
         starting = starting_at_zero(model.adapter_config, mapping.names, model.adapter)
         check_adapter_never_trained(saved, mapping.names, model.weights, starting)
+
+
+def _movement_status(
+    saved: SavedOptimizer, names: tuple[str, ...], model: StoredModel, request: Request, start: Path | None
+) -> str:
+    """The status of the movement check; ``inconclusive`` too where there is nothing to compare."""
+    movements, _ = _movements(saved, names, model, request, start)
+    return check_movement(saved.loaded(), names, movements, "").status if movements else "inconclusive"
 
 
 def _movements(

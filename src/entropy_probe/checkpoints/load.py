@@ -12,11 +12,12 @@ from torch import nn
 
 from entropy_probe.checkpoints.adapters import Quantization
 from entropy_probe.checkpoints.directory import open_directory
-from entropy_probe.checkpoints.doubts import UNUSABLE, doubts_about
+from entropy_probe.checkpoints.doubts import UNUSABLE, doubts_about, remarks_on
 from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
+from entropy_probe.checkpoints.mapping import StatedMapping
 from entropy_probe.checkpoints.models import full_skeleton, load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
@@ -64,6 +65,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     adapter: str | None = None,
     quantization: Quantization | None = None,
+    mapping: StatedMapping | None = None,
     shard: bool = False,
     any_trainer: bool = False,
 ) -> CheckpointState:
@@ -89,6 +91,9 @@ def load_checkpoint(
         quantization: settings of the ``BitsAndBytesConfig`` with which training quantised the base model while loading
             it (``{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", ...}``). Not needed for a base model that is
             stored in 4 bits.
+        mapping: for an optimizer file without names whose groups are of no known rule, which parameters its entries
+            belong to: a file with a name on each line in the optimizer's order, or for regular expressions the group
+            of the parameters that they match first (``{"lora_A": 0, "lora_B": 1}``), which are in the model's order.
         shard: spread model and optimizer state over the ranks of torch's default process group (FSDP2), for a model
             that does not fit one device. To be called on all ranks.
         any_trainer: load the checkpoint of a trainer whose loss is none of those that are modelled (DPO, SFT …) too,
@@ -108,7 +113,8 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        examined = examine(Request(open_directory(Path(path)), base_model, adapter, quantization, any_trainer), facts)
+        request = Request(open_directory(Path(path)), base_model, adapter, quantization, mapping, any_trainer)
+        examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
         tokenizer = load_tokenizer(examined.path, examined.model.base or base_model)
         parameters = _trained(model, examined)
@@ -173,8 +179,12 @@ def load_reference(path: str | Path, *, dtype: str = "float32", device: str | to
 def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
     """The report on a checkpoint that can be loaded; ``facts`` as :func:`examine` left them."""
     doubts = tuple(doubts_about(examined))
-    verdict = "suspicious" if doubts else "healthy"
-    return CheckpointReport(path=str(examined.path), verdict=verdict, notes=(*doubts, *examined.run.notes()), **facts)
+    return CheckpointReport(
+        path=str(examined.path),
+        verdict="suspicious" if doubts else "healthy",
+        notes=(*doubts, *remarks_on(examined), *examined.run.notes()),
+        **facts,
+    )
 
 
 def inspect_checkpoint(
@@ -183,6 +193,7 @@ def inspect_checkpoint(
     *,
     adapter: str | None = None,
     quantization: Quantization | None = None,
+    mapping: StatedMapping | None = None,
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
@@ -195,6 +206,7 @@ def inspect_checkpoint(
         base_model: as in :func:`load_checkpoint`.
         adapter: as there.
         quantization: as there.
+        mapping: as there.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
@@ -203,7 +215,7 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            examined = examine(Request(directory, base_model, adapter, quantization), facts)
+            examined = examine(Request(directory, base_model, adapter, quantization, mapping), facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
     return report_on(examined, facts)

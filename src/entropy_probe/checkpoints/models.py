@@ -218,7 +218,8 @@ def adapter_layout(base: nn.Module, directory: Path, name: str) -> tuple[Layout,
         adapter.inference_mode = False
         model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     in_file = {key: tuple(x.shape) for key, x in _adapter_state(model, name).items()}
-    trained = layout_of(model).parameters
+    layout = layout_of(model)
+    trained = layout.parameters
     lost = [key for key in trained if key.endswith(".base_layer.bias") and key not in in_file]
     if lost:  # peft before 0.21 with bias="lora_only"
         raise UnsupportedError(
@@ -226,7 +227,9 @@ def adapter_layout(base: nn.Module, directory: Path, name: str) -> tuple[Layout,
             "peft, and train again if the file was saved without them"
         )
     prefix = "base_model.model."
-    whole = Layout(repeat_layers(trained, stacks, prefix))
+    whole = Layout(
+        repeat_layers(trained, stacks, prefix), tuple(repeat_layers(dict.fromkeys(layout.names), stacks, prefix))
+    )
     return whole, repeat_layers(in_file, stacks, prefix)
 
 
@@ -290,12 +293,19 @@ def attach_adapter(
     base: Any, directory: Path, adapter: str, weights: Weights, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     """The base model with the trainable adapter of a directory, checked to hold every tensor of the adapter's file."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 
     with one_line_errors(str(directory)), quiet():
-        model = PeftModel.from_pretrained(
-            base, str(directory), adapter_name=adapter, is_trainable=True, torch_device=str(device)
-        )
+        if weights.pretrained:
+            model = PeftModel.from_pretrained(
+                base, str(directory), adapter_name=adapter, is_trainable=True, torch_device=str(device)
+            )
+        else:
+            config = PeftConfig.from_pretrained(str(directory))
+            config.inference_mode = False
+            model = PeftModel(base, config, adapter)
+            state = {name: tensor.read() for name, tensor in weights.tensors.items()}
+            set_peft_model_state_dict(model, state, adapter_name=adapter)
     if dtype == torch.bfloat16 and {tensor.read().dtype for tensor in weights.tensors.values()} == {dtype}:
         for parameter in model.parameters():  # peft made float32 of what was trained in bfloat16
             if parameter.requires_grad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_probe.checkpoints.eight_bit import EightBitState, is_of_bitsandbytes
 from entropy_probe.checkpoints.errors import (
     DamagedFileError,
     InvalidValueError,
@@ -22,7 +23,7 @@ from entropy_probe.checkpoints.errors import (
 from entropy_probe.checkpoints.optimizers import (
     ADAM,
     ADAMW,
-    BITSANDBYTES_REMEDY,
+    ADAMW_8BIT,
     REMEDY,
     Content,
     OptimizerKind,
@@ -39,11 +40,6 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _OTHER_OPTIMIZERS = {
     "train_mode": "a schedule-free optimizer",
-    "__bnb_optimizer_quant_state__": "an optimizer of bitsandbytes",
-    "t_alpha": "an optimizer of bitsandbytes",
-    "qmap1": "8-bit Adam of bitsandbytes",
-    "absmax1": "8-bit Adam of bitsandbytes",
-    "state1": "an optimizer of bitsandbytes",
     "lambd": "ASGD",
     "etas": "Rprop",
     "history_size": "L-BFGS",
@@ -90,6 +86,21 @@ class SavedOptimizer:
         }
         return replace(self, state=state, read=None)
 
+    def only(self, kept: Sequence[int]) -> SavedOptimizer:
+        """The same with some of the parameters, numbered anew."""
+        number, read = {old: new for new, old in enumerate(kept)}, self.read
+        groups = []
+        for group in self.groups:
+            at = [k for k, i in enumerate(group["params"]) if i in number]
+            names = {"param_names": [group["param_names"][k] for k in at]} if "param_names" in group else {}
+            groups.append(group | {"params": [number[group["params"][k]] for k in at], **names})
+        return replace(
+            self,
+            groups=tuple(groups),
+            state={number[i]: entry for i, entry in self.state.items() if i in number},
+            read=None if read is None else lambda index, key: read(kept[index], key),
+        )
+
     @property
     def num_parameters(self) -> int:
         """Parameter tensors over all groups."""
@@ -103,7 +114,7 @@ class SavedOptimizer:
     @property
     def is_adam(self) -> bool:
         """Whether it is of ``torch.optim.Adam`` or ``AdamW``, whose step is known in parts."""
-        return self.kind in (ADAM, ADAMW)
+        return self.kind in (ADAM, ADAMW, ADAMW_8BIT)
 
     def shape(self, index: int) -> tuple[int, ...] | None:
         """The shape of a parameter, by what is kept for it; None where nothing is."""
@@ -204,6 +215,17 @@ def saved_optimizer(
     groups, state = _numbered(groups, state)
     if not (isinstance(state, dict) and all(isinstance(entry, dict) for entry in state.values())):
         raise DamagedFileError(f"{path}: expected state by parameter index, got {type(state).__name__}")
+    strangers = [key for key in state if type(key) is not int]
+    if strangers:
+        raise MappingError(
+            f"{path}: expected state of parameters that are in a group, got entries of {shown(strangers)}; save the "
+            "optimizer again"
+        )
+    eight_bit = None
+    if is_of_bitsandbytes(groups, state):
+        eight_bit = EightBitState.of(path, groups, state, size)
+        groups, state = eight_bit.groups, eight_bit.state
+        size, read = max(size, eight_bit.size), eight_bit.read
     _refuse_others(path, groups, state)
     for i, group in enumerate(groups):
         if not (isinstance(group["params"], list) and all(type(index) is int for index in group["params"])):
@@ -219,6 +241,8 @@ def saved_optimizer(
             f"{path}: expected the groups to number parameters 0, 1, 2 …, got {shown(indices)}; "
             "groups were reordered or edited, save the optimizer again"
         )
+    if eight_bit is not None and eight_bit.in_8_bits:
+        kind = ADAMW_8BIT
     optimizer = SavedOptimizer(path, kind, clean, state, size, read)
     if optimizer.is_adam and len({group.get("decoupled_weight_decay", True) for group in clean}) > 1:
         raise UnsupportedError(f"{path}: not supported: groups that mix Adam and AdamW; use one of them")
@@ -244,19 +268,14 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
         for index, group in enumerate(groups):
             if key in group:
                 raise UnsupportedError(
-                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {_remedy(name)}"
+                    f"{path}: group {index}: not supported: this looks like {name} (it has {key!r}); {REMEDY}"
                 )
     for index, entry in state.items():
         for key, name in _OTHER_OPTIMIZERS.items():
             if key in entry:
                 raise UnsupportedError(
-                    f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); "
-                    f"{_remedy(name)}"
+                    f"{path}: not supported: this looks like {name} (parameter {shown(index)} has {key!r}); {REMEDY}"
                 )
-
-
-def _remedy(name: str) -> str:
-    return BITSANDBYTES_REMEDY if "bitsandbytes" in name else REMEDY
 
 
 def check_entries(saved: SavedOptimizer) -> None:

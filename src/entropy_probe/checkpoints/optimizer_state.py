@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MappingError
+from entropy_probe.checkpoints.mapping import ParameterMapping
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.checkpoints.parameters import Layout, ParameterMapping
+from entropy_probe.checkpoints.parameters import Layout
 from entropy_probe.parallel.shards import sharded_as
 from entropy_probe.results.probe import OptimizerStateReport
 from entropy_probe.steps.moments import summarize_moments

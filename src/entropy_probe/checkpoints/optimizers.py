@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError
 __all__ = [
     "ADAM",
     "ADAMW",
-    "BITSANDBYTES_REMEDY",
+    "ADAMW_8BIT",
     "KINDS",
     "REMEDY",
     "Content",
@@ -161,6 +161,7 @@ _ADAM_SETTINGS = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
 _ADAM_OPTIONAL = frozenset({"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"})
 
 ADAMW = _torch("AdamW", _ADAM_SETTINGS, _ADAM_OPTIONAL, _adam)
+ADAMW_8BIT = replace(ADAMW, name="AdamW, 8-bit state")
 ADAM = _torch("Adam", _ADAM_SETTINGS, _ADAM_OPTIONAL, _adam)
 
 KINDS = (
@@ -222,10 +223,6 @@ KINDS = (
 REMEDY = (
     f"only {', '.join(kind.name for kind in (ADAM, *KINDS))} load from files; for another optimizer of torch pass the "
     "live one to EntropyProbe"
-)
-BITSANDBYTES_REMEDY = (
-    "its 8-bit and paged states are not read yet, live or from a file; train with optim: adamw_torch (in the Trainer) "
-    "for as long as the probe is wanted: Adam's moments in float32"
 )
 
 

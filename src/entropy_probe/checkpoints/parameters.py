@@ -1,10 +1,4 @@
-"""The parameters that train, and which of them each entry of an optimizer file belongs to.
-
-A Hugging Face Trainer stores ``{state: {index: {step, exp_avg, …}}, param_groups}``. Indices count
-the trainable parameters of the weight-decay group in ``named_parameters()`` order, then those of the other group.
-Names come, in this order, from the file itself (``param_names`` in its groups), from the manifest, or from replaying
-the rule that decided which parameters decay. That rule changed between versions, so every known one is replayed and
-exactly one distinct assignment must fit all group sizes and all shapes. Nothing is ever filled in.
+"""The parameters that train, in the model's order.
 
 Building an adapter on a deep model takes peft long, and nearly all of it goes into layers that are alike. So of each
 kind of layer only one is built, and the layout repeats its parameters under the names of the others.
@@ -19,26 +13,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from entropy_probe.checkpoints.errors import MappingError, shown
-from entropy_probe.checkpoints.manifest import Manifest, plain_name
-from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-
 __all__ = [
     "Layout",
     "ParameterFacts",
-    "ParameterMapping",
     "Stacks",
-    "grouping_rules",
     "layout_of",
-    "map_parameters",
     "repeat_layers",
     "thin_out",
     "treats_layers_alike",
 ]
 
 Value = TypeVar("Value")
-
-Shape = tuple[int, ...]
 
 Stacks = dict[str, list[int]]
 """For each list of layers, by its path, the index of the layer that stands for each layer."""
@@ -57,9 +42,15 @@ class ParameterFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters that train, in ``named_parameters()`` order, by name."""
+    """A model's parameters in ``named_parameters()`` order.
+
+    Attributes:
+        parameters: those that train, by name.
+        names: all, the frozen ones too.
+    """
 
     parameters: dict[str, ParameterFacts]
+    names: tuple[str, ...]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -68,7 +59,7 @@ class Layout:
 
     def without(self, frozen: Collection[str]) -> Layout:
         """The layout of the same model with some parameters frozen."""
-        return Layout({name: facts for name, facts in self.parameters.items() if name not in frozen})
+        return Layout({name: facts for name, facts in self.parameters.items() if name not in frozen}, self.names)
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -88,7 +79,8 @@ def layout_of(model: nn.Module) -> Layout:
             name: ParameterFacts(tuple(p.shape), name in in_layer_norm, name in in_norm)
             for name, p in model.named_parameters()
             if p.requires_grad
-        }
+        },
+        tuple(name for name, _ in model.named_parameters()),
     )
 
 
@@ -179,185 +171,3 @@ def repeat_layers(named: Mapping[str, Value], stacks: Stacks, prefix: str) -> di
         for i, standing in enumerate(starts[name]):
             whole |= {f"{name}{i}.{rest}": value for rest, value in inside[name].get(standing, ())}
     return whole
-
-
-@dataclass(frozen=True)
-class ParameterMapping:
-    """Which parameter each saved index belongs to.
-
-    Attributes:
-        names: parameter names, in index order.
-        how: where the names came from and what confirmed them.
-        others_frozen: whether parameters of the model that are not among the names were frozen, as where names were
-            recorded.
-    """
-
-    names: tuple[str, ...]
-    how: str
-    others_frozen: bool = False
-
-
-def map_parameters(saved: SavedOptimizer, layout: Layout, manifest: Manifest | None = None) -> ParameterMapping:
-    """Match saved indices to the model's parameters.
-
-    Args:
-        saved: the optimizer file, entries checked.
-        layout: the model's parameters that train.
-        manifest: the checkpoint's manifest, if it has one.
-
-    Raises:
-        MappingError: if recorded names do not fit the file or the model; without recorded names, unless exactly one
-            distinct assignment of the Trainer's rules fits the group sizes and every shape.
-    """
-    if saved.num_parameters == 0:
-        raise MappingError(f"{saved.path}: expected at least one trained parameter, got none; nothing would step")
-    shapes = layout.shapes
-    recorded: list[tuple[tuple[str, ...], str]] = []
-    if any("param_names" in group for group in saved.groups):
-        recorded.append((_names_in_file(saved), f"names ({saved.num_parameters} tensors)"))
-    if manifest is not None:
-        manifest.check_optimizer(saved.path, saved.groups)
-        recorded.append((manifest.names, manifest.proof))
-    for names, how in recorded:
-        _check_names(saved, names, how, shapes)
-    if manifest is not None:
-        manifest.check_shapes(saved.path, shapes)
-    if len({names for names, _ in recorded}) > 1:
-        raise MappingError(
-            f"{saved.path}: expected its param_names to be those of the manifest, got others; one of the two files is "
-            "of another save, copy the checkpoint again"
-        )
-    if recorded:
-        return ParameterMapping(*recorded[0], others_frozen=True)
-    return _replay_rules(saved, layout)
-
-
-def _names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
-    names: list[str] = []
-    for i, group in enumerate(saved.groups):
-        group_names = group.get("param_names")
-        if not (isinstance(group_names, list | tuple) and len(group_names) == len(group["params"])):
-            got = len(group_names) if isinstance(group_names, list | tuple) else shown(group_names)
-            raise MappingError(
-                f"{saved.path}: group {i}: param_names: expected {len(group['params'])} names, got {got}; "
-                "save the optimizer again"
-            )
-        if not all(type(name) is str for name in group_names):
-            raise MappingError(f"{saved.path}: group {i}: param_names: expected names, got {shown(group_names)}")
-        names += map(plain_name, group_names)
-    return tuple(names)
-
-
-def _check_names(saved: SavedOptimizer, names: tuple[str, ...], how: str, shapes: Mapping[str, Shape]) -> None:
-    """Recorded names are distinct, of the model, and every entry has the shape of its parameter."""
-    duplicates = len(names) - len(set(names))
-    unknown = sorted(set(names) - shapes.keys())
-    if duplicates or unknown or len(names) != saved.num_parameters:
-        raise MappingError(
-            f"{saved.path}: {how}: expected {saved.num_parameters} distinct trainable parameters of the model, got "
-            f"{len(names)} names, {duplicates} twice, {len(unknown)} unknown {unknown[:2]}; pass the model this state "
-            "was trained with, unedited"
-        )
-    problem = _wrong_shape(saved, names, shapes)
-    if problem:
-        raise MappingError(
-            f"{saved.path}: {how}: expected every entry to have its parameter's shape, got {problem}; entries were "
-            "reordered or transposed, copy the checkpoint again"
-        )
-
-
-def grouping_rules(layout: Layout) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The trainable parameters that decay and those that do not, in order, by each known rule of the Trainer.
-
-    * ``hf-trainer-patterns``, today's: no decay in ``nn.LayerNorm`` and for names that match bias or norm.
-    * ``hf-trainer-layer-types``, before: no decay in ``nn.LayerNorm`` and for names that contain bias.
-    * ``hf-trainer-registered-norms``, before: the same, with the model's own norm class registered as one.
-    * ``named-parameters``: one group in the model's order, as ``AdamW(model.parameters())`` makes.
-    """
-    patterns = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-    names = layout.parameters
-    in_layer_norm = {name for name, facts in names.items() if facts.in_layer_norm}
-    in_any_norm = {name for name, facts in names.items() if facts.in_norm}
-    undecayed = {
-        "hf-trainer-patterns": {n for n in names if n in in_layer_norm or patterns.search(n.lower())},
-        "hf-trainer-layer-types": {n for n in names if n in in_layer_norm or "bias" in n},
-        "hf-trainer-registered-norms": {n for n in names if n in in_any_norm or "bias" in n},
-    }
-    rules = {
-        rule: (tuple(n for n in names if n not in no_decay), tuple(n for n in names if n in no_decay))
-        for rule, no_decay in undecayed.items()
-    }
-    return rules | {"named-parameters": (tuple(names), ())}
-
-
-def _replay_rules(saved: SavedOptimizer, layout: Layout) -> ParameterMapping:
-    fitting: dict[tuple[str, ...], str] = {}
-    tried = []
-    for rule, (decay, no_decay) in grouping_rules(layout).items():
-        problem = _misfit(saved, decay, no_decay, layout.shapes)
-        tried.append(f"{rule} ({len(decay)} + {len(no_decay)}): {problem or 'fits'}")
-        if problem is None:
-            fitting.setdefault(decay + no_decay, rule)
-    if len(saved.sizes) == 1 and fitting:
-        # the Trainer's two groups merged into one, as a hand might do, must not pass for the model's order
-        for rule, (decay, no_decay) in grouping_rules(layout).items():
-            if len(decay + no_decay) == saved.num_parameters and not _wrong_shape(
-                saved, decay + no_decay, layout.shapes
-            ):
-                fitting.setdefault(decay + no_decay, f"{rule}, merged")
-    if len(fitting) != 1:
-        got = "none does" if not fitting else f"{len(fitting)} different ones do"
-        sizes = " + ".join(map(str, saved.sizes)) if len(saved.sizes) <= 8 else f"{len(saved.sizes)} groups of"
-        raise MappingError(
-            f"{saved.path}: expected one assignment of its {sizes} entries to the model's parameters to fit, "
-            f"{got}; tried {'; '.join(tried)}; {_what_to_do(saved, len(layout.parameters), bool(fitting))}"
-        )
-    ((names, rule),) = fitting.items()
-    proof = "shapes" if any(saved.state.values()) else "group sizes, nothing is kept for parameters"
-    return ParameterMapping(names, f"rule:{rule} + {proof} ({len(names)} tensors)")
-
-
-def _what_to_do(saved: SavedOptimizer, trainable: int, several: bool) -> str:
-    """What the numbers of entries and of parameters suggest, as a remedy."""
-    record = (
-        "record the names while training, with integrations.trl.ManifestCallback or an optimizer made from "
-        "named_parameters()"
-    )
-    if several:
-        return f"shapes do not tell which, and the names are not in the file: {record}"
-    if saved.num_parameters == trainable:
-        return (
-            f"as many entries as trainable parameters, so its groups are others than the Trainer's (LoRA+, a rate for "
-            f"embeddings or for each layer), and their names are not in the file: {record}"
-        )
-    if saved.num_parameters > trainable:
-        return (
-            f"{saved.num_parameters - trainable} entries more than the {trainable} trainable parameters: with PPO, one "
-            "optimizer over policy and value model, which is not supported (step the value model with an optimizer of "
-            "its own); otherwise pass the model this state was trained with, unedited"
-        )
-    return (
-        f"{trainable - saved.num_parameters} entries fewer than the {trainable} trainable parameters: if a part was "
-        f"frozen, pass base_model, the model that training started from, or {record}"
-    )
-
-
-def _misfit(
-    saved: SavedOptimizer, decay: tuple[str, ...], no_decay: tuple[str, ...], shapes: Mapping[str, Shape]
-) -> str | None:
-    """Why the groups of one rule cannot be those of the file; None when they fit."""
-    sizes = (len(decay), len(no_decay))
-    if saved.sizes != sizes and not (0 in sizes and saved.sizes == (sum(sizes),)):
-        return "group sizes differ"
-    if len(saved.groups) == 2 and saved.groups[1]["weight_decay"] != 0:
-        return f"group 1 must not decay, has weight decay {saved.groups[1]['weight_decay']}"
-    return _wrong_shape(saved, decay + no_decay, shapes)
-
-
-def _wrong_shape(saved: SavedOptimizer, names: tuple[str, ...], shapes: Mapping[str, Shape]) -> str | None:
-    """The first entry whose moments do not have its parameter's shape."""
-    for index, name in enumerate(names):
-        got = saved.shape(index)
-        if got is not None and got != shapes[name]:
-            return f"index {index} is {list(got)}, {name} is {list(shapes[name])}"
-    return None

@@ -25,6 +25,7 @@ from entropy_probe.checkpoints.manifest import (
     record_files,
     write_manifest,
 )
+from entropy_probe.checkpoints.mapping import StatedMapping
 from entropy_probe.checkpoints.weights import has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
@@ -45,6 +46,7 @@ def record_checkpoint(
     written_by: str,
     adapter: str | None = None,
     quantization: Quantization | None = None,
+    mapping: StatedMapping | None = None,
 ) -> tuple[Path, CheckpointReport]:
     """Examine a checkpoint and write its manifest.
 
@@ -57,6 +59,7 @@ def record_checkpoint(
         written_by: the program, for the record.
         adapter: as there; the manifest records it.
         quantization: as there; the manifest does not record it.
+        mapping: as there.
 
     Returns:
         The manifest's path, and the report of the examination it rests on.
@@ -75,7 +78,7 @@ def record_checkpoint(
             f"{directory}: not supported: a manifest of a sharded checkpoint, which has the parameters' names in "
             "it; load it without one"
         )
-    request = Request(directory, base_model, adapter, quantization, any_trainer=True)
+    request = Request(directory, base_model, adapter, quantization, mapping, any_trainer=True)
     facts: dict[str, Any] = {}
     with random_state_kept():
         examined = examine(request, facts)

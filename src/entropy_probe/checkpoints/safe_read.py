@@ -1,11 +1,6 @@
 """Files of a checkpoint, read without running anything in them: JSON, archives of ``torch.save``, and other pickles.
 
-Archives are checked byte by byte. Pickles are gone through before they are opened: nothing in one may take longer to
-look at than its length suggests.
-
-A few hundred bytes can describe a tuple that holds another twice, which holds another twice, and so on; to hash it, as
-an unpickler does with a key, or to print it then takes for ever. And some of what torch lets a pickle call makes large
-values from small ones. So the instructions are gone through first, without carrying them out.
+Archives are checked byte by byte, pickles gone through before they are opened.
 """
 
 from __future__ import annotations
@@ -14,7 +9,6 @@ import io
 import json
 import mmap
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
@@ -34,12 +28,11 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     first_line,
 )
+from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
 
 __all__ = [
-    "PLAIN",
     "Inert",
     "StandIn",
-    "check_pickle",
     "read_archive",
     "read_archived",
     "read_inert",
@@ -49,83 +42,8 @@ __all__ = [
 
 Built = TypeVar("Built")
 
-MAX_VALUES = 1000
-"""Values in one tuple, at any depth."""
-MAX_NUMBER = 2**20
-"""Under which a value may be kept, beyond the length of the pickle: an unpickler makes room for all below."""
 MAX_SETTINGS = 2**20
 """Bytes of a file of settings: a trainer's has about ten thousand."""
-
-_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-PLAIN = {
-    *(f"torch {kind}Storage" for kind in _STORAGES),
-    *("torch.storage UntypedStorage", "torch Size", "torch device", "torch.serialization _get_layout"),
-    *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
-    *("torch.nn.parameter Parameter", "collections OrderedDict"),
-    *(f"torch {name}" for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")),
-}
-"""What ``torch.save`` names for dense tensors and plain values."""
-
-_MADE_OF_OTHERS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
-_PUT, _GET = ("BINPUT", "LONG_BINPUT", "MEMOIZE", "PUT"), ("BINGET", "LONG_BINGET", "GET")
-
-
-def _effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, bool, bool]:
-    """How many values it takes, besides those since a mark or not; whether it leaves one, and one made of them."""
-    before = opcode.stack_before
-    marked = pickletools.markobject in before
-    count = before.index(pickletools.markobject) if marked else len(before)
-    return count, marked, bool(opcode.stack_after), opcode.name in _MADE_OF_OTHERS
-
-
-_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
-
-
-def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
-    """Go through a pickle without carrying it out.
-
-    Args:
-        data: the pickle.
-        names: what it may name, as module and name with a space between; None for anything, where the unpickler looks.
-
-    Raises:
-        pickle.UnpicklingError: if it names something else, or anything in the process-wide extension registry, which
-            an unpickler does not ask about; if a tuple in it holds too much, or an unpickler would make room for more
-            values than it can have.
-        ValueError, LookupError: if it is malformed.
-    """
-    stack: list[int] = []  # of each value, how many it holds that it will always hold: 1 where they can still change
-    outer: list[list[int]] = []  # the stacks below each mark
-    memo: dict[Any, int] = {}
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in _PUT:
-            index = len(memo) if argument is None else argument
-            if index > len(data) + MAX_NUMBER:
-                raise pickle.UnpicklingError(f"it numbers a value {index}")
-            memo[index] = stack[-1]
-        elif name in _GET:
-            stack.append(memo[argument])
-        elif name == "MARK":
-            outer.append(stack)
-            stack = []
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name in ("EXT1", "EXT2", "EXT4"):
-            raise pickle.UnpicklingError("it names an entry of the extension registry")
-        elif name == "GLOBAL" and names is not None and argument not in names:
-            raise pickle.UnpicklingError(f"it names {argument}"[:100])
-        else:
-            count, marked, leaves, made_of_them = _EFFECTS[name]
-            held = sum(stack) if marked else 0
-            if marked:
-                stack = outer.pop()
-            for _ in range(count):
-                held += stack.pop()
-            if held >= MAX_VALUES and made_of_them:
-                raise pickle.UnpicklingError(f"it has a tuple of {MAX_VALUES} values or more")
-            if leaves:
-                stack.append(1 + held if made_of_them else 1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -337,13 +255,17 @@ def _unpickled(
 _MAKERS = {
     "galore_torch": "GaLore",
     "apollo_torch": "APOLLO",
-    "torchao": "an optimizer of torchao",
+    "torchao": (
+        "an optimizer of torchao; in an environment with torchao: import torch, torchao.optim; "
+        "s = torch.load('optimizer.pt', weights_only=True); [e.update({k: x.dequantize() for k, x in e.items() if k != "
+        "'step'}) for e in s['state'].values()]; torch.save(s, 'optimizer.pt')"
+    ),
     "bitsandbytes": "bitsandbytes",
     "deepspeed": "DeepSpeed",
     "torch.distributed": "an optimizer sharded over ranks, saved as DTensors",
     "megatron": "Megatron",
 }
-"""Libraries whose objects an optimizer's file may hold, by a part of their name."""
+"""Libraries whose objects an optimizer's file may hold, by a part of their name, and how to convert them."""
 
 
 @contextmanager
@@ -389,4 +311,13 @@ def _check_entries(
                         f"{where}: expected intact data, got a wrong checksum in {entry.filename}; {_REMEDY}"
                     )
                 if entry.filename.lower().endswith("data.pkl"):  # torch does not look at the case
-                    check_pickle(bytes(content), names)
+                    _check_plain(bytes(content), names)
+
+
+def _check_plain(data: bytes, names: Collection[str] | None) -> None:
+    """Check a pickle of an archive, and name the library whose objects it holds where it may not."""
+    try:
+        check_pickle(data, names)
+    except pickle.UnpicklingError as error:
+        maker = next((word for word in _MAKERS if names is not None and word.encode() in data), None)
+        raise pickle.UnpicklingError(f"{error}{f', of {maker}' if maker else ''}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,18 @@ from entropy_probe.checkpoints.errors import (
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = ["Shape", "check_finite", "check_loaded", "check_shapes", "has_weights", "read_weights", "unchanged"]
+__all__ = [
+    "Shape",
+    "check_base",
+    "check_finite",
+    "check_loaded",
+    "check_shapes",
+    "has_weights",
+    "read_weights",
+    "refuse_adapter",
+    "split_adapter",
+    "unchanged",
+]
 
 Shape = tuple[int, ...]
 
@@ -33,7 +45,7 @@ def has_weights(directory: Path, stem: str) -> bool:
 
 
 def read_weights(directory: Path, stem: str) -> Weights:
-    """The tensors of ``{stem}.safetensors`` or of its index, or those of a whole model in another format.
+    """The tensors of ``{stem}.safetensors`` or of its index, or those of another format.
 
     Raises:
         CheckpointError: if there are none, one that the index names is missing, or a file is damaged.
@@ -41,7 +53,7 @@ def read_weights(directory: Path, stem: str) -> Weights:
     whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if whole.is_file():
         return safetensors(whole)
-    elsewhere = weights_of(directory) if stem == "model" and not index.is_file() else None
+    elsewhere = weights_of(directory) if not index.is_file() else None
     if elsewhere is not None:
         checkpoint_format, place = elsewhere
         return checkpoint_format.weights(place)
@@ -86,6 +98,64 @@ def safetensors(*files: Path) -> Weights:
             shape = tuple(file.get_slice(name).get_shape())
             tensors[name] = StoredTensor(path, shape, partial(file.get_tensor, name))
     return Weights(files, tensors, pretrained=True)
+
+
+def split_adapter(
+    weights: Weights, expected: Collection[str], adapter: str, base: Collection[str]
+) -> tuple[Weights, Weights]:
+    """Weights by a model's own names, as of an adapter's file, and the frozen base's among them by its own names.
+
+    Args:
+        weights: by names in the model with the adapter, that of the adapter in them or not.
+        expected: the names in an adapter's file; a tensor of neither stays with the adapter's, as unknown.
+        adapter: its name.
+        base: the names of the base model's tensors.
+    """
+    own, frozen = dict[str, StoredTensor](), dict[str, StoredTensor]()
+    for name, tensor in weights.tensors.items():
+        saved = (
+            name.replace(f".modules_to_save.{adapter}.", ".").removesuffix(f".{adapter}").replace(f".{adapter}.", ".")
+        )
+        saved = re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", saved)
+        below = re.sub(r"\.(base_layer|original_module)\.", ".", name.removeprefix("base_model.model."))
+        kept = saved not in expected and below in base
+        (frozen if kept else own)[below if kept else saved] = tensor
+    return replace(weights, tensors=own), replace(weights, tensors=frozen)
+
+
+def refuse_adapter(path: Path, weights: Weights) -> None:
+    """Refuse an adapter without its configuration, which FSDP does not save.
+
+    Raises:
+        MissingFileError: with how to write it.
+    """
+    ranks = {name.split(".lora_A.")[0]: x.shape[0] for name, x in weights.tensors.items() if ".lora_A." in name}
+    if ranks:
+        modules = sorted({name.rpartition(".")[2] for name in ranks})
+        raise MissingFileError(
+            f"{path / 'adapter_config.json'}: expected the configuration of the adapter in {weights.files[0]}, found "
+            "none, as FSDP saves none; write it with peft, with the lora_alpha of training, which no file has: "
+            f"LoraConfig(task_type='CAUSAL_LM', r={max(ranks.values())}, lora_alpha=..., "
+            f"target_modules={modules}).save_pretrained({str(path)!r}), and pass base_model"
+        )
+
+
+def check_base(frozen: Weights, base: Weights) -> None:
+    """Check that the frozen tensors beside an adapter are the base model's, in the lower precision of the two.
+
+    Raises:
+        MismatchError: naming the first that is not.
+    """
+    for path, name, tensor in _tensors(frozen):
+        if name not in base.tensors:  # tied
+            continue
+        other = base.tensors[name].read()
+        dtype = min(tensor.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        if tensor.shape != other.shape or not torch.equal(tensor.to(dtype), other.to(dtype)):
+            raise MismatchError(
+                f"{path}: {name}: expected the frozen base model to be {base.files[0].parent}, got other values; pass "
+                "the base model that the adapter was trained on"
+            )
 
 
 def _tensors(weights: Weights) -> Iterator[tuple[Path, str, Tensor]]:

@@ -42,6 +42,9 @@ class RunConfig(BaseModel):
         base_model: the base model of an adapter, where the adapter's own config does not lead to it.
         adapter: the adapter that was trained, where the checkpoint has several.
         quantization: the ``BitsAndBytesConfig`` with which training quantised the base model while loading it.
+        mapping: which parameters the entries of an optimizer file without names belong to, where its groups are of no
+            known rule: a file with a name on each line in the optimizer's order, or for regular expressions the group
+            of the parameters that they match first, ``{lora_A: 0, lora_B: 1}``.
         reference: the reference policy of a KL term, a directory of full weights, where the rollouts have no
             ``reference_logprobs`` and the checkpoint no adapter that can be switched off.
         output_dir: where the results go; new or empty, unless ``overwrite``.
@@ -75,6 +78,7 @@ class RunConfig(BaseModel):
     base_model: str | None = None
     adapter: str | None = None
     quantization: dict[str, Any] | None = None
+    mapping: str | dict[str, int] | None = None
     reference: Path | None = None
     output_dir: Path
     overwrite: bool = False

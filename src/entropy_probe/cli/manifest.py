@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_probe.cli.options import Adapter, BaseModel, Quantization, parse_quantization
+from entropy_probe.cli.options import Adapter, BaseModel, Mapping, Quantization, parse_mapping, parse_quantization
 
 __all__ = ["manifest"]
 
@@ -17,6 +17,7 @@ def manifest(
     base_model: BaseModel = None,
     adapter: Adapter = None,
     quantization: Quantization = None,
+    mapping: Mapping = None,
 ) -> None:
     """Write parameter names, shapes and a hash of every file beside a checkpoint.
 
@@ -33,6 +34,7 @@ def manifest(
         written_by=f"entropy-probe {__version__}",
         adapter=adapter,
         quantization=parse_quantization(quantization),
+        mapping=parse_mapping(mapping),
     )
     assert report.optimizer_state is not None
     typer.echo(printable(f"Wrote {path}: mapping by {report.optimizer_state.mapping}"))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Adapter", "BaseModel", "Quantization", "TrustConfig", "parse_quantization"]
+__all__ = ["Adapter", "BaseModel", "Mapping", "Quantization", "TrustConfig", "parse_mapping", "parse_quantization"]
 
 BaseModel = Annotated[
     str | None,
@@ -26,6 +26,28 @@ TrustConfig = Annotated[
     bool,
     typer.Option("--trust-config", help="Go by the config where the checkpoint's files say otherwise of training."),
 ]
+Mapping = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|JSON",
+        help="Which parameters the entries of an optimizer file without names belong to: a file with a name on each "
+        """line, or expressions with the group of what they match, such as {"lora_A": 0, "lora_B": 1}.""",
+    ),
+]
+
+
+def parse_mapping(text: str | None) -> str | dict[str, int] | None:
+    """The mapping given on the command line: a path, or an object in JSON.
+
+    Raises:
+        ValueError: if it begins as an object and is not one of whole numbers.
+    """
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    groups = _parse_object("--mapping", '{"lora_A": 0, "lora_B": 1}', text)
+    if not all(type(group) is int for group in groups.values()):
+        raise ValueError(f"--mapping: expected the number of a group for each expression, got {text!r:.60}")
+    return groups
 
 
 def parse_quantization(text: str | None) -> dict[str, Any] | None:
@@ -34,12 +56,14 @@ def parse_quantization(text: str | None) -> dict[str, Any] | None:
     Raises:
         ValueError: if they are not a JSON object.
     """
-    if text is None:
-        return None
+    return None if text is None else _parse_object("--quantization", '{"load_in_4bit": true}', text)
+
+
+def _parse_object(option: str, example: str, text: str) -> dict[str, Any]:
     try:
-        settings = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--quantization: expected a JSON object, got {text!r:.60}: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f'--quantization: expected a JSON object such as {{"load_in_4bit": true}}, got {text!r:.60}')
-    return settings
+        raise ValueError(f"{option}: expected a JSON object, got {text!r:.60}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option}: expected a JSON object such as {example}, got {text!r:.60}")
+    return value

@@ -82,6 +82,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         device=config.device,
         adapter=config.adapter,
         quantization=config.quantization,
+        mapping=config.mapping,
         shard=config.shard,
         any_trainer=config.trust_config,
     )

@@ -82,7 +82,7 @@ class CheckpointReport(Record):
         kind: a LoRA adapter or full weights.
         base_model: the base model's directory or hub name; null for full weights.
         global_step: optimizer steps taken, from ``trainer_state.json``.
-        optimizer: the class: ``AdamW``, ``Adam``, ``SGD`` … or ``Adafactor of transformers``.
+        optimizer: the class: ``AdamW``, ``Adam``, ``SGD`` … ``Adafactor of transformers`` or ``AdamW, 8-bit state``.
         groups: the parameter groups.
         num_with_exp_avg_sq: parameter tensors whose entry has a second moment.
         num_with_step: parameter tensors whose entry has a step count.
@@ -96,7 +96,7 @@ class CheckpointReport(Record):
         logged: the last numbers, at most five, that the trainer logged under each of ``grad_norm``, ``entropy``,
             ``completions/mean_length`` and ``reward``.
         verdict: ``healthy``; ``suspicious``: loads, but read the notes first; ``unusable``: loading raises.
-        notes: everything that speaks against the checkpoint, then what a reader of its numbers should know.
+        notes: everything that speaks against the checkpoint; then what should be known of it though it does not.
         not_modelled: one line for each part of the trainer's loss that its log shows and a probe leaves out.
     """
 

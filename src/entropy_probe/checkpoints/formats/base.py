@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from entropy_probe.checkpoints.errors import MismatchError
+from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, read_optimizer
 from entropy_probe.checkpoints.trainer_settings import TrainerSettings, read_training_args
 from entropy_probe.results.note import Note, NoteKind
 
-__all__ = ["CheckpointFormat", "StoredTensor", "Weights", "doubts_about_files"]
+__all__ = ["CheckpointFormat", "StoredTensor", "Weights", "doubts_about_files", "named_weights"]
 
 _WHOLE = "Use a checkpoint that was saved to its end, or make sure of this one."
 NO_TRAINER_STATE = NoteKind(
@@ -53,6 +55,25 @@ class Weights:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+
+def named_weights(file: Path, stored: Mapping[str, StoredTensor]) -> Weights:
+    """Weights by the names that parameters have in the unwrapped model.
+
+    Args:
+        file: where they are, for messages.
+        stored: by the names in the file, which ``torch.compile``, FSDP and activation checkpointing may lengthen.
+
+    Raises:
+        MismatchError: if two are of one parameter.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        plain = plain_name(name)
+        if plain in tensors:
+            raise MismatchError(f"{file}: expected one tensor for {plain}, got two ({name} is another); save one model")
+        tensors[plain] = tensor
+    return Weights((file,), tensors)
 
 
 @runtime_checkable

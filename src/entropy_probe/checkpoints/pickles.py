@@ -1,0 +1,91 @@
+"""Pickles gone through before they are opened: nothing in one may take longer to look at than its length suggests.
+
+A few hundred bytes can describe a tuple that holds another twice, which holds another twice, and so on; to hash it, as
+an unpickler does with a key, or to print it then takes for ever. And some of what torch lets a pickle call makes large
+values from small ones. So the instructions are gone through first, without carrying them out.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+from collections.abc import Collection
+from typing import Any
+
+__all__ = ["PLAIN", "check_pickle"]
+
+MAX_VALUES = 1000
+"""Values in one tuple, at any depth."""
+MAX_NUMBER = 2**20
+"""Under which a value may be kept, beyond the length of the pickle: an unpickler makes room for all below."""
+
+_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+PLAIN = {
+    *(f"torch {kind}Storage" for kind in _STORAGES),
+    *("torch.storage UntypedStorage", "torch Size", "torch device", "torch.serialization _get_layout"),
+    *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
+    *("torch.nn.parameter Parameter", "collections OrderedDict"),
+    *(f"torch {name}" for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")),
+}
+"""What ``torch.save`` names for dense tensors and plain values."""
+
+_MADE_OF_OTHERS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+_PUT, _GET = ("BINPUT", "LONG_BINPUT", "MEMOIZE", "PUT"), ("BINGET", "LONG_BINGET", "GET")
+
+
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, bool, bool]:
+    """How many values it takes, besides those since a mark or not; whether it leaves one, and one made of them."""
+    before = opcode.stack_before
+    marked = pickletools.markobject in before
+    count = before.index(pickletools.markobject) if marked else len(before)
+    return count, marked, bool(opcode.stack_after), opcode.name in _MADE_OF_OTHERS
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
+
+
+def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
+    """Go through a pickle without carrying it out.
+
+    Args:
+        data: the pickle.
+        names: what it may name, as module and name with a space between; None for anything, where the unpickler looks.
+
+    Raises:
+        pickle.UnpicklingError: if it names something else, or anything in the process-wide extension registry, which
+            an unpickler does not ask about; if a tuple in it holds too much, or an unpickler would make room for more
+            values than it can have.
+        ValueError, LookupError: if it is malformed.
+    """
+    stack: list[int] = []  # of each value, how many it holds that it will always hold: 1 where they can still change
+    outer: list[list[int]] = []  # the stacks below each mark
+    memo: dict[Any, int] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _PUT:
+            index = len(memo) if argument is None else argument
+            if index > len(data) + MAX_NUMBER:
+                raise pickle.UnpicklingError(f"it numbers a value {index}")
+            memo[index] = stack[-1]
+        elif name in _GET:
+            stack.append(memo[argument])
+        elif name == "MARK":
+            outer.append(stack)
+            stack = []
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name in ("EXT1", "EXT2", "EXT4"):
+            raise pickle.UnpicklingError("it names an entry of the extension registry")
+        elif name == "GLOBAL" and names is not None and argument not in names:
+            raise pickle.UnpicklingError(f"it names {argument}"[:100])
+        else:
+            count, marked, leaves, made_of_them = _EFFECTS[name]
+            held = sum(stack) if marked else 0
+            if marked:
+                stack = outer.pop()
+            for _ in range(count):
+                held += stack.pop()
+            if held >= MAX_VALUES and made_of_them:
+                raise pickle.UnpicklingError(f"it has a tuple of {MAX_VALUES} values or more")
+            if leaves:
+                stack.append(1 + held if made_of_them else 1)
