@@ -93,7 +93,7 @@ def step_section(result: ProbeResult) -> Section:
         parts = _part_bars(result, exponent)
         rows += [bar.row for bar in parts]
         if result.lifetime is not None:
-            note = "this batch's gradient over its life in the momentum"
+            note = "the gradient through later momentum"
             rows.append(Row("lifetime", written(result.lifetime, exponent), note, indent=True))
         if result.committed is not None:
             rows.append(Row("committed", written(result.committed, exponent), "by the moments alone, after this step"))
