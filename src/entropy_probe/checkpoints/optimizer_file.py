@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,7 @@ class SavedOptimizer:
         state: what is kept for each parameter by index, as stored.
         size: bytes of the file, or of the files that it is in.
         read: how to read a tensor that is without storage yet, by index and key; None where there are none.
+        lists_frozen: whether the groups may hold parameters that were frozen, of which nothing is kept.
     """
 
     path: Path
@@ -72,6 +73,29 @@ class SavedOptimizer:
     state: dict[int, dict[str, Any]]
     size: int
     read: Callable[[int, str], Tensor] | None = None
+    lists_frozen: bool = False
+
+    def listing_frozen(self) -> SavedOptimizer:
+        """The same of a trainer that gives its optimizer all parameters, frozen ones too."""
+        return replace(self, lists_frozen=True)
+
+    def only(self, kept: Sequence[int]) -> SavedOptimizer:
+        """The same without some parameters; those that are kept are numbered anew, in order."""
+        number = {index: i for i, index in enumerate(kept)}
+        read = self.read
+        groups = []
+        for group in self.groups:
+            inside = [i for i, index in enumerate(group["params"]) if index in number]
+            own = group | {"params": [number[group["params"][i]] for i in inside]}
+            if "param_names" in group:
+                own["param_names"] = [group["param_names"][i] for i in inside]
+            groups.append(own)
+        return replace(
+            self,
+            groups=tuple(groups),
+            state={number[index]: entry for index, entry in self.state.items() if index in number},
+            read=None if read is None else lambda index, key: read(kept[index], key),
+        )
 
     def loaded(self) -> SavedOptimizer:
         """The same with every tensor read that was left in its files until it was known to fit.
