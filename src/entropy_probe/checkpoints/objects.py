@@ -73,8 +73,8 @@ def _dtype(name: str) -> torch.dtype:
 
 
 _STORAGES = {
-    **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64"},
-    **{"Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"},
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
 }
 TENSORS: Names = {
     **{("torch", f"{kind}Storage"): _dtype(name) for kind, name in _STORAGES.items()},
@@ -139,8 +139,13 @@ def read_objects(path: Path, names: Names, instead: str) -> Any:
                 (main,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
                 folder = main.filename.removesuffix("/data.pkl")
                 pickled = archive.read(main)
-                if archive.read(f"{folder}/byteorder" if f"{folder}/byteorder" in archive.namelist() else main)[:3] == b"big":
-                    raise UnsupportedError(f"{path}: not supported: numbers of a big-endian machine; save it on another")
+                if (
+                    archive.read(f"{folder}/byteorder" if f"{folder}/byteorder" in archive.namelist() else main)[:3]
+                    == b"big"
+                ):
+                    raise UnsupportedError(
+                        f"{path}: not supported: numbers of a big-endian machine; save it on another"
+                    )
                 whole = torch.frombuffer(data, dtype=torch.uint8)
                 storages = {
                     entry.filename.removeprefix(f"{folder}/data/"): _content(whole, entry)

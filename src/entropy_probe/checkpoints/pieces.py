@@ -142,12 +142,19 @@ def joined(where: str, values: Sequence[Any]) -> Whole:
     """
     if all(type(x) is Tensor for x in values):
         return _copies(where, values)
-    if not all(isinstance(x, Part) for x in values) or len({(x.shape, x.dimensions, x.local.dtype) for x in values}) > 1:
-        raise DamagedFileError(f"{where}: expected parts of one tensor, got {shown([type(x).__name__ for x in values])}")
+    if (
+        not all(isinstance(x, Part) for x in values)
+        or len({(x.shape, x.dimensions, x.local.dtype) for x in values}) > 1
+    ):
+        raise DamagedFileError(
+            f"{where}: expected parts of one tensor, got {shown([type(x).__name__ for x in values])}"
+        )
     first = values[0]
     divided = [i for i, dimension in enumerate(first.dimensions) if dimension is not None]
     if len(divided) > 1:
-        raise UnsupportedError(f"{where}: not supported: a tensor divided twice, as by tensor parallelism; train without")
+        raise UnsupportedError(
+            f"{where}: not supported: a tensor divided twice, as by tensor parallelism; train without"
+        )
     _check_places(where, values)
     if not divided:
         return _copies(where, [x.local for x in values])

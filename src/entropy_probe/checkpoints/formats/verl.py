@@ -201,7 +201,9 @@ def _by_parameter(
     tensors = {
         index: {key: x for key, x in entry.items() if key not in numbers[index]} for index, entry in values.items()
     }
-    if tensors and all(type(x) is Tensor and x.dim() == 1 for entry in tensors.values() for own in entry.values() for x in own):
+    if tensors and all(
+        type(x) is Tensor and x.dim() == 1 for entry in tensors.values() for own in entry.values() for x in own
+    ):
         return _by_flat_parameter(where, tensors, numbers, groups, count, model)
     for index, entry in values.items():
         if any(len(x) != len(states) for x in entry.values()):
@@ -302,5 +304,7 @@ def _number(where: str, values: Sequence[Any]) -> Any:
     """A number that all ranks have alike."""
     plain = [x.item() if isinstance(x, Tensor) else x for x in values]
     if any(x != plain[0] for x in plain):
-        raise MismatchError(f"{where}: expected one number on all ranks, got {shown(plain)}; files of two saves, {_COPY}")
+        raise MismatchError(
+            f"{where}: expected one number on all ranks, got {shown(plain)}; files of two saves, {_COPY}"
+        )
     return values[0]
