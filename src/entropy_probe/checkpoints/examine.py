@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from entropy_probe.checkpoints.adapters import (
     FourBit,
@@ -17,20 +13,36 @@ from entropy_probe.checkpoints.adapters import (
     find_base,
     read_adapter_config,
     refuse_unmentioned,
-    starting_at_zero,
     trained_adapter,
 )
+from entropy_probe.checkpoints.confirm import check_never_trained, check_tied, movements, without_frozen
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, read_global_step
-from entropy_probe.checkpoints.errors import MismatchError, MissingFileError, UnsupportedError
-from entropy_probe.checkpoints.evidence import check_adapter_never_trained, check_movement, check_weights_never_trained
-from entropy_probe.checkpoints.formats import CheckpointFormat, Weights
+from entropy_probe.checkpoints.errors import MissingFileError, UnsupportedError
+from entropy_probe.checkpoints.evidence import check_movement
+from entropy_probe.checkpoints.formats import CheckpointFormat, StoredTensor, Weights, home_of
+from entropy_probe.checkpoints.inner_adapter import InnerAdapter, configuration, inner_adapter
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
-from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, embedding_names, full_skeleton
+from entropy_probe.checkpoints.masters import Copy, check_masters, described
+from entropy_probe.checkpoints.models import (
+    AdapterFiles,
+    adapter_layout,
+    base_skeleton,
+    embedding_names,
+    full_skeleton,
+)
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.parameters import Layout, ParameterMapping, layout_of, map_parameters
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
-from entropy_probe.checkpoints.weights import check_finite, check_shapes, has_weights, read_weights, unchanged
+from entropy_probe.checkpoints.weights import (
+    check_finite,
+    check_related,
+    check_same_base,
+    check_shapes,
+    has_weights,
+    read_weights,
+    unchanged,
+)
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
 
@@ -46,12 +58,19 @@ class Request:
         base_model: the base model, or the one that full weights started from.
         adapter: the name of the trained adapter.
         quantization: how training quantised the base model.
+        weights: which copy of the weights to take where the optimizer keeps another.
     """
 
     path: Path
     base_model: str | Path | None = None
     adapter: str | None = None
     quantization: Quantization | None = None
+    weights: Copy = "masters"
+
+    @property
+    def tokenizer_home(self) -> Path:
+        """Where to look for a tokenizer first: where the trainer puts it, unless a base model is given."""
+        return self.path if self.base_model is not None else home_of(self.path)
 
     def starting_point(self, manifest: Manifest | None) -> Path | None:
         """The weights that full-weight training started from, where they are given or recorded, and local.
@@ -83,6 +102,7 @@ class StoredModel:
         adapter: the adapter's name; None for full weights.
         adapter_config: its configuration.
         quantization: how the base model is quantised; None for plain weights.
+        base_weights: the base model's weights where they are with the adapter's.
     """
 
     directory: Path
@@ -94,6 +114,22 @@ class StoredModel:
     adapter: str | None = None
     adapter_config: dict[str, Any] = field(default_factory=dict)
     quantization: FourBit | None = None
+    base_weights: Weights | None = None
+
+    @property
+    def adapter_files(self) -> AdapterFiles | None:
+        """The adapter and what it is put on; None for full weights."""
+        if self.base is None or self.adapter is None:
+            return None
+        return AdapterFiles(
+            self.directory,
+            self.adapter,
+            self.adapter_config,
+            self.weights,
+            self.base,
+            self.base_weights,
+            self.quantization,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,6 +146,7 @@ class Examined:
         mapping: which parameter each of its entries belongs to.
         state: what the moments cover.
         movement: the check of entries of equal shape, where the weights' starting point is known.
+        masters: the optimizer's own copy of the trained weights, where it has one that is to be taken.
     """
 
     path: Path
@@ -121,6 +158,7 @@ class Examined:
     mapping: ParameterMapping
     state: OptimizerStateReport
     movement: MovementReport | None
+    masters: Mapping[str, StoredTensor]
 
 
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
@@ -136,6 +174,9 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     """
     path = request.path
     kind = facts["kind"] = _kind(path)
+    inner = inner_adapter(path)
+    if inner is not None:
+        kind = facts["kind"] = "lora"
     check_contained(path)
     manifest = read_manifest(path)
     if manifest is not None:
@@ -151,25 +192,35 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         "num_with_step": saved.count("step"),
     }
     check_entries(saved)
-    model = _adapter(request, manifest, facts) if kind == "lora" else _full_weights(request)
+    if inner is not None:
+        model = _inner(request, inner, facts)
+    else:
+        model = _adapter(request, manifest, facts) if kind == "lora" else _full_weights(request)
     if manifest is not None:
-        configuration = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
-        check_recorded(path, [saved.path, configuration, *model.weights.files], manifest)
+        own = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
+        check_recorded(path, [saved.path, own, *model.weights.files], manifest)
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
+    if saved.lists_frozen and kind == "lora":  # of the base nothing is kept, and nothing says which it is
+        saved = saved.only([i for i in range(saved.num_parameters) if i in saved.state])
     mapping = _map(saved, model, manifest, start)
-    _check_tied(model, mapping)
+    check_tied(model, mapping)
+    if start is not None:
+        check_related(model.weights, read_weights(start, "model"), str(start))
     saved = saved.loaded()
-    _check_never_trained(saved, mapping, model, start)
+    check_never_trained(saved, mapping, model, start)
+    saved, mapping = without_frozen(saved, mapping, start)
+    masters, copy = _masters(request, member, place, model, mapping)
+    mapping = replace(mapping, how=mapping.how + copy)
     state, facts["num_zero_elements"] = summarize(saved, mapping, model.layout)
     facts["optimizer_state"] = state
     movement = None
-    movements, reference = _movements(saved, mapping.names, model, request, start)
-    if movements:
-        movement = facts["movement"] = check_movement(saved, mapping.names, movements, reference)
+    moves, reference = movements(saved, mapping.names, model, request, start, masters)
+    if moves:
+        movement = facts["movement"] = check_movement(saved, mapping.names, moves, reference)
     else:
         facts["movement_not_checked"] = reference
-    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement)
+    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, masters)
 
 
 def _kind(path: Path) -> Literal["lora", "full"]:
@@ -187,10 +238,44 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
     skeleton, quantization = base_skeleton(base, request.quantization, trained)
     refuse_unmentioned(directory, quantization)
     check_vocabulary(path, base, skeleton)
-    layout, expected = adapter_layout(skeleton, directory, adapter)
+    layout, expected = adapter_layout(skeleton, config, adapter, directory)
     check_shapes(weights.files[0], weights.shapes, expected)
     return StoredModel(
         directory, weights, layout, base=base, adapter=adapter, adapter_config=config, quantization=quantization
+    )
+
+
+def _inner(request: Request, inner: InnerAdapter, facts: dict[str, Any]) -> StoredModel:
+    """An adapter among the weights, on the base model that is there too, or on the one that is given."""
+    path, config = request.path, configuration(request.path, inner)
+    recorded = config.get("base_model_name_or_path")
+    if request.quantization is not None:
+        raise UnsupportedError(f"{path}: not supported: quantization of a base model that is saved with the adapter")
+    if request.base_model is None and inner.home is None and recorded is None:
+        raise MissingFileError(
+            f"{path / 'config.json'}: expected the base model's configuration, found none beside its weights; pass "
+            "base_model, the model that training started from"
+        )
+    given = request.base_model or (inner.home if inner.home is not None and inner.base is not None else None)
+    base = facts["base_model"] = find_base(path, path, given, recorded)
+    if inner.base is None:
+        skeleton, _ = base_skeleton(base, None)
+    else:
+        skeleton = full_skeleton(base, inner.base)
+        if has_weights(Path(base), "model"):
+            check_same_base(inner.base, read_weights(Path(base), "model"), base)
+        check_finite(inner.base)
+    check_vocabulary(request.tokenizer_home, base, skeleton)
+    layout, expected = adapter_layout(skeleton, config, inner.name, path)
+    check_shapes(inner.weights.files[0], inner.weights.shapes, expected)
+    return StoredModel(
+        path,
+        inner.weights,
+        layout,
+        base=base,
+        adapter=inner.name,
+        adapter_config=config,
+        base_weights=inner.base,
     )
 
 
@@ -202,16 +287,17 @@ def _full_weights(request: Request) -> StoredModel:
                 f"{path}: {name}: expected none with full weights, got {given!r:.60}; it is for adapters, leave it out"
             )
     weights = read_weights(path, "model")
-    configuration = _configuration(path, request.base_model)
-    skeleton = full_skeleton(configuration, weights)
-    check_vocabulary(path, request.base_model, skeleton)
-    return StoredModel(path, weights, layout_of(skeleton), configuration, frozenset(embedding_names(skeleton)))
+    home = _configuration(path, request.base_model)
+    skeleton = full_skeleton(home, weights)
+    check_vocabulary(request.tokenizer_home, request.base_model, skeleton)
+    return StoredModel(path, weights, layout_of(skeleton), home, frozenset(embedding_names(skeleton)))
 
 
 def _configuration(path: Path, base_model: str | Path | None) -> str:
     """The directory of the configuration of full weights; trainers save none with sharded ones."""
-    if (path / "config.json").is_file():
-        return str(path)
+    home = home_of(path)
+    if (home / "config.json").is_file():
+        return str(home)
     if base_model is None:
         raise MissingFileError(
             f"{path / 'config.json'}: expected the model's configuration, found none beside its weights; pass "
@@ -235,53 +321,14 @@ def _map(saved: SavedOptimizer, model: StoredModel, manifest: Manifest | None, s
     return replace(mapping, how=how, others_frozen=True)
 
 
-def _check_tied(model: StoredModel, mapping: ParameterMapping) -> None:
-    """Names say what trained, so a layer that was tied in training would count as frozen if it is not here."""
-    trained = [name for name in model.embeddings if name in mapping.names]
-    tensors = model.weights.tensors
-    if len(model.embeddings) == 2 and len(trained) == 1 and model.embeddings <= tensors.keys():
-        first, second = sorted(model.embeddings)
-        if torch.equal(tensors[first].read(), tensors[second].read()):
-            raise MismatchError(
-                f"{model.weights.files[0]}: {first}: expected other values than {second}, or both tied, got equal "
-                f"ones, of which only {trained[0]} was trained; pass the configuration that the model was trained with"
-            )
-
-
-def _check_never_trained(
-    saved: SavedOptimizer, mapping: ParameterMapping, model: StoredModel, start: Path | None
-) -> None:
-    if not saved.never_trained:
-        return
-    if model.adapter is None:
-        before = read_weights(start, "model") if start is not None else None
-        check_weights_never_trained(saved, mapping.names, model.weights, before)
-    else:
-        starting = starting_at_zero(model.adapter_config, mapping.names, model.adapter)
-        check_adapter_never_trained(saved, mapping.names, model.weights, starting)
-
-
-def _movements(
-    saved: SavedOptimizer, names: tuple[str, ...], model: StoredModel, request: Request, start: Path | None
-) -> tuple[dict[str, Callable[[], Tensor]], str]:
-    """How far each parameter has moved since training started, and from what; where unknown none, and why."""
-    if not saved.is_adam:
-        return {}, f"it goes by Adam's moments, {saved.kind.name} keeps others"
-    tensors = model.weights.tensors
-    if model.adapter is not None:
-        inside = starting_at_zero(model.adapter_config, names, model.adapter)
-        movements = {name: tensors[key].read for name, key in inside.items() if key in tensors}
-        how = model.adapter_config.get("init_lora_weights")
-        unknown = f"init_lora_weights is {how!r:.60}, so where the adapter started is not known"
-        return movements, "0, where lora_B starts" if movements else unknown
-    if start is None:
-        what = f"{request.base_model} has no local weights" if request.base_model else "it was not given"
-        return {}, f"needs the model that training started from, and {what}; pass base_model"
-    before = read_weights(start, "model").tensors
-    common = [n for n in names if n in tensors and n in before and tensors[n].shape == before[n].shape]
-    movements = {name: partial(_difference, tensors[name].read, before[name].read) for name in common}
-    return movements, str(start) if movements else f"{start} has none of the trained tensors"
-
-
-def _difference(now: Callable[[], Tensor], before: Callable[[], Tensor]) -> Tensor:
-    return now().float() - before().float()
+def _masters(
+    request: Request, member: CheckpointFormat, place: Path, model: StoredModel, mapping: ParameterMapping
+) -> tuple[Mapping[str, StoredTensor], str]:
+    """The masters to take, checked, and which copy that makes."""
+    masters = member.masters(place)
+    rounded = None
+    if masters:
+        shapes = model.layout.shapes
+        rounded = check_masters(str(place), masters, mapping.names, shapes, model.weights, model.adapter)
+    copy = described(str(request.path), rounded, request.weights, there=bool(masters))
+    return masters if request.weights == "masters" and rounded is not None else {}, copy

@@ -17,6 +17,7 @@ from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, Uns
 from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
+from entropy_probe.checkpoints.masters import Copy, copy_masters
 from entropy_probe.checkpoints.models import load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
@@ -59,6 +60,7 @@ def load_checkpoint(
     adapter: str | None = None,
     quantization: Quantization | None = None,
     shard: bool = False,
+    weights: Copy = "masters",
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
 
@@ -84,6 +86,9 @@ def load_checkpoint(
             stored in 4 bits.
         shard: spread model and optimizer state over the ranks of torch's default process group (FSDP2), for a model
             that does not fit one device. To be called on all ranks.
+        weights: of a checkpoint whose optimizer keeps float32 copies of rounded weights (DeepSpeed in bfloat16): those,
+            which the optimizer steps, or ``rounded``, which the policy samples with. The mapping in the report says
+            which.
 
     Raises:
         CheckpointError: if anything is missing, damaged, of another model, unsafe or not supported, as one of its
@@ -99,10 +104,13 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        examined = examine(Request(open_directory(Path(path)), base_model, adapter, quantization), facts)
+        request = Request(open_directory(Path(path)), base_model, adapter, quantization, weights)
+        examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
-        tokenizer = load_tokenizer(examined.path, examined.model.base or base_model)
+        tokenizer = load_tokenizer(request.tokenizer_home, examined.model.base or base_model)
         parameters = _trained(model, examined)
+        if examined.masters:
+            copy_masters(examined.masters, parameters)
         optimizer = build_optimizer(examined.saved, examined.mapping, parameters)
     return CheckpointState(model, tokenizer, optimizer, report_on(examined, facts))
 
@@ -123,17 +131,15 @@ def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
 
 
 def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
-    stored, base, adapter = examined.model, examined.model.base, examined.model.adapter
-    if base is None or adapter is None:
+    stored, adapter = examined.model, examined.model.adapter_files
+    if adapter is None:
         load = shard_full if shard else load_full
         return load(stored.configuration, stored.weights, dtype, device)
     if shard and stored.quantization is not None:
-        raise UnsupportedError(f"{base}: not supported: a quantised base in shards; load it on one device")
+        raise UnsupportedError(f"{adapter.base}: not supported: a quantised base in shards; load it on one device")
     if examined.manifest is not None:
-        verify_base(Path(base), examined.manifest)
-    if shard:
-        return shard_lora(stored.directory, adapter, stored.weights, base, dtype, device)
-    return load_lora(stored.directory, adapter, stored.weights, base, stored.quantization, dtype, device)
+        verify_base(Path(adapter.base), examined.manifest)
+    return shard_lora(adapter, dtype, device) if shard else load_lora(adapter, dtype, device)
 
 
 def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
@@ -154,6 +160,7 @@ def inspect_checkpoint(
     *,
     adapter: str | None = None,
     quantization: Quantization | None = None,
+    weights: Copy = "masters",
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
@@ -166,6 +173,7 @@ def inspect_checkpoint(
         base_model: as in :func:`load_checkpoint`.
         adapter: as there.
         quantization: as there.
+        weights: as there.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
@@ -174,7 +182,7 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            examined = examine(Request(directory, base_model, adapter, quantization), facts)
+            examined = examine(Request(directory, base_model, adapter, quantization, weights), facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
     return report_on(examined, facts)

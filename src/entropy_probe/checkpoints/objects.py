@@ -1,7 +1,7 @@
 """Archives of ``torch.save`` that name a trainer's own classes: tensors are mapped from the file, the rest is inert.
 
-torch would build a ``DTensor`` while it reads one, and asks for DeepSpeed to read DeepSpeed's files. Here every name that
-a format lists has a stand-in of ours, and any other name is refused; nothing of torch or of a trainer is called.
+torch would build a ``DTensor`` while it reads one, and asks for DeepSpeed to read DeepSpeed's files. Here every name
+that a format lists has a stand-in of ours and any other is refused; nothing of torch or of a trainer is called.
 """
 
 from __future__ import annotations
@@ -73,8 +73,16 @@ def _dtype(name: str) -> torch.dtype:
 
 
 _STORAGES = {
-    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
-    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
 }
 TENSORS: Names = {
     **{("torch", f"{kind}Storage"): _dtype(name) for kind, name in _STORAGES.items()},

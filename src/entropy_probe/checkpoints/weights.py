@@ -21,7 +21,17 @@ from entropy_probe.checkpoints.errors import (
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = ["Shape", "check_finite", "check_loaded", "check_shapes", "has_weights", "read_weights", "unchanged"]
+__all__ = [
+    "Shape",
+    "check_finite",
+    "check_loaded",
+    "check_related",
+    "check_same_base",
+    "check_shapes",
+    "has_weights",
+    "read_weights",
+    "unchanged",
+]
 
 Shape = tuple[int, ...]
 
@@ -145,6 +155,44 @@ def unchanged(weights: Weights, before: Weights) -> set[str]:
         for _, name, tensor in _tensors(weights)
         if name in before.tensors and torch.equal(before.tensors[name].read().to(tensor.dtype), tensor)
     }
+
+
+def check_same_base(weights: Weights, before: Weights, base: str) -> None:
+    """Check that a base model saved along with an adapter is the one that is given.
+
+    Raises:
+        MismatchError: naming the first tensor that differs.
+    """
+    same = unchanged(weights, before)
+    other = next((name for name in weights.tensors if name in before.tensors and name not in same), None)
+    if other is not None:
+        raise MismatchError(
+            f"{weights.files[0]}: {other}: expected the values of {base}, under the adapter, got others; it was "
+            "trained on another base model, pass that one or none"
+        )
+
+
+MIN_COSINE = 0.5
+"""Between weights and those that training started from; of independent ones it is about 0."""
+
+
+def check_related(weights: Weights, before: Weights, start: str) -> None:
+    """Check that weights are near those that training started from, over all matrices.
+
+    Raises:
+        MismatchError: if they are about as far from them as any others of their size.
+    """
+    product = own = other = 0.0
+    for _, name, tensor in _tensors(weights):
+        if name in before.tensors and before.tensors[name].shape == tuple(tensor.shape) and tensor.dim() > 1:
+            a, b = tensor.flatten().double(), before.tensors[name].read().flatten().double()
+            product, own, other = product + float(a @ b), own + float(a @ a), other + float(b @ b)
+    if own and other and product < MIN_COSINE * (own * other) ** 0.5:
+        raise MismatchError(
+            f"{weights.files[0]}: expected weights near those of {start}, from which training started, got a cosine of "
+            f"{product / (own * other) ** 0.5:.2f}; pass the model that it started from, or copy the checkpoint "
+            "again if files of ranks may have been swapped"
+        )
 
 
 def check_loaded(weights: Weights, loaded: Mapping[str, Tensor], *, all_names: bool) -> None:

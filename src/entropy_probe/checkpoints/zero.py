@@ -65,7 +65,7 @@ class Buffers:
                     plain = value.item() if isinstance(value, Tensor) else value
                     if numbers.setdefault(key, plain) != plain:
                         raise MismatchError(
-                            f"{file}: {key}: expected {shown(numbers[key])}, as in the other files, got {shown(plain)}; "
+                            f"{file}: {key}: expected {shown(numbers[key])}, as in the others, got {shown(plain)}; "
                             f"files of two saves, {COPY}"
                         )
         kept = {

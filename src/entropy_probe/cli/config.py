@@ -40,6 +40,8 @@ class RunConfig(BaseModel):
         base_model: the base model of an adapter, where the adapter's own config does not lead to it.
         adapter: the adapter that was trained, where the checkpoint has several.
         quantization: the ``BitsAndBytesConfig`` with which training quantised the base model while loading it.
+        weights: where the optimizer keeps float32 copies of rounded weights (DeepSpeed): those, which it steps, or
+            ``rounded``, which the policy samples with.
         output_dir: where the results go; new or empty, unless ``overwrite``.
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
@@ -68,6 +70,7 @@ class RunConfig(BaseModel):
     base_model: str | None = None
     adapter: str | None = None
     quantization: dict[str, Any] | None = None
+    weights: Literal["masters", "rounded"] = "masters"
     output_dir: Path
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_probe.cli.options import Adapter, BaseModel, Quantization, parse_quantization
+from entropy_probe.cli.options import Adapter, BaseModel, Copy, Quantization, parse_quantization
 
 __all__ = ["inspect"]
 
@@ -20,6 +20,7 @@ def inspect(
     base_model: BaseModel = None,
     adapter: Adapter = None,
     quantization: Quantization = None,
+    weights: Copy = "masters",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show a checkpoint's optimizer state and whether it can be probed.
@@ -32,7 +33,7 @@ def inspect(
     from entropy_probe.report import checkpoint_section, print_sections
 
     settings = parse_quantization(quantization)
-    report = inspect_checkpoint(checkpoint, base_model, adapter=adapter, quantization=settings)
+    report = inspect_checkpoint(checkpoint, base_model, adapter=adapter, quantization=settings, weights=weights)
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json"), indent=2))
     else:

@@ -79,6 +79,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         adapter=config.adapter,
         quantization=config.quantization,
         shard=config.shard,
+        weights=config.weights,
     )
 
 

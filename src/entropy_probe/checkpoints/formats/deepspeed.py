@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO 1, 2 and 3: OpenRLHF, and the Hugging Face Trainer with DeepSpeed (TRL, ms-swift, Axolotl).
 
-A folder ``global_stepN`` with a file of the optimizer per rank, each with its piece of flat buffers: the float32 masters
-of the weights, and what is kept for them. The model's own files have names, shapes, and the rounded weights.
+A folder ``global_stepN`` with a file of the optimizer per rank, each with its piece of flat buffers: float32 masters of
+the weights, and what is kept for them. The model's own files have names, shapes, and the rounded weights.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def _zero_state(file: Path, saved: Any) -> _ZeroState:
         slices = saved.get("param_slice_mappings")
     else:
         raise UnsupportedError(
-            f"{file}: not supported: expected the state of ZeRO stage 1, 2 or 3, got {shown(saved, 100)}; train with one"
+            f"{file}: not supported: expected the state of ZeRO 1, 2 or 3, got {shown(saved, 100)}; train with one"
         )
     if isinstance(state, list):
         raise UnsupportedError(

@@ -96,7 +96,11 @@ def inputs_of(config: RunConfig, command: Command, sources: Sources, options: Ma
     from entropy_probe.checkpoints import inspect_checkpoint
 
     report = inspect_checkpoint(
-        config.checkpoint, config.base_model, adapter=config.adapter, quantization=config.quantization
+        config.checkpoint,
+        config.base_model,
+        adapter=config.adapter,
+        quantization=config.quantization,
+        weights=config.weights,
     )
     base = report.base_model or config.base_model
     versions = library_versions()
