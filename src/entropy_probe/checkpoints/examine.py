@@ -238,7 +238,7 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
     skeleton, quantization = base_skeleton(base, request.quantization, trained)
     refuse_unmentioned(directory, quantization)
     check_vocabulary(path, base, skeleton)
-    layout, expected = adapter_layout(skeleton, config, adapter, directory)
+    layout, expected = adapter_layout(skeleton, directory, adapter, config)
     check_shapes(weights.files[0], weights.shapes, expected)
     return StoredModel(
         directory, weights, layout, base=base, adapter=adapter, adapter_config=config, quantization=quantization
@@ -266,7 +266,7 @@ def _inner(request: Request, inner: InnerAdapter, facts: dict[str, Any]) -> Stor
             check_same_base(inner.base, read_weights(Path(base), "model"), base)
         check_finite(inner.base)
     check_vocabulary(request.tokenizer_home, base, skeleton)
-    layout, expected = adapter_layout(skeleton, config, inner.name, path)
+    layout, expected = adapter_layout(skeleton, path, inner.name, config)
     check_shapes(inner.weights.files[0], inner.weights.shapes, expected)
     return StoredModel(
         path,

@@ -198,24 +198,27 @@ def _has_exactly(model: nn.Module, shapes: dict[str, Shape]) -> bool:
     return expected == shapes
 
 
-def adapter_layout(base: nn.Module, config: dict[str, Any], name: str, where: Path) -> tuple[Layout, dict[str, Shape]]:
+def adapter_layout(
+    base: nn.Module, directory: Path, name: str, config: dict[str, Any] | None = None
+) -> tuple[Layout, dict[str, Shape]]:
     """What trains with the adapter of a directory under its name, and the tensors that its file must hold.
 
     peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart.
 
     Args:
         base: the skeleton of the base model; it is changed.
-        config: the adapter's configuration.
+        directory: where the adapter is.
         name: its name.
-        where: the directory, for messages.
+        config: its configuration; None for the one in ``adapter_config.json``.
 
     Raises:
         CheckpointError: if peft refuses to build it, or does not save all that trains.
     """
     from peft import PeftConfig, PeftModel
 
+    config = read_json(directory / "adapter_config.json") if config is None else config
     stacks = thin_out(base, config) if treats_layers_alike(config) else {}
-    with one_line_errors(f"the adapter of {where}"), quiet():
+    with one_line_errors(f"the adapter of {directory}"), quiet():
         adapter = PeftConfig.from_peft_type(**config)
         adapter.inference_mode = False
         model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
@@ -224,7 +227,7 @@ def adapter_layout(base: nn.Module, config: dict[str, Any], name: str, where: Pa
     lost = [key for key in trained if key.endswith(".base_layer.bias") and key not in in_file]
     if lost:  # peft before 0.21 with bias="lora_only"
         raise UnsupportedError(
-            f"{where}: not supported: trained biases that the installed peft does not save ({lost[0]}); upgrade "
+            f"{directory}: not supported: trained biases that the installed peft does not save ({lost[0]}); upgrade "
             "peft, and train again if the file was saved without them"
         )
     prefix = "base_model.model."

@@ -96,8 +96,31 @@ class Part:
     coordinate: tuple[int, ...] | None
 
 
+class _ShardedTensor(StandIn):
+    """The class itself, of FSDP1 without a mesh of ranks, which is only named."""
+
+
+def _stored(value: Any) -> dict[str, Any]:
+    """What an object's fields were, whether or not it had slots."""
+    state = vars(value).get("state")
+    return state[1] if isinstance(state, tuple) else vars(value)
+
+
+def _of_sharded_tensor(state: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Part:
+    """The one shard that a rank has, or none of few rows."""
+    local = state[0]
+    if len(local) > 1:
+        raise ValueError("a ShardedTensor with several shards on a rank")
+    if not local:
+        return Part(torch.empty((0, *shape[1:]), dtype=dtype), shape, (0,), None)
+    shard = _stored(local[0])
+    return Part(shard["tensor"], shape, (0,), (_stored(_stored(shard["metadata"])["placement"])["_rank"],))
+
+
 def _rebuilt(function: Callable[..., Tensor], kind: Any, arguments: Any, state: Any) -> Tensor | Part:
     """In place of ``_rebuild_from_type_v2``: a ``DTensor``'s part, or a tensor without the attributes it had."""
+    if kind is _ShardedTensor:
+        return _of_sharded_tensor(state, arguments[2], arguments[1])
     if kind is not _DTensor:
         return function(*arguments)
     own = state[1] if isinstance(state, tuple) else state
@@ -109,6 +132,11 @@ def _rebuilt(function: Callable[..., Tensor], kind: Any, arguments: Any, state: 
     return Part(local, arguments[2], dimensions, None if coordinate is None else tuple(coordinate))
 
 
+def _class_inside(*_: Any) -> type[StandIn]:
+    """In place of ``getattr``, with which a pickle names a class inside another."""
+    return StandIn
+
+
 def _is_named_only(*_: Any) -> Tensor:
     raise ValueError("a tensor of another class")
 
@@ -116,6 +144,7 @@ def _is_named_only(*_: Any) -> Tensor:
 _MODULES = ("torch.distributed.tensor", "torch.distributed._tensor.api", "torch.distributed._tensor")
 _SPECS = ("torch.distributed.tensor._dtensor_spec", "torch.distributed._tensor.placement_types")
 _PLACEMENTS = ("torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types")
+_METADATA = "torch.distributed._shard.sharded_tensor.metadata"
 DTENSORS: Names = {
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuilt,
     ("torch._utils", "_rebuild_wrapper_subclass"): _is_named_only,
@@ -126,8 +155,15 @@ DTENSORS: Names = {
     **{(module, "Replicate"): _Replicate for module in _PLACEMENTS},
     ("torch.distributed.device_mesh", "DeviceMesh"): StandIn,
     **{("torch.distributed._mesh_layout", name): StandIn for name in ("_MeshLayout", "_FlatLayout")},
+    ("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"): _ShardedTensor,
+    ("torch.distributed._shard.sharded_tensor.shard", "Shard"): StandIn,
+    ("torch.distributed._shard.metadata", "ShardMetadata"): StandIn,
+    ("torch.distributed.remote_device", "_remote_device"): StandIn,
+    **{(_METADATA, x): StandIn for x in ("ShardedTensorMetadata", "TensorProperties", "MEM_FORMAT_ENCODING")},
+    ("torch.distributed._shard.sharding_spec.chunk_sharding_spec", "ChunkShardingSpec"): StandIn,
+    **{(module, "getattr"): _class_inside for module in ("builtins", "__builtin__")},
 }
-"""What a file with ``DTensor``s names."""
+"""What a file with ``DTensor``s or ``ShardedTensor``s names."""
 
 
 def joined(where: str, values: Sequence[Any]) -> Whole:
@@ -176,8 +212,8 @@ def joined(where: str, values: Sequence[Any]) -> Whole:
 def _check_places(where: str, parts: Sequence[Part]) -> None:
     """Each rank is in the mesh where its number says."""
     places = [part.coordinate for part in parts]
-    if None in places and len(parts[0].dimensions) == 1:
-        return  # of an older torch, whose ranks are in order
+    if len(parts[0].dimensions) == 1 and all(x in (None, (rank,)) for rank, x in enumerate(places)):
+        return  # None where an older torch does not say, or a rank has nothing
     known = [place for place in places if place is not None and len(place) == len(parts[0].dimensions)]
     if len(known) != len(places):
         raise DamagedFileError(f"{where}: expected every rank's place in the mesh, got {shown(places)}; {COPY}")
