@@ -33,6 +33,7 @@ from entropy_probe.checkpoints.models import (
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.parameters import Layout, ParameterMapping, layout_of, map_parameters
+from entropy_probe.checkpoints.policy_part import entries_of_policy, weights_of_policy
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
 from entropy_probe.checkpoints.weights import (
     check_finite,
@@ -59,6 +60,7 @@ class Request:
         adapter: the name of the trained adapter.
         quantization: how training quantised the base model.
         weights: which copy of the weights to take where the optimizer keeps another.
+        policy: the policy's name in the module that the optimizer is over, where there is a value model beside it.
     """
 
     path: Path
@@ -66,6 +68,7 @@ class Request:
     adapter: str | None = None
     quantization: Quantization | None = None
     weights: Copy = "masters"
+    policy: str | None = None
 
     @property
     def tokenizer_home(self) -> Path:
@@ -201,6 +204,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         check_recorded(path, [saved.path, own, *model.weights.files], manifest)
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
+    saved, aside = entries_of_policy(saved, model.layout, request.policy)
     if saved.lists_frozen and kind == "lora":  # of the base nothing is kept, and nothing says which it is
         saved = saved.only([i for i in range(saved.num_parameters) if i in saved.state])
     mapping = _map(saved, model, manifest, start)
@@ -211,7 +215,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     check_never_trained(saved, mapping, model, start)
     saved, mapping = without_frozen(saved, mapping, start)
     masters, copy = _masters(request, member, place, model, mapping)
-    mapping = replace(mapping, how=mapping.how + copy)
+    mapping = replace(mapping, how=mapping.how + aside + copy)
     state, facts["num_zero_elements"] = summarize(saved, mapping, model.layout)
     facts["optimizer_state"] = state
     movement = None
@@ -286,7 +290,7 @@ def _full_weights(request: Request) -> StoredModel:
             raise UnsupportedError(
                 f"{path}: {name}: expected none with full weights, got {given!r:.60}; it is for adapters, leave it out"
             )
-    weights = read_weights(path, "model")
+    weights = weights_of_policy(read_weights(path, "model"), request.policy)
     home = _configuration(path, request.base_model)
     skeleton = full_skeleton(home, weights)
     check_vocabulary(request.tokenizer_home, request.base_model, skeleton)

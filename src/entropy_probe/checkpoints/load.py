@@ -61,6 +61,7 @@ def load_checkpoint(
     quantization: Quantization | None = None,
     shard: bool = False,
     weights: Copy = "masters",
+    policy: str | None = None,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
 
@@ -89,6 +90,8 @@ def load_checkpoint(
         weights: of a checkpoint whose optimizer keeps float32 copies of rounded weights (DeepSpeed in bfloat16): those,
             which the optimizer steps, or ``rounded``, which the policy samples with. The mapping in the report says
             which.
+        policy: where one optimizer stepped a value model or head too (PPO), the policy's name in the module that both
+            are in (``policy``, ``pretrained_model``). The others' entries are set aside, and counted in the mapping.
 
     Raises:
         CheckpointError: if anything is missing, damaged, of another model, unsafe or not supported, as one of its
@@ -104,7 +107,7 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        request = Request(open_directory(Path(path)), base_model, adapter, quantization, weights)
+        request = Request(open_directory(Path(path)), base_model, adapter, quantization, weights, policy)
         examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
         tokenizer = load_tokenizer(request.tokenizer_home, examined.model.base or base_model)
@@ -161,6 +164,7 @@ def inspect_checkpoint(
     adapter: str | None = None,
     quantization: Quantization | None = None,
     weights: Copy = "masters",
+    policy: str | None = None,
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
@@ -174,6 +178,7 @@ def inspect_checkpoint(
         adapter: as there.
         quantization: as there.
         weights: as there.
+        policy: as there.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
@@ -182,7 +187,7 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            examined = examine(Request(directory, base_model, adapter, quantization, weights), facts)
+            examined = examine(Request(directory, base_model, adapter, quantization, weights, policy), facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
     return report_on(examined, facts)

@@ -367,7 +367,8 @@ def _from_pretrained(
             if what == "unexpected_keys" and heads == shown:
                 raise UnsupportedError(
                     f"{name}: not supported: a value head ({shown[0]}) beside the policy, whose entries the "
-                    "optimizer's state holds too; train it as a model of its own with an optimizer of its own"
+                    "optimizer's state holds too; pass policy, the policy's name in the module that both are in "
+                    "(policy: pretrained_model)"
                 )
             raise MismatchError(
                 f"{name}: expected weights for exactly the model of config.json, got {len(shown)} "

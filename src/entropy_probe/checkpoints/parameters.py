@@ -333,8 +333,8 @@ def _what_to_do(saved: SavedOptimizer, trainable: int, several: bool) -> str:
     if saved.num_parameters > trainable:
         return (
             f"{saved.num_parameters - trainable} entries more than the {trainable} trainable parameters: with PPO, one "
-            "optimizer over policy and value model, which is not supported (step the value model with an optimizer of "
-            "its own); otherwise pass the model this state was trained with, unedited"
+            "optimizer over policy and value model, pass policy, the policy's name in the module that both are in "
+            "(policy: policy); otherwise pass the model this state was trained with, unedited"
         )
     return (
         f"{trainable - saved.num_parameters} entries fewer than the {trainable} trainable parameters: if a part was "

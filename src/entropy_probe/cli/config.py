@@ -42,6 +42,7 @@ class RunConfig(BaseModel):
         quantization: the ``BitsAndBytesConfig`` with which training quantised the base model while loading it.
         weights: where the optimizer keeps float32 copies of rounded weights (DeepSpeed): those, which it steps, or
             ``rounded``, which the policy samples with.
+        policy: where one optimizer stepped a value model too (PPO), the policy's name in the module that both are in.
         output_dir: where the results go; new or empty, unless ``overwrite``.
         overwrite: whether to replace an earlier run in ``output_dir``.
         device: where the model runs; ``auto`` is CUDA where there is one.
@@ -71,6 +72,7 @@ class RunConfig(BaseModel):
     adapter: str | None = None
     quantization: dict[str, Any] | None = None
     weights: Literal["masters", "rounded"] = "masters"
+    policy: str | None = None
     output_dir: Path
     overwrite: bool = False
     device: Literal["cpu", "cuda", "auto"] = "auto"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_probe.cli.options import Adapter, BaseModel, Copy, Quantization, parse_quantization
+from entropy_probe.cli.options import Adapter, BaseModel, Copy, Policy, Quantization, parse_quantization
 
 __all__ = ["inspect"]
 
@@ -21,6 +21,7 @@ def inspect(
     adapter: Adapter = None,
     quantization: Quantization = None,
     weights: Copy = "masters",
+    policy: Policy = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show a checkpoint's optimizer state and whether it can be probed.
@@ -33,7 +34,9 @@ def inspect(
     from entropy_probe.report import checkpoint_section, print_sections
 
     settings = parse_quantization(quantization)
-    report = inspect_checkpoint(checkpoint, base_model, adapter=adapter, quantization=settings, weights=weights)
+    report = inspect_checkpoint(
+        checkpoint, base_model, adapter=adapter, quantization=settings, weights=weights, policy=policy
+    )
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json"), indent=2))
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["Adapter", "BaseModel", "Copy", "Quantization", "parse_quantization"]
+__all__ = ["Adapter", "BaseModel", "Copy", "Policy", "Quantization", "parse_quantization"]
 
 BaseModel = Annotated[
     str | None,
@@ -25,6 +25,10 @@ Quantization = Annotated[
 Copy = Annotated[
     Literal["masters", "rounded"],
     typer.Option(help="Which weights, where the optimizer keeps float32 copies of rounded ones (DeepSpeed)."),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="The policy's name in the module of one optimizer over it and a value model (PPO)."),
 ]
 
 

@@ -80,6 +80,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         quantization=config.quantization,
         shard=config.shard,
         weights=config.weights,
+        policy=config.policy,
     )
 
 

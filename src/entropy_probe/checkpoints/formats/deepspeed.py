@@ -21,7 +21,6 @@ from entropy_probe.checkpoints.errors import (
     DamagedFileError,
     MismatchError,
     MissingFileError,
-    UnsafeFileError,
     UnsupportedError,
     shown,
 )
@@ -116,9 +115,7 @@ def _folder(path: Path) -> Path | None:
         return folders[-1] if folders else None
     name = latest.read_bytes()[:300].decode("utf-8", "replace").strip()
     if not name.isprintable() or Path(name).name != name or name in ("", ".", ".."):
-        raise UnsafeFileError(
-            f"{latest}: expected the name of a folder beside it, got {shown(name, 100)}; it was not read"
-        )
+        return None  # not a folder beside it
     return path / name if any((path / name).glob("*_states.pt")) else None
 
 
