@@ -262,13 +262,15 @@ def _inner(request: Request, inner: InnerAdapter, facts: dict[str, Any]) -> Stor
         )
     given = request.base_model or (inner.home if inner.home is not None and inner.base is not None else None)
     base = facts["base_model"] = find_base(path, path, given, recorded)
-    if inner.base is None:
+    under = inner.base
+    if under is None:
         skeleton, _ = base_skeleton(base, None)
     else:
-        skeleton = full_skeleton(base, inner.base)
+        skeleton = full_skeleton(base, under)
+        check_finite(under)
         if has_weights(Path(base), "model"):
-            check_same_base(inner.base, read_weights(Path(base), "model"), base)
-        check_finite(inner.base)
+            check_same_base(under, read_weights(Path(base), "model"), base)
+            under = under if request.weights == "rounded" else None  # which may be rounded; the given one is not
     check_vocabulary(request.tokenizer_home, base, skeleton)
     layout, expected = adapter_layout(skeleton, path, inner.name, config)
     check_shapes(inner.weights.files[0], inner.weights.shapes, expected)
@@ -279,7 +281,7 @@ def _inner(request: Request, inner: InnerAdapter, facts: dict[str, Any]) -> Stor
         base=base,
         adapter=inner.name,
         adapter_config=config,
-        base_weights=inner.base,
+        base_weights=under,
     )
 
 

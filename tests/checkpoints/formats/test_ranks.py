@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.checkpoints import CheckpointError, CheckpointState, inspect_checkpoint, load_checkpoint
 from entropy_probe.steps.adamw import optimizer_parameters, shadow_step
-from tests.checkpoints.ranks.make import CASES, HERE, LORA
+from tests.checkpoints.ranks.make import CASES, HERE, LORA, SIZES
 
 VERL = [case for case in CASES if case.startswith("fsdp")]
 ZERO = [case for case in CASES if case.startswith("zero")]
@@ -324,7 +325,7 @@ FAULTS: dict[str, tuple[list[str], Callable[[Path, Path], Any], str]] = {
     ),
     "padding of FSDP1 that is not 0": (
         ["fsdp1-tied"],
-        lambda folder, other: rewrite(rank_file(folder, "optim", 2), spoil(0, -1, 1.0)),
+        lambda folder, other: rewrite(rank_file(folder, "optim", 4), spoil(0, -1, 1.0)),
         "expected 1 zeros behind the parameters, got other numbers",
     ),
     "NaN in a moment": (
@@ -342,10 +343,15 @@ FAULTS: dict[str, tuple[list[str], Callable[[Path, Path], Any], str]] = {
         lambda folder, other: overwrite(rank_file(folder, "optim", 0), 2, 8, struct.pack("<f", -1.0)),
         "exp_avg_sq: expected values of at least 0",
     ),
-    "padding of ZeRO that is not 0": (
-        ["zero2-full", "zero3-full"],
-        lambda folder, other: overwrite(rank_file(folder, "optim", 3), 1, -4, struct.pack("<f", 1.0)),
-        "expected [0-9]+ zeros behind the parameters, got other numbers",
+    "padding of a partition that is not 0": (
+        ["zero2-full"],
+        lambda folder, other: overwrite(rank_file(folder, "optim", 3), 4, -4, struct.pack("<f", 1.0)),
+        "expected 4 zeros behind the parameters, got other numbers",
+    ),
+    "padding of a parameter that is not 0": (
+        ["zero3-full"],
+        lambda folder, other: overwrite(rank_file(folder, "optim", 3), 4, 4 * 3, struct.pack("<f", 1.0)),
+        r"k_proj\.bias: exp_avg: expected 2 zeros behind the parameters, got other numbers",
     ),
     "a master that is not what the model rounds": (
         ["zero2-full"],
@@ -393,7 +399,6 @@ def test_a_fault_is_one_line(unpacked, tmp_path, fault, case, capsys):
 @pytest.mark.parametrize("case", ["fsdp2-full", "fsdp2-lora", "zero2-full", "zero3-full", "zero2-lora"])
 def test_another_base_of_the_same_shapes_is_noticed(unpacked, tmp_path, case):
     from entropy_probe.demo.policy import build_model
-    from tests.checkpoints.ranks.make import SIZES
 
     build_model("qwen2", initializer_range=0.2, seed=7, **SIZES).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"from which training started, got a cosine of|on another base model"):
@@ -420,3 +425,31 @@ def test_a_swap_shows_by_the_place_in_the_mesh_too(unpacked, tmp_path):
         CheckpointError, match=r"expected the part of rank 0 in the file of rank 0, got that of place .1."
     ):
         load_checkpoint(folder)
+
+
+def rollouts(seed: int) -> Rollouts:
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, SIZES["vocab_size"], (12, 9), generator=random)
+    return Rollouts(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        response_mask=torch.arange(9).expand_as(ids) >= 3,
+        prompt_ids=torch.arange(12) // 3,
+        advantages=torch.randn(12, generator=random),
+    )
+
+
+@pytest.mark.parametrize("case", ["fsdp1-tied", "fsdp2-lora", "fsdp2-full", "zero1-full", "zero2-full", "zero3-lora"])
+def test_the_prediction_is_that_of_the_same_state_in_a_plain_checkpoint(unpacked, tmp_path, case):
+    directory = unpacked(case)
+    state = load(directory)
+    state.model.save_pretrained(tmp_path)
+    torch.save(state.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    plain = load_checkpoint(tmp_path, base_model=directory / "base")
+    config = ProbeConfig(loss_type="grpo")
+    found, expected = (
+        EntropyProbe(s.model, s.optimizer, config).predict(update=rollouts(1), evaluation=rollouts(2)).predicted.value
+        for s in (state, plain)
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert abs(found) > 1e-7

@@ -29,7 +29,7 @@ SIZES = {"vocab_size": 31, "hidden_size": 12, "num_heads": 2, "num_key_value_hea
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 BOTH = ("exp_avg", "exp_avg_sq")
 MOMENTS = {"fsdp1-original": ("exp_avg_sq",)}  # of which torch 2.13 gathers exp_avg_sq under both names on a CPU
-RANKS = {"fsdp1-tied": 3, "fsdp2-copies": 4, "zero2-full": 4, "zero3-full": 4}
+RANKS = {"fsdp1-tied": 5, "fsdp2-copies": 4, "zero2-full": 4, "zero3-full": 4}
 CASES = (
     *("fsdp2-full", "fsdp2-lora", "fsdp2-frozen", "fsdp2-copies"),
     *("fsdp1-full", "fsdp1-tied", "fsdp1-lora", "fsdp1-original", "fsdp1-shards"),
