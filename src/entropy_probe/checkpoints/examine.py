@@ -188,12 +188,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     global_step = facts["global_step"] = read_global_step(path)
     member, place = find_optimizer(path)
     saved = member.optimizer(place)
-    facts |= {
-        "optimizer": saved.kind.name,
-        "groups": saved.group_reports(),
-        "num_with_exp_avg_sq": saved.count("exp_avg_sq"),
-        "num_with_step": saved.count("step"),
-    }
+    facts |= _facts(saved)
     check_entries(saved)
     if inner is not None:
         model = _inner(request, inner, facts)
@@ -205,6 +200,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     check_finite(model.weights)
     start = request.starting_point(manifest) if kind == "full" else None
     saved, aside = entries_of_policy(saved, model.layout, request.policy)
+    facts |= _facts(saved)
     if saved.lists_frozen and kind == "lora":  # of the base nothing is kept, and nothing says which it is
         saved = saved.only([i for i in range(saved.num_parameters) if i in saved.state])
     mapping = _map(saved, model, manifest, start)
@@ -225,6 +221,15 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     else:
         facts["movement_not_checked"] = reference
     return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, masters)
+
+
+def _facts(saved: SavedOptimizer) -> dict[str, Any]:
+    return {
+        "optimizer": saved.kind.name,
+        "groups": saved.group_reports(),
+        "num_with_exp_avg_sq": saved.count("exp_avg_sq"),
+        "num_with_step": saved.count("step"),
+    }
 
 
 def _kind(path: Path) -> Literal["lora", "full"]:

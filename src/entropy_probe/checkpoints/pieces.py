@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -12,14 +13,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, UnsupportedError, shown
+from entropy_probe.checkpoints.errors import (
+    CheckpointError,
+    DamagedFileError,
+    MismatchError,
+    UnsupportedError,
+    first_line,
+    shown,
+)
 from entropy_probe.checkpoints.objects import Names
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 from entropy_probe.checkpoints.safe_read import StandIn
 
-__all__ = ["DTENSORS", "Part", "Whole", "check_padding", "joined", "optimizer_of_entries", "span"]
+__all__ = ["DTENSORS", "Part", "Whole", "as_written_by", "check_padding", "joined", "optimizer_of_entries", "span"]
 
 COPY = "copy the checkpoint again"
+
+
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError, MemoryError)
+
+
+@contextmanager
+def as_written_by(maker: str, place: Path) -> Iterator[None]:
+    """Turn what malformed values raise into one line, for files of several ranks that can each be read.
+
+    Raises:
+        DamagedFileError: with what was raised.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _MALFORMED as error:
+        raise DamagedFileError(
+            f"{place}: expected files as {maker} writes them, got others: {type(error).__name__}: "
+            f"{first_line(error, 100)}; {COPY}"
+        ) from error
 
 
 class Whole(NamedTuple):

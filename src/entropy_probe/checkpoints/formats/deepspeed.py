@@ -28,7 +28,7 @@ from entropy_probe.checkpoints.formats.base import NO_TRAINER_STATE, CheckpointF
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import Names, read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.checkpoints.pieces import DTENSORS, Whole, optimizer_of_entries
+from entropy_probe.checkpoints.pieces import DTENSORS, Whole, as_written_by, optimizer_of_entries
 from entropy_probe.checkpoints.safe_read import StandIn
 from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters
 from entropy_probe.results.note import Note
@@ -56,6 +56,10 @@ class DeepSpeed(CheckpointFormat):
 
     def optimizer(self, place: Path) -> SavedOptimizer:
         """Its state by name: each parameter put together from its pieces."""
+        with as_written_by("DeepSpeed", place):
+            return self._optimizer(place)
+
+    def _optimizer(self, place: Path) -> SavedOptimizer:
         saved = _Saved.read(place)
         keys = sorted({key for own in saved.buffers for key in own.kept})
         kept = {key: saved.parameters(key) for key in keys}
@@ -70,7 +74,8 @@ class DeepSpeed(CheckpointFormat):
 
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """The float32 masters, one for each trained parameter."""
-        saved = _Saved.read(place)
+        with as_written_by("DeepSpeed", place):
+            saved = _Saved.read(place)
         return {name: _stored(saved.files[0], whole) for name, whole in saved.parameters("master").items()}
 
     def weights_at(self, path: Path) -> Path | None:
@@ -79,7 +84,8 @@ class DeepSpeed(CheckpointFormat):
 
     def weights(self, place: Path) -> Weights:
         """The rounded weights that the model computes with, and what was frozen."""
-        saved = _Saved.read(place)
+        with as_written_by("DeepSpeed", place):
+            saved = _Saved.read(place)
         file, tensors = saved.model_files[0], dict(saved.frozen)
         for name, whole in saved.parameters("master").items():
             tensors[name] = Whole(whole.shape, saved.dtype, partial(_rounded, whole, saved.dtype))
@@ -237,7 +243,9 @@ def _files(place: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 def _part(file: Path, *keys: str) -> dict[str, Any]:
     content = read_objects(file, _NAMES, _OTHER)
     if not isinstance(content, dict) or not set(keys) <= content.keys():
-        raise UnsupportedError(f"{file}: expected DeepSpeed's {', '.join(keys)}, got {shown(content, 100)}; {_COPY}")
+        raise UnsupportedError(
+            f"{file}: expected DeepSpeed's {', '.join(keys)}, got {shown(list(content), 100)}; {_COPY}"
+        )
     return content
 
 

@@ -28,7 +28,7 @@ from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTenso
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.checkpoints.pieces import DTENSORS, Part, Whole, joined, optimizer_of_entries
+from entropy_probe.checkpoints.pieces import DTENSORS, Part, Whole, as_written_by, joined, optimizer_of_entries
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.results.note import Note
 
@@ -47,6 +47,10 @@ class Verl(CheckpointFormat):
 
     def optimizer(self, place: Path) -> SavedOptimizer:
         """Its state, by name where the model's files are there too."""
+        with as_written_by("verl", place):
+            return self._optimizer(place)
+
+    def _optimizer(self, place: Path) -> SavedOptimizer:
         files = _rank_files(place, "optim")
         saved = [_optimizer_state(file) for file in files]
         first = saved[0]
@@ -66,7 +70,8 @@ class Verl(CheckpointFormat):
 
     def weights(self, place: Path) -> Weights:
         """Every tensor put together from its parts; tied ones are there under each name."""
-        model = _Model.read(place)
+        with as_written_by("verl", place):
+            model = _Model.read(place)
         return Weights(
             model.files, {name: StoredTensor(model.files[0], x.shape, x.read) for name, x in model.tensors.items()}
         )
@@ -194,6 +199,10 @@ def _by_parameter(
         for index, entry in state.items():
             for key, value in entry.items():
                 values.setdefault(index, {}).setdefault(key, []).append(value)
+    for index, entry in values.items():
+        own = [state[index].keys() for state in states if index in state]
+        if any(keys != entry.keys() for keys in own):
+            raise MismatchError(f"{where}: parameter {index}: expected {sorted(entry)} on all ranks, got less; {_COPY}")
     numbers = {
         index: {key: _number(f"{where}: parameter {index}: {key}", x) for key, x in entry.items() if _is_number(x[0])}
         for index, entry in values.items()
