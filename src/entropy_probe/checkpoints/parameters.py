@@ -31,6 +31,7 @@ __all__ = [
     "grouping_rules",
     "layout_of",
     "map_parameters",
+    "names_in_file",
     "repeat_layers",
     "thin_out",
     "treats_layers_alike",
@@ -214,7 +215,7 @@ def map_parameters(saved: SavedOptimizer, layout: Layout, manifest: Manifest | N
     shapes = layout.shapes
     recorded: list[tuple[tuple[str, ...], str]] = []
     if any("param_names" in group for group in saved.groups):
-        recorded.append((_names_in_file(saved), f"names ({saved.num_parameters} tensors)"))
+        recorded.append((names_in_file(saved), f"names ({saved.num_parameters} tensors)"))
     if manifest is not None:
         manifest.check_optimizer(saved.path, saved.groups)
         recorded.append((manifest.names, manifest.proof))
@@ -232,7 +233,12 @@ def map_parameters(saved: SavedOptimizer, layout: Layout, manifest: Manifest | N
     return _replay_rules(saved, layout)
 
 
-def _names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
+def names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
+    """The names that its groups have, in the order of entries and of the unwrapped model.
+
+    Raises:
+        MappingError: if a group has not one for each of its parameters.
+    """
     names: list[str] = []
     for i, group in enumerate(saved.groups):
         group_names = group.get("param_names")

@@ -13,7 +13,7 @@ from entropy_probe.checkpoints.errors import MappingError
 from entropy_probe.checkpoints.formats import Weights
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-from entropy_probe.checkpoints.parameters import Layout, grouping_rules
+from entropy_probe.checkpoints.parameters import Layout, grouping_rules, names_in_file
 
 __all__ = ["HEADS", "entries_of_policy", "weights_of_policy"]
 
@@ -70,7 +70,7 @@ def _only(saved: SavedOptimizer, kept: tuple[int, ...]) -> tuple[SavedOptimizer,
 
 
 def _by_name(saved: SavedOptimizer, layout: Layout, policy: str | None) -> tuple[SavedOptimizer, str]:
-    names = [plain_name(name) for group in saved.groups for name in group["param_names"]]
+    names = names_in_file(saved)
     shapes = layout.shapes
     if policy is None and set(names) == shapes.keys():
         return saved, ""
