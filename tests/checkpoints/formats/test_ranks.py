@@ -17,6 +17,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.checkpoints import CheckpointError, CheckpointState, inspect_checkpoint, load_checkpoint
+from entropy_probe.checkpoints.formats import deepspeed
 from entropy_probe.steps.adamw import optimizer_parameters, shadow_step
 from tests.checkpoints.ranks.make import CASES, HERE, LORA, SIZES
 
@@ -453,3 +454,58 @@ def test_the_prediction_is_that_of_the_same_state_in_a_plain_checkpoint(unpacked
     )
     assert found == pytest.approx(expected, rel=1e-6)
     assert abs(found) > 1e-7
+
+
+@pytest.mark.parametrize("case", ["fsdp1-lora", "fsdp2-lora"])
+def test_an_adapter_saved_alone_is_put_on_the_base_model(unpacked, tmp_path, case):
+    """As with verl's ``save_lora_only``."""
+    import torch.distributed.tensor  # to load DTensors
+
+    directory = unpacked(case)
+    folder = Path(shutil.copytree(place(directory, 2), tmp_path / "actor"))
+    for file in folder.glob("model_*"):
+        rewrite(file, lambda saved: [saved.pop(name) for name in list(saved) if "lora_" not in name])
+    alone, whole = load_checkpoint(folder, base_model=directory / "base"), load(directory)
+    theirs = dict(whole.model.named_parameters())
+    for name, parameter in alone.model.named_parameters():
+        assert torch.equal(parameter, theirs[name])
+        if parameter.requires_grad:
+            moments = (s.optimizer.state[p]["exp_avg"] for s, p in ((alone, parameter), (whole, theirs[name])))
+            assert torch.equal(*moments)
+    with pytest.raises(CheckpointError, match="expected a name, got None; pass base_model"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("type_", "decoupled"), [("AdamW", True), ("Adam", True), (None, None)])
+def test_deepspeeds_own_adam_has_torchs_step(unpacked, monkeypatch, type_, decoupled):
+    """Its groups have other settings, and counts that are plain numbers."""
+    read = deepspeed.read_objects
+
+    def own(path: Path, names: Any, instead: str) -> Any:
+        content = read(path, names, instead)
+        if "optimizer_state_dict" in content:
+            content["ds_config"]["optimizer"] = {"type": type_} if type_ else None
+            state = content["optimizer_state_dict"]["base_optimizer_state"]
+            kept = ("lr", "betas", "eps", "weight_decay", "params")
+            state["param_groups"] = [
+                {key: group[key] for key in kept} | {"bias_correction": True, "step": 0}
+                for group in state["param_groups"]
+            ]
+            for entry in state["state"].values():
+                entry["step"] = int(entry["step"])
+        return content
+
+    directory = unpacked("zero2-full")
+    expected = load(directory)
+    monkeypatch.setattr(deepspeed, "read_objects", own)
+    state = load(directory)
+    group = state.optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (1e-3, (0.9, 0.95))
+    theirs = dict(expected.model.named_parameters())
+    parameters = optimizer_parameters(state.model, state.optimizer)
+    assert all(
+        torch.equal(state.optimizer.state[p]["exp_avg"], expected.optimizer.state[theirs[n]]["exp_avg"])
+        for n, p in parameters.items()
+    )
+    said = [note.code for note in state.report.notes]
+    assert said == ([] if decoupled else ["weight_decay_unknown"])

@@ -159,7 +159,10 @@ class _Saved:
         models = [_part(file, "module", "param_shapes", "dp_world_size") for file in model_files]
         parts = [_part(file, "optimizer_state_dict") for file in files]
         _check_ranks(place, models, model_files, files)
-        states = [_zero_state(file, part["optimizer_state_dict"]) for file, part in zip(files, parts, strict=True)]
+        states = [
+            _zero_state(file, part["optimizer_state_dict"], part.get("ds_config"))
+            for file, part in zip(files, parts, strict=True)
+        ]
         first, shapes = models[0], _shapes(model_files[0], models[0]["param_shapes"])
         for file, model in zip(model_files, models, strict=True):
             if _shapes(file, model["param_shapes"]) != shapes or model.get("global_steps") != first.get("global_steps"):
@@ -305,7 +308,7 @@ class _ZeroState:
     by_slices: bool
 
 
-def _zero_state(file: Path, saved: Any) -> _ZeroState:
+def _zero_state(file: Path, saved: Any, config: Any) -> _ZeroState:
     if isinstance(saved, dict) and "fp32_flat_groups" in saved:
         state, masters, slices = saved.get("optimizer_state_dict"), saved["fp32_flat_groups"], None
     elif isinstance(saved, dict) and {"base_optimizer_state", "single_partition_of_fp32_groups"} <= saved.keys():
@@ -337,16 +340,22 @@ def _zero_state(file: Path, saved: Any) -> _ZeroState:
         {**entry, "master": master, "slices": None if slices is None else slices[i]}
         for i, (entry, master) in enumerate(zip(entries, masters, strict=True))
     ]
-    return _ZeroState([_settings(file, group) for group in state["param_groups"]], partitions, slices is not None)
+    return _ZeroState(
+        [_settings(file, group, config) for group in state["param_groups"]], partitions, slices is not None
+    )
 
 
-def _settings(file: Path, group: dict[str, Any]) -> dict[str, Any]:
+def _settings(file: Path, group: dict[str, Any], config: Any) -> dict[str, Any]:
     """A group as torch's Adam has it; DeepSpeed's own have the same step, and other settings that say so."""
     own = {key: value for key, value in group.items() if key not in ("step", "bias_correction")}
     if not group.get("bias_correction", True):
         raise UnsupportedError(f"{file}: not supported: Adam without bias correction; train with it")
     if "bias_correction" in group:
         own.setdefault("amsgrad", False)
+        made = (config or {}).get("optimizer") or {}  # by DeepSpeed from its configuration, else by the trainer
+        kind, decoupled = str(made.get("type")).lower(), (made.get("params") or {}).get("adam_w_mode", True)
+        if kind in ("adam", "adamw"):
+            own.setdefault("decoupled_weight_decay", kind == "adamw" or bool(decoupled))
     return own
 
 

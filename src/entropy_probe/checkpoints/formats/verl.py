@@ -246,8 +246,15 @@ def _by_flat_parameter(
         )
     shapes = {name: x.shape for name, x in model.tensors.items()}
     keys = sorted({key for entry in tensors.values() for key in entry})
+    if all(map(_is_adapters, shapes)):  # saved alone; the units of the base have no state
+        names, kept = list(shapes), sorted(tensors)
+        tensors, numbers = ({i: own[k] for i, k in enumerate(kept)} for own in (tensors, numbers))
+        count = len(names)
     for names in model.parameter_lists():
-        units = units_of(names, [name.rpartition(".")[0] for name in names if _is_adapters(name)])
+        alone = all(map(_is_adapters, names))
+        units = (
+            [[n] for n in names] if alone else units_of(names, [n.rpartition(".")[0] for n in names if _is_adapters(n)])
+        )
         ways = {
             key: {i: _one_copy(f"{where}: {key} {i}", entry[key], model.copies) for i, entry in tensors.items()}
             for key in keys
