@@ -13,6 +13,7 @@ from tests.checkpoints.conftest import edit_optimizer, edit_tensors
 
 LAYOUTS = {
     "DeepSpeed": ["mp_rank_00_model_states.pt", "zero_to_fp32.py", "latest"],
+    "DeepSpeed-Universal": ["zero/model.norm.weight/exp_avg.pt", "zero/model.norm.weight/fp32.pt"],
     "Megatron": ["mp_rank_01/distrib_optim.pt"],
     "checkpoint of Megatron": [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
     "torchtune": ["recipe_state/recipe_state.pt", "model-00001.safetensors"],

@@ -160,6 +160,11 @@ _TRACES = (
         "on its own machine, copy the files of all into one folder",
     ),
     _Trace(
+        ("zero/*/exp_avg.pt",),
+        "a checkpoint of DeepSpeed-Universal, with a file per parameter, which is not read",
+        "pass the global_stepN that it was converted from",
+    ),
+    _Trace(
         ("mp_rank_*/distrib_optim.pt", "mp_rank_*/model_optim_rng.pt", "common.pt"),
         "a checkpoint of Megatron, whose optimizer's state in buckets of its own is not read",
         f"Megatron-Bridge converts the weights only; {_ANOTHER_SAVE}",
