@@ -30,7 +30,7 @@ __all__ = ["DTENSORS", "Part", "Whole", "as_written_by", "check_padding", "joine
 COPY = "copy the checkpoint again"
 
 
-_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError, MemoryError)
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, MemoryError)
 
 
 @contextmanager

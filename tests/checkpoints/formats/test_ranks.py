@@ -373,6 +373,14 @@ FAULTS: dict[str, tuple[list[str], Callable[[Path, Path], Any], str]] = {
         ],
         "expected state for each of 27 parameters, got none for 12",
     ),
+    "groups in another order": (
+        ["fsdp1-full"],
+        lambda folder, other: [
+            rewrite(rank_file(folder, "optim", rank), lambda saved: saved["param_groups"][0].update(params=[0, 2, 1]))
+            for rank in (0, 1)
+        ],
+        r"expected the groups to number parameters 0, 1, 2 .*got \[0, 2, 1\]",
+    ),
     "groups that differ between ranks": (
         ["fsdp1-full"],
         lambda folder, other: rewrite(

@@ -193,7 +193,10 @@ def _by_parameter(
     where: Path, states: Sequence[Mapping[int, Any]], groups: list[dict[str, Any]], model: _Model | None
 ) -> tuple[Entries, list[dict[str, Any]]]:
     """State and groups by the parameters' names, or where no names are known, or do not fit, by their numbers."""
-    count = sum(len(group["params"]) for group in groups)
+    order = [index for group in groups for index in group["params"]]
+    count = len(order)
+    if order != list(range(count)):
+        raise MappingError(f"{where}: expected the groups to number parameters 0, 1, 2 …, got {shown(order)}; {_COPY}")
     values: dict[int, dict[str, list[Any]]] = {}
     for state in states:
         for index, entry in state.items():
