@@ -75,14 +75,15 @@ def both_ways(tmp_path, build, settings, adapter):
     model = get_peft_model(whole, peft_config, adapter_name=adapter, low_cpu_mem_usage=True)
     peft_config.save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    config = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps(config))
     stored = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     expected = layout_of(model), {name: tuple(x.shape) for name, x in stored.items()}
     if any(key.endswith("base_layer.bias") and key not in stored for key in expected[0].parameters):
         with pytest.raises(UnsupportedError, match="biases that the installed peft does not save"):
-            models.adapter_layout(base, tmp_path, adapter)
+            models.adapter_layout(base, tmp_path, adapter, config)
         pytest.skip("refused: this peft does not save the trained biases")
-    return models.adapter_layout(base, tmp_path, adapter), expected, json.loads(file.read_text())
+    return models.adapter_layout(base, tmp_path, adapter, config), expected, config
 
 
 @pytest.mark.parametrize("settings", [*ALIKE.values(), *APART.values()], ids=[*ALIKE, *APART])
@@ -125,7 +126,7 @@ def test_trained_biases_that_peft_does_not_save_are_refused(tmp_path, monkeypatc
     with torch.device("meta"):
         base = _qwen2()
     with pytest.raises(UnsupportedError, match=r"installed peft does not save .*q_proj\.base_layer\.bias"):
-        models.adapter_layout(base, tmp_path, "default")
+        models.adapter_layout(base, tmp_path, "default", json.loads((tmp_path / "adapter_config.json").read_text()))
 
 
 def test_kinds_are_told_by_structure():

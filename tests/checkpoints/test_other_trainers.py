@@ -12,8 +12,8 @@ from entropy_probe.checkpoints.directory import checkpoints_below, find_optimize
 from tests.checkpoints.conftest import assert_same, edit_optimizer, edit_tensors, parameter_names
 
 LAYOUTS = {
-    "verl, SkyRL or AReaL": ["optim_world_size_4_rank_3.pt", "model_world_size_4_rank_3.pt", "huggingface/config.json"],
-    "DeepSpeed": ["global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt", "latest"],
+    "DeepSpeed": ["mp_rank_00_model_states.pt", "zero_to_fp32.py", "latest"],
+    "DeepSpeed-Universal": ["zero/model.norm.weight/exp_avg.pt", "zero/model.norm.weight/fp32.pt"],
     "Megatron": ["mp_rank_01/distrib_optim.pt"],
     "checkpoint of Megatron": [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
     "torchtune": ["recipe_state/recipe_state.pt", "model-00001.safetensors"],
@@ -54,7 +54,7 @@ def test_weights_in_a_piece_for_each_rank_are_named(tmp_path):
 
 
 def test_a_folder_beside_the_files_of_another_trainer_is_named_too(tmp_path):
-    touch(tmp_path, LAYOUTS["verl, SkyRL or AReaL"])
+    touch(tmp_path, ["optim_world_size_4_rank_3.pt", "model_world_size_4_rank_3.pt", "huggingface/config.json"])
     assert "verl" in (whose_directory(tmp_path / "huggingface") or "")
 
 

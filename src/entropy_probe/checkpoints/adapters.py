@@ -104,7 +104,11 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         CheckpointError: if it is damaged, not LoRA, asks for a module to be imported, or has an impossible scale.
     """
     file = path / "adapter_config.json"
-    config = read_json(file)
+    return check_adapter_config(file, read_json(file))
+
+
+def check_adapter_config(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an adapter, checked as in :func:`read_adapter_config`; ``file`` is for messages."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedError(

@@ -142,18 +142,26 @@ class _Trace:
     remedy: str
 
 
-_ANOTHER_SAVE = "what is read: the Hugging Face Trainer's on one GPU, DDP or FSDP2, and torch.distributed.checkpoint"
+_ANOTHER_SAVE = (
+    "what is read: the Hugging Face Trainer's, DeepSpeed's, verl's with FSDP, and torch.distributed.checkpoint"
+)
 _TRACES = (
     _Trace(
-        ("optim_world_size_*_rank_*.pt",),
-        "a checkpoint of verl, SkyRL or AReaL, whose optimizer's state in optim_world_size_W_rank_R.pt is not read yet",
-        f"verl's model merger converts the weights only; {_ANOTHER_SAVE}",
+        ("*_world_size_*_rank_*.pt",),
+        "a folder of verl, SkyRL or AReaL's that is none",
+        "pass the one with optim_world_size_W_rank_R.pt and model_world_size_W_rank_R.pt of every rank (actor or "
+        "policy), saved with save_contents: [model, optimizer, extra]",
     ),
     _Trace(
-        ("*_optim_states.pt", "mp_rank_*_model_states.pt", "zero_to_fp32.py"),
-        "a checkpoint of DeepSpeed (OpenRLHF, or the Trainer with it), whose optimizer's state in "
-        "global_stepN/*_optim_states.pt is not read yet",
-        f"zero_to_fp32.py converts the weights only; {_ANOTHER_SAVE}",
+        ("*_optim_states.pt", "*mp_rank_*_model_states.pt", "zero_to_fp32.py"),
+        "a folder of DeepSpeed's (OpenRLHF, or the Trainer with it) that is none",
+        "pass the one with *_optim_states.pt of every rank, global_stepN or that above with latest; every rank saves "
+        "on its own machine, copy the files of all into one folder",
+    ),
+    _Trace(
+        ("zero/*/exp_avg.pt",),
+        "a checkpoint of DeepSpeed-Universal, with a file per parameter, which is not read",
+        "pass the global_stepN that it was converted from",
     ),
     _Trace(
         ("mp_rank_*/distrib_optim.pt", "mp_rank_*/model_optim_rng.pt", "common.pt"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from torch import nn
 
 from entropy_probe.checkpoints.adapters import (
     FourBit,
@@ -17,30 +16,50 @@ from entropy_probe.checkpoints.adapters import (
     find_base,
     read_adapter_config,
     refuse_unmentioned,
-    starting_at_zero,
     trained_adapter,
 )
+from entropy_probe.checkpoints.confirm import (
+    check_never_trained,
+    check_tied,
+    movement_status,
+    movements,
+    without_untrained,
+)
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, read_global_step
-from entropy_probe.checkpoints.errors import MismatchError, MissingFileError, UnsupportedError
-from entropy_probe.checkpoints.evidence import check_adapter_never_trained, check_movement, check_weights_never_trained
-from entropy_probe.checkpoints.formats import CheckpointFormat, Weights
-from entropy_probe.checkpoints.grouping import policy_entries
+from entropy_probe.checkpoints.errors import MissingFileError, UnsupportedError
+from entropy_probe.checkpoints.evidence import check_movement
+from entropy_probe.checkpoints.formats import CheckpointFormat, StoredTensor, Weights, home_of
+from entropy_probe.checkpoints.inner_adapter import (
+    base_among,
+    configuration,
+    name_among,
+    refuse_adapter,
+    split_adapter,
+    written_config,
+)
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
 from entropy_probe.checkpoints.mapping import ParameterMapping, StatedMapping, map_parameters, without_frozen
-from entropy_probe.checkpoints.models import adapter_layout, base_skeleton, embedding_names, full_skeleton
+from entropy_probe.checkpoints.masters import Copy, check_masters, described
+from entropy_probe.checkpoints.models import (
+    AdapterFiles,
+    adapter_layout,
+    base_skeleton,
+    embedding_names,
+    full_skeleton,
+)
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.parameters import Layout, layout_of
+from entropy_probe.checkpoints.policy_part import entries_of_policy, weights_of_policy
 from entropy_probe.checkpoints.tokenizer import check_vocabulary
 from entropy_probe.checkpoints.training_run import TrainingRun
 from entropy_probe.checkpoints.weights import (
     check_base,
     check_finite,
+    check_related,
     check_shapes,
     has_weights,
     read_weights,
-    refuse_adapter,
-    split_adapter,
     unchanged,
 )
 from entropy_probe.results.checkpoint import MovementReport
@@ -59,6 +78,8 @@ class Request:
         adapter: the name of the trained adapter.
         quantization: how training quantised the base model.
         mapping: which parameters the entries of a file without names belong to.
+        weights: which copy of the weights to take where the optimizer keeps another.
+        policy: the policy's name in the module that the optimizer is over, where there is a value model beside it.
         any_trainer: whether the loss may be one that is not modelled.
     """
 
@@ -67,7 +88,14 @@ class Request:
     adapter: str | None = None
     quantization: Quantization | None = None
     mapping: StatedMapping | None = None
+    weights: Copy = "masters"
+    policy: str | None = None
     any_trainer: bool = False
+
+    @property
+    def tokenizer_home(self) -> Path:
+        """Where to look for a tokenizer first: where the trainer puts it, unless a base model is given."""
+        return self.path if self.base_model is not None else home_of(self.path)
 
     def starting_point(self, manifest: Manifest | None) -> Path | None:
         """The weights that full-weight training started from, where they are given or recorded, and local.
@@ -99,6 +127,7 @@ class StoredModel:
         adapter: the adapter's name; None for full weights.
         adapter_config: its configuration.
         quantization: how the base model is quantised; None for plain weights.
+        base_weights: the base model's weights where they are taken from those with the adapter's.
     """
 
     directory: Path
@@ -110,6 +139,22 @@ class StoredModel:
     adapter: str | None = None
     adapter_config: dict[str, Any] = field(default_factory=dict)
     quantization: FourBit | None = None
+    base_weights: Weights | None = None
+
+    @property
+    def adapter_files(self) -> AdapterFiles | None:
+        """The adapter and what it is put on; None for full weights."""
+        if self.base is None or self.adapter is None:
+            return None
+        return AdapterFiles(
+            self.directory,
+            self.adapter,
+            self.adapter_config,
+            self.weights,
+            self.base,
+            self.base_weights,
+            self.quantization,
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +172,7 @@ class Examined:
         state: what the moments cover.
         movement: the check of entries of equal shape, where the weights' starting point is known.
         run: the trainer's settings and log.
+        masters: the optimizer's own copy of the trained weights, where it has one that is to be taken.
         num_others: the optimizer's entries of another model, which were set aside.
     """
 
@@ -140,6 +186,7 @@ class Examined:
     state: OptimizerStateReport
     movement: MovementReport | None
     run: TrainingRun
+    masters: Mapping[str, StoredTensor]
     num_others: int
 
 
@@ -166,70 +213,124 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     run = TrainingRun.of(path, member, global_step)
     facts |= run.facts()
     saved = member.optimizer(place)
-    facts |= {
+    facts |= _facts(saved)
+    check_entries(saved)
+    model = _adapter(request, manifest, facts) if kind == "lora" else _full_weights(request)
+    if manifest is not None:
+        own = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
+        settings = [] if run.settings is None else [run.settings.file]
+        check_recorded(path, [saved.path, own, *model.weights.files, *settings], manifest)
+    check_finite(model.weights)
+    start = request.starting_point(manifest) if kind == "full" else None
+    saved, num_others, aside = _of_policy(saved, model, manifest, request, start)
+    facts |= _facts(saved)
+    mapping = _map(saved, model, manifest, request, start)
+    check_tied(model, mapping)
+    if start is not None:
+        check_related(model.weights, read_weights(start, "model"), str(start))
+    saved = saved.loaded()
+    check_never_trained(saved, mapping, model, start)
+    saved, mapping = without_untrained(saved, mapping, start)
+    masters, copy = _masters(request, member, place, model, mapping)
+    mapping = replace(mapping, how=mapping.how + aside + copy)
+    state, facts["num_zero_elements"] = summarize(saved, mapping, model.layout)
+    facts["optimizer_state"] = state
+    movement = None
+    moves, reference = movements(saved, mapping.names, model, request, start, masters)
+    if moves:
+        movement = facts["movement"] = check_movement(saved, mapping.names, moves, reference)
+    else:
+        facts["movement_not_checked"] = reference
+    if not request.any_trainer:
+        run.refuse_other_loss()
+    return Examined(
+        path, member, manifest, global_step, model, saved, mapping, state, movement, run, masters, num_others
+    )
+
+
+def _of_policy(
+    saved: SavedOptimizer, model: StoredModel, manifest: Manifest | None, request: Request, start: Path | None
+) -> tuple[SavedOptimizer, int, str]:
+    """The policy's entries that train, and how many of another model were set aside, as a number and for the result."""
+    saved = without_frozen(saved, model.layout)
+    if request.policy is None and (manifest is not None or request.mapping is not None):
+        return saved, 0, ""
+    moved = partial(movement_status, model=model, request=request, start=start)
+    own = entries_of_policy(saved, model.layout, request.policy, moved)
+    others = saved.num_parameters - own.num_parameters
+    told = request.policy is not None or any("param_names" in group for group in saved.groups)
+    by = "" if told else " + movement"
+    return own, others, f"{by}; {others} entries of another model are set aside" if others else ""
+
+
+def _facts(saved: SavedOptimizer) -> dict[str, Any]:
+    return {
         "optimizer": saved.kind.name,
         "groups": saved.group_reports(),
         "num_with_exp_avg_sq": saved.count("exp_avg_sq"),
         "num_with_step": saved.count("step"),
     }
-    check_entries(saved)
-    model = _adapter(request, manifest, facts) if kind == "lora" else _full_weights(request)
-    if manifest is not None:
-        configuration = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
-        own = [] if run.settings is None else [run.settings.file]
-        check_recorded(path, [saved.path, configuration, *model.weights.files, *own], manifest)
-    check_finite(model.weights)
-    start = request.starting_point(manifest) if kind == "full" else None
-    in_file = without_frozen(saved, model.layout)
-    moved = partial(_movement_status, model=model, request=request, start=start)
-    known = manifest is not None or request.mapping is not None
-    saved = in_file if known else policy_entries(in_file, model.layout, moved)
-    others = in_file.num_parameters - saved.num_parameters
-    facts |= {"num_with_exp_avg_sq": saved.count("exp_avg_sq"), "num_with_step": saved.count("step")}
-    mapping = _map(saved, model, manifest, request, start)
-    if others:
-        mapping = replace(mapping, how=f"{mapping.how} + movement; {others} entries of another model are set aside")
-    _check_tied(model, mapping)
-    saved = saved.loaded()
-    _check_never_trained(saved, mapping, model, start)
-    state, facts["num_zero_elements"] = summarize(saved, mapping, model.layout)
-    facts["optimizer_state"] = state
-    movement = None
-    movements, reference = _movements(saved, mapping.names, model, request, start)
-    if movements:
-        movement = facts["movement"] = check_movement(saved, mapping.names, movements, reference)
-    else:
-        facts["movement_not_checked"] = reference
-    if not request.any_trainer:
-        run.refuse_other_loss()
-    return Examined(path, member, manifest, global_step, model, saved, mapping, state, movement, run, others)
 
 
 def _kind(path: Path) -> Literal["lora", "full"]:
     whole = (path / "config.json").is_file() or has_weights(path, "model")
-    return "full" if whole and not (path / "adapter_config.json").is_file() else "lora"
+    if (path / "adapter_config.json").is_file() or not whole:
+        return "lora"
+    return "lora" if written_config(path) is not None else "full"
 
 
 def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any]) -> StoredModel:
-    path = request.path
-    adapter, directory = trained_adapter(path, request.adapter, manifest.adapter if manifest is not None else None)
-    config = read_adapter_config(directory)
-    base = facts["base_model"] = find_base(path, directory, request.base_model, config.get("base_model_name_or_path"))
-    weights = read_weights(directory, "adapter_model")
-    trained = manifest.quantization if manifest is not None else None
-    skeleton, quantization = base_skeleton(base, request.quantization, trained)
+    path, directory, adapter = request.path, request.path, "default"
+    written = None if (path / "adapter_config.json").is_file() else written_config(path)
+    if written is None:
+        adapter, directory = trained_adapter(path, request.adapter, manifest.adapter if manifest is not None else None)
+        config = read_adapter_config(directory)
+        weights = read_weights(directory, "adapter_model")
+    else:
+        weights = read_weights(path, "model")
+        config = configuration(path, written, weights)
+    if not weights.pretrained:
+        adapter = name_among(weights, request.adapter)
+    base, skeleton, quantization, under = _base(request, manifest, directory, config, weights, facts)
     refuse_unmentioned(directory, quantization)
-    check_vocabulary(path, base, skeleton)
+    check_vocabulary(request.tokenizer_home, base, skeleton)
     base_names = set(skeleton.state_dict())
-    layout, expected = adapter_layout(skeleton, directory, adapter)
+    layout, expected = adapter_layout(skeleton, directory, adapter, config)
     if not weights.pretrained:
         weights, frozen = split_adapter(weights, expected, adapter, base_names)
         if quantization is None and has_weights(Path(base), "model"):
             check_base(frozen, read_weights(Path(base), "model"))
     check_shapes(weights.files[0], weights.shapes, expected)
-    return StoredModel(
-        directory, weights, layout, base=base, adapter=adapter, adapter_config=config, quantization=quantization
-    )
+    return StoredModel(directory, weights, layout, "", frozenset(), base, adapter, config, quantization, under)
+
+
+def _base(
+    request: Request,
+    manifest: Manifest | None,
+    directory: Path,
+    config: dict[str, Any],
+    weights: Weights,
+    facts: dict[str, Any],
+) -> tuple[str, nn.Module, FourBit | None, Weights | None]:
+    """The base model of an adapter: its place, skeleton and quantisation, and its weights if not those at its place.
+
+    Those that were saved with the adapter's are taken where no others are given, and where the policy sampled with them
+    is asked for.
+    """
+    among, home = base_among(weights), home_of(request.path)
+    saved = not weights.pretrained and any(".base_layer." in name for name in weights.tensors)
+    alone = saved and request.base_model is None and request.quantization is None and (home / "config.json").is_file()
+    given = home if alone else request.base_model
+    base = facts["base_model"] = find_base(request.path, directory, given, config.get("base_model_name_or_path"))
+    if not alone:
+        trained = manifest.quantization if manifest is not None else None
+        skeleton, quantization = base_skeleton(base, request.quantization, trained)
+        complete = saved and {name for name, _ in skeleton.named_parameters()} <= among.tensors.keys()
+        wanted = request.weights == "rounded" or not has_weights(Path(base), "model")
+        if not (complete and wanted and quantization is None):
+            return base, skeleton, quantization, None
+    check_finite(among)
+    return base, full_skeleton(base, among), None, among
 
 
 def _full_weights(request: Request) -> StoredModel:
@@ -239,18 +340,19 @@ def _full_weights(request: Request) -> StoredModel:
             raise UnsupportedError(
                 f"{path}: {name}: expected none with full weights, got {given!r:.60}; it is for adapters, leave it out"
             )
-    weights = read_weights(path, "model")
+    weights = weights_of_policy(read_weights(path, "model"), request.policy)
     refuse_adapter(path, weights)
-    configuration = _configuration(path, request.base_model)
-    skeleton = full_skeleton(configuration, weights)
-    check_vocabulary(path, request.base_model, skeleton)
-    return StoredModel(path, weights, layout_of(skeleton), configuration, frozenset(embedding_names(skeleton)))
+    home = _configuration(path, request.base_model)
+    skeleton = full_skeleton(home, weights)
+    check_vocabulary(request.tokenizer_home, request.base_model, skeleton)
+    return StoredModel(path, weights, layout_of(skeleton), home, frozenset(embedding_names(skeleton)))
 
 
 def _configuration(path: Path, base_model: str | Path | None) -> str:
     """The directory of the configuration of full weights; trainers save none with sharded ones."""
-    if (path / "config.json").is_file():
-        return str(path)
+    home = home_of(path)
+    if (home / "config.json").is_file():
+        return str(home)
     if base_model is None:
         raise MissingFileError(
             f"{path / 'config.json'}: expected the model's configuration, found none beside its weights; pass "
@@ -267,7 +369,7 @@ def _map(
     Full weights of which a part was frozen have fewer entries than parameters. Without recorded names, those that
     are as in the model that training started from are taken as frozen.
     """
-    moved = partial(_movement_status, saved, model=model, request=request, start=start)
+    moved = partial(movement_status, saved, model=model, request=request, start=start)
     recorded = manifest is not None or any("param_names" in group for group in saved.groups)
     known = recorded or request.mapping is not None
     if known or start is None or saved.num_parameters >= len(model.layout.parameters):
@@ -278,61 +380,14 @@ def _map(
     return replace(mapping, how=how, others_frozen=True)
 
 
-def _check_tied(model: StoredModel, mapping: ParameterMapping) -> None:
-    """Names say what trained, so a layer that was tied in training would count as frozen if it is not here."""
-    trained = [name for name in model.embeddings if name in mapping.names]
-    tensors = model.weights.tensors
-    if len(model.embeddings) == 2 and len(trained) == 1 and model.embeddings <= tensors.keys():
-        first, second = sorted(model.embeddings)
-        if torch.equal(tensors[first].read(), tensors[second].read()):
-            raise MismatchError(
-                f"{model.weights.files[0]}: {first}: expected other values than {second}, or both tied, got equal "
-                f"ones, of which only {trained[0]} was trained; pass the configuration that the model was trained with"
-            )
-
-
-def _check_never_trained(
-    saved: SavedOptimizer, mapping: ParameterMapping, model: StoredModel, start: Path | None
-) -> None:
-    if not saved.never_trained:
-        return
-    if model.adapter is None:
-        before = read_weights(start, "model") if start is not None else None
-        check_weights_never_trained(saved, mapping.names, model.weights, before)
-    else:
-        starting = starting_at_zero(model.adapter_config, mapping.names, model.adapter)
-        check_adapter_never_trained(saved, mapping.names, model.weights, starting)
-
-
-def _movement_status(
-    saved: SavedOptimizer, names: tuple[str, ...], model: StoredModel, request: Request, start: Path | None
-) -> str:
-    """The status of the movement check; ``inconclusive`` too where there is nothing to compare."""
-    movements, _ = _movements(saved, names, model, request, start)
-    return check_movement(saved.loaded(), names, movements, "").status if movements else "inconclusive"
-
-
-def _movements(
-    saved: SavedOptimizer, names: tuple[str, ...], model: StoredModel, request: Request, start: Path | None
-) -> tuple[dict[str, Callable[[], Tensor]], str]:
-    """How far each parameter has moved since training started, and from what; where unknown none, and why."""
-    if not saved.is_adam:
-        return {}, f"it goes by Adam's moments, {saved.kind.name} keeps others"
-    tensors = model.weights.tensors
-    if model.adapter is not None:
-        inside = starting_at_zero(model.adapter_config, names, model.adapter)
-        movements = {name: tensors[key].read for name, key in inside.items() if key in tensors}
-        how = model.adapter_config.get("init_lora_weights")
-        unknown = f"init_lora_weights is {how!r:.60}, so where the adapter started is not known"
-        return movements, "0, where lora_B starts" if movements else unknown
-    if start is None:
-        what = f"{request.base_model} has no local weights" if request.base_model else "it was not given"
-        return {}, f"needs the model that training started from, and {what}; pass base_model"
-    before = read_weights(start, "model").tensors
-    common = [n for n in names if n in tensors and n in before and tensors[n].shape == before[n].shape]
-    movements = {name: partial(_difference, tensors[name].read, before[name].read) for name in common}
-    return movements, str(start) if movements else f"{start} has none of the trained tensors"
-
-
-def _difference(now: Callable[[], Tensor], before: Callable[[], Tensor]) -> Tensor:
-    return now().float() - before().float()
+def _masters(
+    request: Request, member: CheckpointFormat, place: Path, model: StoredModel, mapping: ParameterMapping
+) -> tuple[Mapping[str, StoredTensor], str]:
+    """The masters to take, checked, and which copy that makes."""
+    masters = member.masters(place)
+    rounded = None
+    if masters:
+        shapes = model.layout.shapes
+        rounded = check_masters(str(place), masters, mapping.names, shapes, model.weights, model.adapter)
+    copy = described(str(request.path), rounded, request.weights, there=bool(masters))
+    return masters if request.weights == "masters" and rounded is not None else {}, copy

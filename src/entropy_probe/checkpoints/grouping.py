@@ -22,8 +22,8 @@ __all__ = [
     "Rule",
     "grouping_rules",
     "match_rules",
+    "misfit",
     "other_rules",
-    "policy_entries",
     "wrong_shape",
 ]
 
@@ -108,7 +108,7 @@ def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Na
         MappingError: if there is none, or if more than one fits and the weights' movement does not tell.
     """
     rules = grouping_rules(layout)
-    misfits = {name: _misfit(saved, rule, layout.shapes) for name, rule in rules.items()}
+    misfits = {name: misfit(saved, rule, layout.shapes) for name, rule in rules.items()}
     fitting = _distinct(rules, misfits)
     proof = "shapes" if any(saved.state.values()) else "group sizes, nothing is kept for parameters"
     if len(saved.sizes) == 1 and fitting:
@@ -118,7 +118,7 @@ def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Na
                 fitting.setdefault(rule.names, f"{name}, merged")
     if not fitting:
         others = other_rules(saved, layout)
-        misfits |= {name: _misfit(saved, rule, layout.shapes) for name, rule in others.items()}
+        misfits |= {name: misfit(saved, rule, layout.shapes) for name, rule in others.items()}
         rules, fitting = rules | others, _distinct(others, misfits)
     elif len(fitting) == 1:
         ((names, name),) = fitting.items()
@@ -143,30 +143,6 @@ def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Na
     )
 
 
-def policy_entries(
-    saved: SavedOptimizer, layout: Layout, moved: Callable[[SavedOptimizer, Names], str]
-) -> SavedOptimizer:
-    """Without the entries of another model that the optimizer steps too, such as PPO's value model.
-
-    In each group the parameters of one model come before those of the other. The policy's are those along which its
-    weights have moved; where that does not single out one part of the file, or an entry is missing, all is returned.
-    """
-    named = any("param_names" in group for group in saved.groups)
-    if named or saved.num_parameters <= len(layout.parameters) or saved.never_trained:
-        return saved
-    parts: dict[Names, SavedOptimizer] = {}
-    for rule in grouping_rules(layout).values():
-        counts = [len(group) for group in rule.groups]
-        if len(counts) != len(saved.sizes) or any(n > size for n, size in zip(counts, saved.sizes, strict=True)):
-            continue
-        for first in (True, False):
-            spans = zip(counts, (group["params"] for group in saved.groups), strict=True)
-            part = saved.only([i for n, span in spans for i in (span[:n] if first else span[len(span) - n :])])
-            if _misfit(part, rule, layout.shapes) is None and moved(part, rule.names) == "consistent":
-                parts[rule.names] = part
-    return next(iter(parts.values())) if len(parts) == 1 else saved
-
-
 def _distinct(rules: Mapping[str, Rule], misfits: Mapping[str, str | None]) -> dict[Names, str]:
     """The assignments that fit, each with the first rule that gives it."""
     fitting: dict[Names, str] = {}
@@ -189,9 +165,9 @@ def _what_to_do(saved: SavedOptimizer, trainable: int, status: Mapping[Names, st
     if saved.num_parameters > trainable:
         return (
             f"{saved.num_parameters - trainable} entries more than the {trainable} trainable parameters: with PPO, one "
-            "optimizer over policy and value model, which are told apart by how the policy's weights have moved: pass "
-            "base_model, the model that training started from; otherwise pass the model this state was trained with, "
-            "unedited"
+            "optimizer over policy and value model, pass base_model, the model that training started from, since they "
+            "are told apart by how the policy's weights have moved, or pass policy, the policy's name in the module "
+            "that both are in (policy: policy); otherwise pass the model this state was trained with, unedited"
         )
     return (
         f"{trainable - saved.num_parameters} entries fewer than the {trainable} trainable parameters: if a part was "
@@ -199,7 +175,7 @@ def _what_to_do(saved: SavedOptimizer, trainable: int, status: Mapping[Names, st
     )
 
 
-def _misfit(saved: SavedOptimizer, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def misfit(saved: SavedOptimizer, rule: Rule, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Why the groups of one rule cannot be those of the file; None when they fit. Empty groups may be left out."""
     if [n for n in saved.sizes if n] != [len(group) for group in rule.groups if group]:
         return "group sizes differ"

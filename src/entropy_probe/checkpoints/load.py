@@ -18,6 +18,7 @@ from entropy_probe.checkpoints.examine import Examined, Request, examine
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
 from entropy_probe.checkpoints.mapping import StatedMapping
+from entropy_probe.checkpoints.masters import Copy, copy_masters
 from entropy_probe.checkpoints.models import full_skeleton, load_full, load_lora
 from entropy_probe.checkpoints.models_sharded import shard_full, shard_lora
 from entropy_probe.checkpoints.optimizer_state import build_optimizer
@@ -67,6 +68,8 @@ def load_checkpoint(
     quantization: Quantization | None = None,
     mapping: StatedMapping | None = None,
     shard: bool = False,
+    weights: Copy = "masters",
+    policy: str | None = None,
     any_trainer: bool = False,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
@@ -96,6 +99,11 @@ def load_checkpoint(
             of the parameters that they match first (``{"lora_A": 0, "lora_B": 1}``), which are in the model's order.
         shard: spread model and optimizer state over the ranks of torch's default process group (FSDP2), for a model
             that does not fit one device. To be called on all ranks.
+        weights: of a checkpoint whose optimizer keeps float32 copies of rounded weights (DeepSpeed in bfloat16): those,
+            which the optimizer steps, or ``rounded``, which the policy samples with. The mapping in the report says
+            which.
+        policy: where one optimizer stepped a value model or head too (PPO), the policy's name in the module that both
+            are in (``policy``, ``pretrained_model``). The others' entries are set aside, and counted in the mapping.
         any_trainer: load the checkpoint of a trainer whose loss is none of those that are modelled (DPO, SFT …) too,
             for a gradient from outside.
 
@@ -113,11 +121,15 @@ def load_checkpoint(
         )
     facts: dict[str, Any] = {}
     with random_state_kept():
-        request = Request(open_directory(Path(path)), base_model, adapter, quantization, mapping, any_trainer)
+        request = Request(
+            open_directory(Path(path)), base_model, adapter, quantization, mapping, weights, policy, any_trainer
+        )
         examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
-        tokenizer = load_tokenizer(examined.path, examined.model.base or base_model)
+        tokenizer = load_tokenizer(request.tokenizer_home, examined.model.base or base_model)
         parameters = _trained(model, examined)
+        if examined.masters:
+            copy_masters(examined.masters, parameters)
         optimizer = build_optimizer(examined.saved, examined.mapping, parameters)
     run = examined.run
     return CheckpointState(model, tokenizer, optimizer, run.loss, run.values, report_on(examined, facts))
@@ -139,17 +151,15 @@ def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
 
 
 def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
-    stored, base, adapter = examined.model, examined.model.base, examined.model.adapter
-    if base is None or adapter is None:
+    stored, adapter = examined.model, examined.model.adapter_files
+    if adapter is None:
         load = shard_full if shard else load_full
         return load(stored.configuration, stored.weights, dtype, device)
     if shard and stored.quantization is not None:
-        raise UnsupportedError(f"{base}: not supported: a quantised base in shards; load it on one device")
+        raise UnsupportedError(f"{adapter.base}: not supported: a quantised base in shards; load it on one device")
     if examined.manifest is not None:
-        verify_base(Path(base), examined.manifest)
-    if shard:
-        return shard_lora(stored.directory, adapter, stored.weights, base, dtype, device)
-    return load_lora(stored.directory, adapter, stored.weights, base, stored.quantization, dtype, device)
+        verify_base(Path(adapter.base), examined.manifest)
+    return shard_lora(adapter, dtype, device) if shard else load_lora(adapter, dtype, device)
 
 
 def load_reference(path: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> nn.Module:
@@ -194,6 +204,8 @@ def inspect_checkpoint(
     adapter: str | None = None,
     quantization: Quantization | None = None,
     mapping: StatedMapping | None = None,
+    weights: Copy = "masters",
+    policy: str | None = None,
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
@@ -207,6 +219,8 @@ def inspect_checkpoint(
         adapter: as there.
         quantization: as there.
         mapping: as there.
+        weights: as there.
+        policy: as there.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
@@ -215,7 +229,8 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            examined = examine(Request(directory, base_model, adapter, quantization, mapping), facts)
+            request = Request(directory, base_model, adapter, quantization, mapping, weights, policy)
+            examined = examine(request, facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)
     return report_on(examined, facts)

@@ -69,7 +69,8 @@ def map_parameters(
     shapes = layout.shapes
     recorded: list[tuple[tuple[str, ...], str]] = []
     if any("param_names" in group for group in saved.groups):
-        recorded.append((names_in_file(saved), f"names ({saved.num_parameters} tensors)"))
+        by = "the model's files, in order" if saved.lists_frozen else "names"
+        recorded.append((names_in_file(saved), f"{by} ({saved.num_parameters} tensors)"))
     if manifest is not None:
         manifest.check_optimizer(saved.path, saved.groups)
         recorded.append((manifest.names, manifest.proof))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.checkpoints.weights import Shape, check_loaded, check_shapes, has_weights, read_weights
 
 __all__ = [
+    "AdapterFiles",
     "adapter_layout",
     "attach_adapter",
     "base_skeleton",
@@ -196,25 +198,27 @@ def _has_exactly(model: nn.Module, shapes: dict[str, Shape]) -> bool:
     return expected == shapes
 
 
-def adapter_layout(base: nn.Module, directory: Path, name: str) -> tuple[Layout, dict[str, Shape]]:
+def adapter_layout(
+    base: nn.Module, directory: Path, name: str, config: dict[str, Any]
+) -> tuple[Layout, dict[str, Shape]]:
     """What trains with the adapter of a directory under its name, and the tensors that its file must hold.
 
     peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart.
 
     Args:
         base: the skeleton of the base model; it is changed.
-        directory: where the adapter is.
+        directory: where the adapter is, for messages.
         name: its name.
+        config: its configuration.
 
     Raises:
         CheckpointError: if peft refuses to build it, or does not save all that trains.
     """
     from peft import PeftConfig, PeftModel
 
-    config = read_json(directory / "adapter_config.json")
     stacks = thin_out(base, config) if treats_layers_alike(config) else {}
     with one_line_errors(f"the adapter of {directory}"), quiet():
-        adapter = PeftConfig.from_pretrained(str(directory))
+        adapter = PeftConfig.from_peft_type(**config)
         adapter.inference_mode = False
         model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     in_file = {key: tuple(x.shape) for key, x in _adapter_state(model, name).items()}
@@ -266,51 +270,69 @@ def _filled(name: str, weights: Weights, dtype: torch.dtype, device: torch.devic
     return model
 
 
-def load_lora(
-    directory: Path,
-    adapter: str,
-    weights: Weights,
-    base_name: str,
-    quantization: FourBit | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> nn.Module:
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter that can be loaded, and what it is put on.
+
+    Attributes:
+        directory: where it is.
+        name: its name.
+        config: its configuration.
+        weights: its tensors, by their names in a file of peft.
+        base: the base model's directory or hub name.
+        base_weights: the base model's weights, where they are beside the adapter's and not in ``base``.
+        quantization: how the base model is quantised; None for plain weights.
+    """
+
+    directory: Path
+    name: str
+    config: dict[str, Any]
+    weights: Weights
+    base: str
+    base_weights: Weights | None = None
+    quantization: FourBit | None = None
+
+
+def load_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A base model with a trainable adapter, in eval mode, checked to hold every tensor of the adapter's file.
 
     Adapters are never held in a lower precision than their file's, and in bfloat16 only if ``dtype`` and the file are.
     """
-    base = _from_pretrained(base_name, dtype, device, quantization=quantization)
+    base_name, own = adapter.base, adapter.base_weights
+    if own is None:
+        base = _from_pretrained(base_name, dtype, device, quantization=adapter.quantization)
+    else:
+        base = _filled(base_name, own, dtype, device)
     numbers = ((name, p) for name, p in base.named_parameters() if not hasattr(p, "quant_state"))
     bad = [name for name, p in numbers if not torch.isfinite(p).all()]
     if bad:
         raise InvalidValueError(
             f"{base_name}: {bad[0]}: expected finite values, got NaN or infinity; pass another copy"
         )
-    return attach_adapter(base, directory, adapter, weights, dtype, device).eval()
+    return attach_adapter(base, adapter, dtype, device).eval()
 
 
-def attach_adapter(
-    base: Any, directory: Path, adapter: str, weights: Weights, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
-    """The base model with the trainable adapter of a directory, checked to hold every tensor of the adapter's file."""
+def attach_adapter(base: Any, adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The base model with the trainable adapter, checked to hold every tensor of the adapter's file."""
     from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 
-    with one_line_errors(str(directory)), quiet():
+    weights, where = adapter.weights, str(adapter.directory)
+    with one_line_errors(where), quiet():
         if weights.pretrained:
             model = PeftModel.from_pretrained(
-                base, str(directory), adapter_name=adapter, is_trainable=True, torch_device=str(device)
+                base, where, adapter_name=adapter.name, is_trainable=True, torch_device=str(device)
             )
         else:
-            config = PeftConfig.from_pretrained(str(directory))
+            config = PeftConfig.from_peft_type(**adapter.config)
             config.inference_mode = False
-            model = PeftModel(base, config, adapter)
+            model = PeftModel(base, config, adapter.name)  # type: ignore[arg-type]
             state = {name: tensor.read() for name, tensor in weights.tensors.items()}
-            set_peft_model_state_dict(model, state, adapter_name=adapter)
+            set_peft_model_state_dict(model, state, adapter_name=adapter.name)
     if dtype == torch.bfloat16 and {tensor.read().dtype for tensor in weights.tensors.values()} == {dtype}:
         for parameter in model.parameters():  # peft made float32 of what was trained in bfloat16
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    check_loaded(weights, _adapter_state(model, adapter), all_names=True)
+    check_loaded(weights, _adapter_state(model, adapter.name), all_names=True)
     return model
 
 
@@ -348,7 +370,8 @@ def _from_pretrained(
             if what == "unexpected_keys" and heads == shown:
                 raise UnsupportedError(
                     f"{name}: not supported: a value head ({shown[0]}) beside the policy, whose entries the "
-                    "optimizer's state holds too; train it as a model of its own with an optimizer of its own"
+                    "optimizer's state holds too; pass policy, the policy's name in the module that both are in "
+                    "(policy: pretrained_model)"
                 )
             raise MismatchError(
                 f"{name}: expected weights for exactly the model of config.json, got {len(shown)} "

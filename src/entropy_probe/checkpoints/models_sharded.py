@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.formats import Weights
-from entropy_probe.checkpoints.models import attach_adapter, read_config, untouched
+from entropy_probe.checkpoints.models import AdapterFiles, attach_adapter, read_config, untouched
 from entropy_probe.checkpoints.weights import read_weights
 from entropy_probe.parallel.shards import count, local, sharded_as
 
@@ -35,20 +35,19 @@ def shard_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.de
     return model.eval()
 
 
-def shard_lora(
-    directory: Path, adapter: str, weights: Weights, base_name: str, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
+def shard_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A base model with a trainable adapter, sharded over all ranks, in eval mode; arguments as of ``load_lora``.
 
     Raises:
         CheckpointError: as :func:`shard_full`; or if the base model's weights are not local or not finite, or the
             adapter is not in the base model's precision.
     """
-    base_weights = read_weights(Path(base_name), "model")
+    base_name, directory = adapter.base, adapter.directory
+    base_weights = adapter.base_weights or read_weights(Path(base_name), "model")
     base: Any = _host_model(base_name, base_weights, dtype)
     names = {id(p): name for name, p in base.named_parameters()}
     everywhere = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
-    model = attach_adapter(base, directory, adapter, weights, dtype, torch.device("cpu"))
+    model = attach_adapter(base, adapter, dtype, torch.device("cpu"))
     kinds = {p.dtype for p in model.parameters()}
     if len(kinds) > 1:
         raise UnsupportedError(

@@ -60,6 +60,7 @@ class SavedOptimizer:
         state: what is kept for each parameter by index, as stored.
         size: bytes of the file, or of the files that it is in.
         read: how to read a tensor that is without storage yet, by index and key; None where there are none.
+        lists_frozen: whether the groups may hold parameters that were frozen, of which nothing is kept.
     """
 
     path: Path
@@ -68,6 +69,11 @@ class SavedOptimizer:
     state: dict[int, dict[str, Any]]
     size: int
     read: Callable[[int, str], Tensor] | None = None
+    lists_frozen: bool = False
+
+    def listing_frozen(self) -> SavedOptimizer:
+        """The same of a trainer that gives its optimizer all parameters, frozen ones too."""
+        return replace(self, lists_frozen=True)
 
     def loaded(self) -> SavedOptimizer:
         """The same with every tensor read that was left in its files until it was known to fit.

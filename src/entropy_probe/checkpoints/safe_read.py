@@ -33,6 +33,9 @@ from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
 __all__ = [
     "Inert",
     "StandIn",
+    "check_archive",
+    "check_is_archive",
+    "one_line",
     "read_archive",
     "read_archived",
     "read_inert",
@@ -87,6 +90,19 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
     Raises:
         CheckpointError: if the file is missing, damaged, or holds anything but tensors and plain values.
     """
+    check_is_archive(path)
+    with one_line(str(path), instead):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            check_archive(str(path), file, data)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_is_archive(path: Path) -> None:
+    """Check that there is a file, and that it begins and ends as an archive.
+
+    Raises:
+        CheckpointError: if not.
+    """
     if not path.is_file():
         raise MissingFileError(f"{path}: expected the optimizer's state, found no such file; {_REMEDY}")
     size = path.stat().st_size
@@ -95,10 +111,6 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
             f"{path}: expected an archive written by torch.save, got {size} bytes that are none (empty, cut "
             f"short or another format); {_REMEDY}"
         )
-    with _one_line(str(path), instead):
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check_entries(str(path), file, data)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def read_archived(data: bytes, where: str) -> Any:
@@ -111,8 +123,8 @@ def read_archived(data: bytes, where: str) -> Any:
     Raises:
         CheckpointError: as :func:`read_archive`.
     """
-    with _one_line(where):
-        _check_entries(where, io.BytesIO(data), data)
+    with one_line(where):
+        check_archive(where, io.BytesIO(data), data)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -222,7 +234,7 @@ def _archived_pickle(path: Path) -> bytes:
             f"{path}: expected settings of at most {MAX_SETTINGS:,} bytes, got {size:,}; it was not opened"
         )
     data = path.read_bytes()
-    _check_entries(str(path), io.BytesIO(data), data, None)
+    check_archive(str(path), io.BytesIO(data), data, None)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         (name,) = (name for name in archive.namelist() if name.lower().endswith("data.pkl"))
         return archive.read(name)
@@ -269,7 +281,8 @@ _MAKERS = {
 
 
 @contextmanager
-def _one_line(where: str, instead: str = _PLAIN_ADAM) -> Iterator[None]:
+def one_line(where: str, instead: str = _PLAIN_ADAM) -> Iterator[None]:
+    """Turn what reading an archive raises into one line; ``instead`` as in :func:`read_archive`."""
     try:
         yield
     except zipfile.BadZipFile as error:
@@ -291,10 +304,15 @@ def _cause(error: Exception) -> str:
     return match.group(1)[:160] if match else first_line(error, 160)
 
 
-def _check_entries(
+def check_archive(
     where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap, names: Collection[str] | None = frozenset(PLAIN)
 ) -> None:
-    """Every entry is stored as it is, lies within the data, and has its checksum; the pickle names nothing else."""
+    """Every entry is stored as it is, lies within the data, and has its checksum; the pickle names nothing else.
+
+    Raises:
+        CheckpointError: if one does not.
+        pickle.UnpicklingError: if the pickle names something else.
+    """
     with zipfile.ZipFile(file) as archive, memoryview(data) as view:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:

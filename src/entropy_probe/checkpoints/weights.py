@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +26,10 @@ __all__ = [
     "check_base",
     "check_finite",
     "check_loaded",
+    "check_related",
     "check_shapes",
     "has_weights",
     "read_weights",
-    "refuse_adapter",
-    "split_adapter",
     "unchanged",
 ]
 
@@ -98,46 +96,6 @@ def safetensors(*files: Path) -> Weights:
             shape = tuple(file.get_slice(name).get_shape())
             tensors[name] = StoredTensor(path, shape, partial(file.get_tensor, name))
     return Weights(files, tensors, pretrained=True)
-
-
-def split_adapter(
-    weights: Weights, expected: Collection[str], adapter: str, base: Collection[str]
-) -> tuple[Weights, Weights]:
-    """Weights by a model's own names, as of an adapter's file, and the frozen base's among them by its own names.
-
-    Args:
-        weights: by names in the model with the adapter, that of the adapter in them or not.
-        expected: the names in an adapter's file; a tensor of neither stays with the adapter's, as unknown.
-        adapter: its name.
-        base: the names of the base model's tensors.
-    """
-    own, frozen = dict[str, StoredTensor](), dict[str, StoredTensor]()
-    for name, tensor in weights.tensors.items():
-        saved = (
-            name.replace(f".modules_to_save.{adapter}.", ".").removesuffix(f".{adapter}").replace(f".{adapter}.", ".")
-        )
-        saved = re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", saved)
-        below = re.sub(r"\.(base_layer|original_module)\.", ".", name.removeprefix("base_model.model."))
-        kept = saved not in expected and below in base
-        (frozen if kept else own)[below if kept else saved] = tensor
-    return replace(weights, tensors=own), replace(weights, tensors=frozen)
-
-
-def refuse_adapter(path: Path, weights: Weights) -> None:
-    """Refuse an adapter without its configuration, which FSDP does not save.
-
-    Raises:
-        MissingFileError: with how to write it.
-    """
-    ranks = {name.split(".lora_A.")[0]: x.shape[0] for name, x in weights.tensors.items() if ".lora_A." in name}
-    if ranks:
-        modules = sorted({name.rpartition(".")[2] for name in ranks})
-        raise MissingFileError(
-            f"{path / 'adapter_config.json'}: expected the configuration of the adapter in {weights.files[0]}, found "
-            "none, as FSDP saves none; write it with peft, with the lora_alpha of training, which no file has: "
-            f"LoraConfig(task_type='CAUSAL_LM', r={max(ranks.values())}, lora_alpha=..., "
-            f"target_modules={modules}).save_pretrained({str(path)!r}), and pass base_model"
-        )
 
 
 def check_base(frozen: Weights, base: Weights) -> None:
@@ -215,6 +173,32 @@ def unchanged(weights: Weights, before: Weights) -> set[str]:
         for _, name, tensor in _tensors(weights)
         if name in before.tensors and torch.equal(before.tensors[name].read().to(tensor.dtype), tensor)
     }
+
+
+MIN_COSINE = 0.5
+"""Between weights and those that training started from; of independent ones it is about 0."""
+SAMPLED = 2**16
+"""Elements of each matrix that are compared, evenly spaced."""
+
+
+def check_related(weights: Weights, before: Weights, start: str) -> None:
+    """Check that weights are near those that training started from, over all matrices.
+
+    Raises:
+        MismatchError: if they are about as far from them as any others of their size.
+    """
+    product = own = other = 0.0
+    for _, name, tensor in _tensors(weights):
+        if name in before.tensors and before.tensors[name].shape == tuple(tensor.shape) and tensor.dim() > 1:
+            every = -(-tensor.numel() // SAMPLED)
+            a, b = (x.flatten()[::every].double() for x in (tensor, before.tensors[name].read()))
+            product, own, other = product + float(a @ b), own + float(a @ a), other + float(b @ b)
+    if own and other and product < MIN_COSINE * (own * other) ** 0.5:
+        raise MismatchError(
+            f"{weights.files[0]}: expected weights near those of {start}, from which training started, got a cosine of "
+            f"{product / (own * other) ** 0.5:.2f}; pass the model that it started from, or copy the checkpoint "
+            "again if files of ranks may have been swapped"
+        )
 
 
 def check_loaded(weights: Weights, loaded: Mapping[str, Tensor], *, all_names: bool) -> None:

@@ -45,6 +45,9 @@ class RunConfig(BaseModel):
         mapping: which parameters the entries of an optimizer file without names belong to, where its groups are of no
             known rule: a file with a name on each line in the optimizer's order, or for regular expressions the group
             of the parameters that they match first, ``{lora_A: 0, lora_B: 1}``.
+        weights: where the optimizer keeps float32 copies of rounded weights (DeepSpeed): those, which it steps, or
+            ``rounded``, which the policy samples with.
+        policy: where one optimizer stepped a value model too (PPO), the policy's name in the module that both are in.
         reference: the reference policy of a KL term, a directory of full weights, where the rollouts have no
             ``reference_logprobs`` and the checkpoint no adapter that can be switched off.
         output_dir: where the results go; new or empty, unless ``overwrite``.
@@ -79,6 +82,8 @@ class RunConfig(BaseModel):
     adapter: str | None = None
     quantization: dict[str, Any] | None = None
     mapping: str | dict[str, int] | None = None
+    weights: Literal["masters", "rounded"] = "masters"
+    policy: str | None = None
     reference: Path | None = None
     output_dir: Path
     overwrite: bool = False

@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from entropy_probe.cli.options import Adapter, BaseModel, Mapping, Quantization, parse_mapping, parse_quantization
+from entropy_probe.cli.options import (
+    Adapter,
+    BaseModel,
+    Copy,
+    Mapping,
+    Policy,
+    Quantization,
+    parse_mapping,
+    parse_quantization,
+)
 
 __all__ = ["inspect"]
 
@@ -21,6 +30,8 @@ def inspect(
     adapter: Adapter = None,
     quantization: Quantization = None,
     mapping: Mapping = None,
+    weights: Copy = "masters",
+    policy: Policy = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show a checkpoint's optimizer state and whether it can be probed.
@@ -34,7 +45,13 @@ def inspect(
 
     settings = parse_quantization(quantization)
     report = inspect_checkpoint(
-        checkpoint, base_model, adapter=adapter, quantization=settings, mapping=parse_mapping(mapping)
+        checkpoint,
+        base_model,
+        adapter=adapter,
+        quantization=settings,
+        mapping=parse_mapping(mapping),
+        weights=weights,
+        policy=policy,
     )
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json"), indent=2))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["Adapter", "BaseModel", "Mapping", "Quantization", "TrustConfig", "parse_mapping", "parse_quantization"]
+__all__ = [
+    "Adapter",
+    "BaseModel",
+    "Copy",
+    "Mapping",
+    "Policy",
+    "Quantization",
+    "TrustConfig",
+    "parse_mapping",
+    "parse_quantization",
+]
 
 BaseModel = Annotated[
     str | None,
@@ -21,6 +31,14 @@ Quantization = Annotated[
         help="The BitsAndBytesConfig with which training quantised the base model while loading it, such as "
         '{"load_in_4bit": true}.',
     ),
+]
+Copy = Annotated[
+    Literal["masters", "rounded"],
+    typer.Option(help="Which weights, where the optimizer keeps float32 copies of rounded ones (DeepSpeed)."),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="The policy's name in the module of one optimizer over it and a value model (PPO)."),
 ]
 TrustConfig = Annotated[
     bool,

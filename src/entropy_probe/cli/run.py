@@ -84,6 +84,8 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         quantization=config.quantization,
         mapping=config.mapping,
         shard=config.shard,
+        weights=config.weights,
+        policy=config.policy,
         any_trainer=config.trust_config,
     )
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights
 
-__all__ = ["FORMATS", "CheckpointFormat", "StoredTensor", "Weights", "folders", "optimizer_of", "weights_of"]
+__all__ = [
+    "FORMATS",
+    "CheckpointFormat",
+    "StoredTensor",
+    "Weights",
+    "folders",
+    "home_of",
+    "optimizer_of",
+    "weights_of",
+]
 
 
 def _members() -> tuple[CheckpointFormat, ...]:
@@ -33,6 +42,12 @@ def weights_of(path: Path) -> tuple[CheckpointFormat, Path] | None:
     """The same of full weights other than safetensors."""
     places = ((member, member.weights_at(path)) for member in FORMATS)
     return next(((member, place) for member, place in places if place is not None), None)
+
+
+def home_of(path: Path) -> Path:
+    """The folder of a directory's configuration and tokenizer."""
+    place = weights_of(path) or optimizer_of(path)
+    return path if place is None or (path / "config.json").is_file() else place[0].configuration_at(path)
 
 
 def folders(path: Path) -> set[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -117,6 +117,25 @@ class CheckpointFormat(Protocol):
             CheckpointError: if the file cannot be read. Nothing in it runs.
         """
         return read_training_args(path)
+
+    def masters(self, place: Path) -> dict[str, StoredTensor]:
+        """Full-precision copies of the trained weights that the optimizer keeps and steps, by parameter; often none.
+
+        Args:
+            place: of the optimizer's state.
+
+        Raises:
+            CheckpointError: if they cannot be read.
+        """
+        return {}
+
+    def configuration_at(self, path: Path) -> Path:
+        """The folder of the model's configuration and tokenizer, in a directory of this format."""
+        return path
+
+    def adapter_config(self, path: Path) -> dict[str, Any] | None:
+        """What the trainer wrote of an adapter's configuration, where it writes no ``adapter_config.json``."""
+        return None
 
     def doubts(self, path: Path) -> Iterator[Note]:
         """What makes a save look unfinished; files of the Hugging Face Trainer are expected where it wrote its log."""

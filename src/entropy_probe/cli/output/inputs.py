@@ -101,6 +101,8 @@ def inputs_of(config: RunConfig, command: Command, sources: Sources, options: Ma
         adapter=config.adapter,
         quantization=config.quantization,
         mapping=config.mapping,
+        weights=config.weights,
+        policy=config.policy,
     )
     base = report.base_model or config.base_model
     versions = library_versions()

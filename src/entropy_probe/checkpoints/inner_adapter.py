@@ -1,0 +1,118 @@
+"""An adapter among the tensors of a whole model, as trainers save one that shard the model that peft built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from entropy_probe.checkpoints.adapters import check_adapter_config
+from entropy_probe.checkpoints.errors import InvalidValueError, MappingError, MissingFileError
+from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
+
+__all__ = ["base_among", "configuration", "name_among", "refuse_adapter", "split_adapter", "written_config"]
+
+_PREFIX = "base_model.model."
+_NAMED = re.compile(r"\.lora_(?:[AB]\.([^.]+)\.weight|embedding_[AB]\.([^.]+))$")
+_OWN = re.compile(r"\.(lora_\w+|modules_to_save)\b")
+
+
+def written_config(path: Path) -> dict[str, Any] | None:
+    """What the trainer wrote of the configuration of an adapter among the weights; None where it wrote nothing."""
+    place = weights_of(path)
+    return None if place is None else place[0].adapter_config(path)
+
+
+def configuration(path: Path, written: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """The configuration as peft has it: what the trainer wrote, and where that is not all, the modules by the names.
+
+    Raises:
+        CheckpointError: if it is none that can be used, or does not say how the adapter is scaled.
+    """
+    if written.get("peft_type") is not None:
+        return check_adapter_config(path, dict(written))
+    if not all(type(written.get(key)) in (int, float) and written[key] > 0 for key in ("r", "lora_alpha")):
+        raise InvalidValueError(f"{path}: expected r and lora_alpha of the adapter, got {dict(written)!r:.100}")
+    own = {name for name in weights.tensors if _OWN.search(name)}
+    modules = sorted({re.split(r"\.lora_", name)[0].removeprefix(_PREFIX) for name in own})
+    others = {_below(name).rpartition(".")[0] for name in weights.tensors.keys() - own if ".base_layer." not in name}
+    ends = sorted({module.rpartition(".")[2] for module in modules})
+    plain = not any(other.rpartition(".")[2] in ends for other in others)
+    return {
+        "peft_type": "LORA",
+        "task_type": written.get("task_type"),
+        "r": int(written["r"]),
+        "lora_alpha": written["lora_alpha"],
+        "target_modules": ends if plain else modules,
+    }
+
+
+def name_among(weights: Weights, asked: str | None) -> str:
+    """The adapter's name in the model that peft built; ``default`` where names do not have it.
+
+    Raises:
+        MappingError: if there are several, or not the one that was asked for.
+    """
+    names = {match[1] or match[2] for name in weights.tensors if (match := _NAMED.search(name))}
+    if asked is not None and names:
+        names &= {asked}
+        if not names:
+            raise MappingError(f"{weights.files[0]}: adapter: expected {asked!r:.60} among the weights, got others")
+    if len(names) > 1:
+        raise MappingError(
+            f"{weights.files[0]}: expected one adapter among the weights, got {sorted(names)[:5]}; train one"
+        )
+    return names.pop() if names else asked or "default"
+
+
+def base_among(weights: Weights) -> Weights:
+    """The tensors that are not the adapter's, by the base model's names; trained biases of the base are among them."""
+    tensors = {_below(name): tensor for name, tensor in weights.tensors.items() if not _OWN.search(name)}
+    return replace(weights, tensors=tensors)
+
+
+def _below(name: str) -> str:
+    """A name in the base model, of one in the model that peft built."""
+    return re.sub(r"\.(base_layer|original_module)\.", ".", name.removeprefix(_PREFIX))
+
+
+def split_adapter(
+    weights: Weights, expected: Collection[str], adapter: str, base: Collection[str]
+) -> tuple[Weights, Weights]:
+    """Weights by a model's own names, as of an adapter's file, and the frozen base's among them by its own names.
+
+    Args:
+        weights: by names in the model with the adapter, that of the adapter in them or not.
+        expected: the names in an adapter's file; a tensor of neither stays with the adapter's, as unknown.
+        adapter: its name.
+        base: the names of the base model's tensors.
+    """
+    own, frozen = dict[str, StoredTensor](), dict[str, StoredTensor]()
+    for name, tensor in weights.tensors.items():
+        saved = (
+            name.replace(f".modules_to_save.{adapter}.", ".").removesuffix(f".{adapter}").replace(f".{adapter}.", ".")
+        )
+        saved = re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", saved)
+        below = _below(name)
+        kept = saved not in expected and below in base
+        (frozen if kept else own)[below if kept else saved] = tensor
+    return replace(weights, tensors=own), replace(weights, tensors=frozen)
+
+
+def refuse_adapter(path: Path, weights: Weights) -> None:
+    """Refuse an adapter whose configuration the trainer did not save, as with FSDP and in OpenRLHF.
+
+    Raises:
+        MissingFileError: with how to write it.
+    """
+    ranks = {name.split(".lora_A.")[0]: x.shape[0] for name, x in weights.tensors.items() if ".lora_A." in name}
+    if ranks:
+        modules = sorted({name.rpartition(".")[2] for name in ranks})
+        raise MissingFileError(
+            f"{path / 'adapter_config.json'}: expected the configuration of the adapter in {weights.files[0]}, found "
+            "none, and no file says its lora_alpha; write one with peft, with the lora_alpha of training: "
+            f"LoraConfig(task_type='CAUSAL_LM', r={max(ranks.values())}, lora_alpha=..., "
+            f"target_modules={modules}).save_pretrained({str(path)!r}), and pass base_model"
+        )

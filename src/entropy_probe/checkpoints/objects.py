@@ -1,0 +1,181 @@
+"""Archives of ``torch.save`` that name a trainer's own classes: tensors are mapped from the file, the rest is inert.
+
+torch would build a ``DTensor`` while it reads one, and asks for DeepSpeed to read DeepSpeed's files. Here every name
+that a format lists has a stand-in of ours and any other is refused; nothing of torch or of a trainer is called.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_probe.checkpoints.errors import MismatchError, UnsupportedError
+from entropy_probe.checkpoints.safe_read import StandIn, check_archive, check_is_archive, one_line
+
+__all__ = ["Names", "read_objects"]
+
+Names = Mapping[tuple[str, str], Any]
+"""By module and name what a pickle may name, and what takes its place."""
+
+
+class _Storage(NamedTuple):
+    """Where a tensor's data are."""
+
+    data: Tensor
+    dtype: torch.dtype
+
+
+class _Plain(dict[Any, Any]):
+    """In place of ``OrderedDict``; what a state dict has besides its entries is dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing."""
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    sizes = tuple(values)
+    if len(sizes) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in sizes):
+        raise pickle.UnpicklingError("it has sizes that are none")
+    return sizes
+
+
+def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    """A view of the data of a storage, in which no element is twice."""
+    shape, strides = _whole_numbers(size), _whole_numbers(stride)
+    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        raise pickle.UnpicklingError("it has a tensor without a storage of its own")
+    if 0 in shape:
+        return torch.empty(shape, dtype=storage.dtype)
+    (offset,) = _whole_numbers((offset,))
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if last >= len(storage.data):
+        raise pickle.UnpicklingError("it has a tensor larger than its data")
+    if any(n > 1 and step == 0 for n, step in zip(shape, strides, strict=True)):
+        raise pickle.UnpicklingError("it has a tensor that repeats its data")
+    return storage.data.as_strided(shape, strides, storage.data.storage_offset() + offset)
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+_STORAGES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+}
+TENSORS: Names = {
+    **{("torch", f"{kind}Storage"): _dtype(name) for kind, name in _STORAGES.items()},
+    **{("torch", name): _dtype(name) for name in _STORAGES.values()},
+    ("torch.storage", "UntypedStorage"): torch.uint8,
+    ("torch", "Size"): _whole_numbers,
+    ("torch", "device"): StandIn,
+    ("torch.serialization", "_get_layout"): StandIn,
+    **{("torch._utils", name): _tensor for name in ("_rebuild_tensor", "_rebuild_tensor_v2")},
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch.nn.parameter", "Parameter"): StandIn,
+    ("collections", "OrderedDict"): _Plain,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, names: Names, storages: Mapping[str, Tensor]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._names, self._storages = names, storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a name, if it is one of those listed."""
+        if (module, name) not in self._names:
+            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
+        return self._names[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """The data of a storage, which are in an entry of their own."""
+        kind, dtype, key, _, numel = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(numel) is not int:
+            raise pickle.UnpicklingError("it has a storage that is none")
+        data = self._storages[key]
+        if numel * dtype.itemsize != len(data):
+            raise pickle.UnpicklingError("it has a storage of another size than its data")
+        if data.storage_offset() % dtype.itemsize:
+            data = data.clone()
+        return _Storage(data.view(dtype), dtype)
+
+
+def read_objects(path: Path, names: Names, instead: str) -> Any:
+    """What ``torch.save`` wrote to a file, every class replaced by one that does nothing.
+
+    Checksums are verified and the pickle is gone through as by ``read_archive``. Tensors stay in the file, mapped into
+    memory, until they are used.
+
+    Args:
+        path: the file.
+        names: what it may name besides tensors and plain values, with stand-ins.
+        instead: what to do about one that holds something else, for messages.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, names anything else, or was written under the name of another rank.
+    """
+    check_is_archive(path)
+    allowed = {**TENSORS, **names}
+    with one_line(str(path), instead):
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that it may write
+            check_archive(str(path), file, data, {" ".join(name) for name in allowed})
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                (main,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
+                folder = main.filename.removesuffix("/data.pkl")
+                pickled = archive.read(main)
+                if (
+                    archive.read(f"{folder}/byteorder" if f"{folder}/byteorder" in archive.namelist() else main)[:3]
+                    == b"big"
+                ):
+                    raise UnsupportedError(
+                        f"{path}: not supported: numbers of a big-endian machine; save it on another"
+                    )
+                whole = torch.frombuffer(data, dtype=torch.uint8)
+                storages = {
+                    entry.filename.removeprefix(f"{folder}/data/"): _content(whole, entry)
+                    for entry in entries
+                    if entry.filename.startswith(f"{folder}/data/")
+                }
+        _check_name(path, folder)
+        return _Unpickler(pickled, allowed, storages).load()
+
+
+def _content(whole: Tensor, entry: zipfile.ZipInfo) -> Tensor:
+    """The bytes of an entry, which ``check_archive`` found to lie within the file."""
+    lengths = whole[entry.header_offset + 26 : entry.header_offset + 30].tolist()
+    start = entry.header_offset + 30 + lengths[0] + 256 * lengths[1] + lengths[2] + 256 * lengths[3]
+    return whole[start : start + entry.file_size]
+
+
+def _check_name(path: Path, folder: str) -> None:
+    """``torch.save`` calls the folder in an archive after the file it writes, so one under another name shows."""
+    rank = re.compile(r"rank_\d+")
+    if rank.search(folder) and folder != path.stem:
+        raise MismatchError(
+            f"{path}: expected what was saved under this name, got what was saved as {folder:.100}.pt; files were "
+            "swapped or renamed, copy the checkpoint again"
+        )
