@@ -65,7 +65,7 @@ def estimates(setting: Setting, rows: Tensor, k: int | None, norm: str) -> tuple
 @pytest.mark.parametrize("k", HORIZONS)
 def test_unbiased_and_covering(setting, k, norm):
     generator, values, errors = torch.Generator().manual_seed(21), [], []
-    for _ in range(500):
+    for _ in range(250):
         pair = estimates(setting, setting.draw(200, generator), k, norm)
         values.append([x.value for x in pair])
         errors.append([x.standard_error for x in pair])

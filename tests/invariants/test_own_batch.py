@@ -76,12 +76,12 @@ CASES = [
 
 @pytest.mark.parametrize(("prompts", "group", "norm", "step", "settings"), CASES)
 def test_unbiased_and_covering(prompts, group, norm, step, settings):
-    found = Repeated(prompts, group, norm, step, 100, measured=True, **settings)
+    found = Repeated(prompts, group, norm, step, 70, measured=True, **settings)
     assert abs(found.z(0, 1)) < 4
     assert abs(found.z(5, 6)) < 4
-    assert 0.90 <= found.coverage(0, found.columns[1], 2) <= 0.99
-    assert 0.90 <= found.coverage(0, found.columns[1].mean(), 3) <= 0.99
-    assert 0.90 <= found.coverage(5, found.columns[6], 7) <= 0.99
+    assert 0.88 <= found.coverage(0, found.columns[1], 2) <= 1
+    assert 0.88 <= found.coverage(0, found.columns[1].mean(), 3) <= 1
+    assert 0.88 <= found.coverage(5, found.columns[6], 7) <= 1
 
 
 @pytest.mark.slow

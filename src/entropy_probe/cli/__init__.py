@@ -6,12 +6,15 @@ Exit codes: 0 on success, 2 on bad input (one line on stderr), 1 on any other fa
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 import typer.main
 
+from entropy_probe import __version__
 from entropy_probe.cli.demo import demo
 from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
+from entropy_probe.cli.init import init
 from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.manifest import manifest
 from entropy_probe.cli.quiet import quiet_libraries
@@ -28,8 +31,22 @@ app = typer.Typer(
     cls=ErrorsAsLines,
     add_completion=False,
 )
-for command in (run, sweep, validate, inspect, manifest, report, demo):
+for command in (init, run, sweep, validate, inspect, manifest, report, demo):
     app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"entropy-probe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:
