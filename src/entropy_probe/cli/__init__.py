@@ -35,10 +35,11 @@ for command in (init, run, sweep, validate, inspect, manifest, report, demo):
     app.command()(command)
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"entropy-probe {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
