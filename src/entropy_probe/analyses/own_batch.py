@@ -40,8 +40,8 @@ USED_BEFORE = NoteKind(
 )
 FEW_PROMPTS = NoteKind(
     "few_prompts",
-    "one batch of {prompts} prompts: errors are up to an eighth too small (95% intervals cover 90% with 8 to 16 prompts, "
-    "94% with 64)",
+    "one batch of {prompts} prompts: errors are up to an eighth too small (95% intervals cover 90% with 8 to 16 "
+    "prompts, 94% with 64)",
     "Use more prompts, or evaluation rollouts.",
 )
 MIN_PROMPTS_FOR_ERRORS = 32
