@@ -65,7 +65,7 @@ def estimates(setting: Setting, rows: Tensor, k: int | None, norm: str) -> tuple
 @pytest.mark.parametrize("k", HORIZONS)
 def test_unbiased_and_covering(setting, k, norm):
     generator, values, errors = torch.Generator().manual_seed(21), [], []
-    for _ in range(250):
+    for _ in range(500):
         pair = estimates(setting, setting.draw(200, generator), k, norm)
         values.append([x.value for x in pair])
         errors.append([x.standard_error for x in pair])
@@ -77,7 +77,7 @@ def test_unbiased_and_covering(setting, k, norm):
     z = (values.mean(0) - truth) / (values.std(0) / len(values) ** 0.5)
     assert bool((z.abs() < 4).all()), f"z {z.tolist()}"
     covered = ((values - truth).abs() <= 1.97 * errors).double().mean(0)
-    assert bool(((covered >= 0.90) & (covered <= 0.99)).all()), covered.tolist()
+    assert bool(((covered >= 0.92) & (covered <= 0.98)).all()), covered.tolist()
 
 
 def test_horizons_differ_by_more_than_the_error_of_that_test(setting):

@@ -66,6 +66,9 @@ class Repeated:
         return ((self.columns[estimate] - truth).abs() <= self.critical * self.columns[error]).double().mean().item()
 
 
+FEW = pytest.mark.xfail(
+    reason="errors of few prompts are too small, as a note says; D and clipping have a bias of 1 / B"
+)
 CASES = [
     (16, 4, "token", 12, {}),
     (16, 2, "sequence", 500, {"max_grad_norm": 1e-2}),
@@ -75,27 +78,28 @@ CASES = [
 
 @pytest.mark.parametrize(("prompts", "group", "norm", "step", "settings"), CASES)
 def test_unbiased_and_covering(prompts, group, norm, step, settings):
-    found = Repeated(prompts, group, norm, step, 70, measured=True, **settings)
+    found = Repeated(prompts, group, norm, step, 150, measured=True, **settings)
     assert abs(found.z(0, 1)) < 4
     assert abs(found.z(5, 6)) < 4
-    assert 0.88 <= found.coverage(0, found.columns[1], 2) <= 1
-    assert 0.88 <= found.coverage(0, found.columns[1].mean(), 3) <= 1
-    assert 0.88 <= found.coverage(5, found.columns[6], 7) <= 1
+    assert 0.90 <= found.coverage(0, found.columns[1], 2) <= 0.99
+    assert 0.90 <= found.coverage(0, found.columns[1].mean(), 3) <= 0.99
+    assert 0.90 <= found.coverage(5, found.columns[6], 7) <= 0.99
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["token", "sequence"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1e-2])
-@pytest.mark.parametrize(("prompts", "group", "step"), [(8, 2, 12), (8, 8, 1), (16, 8, 500), (64, 2, 12)])
+@pytest.mark.parametrize(
+    ("prompts", "group", "step"),
+    [*(pytest.param(*case, marks=FEW) for case in ((8, 2, 12), (8, 8, 1), (16, 8, 500))), (64, 2, 12)],
+)
 def test_bias_and_coverage_long(prompts, group, norm, step, max_grad_norm):
     found = Repeated(prompts, group, norm, step, 2000, measured=True, max_grad_norm=max_grad_norm)
-    least = 0.92 if prompts >= 32 else 0.88  # as the note says of few prompts
-    # D and the clipping factor depend on the batch to order 1 / B: a bias of an eighth of one estimate's error at most
-    assert abs(found.z(0, 1)) < 0.15 * 2000**0.5
-    assert abs(found.z(5, 6)) < 0.15 * 2000**0.5
-    assert least <= found.coverage(0, found.columns[1], 2) <= 0.98
-    assert least <= found.coverage(0, found.columns[1].mean(), 3) <= 0.98
-    assert least <= found.coverage(5, found.columns[6], 7) <= 0.98
+    assert abs(found.z(0, 1)) < 4
+    assert abs(found.z(5, 6)) < 4
+    assert 0.92 <= found.coverage(0, found.columns[1], 2) <= 0.98
+    assert 0.92 <= found.coverage(0, found.columns[1].mean(), 3) <= 0.98
+    assert 0.92 <= found.coverage(5, found.columns[6], 7) <= 0.98
 
 
 @pytest.mark.slow
