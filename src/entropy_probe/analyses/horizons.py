@@ -25,7 +25,7 @@ from entropy_probe.results.student import critical_value
 from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.types import TokenScores
 
-__all__ = ["has_horizons", "measure_horizons"]
+__all__ = ["measure_horizons"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class _Within:
 def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | None:
     """The profile of a step that was predicted and scored; ``None`` where the settings leave it out."""
     plan, config = prediction.plan, prediction.plan.policy.config
-    if not has_horizons(config):
+    if not _has_horizons(config):
         return None
     after = measured.measurement.after
     slopes = estimator.central_slopes(after, _opposite(prediction))
@@ -65,7 +65,7 @@ def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | N
     return Horizons(points=points, headline=_headline(config, points, predicted))
 
 
-def has_horizons(config: ProbeConfig) -> bool:
+def _has_horizons(config: ProbeConfig) -> bool:
     """Whether the settings ask for the profile, and their estimators have one."""
     return config.horizon is not None and config.entropy == "rao_blackwell" and config.realized == "per_decision"
 
