@@ -1,6 +1,7 @@
 """Shapes are checked at run time in tests of functions; one torch thread, since tiny models only lose by more."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,6 +14,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 PATHS = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
+
+# The user of these tests allows configs to name their functions.
+USER = tempfile.TemporaryDirectory()
+ALLOWED = Path(USER.name) / "entropy-probe" / "allowed"
+ALLOWED.parent.mkdir()
+ALLOWED.write_text("tests\n")
+os.environ["XDG_CONFIG_HOME"] = USER.name
 
 
 def jaxtyped(typechecker, decorate=jaxtyping.jaxtyped):

@@ -25,7 +25,7 @@ def load(tmp_path):
     def load(settings: dict[str, Any] = FULL, overrides=(), options=None) -> RunConfig:
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(settings))
-        return load_config(path, overrides, options)
+        return load_config(path, overrides, options, allow_code=True)
 
     return load
 

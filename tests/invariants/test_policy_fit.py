@@ -275,3 +275,30 @@ def test_old_logprobs_that_do_not_hold_are_said_or_refused(amiss, said):
         run(update=later(**amiss), on_mismatch="refuse")
     ours = later(given=SCORES.logprobs, drawn=SCORES.logprobs, old=SCORES.logprobs)
     assert run(update=ours, on_mismatch="refuse").policy_fit.update.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("mean", "other", "alarm"),
+    [
+        (0.0, None, False),
+        ("bfloat16", None, False),
+        (0.01, None, False),
+        (0.03, None, False),
+        (0.0, 1.08, True),
+        (0.0, 0.92, True),
+        ("few", None, True),
+    ],
+)
+def test_the_alarm_follows_what_rounding_explains(mean, other, alarm):
+    """Below ``max_mismatch`` on average: rounding is a little on all tokens, another policy much on few."""
+    logprobs = SCORES.logprobs if other is None else at_temperature(TABLE, MODEL, other)
+    given, noise = logprobs.clone(), torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
+    if mean == "bfloat16":
+        given = given.bfloat16().to(given.dtype)
+    elif mean == "few":
+        given[::20] -= 0.3
+    else:
+        given += mean * noise
+    found = run(sampled(logprobs, 200, given=given))
+    assert found.mismatch.mean < 0.05
+    assert any(note.numbers.get("mean") == found.mismatch.mean for note in found.notes) == alarm

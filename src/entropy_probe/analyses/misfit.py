@@ -68,6 +68,7 @@ class Misfit:
         of_tokens: the temperature at which the tokens are likeliest, with its error.
         of_logprobs: the temperature at which the policy has the sampler's log-probabilities.
         corrected: whether the loss weights tokens by ratios to the sampler's log-probabilities.
+        spread: root mean square of the distance per token, and what bfloat16 makes of it, where that was measured.
     """
 
     fit: Fit
@@ -79,6 +80,7 @@ class Misfit:
     of_tokens: tuple[float, float] | None = None
     of_logprobs: float | None = None
     corrected: bool = False
+    spread: tuple[float, float] | None = None
 
     @property
     def blame_logprobs(self) -> bool:
@@ -160,11 +162,18 @@ def _diagnosis(misfit: Misfit, temperature: float) -> str:
     if misfit.mismatch is not None and misfit.differ:
         symptoms.append(
             f"sampled_logprobs differ from the policy's by {misfit.mismatch.mean:.3g} nats per token on average, "
-            f"{misfit.mismatch.max:.3g} at most (effective sample size of the weights between them {misfit.share:.1%})"
+            f"{misfit.mismatch.max:.3g} at most ({_spread(misfit)}effective sample size of the weights between them "
+            f"{misfit.share:.1%})"
         )
         if fit.holds:
             symptoms.append(f"the tokens fit the policy (z = {fit.z:+.1f})")
     return "; ".join((*symptoms, _cause(misfit, temperature)))
+
+
+def _spread(misfit: Misfit) -> str:
+    if misfit.spread is None:
+        return ""
+    return "root mean square {:.2g}, of which rounding to bfloat16 explains {:.2g}; ".format(*misfit.spread)
 
 
 def _cause(misfit: Misfit, temperature: float) -> str:

@@ -26,6 +26,7 @@ from entropy_probe.estimators.sampler import (
     recorded_amiss,
     sampler_gaps,
     sampler_mismatch,
+    squared_gaps,
 )
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import Ranks
@@ -44,6 +45,12 @@ WIDEST = 5.0
 """A temperature this many times off is no temperature."""
 EXPLAINED = 0.2
 """A temperature explains log-probabilities if at most this share of their distance from the policy's is left."""
+ROUNDING_FACTOR = 3.0
+"""An engine in bfloat16 rounds in other places than this model would, at most this many times as far."""
+SPREAD = 0.7
+"""Root mean square per token, in units of ``max_mismatch``, that may be an engine's rounding even where this model
+hardly rounds. Another policy's is larger beside its mean: it is far away on few tokens.
+"""
 UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss, if it has any"
 
 
@@ -101,21 +108,26 @@ class PolicyCheck:
         add_up = partial(self._sum, local)
         if (older := old_policy(role, scores, local, rollouts, add_up, config.max_mismatch)) is not None:
             return self._of_older(scores, fit, older, rollouts)
-        gaps, mismatch, record = None, None, None
+        gaps, mismatch, record, rms, rounding = None, None, None, 0.0, None
         if rollouts.sampled_logprobs is not None:
             gaps = self._sum(local, sampler_gaps(scores, rollouts.sampled_logprobs[local.rows]))
             answered = rollouts.response_mask.any(1)  # a response that is masked out has no weight to compare
             mismatch = sampler_mismatch(gaps[:, answered], int(rollouts.response_mask.sum()))
             share = mismatch.ess / int(answered.sum())
             record = SamplerMismatch(mean=mismatch.mean, max=mismatch.max, ess_fraction=share)
+            rms = _root_mean_square(self._sum(local, squared_gaps(scores, rollouts.sampled_logprobs[local.rows])))
+            if rms > SPREAD * config.max_mismatch:
+                rounding = self._rounding(*_few(local, rollouts))
         selected = role != "evaluation" and config.update_selected
         misfit = Misfit(
             fit,
             strange=not fit.holds and not selected,
             mismatch=mismatch,
             share=1.0 if record is None else record.ess_fraction,
-            differ=mismatch is not None and mismatch.mean > config.max_mismatch,
+            differ=(mismatch is not None and mismatch.mean > config.max_mismatch)
+            or (rounding is not None and rms > ROUNDING_FACTOR * rounding),
             corrected=config.loss.weighs_sampler,
+            spread=None if rounding is None else (rms, rounding),
         )
         checked = Checked(scores, _record(fit, selected=selected), record)
         if not (misfit.strange or misfit.differ):
@@ -124,8 +136,8 @@ class PolicyCheck:
         said = misfit.said(role, config.temperature)
         if config.on_mismatch == "refuse":
             raise ValueError(
-                f"{said}; on_mismatch refuse: expected at most {config.max_mismatch:g} nats per token and |z| of at "
-                f"most {MAX_Z:g}, so {misfit.remedy}, or use on_mismatch: report"
+                f"{said}; on_mismatch refuse: expected at most {config.max_mismatch:g} nats per token, no more spread "
+                f"than rounding has, and |z| of at most {MAX_Z:g}, so {misfit.remedy}, or use on_mismatch: report"
             )
         if config.on_mismatch == "reweight" and role != "update" and misfit.differ and gaps is not None:
             return self._reweighted(checked, misfit, said, (sums, gaps[0]), local)
@@ -186,10 +198,7 @@ class PolicyCheck:
     def _investigated(self, misfit: Misfit, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> Misfit:
         """With what the likely causes would explain."""
         sampled, amiss, of_logprobs = rollouts.sampled_logprobs, None, None
-        few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
-        keep = torch.isin(local.rows, few).nonzero()[:, 0]
-        own = LocalRows(local.rows[keep], local.size, local.clusters.select(keep))
-        some = own.select(rollouts)
+        some, own = _few(local, rollouts)
         if misfit.mismatch is not None and sampled is not None and misfit.differ:
             amiss = recorded_amiss(self._sum(local, mistake_sums(scores, sampled[local.rows])), misfit.mismatch)
             if amiss == MISTAKES[0] and misfit.strange and misfit.fit.z < 0:
@@ -198,6 +207,15 @@ class PolicyCheck:
                 of_logprobs = self._temperature_of_logprobs(some, own, misfit.mismatch.mean)
         of_tokens = self._temperature_of_tokens(some, own) if misfit.strange else None
         return replace(misfit, amiss=amiss, of_tokens=of_tokens, of_logprobs=of_logprobs)
+
+    def _rounding(self, few: Rollouts, local: LocalRows) -> float:
+        """Root mean square of what bfloat16 makes of a token's log-probability, nats; autocast is switched for it."""
+        device = self.scorer.device.type
+        with self.ranks.agreeing():
+            scores = self.scorer.score(few)
+            with torch.autocast(device, torch.bfloat16, not torch.is_autocast_enabled(device), cache_enabled=False):
+                rounded = self.scorer.score(few)
+        return _root_mean_square(self._sum(local, squared_gaps(scores, rounded.logprobs)))
 
     def _temperature_of_tokens(self, few: Rollouts, local: LocalRows) -> tuple[float, float] | None:
         """The temperature at which the tokens are likeliest, with its error, if there is one.
@@ -246,6 +264,19 @@ class PolicyCheck:
             with self.ranks.agreeing():
                 scores = _at(self.scorer, temperature).score(few)
         return temperature, scores
+
+
+def _few(local: LocalRows, rollouts: Rollouts) -> tuple[Rollouts, LocalRows]:
+    """Some of the sequences of this rank, evenly over the batch."""
+    few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
+    keep = torch.isin(local.rows, few).nonzero()[:, 0]
+    own = LocalRows(local.rows[keep], local.size, local.clusters.select(keep))
+    return own.select(rollouts), own
+
+
+def _root_mean_square(sums: Tensor) -> float:
+    squares, tokens = sums.sum(1).tolist()
+    return math.sqrt(squares / max(tokens, 1))
 
 
 def _at(scorer: Scorer, temperature: float) -> Scorer:

@@ -10,7 +10,6 @@ import io
 import mmap
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_probe.checkpoints.archives import check_archive
 from entropy_probe.checkpoints.errors import MismatchError, UnsupportedError
-from entropy_probe.checkpoints.safe_read import StandIn, check_archive, check_is_archive, one_line
+from entropy_probe.checkpoints.safe_read import StandIn, check_is_archive, one_line
 
 __all__ = ["Names", "read_objects"]
 
@@ -141,34 +141,20 @@ def read_objects(path: Path, names: Names, instead: str) -> Any:
     with one_line(str(path), instead):
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that it may write
-            check_archive(str(path), file, data, {" ".join(name) for name in allowed})
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-                (main,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
-                folder = main.filename.removesuffix("/data.pkl")
-                pickled = archive.read(main)
-                if (
-                    archive.read(f"{folder}/byteorder" if f"{folder}/byteorder" in archive.namelist() else main)[:3]
-                    == b"big"
-                ):
-                    raise UnsupportedError(
-                        f"{path}: not supported: numbers of a big-endian machine; save it on another"
-                    )
-                whole = torch.frombuffer(data, dtype=torch.uint8)
-                storages = {
-                    entry.filename.removeprefix(f"{folder}/data/"): _content(whole, entry)
-                    for entry in entries
-                    if entry.filename.startswith(f"{folder}/data/")
-                }
-        _check_name(path, folder)
-        return _Unpickler(pickled, allowed, storages).load()
-
-
-def _content(whole: Tensor, entry: zipfile.ZipInfo) -> Tensor:
-    """The bytes of an entry, which ``check_archive`` found to lie within the file."""
-    lengths = whole[entry.header_offset + 26 : entry.header_offset + 30].tolist()
-    start = entry.header_offset + 30 + lengths[0] + 256 * lengths[1] + lengths[2] + 256 * lengths[3]
-    return whole[start : start + entry.file_size]
+            contents = check_archive(str(path), file, data, {" ".join(name) for name in allowed})
+        (main,) = (name for name in contents if name.endswith("/data.pkl"))
+        folder = main.removesuffix("data.pkl")
+        order = contents.get(f"{folder}byteorder")
+        if order is not None and data[order.start : order.stop] == b"big":
+            raise UnsupportedError(f"{path}: not supported: numbers of a big-endian machine; save it on another")
+        whole, at = torch.frombuffer(data, dtype=torch.uint8), contents[main]
+        storages = {
+            name.removeprefix(f"{folder}data/"): whole[place.start : place.stop]
+            for name, place in contents.items()
+            if name.startswith(f"{folder}data/")
+        }
+        _check_name(path, folder.removesuffix("/"))
+        return _Unpickler(data[at.start : at.stop], allowed, storages).load()
 
 
 def _check_name(path: Path, folder: str) -> None:

@@ -12,16 +12,28 @@ import pickletools
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["PLAIN", "check_pickle"]
+__all__ = ["ELEMENT_BYTES", "PLAIN", "check_pickle"]
 
 MAX_VALUES = 1000
 """Values in one tuple, at any depth."""
 MAX_NUMBER = 2**20
 """Under which a value may be kept, beyond the length of the pickle: an unpickler makes room for all below."""
+MAX_INSTRUCTIONS = 2**24
+"""What takes an unpickler some ten seconds; an entry of an optimizer has about a hundred."""
 
-_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+ELEMENT_BYTES = {
+    "Double": 8,
+    "Float": 4,
+    "Half": 2,
+    "BFloat16": 2,
+    "Long": 8,
+    "Int": 4,
+    "Short": 2,
+    **dict.fromkeys(("Char", "Byte", "Bool"), 1),
+}
+"""Bytes of an element, by what torch calls the storage."""
 PLAIN = {
-    *(f"torch {kind}Storage" for kind in _STORAGES),
+    *(f"torch {kind}Storage" for kind in ELEMENT_BYTES),
     *("torch.storage UntypedStorage", "torch Size", "torch device", "torch.serialization _get_layout"),
     *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
     *("torch.nn.parameter Parameter", "collections OrderedDict"),
@@ -54,13 +66,15 @@ def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
     Raises:
         pickle.UnpicklingError: if it names something else, or anything in the process-wide extension registry, which
             an unpickler does not ask about; if a tuple in it holds too much, or an unpickler would make room for more
-            values than it can have.
+            values than it can have, or would take long.
         ValueError, LookupError: if it is malformed.
     """
     stack: list[int] = []  # of each value, how many it holds that it will always hold: 1 where they can still change
     outer: list[list[int]] = []  # the stacks below each mark
     memo: dict[Any, int] = {}
-    for opcode, argument, _ in pickletools.genops(data):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if count == MAX_INSTRUCTIONS:
+            raise pickle.UnpicklingError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
         name = opcode.name
         if name in _PUT:
             index = len(memo) if argument is None else argument
@@ -79,11 +93,11 @@ def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
         elif name == "GLOBAL" and names is not None and argument not in names:
             raise pickle.UnpicklingError(f"it names {argument}"[:100])
         else:
-            count, marked, leaves, made_of_them = _EFFECTS[name]
+            taken, marked, leaves, made_of_them = _EFFECTS[name]
             held = sum(stack) if marked else 0
             if marked:
                 stack = outer.pop()
-            for _ in range(count):
+            for _ in range(taken):
                 held += stack.pop()
             if held >= MAX_VALUES and made_of_them:
                 raise pickle.UnpicklingError(f"it has a tuple of {MAX_VALUES} values or more")

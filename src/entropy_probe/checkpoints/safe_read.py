@@ -12,8 +12,7 @@ import pickle
 import re
 import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from entropy_probe.checkpoints.archives import MAKERS, check_archive, check_same_reading
 from entropy_probe.checkpoints.errors import (
     CheckpointError,
     DamagedFileError,
@@ -28,12 +28,11 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     first_line,
 )
-from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
+from entropy_probe.checkpoints.pickles import ELEMENT_BYTES, check_pickle
 
 __all__ = [
     "Inert",
     "StandIn",
-    "check_archive",
     "check_is_archive",
     "one_line",
     "read_archive",
@@ -66,7 +65,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 _REMEDY = "train with save_only_model=False, or copy the whole checkpoint again"
 _PLAIN_ADAM = "pass a checkpoint with plain Adam state"
-_LOCAL_HEADER = 30  # bytes before an entry's name; the lengths of name and extra field are its last four
 
 _UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError),
@@ -79,9 +77,9 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
     """Tensors and plain values from an archive written by ``torch.save``.
 
     Every checksum is verified first: torch does not, so that a flipped bit would go unnoticed. Then the pickle is gone
-    through, since torch would let it call more than tensors and plain values need. Tensors stay in the
-    file, mapped into memory, until they are used. ``weights_only=True`` is passed explicitly, which the environment
-    variable ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` does not override.
+    through, since torch would let it call more than tensors and plain values need, and torch's reader is asked whether
+    it finds the same. Tensors stay in the file, mapped into memory, until they are used. ``weights_only=True`` is
+    passed explicitly, which the environment variable ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` does not override.
 
     Args:
         path: the file.
@@ -93,7 +91,9 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
     check_is_archive(path)
     with one_line(str(path), instead):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            check_archive(str(path), file, data)
+            contents = check_archive(str(path), file, data)
+            check_same_reading(str(path), path, contents)
+            _check_storages(data, contents)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -124,7 +124,9 @@ def read_archived(data: bytes, where: str) -> Any:
         CheckpointError: as :func:`read_archive`.
     """
     with one_line(where):
-        check_archive(where, io.BytesIO(data), data)
+        contents = check_archive(where, io.BytesIO(data), data)
+        check_same_reading(where, data, contents)
+        _check_storages(data, contents)
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -184,6 +186,41 @@ class _Unpickler(pickle.Unpickler):
         return self._stand_in(module, name)
 
 
+class _Sizes(_Unpickler):
+    """Of what a checked pickle has, only how long it takes each storage to be."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data, _inert)
+        self.sizes: set[tuple[str, int]] = set()
+
+    def persistent_load(self, pid: Any) -> None:
+        """The key of a storage, and its bytes."""
+        _, kind, key, _, numel = pid
+        element = kind.named.removeprefix("torch.").removesuffix("Storage")
+        self.sizes.add((key, numel * ELEMENT_BYTES.get(element, 1)))
+
+
+def _check_storages(data: bytes | mmap.mmap, contents: Mapping[str, range]) -> None:
+    """Every storage is as long as its entry: torch would go on into the next one.
+
+    Raises:
+        pickle.UnpicklingError: if one is not.
+    """
+    by_name = {name.partition("/")[2]: place for name, place in contents.items()}
+    place = by_name["data.pkl"]
+    reader = _Sizes(data[place.start : place.stop])
+    reader.load()
+    lengths = {name.removeprefix("data/"): len(place) for name, place in by_name.items()}
+    wrong = next((key for key, size in reader.sizes if lengths.get(key) != size), None)
+    if wrong is not None:
+        raise pickle.UnpicklingError(f"it has a storage {wrong!r:.40} of another size than its data")
+
+
+@cache
+def _inert(module: str, name: str) -> type[Inert]:
+    return type("Inert", (Inert,), {"__slots__": (), "named": f"{module}.{name}"})
+
+
 def read_with_stand_ins(
     path: Path, stand_ins: Mapping[tuple[str, str], Any], what: str, build: Callable[[Any], Built]
 ) -> Built:
@@ -219,12 +256,7 @@ def read_inert(path: Path, what: str, build: Callable[[Any], Built], remedy: str
     Raises:
         CheckpointError: if the file is damaged, larger than settings are, or ``build`` refuses it.
     """
-
-    @cache
-    def stand_in(module: str, name: str) -> type[Inert]:
-        return type("Inert", (Inert,), {"__slots__": (), "named": f"{module}.{name}"})
-
-    return _unpickled(path, _archived_pickle, stand_in, what, build, remedy)
+    return _unpickled(path, _archived_pickle, _inert, what, build, remedy)
 
 
 def _archived_pickle(path: Path) -> bytes:
@@ -234,10 +266,9 @@ def _archived_pickle(path: Path) -> bytes:
             f"{path}: expected settings of at most {MAX_SETTINGS:,} bytes, got {size:,}; it was not opened"
         )
     data = path.read_bytes()
-    check_archive(str(path), io.BytesIO(data), data, None)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        (name,) = (name for name in archive.namelist() if name.lower().endswith("data.pkl"))
-        return archive.read(name)
+    contents = check_archive(str(path), io.BytesIO(data), data, None)
+    (place,) = (place for name, place in contents.items() if name.lower().endswith("data.pkl"))
+    return data[place.start : place.stop]
 
 
 def _unpickled(
@@ -264,22 +295,6 @@ def _unpickled(
         raise DamagedFileError(f"{path}: expected an intact {kind}, got: {first_line(error)}; {remedy}") from error
 
 
-_MAKERS = {
-    "galore_torch": "GaLore",
-    "apollo_torch": "APOLLO",
-    "torchao": (
-        "an optimizer of torchao; in an environment with torchao: import torch, torchao.optim; "
-        "s = torch.load('optimizer.pt', weights_only=True); [e.update({k: x.dequantize() for k, x in e.items() if k != "
-        "'step'}) for e in s['state'].values()]; torch.save(s, 'optimizer.pt')"
-    ),
-    "bitsandbytes": "bitsandbytes",
-    "deepspeed": "DeepSpeed",
-    "torch.distributed": "an optimizer sharded over ranks, saved as DTensors",
-    "megatron": "Megatron",
-}
-"""Libraries whose objects an optimizer's file may hold, by a part of their name, and how to convert them."""
-
-
 @contextmanager
 def one_line(where: str, instead: str = _PLAIN_ADAM) -> Iterator[None]:
     """Turn what reading an archive raises into one line; ``instead`` as in :func:`read_archive`."""
@@ -291,7 +306,7 @@ def one_line(where: str, instead: str = _PLAIN_ADAM) -> Iterator[None]:
         raise
     except _UNREADABLE as error:
         cause = _cause(error)
-        maker = next((f"; this is state of {name}" for word, name in _MAKERS.items() if word in cause), "")
+        maker = next((f"; this is state of {name}" for word, name in MAKERS.items() if word in cause), "")
         raise UnsafeFileError(
             f"{where}: expected tensors and plain values, got data that weights_only=True refuses "
             f"({cause}); nothing in it was run{maker}; {instead}"
@@ -302,40 +317,3 @@ def _cause(error: Exception) -> str:
     """What torch objected to, without its advice to load the file the unsafe way."""
     match = re.search(r"WeightsUnpickler error: (.+)", str(error))
     return match.group(1)[:160] if match else first_line(error, 160)
-
-
-def check_archive(
-    where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap, names: Collection[str] | None = frozenset(PLAIN)
-) -> None:
-    """Every entry is stored as it is, lies within the data, and has its checksum; the pickle names nothing else.
-
-    Raises:
-        CheckpointError: if one does not.
-        pickle.UnpicklingError: if the pickle names something else.
-    """
-    with zipfile.ZipFile(file) as archive, memoryview(data) as view:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise UnsafeFileError(
-                    f"{where}: {entry.filename}: expected data as torch.save stores it, got a compressed or encrypted "
-                    "entry, which can unpack to any size; save it again with torch.save"
-                )
-            start = entry.header_offset + _LOCAL_HEADER
-            lengths = bytes(view[start - 4 : start])
-            start += int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            with view[start : start + entry.file_size] as content:
-                if len(content) != entry.file_size or zlib.crc32(content) != entry.CRC:
-                    raise DamagedFileError(
-                        f"{where}: expected intact data, got a wrong checksum in {entry.filename}; {_REMEDY}"
-                    )
-                if entry.filename.lower().endswith("data.pkl"):  # torch does not look at the case
-                    _check_plain(bytes(content), names)
-
-
-def _check_plain(data: bytes, names: Collection[str] | None) -> None:
-    """Check a pickle of an archive, and name the library whose objects it holds where it may not."""
-    try:
-        check_pickle(data, names)
-    except pickle.UnpicklingError as error:
-        maker = next((word for word in _MAKERS if names is not None and word.encode() in data), None)
-        raise pickle.UnpicklingError(f"{error}{f', of {maker}' if maker else ''}") from error

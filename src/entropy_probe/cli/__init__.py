@@ -12,6 +12,7 @@ import typer
 import typer.main
 
 from entropy_probe import __version__
+from entropy_probe.cli.allowed import forget_current_directory
 from entropy_probe.cli.demo import demo
 from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
 from entropy_probe.cli.init import init
@@ -53,5 +54,6 @@ def _root(
 def main() -> None:
     """Run the command line; the console script."""
     sys.excepthook = one_line_excepthook
+    forget_current_directory()
     quiet_libraries()
     typer.main.get_command(app)()

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from entropy_probe.cli.allowed import check_code
 from entropy_probe.cli.errors import describe
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
@@ -51,7 +52,7 @@ class RunConfig(BaseModel):
         reference: the reference policy of a KL term, a directory of full weights, where the rollouts have no
             ``reference_logprobs`` and the checkpoint no adapter that can be switched off.
         output_dir: where the results go; new or empty, unless ``overwrite``.
-        overwrite: whether to replace an earlier run in ``output_dir``.
+        overwrite: whether to replace an earlier run in ``output_dir``; on the command line only.
         device: where the model runs; ``auto`` is CUDA where there is one.
         shard: spread model and optimizer over the ranks that ``torchrun`` started (FSDP2), for a model that does not
             fit one device. Every rank then works on the whole batches, so more ranks bring memory, not speed.
@@ -108,6 +109,17 @@ class RunConfig(BaseModel):
     def needs_no_evaluation(self) -> bool:
         """Whether the update batch is the only one."""
         return self.mode == "one_batch"
+
+    def named_code(self) -> Iterator[tuple[str, str]]:
+        """Key and name of every ``package.module:function`` that this run would import."""
+        update, evaluation = self.rollouts.update is None, self.rollouts.evaluation is None
+        if update and self.reward is not None:
+            for name in (self.reward,) if isinstance(self.reward, str) else self.reward:
+                if ":" in name:
+                    yield "reward", name
+        asks = update or (evaluation and not self.needs_no_evaluation)
+        if asks and self.prompts is not None and self.prompts.callable is not None:
+            yield "prompts.callable", self.prompts.callable
 
     @model_validator(mode="after")
     def _check_prompts(self) -> RunConfig:
@@ -280,6 +292,8 @@ def load_config(
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
     kind: type[RunConfig] = RunConfig,
+    *,
+    allow_code: bool = False,
 ) -> RunConfig:
     """Read and validate a config file.
 
@@ -288,20 +302,31 @@ def load_config(
         overrides: dotted ``key=value`` replacements, in order.
         options: values of command-line options by dotted key, applied last; None leaves a key alone.
         kind: the class of the config: :class:`RunConfig`, or one that adds a section to it.
+        allow_code: whether it may name any function; otherwise those of packages that the user has allowed.
 
     Raises:
-        ValueError: one line with the full key of the first problem, and the nearest known key for an unknown one.
+        ValueError: one line with the full key of the first problem, and the nearest known key for an unknown one; or
+            with the code that it names and may not.
     """
     # JSON values are YAML values, whatever characters they hold.
     given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
-    settings = apply_overrides(load_yaml(path), [*overrides, *given])
+    settings = load_yaml(path)
+    if settings.get("overwrite") not in (None, False):
+        raise ValueError(
+            f"{path}: overwrite: counts on the command line only, since a file may be somebody else's; leave it out, "
+            "and pass --overwrite to replace an earlier run"
+        )
+    settings = apply_overrides(settings, [*overrides, *given])
     unknown = next(_unknown_keys(settings, kind), None)
     if unknown is not None:
         raise ValueError(f"{path}: {unknown}: unknown key; {_suggestion(unknown, kind)}")
     try:
-        return kind.model_validate(settings)
+        config = kind.model_validate(settings)
     except ValidationError as error:
         raise ValueError(f"{path}: {describe(error)}") from error
+    if not allow_code:
+        check_code(config.named_code(), path)
+    return config
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:

@@ -27,7 +27,7 @@ checkpoint: {checkpoint}
 # Where prompts come from: {{jsonl: FILE}}, {{parquet: FILE}}, {{dataset: NAME}}, {{callable: "module:function"}},
 # {{reasoning_gym: TASK}}; chat: true puts them into the chat template.
 prompts: {{jsonl: prompts.jsonl}}
-# exact_match, gsm8k, math, reasoning_gym, or "module:function" as for TRL or verl
+# exact_match, gsm8k, math, reasoning_gym, or "module:function" as for TRL or verl (run with --allow-code)
 reward: exact_match
 
 update: {{num_prompts: {prompts}, group_size: {group}}}     # {sizes}

@@ -9,6 +9,7 @@ import typer
 
 __all__ = [
     "Adapter",
+    "AllowCode",
     "BaseModel",
     "Copy",
     "Mapping",
@@ -43,6 +44,10 @@ Policy = Annotated[
 TrustConfig = Annotated[
     bool,
     typer.Option("--trust-config", help="Go by the config where the checkpoint's files say otherwise of training."),
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Import the functions that the config names, which runs their modules."),
 ]
 Mapping = Annotated[
     str | None,

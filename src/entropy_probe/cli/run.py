@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
-from entropy_probe.cli.options import TrustConfig
+from entropy_probe.cli.options import AllowCode, TrustConfig
 from entropy_probe.cli.output import Output, locked, open_output
 from entropy_probe.results.probe import ProbeResult
 
@@ -46,6 +46,7 @@ def run(
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
     ] = False,
     trust_config: TrustConfig = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Probe a checkpoint: predict the next step's entropy change, and measure it."""
     from rich.console import Console
@@ -61,7 +62,7 @@ def run(
         "trust_config": trust_config or None,
     }
     with launched_ranks() as ranks:
-        settings = load_config(config, overrides or (), options)
+        settings = load_config(config, overrides or (), options, allow_code=allow_code)
         result = probe_checkpoint(settings, ranks)
         if ranks.rank == 0:
             print_run(settings.output_dir, result, Console())

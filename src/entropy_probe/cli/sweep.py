@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
-from entropy_probe.cli.options import TrustConfig
+from entropy_probe.cli.options import AllowCode, TrustConfig
 from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, locked, open_output
 from entropy_probe.results.record import Kept, SavedRecord, write_atomically
 from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
@@ -41,6 +41,7 @@ def sweep(
         bool, typer.Option("--overwrite", help="Delete an earlier sweep in the output directory and start afresh.")
     ] = False,
     trust_config: TrustConfig = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Measure the step's entropy change at many learning rates.
 
@@ -59,7 +60,7 @@ def sweep(
         "trust_config": trust_config or None,
     }
     with launched_ranks() as ranks:
-        settings = load_config(config, overrides or (), options, SweepConfig)
+        settings = load_config(config, overrides or (), options, SweepConfig, allow_code=allow_code)
         assert isinstance(settings, SweepConfig)
         sweeps = sweep_checkpoints(settings, ranks)
         if ranks.rank == 0:

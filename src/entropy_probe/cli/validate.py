@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from entropy_probe.cli.options import TrustConfig
+from entropy_probe.cli.options import AllowCode, TrustConfig
 
 __all__ = ["validate"]
 
@@ -25,6 +25,7 @@ def validate(
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
     ] = False,
     trust_config: TrustConfig = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run with attribution, then take real steps on random halves of the update prompts and compare.
 
@@ -43,7 +44,7 @@ def validate(
         "trust_config": trust_config or None,
     }
     with launched_ranks() as ranks:
-        settings = load_config(config, overrides or (), options, ValidateConfig)
+        settings = load_config(config, overrides or (), options, ValidateConfig, allow_code=allow_code)
         result = probe_checkpoint(settings, ranks, (subsets, seed))
         if ranks.rank == 0:
             print_run(settings.output_dir, result, Console())

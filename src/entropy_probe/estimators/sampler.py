@@ -14,7 +14,15 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = ["MISTAKES", "Mismatch", "mistake_sums", "recorded_amiss", "sampler_gaps", "sampler_mismatch"]
+__all__ = [
+    "MISTAKES",
+    "Mismatch",
+    "mistake_sums",
+    "recorded_amiss",
+    "sampler_gaps",
+    "sampler_mismatch",
+    "squared_gaps",
+]
 
 _ONE_SIGN = 1e-3
 """Nats by which rounding may put a sampler's log-probability below the policy's."""
@@ -56,6 +64,17 @@ def sampler_gaps(scores: TokenScores, sampled_logprobs: Float[Tensor, "N L"]) ->
     size, more = gap.abs(), gap.clamp(max=math.log(2)).exp() - 1
     lower = (gap > _ONE_SIGN).sum(1).double()
     return torch.stack([gap.sum(1), size.sum(1), size.amax(1), more.sum(1), more.square().sum(1), lower])
+
+
+def squared_gaps(scores: TokenScores, logprobs: Float[Tensor, "N L"]) -> Float[Tensor, "2 N"]:
+    """``sum_t (log pi - log q)^2`` and the tokens of each sequence, in nats squared, float64.
+
+    Args:
+        scores: of the policy.
+        logprobs: others of the same tokens; ignored off the response.
+    """
+    gap = torch.where(scores.response_mask, scores.logprobs.double() - logprobs.double(), 0.0)
+    return torch.stack([gap.square().sum(1), scores.response_lengths.double()])
 
 
 def sampler_mismatch(gaps: Float[Tensor, "6 N"], num_tokens: int) -> Mismatch:

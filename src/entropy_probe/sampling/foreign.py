@@ -12,9 +12,27 @@ from typing import Any
 
 import torch
 
-__all__ = ["call", "import_function"]
+__all__ = ["call", "import_function", "split_path"]
 
 _LIBRARIES = ("site-packages", sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]))
+
+
+def split_path(path: str, what: str) -> tuple[str, str]:
+    """Module and function of ``package.module:function``, neither of which need exist.
+
+    Raises:
+        ValueError: if the path is malformed.
+    """
+    module_name, _, name = path.rpartition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        file = Path(module_name)
+        raise ValueError(
+            f"{what}: expected package.module:function, got the file {path!r}; set PYTHONPATH={file.parent} and write "
+            f"{file.stem}:{name}"
+        )
+    if not module_name or not name or module_name.startswith("."):
+        raise ValueError(f"{what}: expected package.module:function, got {path!r}; name the module and the function")
+    return module_name, name
 
 
 def import_function(path: str, what: str) -> Callable[..., Any]:
@@ -27,15 +45,7 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
     Raises:
         ValueError: if the path is malformed, or the module or the function does not exist or raises an error.
     """
-    module_name, _, name = path.rpartition(":")
-    if module_name.endswith(".py") or "/" in module_name:
-        file = Path(module_name)
-        raise ValueError(
-            f"{what}: expected package.module:function, got the file {path!r}; set PYTHONPATH={file.parent} and write "
-            f"{file.stem}:{name}"
-        )
-    if not module_name or not name or module_name.startswith("."):
-        raise ValueError(f"{what}: expected package.module:function, got {path!r}; name the module and the function")
+    module_name, name = split_path(path, what)
     try:
         with _torch_left_alone():
             target: Any = importlib.import_module(module_name)
@@ -47,8 +57,9 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
         ) from error
     for part in name.split("."):
         target = getattr(target, part, None)
-    if not callable(target):
-        raise ValueError(f"{what}: expected a function {name!r} in module {module_name}, got {target!r}; correct it")
+    if not callable(target):  # not its value, which may be anything that the process knows
+        got = "None" if target is None else f"an object of type {type(target).__name__}"
+        raise ValueError(f"{what}: expected a function {name!r} in module {module_name}, got {got}; correct it")
     return target
 
 
