@@ -161,6 +161,15 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_server(self) -> RunConfig:
+        if self.generation.server is not None and self.probe.on_low_ess == "resample":
+            raise ValueError(
+                "probe.on_low_ess: expected psis or refuse beside generation.server, which does not have the policy "
+                "after the step, got resample; change it, or use generation.engine: hf"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_attribution(self) -> RunConfig:
         if self.attribution and self.shard:
             raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
@@ -224,7 +233,8 @@ class RunConfig(BaseModel):
 
         Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own. Update
         prompts that are filtered here, or whose truncated responses are masked, are selected by what they are.
-        Sampling settings that saved rollouts take the place of are left out.
+        Sampling settings that saved rollouts take the place of are left out. Where a server samples all of them, what
+        does not fit the policy is refused unless the config says otherwise.
 
         Raises:
             ValueError: if a CUDA device is asked for and there is none.
@@ -245,6 +255,10 @@ class RunConfig(BaseModel):
         if self.prompts is not None and self.prompts.file is not None:
             kind, path = self.prompts.file
             changes["prompts"] = self.prompts.model_copy(update={kind: path.absolute()})
+        server = self.generation.server
+        if server is not None and server.adapter is not None:
+            where = server.model_copy(update={"adapter": server.adapter.absolute()})
+            changes["generation"] = self.generation.model_copy(update={"server": where})
         saved = {batch: path.absolute() for batch, path in self.rollouts if path is not None}
         changes["rollouts"] = SavedRollouts(**saved)
         changes |= dict.fromkeys(saved)
@@ -253,6 +267,8 @@ class RunConfig(BaseModel):
             drawn["evaluation_unit"] = "sequence"
         if "update" not in saved and self.update is not None and self.update.selects:
             drawn["update_selected"] = True
+        if server is not None and not saved and "on_mismatch" not in self.probe.model_fields_set:
+            drawn["on_mismatch"] = "refuse"
         changes["probe"] = self.probe.model_copy(update=drawn)
         return self.model_copy(update=changes)
 

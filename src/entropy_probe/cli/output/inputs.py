@@ -29,6 +29,7 @@ Command = Literal["run", "validate", "sweep"]
 _PATHS: dict[str, Any] = {
     **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts"), True),
     "prompts": {"jsonl", "parquet"},
+    "generation": {"server": {"url", "timeout", "retries"}},
 }
 
 
