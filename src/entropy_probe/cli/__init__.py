@@ -20,6 +20,7 @@ from entropy_probe.cli.manifest import manifest
 from entropy_probe.cli.quiet import quiet_libraries
 from entropy_probe.cli.report import report
 from entropy_probe.cli.run import run
+from entropy_probe.cli.schema import schema
 from entropy_probe.cli.sweep import sweep
 from entropy_probe.cli.validate import validate
 
@@ -29,9 +30,8 @@ app = typer.Typer(
     name="entropy-probe",
     help="Predict, measure and explain the entropy change of the next RL optimizer step of a language model.",
     cls=ErrorsAsLines,
-    add_completion=False,
 )
-for command in (init, run, sweep, validate, inspect, manifest, report, demo):
+for command in (init, run, sweep, validate, inspect, manifest, report, schema, demo):
     app.command()(command)
 
 
