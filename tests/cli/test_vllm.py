@@ -112,12 +112,13 @@ def test_a_run_with_the_adapter(config, tmp_path):
     assert max(said.mismatch.max, said.update_mismatch.max) < 1e-3
 
 
-def test_a_run_with_the_base_model_is_refused(config, refused):
-    assert "on_mismatch refuse" in refused(
-        "run", config, "generation.server.adapter=null", "generation.server.model=base"
-    )
-    assert "expected the adapter that is probed" in refused("run", config, "generation.server.adapter=null")
-    assert "expected model 'b', got 'base'" in refused("run", config, "generation.server.model=b")
+def test_a_run_with_the_base_model_is_refused(config, refused, tmp_path):
+    none, base = "generation.server.adapter=null", ("generation.server.model=base", "probe.max_mismatch=1e-3")
+    assert "on_mismatch refuse" in refused("run", config, none, *base)  # two steps of training are near it
+    elsewhere = ("--output-dir", tmp_path / "elsewhere", none)
+    assert "expected the adapter that is probed" in refused("run", config, *elsewhere)
+    other = (*elsewhere, "--overwrite", "generation.server.model=b")
+    assert "expected model 'b', got 'base'" in refused("run", config, *other)
 
 
 def test_an_adapter_that_is_none_is_refused(url, tmp_path):

@@ -13,7 +13,7 @@ import typer.main
 
 from entropy_probe import __version__
 from entropy_probe.cli.demo import demo
-from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
+from entropy_probe.cli.errors import ErrorsAsLines, leave_threads, one_line_excepthook
 from entropy_probe.cli.init import init
 from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.manifest import manifest
@@ -54,4 +54,8 @@ def main() -> None:
     """Run the command line; the console script."""
     sys.excepthook = one_line_excepthook
     quiet_libraries()
-    typer.main.get_command(app)()
+    try:
+        typer.main.get_command(app)()
+    except SystemExit as end:
+        leave_threads(end.code)
+        raise

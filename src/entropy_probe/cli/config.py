@@ -61,6 +61,8 @@ class RunConfig(BaseModel):
             ``probe.geometry: frozen`` one batch is that statistic too.
         reward: the reward of update responses, by name, or several.
         reward_weights: of several rewards, whose weighted sum counts; 1 each by default.
+        reward_time_limit: seconds that a reward may take for the responses of one round of sampling; no limit by
+            default.
         generation: how responses are sampled. Temperature and largest length are those of ``probe``.
         update: the batch that the optimizer step is taken on.
         evaluation: the batch that the entropy is measured on.
@@ -93,6 +95,7 @@ class RunConfig(BaseModel):
     mode: Literal["two_batch", "one_batch", "both"] = "two_batch"
     reward: str | tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
+    reward_time_limit: float | None = Field(default=None, gt=0)
     generation: GenerationSettings = GenerationSettings()
     update: UpdateSettings | None = None
     evaluation: EvaluationSettings | None = None
