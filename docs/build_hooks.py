@@ -13,7 +13,6 @@ import re
 from importlib.resources import files as package_files
 from typing import Any, get_args
 
-import griffe
 import typer
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
@@ -22,6 +21,7 @@ from pydantic_core import to_jsonable_python
 from typer.cli import get_docs_for_click
 
 from entropy_probe.cli import app
+from entropy_probe.cli.schema import SCHEMA_FILE, described, schema_text
 from entropy_probe.cli.sweep_config import SweepConfig
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,;:)]*)', re.DOTALL)
@@ -54,9 +54,10 @@ def mathml(match: re.Match[str]) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the font of formulas, which extra.css names."""
+    """Add the font of formulas, which extra.css names, and the schema of config files."""
     font = package_files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"
     files.append(File.generated(config, "math.ttf", abs_src_path=str(font)))
+    files.append(File.generated(config, f"reference/{SCHEMA_FILE}", content=schema_text()))
     return files
 
 
@@ -69,24 +70,18 @@ def commands() -> str:
 
 def settings(model: type[BaseModel] = SweepConfig, prefix: str = "") -> str:
     """Every key of a config file, with its default and what its class's docstring says of it."""
-    described = {
-        attribute.name: " ".join(attribute.description.split())
-        for base in reversed(model.__mro__)
-        for section in griffe.parse_google(griffe.Docstring(inspect.cleandoc(base.__doc__ or "")), warnings=False)
-        if section.kind is griffe.DocstringSectionKind.attributes
-        for attribute in section.value
-    }
+    words = described(model)
     keys, sections = [], []
     for name, field in model.model_fields.items():
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if inspect.isclass(kind)]
         nested = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
         if nested is not None:
-            sections.append(f"## {prefix}{name}\n\n{described.get(name, '')}\n\n{settings(nested, f'{prefix}{name}.')}")
+            sections.append(f"## {prefix}{name}\n\n{words.get(name, '')}\n\n{settings(nested, f'{prefix}{name}.')}")
             continue
         value = None if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
         default = "required" if field.is_required() else f"default `{json.dumps(value)}`"
         kind = ANNOTATED.sub(r"\1", inspect.formatannotation(field.annotation))
-        keys.append(f"- **`{prefix}{name}`** (`{kind}`, {default}): {described.get(name, '')}")
+        keys.append(f"- **`{prefix}{name}`** (`{kind}`, {default}): {words.get(name, '')}")
     return "\n".join(keys) + "\n\n" + "\n".join(sections)
 
 

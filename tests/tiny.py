@@ -33,6 +33,7 @@ def train_grpo(
     optimizer: dict[str, Any] | None = None,
     quantization: dict[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
+    policy: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
     """Train a tiny random policy with TRL's GRPO and return the last checkpoint, ``checkpoint-{steps}``.
@@ -41,7 +42,8 @@ def train_grpo(
     gradients of optimizer step ``k`` (1-based: from ``checkpoint-{k-1}`` to ``checkpoint-{k}``) by the names
     of the trained model's ``named_parameters()``. ``overrides`` go to ``GRPOConfig``, ``adapter`` to ``LoraConfig``;
     ``prepare`` and ``quantization`` change the model (:func:`_prepared`, ``BitsAndBytesConfig``), ``optimizer`` makes
-    an AdamW of one's own (a pair in ``lr`` gives the Trainer's two groups their rates).
+    an AdamW of one's own (a pair in ``lr`` gives the Trainer's two groups their rates); ``policy`` goes to
+    :func:`tiny_policy`.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -49,7 +51,7 @@ def train_grpo(
     from trl import GRPOConfig, GRPOTrainer
 
     with quiet_single_thread():
-        model, tokenizer = tiny_policy(architecture, tie_word_embeddings=tie_word_embeddings)
+        model, tokenizer = tiny_policy(architecture, tie_word_embeddings=tie_word_embeddings, **(policy or {}))
         base = directory / "base"
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)

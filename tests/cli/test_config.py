@@ -53,7 +53,10 @@ def test_overrides_then_options(load):
         ("updat.group_size=x", "updat: unknown key; did you mean update?"),
         ("promts.jsonl=x", "promts: unknown key; did you mean prompts?"),
         ("evaluation.rollouts=x", "evaluation.rollouts: unknown key; did you mean rollouts?"),
-        ("generation.zzzz=1", "generation.zzzz: unknown key; known here are engine, top_p, top_k, batch_size, stop"),
+        (
+            "generation.zzzz=1",
+            "generation.zzzz: unknown key; known here are engine, top_p, top_k, batch_size, stop, server",
+        ),
     ],
 )
 def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
-from entropy_probe import Rollouts
+from entropy_probe import ProbeResult, Rollouts
+from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.sampling import (
     ENGINES,
     Completion,
     Engine,
     EvaluationSettings,
     GenerationSettings,
+    HFGenerator,
     SamplingParameters,
     load_prompts,
     resample_responses,
     sample_evaluation,
 )
 from tests.cli.conftest import invoke
+from tests.scripted_server import NAME, ScriptedServer, draws_of, serving
 
 SCRIPT = ((4, 5, 1), (6, 1), (5, 5, 6, 4, 1), (4, 1))
 
@@ -75,3 +80,50 @@ def test_a_config_names_its_engine(scripted, config, tmp_path):
         assert len(found) == size
         assert {response[:-1] for response in found} == {response[:-1] for response in SCRIPT}
     assert "engine: scripted" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+def asking(server: ScriptedServer) -> tuple[str, ...]:
+    where = (f"generation.server.url={server.url}/v1", f"generation.server.model={NAME}")
+    return ("generation.engine=vllm", "generation.batch_size=4", *where)
+
+
+def test_a_server_samples_the_batches_of_a_run(trained, config, tmp_path):
+    state = load_checkpoint(trained.checkpoint)
+    with serving(draws_of(HFGenerator(state.model, state.tokenizer, 1))) as server:
+        done = invoke("run", config, *asking(server))
+        assert done.exit_code == 0, done.output
+        count = len(server.requests)
+    assert "on_mismatch: refuse" in (tmp_path / "out" / "config.yaml").read_text()
+    assert count == 12 + 16 + 24  # the first to try it
+    done = invoke("run", config, f"output_dir={tmp_path / 'hf'}")
+    assert done.exit_code == 0, done.output
+    asked, own = (ProbeResult.load(tmp_path / name) for name in ("out", "hf"))
+    assert asked.predicted.value == pytest.approx(own.predicted.value, rel=1e-4)
+    for batch in ("update", "evaluation"):
+        files = (tmp_path / name / f"{batch}.parquet" for name in ("out", "hf"))
+        a, b = map(Rollouts.from_parquet, files)
+        assert torch.equal(a.input_ids, b.input_ids)
+
+
+@pytest.mark.parametrize("reported", ["of all tokens", "of those left"])
+def test_a_server_that_samples_a_part_of_the_distribution_is_refused(trained, config, refused, reported):
+    """As one whose model has a top_k in its generation config would, if requests did not state theirs."""
+    state, lock = load_checkpoint(trained.checkpoint), threading.Lock()
+
+    @torch.no_grad()
+    def draw(prompt, parameters, seed) -> Completion:
+        ids, logprobs, random = list(prompt), [], torch.Generator().manual_seed(seed)
+        while len(logprobs) < parameters.max_completion_length and ids[-1] != 1:
+            with lock:
+                logits = state.model(torch.tensor([ids])).logits[0, -1] / parameters.temperature
+            shaped = logits.masked_fill(logits < logits.topk(3).values[-1], -torch.inf)
+            token = int(shaped.softmax(-1).multinomial(1, generator=random))
+            said = logits if reported == "of all tokens" else shaped
+            ids.append(token)
+            logprobs.append(float(said.log_softmax(-1)[token]))
+        return Completion(prompt, tuple(ids[len(prompt) :]), ids[-1] != 1, tuple(logprobs))
+
+    with serving(draw) as server:
+        said = refused("run", config, *asking(server))
+    assert "the responses do not fit the policy: surprisal minus entropy is -" in said
+    assert "on_mismatch refuse" in said

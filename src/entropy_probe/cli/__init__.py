@@ -14,13 +14,14 @@ import typer.main
 from entropy_probe import __version__
 from entropy_probe.cli.allowed import forget_current_directory
 from entropy_probe.cli.demo import demo
-from entropy_probe.cli.errors import ErrorsAsLines, one_line_excepthook
+from entropy_probe.cli.errors import ErrorsAsLines, leave_threads, one_line_excepthook
 from entropy_probe.cli.init import init
 from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.manifest import manifest
 from entropy_probe.cli.quiet import quiet_libraries
 from entropy_probe.cli.report import report
 from entropy_probe.cli.run import run
+from entropy_probe.cli.schema import schema
 from entropy_probe.cli.sweep import sweep
 from entropy_probe.cli.validate import validate
 
@@ -30,9 +31,8 @@ app = typer.Typer(
     name="entropy-probe",
     help="Predict, measure and explain the entropy change of the next RL optimizer step of a language model.",
     cls=ErrorsAsLines,
-    add_completion=False,
 )
-for command in (init, run, sweep, validate, inspect, manifest, report, demo):
+for command in (init, run, sweep, validate, inspect, manifest, report, schema, demo):
     app.command()(command)
 
 
@@ -56,4 +56,8 @@ def main() -> None:
     sys.excepthook = one_line_excepthook
     forget_current_directory()
     quiet_libraries()
-    typer.main.get_command(app)()
+    try:
+        typer.main.get_command(app)()
+    except SystemExit as end:
+        leave_threads(end.code)
+        raise

@@ -77,7 +77,10 @@ def read_sources(config: RunConfig) -> Sources:
     prompts = [] if complete else load_prompts(required(config.prompts))
     reward = None
     if update is None:
-        reward = load_rewards(required(config.reward), config.reward_weights, _trainer_state(config.checkpoint))
+        progress = _trainer_state(config.checkpoint)
+        reward = load_rewards(
+            required(config.reward), config.reward_weights, progress, time_limit=config.reward_time_limit
+        )
         reward.check(prompts)
     notes = (UNUSED_COLUMNS(batch=batch, columns=", ".join(names)) for batch, names in unused.items() if names)
     return Sources(update, evaluation, prompts, reward, tuple(notes))

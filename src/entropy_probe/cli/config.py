@@ -62,6 +62,8 @@ class RunConfig(BaseModel):
             ``probe.geometry: frozen`` one batch is that statistic too.
         reward: the reward of update responses, by name, or several.
         reward_weights: of several rewards, whose weighted sum counts; 1 each by default.
+        reward_time_limit: seconds that a reward may take for the responses of one round of sampling; no limit by
+            default.
         generation: how responses are sampled. Temperature and largest length are those of ``probe``.
         update: the batch that the optimizer step is taken on.
         evaluation: the batch that the entropy is measured on.
@@ -94,6 +96,7 @@ class RunConfig(BaseModel):
     mode: Literal["two_batch", "one_batch", "both"] = "two_batch"
     reward: str | tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
+    reward_time_limit: float | None = Field(default=None, gt=0)
     generation: GenerationSettings = GenerationSettings()
     update: UpdateSettings | None = None
     evaluation: EvaluationSettings | None = None
@@ -173,6 +176,15 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_server(self) -> RunConfig:
+        if self.generation.server is not None and self.probe.on_low_ess == "resample":
+            raise ValueError(
+                "probe.on_low_ess: expected psis or refuse beside generation.server, which does not have the policy "
+                "after the step, got resample; change it, or use generation.engine: hf"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_attribution(self) -> RunConfig:
         if self.attribution and self.shard:
             raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
@@ -236,7 +248,8 @@ class RunConfig(BaseModel):
 
         Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own. Update
         prompts that are filtered here, or whose truncated responses are masked, are selected by what they are.
-        Sampling settings that saved rollouts take the place of are left out.
+        Sampling settings that saved rollouts take the place of are left out. Where a server samples all of them, what
+        does not fit the policy is refused unless the config says otherwise.
 
         Raises:
             ValueError: if a CUDA device is asked for and there is none.
@@ -257,6 +270,10 @@ class RunConfig(BaseModel):
         if self.prompts is not None and self.prompts.file is not None:
             kind, path = self.prompts.file
             changes["prompts"] = self.prompts.model_copy(update={kind: path.absolute()})
+        server = self.generation.server
+        if server is not None and server.adapter is not None:
+            where = server.model_copy(update={"adapter": server.adapter.absolute()})
+            changes["generation"] = self.generation.model_copy(update={"server": where})
         saved = {batch: path.absolute() for batch, path in self.rollouts if path is not None}
         changes["rollouts"] = SavedRollouts(**saved)
         changes |= dict.fromkeys(saved)
@@ -265,6 +282,8 @@ class RunConfig(BaseModel):
             drawn["evaluation_unit"] = "sequence"
         if "update" not in saved and self.update is not None and self.update.selects:
             drawn["update_selected"] = True
+        if server is not None and not saved and "on_mismatch" not in self.probe.model_fields_set:
+            drawn["on_mismatch"] = "refuse"
         changes["probe"] = self.probe.model_copy(update=drawn)
         return self.model_copy(update=changes)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from traceback import extract_tb
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -13,7 +15,7 @@ from typer.core import TyperGroup
 
 from entropy_probe.report.text import printable
 
-__all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "one_line_excepthook"]
+__all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "leave_threads", "one_line_excepthook"]
 
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
 BAD_INPUT = 2
@@ -39,6 +41,21 @@ class ErrorsAsLines(TyperGroup):
             _fail(describe(error), error)
         sys.exit(code or 0)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, which says how it ends by returning or by an error of its own.
+
+        Raises:
+            RuntimeError: if something that it calls asks for the process to end, as a reward's code may.
+        """
+        try:
+            return super().invoke(ctx)
+        except SystemExit as error:
+            place = extract_tb(error.__traceback__)[-1]
+            raise RuntimeError(
+                f"expected the code that the config names to return, got sys.exit({error.code!r}) in {place.filename}, "
+                f"line {place.lineno}; correct it"
+            ) from error
+
 
 def describe(error: BaseException) -> str:
     """An error as one line; of several validation errors the first, and how many more there are."""
@@ -62,6 +79,15 @@ def describe_validation(error: ValidationError) -> str:
     return " ".join(f"{key}: {message}{more}".removeprefix(": ").split())
 
 
+def leave_threads(code: object) -> None:
+    """End a process that has failed, where threads of others, such as a reward's, would keep it."""
+    own = (threading.main_thread(), threading.current_thread())
+    if code and any(thread not in own and not thread.daemon for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else FAILURE)
+
+
 def one_line_excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """A ``sys.excepthook`` for failures that are not bad input: a short line, or the traceback on request."""
     if os.environ.get(DEBUG_VARIABLE):
@@ -69,6 +95,7 @@ def one_line_excepthook(kind: type[BaseException], error: BaseException, traceba
         return
     remedy = f"set {DEBUG_VARIABLE}=1 to see the traceback"
     sys.stderr.write(f"error: {kind.__name__}: {printable(describe(error))}; {remedy}\n")
+    leave_threads(FAILURE)
 
 
 def _fail(message: str, error: BaseException) -> NoReturn:

@@ -45,16 +45,24 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("probe.yaml"),
     base_model: BaseModel = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    with_schema: Annotated[
+        bool, typer.Option("--schema", help="Also write the JSON schema beside it, and name it for editors.")
+    ] = False,
 ) -> None:
     """Write a commented probe.yaml from what a checkpoint's files tell."""
     from entropy_probe.checkpoints import inspect_checkpoint
+    from entropy_probe.cli.schema import SCHEMA_FILE, schema_text
     from entropy_probe.report.text import printable
     from entropy_probe.results.record import write_atomically
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output}: expected a file that is not there yet, found one; pass --overwrite or --output")
     report = inspect_checkpoint(checkpoint, base_model)
-    write_atomically(output, config_of(report, checkpoint, output, base_model).encode())
+    text = config_of(report, checkpoint, output, base_model)
+    if with_schema:
+        write_atomically(output.parent / SCHEMA_FILE, schema_text().encode())
+        text = f"# yaml-language-server: $schema={SCHEMA_FILE}\n{text}"
+    write_atomically(output, text.encode())
     typer.echo(printable(f"Wrote {output}: set prompts and reward, then entropy-probe run {output}"))
     if report.verdict != "healthy":
         typer.echo(

@@ -15,6 +15,7 @@ from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.prompts import Message, Prompt, PromptSource, load_prompts
 from entropy_probe.sampling.responses import generate_responses
 from entropy_probe.sampling.rewards import Reward, Rewards, load_reward, load_rewards, score_responses
+from entropy_probe.sampling.server import ServerEngine
 from entropy_probe.sampling.templates import encode_prompts, last_user_message, prompt_notes
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SamplingParameters",
     "SamplingReport",
     "ScaleRewards",
+    "ServerEngine",
     "UpdateSettings",
     "encode_prompts",
     "generate_responses",

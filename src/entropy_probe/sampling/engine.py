@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from entropy_probe.results.note import Note
@@ -23,6 +25,7 @@ __all__ = [
     "GenerationSettings",
     "Progress",
     "SamplingParameters",
+    "ServerSettings",
     "Settings",
 ]
 
@@ -36,16 +39,51 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class ServerSettings(Settings):
+    """A server of vLLM (``vllm serve``, ``trl vllm-serve``) that has the policy.
+
+    Attributes:
+        url: where it listens, such as ``http://localhost:8000``.
+        model: the name that it serves the policy under; by default the only model that it serves.
+        adapter: the directory of a LoRA adapter that it is told to load by this path, and to sample with.
+        timeout: seconds to wait for an answer, which is a whole response.
+        retries: how often a request is repeated, after longer and longer waits, where the server is busy (429, 502,
+            503, 504), the connection fails or the time is over.
+    """
+
+    url: str
+    model: str | None = Field(default=None, min_length=1)
+    adapter: Path | None = None
+    timeout: float = Field(default=600.0, gt=0)
+    retries: int = Field(default=8, ge=0)
+
+    @field_validator("url")
+    @classmethod
+    def _of_a_server(cls, value: str) -> str:
+        expected = f"expected the address of a server such as http://localhost:8000, got {value!r}"
+        try:
+            parts = urlsplit(value)
+            named = parts.hostname is not None and parts.port != 0
+        except ValueError as error:
+            raise ValueError(f"{expected}: {error}") from error
+        if parts.scheme not in ("http", "https") or not named or parts.query or parts.fragment:
+            raise ValueError(expected)
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("expected an address without name and password, got one with them; leave them out")
+        return value.rstrip("/").removesuffix("/v1")
+
+
 class GenerationSettings(Settings):
     """How responses are generated.
 
     Attributes:
-        engine: what generates them: a name in :data:`ENGINES`.
+        engine: what generates them: ``hf`` calls the model here, ``vllm`` asks a ``server``.
         top_p: must be 1: the full softmax is the policy.
         top_k: must be 0 (off), for the same reason.
-        batch_size: sequences generated at a time, fewer where they do not fit the memory. Which responses a seed
-            gives does not depend on it, up to rounding.
+        batch_size: sequences generated at a time, fewer where they do not fit the memory; requests at a time, of a
+            server. Which responses a seed gives does not depend on it, up to rounding.
         stop: texts that end a response, the token that completes one included; for a trainer that samples with them.
+        server: the server of engine ``vllm``.
     """
 
     engine: str = "hf"
@@ -53,6 +91,7 @@ class GenerationSettings(Settings):
     top_k: int = 0
     batch_size: int = Field(default=64, gt=0)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    server: ServerSettings | None = None
 
     @field_validator("engine")
     @classmethod
@@ -70,6 +109,14 @@ class GenerationSettings(Settings):
                 f"expected {off}, got {value}; the full softmax is the policy, leave {info.field_name} out"
             )
         return value
+
+    @model_validator(mode="after")
+    def _server_of_engine(self) -> GenerationSettings:
+        if self.engine == "vllm" and self.server is None:
+            raise ValueError("server: required by engine vllm, but missing; set server.url")
+        if self.engine != "vllm" and self.server is not None:
+            raise ValueError(f"server: expected engine vllm beside it, got {self.engine}; set engine: vllm")
+        return self
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
 from entropy_probe.sampling.engine import ENGINES, Agreed, Completion, GenerationSettings, Progress, SamplingParameters
 
-__all__ = ["HFGenerator", "draw_tokens"]
+__all__ = ["HFGenerator", "draw_tokens", "end_tokens"]
 
 _DIFFER = "log-probabilities differ from a plain call's"
 _COMPARED = 512
@@ -79,14 +79,12 @@ class HFGenerator:
                 "model: expected a Hugging Face causal language model with generate, got "
                 f"{type(model).__name__}; sample elsewhere and pass Rollouts"
             )
-        if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: expected an eos_token, got none; set tokenizer.eos_token")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
         self._model = model
         self._batch_size = batch_size
         self._agreed = agreed
-        self._end_tokens = _end_tokens(model, tokenizer)
+        self._end_tokens = end_tokens(model, tokenizer)
         self._call = ModelCall(model)
         self._ways = list(WAYS)
         self._faults: list[str] = []
@@ -357,7 +355,14 @@ def _uniforms(seed: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(seed)).random(count)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """What ends a response: the tokenizer's end-of-sequence token and those of the model's generation config.
+
+    Raises:
+        ValueError: if the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected an eos_token, got none; set tokenizer.eos_token")
     of_model = getattr(model.generation_config, "eos_token_id", None)
     of_model = [] if of_model is None else [of_model] if isinstance(of_model, int) else list(of_model)
     return sorted({tokenizer.eos_token_id, *of_model})

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
@@ -257,8 +258,16 @@ def _await_all(outputs: Sequence[Awaitable[Any]]) -> list[Any]:
     async def gather() -> list[Any]:
         return list(await asyncio.gather(*outputs))
 
-    with ThreadPoolExecutor(1) as thread:  # a notebook's main thread has a loop already
-        return thread.submit(asyncio.run, gather()).result()
+    def run() -> None:
+        try:
+            results.set_result(asyncio.run(gather()))
+        except BaseException as error:
+            results.set_exception(error)
+
+    # a notebook's main thread has a loop already; what hangs does not keep the process
+    results: Future[list[Any]] = Future()
+    threading.Thread(target=run, daemon=True).start()
+    return results.result()
 
 
 def _listed(output: Any) -> Any:

@@ -18,6 +18,7 @@ from entropy_probe.sampling.foreign import import_function
 from entropy_probe.sampling.generated import verified
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.reward_calls import RewardFunction, Sample, columns_of
+from entropy_probe.sampling.time_limit import time_limit
 
 __all__ = ["Reward", "Rewards", "exact_match", "gsm8k", "load_reward", "load_rewards", "math", "score_responses"]
 
@@ -35,11 +36,13 @@ class Rewards:
         functions: the functions.
         weights: one finite number for each.
         trainer_state: what functions that ask for TRL's ``trainer_state`` are given; None if there is none.
+        time_limit: seconds that a function may take to score the responses of a call; None for no limit.
     """
 
     functions: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
     trainer_state: SimpleNamespace | None = None
+    time_limit: float | None = None
 
     @classmethod
     def of(cls, reward: Reward | Rewards) -> Rewards:
@@ -68,10 +71,13 @@ class Rewards:
             prompts: all prompts of the source: a field of one is a column of all.
 
         Raises:
-            ValueError: if a function fails, or none applies to a response.
+            ValueError: if a function fails or takes longer than it may, or none applies to a response.
         """
         columns = columns_of(prompts)
-        each = [reward.score(samples, columns, self.trainer_state) for reward in self.functions]
+        each = []
+        for reward in self.functions:
+            with time_limit(self.time_limit, f"reward {reward.name}"):
+                each.append(reward.score(samples, columns, self.trainer_state))
         totals = []
         for sample, rewards in zip(samples, zip(*each, strict=True), strict=True):
             terms = [w * r for w, r in zip(self.weights, rewards, strict=True) if r is not None]
@@ -112,6 +118,7 @@ def load_rewards(
     names: str | Sequence[str],
     weights: Sequence[float] | None = None,
     trainer_state: SimpleNamespace | None = None,
+    time_limit: float | None = None,
 ) -> Rewards:
     """The rewards of these names; see :func:`load_reward`.
 
@@ -119,6 +126,7 @@ def load_rewards(
         names: one or several.
         weights: one for each, 1 by default.
         trainer_state: see :class:`Rewards`.
+        time_limit: see :class:`Rewards`.
 
     Raises:
         ValueError: if one of them cannot be used.
@@ -130,7 +138,7 @@ def load_rewards(
         raise ValueError(
             f"reward_weights: expected one for each of {len(names)} rewards, got {len(weights)}; correct it"
         )
-    return Rewards(functions, weights, trainer_state)
+    return Rewards(functions, weights, trainer_state, time_limit)
 
 
 def score_responses(

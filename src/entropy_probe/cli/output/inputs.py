@@ -25,10 +25,11 @@ INPUTS_FILE = "inputs.json"
 Batch = Literal["update", "evaluation"]
 Command = Literal["run", "validate", "sweep"]
 
-# what is compared by content; the others say where things go
+# what is compared by content; the others say where things go and how long to wait
 _PATHS: dict[str, Any] = {
-    **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts"), True),
+    **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts", "reward_time_limit"), True),
     "prompts": {"jsonl", "parquet"},
+    "generation": {"server": {"url", "timeout", "retries"}},
 }
 
 
