@@ -19,6 +19,7 @@ from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.manifest import manifest
 from entropy_probe.cli.quiet import quiet_libraries
 from entropy_probe.cli.report import report
+from entropy_probe.cli.rollouts import rollouts
 from entropy_probe.cli.run import run
 from entropy_probe.cli.sweep import sweep
 from entropy_probe.cli.validate import validate
@@ -31,7 +32,7 @@ app = typer.Typer(
     cls=ErrorsAsLines,
     add_completion=False,
 )
-for command in (init, run, sweep, validate, inspect, manifest, report, demo):
+for command in (init, run, sweep, validate, inspect, manifest, rollouts, report, demo):
     app.command()(command)
 
 
