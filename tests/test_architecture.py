@@ -26,6 +26,7 @@ ALLOWED = {
     "steps": {"results", "parallel", "named", "config"},
     "sampling": {"rollouts", "results", "parallel"},
     "checkpoints": {"results", "parallel", "steps"},
+    "dumps": {"rollouts", "results", "sampling", "checkpoints"},
     "analyses": {
         "types", "rollouts", "results", "estimators", "parallel", "named", "losses", "config", "scoring", "gradients",
         "steps",

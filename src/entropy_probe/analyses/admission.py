@@ -68,6 +68,11 @@ WITH_REPLACEMENT = NoteKind(
     "evaluation_unit to change this)",
     "Set probe.evaluation_unit to prompt if responses to one prompt were drawn together.",
 )
+RETOKENISED = NoteKind(
+    "retokenised",
+    "{batch}: the tokens are those of a text that was tokenized again: some may not be what the policy sampled",
+    "Record token ids in training. entropy-probe rollouts FILE --checkpoint DIR says how surprising the tokens are.",
+)
 MASKED_OUT = NoteKind(
     "masked_out",
     "{masked} of {responses} responses are masked out: they count in what the loss divides by, but entropy is that of "
@@ -123,10 +128,18 @@ def admit(
         stop_texts: whether responses may end at a stop text, without an end token.
 
     Raises:
-        ValueError: if a response is masked out and entropy is that of all of them.
+        ValueError: if a response is masked out, or its tokens are not the sampled ones, and entropy is that of all of
+            them.
     """
     batch, notes, not_modelled = batch.cpu(), [], []
     name = "update" if role == "batch" else role
+    if batch.retokenised:
+        if role != "update":
+            raise ValueError(
+                f"{role}: expected the tokens that the policy sampled, since entropy is taken on them, got those of a "
+                "text that was tokenized again; give or sample other evaluation rollouts (mode: two_batch)"
+            )
+        notes.append(RETOKENISED(batch=name))
     ids = batch.prompt_ids
     if merge:
         ids = joined(ids, _prompts(batch))

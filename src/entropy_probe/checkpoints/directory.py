@@ -20,6 +20,7 @@ __all__ = [
     "check_contained",
     "checkpoints_below",
     "find_optimizer",
+    "named_step",
     "open_directory",
     "read_global_step",
     "whose_directory",
@@ -125,6 +126,26 @@ def read_global_step(path: Path) -> int | None:
             f"{file}: global_step: expected a whole number, got {step!r:.60}; copy the checkpoint again"
         )
     return step
+
+
+_NAMED = re.compile(r"checkpoint-(\d+)|(?:global_step_?|step_|iter_)(\d+)(?:_hf)?")
+
+
+def named_step(path: Path) -> int | None:
+    """The trainer's step: of ``trainer_state.json``, else of the name of the directory, or of one around it.
+
+    Other than the optimizer's where a trainer takes several optimizer steps on the rollouts of one.
+
+    Raises:
+        CheckpointError: as :func:`read_global_step`.
+    """
+    told = read_global_step(path)
+    if told is not None:
+        return told
+    optimizer = optimizer_of(path)
+    places = (*([] if optimizer is None else [optimizer[1]]), path.absolute(), *path.absolute().parents[:2])
+    matches = filter(None, (_NAMED.fullmatch(place.name) for place in places))
+    return next((int(match[1] or match[2]) for match in matches), None)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from entropy_probe.checkpoints.adapters import find_base, read_adapter_config
+from entropy_probe.checkpoints.directory import adapters_of
 from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError
+from entropy_probe.checkpoints.formats import home_of
 from entropy_probe.checkpoints.libraries import one_line_errors
 from entropy_probe.checkpoints.safe_read import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_vocabulary", "load_tokenizer", "tokenizer_directories"]
+__all__ = ["check_vocabulary", "load_tokenizer", "tokenizer_directories", "tokenizer_of"]
 
 
 def tokenizer_directories(path: Path, base: str | Path | None) -> list[str]:
@@ -33,6 +36,25 @@ def load_tokenizer(path: Path, base: str | Path | None) -> PreTrainedTokenizerBa
         with one_line_errors(f"{name}: tokenizer"):
             return _tokenizer_class(Path(name) / "tokenizer_config.json").from_pretrained(name, trust_remote_code=False)
     return None
+
+
+def tokenizer_of(path: Path, base_model: str | Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a checkpoint is loaded with, before anything else of it is read.
+
+    Args:
+        path: the checkpoint.
+        base_model: as in :func:`entropy_probe.checkpoints.load_checkpoint`.
+
+    Raises:
+        CheckpointError: if its files, or those that lead to it, cannot be used.
+    """
+    home, base = path, base_model
+    if base_model is None:
+        home, adapters = home_of(path), adapters_of(path)
+        if adapters:
+            place = next(iter(adapters.values()))
+            base = find_base(path, place, None, read_adapter_config(place).get("base_model_name_or_path"))
+    return load_tokenizer(home, base)
 
 
 def _tokenizer_class(config: Path) -> Any:

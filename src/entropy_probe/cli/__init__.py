@@ -20,6 +20,7 @@ from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.manifest import manifest
 from entropy_probe.cli.quiet import quiet_libraries
 from entropy_probe.cli.report import report
+from entropy_probe.cli.rollouts import rollouts
 from entropy_probe.cli.run import run
 from entropy_probe.cli.schema import schema
 from entropy_probe.cli.sweep import sweep
@@ -32,7 +33,7 @@ app = typer.Typer(
     help="Predict, measure and explain the entropy change of the next RL optimizer step of a language model.",
     cls=ErrorsAsLines,
 )
-for command in (init, run, sweep, validate, inspect, manifest, report, schema, demo):
+for command in (init, run, sweep, validate, inspect, manifest, rollouts, report, schema, demo):
     app.command()(command)
 
 

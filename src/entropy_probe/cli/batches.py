@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from entropy_probe.cli.dumps import given_batch
 from entropy_probe.report.numbers import format_percent
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
@@ -25,11 +27,6 @@ __all__ = ["Sources", "collect_batches", "end_ids", "read_sources", "required", 
 
 T = TypeVar("T")
 
-UNUSED_COLUMNS = NoteKind(
-    "unused_columns",
-    "{batch}: of the file's columns, {columns} are not used",
-    f"{NOTHING_TO_DO} The columns that are read are in docs/rollouts.md.",
-)
 DROPPED = NoteKind(
     "prompts_dropped",
     "{batch}: {dropped} of {tried} prompts had equal rewards and were dropped in {rounds} rounds",
@@ -56,6 +53,7 @@ class Sources:
     prompts: list[Prompt]
     reward: Rewards | None
     notes: tuple[Note, ...] = ()
+    files: Mapping[Literal["update", "evaluation"], tuple[Path, ...]] = field(default_factory=dict)
 
 
 def read_sources(config: RunConfig) -> Sources:
@@ -64,15 +62,11 @@ def read_sources(config: RunConfig) -> Sources:
     Raises:
         ValueError: if a file, the prompts or the reward cannot be used.
     """
-    from entropy_probe.rollouts.batch import Rollouts
-    from entropy_probe.sampling import load_prompts, load_rewards, unused_columns
+    from entropy_probe.sampling import load_prompts, load_rewards
 
-    update, evaluation = (path and Rollouts.from_parquet(path) for _, path in config.rollouts)
-    if update is not None and update.advantages is None:
-        raise ValueError(
-            f"{config.rollouts.update}: expected advantages in an update batch, got no column advantage; add it"
-        )
-    unused = {batch: unused_columns(path) for batch, path in config.rollouts if path}
+    batches = {"update": given_batch(config, "update"), "evaluation": given_batch(config, "evaluation")}
+    given = {batch: there for batch, there in batches.items() if there is not None}
+    update, evaluation = (there and there.rollouts for there in batches.values())
     complete = update is not None and (evaluation is not None or config.needs_no_evaluation)
     prompts = [] if complete else load_prompts(required(config.prompts))
     reward = None
@@ -82,8 +76,9 @@ def read_sources(config: RunConfig) -> Sources:
             required(config.reward), config.reward_weights, progress, time_limit=config.reward_time_limit
         )
         reward.check(prompts)
-    notes = (UNUSED_COLUMNS(batch=batch, columns=", ".join(names)) for batch, names in unused.items() if names)
-    return Sources(update, evaluation, prompts, reward, tuple(notes))
+    notes = tuple(note for there in given.values() for note in there.notes)
+    files: dict[Any, tuple[Path, ...]] = {batch: there.files for batch, there in given.items()}
+    return Sources(update, evaluation, prompts, reward, notes, files)
 
 
 def _trainer_state(checkpoint: Path) -> SimpleNamespace | None:

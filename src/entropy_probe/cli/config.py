@@ -18,15 +18,16 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.losses import Loss
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
-__all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config"]
+__all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config", "with_paths"]
 
 
 class SavedRollouts(BaseModel):
-    """Parquet files of rollouts, read instead of sampling.
+    """Rollouts that are read instead of sampled: Parquet of ours, or what a trainer left of its own.
 
     Attributes:
-        update: the update batch, advantages included; takes the place of the ``update`` settings.
-        evaluation: the evaluation batch; takes the place of the ``evaluation`` settings.
+        update: the update batch, advantages included; takes the place of the ``update`` settings. The same as
+            ``update: {path: FILE}``.
+        evaluation: the evaluation batch; takes the place of the ``evaluation`` settings, likewise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,6 +124,11 @@ class RunConfig(BaseModel):
         asks = update or (evaluation and not self.needs_no_evaluation)
         if asks and self.prompts is not None and self.prompts.callable is not None:
             yield "prompts.callable", self.prompts.callable
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_of_batches(cls, settings: Any) -> Any:
+        return with_paths(settings)
 
     @model_validator(mode="after")
     def _check_prompts(self) -> RunConfig:
@@ -306,6 +312,27 @@ class ValidateConfig(RunConfig):
         return settings | {"attribution": True}
 
 
+def with_paths(settings: Any) -> Any:
+    """Settings in which ``update: {path: FILE}`` is ``rollouts: {update: FILE}``, likewise for ``evaluation``.
+
+    Raises:
+        ValueError: if a batch has a file and how to sample it, or two files.
+    """
+    if not isinstance(settings, Mapping):
+        return settings
+    settings = dict(settings)
+    for batch in ("update", "evaluation"):
+        section = settings.get(batch)
+        if not (isinstance(section, Mapping) and "path" in section):
+            continue
+        saved = settings.get("rollouts") or {}
+        others = [key for key in section if key != "path"] or [f"rollouts.{batch}"] * (batch in saved)
+        if others:
+            raise ValueError(f"{batch}: expected path alone, got {others[0]} too; leave one out")
+        settings = {**settings, batch: None, "rollouts": {**saved, batch: section["path"]}}
+    return settings
+
+
 def load_config(
     path: Path,
     overrides: Iterable[str] = (),
@@ -336,6 +363,10 @@ def load_config(
             "and pass --overwrite to replace an earlier run"
         )
     settings = apply_overrides(settings, [*overrides, *given])
+    try:
+        settings = with_paths(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     unknown = next(_unknown_keys(settings, kind), None)
     if unknown is not None:
         raise ValueError(f"{path}: {unknown}: unknown key; {_suggestion(unknown, kind)}")

@@ -47,6 +47,8 @@ class Rollouts:
         trajectory_ids: which rollout a sequence is a part of, ``[N]``, where one is spread over several sequences, such
             as the turns of a conversation whose prompts hold the earlier turns. What has one id was sampled together.
             Strings as for ``prompt_ids``.
+        retokenised: whether the tokens are those of a text that was tokenized again, which may be others than the
+            policy sampled. Such a batch is no evaluation batch.
 
     Masks of any integer or boolean type are accepted and stored as booleans.
 
@@ -67,6 +69,7 @@ class Rollouts:
     reference_logprobs: Tensor | None = None
     microbatch_ids: Ids | None = None
     trajectory_ids: Ids | None = None
+    retokenised: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "microbatch_ids", "trajectory_ids"):
@@ -176,7 +179,7 @@ class Rollouts:
         changed = object.__new__(Rollouts)  # valid, as this batch is
         for field in fields(self):
             column = getattr(self, field.name)
-            object.__setattr__(changed, field.name, None if column is None else change(column))
+            object.__setattr__(changed, field.name, change(column) if isinstance(column, Tensor) else column)
         return changed
 
     def to_parquet(self, path: str | Path) -> None:

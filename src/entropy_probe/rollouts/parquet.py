@@ -14,6 +14,7 @@ One row per sequence, padding not stored. Columns:
 
 Per-token numbers are kept where ``response_mask`` is true and are 0 elsewhere; in a file of other origin they may be
 anything there, null included. Numbers are float64 if the batch holds float64, else float32 (exact for half precisions).
+Metadata of the file keep whether the tokens are those of a text that was tokenized again.
 
 Any Parquet file with these columns is read, whoever wrote it: token ids of any integer type or as whole floats, lists
 of any kind, numbers of any precision, a mask of 0 and 1. Further columns are left alone (:func:`unused_columns`).
@@ -38,13 +39,22 @@ from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["SCHEMA_VERSION", "merge_rollouts", "read_note", "read_rollouts", "unused_columns", "write_rollouts"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "is_rollouts",
+    "merge_rollouts",
+    "read_note",
+    "read_rollouts",
+    "unused_columns",
+    "write_rollouts",
+]
 
 SCHEMA_VERSION = 3
 """Version 1 had no ``trajectory_id`` and no responses without tokens, version 2 no ``old_logprobs`` and no
 ``microbatch_id``; both are read as before."""
 _SCHEMA_KEY = b"entropy_probe.rollouts_schema"
 _NOTE_KEY = b"entropy_probe.note"
+_RETOKENISED_KEY = b"entropy_probe.retokenised"
 _REQUIRED = ("prompt_id", "prompt_token_ids", "response_token_ids", "response_mask")
 _OPTIONAL = ("advantage", "reward", *LOGPROBS)
 _GROUPS = ("microbatch_id", "trajectory_id")
@@ -86,6 +96,7 @@ def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | Non
         if (ids := getattr(rollouts, f"{name}s")) is not None:
             columns[name] = pa.array(_numpy(ids.long()))
     metadata = {_SCHEMA_KEY: str(SCHEMA_VERSION)} | ({} if note is None else {_NOTE_KEY: json.dumps(note)})
+    metadata |= {_RETOKENISED_KEY: "true"} if rollouts.retokenised else {}
     table = pa.table(columns).replace_schema_metadata(metadata)
     with _whole(path) as temporary:
         pq.write_table(table, temporary)
@@ -166,11 +177,25 @@ def read_rollouts(path: Path) -> Rollouts:
         "rewards": optional("reward"),
         **{name: optional(name) for name in LOGPROBS},
         **{f"{name}s": optional(name) for name in _GROUPS},
+        "retokenised": _RETOKENISED_KEY in (table.schema.metadata or {}),
     }
     try:
         return Rollouts(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def is_rollouts(path: Path) -> bool:
+    """Whether a file is Parquet with some of the columns above, as no trainer's own files are."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return bool(
+            {"prompt_token_ids", "response_token_ids", "response_mask"}.intersection(pq.read_schema(path).names)
+        )
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def unused_columns(path: Path) -> tuple[str, ...]:
@@ -230,8 +255,8 @@ def _check_columns(names: Sequence[str], path: Path) -> None:
     if missing and {"prompt", "completion"} <= set(names):
         raise ValueError(
             f"{path}: expected token ids (columns {', '.join(_REQUIRED)}), got texts, as in the completions that TRL "
-            "logs: tokenized again they lack end tokens, so record the ids in training, or let entropy-probe sample "
-            "(prompts, reward and update in place of rollouts.update)"
+            "logs; entropy-probe rollouts shows what they hold and converts them, and rollouts.update of a config "
+            "takes them as they are"
         )
     if missing:
         raise ValueError(

@@ -12,23 +12,28 @@ __all__ = ["ScaleRewards", "group_advantages"]
 
 ScaleRewards = Literal["group", "batch", "none"]
 
-_EPSILON = 1e-4
+TRL_EPSILON = 1e-4
+"""What TRL adds to a standard deviation; verl, slime and SkyRL add 1e-6."""
 
 
 def group_advantages(
-    rewards: Float[Tensor, " N"], prompt_ids: Int[Tensor, " N"], scale_rewards: ScaleRewards = "group"
+    rewards: Float[Tensor, " N"],
+    prompt_ids: Int[Tensor, " N"],
+    scale_rewards: ScaleRewards = "group",
+    epsilon: float = TRL_EPSILON,
 ) -> Float[Tensor, " N"]:
     """Advantages relative to the other responses to the same prompt.
 
-    ``A_i = (r_i - mean of its group) / (std + 1e-4)``, with the unbiased standard deviation of the group
+    ``A_i = (r_i - mean of its group) / (std + epsilon)``, with the unbiased standard deviation of the group
     (``"group"``) or of all rewards (``"batch"``), or without the division (``"none"``). This is TRL's rule
-    (``GRPOTrainer``, one reward, ``scale_rewards``). Computed in float64 from differences to a member of the
-    group, so equal rewards give exactly 0.
+    (``GRPOTrainer``, one reward, ``scale_rewards``), and with another ``epsilon`` verl's. Computed in float64 from
+    differences to a member of the group, so equal rewards give exactly 0.
 
     Args:
         rewards: one finite reward per response.
         prompt_ids: equal ids form a group; groups may differ in size and need not be contiguous.
         scale_rewards: what to divide by.
+        epsilon: what is added to it.
 
     Returns:
         Advantages in the dtype of ``rewards``, without unit.
@@ -49,7 +54,7 @@ def group_advantages(
     if scale_rewards == "batch":
         if len(r) < 2:
             raise ValueError('scale_rewards "batch": expected at least 2 rewards, got 1; use "none" or more responses')
-        return (centred / (r.std() + _EPSILON)).to(rewards.dtype)
+        return (centred / (r.std() + epsilon)).to(rewards.dtype)
     if bool((counts < 2).any()):
         prompt = int(ids[counts < 2][0])
         raise ValueError(
@@ -57,4 +62,4 @@ def group_advantages(
             'raise group_size or use scale_rewards "none"'
         )
     variance = r.new_zeros(len(ids)).scatter_add_(0, group, centred.square()) / (counts - 1)
-    return (centred / (variance.sqrt() + _EPSILON)[group]).to(rewards.dtype)
+    return (centred / (variance.sqrt() + epsilon)[group]).to(rewards.dtype)

@@ -37,10 +37,10 @@ def field_of(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def jsonl_records(path: Path) -> Records:
+def jsonl_records(path: Path, of: str = "prompts") -> Records:
     """The objects of a file with one to a line, or with one array of them."""
     if not path.is_file():
-        raise ValueError(f"{path}: expected a JSONL file of prompts, found no such file; check the path")
+        raise ValueError(f"{path}: expected a JSONL file of {of}, found no such file; check the path")
     with path.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"")
     if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
@@ -61,13 +61,13 @@ def _parse(text: bytes, where: str, expected: str) -> Any:
         raise ValueError(f"{where}: expected {expected}, got invalid JSON ({error}); correct the file") from error
 
 
-def parquet_records(path: Path) -> Records:
+def parquet_records(path: Path, of: str = "prompts") -> Records:
     """The rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     if not path.is_file():
-        raise ValueError(f"{path}: expected a Parquet file of prompts, found no such file; check the path")
+        raise ValueError(f"{path}: expected a Parquet file of {of}, found no such file; check the path")
     try:
         with parquet.ParquetFile(path) as file:
             number = 0
@@ -77,7 +77,7 @@ def parquet_records(path: Path) -> Records:
                     number += 1
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected a Parquet file of prompts, cannot read it: {reason}; write it again") from (
+        raise ValueError(f"{path}: expected a Parquet file of {of}, cannot read it: {reason}; write it again") from (
             error
         )
 

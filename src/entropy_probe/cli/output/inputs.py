@@ -108,13 +108,12 @@ def inputs_of(config: RunConfig, command: Command, sources: Sources, options: Ma
     base = report.base_model or config.base_model
     versions = library_versions()
     rewards = () if sources.reward is None else sources.reward.functions
-    given: dict[Batch, Path | None] = {"update": config.rollouts.update, "evaluation": config.rollouts.evaluation}
     return Inputs(
         command=command,
         config={**config.model_dump(mode="json", exclude=_PATHS), **options},
         checkpoint=hash_directory(config.checkpoint),
         base_model=hash_directory(Path(base)) if base is not None and Path(base).is_dir() else base,
-        given={batch: hash_file(path) for batch, path in given.items() if path is not None},
+        given={batch: _hash_files(files) for batch, files in sources.files.items()},
         prompts=_hash(repr(sources.prompts)) if sources.prompts else None,
         reward=_hash(json.dumps([_source(reward.function) for reward in rewards])) if rewards else None,
         versions={name: versions[name] for name in ("entropy-probe", "torch", "transformers")},
@@ -125,6 +124,12 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_files(files: tuple[Path, ...]) -> str:
+    """The hash of a file, or over those of several."""
+    hashes = [hash_file(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else _hash(json.dumps(hashes))
 
 
 def hash_directory(directory: Path) -> str:
