@@ -189,9 +189,9 @@ def proposal(result: ProbeResult) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
+    if seconds < 60:
         return "less than a minute"
+    minutes = round(seconds / 60)
     hours = f"{seconds / 3600:.1f} hours"
     return hours if minutes > 90 else "1 minute" if minutes == 1 else f"{minutes} minutes"
 
