@@ -66,7 +66,7 @@ def rollout_file(tmp_path):
         (["rollouts.update=/nowhere.parquet"], "/nowhere.parquet: expected a Parquet file of rollouts"),
         (["update.num_prompts=1"], "num_prompts: expected at least 2"),
         (["evaluation.total_sequences=1"], "greater than or equal to 2, got 1"),
-        (["attribution=true", "attribution_folds=25"], "attribution_folds: expected at most the 24 sequences"),
+        (["attribution=true", "attribution_folds=25"], "attribution_folds: expected at most the 24 clusters"),
     ],
 )
 def test_settings(config, refused, args, match):

@@ -490,7 +490,9 @@ def test_a_run_killed_before_a_file_appears_resumes_to_the_same_numbers(config, 
     assert resumed.returncode == 0, resumed.stderr
     assert "sample" not in resumed.stderr
     monkeypatch.setattr(SHARD, 12)
-    assert run(config, "--output-dir", tmp_path / "whole").replace("/whole", "/out") == resumed.stdout
+    whole = " ".join(run(config, "--output-dir", tmp_path / "whole").replace("/whole", "/out").split())
+    # who did not sample does not know how long that takes
+    assert whole.replace(", less than a minute here", "") == " ".join(resumed.stdout.split())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -17,6 +17,7 @@ from entropy_probe.sampling import (
     group_advantages,
     resample_responses,
     sample_evaluation,
+    sample_pilot,
     sample_update,
 )
 from entropy_probe.sampling.collect import repeated_prompts
@@ -143,6 +144,47 @@ def test_evaluation_batch(model, tokenizer):
     _assert_well_formed(rollouts, tokenizer)
     assert report.num_prompts == rollouts.num_prompts < 20
     assert report.mean_response_length == pytest.approx(float(rollouts.response_lengths.double().mean()))
+
+
+MANY = [Prompt(10 * i, text, answer=text) for i, text in enumerate("0 012 11 2101 20 1 00 10 02 22 12 21".split())]
+
+
+def test_evaluation_draws_several_of_distinct_prompts(model, tokenizer):
+    first, report = _evaluate(model, tokenizer, prompts=MANY, num_prompts=10, draws_per_prompt=3)
+    groups = first.prompt_ids.view(10, 3)
+    assert (groups == groups[:, :1]).all()
+    assert len(groups[:, 0].unique()) == 10
+    assert (report.num_sequences, report.num_prompts) == (30, 10)
+    assert len({tuple(row.tolist()) for row in first.input_ids}) > 15  # responses differ within a prompt
+    assert _same(first, _evaluate(model, tokenizer, prompts=MANY, total_sequences=30, draws_per_prompt=3)[0])
+    with pytest.raises(ValueError, match="at most the 12 prompts of the source, got 13 with 2 draws each"):
+        _evaluate(model, tokenizer, prompts=MANY, num_prompts=13, draws_per_prompt=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompts", "sequences"),
+    [({"draws_per_prompt": "auto", "num_prompts": 12}, 12, 60), ({"relative_error": 0.1}, None, 64),
+     ({"max_minutes": 1, "draws_per_prompt": 8}, 10, 80)],
+)  # fmt: skip
+def test_a_pilot_is_drawn_as_the_batch_is_and_shares_nothing_with_it(model, tokenizer, settings, prompts, sequences):
+    settings = EvaluationSettings(**settings, seed=3)
+    assert settings.needs_pilot
+    subject = (HFGenerator(model, tokenizer, 64), tokenizer, MANY)
+    pilot, report = sample_pilot(*subject, settings, SamplingParameters(1.0, 4))
+    assert len(pilot) == report.num_sequences == sequences
+    assert prompts is None or pilot.num_prompts == prompts
+    assert report.seconds > 0
+    batch, _ = sample_evaluation(*subject, settings.pilot(len(MANY)), SamplingParameters(1.0, 4))
+    assert not _same(pilot, batch)
+
+
+def test_sizes_in_place_of_a_wish():
+    auto = EvaluationSettings(total_sequences=100, draws_per_prompt="auto", seed=7)
+    assert auto.num_clusters is None
+    assert auto.sized(100, 4) == EvaluationSettings(num_prompts=25, draws_per_prompt=4, seed=7)
+    assert EvaluationSettings(relative_error=0.1).sized(500, None) == EvaluationSettings(total_sequences=500)
+    assert EvaluationSettings(num_prompts=20, draws_per_prompt="auto").sized(0, 5).num_clusters == 20
+    assert EvaluationSettings(total_sequences=48, draws_per_prompt=4).num_clusters == 12
 
 
 def test_update_draws_uniformly_without_replacement(model, tokenizer):
@@ -289,6 +331,12 @@ def test_errors(model, tokenizer):
         (UpdateSettings, {"num_prompts": 0, "group_size": 2}, "num_prompts"),
         (UpdateSettings, {"num_prompts": 2, "group_size": 2, "scale_rewards": "std"}, "scale_rewards"),
         (EvaluationSettings, {"total_sequences": 0}, "total_sequences"),
+        (EvaluationSettings, {}, "expected one size: .* got none"),
+        (EvaluationSettings, {"total_sequences": 9, "relative_error": 0.1}, "total_sequences and relative_error"),
+        (EvaluationSettings, {"num_prompts": 9, "draws_per_prompt": 2}, "greater than or equal to 10"),
+        (EvaluationSettings, {"num_prompts": 20}, "expected draws_per_prompt beside num_prompts, got none"),
+        (EvaluationSettings, {"total_sequences": 50, "draws_per_prompt": 4}, "of 10 prompts or more with 4 draws"),
+        (EvaluationSettings, {"relative_error": 1.0}, "relative_error"),
     ],
 )
 def test_bad_settings(settings, fields, match):

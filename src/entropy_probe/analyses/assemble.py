@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from entropy_probe.analyses.admission import ClusterName
+from entropy_probe.analyses.draws import measured_draws
 from entropy_probe.analyses.given import GivenGradient
 from entropy_probe.analyses.measure import Measured, difference
 from entropy_probe.analyses.own_batch import OwnPrediction
@@ -136,7 +137,8 @@ def realized_record(plan: Plan, measured: Measured, prediction: Prediction | Non
 
 
 def _realized_fields(plan: Plan, prediction: Prediction | None, measured: Measured) -> dict[str, Any]:
-    fields: dict[str, Any] = {"realized": realized_record(plan, measured, prediction)}
+    record, draws = realized_record(plan, measured, prediction), measured_draws(plan, measured)
+    fields: dict[str, Any] = {"realized": record, "draws": draws}
     gap = None if prediction is None else difference(prediction, measured.measurement)
     if gap is not None:
         fields["difference"] = Estimate(**estimate_fields(plan.policy, gap, plan.evaluation.clusters))

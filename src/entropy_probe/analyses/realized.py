@@ -20,7 +20,7 @@ from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import Realized, Unit
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["Measurement", "measure_change"]
+__all__ = ["Measurement", "measure_change", "per_decision_sums"]
 
 TOO_FAR = NoteKind(
     "policy_moves_too_far",
@@ -157,22 +157,24 @@ def measure_change(
         return Measurement(None, estimator, diagnosis, weights, after)
     if estimator == "per_decision":
         with ranks.agreeing():
-            new = _per_decision(before, after, clusters, batch, normalization)
+            new = per_decision_sums(before, after, clusters, batch, normalization)
         return Measurement(change_to(new, "rao_blackwell"), estimator, diagnosis, weights, after)
     new = snis(after, weights.normalized[local.rows], clusters, normalization, kind)
     return Measurement(change_to(new), estimator, diagnosis, weights, after)
 
 
-def _per_decision(
+def per_decision_sums(
     before: TokenScores,
     after: TokenScores,
     clusters: Clusters,
     positions: PositionSums,
     normalization: Normalization,
+    into: Clusters | None = None,
 ) -> ClusterSums:
     """The sums of :func:`~entropy_probe.estimators.realized.per_decision`, a chunk of clusters at a time."""
-    table = torch.zeros(2, clusters.count, dtype=torch.float64)
+    table = torch.zeros(2, (clusters if into is None else into).count, dtype=torch.float64)
     for rows in in_chunks(clusters):
-        own = clusters.select(rows)
-        table += per_decision(before.select(rows), after.select(rows), own, positions, normalization).table
+        own, within = clusters.select(rows), None if into is None else into.select(rows)
+        given = (before.select(rows), after.select(rows), own, positions, normalization)
+        table += per_decision(*given, into=within).table
     return ClusterSums(table)

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from entropy_probe.cli.dumps import given_batch
 from entropy_probe.report.numbers import format_percent
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
+from entropy_probe.results.size import SAMPLING
 
 if TYPE_CHECKING:
     from entropy_probe.analyses.policy import Resample
     from entropy_probe.analyses.provenance import Phase
     from entropy_probe.checkpoints import CheckpointState
     from entropy_probe.cli.config import RunConfig
-    from entropy_probe.cli.output import Output
+    from entropy_probe.cli.output import Batch, Output
     from entropy_probe.parallel.ranks import Ranks
+    from entropy_probe.probe import EntropyProbe
     from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import Engine, Prompt, Rewards, SamplingParameters, SamplingReport
 
-__all__ = ["Sources", "collect_batches", "end_ids", "read_sources", "required", "resampler"]
+__all__ = ["Collected", "Sources", "collect_batches", "end_ids", "read_sources", "required", "resampler"]
 
 T = TypeVar("T")
 
@@ -138,10 +140,33 @@ def resampler(config: RunConfig, state: CheckpointState, ranks: Ranks) -> Resamp
     return resample
 
 
+@dataclass(frozen=True)
+class Collected:
+    """The batches of a run.
+
+    Attributes:
+        update: the update batch.
+        evaluation: the evaluation batch, if there is one.
+        notes: on how they were sampled, where they were.
+        seconds: that sampling the evaluation batch took, by phase; empty where it was not sampled here and now.
+    """
+
+    update: Rollouts
+    evaluation: Rollouts | None
+    notes: tuple[Note, ...]
+    seconds: dict[str, float]
+
+
 def collect_batches(
-    config: RunConfig, output: Output, sources: Sources, state: CheckpointState, ranks: Ranks, progress: Phase
-) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
-    """The update batch, the evaluation batch if there is one, and notes on how they were sampled where they were.
+    config: RunConfig,
+    output: Output,
+    sources: Sources,
+    state: CheckpointState,
+    probe: EntropyProbe,
+    ranks: Ranks,
+    progress: Phase,
+) -> Collected:
+    """The update batch and the evaluation batch if there is one; how much to draw of that a pilot may say first.
 
     What is sampled goes into the output directory, is recorded there, and is read back, so that a command that resumes
     sees the same; what is recorded already is not sampled again.
@@ -149,45 +174,100 @@ def collect_batches(
     from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import share_engine
 
-    def collect(engine: Engine | None) -> tuple[Rollouts, Rollouts | None, tuple[Note, ...]]:
-        batches = {"update": sources.update, "evaluation": sources.evaluation}
-        there, notes = output, []
-        for batch in ("update",) if config.needs_no_evaluation else ("update", "evaluation"):
-            if batches[batch] is not None:
-                continue
-            if batch not in there.inputs.rollouts:
-                there = there.record(batch, _sample_batch(batch, config, state, sources, there, engine, progress))
-            batches[batch] = Rollouts.from_parquet(there.batch_file(batch))
-            notes += there.inputs.rollouts[batch].notes
-        return required(batches["update"]), batches["evaluation"], tuple(notes)
+    engine, seconds, writes = engine_for(config, state, ranks), {}, output.writes
 
-    return share_engine(ranks, engine_for(config, state, ranks), collect, together=config.shard)
+    def collected(batch: Batch, config: RunConfig, output: Output) -> tuple[Rollouts, Output]:
+        given = getattr(sources, batch)
+        if given is not None:
+            return given, output
+
+        def collect(engine: Engine | None) -> tuple[Rollouts, Output, dict[str, float]]:
+            there, took = output, {}
+            if batch not in there.inputs.rollouts:
+                notes, took = _sample_batch(batch, config, state, sources, there, engine, progress)
+                there = there.record(batch, notes)
+            return Rollouts.from_parquet(there.batch_file(batch)), there, took
+
+        rollouts, there, took = share_engine(ranks, engine, collect, together=config.shard)
+        seconds.update(took)
+        return rollouts, replace(there, writes=writes)
+
+    update, output = collected("update", config, output)
+    evaluation = None
+    if not config.needs_no_evaluation:
+        if sources.evaluation is None and required(config.evaluation).needs_pilot:
+            if output.inputs.pilot is None and "evaluation" not in output.inputs.rollouts:
+                output = _pilot(config, output, sources, state, engine, probe, update, ranks, progress)
+            pilot = required(output.inputs.pilot)
+            sized = required(config.evaluation).sized(pilot.sequences, pilot.draws)
+            config = config.model_copy(update={"evaluation": sized})
+        evaluation, output = collected("evaluation", config, output)
+    said = () if output.inputs.pilot is None else output.inputs.pilot.notes
+    notes = [note for recorded in output.inputs.rollouts.values() for note in recorded.notes]
+    return Collected(update, evaluation, (*said, *notes), seconds)
+
+
+def _pilot(
+    config: RunConfig,
+    output: Output,
+    sources: Sources,
+    state: CheckpointState,
+    engine: Engine | None,
+    probe: EntropyProbe,
+    update: Rollouts,
+    ranks: Ranks,
+    progress: Phase,
+) -> Output:
+    """Sample a pilot, probe it, and record what to draw."""
+    from entropy_probe.cli.pilot import decide
+    from entropy_probe.sampling import sample_pilot, share_engine
+
+    settings = required(config.evaluation)
+
+    def sample(engine: Engine | None) -> tuple[Rollouts, float]:
+        subject = (_checked(config, engine), state.tokenizer, sources.prompts)
+        rollouts, report = sample_pilot(*subject, settings, _parameters(config), partial(progress, "sample pilot"))
+        return rollouts, report.seconds
+
+    pilot, seconds = share_engine(ranks, engine, sample, together=config.shard)
+    result = probe.run(update=update, evaluation=pilot)
+    with ranks.agreeing():
+        decided = decide(settings, len(sources.prompts), result, pilot, seconds)
+    (decided,) = ranks.broadcast([decided])  # other ranks have other clocks
+    with ranks.agreeing():
+        return output.record_pilot(decided)
+
+
+def _checked(config: RunConfig, engine: Engine | None) -> Engine:
+    """The engine.
+
+    Raises:
+        ValueError: if there is no tokenizer to sample with.
+    """
+    if engine is None:
+        raise ValueError(
+            f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
+            "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
+        )
+    return engine
 
 
 def _sample_batch(
-    batch: Literal["update", "evaluation"],
+    batch: Batch,
     config: RunConfig,
     state: CheckpointState,
     sources: Sources,
     output: Output,
     engine: Engine | None,
     progress: Phase,
-) -> list[Note]:
-    """Sample one of the two batches as configured into its file; notes on how that went.
-
-    Raises:
-        ValueError: if there is no tokenizer to sample with.
-    """
+) -> tuple[list[Note], dict[str, float]]:
+    """Sample one of the two batches as configured into its file; notes on how that went, and seconds of evaluation."""
     from entropy_probe.sampling import prompt_notes, sample_evaluation_file, sample_update
     from entropy_probe.scoring.cache import fingerprint
 
-    if engine is None:
-        raise ValueError(
-            f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
-            "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
-        )
     parameters = _parameters(config)
-    subject, report_progress = (engine, state.tokenizer, sources.prompts), partial(progress, f"sample {batch}")
+    subject = (_checked(config, engine), state.tokenizer, sources.prompts)
+    report_progress = partial(progress, f"sample {batch}")
     notes = [note.about(batch) for note in prompt_notes(state.tokenizer, sources.prompts)]
     if batch == "update":
         reward, settings = required(sources.reward), required(config.update)
@@ -195,7 +275,7 @@ def _sample_batch(
         if config.probe.loss.needs_old:  # fresh rollouts are the policy's own
             rollouts = replace(rollouts, old_logprobs=rollouts.sampled_logprobs)
         rollouts.to_parquet(output.batch_file(batch))
-        return _describe(batch, report, config) + notes
+        return _describe(batch, report, config) + notes, {}
     policy = fingerprint([*state.model.named_parameters(), *state.model.named_buffers()])
     report = sample_evaluation_file(
         *subject,
@@ -206,7 +286,7 @@ def _sample_batch(
         policy=f"{config.generation.engine} {policy}",
         progress=report_progress,
     )
-    return _describe(batch, report, config) + notes
+    return _describe(batch, report, config) + notes, {SAMPLING: report.seconds}
 
 
 def required(value: T | None) -> T:

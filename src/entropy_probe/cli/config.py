@@ -201,10 +201,10 @@ class RunConfig(BaseModel):
             )
         if self.attribution_folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
-        drawn = self.evaluation.total_sequences if self.evaluation and self.rollouts.evaluation is None else None
+        drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None
         if self.attribution_folds is not None and drawn is not None and self.attribution_folds > drawn:
             raise ValueError(
-                f"attribution_folds: expected at most the {drawn} sequences of the evaluation batch, got "
+                f"attribution_folds: expected at most the {drawn} clusters of the evaluation batch, got "
                 f"{self.attribution_folds}"
             )
         return self
@@ -252,7 +252,8 @@ class RunConfig(BaseModel):
     def resolved(self) -> RunConfig:
         """The config with nothing left to circumstances: absolute paths, the device, how batches were drawn.
 
-        Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own. Update
+        Evaluation sequences that are sampled here are drawn with replacement, so each is a cluster of its own, or are
+        several of each of distinct prompts, which are the clusters. Update
         prompts that are filtered here, or whose truncated responses are masked, are selected by what they are.
         Sampling settings that saved rollouts take the place of are left out. Where a server samples all of them, what
         does not fit the policy is refused unless the config says otherwise.
@@ -285,7 +286,8 @@ class RunConfig(BaseModel):
         changes |= dict.fromkeys(saved)
         drawn: dict[str, Any] = {}
         if "evaluation" not in saved and not self.needs_no_evaluation and self.probe.evaluation_unit == "auto":
-            drawn["evaluation_unit"] = "sequence"
+            grouped = self.evaluation is not None and self.evaluation.draws_per_prompt is not None
+            drawn["evaluation_unit"] = "prompt" if grouped else "sequence"
         if "update" not in saved and self.update is not None and self.update.selects:
             drawn["update_selected"] = True
         if server is not None and not saved and "on_mismatch" not in self.probe.model_fields_set:

@@ -188,11 +188,13 @@ def _probe_into(
     probe, state = open_probe(config, sources, ranks, clock)
     with output.writing(ranks):
         with clock.phase("sample"):
-            update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
+            batches = collect_batches(config, output, sources, state, probe, ranks, progress)
+        update, evaluation = batches.update, batches.evaluation
         result, attribution = _run_mode(probe, config, update, evaluation)
         of_log = against_log(state.report.logged, result, update, selected=config.probe.update_selected)
-        notes = (*state.report.notes, *sources.notes, *notes, *of_log)
-        result = _annotate(result, notes, beyond_loss(config, update, state.report.not_modelled), clock.seconds)
+        notes = (*state.report.notes, *sources.notes, *batches.notes, *of_log)
+        seconds, left_out = clock.seconds | batches.seconds, beyond_loss(config, update, state.report.not_modelled)
+        result = _annotate(result, notes, left_out, seconds)
         if output.writes:
             if attribution is not None:
                 attribution.save_tables(output.path, state.tokenizer, _names(sources))

@@ -134,7 +134,8 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
     settings = config.model_copy(update={"probe": config.probe.model_copy(update={"learning_rate": rates[-1]})})
     probe, state = open_probe(settings, sources, ranks, Clock(progress))
     with output.writing(ranks):
-        update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
+        batches = collect_batches(config, output, sources, state, probe, ranks, progress)
+        update = batches.update
         points = output.path / POINTS
 
         def save(point: SweepPoint) -> None:
@@ -145,7 +146,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             finished = [SweepPoint.load(file) for file in sorted(points.glob("[0-9]*.json"))] if output.writes else []
         sweep = probe.sweep(
             update=update,
-            evaluation=required(evaluation),
+            evaluation=required(batches.evaluation),
             learning_rates=rates,
             direct_curvature=config.sweep.direct_curvature,
             finished=ranks.broadcast(finished),
@@ -157,7 +158,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
         sweep = sweep.model_copy(
             update={
                 "prediction": sweep.prediction.model_copy(update={"diagnostics": diagnostics}),
-                "notes": (*state.report.notes, *sources.notes, *notes, *of_log, *sweep.notes),
+                "notes": (*state.report.notes, *sources.notes, *batches.notes, *of_log, *sweep.notes),
             }
         )
         if output.writes:

@@ -124,6 +124,7 @@ def per_decision(
     batch: PositionSums,
     normalization: Normalization = "token",
     horizon: int | None = None,
+    into: Clusters | None = None,
 ) -> ClusterSums:
     """Per-decision importance sampling with position baselines; as the step shrinks it becomes the first order.
 
@@ -143,6 +144,7 @@ def per_decision(
         normalization: per token or per sequence.
         horizon: how many of the last earlier ratios count in ``w_<t``, and later tokens in ``b_t``; all by default. See
             :mod:`~entropy_probe.estimators.horizon`.
+        into: what to sum over in place of clusters, within them; baselines leave out the clusters all the same.
 
     Raises:
         ValueError: if a product of ratios overflows.
@@ -162,10 +164,11 @@ def per_decision(
         return before.weights * (earlier * new - innovation * baseline).sum(1)
 
     numerator = reweighted(before.entropies, batch.of_kind("rao_blackwell"), after.entropies.double())
+    into = clusters if into is None else into
     if normalization == "sequence":
-        return ClusterSums.of(clusters, numerator, before.weights)
+        return ClusterSums.of(into, numerator, before.weights)
     ones = mask.double()
-    return ClusterSums.of(clusters, numerator, reweighted(ones, batch.reaching, ones))
+    return ClusterSums.of(into, numerator, reweighted(ones, batch.reaching, ones))
 
 
 def windowed_weights(

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.draws import Draws
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.horizons import Horizons
 from entropy_probe.results.note import Note
@@ -324,6 +325,8 @@ class ProbeResult(SavedRecord):
         committed: what the moments alone will do to first order after this step if every later gradient is zero; null
             without a closed form, and for one batch, whose responses are in them.
         horizons: both changes within 0, 1, 2, 4, ... tokens; null unless the step was predicted and measured.
+        draws: what several draws per evaluation prompt have in common; null for single draws, and without a change that
+            per-decision weights measure.
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation clusters. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
             share their sampling noise.
@@ -352,6 +355,7 @@ class ProbeResult(SavedRecord):
     lifetime: Estimate | None = None
     committed: Estimate | None = None
     horizons: Horizons | None = None
+    draws: Draws | None = None
     difference: Estimate | None = None
     cross_prompt: CrossPrompt | None = None
     attribution: AttributionSummary | None = None

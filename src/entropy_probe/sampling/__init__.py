@@ -2,15 +2,16 @@
 
 from entropy_probe.rollouts.parquet import read_rollouts, unused_columns, write_rollouts
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
-from entropy_probe.sampling.collect import (
-    EvaluationSettings,
-    SamplingReport,
-    UpdateSettings,
-    sample_update,
-)
+from entropy_probe.sampling.collect import SamplingReport, UpdateSettings, sample_update
 from entropy_probe.sampling.divided import share_engine
 from entropy_probe.sampling.engine import ENGINES, Completion, Engine, GenerationSettings, Progress, SamplingParameters
-from entropy_probe.sampling.evaluation import resample_responses, sample_evaluation, sample_evaluation_file
+from entropy_probe.sampling.evaluation import (
+    EvaluationSettings,
+    resample_responses,
+    sample_evaluation,
+    sample_evaluation_file,
+    sample_pilot,
+)
 from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.prompts import Message, Prompt, PromptSource, load_prompts
 from entropy_probe.sampling.responses import generate_responses
@@ -48,6 +49,7 @@ __all__ = [
     "resample_responses",
     "sample_evaluation",
     "sample_evaluation_file",
+    "sample_pilot",
     "sample_update",
     "score_responses",
     "share_engine",

@@ -1,4 +1,4 @@
-"""The two batches of a probe: update rollouts in groups, evaluation rollouts one response per draw."""
+"""The update batch: prompts with a group of responses each, rewards and advantages. And how a batch came about."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from entropy_probe.sampling.reward_calls import Sample
 from entropy_probe.sampling.rewards import Reward, Rewards
 
 __all__ = [
-    "EvaluationSettings",
     "SamplingReport",
     "UpdateSettings",
     "sample_update",
 ]
 
-UPDATE_STREAM, EVALUATION_STREAM = 0, 1
+UPDATE_STREAM, EVALUATION_STREAM, PILOT_STREAM = 0, 1, 2
 
 _NOTHING_TO_LEARN = "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing."
 TOO_FEW_PROMPTS = NoteKind(
@@ -83,19 +82,6 @@ class UpdateSettings(Settings):
         return self.filter_zero_advantage or self.mask_truncated_completions
 
 
-class EvaluationSettings(Settings):
-    """The evaluation batch: prompts drawn with replacement, one response per draw.
-
-    Attributes:
-        total_sequences: draws.
-        seed: of the draws and of the responses. An update batch with the same seed is independent all the
-            same.
-    """
-
-    total_sequences: int = Field(ge=2)
-    seed: int = Field(default=1, ge=0)
-
-
 @dataclass(frozen=True)
 class SamplingReport:
     """How a batch came about.
@@ -110,6 +96,7 @@ class SamplingReport:
         truncated_fraction: share of all responses sampled that hit the maximum length, dropped ones included.
         mean_response_length: tokens per response of the batch.
         stopped_fraction: share of all responses sampled that end with a stop text, dropped ones included.
+        seconds: that the responses took; 0 where that is of no use.
         notes: on what is not as asked for.
     """
 
@@ -122,6 +109,7 @@ class SamplingReport:
     truncated_fraction: float
     mean_response_length: float
     stopped_fraction: float = 0.0
+    seconds: float = 0.0
     notes: tuple[Note, ...] = ()
 
 

@@ -3,8 +3,8 @@
 One process at a time works in it (``lock``). Every file appears whole, in this order:
 
 1. ``inputs.json``: what is computed, by content (``inputs``); then ``config.yaml``, the resolved settings.
-2. Sampled batches, each recorded in ``inputs.json`` with its hash once it is there; ``evaluation/`` holds the shards of
-   the evaluation batch while it is sampled.
+2. What a pilot said, in ``inputs.json``; sampled batches, each recorded there with its hash once it is there;
+   ``evaluation/`` holds the shards of the evaluation batch while it is sampled.
 3. The points of a sweep; the tables of an attribution; answers to questions; copies of given batches.
 4. The result: ``results.json``, which ``validate`` follows by ``validation.json``, or ``sweep.json``. Where it is,
    everything above it is.
@@ -28,6 +28,19 @@ from entropy_probe.cli.output.directory import (
     open_output,
     unfinished,
 )
+from entropy_probe.cli.output.inputs import Batch, Pilot
 from entropy_probe.cli.output.lock import locked
 
-__all__ = ["ANSWERS", "CONFIG_FILE", "FIGURES", "POINTS", "Output", "check_new", "locked", "open_output", "unfinished"]
+__all__ = [
+    "ANSWERS",
+    "CONFIG_FILE",
+    "FIGURES",
+    "POINTS",
+    "Batch",
+    "Output",
+    "Pilot",
+    "check_new",
+    "locked",
+    "open_output",
+    "unfinished",
+]

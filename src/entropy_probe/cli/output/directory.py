@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from entropy_probe.cli.output.inputs import INPUTS_FILE, Batch, Command, Inputs, Recorded, hash_file, inputs_of
+from entropy_probe.cli.output.inputs import INPUTS_FILE, Batch, Command, Inputs, Pilot, Recorded, hash_file, inputs_of
 from entropy_probe.cli.output.lock import LOCK_FILE, cannot_write
 from entropy_probe.report.text import printable
 from entropy_probe.report.wording import REPORT_FILE, RESULT_FIGURES
@@ -115,6 +115,13 @@ class Output:
         if batch == "evaluation":
             _delete(self.shards.glob("shard-*"))
             _delete_empty(self.path)
+        return replace(self, inputs=inputs)
+
+    def record_pilot(self, pilot: Pilot) -> Output:
+        """Take note of what a pilot said, so that a command that resumes goes by it."""
+        inputs = self.inputs.model_copy(update={"pilot": pilot})
+        if self.writes:
+            inputs.save(self.path)
         return replace(self, inputs=inputs)
 
     def add_given(self, sources: Sources) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.config import RunConfig
 
-__all__ = ["INPUTS_FILE", "Batch", "Command", "Inputs", "Recorded", "hash_directory", "hash_file", "inputs_of"]
+__all__ = ["INPUTS_FILE", "Batch", "Command", "Inputs", "Pilot", "Recorded", "hash_directory", "hash_file", "inputs_of"]
 
 INPUTS_FILE = "inputs.json"
 Batch = Literal["update", "evaluation"]
@@ -40,6 +40,20 @@ class Recorded(Record):
     notes: tuple[Note, ...] = ()
 
 
+class Pilot(Record):
+    """How much to draw of the evaluation batch, as a pilot said, and notes on that.
+
+    Attributes:
+        sequences: in all.
+        draws: of each prompt; null for single draws.
+        notes: what the pilot said.
+    """
+
+    sequences: int
+    draws: int | None
+    notes: tuple[Note, ...]
+
+
 class Inputs(SavedRecord):
     """What a result is computed from, saved in ``inputs.json``.
 
@@ -53,6 +67,7 @@ class Inputs(SavedRecord):
         reward: SHA-256 over the files that the reward functions are defined in; null where none is called.
         versions: of the libraries whose code the numbers depend on.
         rollouts: the sampled batches that are on disk.
+        pilot: what a pilot said of the evaluation batch; null where none was needed.
     """
 
     kept: ClassVar = Kept(INPUTS_FILE, "record of inputs", "run", "choose another output_dir")
@@ -66,6 +81,7 @@ class Inputs(SavedRecord):
     reward: str | None
     versions: dict[str, str]
     rollouts: dict[Batch, Recorded] = Field(default_factory=dict)
+    pilot: Pilot | None = None
 
     def difference(self, other: Inputs) -> str | None:
         """What the two, of one command, do not share, in words; None if they agree."""

@@ -8,6 +8,7 @@ from typing import Any
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import Row, Rows, Section, State, Verbatim
 from entropy_probe.report.wording import HARMLESS_ESS
+from entropy_probe.results.draws import Draws
 from entropy_probe.results.probe import GradientAgreement, OptimizerStateReport, ProbeResult, Realized
 
 __all__ = ["diagnostics_section", "optimizer_section"]
@@ -43,6 +44,10 @@ CHECKS = {  # what each means, and what to do where it is not as it should be
         "How far the log-probabilities that the sampler recorded are from the policy's, in nats/token; 0 up to "
         "rounding.",
         "See the notes for what they look like.",
+    ),
+    "draws per prompt": (
+        "Responses to a prompt have it in common; the design effect is the variance over that of as many single draws.",
+        "",
     ),
     "gradients": (
         "How far the gradient of the update batch is from the one that the step is of, relative to that one's length.",
@@ -94,11 +99,26 @@ def diagnostics_section(result: ProbeResult) -> Section:
     ]
     if (frozen := result.preconditioner) is not None:
         how.append(Row("frozen geometry", f"bias correction: {frozen.bias_correction}; {frozen.num_clamped} clamped"))
-    rows = (*weights, *_fit_rows(result), *_agreement_rows(diagnostics.gradient_agreement), clipping, length)
+    rows = (
+        *weights,
+        *_draws_rows(result.draws),
+        *_fit_rows(result),
+        *_agreement_rows(diagnostics.gradient_agreement),
+        clipping,
+        length,
+    )
     checks = Rows(rows, title="Checks")
     computed = Rows(tuple(how), title="How the numbers were computed", page_only=True)
     return Section("Diagnostics", "diagnostics", "Diagnostics", blocks=(checks, computed), notes=diagnostics.notes,
                    not_modelled=diagnostics.not_modelled)  # fmt: skip
+
+
+def _draws_rows(draws: Draws | None) -> Iterator[Row]:
+    """What several draws per prompt have in common."""
+    if draws is not None:
+        share, effect = format_percent(draws.between_share), format_number(draws.design_effect, 3)
+        note = f"of {draws.num_prompts} prompts; share of the variance between prompts {share}, design effect {effect}"
+        yield _check("draws per prompt", f"{draws.per_prompt:.3g}", note, "plain")
 
 
 def _fit_rows(result: ProbeResult) -> Iterator[Row]:

@@ -26,11 +26,14 @@ from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
 from entropy_probe.results.probe import Estimate, ProbeResult
+from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation
 
-__all__ = ["cautions", "run_sections", "settings_sections", "step_section", "story"]
+__all__ = ["cautions", "proposal", "run_sections", "settings_sections", "step_section", "story"]
 
 MEBIBYTE = 2**20
+WELL_KNOWN = 0.1
+"""Relative error of the prediction that a size is proposed for."""
 INTERVALS = "; whiskers: 95% intervals"
 _MEASURED_ON = {"update": "on the update batch: biased", "own": "on its own batch, self-influence out"}
 _SOURCES = {
@@ -126,7 +129,7 @@ def step_section(result: ProbeResult) -> Section:
         Rows(tuple(rows), unit),
     )
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
-                   tuple(filter(None, [story(result)])), cautions=cautions(result), blocks=blocks)  # fmt: skip
+                   tuple(filter(None, [story(result), proposal(result)])), cautions=cautions(result), blocks=blocks)  # fmt: skip
 
 
 def _exponent(result: ProbeResult) -> int | None:
@@ -172,6 +175,25 @@ def story(result: ProbeResult) -> str:
         return f"{sentence}; {share} of that comes from {_SOURCES[largest]}."
     against = [_SOURCES[name] for name, value in parts.items() if value * predicted.value < 0]
     return f"{sentence}; {' and '.join(against)} work{'s' * (len(against) == 1)} against it."
+
+
+def proposal(result: ProbeResult) -> str:
+    """How many evaluation sequences it takes to know the prediction well, and how long that is here; "" where none."""
+    size, each = size_for(result, WELL_KNOWN), seconds_per_sequence(result)
+    if size is None:
+        return ""
+    about = "more than" if size.at_least else "about"
+    sequences = int(float(f"{size.sequences:.1e}"))
+    took = "" if each is None else f", {_duration(each * sequences)} here"
+    return f"To know δH₁ of this step to {WELL_KNOWN:.0%} takes {about} {sequences:,} evaluation sequences{took}."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return "less than a minute"
+    minutes = round(seconds / 60)
+    hours = f"{seconds / 3600:.1f} hours"
+    return hours if minutes > 90 else "1 minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def cautions(result: ProbeResult) -> tuple[str, ...]:
