@@ -257,7 +257,7 @@ class PolicyCalls:
             return s.detach(), h.detach(), value
         hidden = self.hidden(batch)
         value = head_surrogate(self._head(), hidden, batch.targets, of_logprobs, of_entropies)
-        s, h, _ = head_scores(self._head(), hidden.detach(), batch.targets)
+        s, h, *_ = head_scores(self._head(), hidden.detach(), batch.targets)
         return s, h, value
 
     def surrogates(
