@@ -153,7 +153,7 @@ def sampling(subject: Subject) -> dict[str, Any]:
         "tokens": sum(len(completion.token_ids) for completion in completions),
         "cpu_seconds": time.process_time() - start,
     }
-    start, longest, pad, end = (
+    start, longest, pad = (
         time.process_time(),
         max(map(len, ids)),
         state.tokenizer.pad_token_id,

@@ -230,6 +230,7 @@ def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path,
     out = tmp_path / "out"
     done = invoke("validate", config, "--subsets", 5, "--seed", 2)
     assert done.exit_code == 0, (done.output, done.exception)
+    assert ProbeResult.load(out).attribution.folds == 8, "where nothing is asked"
     found = Validation.load(out)
     assert len(found.steps) == 5
     assert found.seed == 2
