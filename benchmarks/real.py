@@ -1,12 +1,13 @@
 """The demo's claims on a real policy: SmolLM2-135M-Instruct after steps 5, 10, 15 and 20 of ``make demo-real``.
 
-For each checkpoint: the predicted change against the measured one at eight learning rates; the errors against the
-number of evaluation sequences; time and peak memory of the whole probe against one training gradient; tokens per
-second of the sampling loop against ``generate`` at the same batch size.
+For each checkpoint: tokens per second of the sampling loop against ``generate`` at the same batch size; time and peak
+memory of the whole probe against one training gradient; the predicted change against the measured one at eight learning
+rates; how contributions and published scores rank what fresh responses say; the errors against the number of evaluation
+sequences.
 
 Run ``python benchmarks/real.py`` (about three hours on two idle cores), or for some ``--checkpoints`` and ``--parts``.
 What is finished lies in ``runs/bench-real`` and is not computed again; an interrupted sweep goes on where it was. The
-section of RESULTS.md is written anew from what is there.
+section of RESULTS.md is written anew from all that is there.
 """
 
 from __future__ import annotations
@@ -30,11 +31,16 @@ from entropy_probe.cli.demo import DEMOS, Model
 from entropy_probe.cli.quiet import quiet_libraries
 from entropy_probe.cli.sweep import sweep_checkpoints
 from entropy_probe.cli.sweep_config import SweepConfig
+from entropy_probe.demo.smollm2 import MAX_COMPLETION_LENGTH
 from entropy_probe.demo.train import quiet
 from entropy_probe.parallel.ranks import ALONE
 from entropy_probe.report.numbers import format_estimate
+from entropy_probe.report.sections.validation import FORECASTS
 from entropy_probe.results.record import write_atomically
+from entropy_probe.sampling import HFGenerator, PromptSource, SamplingParameters, encode_prompts, load_prompts
+from entropy_probe.scoring.memory import fitting_tokens
 from gpu import update_section
+from scores import first_order, sampled
 from two_batch import training_gradient
 
 RATES = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
@@ -55,24 +61,25 @@ class Subject:
         """Its directory."""
         return self.directory / f"checkpoint-{self.step}"
 
-    def load(self) -> tuple[Any, dict[str, Rollouts]]:
-        """The checkpoint, and the batches that its sweep has sampled."""
-        batches = {
-            name: Rollouts.from_parquet(self.output / f"sweep/{name}.parquet") for name in ("update", "evaluation")
-        }
-        return load_checkpoint(self.checkpoint, str(self.directory / "base"), device="cpu"), batches
+    def load(self, num_prompts: int = 8) -> tuple[Any, dict[str, Rollouts]]:
+        """The checkpoint, an update batch of so many prompts, and two evaluation batches."""
+        state = load_checkpoint(self.checkpoint, str(self.directory / "base"), device="cpu")
+        settings = DEMOS[Model.smollm2]().settings
+        settings = settings | {"update": settings["update"] | {"num_prompts": num_prompts}}
+        return state, sampled(state, settings, self.output / f"rollouts-{num_prompts}", self.sequences)
 
 
 def rates(subject: Subject) -> dict[str, Any]:
     """A row per learning rate, in ``nats/token``."""
-    settings = DEMOS[Model.smollm2]().settings | {"evaluation": {"total_sequences": subject.sequences}}
+    subject.load()
+    rollouts = subject.output / "rollouts-8"
     config = SweepConfig.model_validate(
-        settings
-        | {
+        {
             "checkpoint": subject.checkpoint,
             "base_model": str(subject.directory / "base"),
             "output_dir": subject.output / "sweep",
             "device": "cpu",
+            "rollouts": {"update": rollouts / "update.parquet", "evaluation": rollouts / "own.parquet"},
             "sweep": {"learning_rates": RATES},
         }
     )
@@ -98,7 +105,7 @@ def sizes(subject: Subject) -> dict[str, Any]:
     state, batches = subject.load()
     probe, rows = EntropyProbe(state.model, state.optimizer, ProbeConfig()), []
     for part in (8, 4, 2, 1):
-        evaluation = batches["evaluation"].select(torch.arange(len(batches["evaluation"]) // part))
+        evaluation = batches["own"].select(torch.arange(subject.sequences // part))
         result = probe.run(update=batches["update"], evaluation=evaluation)
         predicted, realized = result.predicted, result.realized
         rows.append({
@@ -111,12 +118,13 @@ def sizes(subject: Subject) -> dict[str, Any]:
 
 def cost(subject: Subject) -> dict[str, Any]:
     """CPU seconds and peak memory of one training gradient on the evaluation batch, and of the whole probe."""
-    found = {}
+    subject.load()  # so that neither samples
+    costs = {}
     for name in ("training", "probe"):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             seconds, peak = pool.apply(_cost_of, (subject, name))
-        found[name] = {"cpu_seconds": seconds, "peak_mib": peak}
-    return found
+        costs[name] = {"cpu_seconds": seconds, "peak_mib": peak}
+    return costs
 
 
 def _cost_of(subject: Subject, name: str) -> tuple[float, float]:
@@ -125,49 +133,57 @@ def _cost_of(subject: Subject, name: str) -> tuple[float, float]:
     state, batches = subject.load()
     start = time.process_time()
     if name == "training":
-        evaluation = replace(batches["evaluation"], advantages=torch.ones(len(batches["evaluation"])))
-        training_gradient(state.model, evaluation, ProbeConfig().max_tokens_per_microbatch)
+        evaluation = replace(batches["own"], advantages=torch.ones(subject.sequences))
+        training_gradient(state.model, evaluation, fitting_tokens(state.model))
     else:
-        EntropyProbe(state.model, state.optimizer, ProbeConfig()).run(**batches)
+        probe = EntropyProbe(state.model, state.optimizer, ProbeConfig())
+        probe.run(update=batches["update"], evaluation=batches["own"])
     return time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def sampling(subject: Subject) -> dict[str, Any]:
     """Response tokens per CPU second of the sampling loop, and of ``generate``, on the same prompts at batch 64."""
-    from entropy_probe.demo.smollm2 import MAX_COMPLETION_LENGTH
-    from entropy_probe.sampling import HFGenerator, PromptSource, SamplingParameters, encode_prompts, load_prompts
-
     state, _ = subject.load()
-    prompts = load_prompts(PromptSource(**DEMOS[Model.smollm2]().settings["prompts"]))[:64]
-    ids = encode_prompts(state.tokenizer, prompts)
-    found = {}
-    for name in ("ours", "generate"):
-        start = time.process_time()
-        if name == "ours":
-            completions = HFGenerator(state.model, state.tokenizer, batch_size=64).generate(
-                prompts, SamplingParameters(1.0, MAX_COMPLETION_LENGTH), list(range(64))
-            )
-            tokens = sum(len(completion.token_ids) for completion in completions)
-        else:
-            longest = max(map(len, ids))
-            padded = torch.tensor([[state.tokenizer.pad_token_id] * (longest - len(row)) + row for row in ids])
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
-            with torch.inference_mode():
-                texts = state.model.generate(input_ids=padded, attention_mask=mask, do_sample=True, temperature=1.0,
-                                             top_k=0, top_p=1.0, max_new_tokens=MAX_COMPLETION_LENGTH)  # fmt: skip
-            ended = (texts[:, longest:] == state.tokenizer.eos_token_id).cumsum(1)
-            tokens = int(
-                (ended <= 1).sum() - ((ended == 1) & (texts[:, longest:] != state.tokenizer.eos_token_id)).sum()
-            )
-        found[name] = {"tokens": tokens, "cpu_seconds": time.process_time() - start}
-    return found
+    ids = encode_prompts(state.tokenizer, load_prompts(PromptSource(**DEMOS[Model.smollm2]().settings["prompts"]))[:64])
+    start = time.process_time()
+    completions = HFGenerator(state.model, state.tokenizer, batch_size=64).generate(
+        ids, SamplingParameters(1.0, MAX_COMPLETION_LENGTH), list(range(64))
+    )
+    ours = {
+        "tokens": sum(len(completion.token_ids) for completion in completions),
+        "cpu_seconds": time.process_time() - start,
+    }
+    start, longest, pad = (
+        time.process_time(),
+        max(map(len, ids)),
+        state.tokenizer.pad_token_id,
+        MAX_COMPLETION_LENGTH,
+    )
+    padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    with torch.inference_mode():
+        texts = state.model.generate(input_ids=padded, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                                     top_p=1.0, max_new_tokens=MAX_COMPLETION_LENGTH, pad_token_id=pad)  # fmt: skip
+    ends = texts[:, longest:] == state.tokenizer.eos_token_id
+    # a token counts unless one before it ended the response
+    tokens = int((ends.cumsum(1) - ends.int() == 0).sum())
+    return {"ours": ours, "generate": {"tokens": tokens, "cpu_seconds": time.process_time() - start}}
+
+
+def scores(subject: Subject, num_prompts: int = 32) -> dict[str, Any]:
+    """How contributions and published scores rank what fresh evaluation rollouts say, to first order."""
+    state, batches = subject.load(num_prompts)
+    probe = EntropyProbe(state.model, state.optimizer, ProbeConfig())
+    own, fresh = (probe.attribute(update=batches["update"], evaluation=batches[name]) for name in ("own", "fresh"))
+    return first_order(state.model, own, fresh) | {"num_prompts": num_prompts}
 
 
 PARTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
-    "rates": rates,
-    "sizes": sizes,
-    "cost": cost,
     "sampling": sampling,
+    "cost": cost,
+    "rates": rates,
+    "scores": scores,
+    "sizes": sizes,
 }
 
 
@@ -177,14 +193,25 @@ def figures(subject: Subject, part: str) -> dict[str, Any]:
     if not file.is_file():
         print(f"{time.strftime('%H:%M:%S')} step {subject.step}: {part}", file=sys.stderr)
         start = time.monotonic()
-        found = PARTS[part](subject) | {"sequences": subject.sequences}
-        write_atomically(file, json.dumps(found | {"seconds": time.monotonic() - start}, indent=1).encode())
+        figure = PARTS[part](subject) | {"sequences": subject.sequences}
+        write_atomically(file, json.dumps(figure | {"seconds": time.monotonic() - start}, indent=1).encode())
     return json.loads(file.read_bytes())
 
 
-def section(found: dict[int, dict[str, dict[str, Any]]], command: str) -> str:
+def there_are(output: Path) -> dict[int, dict[str, dict[str, Any]]]:
+    """All figures so far, by step and part."""
+    files = sorted(output.glob("checkpoint-*/*.json"), key=lambda file: int(file.parent.name.partition("-")[2]))
+    figures: dict[int, dict[str, dict[str, Any]]] = {}
+    for file in files:
+        if file.stem in PARTS:
+            step = int(file.parent.name.partition("-")[2])
+            figures.setdefault(step, {})[file.stem] = json.loads(file.read_bytes())
+    return figures
+
+
+def section(figures: dict[int, dict[str, dict[str, Any]]], command: str) -> str:
     """The figures as a section of RESULTS.md."""
-    sequences = {part["sequences"] for parts in found.values() for part in parts.values()}
+    sequences = {part["sequences"] for parts in figures.values() for part in parts.values()}
     lines = [
         TITLE,
         "",
@@ -194,7 +221,7 @@ def section(found: dict[int, dict[str, dict[str, Any]]], command: str) -> str:
         "",
     ]
     for part, (title, head, rows) in TABLES.items():
-        there = {step: parts[part] for step, parts in found.items() if part in parts}
+        there = {step: parts[part] for step, parts in figures.items() if part in parts}
         if not there:
             continue
         took = ", ".join(
@@ -245,11 +272,25 @@ def _sampling_rows(figure: dict[str, Any]) -> list[list[str]]:
     return [[f"{speeds[0] / speeds[1]:.2f}"]]
 
 
+def _score_rows(figure: dict[str, Any]) -> list[list[str]]:
+    columns = [figure["prompts"], figure["tokens"]]
+    return [
+        [FORECASTS.get(name, name), *("" if (x := column.get(name)) is None else f"{x:.2f}" for column in columns)]
+        for name in figure["prompts"]
+    ]
+
+
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], list[list[str]]]]] = {
     "rates": (
         "Predicted and measured on one update batch, errors from the evaluation batch",
         "| step | learning rate | predicted δH₁ | realized ΔH | difference | ESS |",
         _rate_rows,
+    ),
+    "scores": (
+        "Rank correlations with the first-order contributions from as many fresh evaluation rollouts, over up to 400 "
+        "halves of 32 update prompts and over their tokens; that of the contributions is the reliability",
+        "| step | forecast | halves of the prompts | tokens |",
+        _score_rows,
     ),
     "sizes": (
         "Errors against the size of the evaluation batch",
@@ -280,13 +321,14 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     with quiet(torch.get_num_threads()):
-        found = {}
         for step in options.checkpoints:
             subject = Subject(options.directory, step, options.sequences, options.output / f"checkpoint-{step}")
-            found[step] = {part: figures(subject, part) for part in options.parts}
-            update_section(
-                options.results, section(found, f"python benchmarks/real.py {' '.join(sys.argv[1:])}".strip())
-            )
+            for part in options.parts:
+                figures(subject, part)
+                update_section(
+                    options.results,
+                    section(there_are(options.output), f"python benchmarks/real.py {' '.join(sys.argv[1:])}".strip()),
+                )
 
 
 if __name__ == "__main__":

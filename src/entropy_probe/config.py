@@ -78,7 +78,9 @@ class ProbeConfig(BaseModel):
             (``block``), or ``auto``: blocks once there are more than 128 prompts.
         block_size: prompts per block; must divide their number. ``None`` gives the smallest size above 1 that makes
             16 to 128 blocks; where there is none, ``auto`` takes every prompt.
-        max_tokens_per_microbatch: bound on padded tokens per forward pass.
+        max_tokens_per_microbatch: bound on padded tokens per forward pass; ``None`` takes what the model's layers and
+            the machine's memory have room for (:func:`~entropy_probe.scoring.memory.fitting_tokens`). No number depends
+            on it but by rounding.
         max_stored_gradient_gib: per-prompt gradients of the update batch are kept in host memory up to this size;
             beyond it a second pass over the update batch takes their place.
         dtype: the least precision of the model's parameters; a model in a lower one is refused.
@@ -120,7 +122,7 @@ class ProbeConfig(BaseModel):
     identity_if_coverage_below: float | None = Field(default=None, ge=0, le=1)
     one_batch_units: Literal["auto", "exact", "block"] = "auto"
     block_size: int | None = Field(default=None, gt=0)
-    max_tokens_per_microbatch: int = Field(default=8192, gt=0)
+    max_tokens_per_microbatch: int | None = Field(default=None, gt=0)
     max_stored_gradient_gib: float = Field(default=2.0, ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     step_dtype: StepDtype = "auto"

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from entropy_probe.analyses.assemble import result_of
-from entropy_probe.analyses.attribute import attribute, check_divides, check_folds
+from entropy_probe.analyses.attribute import Folds, attribute, check_divides, check_folds
 from entropy_probe.analyses.attribution import Attribution
 from entropy_probe.analyses.batches import admit_batches, admit_evaluation
 from entropy_probe.analyses.given import checked_gradient
@@ -190,7 +190,7 @@ class EntropyProbe:
         *,
         update: Rollouts,
         evaluation: Rollouts,
-        folds: int | None = None,
+        folds: Folds = None,
         measure: bool = False,
         questions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Attribution:
@@ -203,7 +203,7 @@ class EntropyProbe:
             evaluation: the batch whose entropy is explained.
             folds: standard errors of the prompts' contributions from this many folds of the evaluation batch. Costs
                 one more gradient over the evaluation batch, and one more over the update batch for each fold where
-                its per-prompt gradients are not kept (``max_stored_gradient_gib``).
+                its per-prompt gradients are not kept (``max_stored_gradient_gib``); ``auto`` takes 8 where they are.
             measure: also measure the change, as :meth:`run` does.
             questions: what else to ask of the prediction, as :meth:`run`.
 
@@ -342,7 +342,7 @@ def _plan(
     gradient: Gradient | None = None,
     *,
     asked: Mapping[str, BaseModel] | None = None,
-    folds: int | None = None,
+    folds: Folds = None,
     shares: bool = True,
 ) -> Plan:
     """The step on a batch, or with a gradient from outside, once it is sure that what is asked of it fits."""

@@ -40,6 +40,8 @@ class TokenScores:
             its mean in the batch, float64, ``[N]``. ``None`` where all count the same.
         variances: of the surprisal of a token drawn in place of ``y_t``, nats squared, 0 off the response, ``[N, L]``.
             ``None`` where these are not the scores of a policy but their derivatives, or were put together by hand.
+        discriminants: the mean of ``pi (log pi + h)`` over tokens drawn in place of ``y_t``, nats, 0 off the response,
+            ``[N, L]``; ``None`` likewise.
     """
 
     logprobs: Float[Tensor, "N L"]
@@ -47,12 +49,13 @@ class TokenScores:
     response_mask: Bool[Tensor, "N L"]
     log_weights: Float[Tensor, " N"] | None = None
     variances: Float[Tensor, "N L"] | None = None
+    discriminants: Float[Tensor, "N L"] | None = None
 
     def select(self, rows: Tensor) -> TokenScores:
         """The scores of the sequences at the given indices, in that order."""
-        log_weights = None if self.log_weights is None else self.log_weights[rows]
-        variances = None if self.variances is None else self.variances[rows]
-        return TokenScores(self.logprobs[rows], self.entropies[rows], self.response_mask[rows], log_weights, variances)
+        columns = (self.logprobs, self.entropies, self.response_mask)
+        optional = (self.log_weights, self.variances, self.discriminants)
+        return TokenScores(*(x[rows] for x in columns), *(None if x is None else x[rows] for x in optional))
 
     @property
     def answered(self) -> Bool[Tensor, " N"]:

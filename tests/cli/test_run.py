@@ -230,13 +230,14 @@ def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path,
     out = tmp_path / "out"
     done = invoke("validate", config, "--subsets", 5, "--seed", 2)
     assert done.exit_code == 0, (done.output, done.exception)
+    assert ProbeResult.load(out).attribution.folds == 8, "where nothing is asked"
     found = Validation.load(out)
     assert len(found.steps) == 5
     assert found.seed == 2
     assert "5 real steps on 2 of 4 prompts" in done.stdout
     assert ProbeResult.load(out).attribution is not None
     assert (out / "tokens.parquet").is_file()
-    assert "negated covariance terms" in invoke("report", out).stdout
+    assert "covariance (Cui)" in invoke("report", out).stdout
     line = refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
     assert "validate: expected mode two_batch or both, whose prediction is attributed, got one_batch" in line
     run(config, "--overwrite")
@@ -271,7 +272,7 @@ def test_a_validation_that_fails_leaves_the_finished_run(config, tmp_path, monke
     assert invoke("report", out).exit_code == 0
     monkeypatch.undo()
     assert invoke("validate", config).exit_code == 0
-    assert "negated covariance terms" in (out / "report.html").read_text()
+    assert "covariance (Cui)" in (out / "report.html").read_text()
     assert "holds a validation; choose another one, or pass --overwrite to replace it" in refused("run", config)
     assert "holds a validation of another subsets; " in refused("validate", config, "--subsets", 5)
 

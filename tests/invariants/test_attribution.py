@@ -395,6 +395,21 @@ def test_errors_from_folds_are_the_spread_over_evaluation_batches():
     assert ((ratio > 0.6) & (ratio < 1.6)).all()
 
 
+@pytest.mark.parametrize(
+    ("settings", "n", "folds"), [({}, 20, 8), ({"max_stored_gradient_gib": 0}, 20, None), ({}, 7, None)]
+)
+def test_usual_folds_where_they_cost_no_pass_over_the_update_batch(settings, n, folds):
+    model = TinyPolicy()
+    update, evaluation = batches(n=n)
+    subject = probe(model, trained_optimizer(model), **settings)
+    found = subject.attribute(update=update, evaluation=evaluation, folds="auto")
+    asked = subject.attribute(update=update, evaluation=evaluation, folds=folds)
+    assert found.summary.folds == asked.summary.folds == folds
+    assert (found.standard_errors is None) == (folds is None)
+    if folds:
+        assert torch.equal(found.standard_errors, asked.standard_errors)
+
+
 def test_folds_outside_their_range_are_refused():
     model = TinyPolicy()
     update, evaluation = batches(n=20)

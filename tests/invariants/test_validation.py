@@ -10,11 +10,13 @@ from scipy.stats import spearmanr
 from entropy_probe import EntropyProbe, ProbeConfig, Validation
 from entropy_probe.analyses import validate
 from entropy_probe.analyses.validate import distinct_halves
+from entropy_probe.estimators.published import PUBLISHED
 from tests.invariants.hf_problems import policy, rollouts
 from tests.invariants.problems import batches, probe, with_advantages, with_reference
 from tests.invariants.traces import WithState, assert_same, state
 from tests.notes import texts
-from tests.reference.enumeration import TinyPolicy, trained_optimizer
+from tests.reference.enumeration import Table, TinyPolicy, trained_optimizer
+from tests.reference.samplers import full_scores
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_stored_gradient_gib": 0}, {"geometry": "frozen"},
@@ -37,15 +39,13 @@ def test_each_half_is_a_real_step_with_the_other_advantages_at_0(settings):
         reduced = with_advantages(update, torch.where(kept, update.advantages, 0.0))
         realized = [subject.measure(update=reduced, evaluation=e).realized.value for e in (evaluation, *halves)]
         assert (step.realized, *step.realized_by_half) == pytest.approx(realized, rel=1e-9, abs=1e-15)
-        assert step.forecasts == pytest.approx(
-            {
-                "contributions": whole.tokens[kept].sum().item(),
-                "covariance": -whole.covariances[kept].sum().item(),
-                "advantages": update.token_advantages[kept].sum().item(),
-            },
-            rel=1e-9,
-            abs=1e-15,
-        )
+        scores = full_scores(Table(update), model)
+        by_token = {name: forecast(update.token_advantages, scores) for name, forecast in PUBLISHED.items()}
+        by_token |= {"contributions": whole.tokens, "advantages": update.token_advantages}
+        sums = {name: tokens[kept].sum().item() for name, tokens in by_token.items()}
+        drawn = torch.randn(update.num_prompts, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        sums["random"] = drawn[torch.isin(update.prompt_ids.unique(), torch.tensor(step.kept))].sum().item()
+        assert step.forecasts == pytest.approx(sums, rel=1e-9, abs=1e-15)
         sums = [half.tokens[kept].sum().item() for half in by_half]
         assert step.contributions_by_half == pytest.approx(sums, rel=1e-8, abs=1e-15)
     assert len({step.kept for step in found.steps}) == 4

@@ -10,13 +10,14 @@ from tests.reference.enumeration import PROMPTS, TEMPERATURE, Table, TinyPolicy
 
 
 def full_scores(table: Table, model: TinyPolicy, temperature: float = TEMPERATURE) -> TokenScores:
-    """Scores of every response, variances among them, by a route of its own."""
+    """Scores of every response, with all that is known of them, by a route of its own."""
     log_p, s = _next_tokens(table, model, temperature)
     mask = table.rollouts.response_mask[:, 1:]
     h = -(log_p.exp() * log_p).sum(-1)
-    v = (log_p.exp() * (log_p + h[..., None]).square()).sum(-1)
-    s, h, v = (torch.nn.functional.pad(x * mask, (1, 0)) for x in (s, h, v))
-    return TokenScores(s, h, table.rollouts.response_mask, variances=v)
+    p, centred = log_p.exp(), log_p + h[..., None]
+    v, d = (p * centred.square()).sum(-1), (p.square() * centred).sum(-1)
+    s, h, v, d = (torch.nn.functional.pad(x * mask, (1, 0)) for x in (s, h, v, d))
+    return TokenScores(s, h, table.rollouts.response_mask, variances=v, discriminants=d)
 
 
 def _next_tokens(table: Table, model: TinyPolicy, temperature: float) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ def test_every_number_is_in_the_table_with_its_error():
     assert "nats/token" in text
     assert "8e-07" in text
     assert rows["entropy H(θ)"].startswith("0.842 ± 0.012")
-    assert rows["predicted δH₁"] == "-1.432e-3 ± 0.081e-3  SE: evaluation 6.0e-5, update 5.4e-5"
+    assert rows["predicted δH₁"] == "-1.432e-3 ± 0.081e-3  this step ± 6.0e-5, batch ± 5.4e-5"
     assert rows["gradient"] == "-0.520e-3 ± 0.030e-3"
     assert rows["momentum"] == "-0.912e-3 ± 0.060e-3"
     assert rows["weight decay"] == "0 ± 0"

@@ -237,7 +237,7 @@ def test_the_page_says_how_the_attribution_was_validated(tmp_path):
     assert "few halvesWhat to do: Use more update prompts." in text
     assert "40 real steps on 2 of 4 prompts: are they ranked as forecast?" in text
     assert re.search(r"contributions\s*0.981\s*0.950 to 0.993\s*0.99", text)
-    assert re.search(r"negated covariance terms\s*−0.120\s*−0.400 to 0.200\s*−0.12", text)
+    assert re.search(r"covariance \(Cui\)\s*−0.120\s*−0.400 to 0.200\s*−0.12", text)
     assert "Changes are measured on one half of 2,048 evaluation sequences and forecast from the other" in text
     assert "reliability of the measured changes: 0.970" in text
 

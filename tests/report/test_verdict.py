@@ -80,6 +80,15 @@ def test_sentences_name_the_direction_and_the_size():
     )
 
 
+def test_a_change_told_from_0_for_this_step_alone_is_said_to_be_that():
+    """The fixture's error from the evaluation rollouts is 6e-5."""
+    for value, alone in ((-1.4e-4, True), (-1.0e-4, False)):
+        judged = verdict(make_result((value, 1e-4), None, None))
+        assert judged.kind == "indistinguishable from 0"
+        assert ("By the evaluation rollouts alone (± 6.0e-5) this very step is told from 0" in judged.sentence) == alone
+        assert ("more update prompts" in judged.sentence) == alone
+
+
 def test_a_resolved_curvature_is_mentioned_even_where_the_changes_are_not_resolved():
     judged = verdict(make_result((1e-4, 1e-4), (-1e-4, 1e-4), (-2e-4, 1e-6)))
     assert judged.kind == "indistinguishable from 0"

@@ -28,9 +28,11 @@ def dense(hidden, weight, bias, targets, temperature):
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def variances(hidden, weight, bias, temperature):
+def moments(hidden, weight, bias, temperature):
+    """The variance of log p, and the mean of p (log p + h), over the vocabulary."""
     log_p = torch.log_softmax(torch.nn.functional.linear(hidden, weight, bias) / temperature, -1).detach()
-    return (log_p.exp() * (log_p - (log_p.exp() * log_p).sum(-1, keepdim=True)).square()).sum(-1)
+    p, centred = log_p.exp(), log_p - (log_p.exp() * log_p).sum(-1, keepdim=True)
+    return (p * centred.square()).sum(-1), (p.square() * centred).sum(-1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -43,7 +45,7 @@ def test_scores_and_gradients(bias, temperature, monkeypatch):
     head = OutputHead(weight, offset, temperature)
     got = head_scores(head, hidden, targets)
     logits = torch.nn.functional.linear(hidden, weight, offset)
-    expected = FlatScores(s.detach(), h.detach(), variances(hidden, weight, offset, temperature))
+    expected = FlatScores(s.detach(), h.detach(), *moments(hidden, weight, offset, temperature))
     torch.testing.assert_close(got, expected)
     before = logits.detach().clone()
     torch.testing.assert_close(plain_scores(logits.detach(), targets, temperature), expected)

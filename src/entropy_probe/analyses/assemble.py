@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from entropy_probe.analyses.admission import ClusterName
 from entropy_probe.analyses.draws import measured_draws
 from entropy_probe.analyses.given import GivenGradient
@@ -75,12 +77,23 @@ def result_of(
 
 def predicted_record(prediction: Prediction) -> Predicted:
     """The record of the first-order change."""
-    plan, change, clusters = prediction.plan, prediction.change, prediction.plan.evaluation.clusters
-    if isinstance(prediction, OwnPrediction):
-        fields = estimate_fields(plan.policy, Sampled(change.value, prediction.influence), clusters)
-        method = "pairs"
+    own = prediction.influence if isinstance(prediction, OwnPrediction) else None
+    return _of_update(prediction, prediction.change, own)
+
+
+def _of_update(prediction: Prediction, change: Sampled, own: Tensor | None) -> Predicted:
+    """The record of a change that the update batch has a part in.
+
+    Args:
+        prediction: of the step.
+        change: what the step, or its gradient part, does.
+        own: the influence of the evaluation clusters with their part in the step, where they are the update batch too.
+    """
+    policy, clusters = prediction.plan.policy, prediction.plan.evaluation.clusters
+    if own is not None:
+        fields, method = estimate_fields(policy, Sampled(change.value, own), clusters), "pairs"
     else:
-        fields = estimate_fields(plan.policy, change, clusters, _update_error(prediction))
+        fields = estimate_fields(policy, change, clusters, _update_error(prediction))
         method = "jackknife" if prediction.by_prompt is None else "linear"
     return Predicted(
         **fields,
@@ -100,13 +113,12 @@ def _update_error(prediction: Prediction) -> tuple[float, int] | None:
 def _predicted_fields(prediction: Prediction) -> dict[str, Any]:
     plan, parts = prediction.plan, prediction.parts
     policy, clusters = plan.policy, plan.evaluation.clusters
-    components = {name: Estimate(**estimate_fields(policy, part, clusters)) for name, part in parts.items()}
-    if isinstance(prediction, OwnPrediction):
-        gradient = Sampled(parts["gradient"].value, parts["gradient"].influence + prediction.of_update)
-        components["gradient"] = Estimate(**estimate_fields(policy, gradient, clusters))
-    elif "gradient" in parts:
-        given = (policy, parts["gradient"], clusters, _update_error(prediction))
-        components["gradient"] = Estimate(**estimate_fields(*given))
+    components: dict[str, Estimate] = {
+        name: Estimate(**estimate_fields(policy, part, clusters)) for name, part in parts.items()
+    }
+    if (gradient := parts.get("gradient")) is not None:
+        own = gradient.influence + prediction.of_update if isinstance(prediction, OwnPrediction) else None
+        components["gradient"] = _of_update(prediction, gradient, own)
     return _after_the_step(prediction, components.get("gradient")) | {
         "predicted": predicted_record(prediction),
         "components": components,
@@ -121,8 +133,9 @@ def _after_the_step(prediction: Prediction, gradient: Estimate | None) -> dict[s
     if gradient is not None and policy.config.geometry == "adamw" and is_adam(policy.optimizer):
         factor = lifetime_factor(policy.parameters, policy.optimizer)
         if factor is not None:
-            numbers = {"value": factor * gradient.value, "standard_error": factor * gradient.standard_error}
-            fields["lifetime"] = gradient.model_copy(update=numbers)
+            numbers = {name: factor * getattr(gradient, name) for name in ("value", "standard_error")}
+            said = gradient.model_dump(include=set(Estimate.model_fields))
+            fields["lifetime"] = Estimate(**said | numbers)
     if committed is not None:
         fields["committed"] = Estimate(**estimate_fields(policy, committed, plan.evaluation.clusters))
     return fields

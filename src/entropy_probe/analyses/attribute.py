@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,8 +37,11 @@ from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import Clusters
 
-__all__ = ["attribute", "check_divides", "check_folds"]
+__all__ = ["Folds", "attribute", "check_divides", "check_folds"]
 
+Folds = int | Literal["auto"] | None
+USUAL_FOLDS = 8
+"""Their errors are themselves known to a quarter."""
 PARTS = ("gradient", "momentum", "weight_decay", "rounding")
 UNITS_OF_ROUNDING = 8
 """How far sums may be off, relative to the sum of absolute terms: 1e-6 in float32."""
@@ -62,25 +65,27 @@ def check_divides(optimizer: torch.optim.Optimizer, config: ProbeConfig) -> None
         )
 
 
-def check_folds(folds: int | None, evaluation: EvaluationBatch) -> None:
+def check_folds(folds: Folds, evaluation: EvaluationBatch) -> None:
     """Make sure that the evaluation batch has that many folds.
 
     Raises:
         ValueError: if not.
     """
     count = evaluation.clusters.count
-    if folds is not None and not 2 <= folds <= count:
+    if isinstance(folds, int) and not 2 <= folds <= count:
         raise ValueError(f"attribution_folds: expected 2 to {count}, the number of evaluation clusters, got {folds}")
 
 
 def attribute(
-    prediction: Prediction, folds: int | None = None, measured: Measured | None = None, **fields: Any
+    prediction: Prediction, folds: Folds = None, measured: Measured | None = None, **fields: Any
 ) -> Attribution:
     """Divide a prediction over its sources.
 
     Args:
         prediction: of a step in closed form.
-        folds: of the evaluation batch, for standard errors of the prompts' contributions.
+        folds: of the evaluation batch, for standard errors of the prompts' contributions; ``auto`` for
+            :data:`USUAL_FOLDS` where each prompt's share of the update gradient is kept, so that they cost one more
+            gradient over the evaluation batch and no more.
         measured: the realized change, which joins the result.
         fields: further fields of the result.
     """
@@ -88,6 +93,7 @@ def attribute(
     plan, policy = prediction.plan, prediction.plan.policy
     slopes, tokens = _tokens(prediction)
     layers = _layers(prediction)
+    folds = _usual_folds(prediction) if folds == "auto" else folds
     errors = None if folds is None else _fold_errors(prediction, folds)
     seconds = time.perf_counter() - began
     update = plan.batch.update
@@ -158,6 +164,12 @@ def _layers(prediction: Prediction) -> tuple[LayerShare, ...]:
             if part in components:
                 row[k] += torch.dot(x, components[part][name].reshape(-1).double()).item()
     return tuple(LayerShare(*key, int(count), *parts) for key, (count, *parts) in sums.items())
+
+
+def _usual_folds(prediction: Prediction) -> int | None:
+    plan = prediction.plan
+    kept = all(plan.policy.ranks.gather(plan.batch.gradient.stored is not None))
+    return USUAL_FOLDS if kept and plan.evaluation.clusters.count >= USUAL_FOLDS else None
 
 
 def _fold_errors(prediction: Prediction, folds: int) -> Tensor:

@@ -53,7 +53,8 @@ def whole_scores(policy: Policy, local: LocalRows, own: TokenScores) -> TokenSco
     logprobs, entropies, mask = (
         over_tokens(policy, local, x) for x in (own.logprobs, own.entropies, own.response_mask.double())
     )
-    return TokenScores(logprobs, entropies, mask.bool())
+    discriminants = None if own.discriminants is None else over_tokens(policy, local, own.discriminants)
+    return TokenScores(logprobs, entropies, mask.bool(), discriminants=discriminants)
 
 
 def over_tokens(policy: Policy, local: LocalRows, values: Float[Tensor, "n L"]) -> Float[Tensor, "N L"]:

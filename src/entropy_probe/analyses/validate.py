@@ -18,7 +18,7 @@ from entropy_probe.analyses.attribution import Attribution
 from entropy_probe.analyses.batches import UpdateBatch, admit_batches
 from entropy_probe.analyses.before import entropy_coefficients
 from entropy_probe.analyses.evaluation_half import EvaluationHalf, halved
-from entropy_probe.analyses.gradient import differentiate
+from entropy_probe.analyses.gradient import differentiate, whole_scores
 from entropy_probe.analyses.measure import after_step, fresh_scores
 from entropy_probe.analyses.overlap import Contents, shared
 from entropy_probe.analyses.plan import Plan, plan
@@ -27,7 +27,9 @@ from entropy_probe.analyses.predict import prompt_contributions
 from entropy_probe.analyses.provenance import Clock
 from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.analyses.reduced import step_on
+from entropy_probe.estimators.attribution import rank_correlation
 from entropy_probe.estimators.first_order import sequence_weights
+from entropy_probe.estimators.published import PUBLISHED
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
 from entropy_probe.gradients.per_sample import Side
@@ -43,7 +45,7 @@ __all__ = ["check_halves", "distinct_halves", "validate"]
 MIN_PROMPTS = 4
 MIN_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
 ROUNDING = 1e-9
-"""A sum of advantages below this share of the sum of their sizes is none."""
+"""A sum over a prompt's tokens below this share of the sum of their sizes is none."""
 FEW_HALVES = NoteKind(
     "few_halves",
     "{moving} update prompts with a gradient have {halves} different halves, fewer than the {asked} asked for",
@@ -135,11 +137,13 @@ class _Question:
         plan: the step on the whole update batch.
         crossed: whether the evaluation batch is the attribution's own or holds sequences of it, so that half of it
             judges the other half.
+        by_token: what else is said to forecast the change, of each response token, ``[N, L]``, by name.
     """
 
     attribution: Attribution
     plan: Plan
     crossed: bool
+    by_token: dict[str, Tensor]
 
     @property
     def policy(self) -> Policy:
@@ -163,7 +167,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
-    question = _Question(attribution, planned, _crossed(attribution, planned))
+    question = _Question(attribution, planned, _crossed(attribution, planned), _by_token(policy, update))
     halves = halved(batch.clusters, batch.local, planned.before.scores, policy.ranks, seed)
     by_half = torch.stack([_contributions(planned, half) for half in halves])
     measured: list[_Measured | str] = []
@@ -182,16 +186,23 @@ def _crossed(attribution: Attribution, planned: Plan) -> bool:
     return contents.same_as(given) or shared(contents, logprobs, given).significant
 
 
-def _forecasts(attribution: Attribution, update: UpdateBatch) -> dict[str, Tensor]:
+def _by_token(policy: Policy, update: UpdateBatch) -> dict[str, Tensor]:
+    """What published scores and the advantages say of each update token, ``[N, L]``, by name."""
+    own = policy.reference_scores(update.rollouts, update.local, "score update")
+    scores, advantages = whole_scores(policy, update.local, own), update.rollouts.token_advantages.double()
+    return {name: forecast(advantages, scores) for name, forecast in PUBLISHED.items()} | {"advantages": advantages}
+
+
+def _forecasts(question: _Question, seed: int) -> dict[str, Tensor]:
     """What each update prompt is said to add to the change, ``[B]``, by name."""
-    advantages = update.rollouts.token_advantages.double()
-    sums, sizes = (update.prompts.total(x.sum(1)) for x in (advantages, advantages.abs()))
-    return {
-        "contributions": attribution.prompts,
-        "covariance": -update.prompts.total(attribution.covariances.sum(1)),
+    prompts = question.plan.batch.update.prompts
+    forecasts = {"contributions": question.attribution.prompts}
+    for name, tokens in question.by_token.items():
+        sums, sizes = (prompts.total(x.sum(1)) for x in (tokens, tokens.abs()))
         # what centring leaves of a sum over equal lengths is rounding
-        "advantages": torch.where(sums.abs() > ROUNDING * sizes, sums, 0.0),
-    }
+        forecasts[name] = torch.where(sums.abs() > ROUNDING * sizes, sums, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    return forecasts | {"random": torch.randn(prompts.count, generator=generator, dtype=torch.float64)}
 
 
 def _contributions(planned: Plan, half: EvaluationHalf) -> Tensor:
@@ -239,7 +250,7 @@ def _judged(
 ) -> Validation:
     """The rank correlations over the steps that were measured, and what to know about the others."""
     policy, update, evaluation = question.policy, question.plan.batch.update, question.plan.evaluation.rollouts
-    forecasts, notes = _forecasts(question.attribution, update), policy.log.notes
+    forecasts, notes = _forecasts(question, seed), policy.log.notes
     kept = torch.stack([torch.isin(torch.arange(update.prompts.count), rows) for rows in kept_prompts]).double()
     summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}
     halves = kept @ by_half.T
@@ -269,6 +280,7 @@ def _judged(
         measured_on="halves" if question.crossed else "others",
         reliability=known,
         correlations=correlations,
+        over_tokens=_over_tokens(question),
         steps=steps,
         notes=distinct((*notes, *of_scorer)),
     )
@@ -301,6 +313,12 @@ def _correlation(
         forecast = Forecast(sums, halves, None if question.crossed else times)
     correlation = score(forecast, changes, crossed=question.crossed, seed=seed)
     return None if correlation is None else RankCorrelation(**asdict(correlation))
+
+
+def _over_tokens(question: _Question) -> dict[str, float | None]:
+    """The rank correlation of each forecast of tokens with their contributions."""
+    mask, contributions = question.plan.batch.update.rollouts.response_mask, question.attribution.tokens
+    return {name: rank_correlation(values[mask], contributions[mask]) for name, values in question.by_token.items()}
 
 
 def _about_reliability(known: float | None, sequences: int) -> list[Note]:

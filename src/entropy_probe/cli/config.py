@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -71,7 +71,8 @@ class RunConfig(BaseModel):
         rollouts: saved batches to read instead of sampling.
         save_rollouts: whether to save both batches beside the results.
         attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
-        attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch.
+        attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch;
+            ``auto`` takes 8 where that costs no pass over the update batch, ``null`` leaves the errors out.
         questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
         trust_config: go by the config where the checkpoint's files say otherwise of training, and probe the checkpoint
             of any trainer. The result says where they differ.
@@ -104,7 +105,7 @@ class RunConfig(BaseModel):
     rollouts: SavedRollouts = SavedRollouts()
     save_rollouts: bool = True
     attribution: bool = False
-    attribution_folds: int | None = Field(default=None, ge=2)
+    attribution_folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None = "auto"
     questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
     trust_config: bool = False
     probe: ProbeConfig = ProbeConfig()
@@ -199,13 +200,13 @@ class RunConfig(BaseModel):
                 f"attribution: expected mode two_batch or both, whose prediction it divides, got {self.mode}; change "
                 "the mode, or leave attribution out"
             )
-        if self.attribution_folds is not None and not self.attribution:
+        folds = None if self.attribution_folds == "auto" else self.attribution_folds
+        if folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
         drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None
-        if self.attribution_folds is not None and drawn is not None and self.attribution_folds > drawn:
+        if folds is not None and drawn is not None and folds > drawn:
             raise ValueError(
-                f"attribution_folds: expected at most the {drawn} clusters of the evaluation batch, got "
-                f"{self.attribution_folds}"
+                f"attribution_folds: expected at most the {drawn} clusters of the evaluation batch, got {folds}"
             )
         return self
 

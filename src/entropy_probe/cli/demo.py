@@ -89,7 +89,6 @@ def _tiny() -> Demo:
         "update": {"num_prompts": 16, "group_size": 8},
         "generation": {"batch_size": 512},
         "evaluation": {"total_sequences": 2048},
-        "attribution_folds": 8,
         "probe": {"max_completion_length": MAX_COMPLETION_LENGTH},
     }
     return Demo(

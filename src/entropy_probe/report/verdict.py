@@ -101,6 +101,12 @@ def _indistinguishable(result: ProbeResult) -> Verdict:
     predicted, realized = result.predicted, result.realized and result.realized.estimate
     subject = f"The {'predicted' if realized is None else 'measured'} change does not exceed its"
     ending = "Use more rollouts to resolve it."
+    if predicted is not None and predicted.of_this_step.distinguishable:
+        error = format_number(predicted.se_evaluation, 2)
+        ending = (
+            f"By the evaluation rollouts alone (± {error}) this very step is told from 0; what is not is the mean over "
+            "update batches of this kind, which takes more update prompts."
+        )
     if predicted is not None and realized is not None:
         subject = "Neither the predicted nor the realized change exceeds its"
         if _is_beyond_linear_range(predicted, _difference(result)):

@@ -56,6 +56,13 @@ class Predicted(Estimate):
     se_update: float | None = Field(ge=0)
     se_update_method: Literal["linear", "jackknife", "pairs"] | None = "linear"
 
+    @property
+    def of_this_step(self) -> Estimate:
+        """The same number as what this very step does, with no error from the choice of the update batch."""
+        return Estimate(
+            value=self.value, standard_error=self.se_evaluation, num_clusters=self.num_clusters, unit=self.unit
+        )
+
 
 class Realized(Record):
     """The change measured after the step, or why it could not be.
@@ -350,7 +357,7 @@ class ProbeResult(SavedRecord):
     schema_version: Literal[3] = SCHEMA_VERSION
     entropy: Estimate
     predicted: Predicted | None = None
-    components: dict[StepPart, Estimate] = Field(default_factory=dict)
+    components: dict[StepPart, Predicted | Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
     lifetime: Estimate | None = None
     committed: Estimate | None = None

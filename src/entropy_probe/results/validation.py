@@ -75,10 +75,14 @@ class Validation(SavedRecord):
         reliability: of the measured changes: the rank correlation of those on one half with those on the other, for
             ``others`` that of the whole batch (Spearman-Brown). Null where all are equal, or with fewer than 4 measured
             steps.
-        correlations: with measured changes, of: ``contributions``, the sums of the kept prompts' contributions;
-            ``covariance``, minus the sums of their covariance terms (Cui et al., 2025), by which covariance lowers
-            entropy; ``advantages``, the sums of their tokens' advantages, a control that knows nothing of the policy.
-            1 is best. Null where all forecasts are equal, or with fewer than 4 measured steps.
+        correlations: with measured changes, of the kept prompts' sums of: ``contributions``; published scores of
+            tokens, which need no gradient (``covariance``, ``logit_step``, ``natural_step``, ``steer``, ``repo``,
+            ``surprisal``; :mod:`entropy_probe.estimators.published`); and two controls, ``advantages``, which knows
+            nothing of the policy, and ``random``, a number drawn for each prompt. 1 is best. Null where all forecasts
+            are equal, or with fewer than 4 measured steps.
+        over_tokens: rank correlations, over the response tokens of the update batch, of published scores and of the
+            advantages with contributions. These are no measurement: a token's own step is too small to take. Null where
+            all are equal.
         steps: the single steps, on different halves.
         notes: what a careful reader should know.
     """
@@ -92,6 +96,7 @@ class Validation(SavedRecord):
     measured_on: Literal["halves", "others"]
     reliability: float | None
     correlations: dict[str, RankCorrelation | None]
+    over_tokens: dict[str, float | None] = Field(default_factory=dict)
     steps: tuple[SubsetStep, ...] = Field(min_length=1, repr=False)
     notes: tuple[Note, ...] = ()
 

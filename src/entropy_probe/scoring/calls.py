@@ -28,6 +28,7 @@ from entropy_probe.scoring.logits import (
     logit_scores,
     plain_scores,
 )
+from entropy_probe.scoring.memory import fitting_tokens
 from entropy_probe.scoring.packing import (
     Microbatch,
     bounded_groups,
@@ -57,14 +58,14 @@ class PolicyCalls:
     Args:
         model: called as ``model(input_ids=..., attention_mask=...)``, returning an object with ``.logits``.
         temperature: the sampling temperature, part of the policy.
-        max_tokens_per_microbatch: the bound on padded tokens per forward pass; lowered where the device's memory is
-            too small for it, which ``notes`` then says.
+        max_tokens_per_microbatch: the bound on padded tokens per forward pass, ``None`` for what fits; lowered where
+            the device's memory is too small for it, which ``notes`` then says.
     """
 
-    def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int) -> None:
+    def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int | None) -> None:
         self.model = model
         self.temperature = temperature
-        self.max_tokens = max_tokens_per_microbatch
+        self.max_tokens = max_tokens_per_microbatch or fitting_tokens(model)
         self.notes: tuple[Note, ...] = ()
         self.device = next(model.parameters()).device
         self.sharded = is_sharded(model)
@@ -257,7 +258,7 @@ class PolicyCalls:
             return s.detach(), h.detach(), value
         hidden = self.hidden(batch)
         value = head_surrogate(self._head(), hidden, batch.targets, of_logprobs, of_entropies)
-        s, h, _ = head_scores(self._head(), hidden.detach(), batch.targets)
+        s, h, *_ = head_scores(self._head(), hidden.detach(), batch.targets)
         return s, h, value
 
     def surrogates(

@@ -28,11 +28,11 @@ class Scorer(PolicyCalls):
             Face causal language model whose logits are a plain linear function of its last hidden state is run
             through its trunk, with the output layer applied in chunks; :meth:`prepare` checks that this is so.
         temperature: the sampling temperature, part of the policy.
-        max_tokens_per_microbatch: the bound on padded tokens per forward pass; lowered where the device's memory is
-            too small for it, which ``notes`` then says.
+        max_tokens_per_microbatch: the bound on padded tokens per forward pass, ``None`` for what fits; lowered where
+            the device's memory is too small for it, which ``notes`` then says.
     """
 
-    def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int) -> None:
+    def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int | None) -> None:
         super().__init__(model, temperature, max_tokens_per_microbatch)
         self.head_path = "logits (not prepared)"
         self.prefix_sharing = "off (not prepared)"

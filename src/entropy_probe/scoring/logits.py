@@ -33,11 +33,14 @@ class FlatScores(NamedTuple):
         entropies: ``h``, nats.
         variances: of the surprisal ``-log p`` of a token drawn at the same place, ``sum_v p_v (log p_v)^2 - h^2``, nats
             squared.
+        discriminants: the mean of ``p (log p + h)`` over tokens drawn at the same place, ``sum_v p_v^2 (log p_v + h)``,
+            nats.
     """
 
     logprobs: Float[Tensor, " T"]
     entropies: Float[Tensor, " T"]
     variances: Float[Tensor, " T"]
+    discriminants: Float[Tensor, " T"]
 
     @classmethod
     def joined(cls, chunks: Iterable[FlatScores]) -> FlatScores:
@@ -98,11 +101,13 @@ class _Chunk:
     entropies: Tensor
 
     def scores(self) -> FlatScores:
-        """With the variance, which takes one more sweep over the vocabulary."""
+        """With what takes one more sweep over the vocabulary."""
         # log p = z - log total: the constant changes no variance
         mean = self.total.log() - self.entropies
-        second = torch.linalg.vecdot(self.e * self.z, self.z) / self.total
-        return FlatScores(self.logprobs, self.entropies, (second - mean.square()).clamp_(min=0))
+        weighted = self.e * self.z
+        variances = (torch.linalg.vecdot(weighted, self.z) / self.total - mean.square()).clamp_(min=0)
+        squares, products = (torch.linalg.vecdot(self.e, x) for x in (self.e, weighted))
+        return FlatScores(self.logprobs, self.entropies, variances, (products - mean * squares) / self.total.square())
 
 
 def _chunks(head: OutputHead, hidden: Tensor, targets: Tensor) -> Iterator[_Chunk]:

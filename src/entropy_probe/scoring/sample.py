@@ -183,7 +183,7 @@ def see(calls: PolicyCalls, batch: Microbatch, rows: Tensor, parameters: Mapping
                 gradient = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
     else:
         with torch.no_grad():
-            s, h, _ = calls.scores(batch)
+            s, h, *_ = calls.scores(batch)
     flat = torch.stack([s, h]).double().cpu().split(batch.response_mask.sum(1).tolist(), 1)
     wanted = set(rows.tolist())
     scores = {row: x for row, x in zip(batch.rows.tolist(), flat, strict=True) if row in wanted}

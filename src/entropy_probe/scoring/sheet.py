@@ -40,7 +40,7 @@ class ScoreSheet:
         Raises:
             ValueError: if a score is not finite.
         """
-        logprobs, entropies, variances = self._columns
+        logprobs, entropies, variances, discriminants = self._columns
         for name, values in (("log-probabilities", logprobs), ("entropies", entropies)):
             bad = ~torch.isfinite(values).all(1)
             if bool(bad.any()):
@@ -48,4 +48,4 @@ class ScoreSheet:
                     f"scores: expected finite {name}, got non-finite ones in {int(bad.sum())} sequences (first index "
                     f"{int(bad.nonzero()[0])}); look for non-finite weights, or responses the policy cannot produce"
                 )
-        return TokenScores(logprobs, entropies, self._mask, variances=variances)
+        return TokenScores(logprobs, entropies, self._mask, variances=variances, discriminants=discriminants)

@@ -124,6 +124,23 @@ def prompts(contributions, **more):
     return columns | {name: np.array(values) for name, values in more.items()}
 
 
+def test_prompts_are_called_by_what_differs_between_them():
+    names = ["Work out 3 * 4 and reply\nwith the number.", "Work out 12 and reply with the number.", None]
+    columns = {
+        "prompt_id": np.arange(3),
+        "prompt": ["", "", "a text"],
+        "name": names,
+        "num_responses": [4] * 3,
+        "num_tokens": [9] * 3,
+        "mean_reward": np.array([np.nan] * 3),
+        "contribution": np.array([-3e-4, -2e-4, -1e-4]),
+        "standard_error": np.array([np.nan] * 3),
+        "covariance": np.zeros(3),
+    }
+    lines = [line.strip() for line in shown([prompts_section(columns, "nats/token", None)]).splitlines()]
+    assert [line[:12].strip() for line in lines if line.endswith("4 responses")] == ["…3 * 4 …", "…12 …", "a text"]
+
+
 def test_the_sentence_names_who_did_it():
     said = prompt_sentences(prompts([-5e-4, 1e-4, -3e-4, 0.0, -2e-4, 1e-4]))
     assert said[0] == "One of 6 prompts causes 50% of all that pushes entropy down in this batch: 10."

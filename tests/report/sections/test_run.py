@@ -7,7 +7,7 @@ import pytest
 from entropy_probe.report.sections.base import BarChart, Rows
 from entropy_probe.report.sections.diagnostics import diagnostics_section
 from entropy_probe.report.sections.run import run_sections, step_section, story
-from entropy_probe.results.probe import Estimate, GradientAgreement
+from entropy_probe.results.probe import Estimate, GradientAgreement, Predicted, ProbeResult
 from tests.report.results import make_cross_prompt, make_result
 
 
@@ -47,6 +47,19 @@ def rows(section) -> dict[str, tuple[str, str]]:
     return {row.label: (str(row.value), row.note) for rows in of_section for row in rows}
 
 
+def test_two_questions_of_an_error():
+    """About this step, and about other batches: the gradient part has both errors, the momentum one."""
+    result = make_result()
+    gradient = Predicted(**result.components["gradient"].model_dump(), se_evaluation=1e-5, se_update=2.8e-5)
+    result = result.model_copy(update={"components": result.components | {"gradient": gradient}})
+    section = step_section(ProbeResult.model_validate_json(result.model_dump_json()))
+    assert rows(section)["gradient"][1] == "this step ± 1.0e-5, batch ± 2.8e-5"
+    assert rows(section)["momentum"][1] == ""
+    assert any("known to the error called this step" in str(sentence) for sentence in section.sentences)
+    step = result.predicted.of_this_step
+    assert (step.value, step.standard_error) == (result.predicted.value, 6e-5)
+
+
 def test_a_gradient_from_outside_has_no_error_from_an_update_batch():
     result = make_result()
     predicted = result.predicted.model_copy(update={"se_update": None, "se_update_method": None})
@@ -54,8 +67,9 @@ def test_a_gradient_from_outside_has_no_error_from_an_update_batch():
     given = result.model_copy(
         update={"predicted": predicted, "diagnostics": result.diagnostics.model_copy(update=alone)}
     )
-    assert "update" in rows(step_section(result))["predicted δH₁"][1]
-    assert "update" not in rows(step_section(given))["predicted δH₁"][1]
+    assert "batch ± " in rows(step_section(result))["predicted δH₁"][1]
+    assert rows(step_section(given))["predicted δH₁"][1] == ""
+    assert not any("this step" in str(sentence) for sentence in step_section(given).sentences)
     assert "gradient from outside" in str(rows(diagnostics_section(given))["update batch"][0])
     assert "gradients" not in rows(diagnostics_section(given))
     for distance, cosine, state in ((0.3, 0.95, "look"), (0.01, 1.0, "ok"), (0.5, None, "look")):

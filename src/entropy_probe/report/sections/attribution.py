@@ -96,20 +96,27 @@ def _names(prompts: Columns) -> Sequence[str | None]:
 
 
 def _prompt_lines(prompts: Columns) -> list[Verbatim]:
-    """A line to know each prompt by: what the user says, from where it differs between prompts, or the text's end."""
+    """A line to know each prompt by: what the user says, where it differs between prompts, or the text's end."""
     names = [None if name is None else " ".join(name.split()) for name in _names(prompts)]
-    known = {name for name in names if name is not None}
-    shared = "".join(same[0] for same in takewhile(lambda column: len(set(column)) == 1, zip(*known, strict=False)))
-    start = shared.rfind(" ") + 1 if len(shared) > MAX_SHARED and len(known) > 1 else 0
+    known = sorted({name for name in names if name is not None})
+    start = _shared(known)
+    ends = -_shared([name[start:][::-1] for name in known]) or None
     lines = []
     for name, text in zip(names, prompts["prompt"], strict=True):
         if name is None:
             line = " ".join((text or "").split())
             lines.append(Verbatim(line if len(line) <= EXCERPT else f"…{line[-EXCERPT:]}"))
         else:
-            rest = name[start : start + EXCERPT]
-            lines.append(Verbatim(f"{'…' if start else ''}{rest}{'…' if len(name) > start + EXCERPT else ''}"))
+            own = name[start:ends]
+            after = "…" if len(own) > EXCERPT else "" if ends is None else " …"
+            lines.append(Verbatim(f"{'…' if start else ''}{own[:EXCERPT].rstrip()}{after}"))
     return lines
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """How many characters different texts begin with alike, up to a space; 0 for few."""
+    same = "".join(c[0] for c in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))
+    return same.rfind(" ") + 1 if len(same) > MAX_SHARED and len(texts) > 1 else 0
 
 
 def _all_prompts(prompts: Columns, lines: Sequence[str]) -> Table:

@@ -25,7 +25,7 @@ from entropy_probe.report.sections.validation import validation_section
 from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
-from entropy_probe.results.probe import Estimate, ProbeResult
+from entropy_probe.results.probe import Estimate, Predicted, ProbeResult
 from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation
 
@@ -87,11 +87,7 @@ def step_section(result: ProbeResult) -> Section:
     clusters = f"{result.entropy.num_clusters} {UNITS[result.diagnostics.evaluation_unit]} on the evaluation side"
     rows, changes, parts = [Row("entropy H(θ)", written(result.entropy), clusters, headline=True)], [], []
     if (predicted := result.predicted) is not None:
-        from_update = predicted.se_update
-        errors = f"evaluation {format_number(predicted.se_evaluation, 2)}"
-        errors += "" if from_update is None else f", update {format_number(from_update, 2)}"
-        how = " (jackknife)" if predicted.se_update_method == "jackknife" else ""
-        rows.append(Row("predicted δH₁", written(predicted, exponent), f"SE: {errors}{how}", headline=True))
+        rows.append(Row("predicted δH₁", written(predicted, exponent), _errors(predicted), headline=True))
         changes.append(Bar(rows[-1], predicted.value, predicted.margin, look="dot"))
         parts = _part_bars(result, exponent)
         rows += [bar.row for bar in parts]
@@ -128,8 +124,9 @@ def step_section(result: ProbeResult) -> Section:
         *horizon_blocks(result.horizons, unit),
         Rows(tuple(rows), unit),
     )
+    sentences = tuple(filter(None, [story(result), _two_questions(result), proposal(result)]))
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
-                   tuple(filter(None, [story(result), proposal(result)])), cautions=cautions(result), blocks=blocks)  # fmt: skip
+                   sentences, cautions=cautions(result), blocks=blocks)  # fmt: skip
 
 
 def _exponent(result: ProbeResult) -> int | None:
@@ -139,10 +136,31 @@ def _exponent(result: ProbeResult) -> int | None:
     return common_exponent(*(number for one in estimates if one for number in (one.value, one.standard_error)))
 
 
+def _errors(change: Estimate) -> str:
+    """The two errors of a change that the update batch has a part in: for this very step, and by choice of the batch.
+
+    Without the second, both are the same, and the value's own says it.
+    """
+    if not isinstance(change, Predicted) or not change.se_update:
+        return ""
+    how = ", jackknife" if change.se_update_method == "jackknife" else ""
+    return f"this step ± {format_number(change.se_evaluation, 2)}, batch ± {format_number(change.se_update, 2)}{how}"
+
+
+def _two_questions(result: ProbeResult) -> str:
+    """Which ± is about this very step, and which about other batches; "" where only one is asked."""
+    if result.predicted is None or not result.predicted.se_update:
+        return ""
+    return (
+        "The ± of a prediction is about other update batches of this kind, too; what the step of this batch does is "
+        "known to the error called this step."
+    )
+
+
 def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
     bars, start = [], 0.0
     for name, part in result.components.items():
-        row = Row(name.replace("_", " "), written(part, exponent), indent=True)
+        row = Row(name.replace("_", " "), written(part, exponent), _errors(part), indent=True)
         bars.append(Bar(row, part.value, part.margin, start, linked=bool(bars)))
         start += part.value
     return bars

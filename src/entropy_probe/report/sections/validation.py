@@ -10,7 +10,19 @@ from entropy_probe.results.validation import RankCorrelation, Validation
 
 __all__ = ["validation_section"]
 
-FORECASTS = {"covariance": "negated covariance terms", "advantages": "sum of advantages"}
+FORECASTS = {
+    "covariance": "covariance (Cui)",
+    "logit_step": "logit step (Wang)",
+    "natural_step": "-A (log pi + h)",
+    "steer": "STEER, as released",
+    "repo": "REPO",
+    "surprisal": "A x surprisal",
+    "advantages": "sum of advantages",
+}
+OVER_TOKENS = (
+    "Signed so that larger forecasts a larger change. Tokens: with the contributions of single tokens, which no step "
+    "measures."
+)
 
 
 def validation_section(validation: Validation, said: Collection[Note] = ()) -> Section:
@@ -21,7 +33,10 @@ def validation_section(validation: Validation, said: Collection[Note] = ()) -> S
         said: notes that need not be repeated, such as those of the result.
     """
     kept, count = len(validation.steps[0].kept), validation.num_measured
-    rows = tuple((FORECASTS.get(name, name), *_cells(one)) for name, one in validation.correlations.items())
+    rows = tuple(
+        (FORECASTS.get(name, name), *_cells(one), _tokens(validation, name))
+        for name, one in validation.correlations.items()
+    )
     undefined = None in validation.correlations.values()
     return Section(
         title=f"{count} real steps on {kept} of {validation.num_prompts} prompts: are they ranked as forecast?",
@@ -30,10 +45,11 @@ def validation_section(validation: Validation, said: Collection[Note] = ()) -> S
         sentences=(
             _measured_on(validation),
             *([f"Undefined where {validation.undefined}."] if undefined else []),
+            *([OVER_TOKENS] if validation.over_tokens else []),
         ),
         blocks=(
             Table("Rank correlation with the measured changes", ("forecast", "rank correlation", "95% interval",
-                                                                 "without noise"), rows),
+                                                                 "without noise", "tokens"), rows),
         ),
         notes=distinct(validation.notes, said),
     )  # fmt: skip
@@ -44,6 +60,11 @@ def _cells(correlation: RankCorrelation | None) -> tuple[str, str, str]:
         return "undefined", "", ""
     corrected = "unknown" if correlation.corrected is None else f"{correlation.corrected:.2f}"
     return f"{correlation.value:.3f}", f"{correlation.low:.3f} to {correlation.high:.3f}", corrected
+
+
+def _tokens(validation: Validation, name: str) -> str:
+    correlation = validation.over_tokens.get(name)
+    return "" if correlation is None else f"{correlation:.2f}"
 
 
 def _measured_on(validation: Validation) -> str:
