@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_probe.checkpoints.safe_read import read_json
+from entropy_probe.results.live import logged_numbers
 
 __all__ = ["LOGGED", "LOG_FILE", "TrainerLog", "read_log"]
 
@@ -136,14 +137,7 @@ def read_log(path: Path) -> TrainerLog:
     """
     file = path / LOG_FILE
     history = read_json(file).get("log_history") if file.is_file() else None
-    records = [_numbers(record) for record in history if isinstance(record, dict)] if isinstance(history, list) else []
+    history = history if isinstance(history, list) else []
+    records = [logged_numbers(record) for record in history if isinstance(record, dict)]
     training = [record for record in records if not any(key.startswith(("eval_", "train_")) for key in record)]
     return TrainerLog(tuple(training[-LAST:]))
-
-
-def _numbers(record: dict[Any, Any]) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in record.items()
-        if isinstance(key, str) and isinstance(value, int | float) and abs(value) < 1e300
-    }
