@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat
 
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import Note
-from entropy_probe.results.probe import OptimizerStateReport, SamplerMismatch
+from entropy_probe.results.probe import BatchFit, OptimizerStateReport, SamplerMismatch
 from entropy_probe.results.record import Record, read_record
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "RECORDS",
     "RECORD_FILE",
     "ROLLOUTS_FILE",
+    "Logged",
     "PromptShare",
     "StepRecord",
     "logged_numbers",
@@ -35,6 +36,18 @@ SCHEMA_VERSION = 1
 RECORDS = "entropy_probe"
 RECORD_FILE, ROLLOUTS_FILE, GRADIENT_FILE = "record.json", "rollouts.parquet", "gradient.safetensors"
 _STEP = re.compile(r"step-(\d+)")
+
+Logged = Literal["entropy", "reward", "length", "gradient_norm", "learning_rate", "mismatch", "kl"]
+LOGGED: Mapping[Logged, tuple[str, ...]] = {
+    "entropy": ("entropy", "actor/entropy", "policy/entropy"),
+    "reward": ("reward", "critic/rewards/mean", "reward/mean"),
+    "length": ("completions/mean_length", "completion_length", "response_length/mean", "response_length"),
+    "gradient_norm": ("grad_norm", "actor/grad_norm"),
+    "learning_rate": ("learning_rate", "actor/lr"),
+    "mismatch": ("sampling/sampling_logp_difference/mean",),
+    "kl": ("kl", "actor/kl_loss"),
+}
+"""Keys of TRL's trainers, and of others."""
 
 
 class PromptShare(Record):
@@ -74,6 +87,7 @@ class StepRecord(Record):
         clip_factor: what clipping multiplied the gradient by, 1 when it did not act.
         learning_rate: the largest of the parameter groups.
         mismatch: the sampler of the step's batch against the policy; null if it reported no log-probabilities.
+        fit: whether the tokens of the step's batch may be the policy's own.
         optimizer_state: what the optimizer's state covered before the step.
         prompts: what each prompt of the batch adds; empty if it was not attributed.
         notes: everything that a careful reader should know.
@@ -97,10 +111,20 @@ class StepRecord(Record):
     clip_factor: NonNegativeFloat | None = None
     learning_rate: NonNegativeFloat | None = None
     mismatch: SamplerMismatch | None = None
+    fit: BatchFit | None = None
     optimizer_state: OptimizerStateReport | None = None
     prompts: tuple[PromptShare, ...] = ()
     notes: tuple[Note, ...] = ()
     seconds: NonNegativeFloat | None = None
+
+    def logged(self, what: Logged) -> float | None:
+        """What the trainer logged of something, by whichever key it does; None if it did not."""
+        return next((self.log[key] for key in LOGGED[what] if key in self.log), None)
+
+    @property
+    def change(self) -> Estimate | None:
+        """What the step did to entropy: measured, else to first order; None where it was not probed."""
+        return self.realized or self.predicted
 
 
 def logged_numbers(log: Mapping[Any, Any]) -> dict[str, float]:
