@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat
 
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import Note
-from entropy_probe.results.probe import BatchFit, OptimizerStateReport, SamplerMismatch
+from entropy_probe.results.probe import BatchFit, OptimizerStateReport, Predicted, ProbeResult, SamplerMismatch
 from entropy_probe.results.record import Record, read_record
 
 __all__ = [
@@ -23,9 +23,11 @@ __all__ = [
     "RECORDS",
     "RECORD_FILE",
     "ROLLOUTS_FILE",
+    "Alarm",
     "Logged",
     "PromptShare",
     "StepRecord",
+    "Timeline",
     "logged_numbers",
     "read_records",
     "recorded_steps",
@@ -125,6 +127,85 @@ class StepRecord(Record):
     def change(self) -> Estimate | None:
         """What the step did to entropy: measured, else to first order; None where it was not probed."""
         return self.realized or self.predicted
+
+    @classmethod
+    def of(cls, result: ProbeResult, step: int, **rest: Any) -> StepRecord:
+        """What a result says of the step that it is of.
+
+        Args:
+            result: of the batch that the step is taken on, or of one of its kind.
+            step: the step's number.
+            **rest: further fields.
+        """
+        said, realized = result.diagnostics, result.realized
+        return cls(
+            step=step,
+            entropy=result.entropy,
+            predicted=_plain(result.predicted),
+            realized=None if realized is None else realized.estimate,
+            **{part: result.components.get(part) for part in ("gradient", "momentum", "weight_decay")},
+            lifetime=result.lifetime,
+            committed=result.committed,
+            ess=None if realized is None else realized.ess_fraction,
+            loss_distance=None if said.gradient_agreement is None else said.gradient_agreement.relative_distance,
+            gradient_norm=said.gradient_norm,
+            clip_factor=said.clip_factor,
+            learning_rate=max(result.optimizer_state.learning_rates),
+            mismatch=said.update_mismatch,
+            fit=said.policy_fit.update,
+            optimizer_state=result.optimizer_state,
+            notes=said.notes,
+            seconds=sum(result.timing.values()),
+            **rest,
+        )
+
+
+class Alarm(Record):
+    """A warning about a run, and for which steps it holds.
+
+    Attributes:
+        first: the first step that it was given at.
+        last: the last one.
+        holds: whether that is the last step there is.
+        note: as given at the first step.
+    """
+
+    first: int
+    last: int
+    holds: bool
+    note: Note
+
+
+class Timeline(Record):
+    """A training run over its steps.
+
+    Attributes:
+        name: of the run.
+        steps: what is known of each, by step.
+        alarms: what they warn of.
+    """
+
+    name: str
+    steps: tuple[StepRecord, ...] = Field(min_length=1)
+    alarms: tuple[Alarm, ...] = ()
+
+    @property
+    def probed(self) -> tuple[StepRecord, ...]:
+        """The steps that were probed."""
+        return tuple(record for record in self.steps if record.entropy is not None)
+
+
+def _plain(predicted: Predicted | None) -> Estimate | None:
+    """The prediction with the error of this very step, as that is what was measured too."""
+    if predicted is None:
+        return None
+    return Estimate(
+        value=predicted.value,
+        standard_error=predicted.se_evaluation,
+        num_clusters=predicted.num_clusters,
+        unit=predicted.unit,
+        status=predicted.status,
+    )
 
 
 def logged_numbers(log: Mapping[Any, Any]) -> dict[str, float]:
