@@ -65,7 +65,9 @@ class ProbeConfig(BaseModel):
             ``max_mismatch``): ``report`` notes it; ``refuse`` is an error; ``reweight`` weights each evaluation
             sequence by ``pi / pi_sampler``, for which the sampler's log-probabilities must be those it really drew
             with. The update batch is taken as it is, as in training.
-        max_mismatch: in nats per token; engines in bfloat16 differ by about a tenth of the default.
+        max_mismatch: in nats per token; engines in bfloat16 differ by about a tenth of the default. 0 beside
+            ``reweight`` weights whatever the distance is, for rollouts whose log-probabilities are known to be right:
+            nothing else is looked for that may explain it.
         update_selected: update responses were kept or dropped by what they are (prompts whose rewards are all equal,
             truncated responses), which moves their surprisal: they are not held against the policy for it.
         frozen_max_scale: upper clamp on the frozen preconditioner.

@@ -35,7 +35,7 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenScores
 
-__all__ = ["Checked", "PolicyCheck"]
+__all__ = ["Checked", "PolicyCheck", "StaleRolloutsError"]
 
 FEW = 96
 """Sequences that are scored at other temperatures, once something is wrong."""
@@ -45,6 +45,10 @@ WIDEST = 5.0
 EXPLAINED = 0.2
 """A temperature explains log-probabilities if at most this share of their distance from the policy's is left."""
 UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss, if it has any"
+
+
+class StaleRolloutsError(ValueError):
+    """Another policy sampled the rollouts, and weights do not make up for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +122,8 @@ class PolicyCheck:
             corrected=config.loss.weighs_sampler,
         )
         checked = Checked(scores, _record(fit, selected=selected), record)
+        if config.on_mismatch == "reweight" and not config.max_mismatch and role == "evaluation" and gaps is not None:
+            return self._reweighted(checked, misfit, misfit.said(role, config.temperature), (sums, gaps[0]), local)
         if not (misfit.strange or misfit.differ):
             return checked
         misfit = self._investigated(misfit, scores, local, rollouts)
@@ -164,7 +170,7 @@ class PolicyCheck:
         weights, least = sequence_importance_weights(log_weights), self.config.min_ess_fraction
         if weights.heavy_tailed or weights.ess_fraction < least:
             tail = "" if weights.pareto_k is None else f" (Pareto k {weights.pareto_k:.2f})"
-            raise ValueError(
+            raise StaleRolloutsError(
                 f"{said}; to reweight it, expected an effective sample size of at least {least:.0%} and a Pareto k "
                 f"of at most {weights.pareto_k_threshold:.2f}, got {weights.ess_fraction:.1%}{tail}; sample from the "
                 "policy itself"
@@ -172,7 +178,7 @@ class PolicyCheck:
         normalized = log_weights - log_weights.logsumexp(0) + math.log(len(log_weights))
         fit = policy_fit(excess, normalized)
         if not fit.holds:
-            raise ValueError(
+            raise StaleRolloutsError(
                 f"{said}; reweighted by pi / pi_sampler it still does not fit the policy (z = {fit.z:+.1f}), so the "
                 "log-probabilities are not those that it was drawn with: sample from the policy itself"
             )
