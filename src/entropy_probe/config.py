@@ -67,7 +67,8 @@ class ProbeConfig(BaseModel):
             with. The update batch is taken as it is, as in training.
         max_mismatch: in nats per token; engines in bfloat16 differ by about a tenth of the default. Rollouts whose
             root mean square is above 0.7 of it, and three times what rounding to bfloat16 does to this policy, do not
-            fit either.
+            fit either. 0 beside ``reweight`` weights whatever the distance is, for rollouts whose log-probabilities are
+            known to be right: nothing else is looked for that may explain it.
         update_selected: update responses were kept or dropped by what they are (prompts whose rewards are all equal,
             truncated responses), which moves their surprisal: they are not held against the policy for it.
         frozen_max_scale: upper clamp on the frozen preconditioner.

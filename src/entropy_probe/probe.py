@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides, check_folds
 from entropy_probe.analyses.attribution import Attribution
@@ -20,7 +21,7 @@ from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.own_batch import measure_own, predict_own
 from entropy_probe.analyses.plan import Plan, plan, plan_given
-from entropy_probe.analyses.policy import Policy, Resample, open_policy
+from entropy_probe.analyses.policy import Policy, Resample, check_device, check_dtype, open_policy
 from entropy_probe.analyses.predict import predict
 from entropy_probe.analyses.provenance import Phase
 from entropy_probe.analyses.sweep import check_finished, check_learning_rates, sweep
@@ -35,13 +36,10 @@ from entropy_probe.results.sweep import Sweep, SweepPoint
 from entropy_probe.results.validation import Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import ScoreCache
-from entropy_probe.scoring.precision import precisions
 from entropy_probe.steps.adamw import Gradient, is_adam, learning_rates, optimizer_parameters
 from entropy_probe.steps.copied import check_optimizer, optimizer_name
 
 __all__ = ["EntropyProbe"]
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 class EntropyProbe:
@@ -91,8 +89,8 @@ class EntropyProbe:
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
-        _check_dtype(model, config)
-        _check_device(model)
+        check_dtype(model, config)
+        check_device(model)
         if config.on_low_ess == "resample" and resample is None:
             raise ValueError(
                 "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
@@ -184,6 +182,22 @@ class EntropyProbe:
         with self._opened() as policy:
             planned = _plan(policy, update, evaluation, gradient, shares=False)
             return result_of(planned, measured=measure_step(planned))
+
+    def ahead(
+        self, *, gradient: Gradient, batch: Rollouts | None = None, evaluation: Rollouts | None = None
+    ) -> StepAhead:
+        """Predict a step right before the optimizer takes it; :meth:`StepAhead.taken` measures it right after.
+
+        Args:
+            gradient: as the optimizer gets it, after clipping; its step is predicted as it is.
+            batch: the rollouts it is of.
+            evaluation: the batch the change is taken on; ``None`` for ``batch`` itself, as :meth:`one_batch`.
+
+        Raises:
+            ValueError: as :meth:`run` and :meth:`one_batch`.
+        """
+        with self._opened() as policy:
+            return look_ahead(policy, gradient, batch, evaluation)
 
     def attribute(
         self,
@@ -362,23 +376,3 @@ def _plan(
     check_fit(asked or {}, policy, batches[0])
     check_folds(folds, batches[1])
     return plan(policy, *batches, shares=shares)
-
-
-def _check_dtype(model: nn.Module, config: ProbeConfig) -> None:
-    wanted = _DTYPES[config.dtype]
-    for name, dtype in precisions(model):
-        if torch.promote_types(dtype, wanted) != dtype:
-            raise ValueError(
-                f"model: expected parameters of at least {config.dtype}, got {dtype} in {name}; convert the model "
-                "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "
-                "quantised more coarsely than one step changes them"
-            )
-
-
-def _check_device(model: nn.Module) -> None:
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) > 1 or devices == ["meta"]:
-        raise ValueError(
-            f"model: expected all parameters on one device and with values, got them on {', '.join(devices)}; load the "
-            "model onto one device, in a lower precision if it is too large for it"
-        )

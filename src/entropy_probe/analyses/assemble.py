@@ -37,7 +37,7 @@ from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import summarize_moments
 from entropy_probe.types import Clusters
 
-__all__ = ["assemble", "estimate_fields", "predicted_record", "realized_record", "result_of"]
+__all__ = ["assemble", "estimate_fields", "predicted_record", "realized_record", "result_of", "with_realized"]
 
 NO_SECOND_MOMENT = NoteKind(
     "no_second_moment",
@@ -66,13 +66,23 @@ def result_of(
             "gradient_norm": step.gradient.norm,
             "clip_factor": step.gradient.factor,
             "step_norm": norm(delta := step.delta),
-            "gradient_agreement": source.agreement if isinstance(source, GivenGradient) else None,
+            "gradient_agreement": source.agreement,
         },
         step=StepVectors(delta, step.taken_with),
         unit=evaluation.cluster_name,
         preconditioner=step.preconditioner,
         **fields,
     )
+
+
+def with_realized(result: ProbeResult, prediction: Prediction, measured: Measured) -> ProbeResult:
+    """The result of a prediction, once its step was taken and measured."""
+    policy = prediction.plan.policy
+    diagnostics = result.diagnostics.model_copy(
+        update={"notes": distinct((*result.diagnostics.notes, *policy.log.notes))}
+    )
+    fields = {"diagnostics": diagnostics, "timing": policy.clock.seconds, "memory": peak_memory(policy.scorer.device)}
+    return result.model_copy(update=fields | _realized_fields(prediction.plan, prediction, measured))
 
 
 def predicted_record(prediction: Prediction) -> Predicted:

@@ -18,7 +18,16 @@ from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.plan import PlannedStep, stepped_parameters
 from entropy_probe.types import TokenScores
 
-__all__ = ["Measured", "after_step", "difference", "fresh_scores", "measure", "measure_at", "noise_floor"]
+__all__ = [
+    "Measured",
+    "after_step",
+    "difference",
+    "fresh_scores",
+    "measure",
+    "measure_at",
+    "measure_taken",
+    "noise_floor",
+]
 
 NOTABLE_ROUNDING = 0.01
 STEP_ROUNDED = NoteKind(
@@ -73,6 +82,23 @@ def measure_at(plan: Plan, learning_rate: float | None, phase: str, floor: float
     with after_step(plan, plan.step, learning_rate, phase) as (after, rounding):
         given = (before.scores, after, local, before.positions, policy.config, policy.ranks)
         return Measured(measure_change(*given, lambda: fresh_scores(plan)), rounding, floor)
+
+
+def measure_taken(plan: Plan) -> Measured:
+    """The realized change of a step that the optimizer itself has taken since it was planned.
+
+    Raises:
+        ValueError: if the policy after the step gives numbers that are not finite.
+    """
+    policy, before, local = plan.policy, plan.before, plan.evaluation.local
+    with policy.clock.phase("score after step") as progress, policy.on_rank(local):
+        after = policy.scorer.score(plan.evaluation.own, progress)
+    measurement = measure_change(
+        before.scores, after, local, before.positions, policy.config, policy.ranks, lambda: fresh_scores(plan)
+    )
+    if measurement.note:
+        policy.log.notes.append(measurement.note)
+    return Measured(measurement, 0.0, None)
 
 
 @contextmanager

@@ -27,10 +27,11 @@ from entropy_probe.named import NamedVector
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.steps.adamw import Gradient
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.types import Clusters
 
-__all__ = ["OwnPrediction", "admit_own", "measure_own", "predict_own"]
+__all__ = ["OwnPrediction", "admit_own", "measure_own", "predict_own", "without_own"]
 
 USED_BEFORE = NoteKind(
     "used_before",
@@ -67,8 +68,8 @@ class OwnPrediction(Prediction):
         return self.change.influence + self.of_update
 
 
-def admit_own(policy: Policy, batch: Rollouts) -> tuple[UpdateBatch, EvaluationBatch]:
-    """The batch in both of its roles; its clusters are prompts.
+def admit_own(policy: Policy, batch: Rollouts, gradient: Gradient | None = None) -> tuple[UpdateBatch, EvaluationBatch]:
+    """The batch in both of its roles, and a gradient beside it that ranks must agree on; its clusters are prompts.
 
     Raises:
         ValueError: for unusable rollouts, or ranks that were given different ones.
@@ -76,7 +77,7 @@ def admit_own(policy: Policy, batch: Rollouts) -> tuple[UpdateBatch, EvaluationB
     given = batch.cpu()
     rollouts = admitted(policy, given, "batch")
     prompts = Clusters.prompts(rollouts.prompt_ids)
-    policy.check_ranks_agree(batch=rollouts)
+    policy.check_ranks_agree(gradient, batch=rollouts)
     local = LocalRows.of(rollouts, prompts, prompts, policy.ranks)
     own = local.select(rollouts)
     return (
@@ -85,14 +86,19 @@ def admit_own(policy: Policy, batch: Rollouts) -> tuple[UpdateBatch, EvaluationB
     )
 
 
-def predict_own(policy: Policy, batch: Rollouts) -> OwnPrediction:
+def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None) -> OwnPrediction:
     """The first-order change of the policy's entropy by the next step on a batch, from that batch.
+
+    Args:
+        policy: whose step it is.
+        batch: the batch it is taken on.
+        clipped: the trainer's own gradient of it, which the step is then taken with as it is.
 
     Raises:
         ValueError: for fewer than three prompts, an optimizer without a closed form, rollouts of another policy that
             would have to be reweighted, or as :func:`~entropy_probe.analyses.predict.plan`.
     """
-    planned = plan(policy, *admit_own(policy, batch))
+    planned = plan(policy, *admit_own(policy, batch, clipped), clipped=clipped)
     if planned.step.gradient_scale is None:
         raise ValueError(
             "one batch: expected torch.optim.AdamW or Adam, whose step divides over prompts, got "
@@ -135,7 +141,11 @@ def predict_own(policy: Policy, batch: Rollouts) -> OwnPrediction:
 
 def measure_own(prediction: OwnPrediction) -> Measured:
     """The realized change on the batch of the step, less the first-order influence of its responses on themselves."""
-    measured = measure(prediction.plan)
+    return without_own(prediction, measure(prediction.plan))
+
+
+def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
+    """What was measured, less the first-order influence of the responses on themselves."""
     change = measured.measurement.change
     if change is None:
         return measured

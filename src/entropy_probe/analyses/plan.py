@@ -20,7 +20,8 @@ from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.gradients.hooks import Hooks
 from entropy_probe.gradients.per_sample import SampleGradients
 from entropy_probe.parallel.batch import add_up
-from entropy_probe.steps.adamw import Gradient
+from entropy_probe.results.probe import GradientAgreement
+from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.plan import PlannedStep, plan_step
 from entropy_probe.types import TokenCoefficients, TokenScores
 
@@ -36,12 +37,14 @@ class BatchGradient:
         loss: coefficients of this rank's rows of it.
         scores: of the whole batch, where the loss takes them.
         gradient: of the loss, with each prompt's share where these are kept.
+        agreement: how far that is, clipped, from the trainer's own, where the step is taken with the latter.
     """
 
     update: UpdateBatch
     loss: TokenCoefficients
     scores: TokenScores | None
     gradient: SampleGradients
+    agreement: GradientAgreement | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,14 @@ class Plan:
         return self.source
 
 
-def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool = True) -> Plan:
+def plan(
+    policy: Policy,
+    update: UpdateBatch,
+    evaluation: EvaluationBatch,
+    *,
+    shares: bool = True,
+    clipped: Gradient | None = None,
+) -> Plan:
     """Score the evaluation batch, differentiate the loss, and plan the step.
 
     Args:
@@ -87,6 +97,8 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
         update: the batch it is taken on.
         evaluation: the batch that entropy is taken on.
         shares: keep each update prompt's share of the gradient, if they fit.
+        clipped: the trainer's own gradient of this batch, which the step is then taken with as it is. The batch's own
+            says how it divides over prompts, and what clipping multiplied them by.
 
     Raises:
         ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
@@ -102,12 +114,23 @@ def plan(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, sh
         _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
     gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares, scored=scores is not None)
-    source = BatchGradient(update, loss, scores, gradient)
-    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
+    if clipped is None:
+        source = BatchGradient(update, loss, scores, gradient)
+        return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
+    own = clip_gradient(gradient.total, policy.config.max_grad_norm)
+    source = BatchGradient(update, loss, scores, gradient, _agreed(policy, clipped, own.values))
+    step = _step(policy, clipped, clip=False)
+    return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(own, values=clipped)))
 
 
 def plan_given(
-    policy: Policy, gradient: Gradient, update: UpdateBatch | None, evaluation: EvaluationBatch, *, shares: bool = True
+    policy: Policy,
+    gradient: Gradient,
+    update: UpdateBatch | None,
+    evaluation: EvaluationBatch,
+    *,
+    shares: bool = True,
+    clip: bool = True,
 ) -> Plan:
     """Score the evaluation batch, and plan the step of a gradient from outside.
 
@@ -117,6 +140,7 @@ def plan_given(
         update: a batch whose gradient to compare it with, if any.
         evaluation: the batch that entropy is taken on.
         shares: prepare to differentiate the entropy cluster by cluster.
+        clip: whether the trainer has still to clip it.
 
     Raises:
         ValueError: as :func:`plan`.
@@ -135,11 +159,15 @@ def plan_given(
     if update is not None and loss is not None:
         coefficients, scores = loss
         own = _update_gradient(policy, update, evaluation, coefficients, None, shares=False, scored=scores is not None)
-        agreed = agreement(gradient, own.total)
-        if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
-            policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
-        source = GivenGradient(update.rollouts, agreed)
-    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient))
+        source = GivenGradient(update.rollouts, _agreed(policy, gradient, own.total))
+    return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient, clip=clip))
+
+
+def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement:
+    agreed = agreement(given, own)
+    if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
+        policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
+    return agreed
 
 
 def _update_gradient(
@@ -156,9 +184,10 @@ def _update_gradient(
     return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
 
 
-def _step(policy: Policy, gradient: Gradient) -> PlannedStep:
+def _step(policy: Policy, gradient: Gradient, *, clip: bool = True) -> PlannedStep:
     """The step with a gradient, and what of the trainer's is not in it."""
     config, trained = policy.config, (policy.parameters, policy.optimizer)
+    config = config if clip else config.model_copy(update={"max_grad_norm": None})
     step = plan_step(*trained, gradient, config, policy.frozen_scale)
     if not step.kept:
         lines, notes = unrounded(*trained, step.delta, config.step_dtype)

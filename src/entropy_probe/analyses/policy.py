@@ -34,7 +34,7 @@ from entropy_probe.scoring.precision import precisions
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
 
-__all__ = ["Log", "Policy", "Resample", "open_policy"]
+__all__ = ["Log", "Policy", "Resample", "check_device", "check_dtype", "open_policy"]
 
 LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 LOW = (
@@ -318,6 +318,28 @@ def open_policy(
     scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
     log = Log(notes, [])
     return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)
+
+
+def check_dtype(model: nn.Module, config: ProbeConfig) -> None:
+    """Refuse a model whose precision is below the one configured."""
+    wanted = getattr(torch, config.dtype)
+    for name, dtype in precisions(model):
+        if torch.promote_types(dtype, wanted) != dtype:
+            raise ValueError(
+                f"model: expected parameters of at least {config.dtype}, got {dtype} in {name}; convert the model "
+                "(model.float()) or lower ProbeConfig.dtype, knowing that low-precision log-probabilities are "
+                "quantised more coarsely than one step changes them"
+            )
+
+
+def check_device(model: nn.Module) -> None:
+    """Refuse a model that is spread over devices other than by FSDP2, or has no values."""
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(
+            f"model: expected all parameters on one device and with values, got them on {', '.join(devices)}; load the "
+            "model onto one device, in a lower precision if it is too large for it"
+        )
 
 
 def _tensors(values: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -36,7 +36,7 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenScores
 
-__all__ = ["Checked", "PolicyCheck"]
+__all__ = ["Checked", "PolicyCheck", "StaleRolloutsError"]
 
 FEW = 96
 """Sequences that are scored at other temperatures, once something is wrong."""
@@ -52,6 +52,10 @@ SPREAD = 0.7
 hardly rounds. Another policy's is larger beside its mean: it is far away on few tokens.
 """
 UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss, if it has any"
+
+
+class StaleRolloutsError(ValueError):
+    """Another policy sampled the rollouts, and weights do not make up for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +134,8 @@ class PolicyCheck:
             spread=None if rounding is None else (rms, rounding),
         )
         checked = Checked(scores, _record(fit, selected=selected), record)
+        if config.on_mismatch == "reweight" and not config.max_mismatch and role == "evaluation" and gaps is not None:
+            return self._reweighted(checked, misfit, misfit.said(role, config.temperature), (sums, gaps[0]), local)
         if not (misfit.strange or misfit.differ):
             return checked
         misfit = self._investigated(misfit, scores, local, rollouts)
@@ -176,7 +182,7 @@ class PolicyCheck:
         weights, least = sequence_importance_weights(log_weights), self.config.min_ess_fraction
         if weights.heavy_tailed or weights.ess_fraction < least:
             tail = "" if weights.pareto_k is None else f" (Pareto k {weights.pareto_k:.2f})"
-            raise ValueError(
+            raise StaleRolloutsError(
                 f"{said}; to reweight it, expected an effective sample size of at least {least:.0%} and a Pareto k "
                 f"of at most {weights.pareto_k_threshold:.2f}, got {weights.ess_fraction:.1%}{tail}; sample from the "
                 "policy itself"
@@ -184,7 +190,7 @@ class PolicyCheck:
         normalized = log_weights - log_weights.logsumexp(0) + math.log(len(log_weights))
         fit = policy_fit(excess, normalized)
         if not fit.holds:
-            raise ValueError(
+            raise StaleRolloutsError(
                 f"{said}; reweighted by pi / pi_sampler it still does not fit the policy (z = {fit.z:+.1f}), so the "
                 "log-probabilities are not those that it was drawn with: sample from the policy itself"
             )

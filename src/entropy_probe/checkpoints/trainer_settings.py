@@ -17,7 +17,7 @@ from typing import Any
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, shown
 from entropy_probe.checkpoints.safe_read import Inert, read_inert, read_json
 
-__all__ = ["LOSS", "TRAINING_ARGS", "TrainerSettings", "read_training_args"]
+__all__ = ["LOSS", "TRAINING_ARGS", "TrainerSettings", "live_settings", "read_training_args"]
 
 TRAINING_ARGS = "training_args.bin"
 ENTROPY_CONTROL = "entropy_ctrl_state.json"
@@ -106,17 +106,37 @@ def read_training_args(path: Path) -> TrainerSettings | None:
     def build(args: Any) -> TrainerSettings:
         if not isinstance(args, Inert) or not isinstance(args.state, dict) or _plain(args.named) is ...:
             raise UnsupportedError(f"{file}: expected the trainer's arguments, got {shown(args)}; {remedy}")
-        values = {name: _plain(args.state[name]) for name in (*LOSS, *OTHERS) if name in args.state}
-        for name, value in values.items():
-            wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
-            if value is not None and not fits(value):
-                got = shown(args.state[name])
-                raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {got}; {remedy}")
-        kind = _kind(args.named, values)
-        loss = None if kind is None else _loss(path, kind, values, args.state)
-        return TrainerSettings(file, args.named, values, loss, kind is None and not _is_a_loop(args.named))
+        control = path / ENTROPY_CONTROL
+        return _settings(file, args.named, args.state, lambda: read_json(control) if control.is_file() else {}, remedy)
 
     return read_inert(file, f"archive of settings ({TRAINING_ARGS})", build, remedy)
+
+
+def live_settings(args: Any, entropy_control: Mapping[str, Any]) -> TrainerSettings:
+    """The settings of a trainer that is running.
+
+    Args:
+        args: its arguments.
+        entropy_control: ``entropy_coef`` and ``last_world_entropy`` of an adaptive bonus as they are now.
+
+    Raises:
+        CheckpointError: for arguments that no trainer trains with.
+    """
+    named = f"{type(args).__module__}.{type(args).__qualname__}"
+    return _settings(Path("trainer.args"), named, vars(args), lambda: entropy_control, "correct it")
+
+
+def _settings(
+    file: Path, named: str, state: Mapping[str, Any], control: Callable[[], Mapping[str, Any]], remedy: str
+) -> TrainerSettings:
+    values = {name: _plain(state[name]) for name in (*LOSS, *OTHERS) if name in state}
+    for name, value in values.items():
+        wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
+        if value is not None and not fits(value):
+            raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {shown(state[name])}; {remedy}")
+    kind = _kind(named, values)
+    loss = None if kind is None else _loss(kind, values, state, control)
+    return TrainerSettings(file, named, values, loss, kind is None and not _is_a_loop(named))
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -159,7 +179,9 @@ def _kind(trainer: str, values: Mapping[str, Any]) -> str | None:
     return GRPO if known and not _OTHER_LOSSES.search(name) else None
 
 
-def _loss(path: Path, kind: str, values: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+def _loss(
+    kind: str, values: Mapping[str, Any], state: Mapping[str, Any], control: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
     loss = {"trainer": "trl", **BEFORE, **{name: values[name] for name in LOSS if name in values}}
     if kind != GRPO:
         loss["loss_type"] = kind.lower()
@@ -169,8 +191,7 @@ def _loss(path: Path, kind: str, values: Mapping[str, Any], state: Mapping[str, 
     if microbatch and rows:
         at_once = microbatch * (loss.get("steps_per_generation") or loss.get("gradient_accumulation_steps") or 1)
         loss["num_processes"] = max(1, rows // at_once)
-    control = path / ENTROPY_CONTROL
-    if loss.get("use_adaptive_entropy") and control.is_file():
-        kept = {key: _plain(read_json(control).get(key)) for key in ("entropy_coef", "last_world_entropy")}
+    if loss.get("use_adaptive_entropy"):
+        kept = {key: _plain(value) for key, value in control().items() if key in ("entropy_coef", "last_world_entropy")}
         loss |= {key: value for key, value in kept.items() if value is not ...}
     return loss

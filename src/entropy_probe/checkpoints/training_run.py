@@ -15,7 +15,7 @@ from entropy_probe.checkpoints.trainer_settings import TrainerSettings
 from entropy_probe.results.checkpoint import ABOVE_ZERO, SettingReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
-__all__ = ["TrainingRun"]
+__all__ = ["TrainingRun", "other_samples"]
 
 REUSED = NoteKind(
     "reused_rollouts",
@@ -177,6 +177,10 @@ class TrainingRun:
             yield REUSED(place=place[0], steps=place[1])
         elif place is None and self.log.reuses_rollouts:
             yield REUSED_BY_LOG()
-        on = [f"{name} {self.values[name]}" for name, off in _OFF.items() if self.values.get(name) not in (None, *off)]
-        if on:
+        if on := other_samples(self.values):
             yield OTHER_SAMPLES(settings=", ".join(on))
+
+
+def other_samples(values: Mapping[str, Any]) -> list[str]:
+    """The settings by which a trainer samples from something other than its policy."""
+    return [f"{name} {values[name]}" for name, off in _OFF.items() if values.get(name) not in (None, *off)]

@@ -24,6 +24,7 @@ from entropy_probe.cli.rollouts import rollouts
 from entropy_probe.cli.run import run
 from entropy_probe.cli.schema import schema
 from entropy_probe.cli.sweep import sweep
+from entropy_probe.cli.timeline import timeline
 from entropy_probe.cli.validate import validate
 
 __all__ = ["app", "main"]
@@ -33,7 +34,7 @@ app = typer.Typer(
     help="Predict, measure and explain the entropy change of the next RL optimizer step of a language model.",
     cls=ErrorsAsLines,
 )
-for command in (init, run, sweep, validate, inspect, manifest, rollouts, report, schema, demo):
+for command in (init, run, sweep, validate, timeline, inspect, manifest, rollouts, report, schema, demo):
     app.command()(command)
 
 

@@ -20,7 +20,7 @@ __all__ = ["evaluating", "has_padding_rows", "lookups_masked", "padding_unmasked
 
 @contextmanager
 def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
-    """Evaluation mode, gradients on, full matrix precision, and no autocast unless asked for.
+    """Evaluation mode, gradients on, full matrix precision, and no autocast unless asked for, accelerate's included.
 
     Flags, buffers, attributes that a forward pass binds anew (rotary embeddings that grow, caches, weights that a hook
     computes) and random states, those of every CUDA device that holds a part of the model included, are restored on
@@ -45,6 +45,7 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
         )
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_bare_forward(model))
         try:
             model.eval()
             for module in repacking:
@@ -70,6 +71,21 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+@contextmanager
+def _bare_forward(model: nn.Module) -> Iterator[None]:
+    """Without what accelerate puts around the forward pass of a model it prepares: its autocast, and what undoes it."""
+    inner = vars(model).get("_original_forward")
+    if inner is None:
+        yield
+        return
+    around = vars(model)["forward"]
+    vars(model)["forward"] = inner
+    try:
+        yield
+    finally:
+        vars(model)["forward"] = around
 
 
 def _rebind(now: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -1,0 +1,78 @@
+"""A step that the caller takes: predicted from the gradient that the optimizer is about to get, measured afterwards.
+
+Formulas: ``docs/theory.md``, "A gradient from outside" and "One batch".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from entropy_probe.analyses.assemble import result_of, with_realized
+from entropy_probe.analyses.batches import admit_batches, admit_evaluation
+from entropy_probe.analyses.given import checked_gradient
+from entropy_probe.analyses.measure import measure_taken
+from entropy_probe.analyses.own_batch import OwnPrediction, predict_own, without_own
+from entropy_probe.analyses.plan import plan, plan_given
+from entropy_probe.analyses.policy import Policy
+from entropy_probe.analyses.predict import Prediction, predict
+from entropy_probe.results.probe import ProbeResult
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.steps.adamw import Gradient
+
+__all__ = ["StepAhead", "look_ahead"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepAhead:
+    """The prediction of a step that is not taken yet.
+
+    Attributes:
+        prediction: what it will do, to first order.
+        result: the same as a result.
+    """
+
+    prediction: Prediction
+    result: ProbeResult
+
+    def taken(self) -> ProbeResult:
+        """The result with what the step did, once the optimizer has taken it; nothing else may have moved the policy.
+
+        Raises:
+            ValueError: if the policy after the step gives numbers that are not finite.
+        """
+        plan = self.prediction.plan
+        with plan.policy.isolated():
+            measured = measure_taken(plan)
+        if isinstance(self.prediction, OwnPrediction):
+            measured = without_own(self.prediction, measured)
+        return with_realized(self.result, self.prediction, measured)
+
+
+def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evaluation: Rollouts | None) -> StepAhead:
+    """Predict the step that the optimizer takes with a gradient as it is.
+
+    Args:
+        policy: whose step it is.
+        gradient: as the optimizer gets it, after clipping.
+        batch: the batch that the gradient is of; needed where there is no evaluation batch. With one it costs a
+            gradient, and the prediction then divides over its prompts.
+        evaluation: the batch that entropy is taken on; ``None`` for the batch of the step.
+
+    Raises:
+        ValueError: for no batch at all, unusable rollouts or an unusable gradient.
+    """
+    with policy.ranks.agreeing():
+        checked = checked_gradient(policy.parameters, gradient)
+    if evaluation is not None and batch is not None:
+        planned = plan(policy, *admit_batches(policy, batch, evaluation, checked), clipped=checked)
+    elif evaluation is not None:
+        admitted = admit_evaluation(policy, evaluation)
+        policy.check_ranks_agree(checked, evaluation=admitted.rollouts)
+        planned = plan_given(policy, checked, None, admitted, clip=False)
+    elif batch is not None:
+        prediction = predict_own(policy, batch, checked)
+        return StepAhead(prediction, result_of(prediction.plan, prediction))
+    else:
+        raise ValueError("batch: expected the rollouts of the step, or evaluation rollouts, got neither; pass one")
+    prediction = predict(planned)
+    return StepAhead(prediction, result_of(planned, prediction))
