@@ -47,8 +47,8 @@ EQUAL_PROMPTS = NoteKind(
 )
 OTHER_IDS = NoteKind(
     "other_prompts_ids",
-    "{batch}: {ids} prompt ids are each given to sequences with different prompts, which other ids have too: groups, and "
-    "the errors that go by them, are of prompts mixed up",
+    "{batch}: {ids} prompt ids are each given to sequences with different prompts, which other ids have too: groups, "
+    "and the errors that go by them, are of prompts mixed up",
     "Give every sequence the id of its own prompt; look for ids or rows that were shuffled or shifted.",
 )
 SAME_BATCH = NoteKind(
