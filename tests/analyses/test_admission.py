@@ -158,3 +158,21 @@ def test_entropy_is_that_of_all_responses():
         admitted(given, "evaluation")
     assert "1 of 3 responses are masked out" in texts(admitted(given, "batch", merge=False).notes)[0]
     assert texts(admitted(given, merge=False).notes) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "mixed"),
+    [
+        ([0, 0, 1, 1, 2, 2], None),
+        ([5, 5, 3, 3, 1, 1], None),  # other names of the same groups
+        ([0, 1, 1, 2, 2, 0], 3),  # shifted by a row
+        ([0, 1, 0, 1, 2, 2], 2),
+        ([0, 0, 0, 0, 2, 2], None),  # turns of a conversation have prompts of their own
+    ],
+)
+def test_responses_under_other_prompts_ids_are_noticed(ids, mixed):
+    given = batch([[1, 2]] * 2 + [[3, 4]] * 2 + [[5, 6]] * 2, [[7], [8]] * 3, ids)
+    for merge in (True, False):
+        said = texts(admitted(given, merge=merge).notes)
+        expected = [f"update: {mixed} prompt ids are each given to sequences with different prompts"] if mixed else []
+        assert [text.partition(", which")[0] for text in said] == expected

@@ -6,6 +6,7 @@ here on ``prompt_ids`` are what sequences depend on each other by. And what look
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -43,6 +44,12 @@ EQUAL_PROMPTS = NoteKind(
     "(merge_equal_prompts keeps them apart)",
     "Right where a data set holds a prompt several times. Set probe.merge_equal_prompts to false where ids with equal "
     "tokens are different prompts (images, say).",
+)
+OTHER_IDS = NoteKind(
+    "other_prompts_ids",
+    "{batch}: {ids} prompt ids are each given to sequences with different prompts, which other ids have too: groups, "
+    "and the errors that go by them, are of prompts mixed up",
+    "Give every sequence the id of its own prompt; look for ids or rows that were shuffled or shifted.",
 )
 SAME_BATCH = NoteKind(
     "same_batch",
@@ -141,10 +148,14 @@ def admit(
             )
         notes.append(RETOKENISED(batch=name))
     ids = batch.prompt_ids
+    keys = list(_prompts(batch))
+    mixed = 0 if batch.trajectory_ids is not None else _num_mixed(ids, keys)
+    if mixed:
+        notes.append(OTHER_IDS(batch=name, ids=mixed))
     if merge:
-        ids = joined(ids, _prompts(batch))
+        ids = joined(ids, keys)
         before, after = batch.num_prompts, ids.unique().numel()
-        if after < before:
+        if after < before and not mixed:
             notes.append(EQUAL_PROMPTS(batch=name, ids=before, prompts=after))
     if (count := draws_of(batch).count) < len(batch):
         assert batch.trajectory_ids is not None
@@ -185,6 +196,16 @@ def joined(ids: Int[Tensor, " N"], keys: Iterable[Hashable | None]) -> Int[Tenso
             low, high = sorted((find(i), find(first.setdefault(key, i))))
             root[high] = low
     return distinct[torch.tensor([find(i) for i in range(len(root))])][index]
+
+
+def _num_mixed(ids: Int[Tensor, " N"], keys: Sequence[bytes | None]) -> int:
+    """How many ids have several prompts, of which some have several ids."""
+    prompts, owners = defaultdict(set), defaultdict(set)
+    for one, key in zip(ids.tolist(), keys, strict=True):
+        if key is not None:
+            prompts[one].add(key)
+            owners[key].add(one)
+    return sum(len(own) > 1 and any(len(owners[key]) > 1 for key in own) for own in prompts.values())
 
 
 def _prompts(batch: Rollouts) -> Iterable[bytes | None]:

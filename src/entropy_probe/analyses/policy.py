@@ -29,7 +29,7 @@ from entropy_probe.results.probe import (
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import ScoreCache, fingerprint, rollouts_fingerprint
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.scoring.isolation import evaluating
+from entropy_probe.scoring.isolation import evaluating, hooked_parameters
 from entropy_probe.scoring.precision import precisions
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
@@ -56,6 +56,12 @@ NOT_PRECONDITIONED = NoteKind(
     "not_preconditioned",
     "frozen geometry: {share:.1%} of the elements are not preconditioned (second moment covers {coverage:.1%})",
     "The frozen prediction mixes Adam's geometry with the plain gradient's; a later checkpoint covers more.",
+)
+GRADIENT_HOOKS = NoteKind(
+    "gradient_hooks",
+    "{parameters} parameters have gradient hooks, {name} first: the update gradient is taken with them, microbatch by "
+    "microbatch as training takes it, the entropy's without them",
+    "Remove them if training does not run with them; a hook that is not linear sees other microbatches here.",
 )
 SCALE_CLAMPED = NoteKind(
     "scale_clamped",
@@ -315,6 +321,8 @@ def open_policy(
     strays = sum(p.requires_grad and id(p) not in held for p in model.parameters())
     if strays:
         notes.append(NOT_IN_OPTIMIZER(tensors=strays))
+    if hooked := hooked_parameters(parameters):
+        notes.append(GRADIENT_HOOKS(parameters=len(hooked), name=hooked[0]))
     scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
     log = Log(notes, [])
     return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)

@@ -6,16 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from entropy_probe.checkpoints.optimizers import ADAMW_8BIT
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
 if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Examined
+    from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 
 __all__ = ["doubts_about", "remarks_on"]
 
 LARGE_LEARNING_RATE = 0.1
+SMALL_LEARNING_RATE = 1e-15
+"""No schedule ends so low but at 0, and no weight moves by it."""
+LARGE_EPS = 1e-3
 LARGE_UNSCALED = {"SGD": 100.0, "Adadelta": 100.0}
 """Optimizers whose learning rate is not about the size of an element's step, so that only a far larger one is odd."""
 UNUSABLE = NoteKind("unusable", "{reason}", "Nothing can be computed from this checkpoint until that is put right.")
@@ -34,6 +40,27 @@ RATE_IS_LARGE = NoteKind(
     "learning_rate_large",
     "learning rate {rate:g} is above {bound:g}; check it",
     "Make sure that the rate is meant; probe.learning_rate sets another.",
+)
+RATE_IS_SMALL = NoteKind(
+    "learning_rate_small",
+    "learning rate {rate:g} is below {bound:g}, by which no weight moves; check it",
+    "Set probe.learning_rate to that of the step you ask about.",
+)
+EPS_IS_LARGE = NoteKind(
+    "eps_large",
+    "eps {eps:g} is above {bound:g}, larger than most gradients: the step is hardly scaled by the second moment",
+    "Make sure that the trainer's eps is meant (1e-8 by default).",
+)
+BETAS_EXCHANGED = NoteKind(
+    "betas_exchanged",
+    "betas ({first:g}, {second:g}): the first moment remembers longer than the second; exchanged?",
+    "Make sure that the trainer's betas are meant ((0.9, 0.999) by default).",
+)
+ZERO_FIRST_MOMENTS = NoteKind(
+    "zero_first_moments",
+    "exp_avg is all zero for {parameters} of {of} parameters whose exp_avg_sq is not: no training leaves that, and the "
+    "step would lack its momentum",
+    "Do not use these numbers: copy the checkpoint again, or look for what reset the state.",
 )
 ZERO_MOMENTS = NoteKind(
     "zero_moments",
@@ -95,6 +122,11 @@ def doubts_about(examined: Examined) -> Iterator[Note]:
     large = LARGE_UNSCALED.get(saved.kind.name, LARGE_LEARNING_RATE)
     if max(rates) > large:
         yield RATE_IS_LARGE(rate=max(rates), bound=large)
+    if 0 < max(rates) < SMALL_LEARNING_RATE:
+        yield RATE_IS_SMALL(rate=max(rates), bound=SMALL_LEARNING_RATE)
+    yield from _odd_settings(saved)
+    if saved.is_adam and (zero := _without_first_moment(saved)):
+        yield ZERO_FIRST_MOMENTS(parameters=zero, of=saved.num_parameters)
     if saved.is_adam and state.coverage < 1:
         yield ZERO_MOMENTS(share=1 - state.coverage)
     low, high = state.steps
@@ -106,6 +138,33 @@ def doubts_about(examined: Examined) -> Iterator[Note]:
     if saved.is_adam and any(g["weight_decay"] and "decoupled_weight_decay" not in g for g in saved.groups):
         yield DECAY_UNKNOWN()
     yield from _doubts_about_base(examined)
+
+
+def _odd_settings(saved: SavedOptimizer) -> Iterator[Note]:
+    """Settings that are allowed, and that hardly anybody trains with."""
+    groups = [group for group in saved.groups if group["params"]]
+    eps = max((group["eps"] for group in groups if isinstance(group.get("eps"), float)), default=0.0)
+    if eps > LARGE_EPS:
+        yield EPS_IS_LARGE(eps=eps, bound=LARGE_EPS)
+    pairs = (group["betas"] for group in groups if saved.is_adam)
+    exchanged = next((betas for betas in pairs if betas[0] > betas[1]), None)
+    if exchanged is not None:
+        yield BETAS_EXCHANGED(first=exchanged[0], second=exchanged[1])
+
+
+def _without_first_moment(saved: SavedOptimizer) -> int:
+    """How many parameters have a second moment and no first one, which decays more slowly than it would take."""
+    count = 0
+    for index in range(saved.num_parameters):
+        first, second = (saved.state.get(index, {}).get(key) for key in ("exp_avg", "exp_avg_sq"))
+        count += first is not None and second is not None and not _any(first) and _any(second)
+    return count
+
+
+def _any(values: Tensor) -> bool:
+    """Whether an element is not 0; most often one of the first is not."""
+    flat = values.reshape(-1)
+    return bool(flat[:4096].any()) or bool(flat.any())
 
 
 def _doubts_about_base(examined: Examined) -> Iterator[Note]:

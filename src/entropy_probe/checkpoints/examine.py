@@ -220,7 +220,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         own = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
         settings = [] if run.settings is None else [run.settings.file]
         check_recorded(path, [saved.path, own, *model.weights.files, *settings], manifest)
-    check_finite(model.weights)
+    check_finite(model.weights, (model.weights.tensors if kind == "lora" else model.layout.parameters).keys())
     start = request.starting_point(manifest) if kind == "full" else None
     saved, num_others, aside = _of_policy(saved, model, manifest, request, start)
     facts |= _facts(saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -151,14 +151,20 @@ def check_shapes(path: Path, stored: Mapping[str, Shape], expected: Mapping[str,
         )
 
 
-def check_finite(weights: Weights) -> None:
+def check_finite(weights: Weights, parameters: Collection[str] = ()) -> None:
     """Check every floating-point tensor, one at a time.
 
+    Args:
+        weights: the tensors.
+        parameters: names of those that must be floating point.
+
     Raises:
-        CheckpointError: naming the first tensor with NaN or infinity, of complex numbers, or of less than 16 bits.
+        CheckpointError: naming the first tensor with NaN or infinity, of complex numbers, of less than 16 bits, or of
+            whole numbers where a parameter is expected.
     """
     for path, name, tensor in _tensors(weights):
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+        whole = name in parameters and not tensor.is_floating_point()
+        if whole or tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
             raise UnsupportedError(f"{path}: {name}: not supported: weights in {tensor.dtype}; save them in float32")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InvalidValueError(

@@ -27,10 +27,10 @@ from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.parallel.shards import local, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
-from entropy_probe.scoring.isolation import has_padding_rows, padding_unmasked
+from entropy_probe.scoring.isolation import as_a_function, differs_in_training
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["CrossProducts", "cross_products", "own_products"]
+__all__ = ["CrossProducts", "cross_products", "own_products", "pair"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +167,7 @@ def _totals(
     counts = clusters.bincount().tolist()
     diagonal = torch.zeros(len(counts), dtype=torch.float64)
     for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-        gradients = _pair(scorer, parameters, rollouts, rows, x, y)
+        gradients = pair(scorer, parameters, rollouts, rows, x, y)
         for total, side in zip(totals, gradients, strict=True):
             for name, g in side.items():
                 wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
@@ -188,7 +188,7 @@ def own_products(
     """``<X_u, P Y_u>`` alone, a cluster at a time; arguments as for :func:`cross_products`."""
     products = []
     for rows in torch.split(clusters.argsort(stable=True), clusters.bincount().tolist()):
-        products.append(_product(_pair(scorer, parameters, rollouts, rows, x, y), scale))
+        products.append(_product(pair(scorer, parameters, rollouts, rows, x, y), scale))
     return sum_of_shards(torch.tensor(products, dtype=torch.float64), scale.values())
 
 
@@ -201,7 +201,7 @@ def _product(gradients: Sequence[NamedVector], scale: NamedVector) -> float:
     return total
 
 
-def _pair(
+def pair(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
@@ -209,11 +209,20 @@ def _pair(
     x: TokenCoefficients,
     y: TokenCoefficients,
 ) -> list[dict[str, Tensor]]:
-    """The gradients of both sides over some rows; in one forward pass unless only the loss masks padding rows."""
+    """The gradients of both sides over some rows; in one forward pass unless training differentiates otherwise.
+
+    Args:
+        scorer: the policy.
+        parameters: what to differentiate with respect to, by name.
+        rollouts: the batch.
+        rows: of it.
+        x: a surrogate.
+        y: a loss.
+    """
     given = (scorer, parameters, rollouts, rows)
-    if not has_padding_rows(scorer.model, parameters):
+    if not differs_in_training(scorer.model, parameters):
         return cluster_backward(*given, [x, y])
-    with padding_unmasked(scorer.model):
+    with as_a_function(scorer.model):
         slope = cluster_backward(*given, [x])
     return slope + cluster_backward(*given, [y])
 

@@ -30,6 +30,7 @@ from entropy_probe.gradients.layers import (
 )
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.isolation import hooked_parameters
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -217,6 +218,8 @@ def hookable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     would show there. A layer that fails with its formula is called again in place of it, one that fails then is a
     reason.
     """
+    if hooked := hooked_parameters(parameters):
+        return f"{hooked[0]} has a gradient hook" + (f"; {len(hooked) - 1} more" if hooked[1:] else "")
     layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
     by_length = rollouts.shortest_first

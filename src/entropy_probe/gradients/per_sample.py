@@ -26,7 +26,7 @@ from entropy_probe.named import NamedVector
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
-from entropy_probe.scoring.isolation import has_padding_rows, padding_unmasked
+from entropy_probe.scoring.isolation import as_a_function, differs_in_training
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -50,8 +50,9 @@ class Side:
         pair_with: a vector for each cluster to take its own inner product with, ``[U, P]``, laid out as in
             :attr:`SampleGradients.stored`.
         pair_scale: what to multiply those vectors by, element by element; nothing by default.
-        is_loss: differentiate as training does, which leaves the row ``padding_idx`` of an embedding out. The slope of
-            anything else has that row, since weight decay and old moments move it.
+        is_loss: differentiate as training does, which leaves the row ``padding_idx`` of an embedding out and calls the
+            parameters' gradient hooks. The slope of anything else has that row, since weight decay and old moments move
+            it, and no hooks.
     """
 
     coefficients: TokenCoefficients
@@ -233,7 +234,8 @@ def sample_gradients(
 ) -> list[SampleGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
-    Where an embedding with ``padding_idx`` is trained, the losses and the other surrogates take one each.
+    Where an embedding with ``padding_idx`` is trained, or a parameter has gradient hooks, the losses and the other
+    surrogates take one each.
 
     Args:
         scorer: the policy.
@@ -250,14 +252,13 @@ def sample_gradients(
         One outcome per side.
     """
     given = (scorer, parameters, rollouts, clusters)
-    padded = has_padding_rows(scorer.model, parameters)
-    if padded and len({side.is_loss for side in sides}) > 1:
+    if differs_in_training(scorer.model, parameters) and len({side.is_loss for side in sides}) > 1:
         return [
             gradients
             for side in sides
             for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
         ]
-    with nullcontext() if sides[0].is_loss else padding_unmasked(scorer.model):
+    with nullcontext() if sides[0].is_loss else as_a_function(scorer.model):
         return _sample_gradients(*given, sides, hooks, progress, sheet)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,16 @@ from torch.nn import Parameter
 
 from entropy_probe.parallel.shards import local
 
-__all__ = ["evaluating", "has_padding_rows", "lookups_masked", "padding_unmasked", "parameters_at", "substituted"]
+__all__ = [
+    "as_a_function",
+    "differs_in_training",
+    "evaluating",
+    "hooked_parameters",
+    "lookups_masked",
+    "parameters_at",
+    "substituted",
+    "without_gradient_hooks",
+]
 
 
 @contextmanager
@@ -186,23 +195,45 @@ def substituted(model: nn.Module, parameters: Mapping[str, Parameter], values: M
             of_module[key] = parameter
 
 
-def has_padding_rows(model: nn.Module, parameters: Mapping[str, Parameter]) -> bool:
-    """Whether autograd leaves a row out of the gradient of one of the parameters: an embedding's ``padding_idx``."""
+def hooked_parameters(parameters: Mapping[str, Parameter]) -> list[str]:
+    """Names of parameters with hooks that change their gradient in a backward pass (``register_hook``)."""
+    return [name for name, parameter in parameters.items() if parameter._backward_hooks]
+
+
+def differs_in_training(model: nn.Module, parameters: Mapping[str, Parameter]) -> bool:
+    """Whether a backward pass gives a parameter another gradient than the derivative of the function.
+
+    An embedding leaves the row ``padding_idx`` out, and hooks do anything.
+    """
     trained = {id(parameter) for parameter in parameters.values()}
-    return any(id(module.weight) in trained for module in _padded(model))
+    return any(id(module.weight) in trained for module in _padded(model)) or bool(hooked_parameters(parameters))
 
 
 @contextmanager
-def padding_unmasked(model: nn.Module) -> Iterator[None]:
-    """Let autograd see the rows that ``padding_idx`` keeps from training: a step may move them all the same."""
+def as_a_function(model: nn.Module) -> Iterator[None]:
+    """Differentiate the model as a function: a step moves what ``padding_idx`` and hooks keep from training."""
     padded = [(module, module.padding_idx) for module in _padded(model)]
     try:
         for module, _ in padded:
             module.padding_idx = None
-        yield
+        with without_gradient_hooks(model.parameters()):
+            yield
     finally:
         for module, row in padded:
             module.padding_idx = row
+
+
+@contextmanager
+def without_gradient_hooks(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Take the parameters' gradient hooks away for a while."""
+    held = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    try:
+        for parameter, _ in held:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, hooks in held:
+            parameter._backward_hooks = hooks
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.calls import PolicyCalls
+from entropy_probe.scoring.isolation import without_gradient_hooks
 from entropy_probe.scoring.packing import Microbatch, row_tokens, shared_groups
 from entropy_probe.scoring.precision import precisions
 
@@ -176,7 +177,7 @@ def see(calls: PolicyCalls, batch: Microbatch, rows: Tensor, parameters: Mapping
         angle = 0.7 * torch.arange(batch.response_mask.shape[1]) + 1.3 * batch.rows[:, None]
         ours = torch.isin(batch.rows, rows)[:, None]
         weights = [(x * ours)[batch.response_mask].to(calls.device) for x in (angle.cos(), angle.sin())]
-        with torch.enable_grad():
+        with torch.enable_grad(), without_gradient_hooks(parameters.values()):
             s, h, value = calls.scores_and_surrogate(batch, *weights)
             if value.requires_grad:
                 gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
