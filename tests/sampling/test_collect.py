@@ -325,7 +325,7 @@ def test_errors(model, tokenizer):
         (GenerationSettings, {"top_p": 0.95}, "expected 1.0, got 0.95; the full softmax is the policy"),
         (GenerationSettings, {"top_k": 50}, "expected 0, got 50; the full softmax is the policy"),
         (GenerationSettings, {"batch_size": 0}, "batch_size"),
-        (GenerationSettings, {"engine": "vllm"}, "expected hf, got 'vllm'; sample elsewhere and set rollouts"),
+        (GenerationSettings, {"engine": "tgi"}, "expected hf or vllm, got 'tgi'; sample elsewhere and set rollouts"),
         (GenerationSettings, {"temperature": 1.0}, "Extra inputs"),
         (UpdateSettings, {"num_prompts": 2, "group_size": 1}, "greater than or equal to 2"),
         (UpdateSettings, {"num_prompts": 0, "group_size": 2}, "num_prompts"),

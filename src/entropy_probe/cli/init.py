@@ -79,7 +79,9 @@ def config_of(report: CheckpointReport, checkpoint: Path, file: Path, base_model
     sequences = math.prod(size for size in batch if isinstance(size, int))
     if isinstance(group, int) and all(isinstance(size, int) for size in batch):
         prompts, sizes = max(1, sequences // group), "as one step of training has"
-    found = ", ".join(filter(None, [report.trainer, report.optimizer, f"step {report.global_step}", report.verdict]))
+    step = _step(report, checkpoint)
+    told_of = [report.trainer, report.optimizer, None if step is None else f"step {step}", report.verdict]
+    found = ", ".join(filter(None, told_of))
     loss = ", ".join(f"{name} {told[name]}" for name in ("loss_type", "beta", "temperature", "max_grad_norm",
                                                           "max_completion_length") if name in told)  # fmt: skip
     settings = "The trainer's files say nothing of loss, temperature, clipping and lengths: set them under probe."
@@ -88,9 +90,19 @@ def config_of(report: CheckpointReport, checkpoint: Path, file: Path, base_model
     base = f"base_model: {_scalar(base_model)}\n" if base_model is not None else ""
     return LINES.format(
         checkpoint=_scalar(str(checkpoint)), file=_scalar(str(file)), found=found, base_model=base,
-        output_dir=_scalar(f"runs/probe-{report.global_step}"), prompts=prompts, group=group or DEFAULT_GROUP,
-        sizes=sizes, settings=settings,
+        output_dir=_scalar("runs/probe" if step is None else f"runs/probe-{step}"), prompts=prompts,
+        group=group or DEFAULT_GROUP, sizes=sizes, settings=settings,
     )  # fmt: skip
+
+
+def _step(report: CheckpointReport, checkpoint: Path) -> int | None:
+    """The step that the files tell, else that of the last folder with one in its name, as trainers number theirs."""
+    if report.global_step is not None:
+        return report.global_step
+    numbered = (
+        re.search(r"(?:step|checkpoint|iter)[_-]?(\d+)$", part) for part in reversed(checkpoint.absolute().parts)
+    )
+    return next((int(match[1]) for match in numbered if match), None)
 
 
 def _scalar(text: str) -> str:

@@ -152,17 +152,19 @@ class ServerEngine:
         seeds: Sequence[int],
         progress: Progress | None = None,
     ) -> list[Completion]:
-        with ThreadPoolExecutor(self._at_once) as threads:
+        threads = ThreadPoolExecutor(self._at_once)
+        try:
             each = zip(prompts, seeds, strict=True)
             answers = [threads.submit(self._respond, prompt, parameters, seed) for prompt, seed in each]
-            try:
-                for done, answer in enumerate(as_completed(answers), 1):
-                    answer.result()
-                    if progress is not None:
-                        progress(done, len(prompts))
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)  # what has been asked for is still waited for
-                raise
+            for done, answer in enumerate(as_completed(answers), 1):
+                answer.result()
+                if progress is not None:
+                    progress(done, len(prompts))
+        except BaseException as error:
+            # a user who interrupts does not wait for what has been asked for
+            threads.shutdown(wait=isinstance(error, ValueError), cancel_futures=True)
+            raise
+        threads.shutdown()
         return [answer.result() for answer in answers]
 
     def _respond(self, prompt: Sequence[int], parameters: SamplingParameters, seed: int) -> Completion:
