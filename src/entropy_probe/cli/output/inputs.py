@@ -27,7 +27,7 @@ Command = Literal["run", "validate", "sweep"]
 
 # what is compared by content; the others say where things go
 _PATHS: dict[str, Any] = {
-    **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts"), True),
+    **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts", "trainer_config"), True),
     "prompts": {"jsonl", "parquet"},
 }
 
