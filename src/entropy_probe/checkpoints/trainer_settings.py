@@ -17,11 +17,9 @@ from typing import Any
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, shown
 from entropy_probe.checkpoints.safe_read import Inert, read_inert, read_json
 
-__all__ = ["DEEPSPEED", "KINDS", "LOSS", "TRAINING_ARGS", "TrainerSettings", "plain", "read_training_args"]
+__all__ = ["KINDS", "LOSS", "TRAINING_ARGS", "TrainerSettings", "plain", "read_training_args"]
 
 TRAINING_ARGS = "training_args.bin"
-DEEPSPEED = "DeepSpeed"
-"""In place of a trainer's name, of settings that DeepSpeed keeps for any."""
 ENTROPY_CONTROL = "entropy_ctrl_state.json"
 
 LOSS = (

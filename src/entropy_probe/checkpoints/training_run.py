@@ -12,7 +12,7 @@ from entropy_probe.checkpoints.errors import UnsupportedError
 from entropy_probe.checkpoints.foreign_settings import UNREAD, find_settings, read_settings
 from entropy_probe.checkpoints.formats import CheckpointFormat
 from entropy_probe.checkpoints.trainer_log import LOG_FILE, TrainerLog, read_log
-from entropy_probe.checkpoints.trainer_settings import DEEPSPEED, TrainerSettings
+from entropy_probe.checkpoints.trainer_settings import TrainerSettings
 from entropy_probe.results.checkpoint import ABOVE_ZERO, SettingReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
@@ -91,9 +91,7 @@ class TrainingRun:
                     "it out"
                 )
             return cls(path, read_settings(settings), read_log(path), global_step)
-        if beside is None or beside.trainer == DEEPSPEED:
-            beside = find_settings(path) or beside
-        return cls(path, beside, read_log(path), global_step)
+        return cls(path, find_settings(path) if beside is None else beside, read_log(path), global_step)
 
     @classmethod
     def read(cls, path: Path, settings: Path | None = None) -> TrainingRun:
