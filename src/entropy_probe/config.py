@@ -17,7 +17,7 @@ from pydantic import (
 from entropy_probe.estimators.baselines import EntropyKind
 from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.importance import ImportanceMode
-from entropy_probe.losses import Loss, build_loss
+from entropy_probe.losses import Loss, build_loss, default_loss
 
 __all__ = ["ProbeConfig", "StepDtype"]
 
@@ -98,7 +98,7 @@ class ProbeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(default=1.0, gt=0)
-    loss: SerializeAsAny[Loss] = Field(default_factory=lambda: build_loss({"trainer": "trl"}))
+    loss: SerializeAsAny[Loss] = Field(default_factory=default_loss)
     loss_type: str | None = Field(default=None, exclude=True)
     max_completion_length: int | None = Field(default=None, gt=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
@@ -140,8 +140,10 @@ class ProbeConfig(BaseModel):
         short, loss = settings.pop("loss_type", None), settings.get("loss")
         if short is not None and loss is not None:
             raise ValueError(f"loss_type: expected loss or loss_type, got both; set loss.loss_type to {short!r}")
-        if short is not None or loss is None:
-            loss = {"trainer": "trl"} | ({} if short is None else {"loss_type": short})
+        if short is not None:
+            loss = {"trainer": "trl", "loss_type": short}
+        if loss is None:
+            loss = default_loss()
         if not isinstance(loss, Loss | Mapping):
             raise ValueError(
                 f"loss: expected settings with a trainer, got {loss!r}; write {{trainer: trl, beta: 0.04}}"

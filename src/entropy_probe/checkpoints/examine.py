@@ -81,6 +81,7 @@ class Request:
         weights: which copy of the weights to take where the optimizer keeps another.
         policy: the policy's name in the module that the optimizer is over, where there is a value model beside it.
         any_trainer: whether the loss may be one that is not modelled.
+        trainer_config: the trainer's own config, where it is not beside the checkpoint.
     """
 
     path: Path
@@ -91,6 +92,7 @@ class Request:
     weights: Copy = "masters"
     policy: str | None = None
     any_trainer: bool = False
+    trainer_config: Path | None = None
 
     @property
     def tokenizer_home(self) -> Path:
@@ -210,7 +212,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
         verify_files(path, manifest)
     global_step = facts["global_step"] = read_global_step(path)
     member, place = find_optimizer(path)
-    run = TrainingRun.of(path, member, global_step)
+    run = TrainingRun.of(path, member, global_step, request.trainer_config)
     facts |= run.facts()
     saved = member.optimizer(place)
     facts |= _facts(saved)
@@ -218,7 +220,7 @@ def examine(request: Request, facts: dict[str, Any]) -> Examined:
     model = _adapter(request, manifest, facts) if kind == "lora" else _full_weights(request)
     if manifest is not None:
         own = model.directory / ("adapter_config.json" if kind == "lora" else "config.json")
-        settings = [] if run.settings is None else [run.settings.file]
+        settings = [] if run.settings is None or run.settings.file.parent != path else [run.settings.file]
         check_recorded(path, [saved.path, own, *model.weights.files, *settings], manifest)
     check_finite(model.weights, (model.weights.tensors if kind == "lora" else model.layout.parameters).keys())
     start = request.starting_point(manifest) if kind == "full" else None

@@ -71,6 +71,7 @@ def load_checkpoint(
     weights: Copy = "masters",
     policy: str | None = None,
     any_trainer: bool = False,
+    trainer_config: str | Path | None = None,
 ) -> CheckpointState:
     """Load a checkpoint directory of the Hugging Face Trainer or TRL.
 
@@ -106,6 +107,8 @@ def load_checkpoint(
             are in (``policy``, ``pretrained_model``). The others' entries are set aside, and counted in the mapping.
         any_trainer: load the checkpoint of a trainer whose loss is none of those that are modelled (DPO, SFT …) too,
             for a gradient from outside.
+        trainer_config: the trainer's own config (verl, OpenRLHF, prime-rl …: YAML, JSON, TOML, or the script with its
+            command), where it does not lie beside the checkpoint.
 
     Raises:
         CheckpointError: if anything is missing, damaged, of another model, unsafe or not supported, as one of its
@@ -122,7 +125,15 @@ def load_checkpoint(
     facts: dict[str, Any] = {}
     with random_state_kept():
         request = Request(
-            open_directory(Path(path)), base_model, adapter, quantization, mapping, weights, policy, any_trainer
+            open_directory(Path(path)),
+            base_model,
+            adapter,
+            quantization,
+            mapping,
+            weights,
+            policy,
+            any_trainer,
+            None if trainer_config is None else Path(trainer_config),
         )
         examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
@@ -206,6 +217,7 @@ def inspect_checkpoint(
     mapping: StatedMapping | None = None,
     weights: Copy = "masters",
     policy: str | None = None,
+    trainer_config: str | Path | None = None,
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
@@ -221,6 +233,7 @@ def inspect_checkpoint(
         mapping: as there.
         weights: as there.
         policy: as there.
+        trainer_config: as there.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.
@@ -229,7 +242,10 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            request = Request(directory, base_model, adapter, quantization, mapping, weights, policy)
+            own = None if trainer_config is None else Path(trainer_config)
+            request = Request(
+                directory, base_model, adapter, quantization, mapping, weights, policy, trainer_config=own
+            )
             examined = examine(request, facts)
     except CheckpointError as error:
         return CheckpointReport(path=str(directory), verdict="unusable", notes=(UNUSABLE(reason=str(error)),), **facts)

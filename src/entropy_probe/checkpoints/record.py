@@ -26,6 +26,7 @@ from entropy_probe.checkpoints.manifest import (
     write_manifest,
 )
 from entropy_probe.checkpoints.mapping import StatedMapping
+from entropy_probe.checkpoints.masters import Copy
 from entropy_probe.checkpoints.weights import has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
@@ -47,6 +48,8 @@ def record_checkpoint(
     adapter: str | None = None,
     quantization: Quantization | None = None,
     mapping: StatedMapping | None = None,
+    weights: Copy = "masters",
+    policy: str | None = None,
 ) -> tuple[Path, CheckpointReport]:
     """Examine a checkpoint and write its manifest.
 
@@ -60,6 +63,8 @@ def record_checkpoint(
         adapter: as there; the manifest records it.
         quantization: as there; the manifest does not record it.
         mapping: as there.
+        weights: as there.
+        policy: as there.
 
     Returns:
         The manifest's path, and the report of the examination it rests on.
@@ -78,7 +83,7 @@ def record_checkpoint(
             f"{directory}: not supported: a manifest of a sharded checkpoint, which has the parameters' names in "
             "it; load it without one"
         )
-    request = Request(directory, base_model, adapter, quantization, mapping, any_trainer=True)
+    request = Request(directory, base_model, adapter, quantization, mapping, weights, policy, any_trainer=True)
     facts: dict[str, Any] = {}
     with random_state_kept():
         examined = examine(request, facts)

@@ -17,7 +17,7 @@ from typing import Any
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, shown
 from entropy_probe.checkpoints.safe_read import Inert, read_inert, read_json
 
-__all__ = ["LOSS", "TRAINING_ARGS", "TrainerSettings", "live_settings", "read_training_args"]
+__all__ = ["KINDS", "LOSS", "TRAINING_ARGS", "TrainerSettings", "live_settings", "plain", "read_training_args"]
 
 TRAINING_ARGS = "training_args.bin"
 ENTROPY_CONTROL = "entropy_ctrl_state.json"
@@ -79,7 +79,7 @@ class TrainerSettings:
 
     Attributes:
         file: where it says so.
-        trainer: the class that the file is of.
+        trainer: the class that the file is of, or the trainer.
         values: settings by the trainer's own names: numbers, words, None, and lists and mappings of these.
         loss: those of the loss, as ``ProbeConfig(loss=...)`` takes them; None where the class does not tell the loss.
         other_loss: whether the class tells one that is not modelled.
@@ -104,7 +104,7 @@ def read_training_args(path: Path) -> TrainerSettings | None:
     remedy = "copy the checkpoint again, or delete the file and give the trainer's settings in the config"
 
     def build(args: Any) -> TrainerSettings:
-        if not isinstance(args, Inert) or not isinstance(args.state, dict) or _plain(args.named) is ...:
+        if not isinstance(args, Inert) or not isinstance(args.state, dict) or plain(args.named) is ...:
             raise UnsupportedError(f"{file}: expected the trainer's arguments, got {shown(args)}; {remedy}")
         control = path / ENTROPY_CONTROL
         return _settings(file, args.named, args.state, lambda: read_json(control) if control.is_file() else {}, remedy)
@@ -129,7 +129,7 @@ def live_settings(args: Any, entropy_control: Mapping[str, Any]) -> TrainerSetti
 def _settings(
     file: Path, named: str, state: Mapping[str, Any], control: Callable[[], Mapping[str, Any]], remedy: str
 ) -> TrainerSettings:
-    values = {name: _plain(state[name]) for name in (*LOSS, *OTHERS) if name in state}
+    values = {name: plain(state[name]) for name in (*LOSS, *OTHERS) if name in state}
     for name, value in values.items():
         wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
         if value is not None and not fits(value):
@@ -139,7 +139,7 @@ def _settings(
     return TrainerSettings(file, named, values, loss, kind is None and not _is_a_loop(named))
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def plain(value: Any, depth: int = 0) -> Any:
     """A setting as plain data; ``...`` for what is none."""
     if value is None or isinstance(value, bool):
         return value
@@ -148,15 +148,15 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str):
         return value if len(value) <= MOST_TEXT and value.isprintable() else ...
     if isinstance(value, type) and issubclass(value, Inert):
-        return _plain(value.named)
+        return plain(value.named)
     if isinstance(value, Inert):  # a member of an enumeration, made from its value
-        return _plain(value.arguments[0]) if len(value.arguments) == 1 and isinstance(value.arguments[0], str) else ...
+        return plain(value.arguments[0]) if len(value.arguments) == 1 and isinstance(value.arguments[0], str) else ...
     if depth == 2 or not isinstance(value, list | tuple | dict) or len(value) > MOST_TEXT:
         return ...
     if isinstance(value, dict):
-        inside = {key: _plain(item, depth + 1) for key, item in value.items() if isinstance(key, str)}
+        inside = {key: plain(item, depth + 1) for key, item in value.items() if isinstance(key, str)}
         return {key: item for key, item in inside.items() if item is not ... and key.isprintable()}
-    items = [_plain(item, depth + 1) for item in value]
+    items = [plain(item, depth + 1) for item in value]
     return ... if any(item is ... for item in items) else items
 
 
@@ -186,12 +186,12 @@ def _loss(
     if kind != GRPO:
         loss["loss_type"] = kind.lower()
     if "vllm_importance_sampling_clip_max" not in values:  # called a cap before
-        loss["vllm_importance_sampling_clip_max"] = _plain(state.get("vllm_importance_sampling_cap"))
+        loss["vllm_importance_sampling_clip_max"] = plain(state.get("vllm_importance_sampling_cap"))
     microbatch, rows = values.get("per_device_train_batch_size"), values.get("generation_batch_size")
     if microbatch and rows:
         at_once = microbatch * (loss.get("steps_per_generation") or loss.get("gradient_accumulation_steps") or 1)
         loss["num_processes"] = max(1, rows // at_once)
     if loss.get("use_adaptive_entropy"):
-        kept = {key: _plain(value) for key, value in control().items() if key in ("entropy_coef", "last_world_entropy")}
+        kept = {key: plain(value) for key, value in control().items() if key in ("entropy_coef", "last_world_entropy")}
         loss |= {key: value for key, value in kept.items() if value is not ...}
     return loss

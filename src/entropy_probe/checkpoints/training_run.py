@@ -9,6 +9,7 @@ from typing import Any
 
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, open_directory, read_global_step
 from entropy_probe.checkpoints.errors import UnsupportedError
+from entropy_probe.checkpoints.foreign_settings import UNREAD, find_settings, read_settings
 from entropy_probe.checkpoints.formats import CheckpointFormat
 from entropy_probe.checkpoints.trainer_log import LOG_FILE, TrainerLog, read_log
 from entropy_probe.checkpoints.trainer_settings import TrainerSettings
@@ -68,22 +69,37 @@ class TrainingRun:
     global_step: int | None
 
     @classmethod
-    def of(cls, path: Path, member: CheckpointFormat, global_step: int | None) -> TrainingRun:
+    def of(
+        cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: Path | None = None
+    ) -> TrainingRun:
         """That of a directory.
 
         Args:
             path: the directory.
             member: the format of its optimizer's state.
             global_step: optimizer steps taken.
+            settings: the trainer's own config, where it is not beside the checkpoint.
 
         Raises:
-            CheckpointError: if one of the files is damaged.
+            CheckpointError: if one of the files is damaged, or the settings are in the directory and given too.
         """
-        return cls(path, member.settings(path), read_log(path), global_step)
+        beside = member.settings(path)
+        if settings is not None:
+            if beside is not None and beside.loss is not None:
+                raise UnsupportedError(
+                    f"{settings}: expected no trainer's config beside {beside.file}, which tells the settings; leave "
+                    "it out"
+                )
+            return cls(path, read_settings(settings), read_log(path), global_step)
+        return cls(path, find_settings(path) if beside is None else beside, read_log(path), global_step)
 
     @classmethod
-    def read(cls, path: Path) -> TrainingRun:
+    def read(cls, path: Path, settings: Path | None = None) -> TrainingRun:
         """That of a directory of which nothing is known yet.
+
+        Args:
+            path: the directory.
+            settings: as in :meth:`of`.
 
         Raises:
             CheckpointError: if it is no checkpoint, an entry leads outside of it, or one of the files is damaged.
@@ -91,12 +107,18 @@ class TrainingRun:
         directory = open_directory(path)
         check_contained(directory)
         member, _ = find_optimizer(directory)
-        return cls.of(directory, member, read_global_step(directory))
+        return cls.of(directory, member, read_global_step(directory), settings)
 
     @property
     def loss(self) -> dict[str, Any] | None:
         """The settings of the loss, as ``ProbeConfig(loss=...)`` takes them; None where no file tells them."""
         return None if self.settings is None or self.settings.loss is None else dict(self.settings.loss)
+
+    @property
+    def needs_loss(self) -> str | None:
+        """Whose loss has to be stated, since it is none that is read from its files; None where that is not so."""
+        unread = self.settings is not None and self.loss is None and self.settings.trainer in UNREAD
+        return self.settings.trainer if unread and self.settings is not None else None
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -138,7 +160,8 @@ class TrainingRun:
         if self.settings is not None:
             told = {**self.settings.values, **(self.loss or {})}
             told.pop("trainer", None)
-            file = self.settings.file.name
+            file = self.settings.file
+            file = file.name if file.parent == self.path else str(file)
             reports += [SettingReport(name=name, value=value, source=file) for name, value in told.items()]
         if self.loss is None:
             reports += [
@@ -154,7 +177,7 @@ class TrainingRun:
         An interrupted run that went on from a checkpoint counts from there.
         """
         loss = self.loss
-        if loss is None:
+        if loss is None or loss["trainer"] != "trl":
             return None
         per_step = loss.get("gradient_accumulation_steps") or 1
         per_rollouts = (loss.get("steps_per_generation") or per_step) * (loss.get("num_iterations") or 1)
@@ -168,7 +191,8 @@ class TrainingRun:
     def notes(self) -> Iterator[Note]:
         """What a reader of numbers from this checkpoint should know of the run."""
         settings = self.settings
-        if settings is not None and self.loss is not None and not settings.trainer.startswith("trl."):
+        of_trl = self.loss is not None and self.loss["trainer"] == "trl"
+        if settings is not None and of_trl and not settings.trainer.startswith("trl."):
             yield DERIVED(trainer=settings.trainer)
         if settings is not None and self.loss is None and not settings.other_loss:
             yield LOSS_NOT_TOLD(trainer=settings.trainer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, sh
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.pieces import COPY, Whole, check_padding, shaped, span
 
-__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters"]
+__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "frozen_tensors"]
 
 Shapes = dict[str, tuple[int, ...]]
 """Parameters of a group in order."""
@@ -165,3 +166,31 @@ def by_parameters(file: Path, own: Buffers, key: str, shapes: Shapes) -> dict[st
             f"{file}: {key}: expected {at:,} elements on each rank, got {[len(piece) for piece in pieces][:4]}; {COPY}"
         )
     return whole
+
+
+def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set[str]) -> dict[str, Whole]:
+    """Tensors of the model that were not trained: whole in one file, or with ZeRO 3 in pieces in all.
+
+    Raises:
+        DamagedFileError: if pieces are missing, or do not make up their tensors.
+    """
+    frozen = {
+        plain_name(name): Whole(tuple(tensor.shape), tensor.dtype, tensor.clone)
+        for name, tensor in models[0]["module"].items()
+        if plain_name(name) not in trained and tensor.numel()
+    }
+    shapes = models[0].get("frozen_param_shapes") or {}
+    if len(models) > 1 and shapes:
+        pieces = [model.get("frozen_param_fragments") or {} for model in models]
+        if any(own.keys() != shapes.keys() for own in pieces):
+            raise DamagedFileError(f"{file}: expected every rank's part of what was frozen, got fewer; {COPY}")
+        for name, size in shapes.items():
+            parts, shape = [own[name] for own in pieces], tuple(size)
+            if not 0 <= sum(map(len, parts)) - prod(shape) < len(parts):
+                raise DamagedFileError(f"{file}: {name}: expected pieces of {list(shape)}, got other sizes; {COPY}")
+            frozen[plain_name(name)] = Whole(shape, parts[0].dtype, partial(_cut, parts, shape))
+    return frozen
+
+
+def _cut(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return torch.cat(list(parts))[: prod(shape)].reshape(shape)

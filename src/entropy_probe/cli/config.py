@@ -74,6 +74,8 @@ class RunConfig(BaseModel):
         attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch;
             ``auto`` takes 8 where that costs no pass over the update batch, ``null`` leaves the errors out.
         questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
+        trainer_config: the trainer's own config (verl, OpenRLHF, prime-rl: YAML, JSON, TOML, or the script with its
+            command), where it does not lie beside the checkpoint.
         trust_config: go by the config where the checkpoint's files say otherwise of training, and probe the checkpoint
             of any trainer. The result says where they differ.
         probe: how to probe. Loss, temperature, clipping and largest length are the trainer's where the checkpoint tells
@@ -107,6 +109,7 @@ class RunConfig(BaseModel):
     attribution: bool = False
     attribution_folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None = "auto"
     questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    trainer_config: Path | None = None
     trust_config: bool = False
     probe: ProbeConfig = ProbeConfig()
 
@@ -273,8 +276,9 @@ class RunConfig(BaseModel):
         }
         if self.base_model is not None and Path(self.base_model).is_dir():
             changes["base_model"] = str(Path(self.base_model).absolute())
-        if self.reference is not None:
-            changes["reference"] = self.reference.absolute()
+        for name in ("reference", "trainer_config"):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name).absolute()
         if self.prompts is not None and self.prompts.file is not None:
             kind, path = self.prompts.file
             changes["prompts"] = self.prompts.model_copy(update={kind: path.absolute()})

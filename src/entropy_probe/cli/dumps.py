@@ -61,8 +61,8 @@ class TrainersBatch:
     mask_truncated: bool = False
 
     @classmethod
-    def of(cls, checkpoint: Path) -> TrainersBatch:
-        """That of a directory.
+    def of(cls, checkpoint: Path, trainer_config: Path | None = None) -> TrainersBatch:
+        """That of a directory; ``trainer_config`` as in a run's config.
 
         Raises:
             ValueError: if it is no checkpoint, or a file is damaged.
@@ -70,7 +70,7 @@ class TrainersBatch:
         from entropy_probe.checkpoints.directory import named_step
         from entropy_probe.checkpoints.training_run import TrainingRun
 
-        run = TrainingRun.read(checkpoint)
+        run = TrainingRun.read(checkpoint, trainer_config)
         told, loss = run.values, run.loss or {}
         sizes = (
             told.get("per_device_train_batch_size"),
@@ -114,7 +114,7 @@ def given_batch(config: RunConfig, batch: Literal["update", "evaluation"]) -> Gi
     path = getattr(config.rollouts, batch)
     if path is None:
         return None
-    told = TrainersBatch.of(config.checkpoint)
+    told = TrainersBatch.of(config.checkpoint, config.trainer_config)
     dump = read_dump(path, after=told.after)
     if isinstance(dump, Rollouts):
         names = ", ".join(unused_columns(path))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from entropy_probe.cli.errors import describe
 from entropy_probe.config import ProbeConfig
+from entropy_probe.losses import trainers
 from entropy_probe.results.checkpoint import ABOVE_ZERO
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.sampling import UpdateSettings
@@ -33,6 +34,11 @@ OTHER_GROUPS = NoteKind(
     "other_group_size",
     "update.group_size is {own}, training takes {told} responses to each prompt, so advantages have other errors",
     "Set update.group_size to the trainer's num_generations.",
+)
+VERSION = NoteKind(
+    "version_assumed",
+    "{file} does not say the trainer's version, which its loss depends on; {version} is taken",
+    "Set probe.loss: {trainer: ..., version: ...} to the one of training.",
 )
 
 SAME_NAME = ("temperature", "max_grad_norm", "max_completion_length")
@@ -72,7 +78,7 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
     """
     from entropy_probe.checkpoints.training_run import TrainingRun
 
-    run = TrainingRun.read(config.checkpoint)
+    run = TrainingRun.read(config.checkpoint, config.trainer_config)
     told = dict(_told(config, run))
     try:
         filled = _filled(config, run, told)
@@ -81,7 +87,13 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
     filled.check_filled()
     if not config.trust_config:
         run.refuse_other_loss()
-    notes = []
+        if run.needs_loss is not None and "trainer" not in config.probe.loss.model_fields_set:
+            raise ValueError(
+                f"probe.loss: expected it to be set, since that of {run.needs_loss} is none that is read from its own "
+                f"files ({run.settings and run.settings.file}), got none; set the one that is the same (trainer: "
+                f"{', '.join(trainers())}), or take the step from the trainer's own gradient"
+            )
+    notes = list(_about_version(config, filled, run))
     for key, own, there in _contradictions(filled, told):
         words = {"key": key, "own": _shown(own), "source": there.source, "told": str(there)}
         if not config.trust_config:
@@ -97,15 +109,16 @@ def with_trainer_settings(config: RunConfig) -> tuple[RunConfig, tuple[Note, ...
 
 def _told(config: RunConfig, run: TrainingRun) -> Iterator[tuple[str, Told]]:
     """By the config's keys what the files say of them."""
-    from entropy_probe.checkpoints.trainer_settings import TRAINING_ARGS
+    from entropy_probe.checkpoints.trainer_log import LOG_FILE
 
-    if run.loss is not None and run.settings is not None:
-        yield "probe.loss.trainer", Told(run.loss["trainer"], str(run.settings.file))
-    of_trl = type(config.probe.loss).model_fields if config.probe.loss.trainer == "trl" else {}
+    whose = None if run.loss is None else run.loss["trainer"]
+    if whose is not None and run.settings is not None:
+        yield "probe.loss.trainer", Told(whose, str(run.settings.file))
+    fields = trainers()[_family(config, run)].model_fields if _family(config, run) == (whose or "trl") else {}
     samples = config.update is not None and config.rollouts.update is None
     for setting in run.reports():
         name, value, source = setting.name, setting.value, f"{config.checkpoint / setting.source}"
-        of_loss = of_trl if run.loss is not None or setting.source != TRAINING_ARGS else {}  # DPO has a beta too
+        of_loss = fields if whose is not None or setting.source.startswith(LOG_FILE) else {}  # DPO has a beta too
         if name == "max_grad_norm":  # the Trainer does not clip to 0
             yield f"probe.{name}", Told(value or None, source)
         elif name in SAME_NAME:
@@ -122,6 +135,12 @@ def _told(config: RunConfig, run: TrainingRun) -> Iterator[tuple[str, Told]]:
             yield name, Told(tuple(value), source)
 
 
+def _family(config: RunConfig, run: TrainingRun) -> str:
+    """Whose loss is probed: the config's, else that of the checkpoint's trainer."""
+    own = config.probe.loss
+    return own.trainer if run.loss is None or "trainer" in own.model_fields_set else run.loss["trainer"]
+
+
 def _filled(config: RunConfig, run: TrainingRun, told: Mapping[str, Told]) -> RunConfig:
     """The config with what the files say where it says nothing."""
     probe, loss = config.probe, config.probe.loss
@@ -136,7 +155,7 @@ def _filled(config: RunConfig, run: TrainingRun, told: Mapping[str, Told]) -> Ru
     elsewhere = {"max_completion_length"} & probe.model_fields_set  # the probe's is put into the loss
     own = {name: getattr(loss, name) for name in loss.model_fields_set - elsewhere}
     given = {name: getattr(probe, name) for name in probe.model_fields_set}
-    settings = of("probe.") | given | {"loss": known | own | {"trainer": loss.trainer}}
+    settings = of("probe.") | given | {"loss": known | own | {"trainer": _family(config, run)}}
     changes: dict[str, Any] = {"probe": ProbeConfig.model_validate(settings)}
     if config.update is not None:
         changes["update"] = UpdateSettings.model_validate(of("update.") | config.update.model_dump(exclude_unset=True))
@@ -163,6 +182,15 @@ def _contradictions(config: RunConfig, told: Mapping[str, Told]) -> Iterator[tup
             yield key, own, there
 
 
+def _about_version(config: RunConfig, filled: RunConfig, run: TrainingRun) -> Iterator[Note]:
+    """Which version of a trainer's loss is taken where nothing says it."""
+    loss = filled.probe.loss
+    if run.loss is None or loss.trainer != run.loss["trainer"] or "version" not in type(loss).model_fields:
+        return
+    if "version" not in config.probe.loss.model_fields_set and "version" not in run.loss and run.settings is not None:
+        yield VERSION(file=str(run.settings.file), version=str(getattr(loss, "version", "")))
+
+
 def _about_sampling(config: RunConfig, update: UpdateSettings, run: TrainingRun) -> Iterator[Note]:
     """What differs from training in a batch that is sampled here.
 
@@ -174,6 +202,11 @@ def _about_sampling(config: RunConfig, update: UpdateSettings, run: TrainingRun)
         raise ValueError(_OTHER_ADVANTAGES.format("normalises each reward before it adds them up"))
     if run.loss is not None and run.loss.get("loss_type") == "rloo":
         raise ValueError(_OTHER_ADVANTAGES.format("holds each reward against the others of its prompt (RLOO)"))
+    estimator = run.values.get("adv_estimator")
+    if estimator not in (None, "grpo"):
+        raise ValueError(_OTHER_ADVANTAGES.format(f"estimates advantages by {estimator}"))
+    if run.values.get("use_kl_in_reward"):
+        raise ValueError(_OTHER_ADVANTAGES.format("takes a KL term off the rewards (use_kl_in_reward)"))
     size = run.values.get("num_generations")
     if size is not None and size != update.group_size:
         yield OTHER_GROUPS(own=update.group_size, told=size)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entropy_probe.cli.options import BaseModel
+from entropy_probe.cli.options import BaseModel, TrainerConfig
 
 if TYPE_CHECKING:
     from entropy_probe.results.checkpoint import CheckpointReport
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["init"]
 
 DEFAULT_PROMPTS, DEFAULT_GROUP = 16, 8
+SHOWN = (
+    *("loss_type", "loss_mode", "loss_agg_mode", "policy_loss_type", "type", "beta", "use_kl_loss", "kl_tau"),
+    *("temperature", "max_grad_norm", "max_completion_length"),
+)
+"""Settings of the trainer that are named, by its own names."""
 LINES = """\
 # Probe of {checkpoint}: entropy-probe run {file}
 # {found}
@@ -44,6 +49,7 @@ def init(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("probe.yaml"),
     base_model: BaseModel = None,
+    trainer_config: TrainerConfig = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     with_schema: Annotated[
         bool, typer.Option("--schema", help="Also write the JSON schema beside it, and name it for editors.")
@@ -57,8 +63,8 @@ def init(
 
     if output.exists() and not overwrite:
         raise ValueError(f"{output}: expected a file that is not there yet, found one; pass --overwrite or --output")
-    report = inspect_checkpoint(checkpoint, base_model)
-    text = config_of(report, checkpoint, output, base_model)
+    report = inspect_checkpoint(checkpoint, base_model, trainer_config=trainer_config)
+    text = config_of(report, checkpoint, output, base_model, trainer_config)
     if with_schema:
         write_atomically(output.parent / SCHEMA_FILE, schema_text().encode())
         text = f"# yaml-language-server: $schema={SCHEMA_FILE}\n{text}"
@@ -70,8 +76,16 @@ def init(
         )
 
 
-def config_of(report: CheckpointReport, checkpoint: Path, file: Path, base_model: str | None = None) -> str:
+def config_of(
+    report: CheckpointReport,
+    checkpoint: Path,
+    file: Path,
+    base_model: str | None = None,
+    trainer_config: Path | None = None,
+) -> str:
     """The text of the file."""
+    from entropy_probe.checkpoints.directory import named_step
+
     told = {setting.name: setting.value for setting in report.settings}
     group = told.get("num_generations")
     prompts, sizes = DEFAULT_PROMPTS, "of the trainer's batch, where its files say it"
@@ -79,30 +93,23 @@ def config_of(report: CheckpointReport, checkpoint: Path, file: Path, base_model
     sequences = math.prod(size for size in batch if isinstance(size, int))
     if isinstance(group, int) and all(isinstance(size, int) for size in batch):
         prompts, sizes = max(1, sequences // group), "as one step of training has"
-    step = _step(report, checkpoint)
-    told_of = [report.trainer, report.optimizer, None if step is None else f"step {step}", report.verdict]
-    found = ", ".join(filter(None, told_of))
-    loss = ", ".join(f"{name} {told[name]}" for name in ("loss_type", "beta", "temperature", "max_grad_norm",
-                                                          "max_completion_length") if name in told)  # fmt: skip
+    elif isinstance(told.get("ppo_mini_batch_size"), int):
+        prompts, sizes = told["ppo_mini_batch_size"], "as one step of training has"
+    step = named_step(checkpoint)
+    of_step = None if step is None else f"step {step}"
+    found = ", ".join(filter(None, [report.trainer, report.optimizer, of_step, report.verdict]))
+    loss = ", ".join(f"{name} {told[name]}" for name in SHOWN if told.get(name) is not None)
     settings = "The trainer's files say nothing of loss, temperature, clipping and lengths: set them under probe."
     if loss:
         settings = f"Taken from the trainer's files unless set under probe: {loss}, ..."
     base = f"base_model: {_scalar(base_model)}\n" if base_model is not None else ""
+    base += f"trainer_config: {_scalar(str(trainer_config))}\n" if trainer_config is not None else ""
+    output_dir = "runs/probe" if step is None else f"runs/probe-{step}"
     return LINES.format(
         checkpoint=_scalar(str(checkpoint)), file=_scalar(str(file)), found=found, base_model=base,
-        output_dir=_scalar("runs/probe" if step is None else f"runs/probe-{step}"), prompts=prompts,
-        group=group or DEFAULT_GROUP, sizes=sizes, settings=settings,
+        output_dir=_scalar(output_dir), prompts=prompts, group=group or DEFAULT_GROUP,
+        sizes=sizes, settings=settings,
     )  # fmt: skip
-
-
-def _step(report: CheckpointReport, checkpoint: Path) -> int | None:
-    """The step that the files tell, else that of the last folder with one in its name, as trainers number theirs."""
-    if report.global_step is not None:
-        return report.global_step
-    numbered = (
-        re.search(r"(?:step|checkpoint|iter)[_-]?(\d+)$", part) for part in reversed(checkpoint.absolute().parts)
-    )
-    return next((int(match[1]) for match in numbered if match), None)
 
 
 def _scalar(text: str) -> str:

@@ -15,6 +15,7 @@ from entropy_probe.cli.options import (
     Mapping,
     Policy,
     Quantization,
+    TrainerConfig,
     parse_mapping,
     parse_quantization,
 )
@@ -32,6 +33,7 @@ def inspect(
     mapping: Mapping = None,
     weights: Copy = "masters",
     policy: Policy = None,
+    trainer_config: TrainerConfig = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show a checkpoint's optimizer state and whether it can be probed.
@@ -52,6 +54,7 @@ def inspect(
         mapping=parse_mapping(mapping),
         weights=weights,
         policy=policy,
+        trainer_config=trainer_config,
     )
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json"), indent=2))

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from entropy_probe.cli.options import Adapter, BaseModel, Mapping, Quantization, parse_mapping, parse_quantization
+from entropy_probe.cli.options import (
+    Adapter,
+    BaseModel,
+    Copy,
+    Mapping,
+    Policy,
+    Quantization,
+    parse_mapping,
+    parse_quantization,
+)
 
 __all__ = ["manifest"]
 
@@ -18,6 +27,8 @@ def manifest(
     adapter: Adapter = None,
     quantization: Quantization = None,
     mapping: Mapping = None,
+    weights: Copy = "masters",
+    policy: Policy = None,
 ) -> None:
     """Write parameter names, shapes and a hash of every file beside a checkpoint.
 
@@ -35,6 +46,8 @@ def manifest(
         adapter=adapter,
         quantization=parse_quantization(quantization),
         mapping=parse_mapping(mapping),
+        weights=weights,
+        policy=policy,
     )
     assert report.optimizer_state is not None
     typer.echo(printable(f"Wrote {path}: mapping by {report.optimizer_state.mapping}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,6 +16,7 @@ __all__ = [
     "Mapping",
     "Policy",
     "Quantization",
+    "TrainerConfig",
     "TrustConfig",
     "parse_mapping",
     "parse_quantization",
@@ -40,6 +42,14 @@ Copy = Annotated[
 Policy = Annotated[
     str | None,
     typer.Option(help="The policy's name in the module of one optimizer over it and a value model (PPO)."),
+]
+TrainerConfig = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The trainer's own config (verl, OpenRLHF, prime-rl: YAML, JSON, TOML, or the script with its command), "
+        "where it does not lie beside the checkpoint.",
+    ),
 ]
 TrustConfig = Annotated[
     bool,

@@ -88,6 +88,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
         weights=config.weights,
         policy=config.policy,
         any_trainer=config.trust_config,
+        trainer_config=config.trainer_config,
     )
 
 

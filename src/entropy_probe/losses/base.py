@@ -30,6 +30,7 @@ __all__ = [
     "RATIO_ONE",
     "Loss",
     "build_loss",
+    "default_loss",
     "inert_clip",
     "require",
     "trainers",
@@ -165,6 +166,11 @@ def trainers() -> dict[str, type[Loss]]:
     """The families of losses by their trainers' names."""
     _load_members()
     return dict(sorted(_TRAINERS.items()))
+
+
+def default_loss() -> Loss:
+    """TRL's with its defaults, in which nothing counts as set: not even whose it is."""
+    return trainers()["trl"].model_validate({})
 
 
 def build_loss(settings: Mapping[str, Any]) -> Loss:

@@ -7,12 +7,12 @@ the weights, and what is kept for them. The model's own files have names, shapes
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from entropy_probe.checkpoints.objects import Names, read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.pieces import DTENSORS, Whole, as_written_by, optimizer_of_entries
 from entropy_probe.checkpoints.safe_read import StandIn
-from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters
+from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters, frozen_tensors
 from entropy_probe.results.note import Note
 
 __all__ = ["FORMAT", "DeepSpeed"]
@@ -60,7 +60,7 @@ class DeepSpeed(CheckpointFormat):
             return self._optimizer(place)
 
     def _optimizer(self, place: Path) -> SavedOptimizer:
-        saved = _Saved.read(place)
+        saved = _Saved.of(place)
         keys = sorted({key for own in saved.buffers for key in own.kept})
         kept = {key: saved.parameters(key) for key in keys}
         numbers = [own.numbers for own in saved.buffers]
@@ -75,7 +75,7 @@ class DeepSpeed(CheckpointFormat):
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """The float32 masters, one for each trained parameter."""
         with as_written_by("DeepSpeed", place):
-            saved = _Saved.read(place)
+            saved = _Saved.of(place)
         return {name: _stored(saved.files[0], whole) for name, whole in saved.parameters("master").items()}
 
     def weights_at(self, path: Path) -> Path | None:
@@ -85,7 +85,7 @@ class DeepSpeed(CheckpointFormat):
     def weights(self, place: Path) -> Weights:
         """The rounded weights that the model computes with, and what was frozen."""
         with as_written_by("DeepSpeed", place):
-            saved = _Saved.read(place)
+            saved = _Saved.of(place)
         file, tensors = saved.model_files[0], dict(saved.frozen)
         for name, whole in saved.parameters("master").items():
             tensors[name] = Whole(whole.shape, saved.dtype, partial(_rounded, whole, saved.dtype))
@@ -154,6 +154,16 @@ class _Saved:
     tied: dict[str, str]
 
     @classmethod
+    def of(cls, place: Path) -> _Saved:
+        """All files of a folder, not opened again while something still reads from them and they are unchanged."""
+        told = ((file.name, file.stat()) for file in sorted(place.glob("*.pt")))
+        key = (place.absolute(), *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in told))
+        saved = _OPEN.get(key)
+        if saved is None:
+            saved = _OPEN[key] = cls.read(place)
+        return saved
+
+    @classmethod
     def read(cls, place: Path) -> _Saved:
         model_files, files = _files(place)
         models = [_part(file, "module", "param_shapes", "dp_world_size") for file in model_files]
@@ -183,7 +193,7 @@ class _Saved:
         ]
         _check_steps(files[0], first, buffers)
         dtype = next((x.dtype for x in first["module"].values() if x.is_floating_point()), torch.float32)
-        frozen = _frozen(model_files[0], models, {name for own in shapes for name in own})
+        frozen = frozen_tensors(model_files[0], models, {name for own in shapes for name in own})
         tied = {plain_name(name): plain_name(other) for name, other in (first.get("shared_params") or {}).items()}
         size = sum(file.stat().st_size for file in (*files, *model_files))
         saved = cls(files, model_files, size, groups, shapes, buffers, by_slices, dtype, frozen, tied)
@@ -195,7 +205,7 @@ class _Saved:
         """What is kept under a key for every trained parameter."""
         arrange = by_mappings if self.by_slices else by_parameters
         return {
-            name: whole
+            name: whole._replace(read=partial(_read_of, self, whole.read))
             for own, shapes in zip(self.buffers, self.shapes, strict=True)
             for name, whole in arrange(self.files[0], own, key, shapes).items()
         }
@@ -212,6 +222,15 @@ class _Saved:
                     f"{self.model_files[0]}: {name}: expected the optimizer's float32 weights rounded, got others; "
                     f"files of ranks were swapped, or are of two saves; {_COPY}"
                 )
+
+
+_OPEN: WeakValueDictionary[tuple[Any, ...], _Saved] = WeakValueDictionary()
+"""Saves that tensors are still to be read from: optimizer, weights and masters of one are in the same files."""
+
+
+def _read_of(saved: _Saved, read: Callable[[], Tensor]) -> Tensor:
+    """A tensor of a save, which stays open as long as this may be called."""
+    return read()
 
 
 def _files(place: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -368,27 +387,3 @@ def _check_steps(file: Path, model: Mapping[str, Any], buffers: Sequence[Buffers
             f"{file}: expected state after {counted[0]} steps ({counted[1]} skipped), as the model's file counts, got "
             f"after {sorted(taken)}; files of two saves, {_COPY}"
         )
-
-
-def _frozen(file: Path, models: Sequence[Mapping[str, Any]], trained: set[str]) -> dict[str, Whole]:
-    """Tensors of the model that were not trained: whole in one file, or with ZeRO 3 in pieces in all."""
-    frozen = {
-        plain_name(name): Whole(tuple(tensor.shape), tensor.dtype, tensor.clone)
-        for name, tensor in models[0]["module"].items()
-        if plain_name(name) not in trained and tensor.numel()
-    }
-    shapes = models[0].get("frozen_param_shapes") or {}
-    if len(models) > 1 and shapes:
-        pieces = [model.get("frozen_param_fragments") or {} for model in models]
-        if any(own.keys() != shapes.keys() for own in pieces):
-            raise DamagedFileError(f"{file}: expected every rank's part of what was frozen, got fewer; {_COPY}")
-        for name, size in shapes.items():
-            parts, shape = [own[name] for own in pieces], tuple(size)
-            if not 0 <= sum(map(len, parts)) - prod(shape) < len(parts):
-                raise DamagedFileError(f"{file}: {name}: expected pieces of {list(shape)}, got other sizes; {_COPY}")
-            frozen[plain_name(name)] = Whole(shape, parts[0].dtype, partial(_cut, parts, shape))
-    return frozen
-
-
-def _cut(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    return torch.cat(list(parts))[: prod(shape)].reshape(shape)

@@ -27,7 +27,8 @@ Command = Literal["run", "validate", "sweep"]
 
 # what is compared by content; the others say where things go and how long to wait
 _PATHS: dict[str, Any] = {
-    **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts", "reward_time_limit"), True),
+    **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts", "trainer_config"), True),
+    "reward_time_limit": True,
     "prompts": {"jsonl", "parquet"},
     "generation": {"server": {"url", "timeout", "retries"}},
 }
