@@ -29,7 +29,7 @@ from entropy_probe.types import TokenScores
 __all__ = ["measure_horizons", "measured_within", "stated"]
 
 SLOPE_TOLERANCE = 1e-3
-"""How far forward mode may be off on a sequence, relative to what single parameters add. A wrong rule is off by percents."""
+"""How far forward mode may be off on a sequence, relative to what parameters add; wrong rules are by percents."""
 
 
 @dataclass(frozen=True, eq=False)

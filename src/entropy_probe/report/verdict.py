@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import State, Verdict, written
+from entropy_probe.report.sections.horizons import within
 from entropy_probe.results.horizons import HorizonPoint
 from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
@@ -15,7 +16,7 @@ LINEAR_RANGE = 0.1
 STATES: dict[str, State] = {
     "agrees within error": "ok",
     "distinguishable from 0": "ok",
-    "resolved within a horizon": "ok",
+    "resolved within horizon": "ok",
     "indistinguishable from 0": "look",
     "beyond the linear range": "look",
     "below the noise floor": "look",
@@ -34,7 +35,7 @@ def verdict(result: ProbeResult) -> Verdict:
     not measured             the step moved the policy too far for the evaluation rollouts to measure it
     below the noise floor    rounding alone could have made the realized change
     indistinguishable from 0 neither the predicted nor the realized change exceeds its margin
-    resolved within a horizon likewise, but the predicted change within the horizon that states it does
+    resolved within horizon  likewise, but the predicted change within the horizon that states it does
     beyond the linear range  they differ by more than the margin of their paired difference, and by more than
                              10% of the prediction (or of its standard error, where that is larger)
     agrees within error      otherwise
@@ -120,17 +121,15 @@ def _indistinguishable(result: ProbeResult) -> Verdict:
 
 def _within(stated: HorizonPoint) -> Verdict:
     """What the change within a horizon says where that of the whole response is lost in noise."""
-    tokens = "1 token" if stated.horizon == 1 else f"{stated.horizon} tokens"
-    sentence = (
-        f"The predicted change within {tokens} of a changed one is {_in_errors(stated.predicted)} standard errors"
-    )
-    sentence += f" from 0: the entropy {_goes(stated.predicted)} by {_size(stated.predicted)}"
+    away, goes = _in_errors(stated.predicted), _goes(stated.predicted)
+    sentence = f"The predicted change {within(stated.horizon or 0)} of a changed one is {away} standard errors from 0: "
+    sentence += f"the entropy {goes} by {_size(stated.predicted)}"
     if stated.realized is not None:
         sentence += f" (measured: {_goes(stated.realized)} by {_size(stated.realized)})"
     if stated.beyond is not None:
         unit = stated.beyond.unit
         sentence += f". What lies beyond is {written(stated.beyond)} {unit}, not resolved; that takes more rollouts"
-    return _finding("resolved within a horizon", f"{sentence}.")
+    return _finding("resolved within horizon", f"{sentence}.")
 
 
 def _not_measured(realized: Realized, predicted: Estimate | None) -> Verdict:

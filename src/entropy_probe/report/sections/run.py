@@ -129,8 +129,9 @@ def step_section(result: ProbeResult) -> Section:
         *horizon_blocks(result.horizons, unit),
         Rows(tuple(rows), unit),
     )
+    sentences = tuple(filter(None, [story(result), proposal(result)]))
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
-                   tuple(filter(None, [story(result), proposal(result)])), cautions=cautions(result), blocks=blocks)  # fmt: skip
+                   sentences, cautions=cautions(result), blocks=blocks)  # fmt: skip
 
 
 def _exponent(result: ProbeResult) -> int | None:

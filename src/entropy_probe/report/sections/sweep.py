@@ -74,7 +74,8 @@ def sweep_section(sweep: Sweep) -> Section:
     blocks = (_changes(sweep), *_sizes(sweep), *_ratios(sweep), points, *([Rows(fits)] if fits else []))
     of = "" if sweep.horizon is None else f", {within(sweep.horizon)} of a changed one"
     subtitle = f"{len(sweep.points)} rates, {sweep.unit}{of}"
-    return Section(TITLE, "sweep", "Sweep", subtitle, None, (sweep_sentence(sweep),), cautions=cautions(sweep.prediction), blocks=blocks, notes=sweep.notes)  # fmt: skip
+    return Section(TITLE, "sweep", "Sweep", subtitle, None, (sweep_sentence(sweep),),
+                   cautions=cautions(sweep.prediction), blocks=blocks, notes=sweep.notes)  # fmt: skip
 
 
 def _one_of_several(sweep: Sweep, name: str, k: int) -> Section:
