@@ -44,7 +44,9 @@ class ProbeConfig(BaseModel):
         realized: how the realized change is estimated. ``per_decision`` always uses exact entropies.
         horizon: which point of the profile over horizons (:class:`~entropy_probe.Horizons`) states the change: the
             whole response where it is told from 0, else the shortest that no longer one contradicts (``auto``), or
-            this many tokens. ``None`` leaves the profile out, which saves one scoring of the evaluation batch.
+            this many tokens. A number is the horizon of attribution and sweeps too; by default attribution takes the
+            shortest whose contributions correlate at least 0.99 with the whole response's. ``None`` is the whole
+            response everywhere, and leaves the profile out, which saves one scoring of the evaluation batch.
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.invariants.hf_problems import policy, rollouts
 
 from entropy_probe import EntropyProbe, ProbeConfig
 from entropy_probe.analyses.batches import admit_batches
 from entropy_probe.analyses.measure import measure
 from entropy_probe.analyses.plan import plan
 from entropy_probe.estimators.realized import per_decision
+from tests.invariants.hf_problems import policy, rollouts
 
 
 def test_share_and_design_effect_of_the_realized_change():

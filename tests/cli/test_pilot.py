@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from tests.cli.conftest import invoke
-from tests.invariants.hf_problems import rollouts
-from tests.report.results import make_result
 
 from entropy_probe import ProbeResult, Rollouts
 from entropy_probe.cli.pilot import decide
 from entropy_probe.results.draws import Draws
 from entropy_probe.sampling import EvaluationSettings
+from tests.cli.conftest import invoke
+from tests.invariants.hf_problems import rollouts
+from tests.report.results import make_result
 
 PILOT = rollouts(n=64, seed=0)  # prompts and responses of a few tokens
 SHARE = Draws(num_prompts=16, per_prompt=4.0, between_share=0.1, design_effect=1.3)
@@ -64,9 +64,9 @@ def test_draws_per_prompt_by_the_share_and_the_lengths():
     assert few.draws == -(-wished.sequences // 20) or few.draws == few.sequences // 20
     assert few.notes[0].text.endswith("were taken, all 20 prompts of the source")
     assert decided(of_pilot(), source=20, relative_error=0.01, draws_per_prompt=3).sequences == 60
-    with pytest.raises(ValueError, match="draws_per_prompt: expected a change .* got status low_ess; set a number"):
-        realized = make_result(status="low_ess").realized
-        decided(of_pilot(realized=realized), num_prompts=40, draws_per_prompt="auto")
+    refused = of_pilot(realized=make_result(status="low_ess").realized)
+    with pytest.raises(ValueError, match=r"draws_per_prompt: expected a change .* got status low_ess; set a number"):
+        decided(refused, num_prompts=40, draws_per_prompt="auto")
 
 
 def test_a_run_draws_what_its_pilot_said_and_resumes_by_it(config, tmp_path):

@@ -17,9 +17,8 @@ def drawn(counts: torch.Tensor, share: float, generator: torch.Generator) -> tup
 def test_components_are_unbiased_and_the_effect_is_that_on_the_mean(share):
     generator = torch.Generator().manual_seed(4)
     counts = torch.tensor([2, 4, 3, 4, 6, 5] * 5)
-    values, influences = zip(*(
-        (between(x - x.mean(), prompts), x.mean()) for x, prompts in (drawn(counts, share, generator) for _ in range(400))
-    ), strict=True)  # fmt: skip
+    batches = [drawn(counts, share, generator) for _ in range(400)]
+    values, influences = [between(x - x.mean(), prompts) for x, prompts in batches], [x.mean() for x, _ in batches]
     shares = torch.tensor([one.share for one in values])
     assert abs(shares.mean() - share) < 4 * shares.std() / 400**0.5 + 0.01
     effect = torch.stack(influences).var() * counts.sum()

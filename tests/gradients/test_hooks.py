@@ -63,11 +63,11 @@ def check(model: nn.Module, batch: Rollouts, tolerance: float, max_tokens: int =
                     assert size > 0, name
                     assert (a.total[name] - b.total[name]).norm() <= 3 * tolerance * size, name
                 assert (a.dots - b.dots).norm() <= tolerance * b.stored.norm() * start**0.5
-                side = Side(coefficients(batch, 2), pair_with=fast[0].stored)
+                side = Side(coefficients(batch, 2), pair_with=torch.stack([fast[0].stored, fast[1].stored]))
                 pairs = sample_gradients(scorer, parameters, batch, clusters, [side], hooks=hooks)
-                expected = (fast[0].stored.double() * fast[1].stored.double()).sum(1)
-                size = fast[0].stored.norm() * fast[1].stored.norm()
-                assert (pairs[0].paired - expected).norm() <= tolerance * size
+                for paired, other in zip(pairs[0].paired, fast, strict=True):
+                    expected = (other.stored.double() * fast[1].stored.double()).sum(1)
+                    assert (paired - expected).norm() <= tolerance * other.stored.norm() * fast[1].stored.norm()
     return hooks
 
 

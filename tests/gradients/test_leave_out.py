@@ -22,7 +22,7 @@ def test_what_only_the_left_out_block_reaches_becomes_zero_exactly():
     total[0] = torch.nextafter(total[0], torch.tensor(1.0))
     total[3] = torch.nextafter(total[3], torch.tensor(0.0))
     assert total[0] != shares[0, 0]
-    whole = SampleGradients({"a": total[:3], "b": total[3:]}, torch.zeros(0, 2), shares, torch.zeros(2))
+    whole = SampleGradients({"a": total[:3], "b": total[3:]}, torch.zeros(0, 2), shares, torch.zeros(0, 2))
     update, _ = batches(groups=2)
     given = (
         Scorer(TinyPolicy(), 1.0, 100),
@@ -37,7 +37,7 @@ def test_what_only_the_left_out_block_reaches_becomes_zero_exactly():
     assert without[0]["b"] == 0
     torch.testing.assert_close(without[1]["a"], 3 * shares[0, :3])
     assert without[1]["a"][2] == 0
-    unreached = SampleGradients({"a": None, "b": total[3:]}, torch.zeros(0, 2), shares, torch.zeros(2))
+    unreached = SampleGradients({"a": None, "b": total[3:]}, torch.zeros(0, 2), shares, torch.zeros(0, 2))
     assert next(reduced_gradients(*given, unreached, [1.0]))["a"] is None
 
 
@@ -58,7 +58,7 @@ def test_what_is_kept_has_one_precision_on_every_rank():
     scorer, loss = Scorer(model, 1.0, 100), TRLLoss(loss_type="dapo").coefficients(update, None)
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros(p.shape) for name, p in parameters.items()}
-    whole = SampleGradients(dict(total), torch.zeros(0, 2), None, torch.zeros(2))
+    whole = SampleGradients(dict(total), torch.zeros(0, 2), None, torch.zeros(0, 2))
     for kept in (torch.tensor([0]), torch.tensor([], dtype=torch.long)):
         found = kept_gradient(scorer, parameters, update, update.prompt_ids, kept, loss, whole)
         assert {g.dtype for g in found.values()} == {torch.float32}

@@ -1,5 +1,6 @@
 """The batch of the step as its own evaluation batch, against exact sums over all responses of the enumerable policy."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses.measure import measure
 from entropy_probe.analyses.own_batch import measure_own, predict_own
 from entropy_probe.analyses.predict import entropy_surrogate
-from entropy_probe.named import dot
+from entropy_probe.named import add, dot, scale
 from entropy_probe.results.student import critical_value
 from entropy_probe.steps.plan import stepped_parameters
 from tests.invariants.exact import Bound
@@ -17,26 +18,44 @@ from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy,
 
 TABLE = Table.build()
 RATE = 3e-3
+OTHERS = {"sgd": 0.05, "nesterov": 0.05, "rmsprop": 1e-3, "adafactor": 1e-2}
+"""Learning rates of optimizers whose step is taken on copies."""
 
 
 def batch(generator: torch.Generator, prompts: int, group: int) -> Rollouts:
     return TABLE.update_batch(TABLE.sample_groups(TinyPolicy(), prompts, group, generator), group)
 
 
+def history(model: TinyPolicy, kind: str, step: int, size: float) -> torch.optim.Optimizer:
+    """An optimizer after some steps, with moments of this size; those of random gradients are of size 1."""
+    cls, options = {
+        "adamw": (torch.optim.AdamW, {}),
+        "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01}),
+        "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}),
+        "adafactor": (torch.optim.Adafactor, {}),
+    }[kind]
+    optimizer = trained_optimizer(model, cls=cls, **options)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if name == "step":
+                state[name] = torch.tensor(float(step))
+            elif value is not None:
+                value *= size if name in ("exp_avg", "momentum_buffer") else size**2
+    return optimizer
+
+
 class Repeated:
     """Estimates and exact values over many batches."""
 
     def __init__(self, prompts: int, group: int, norm: str, step: int, batches: int, *, measured: bool,
-                 momentum: float = 0.02, **settings):  # fmt: skip
+                 optimizer: str = "adamw", size: float = 0.02, rate: float = RATE, **settings):  # fmt: skip
         model = TinyPolicy()
-        optimizer = trained_optimizer(model)
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
-            state["exp_avg"] *= momentum  # 0.02: as large as this policy's gradients
-        fields = {"temperature": TEMPERATURE, "merge_equal_prompts": False, "learning_rate": RATE,
+        trained = history(model, optimizer, step, size)  # 0.02: as large as this policy's gradients
+        fields = {"temperature": TEMPERATURE, "merge_equal_prompts": False, "learning_rate": rate,
                   "loss_type": "dr_grpo", "max_completion_length": LONGEST, "normalization": norm,
                   "measure_noise_floor": False}  # fmt: skip
-        probe = EntropyProbe(model, optimizer, ProbeConfig(**(fields | settings)))
+        probe = EntropyProbe(model, trained, ProbeConfig(**(fields | settings)))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         h = TABLE.entropy(model, norm)
         slope = dict(zip(named, torch.autograd.grad(h, list(named.values())), strict=True))
@@ -49,7 +68,7 @@ class Repeated:
                 row = [prediction.change.value, dot(slope, plan.step.delta), prediction.change.standard_error,
                        over_batches, prediction.all_pairs.value]  # fmt: skip
                 if measured:
-                    stepped, _ = stepped_parameters(named, optimizer, plan.step, policy.config, RATE)
+                    stepped, _ = stepped_parameters(named, trained, plan.step, policy.config, rate)
                     with torch.no_grad():
                         exact = TABLE.entropy(Bound(model, stepped), norm) - h
                     plain, own = measure(plan).measurement.change, measure_own(prediction).measurement.change
@@ -66,66 +85,69 @@ class Repeated:
         return ((self.columns[estimate] - truth).abs() <= self.critical * self.columns[error]).double().mean().item()
 
 
-FEW = pytest.mark.xfail(
-    reason="errors of few prompts are too small, as a note says; D and clipping have a bias of 1 / B"
-)
 CASES = [
     (16, 4, "token", 12, {}),
     (16, 2, "sequence", 500, {"max_grad_norm": 1e-2}),
     (8, 8, "token", 1, {"loss_type": "dapo"}),
+    (8, 8, "sequence", 1, {"optimizer": "sgd", "rate": 0.05}),
 ]
 
 
 @pytest.mark.parametrize(("prompts", "group", "norm", "step", "settings"), CASES)
 def test_unbiased_and_covering(prompts, group, norm, step, settings):
-    found = Repeated(prompts, group, norm, step, 150, measured=True, **settings)
-    assert abs(found.z(0, 1)) < 4
-    assert abs(found.z(5, 6)) < 4
-    assert 0.90 <= found.coverage(0, found.columns[1], 2) <= 0.99
-    assert 0.90 <= found.coverage(0, found.columns[1].mean(), 3) <= 0.99
-    assert 0.90 <= found.coverage(5, found.columns[6], 7) <= 0.99
+    seen = Repeated(prompts, group, norm, step, 100, measured=True, **settings)
+    assert abs(seen.z(0, 1)) < 4
+    assert abs(seen.z(5, 6)) < 4
+    assert 0.88 <= seen.coverage(0, seen.columns[1], 2) <= 0.99
+    assert 0.88 <= seen.coverage(0, seen.columns[1].mean(), 3) <= 0.99
+    assert 0.88 <= seen.coverage(5, seen.columns[6], 7) <= 0.99
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["token", "sequence"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1e-2])
 @pytest.mark.parametrize(
-    ("prompts", "group", "step"),
-    [*(pytest.param(*case, marks=FEW) for case in ((8, 2, 12), (8, 8, 1), (16, 8, 500))), (64, 2, 12)],
+    ("prompts", "group", "step", "settings"),
+    [
+        *((prompts, group, step, {}) for prompts in (8, 16, 64) for group in (2, 8) for step in (1, 12, 500)),
+        *((8, 8, 3, {"optimizer": kind, "rate": rate}) for kind, rate in OTHERS.items()),
+    ],
+    ids=str,
 )
-def test_bias_and_coverage_long(prompts, group, norm, step, max_grad_norm):
-    found = Repeated(prompts, group, norm, step, 2000, measured=True, max_grad_norm=max_grad_norm)
-    assert abs(found.z(0, 1)) < 4
-    assert abs(found.z(5, 6)) < 4
-    assert 0.92 <= found.coverage(0, found.columns[1], 2) <= 0.98
-    assert 0.92 <= found.coverage(0, found.columns[1].mean(), 3) <= 0.98
-    assert 0.92 <= found.coverage(5, found.columns[6], 7) <= 0.98
+def test_bias_and_coverage_long(prompts, group, step, settings, norm, max_grad_norm):
+    seen = Repeated(prompts, group, norm, step, 2000, measured=True, max_grad_norm=max_grad_norm, **settings)
+    assert abs(seen.z(0, 1)) < 4
+    assert abs(seen.z(5, 6)) < 4
+    assert 0.92 <= seen.coverage(0, seen.columns[1], 2) <= 0.98
+    assert 0.92 <= seen.coverage(0, seen.columns[1].mean(), 3) <= 0.98
+    assert 0.92 <= seen.coverage(5, seen.columns[6], 7) <= 0.98
 
 
 @pytest.mark.slow
 def test_all_pairs_are_seen_to_be_off():
-    found = Repeated(4, 4, "sequence", 500, 2000, measured=False, momentum=0.0, max_grad_norm=None)
-    assert abs(found.z(4, 1)) > 4
-    assert abs(found.z(0, 1)) < 4
+    seen = Repeated(4, 4, "sequence", 500, 2000, measured=False, size=0.0, max_grad_norm=None)
+    assert abs(seen.z(4, 1)) > 4
+    assert abs(seen.z(0, 1)) < 4
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "adafactor"])
 @pytest.mark.parametrize("kept_gib", [1.0, 0.0])
-def test_the_sum_over_pairs_one_by_one(kept_gib):
+def test_steps_without_a_prompt_one_by_one(kept_gib, kind):
     model = TinyPolicy()
-    optimizer = trained_optimizer(model)
+    optimizer = history(model, kind, 2, 0.02)
     config = ProbeConfig(
         temperature=TEMPERATURE,
         merge_equal_prompts=False,
         learning_rate=RATE,
-        loss_type="dr_grpo",
-        max_completion_length=LONGEST,
+        loss_type="dapo",
         normalization="sequence",
+        max_grad_norm=1e-2,
         max_stored_gradient_gib=kept_gib,
     )
     rollouts = batch(torch.Generator().manual_seed(1), 5, 3)
     with EntropyProbe(model, optimizer, config)._opened() as policy:
         prediction = predict_own(policy, rollouts)
-        plan, step = prediction.plan, prediction.plan.step
+        plan = prediction.plan
         surrogate = entropy_surrogate(plan)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     log_p = torch.log_softmax(model(rollouts.input_ids, rollouts.attention_mask.long()).logits / TEMPERATURE, -1)
@@ -141,14 +163,40 @@ def test_the_sum_over_pairs_one_by_one(kept_gib):
             for v in values
         ]
 
+    def step(gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        moving, own = copy.deepcopy((model, optimizer))
+        for p, g in zip(moving.parameters(), gradient.values(), strict=True):
+            p.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_(list(moving.parameters()), 1e-2)
+        own.param_groups[0]["lr"] = RATE
+        own.step()
+        return {name: p.detach() - named[name].detach() for name, p in moving.named_parameters()}
+
     xs, ys = by_prompt(x_rows), by_prompt(y_rows)
-    moved = [{n: -step.gradient.factor * step.gradient_scale[n] * y[n] for n in y} for y in ys]
+    tokens = torch.tensor([float(rollouts.response_lengths[rollouts.prompt_ids == u].sum()) for u in range(5)])
+    whole, mean = add(*ys), scale(1 / 5, add(*xs))
+    taken, own, across = step(whole), [], []
+    for u, share in enumerate((tokens / tokens.sum()).tolist()):
+        others = step(scale(1 / (1 - share), add(*(y for w, y in enumerate(ys) if w != u))))
+        moved_by = {name: taken[name] - others[name] for name in named}
+        own.append(dot(xs[u], moved_by))
+        across.append(dot(mean, moved_by))
+    all_pairs = sum(dot(x, taken) for x in xs) / 15
+    assert prediction.all_pairs.value == pytest.approx(all_pairs, rel=1e-9)
+    assert prediction.change.value == pytest.approx(all_pairs - (sum(own) - sum(across)) / 15, rel=1e-9)
+    expected = 4 * (torch.tensor(across, dtype=torch.float64) - sum(across) / 5) / 3
+    torch.testing.assert_close(prediction.of_update, expected, rtol=1e-7, atol=1e-12)
+    assert prediction.se_update == pytest.approx((expected.std() / 5**0.5).item(), rel=1e-7)
+    if kind != "adamw":
+        assert prediction.by_prompt is None
+        assert not prediction.parts
+        return
+    assert sum(part.value for part in prediction.parts.values()) == pytest.approx(prediction.change.value, rel=1e-12)
+    gradient = plan.step
+    moved = [{n: -gradient.gradient.factor * gradient.gradient_scale[n] * y[n] for n in y} for y in ys]
     pairs = torch.tensor([[dot(x, m) for m in moved] for x in xs], dtype=torch.float64)
     different = pairs - pairs.diagonal().diag()
-    assert prediction.parts["gradient"].value == pytest.approx((5 / 4 * different.sum() / 15).item(), rel=1e-9)
     torch.testing.assert_close(prediction.by_prompt, 5 / 4 * different.sum(0) / 15, rtol=1e-8, atol=1e-15)
-    rest = sum(prediction.parts[name].value for name in prediction.parts if name != "gradient")
-    assert prediction.change.value == pytest.approx(prediction.parts["gradient"].value + rest, rel=1e-12)
 
 
 def test_refusals():
@@ -157,9 +205,18 @@ def test_refusals():
     generator = torch.Generator().manual_seed(2)
     with pytest.raises(ValueError, match=r"one batch: expected at least 3 distinct prompts.*got 2"):
         EntropyProbe(model, trained_optimizer(model), config).one_batch(batch(generator, 2, 4))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(ValueError, match=r"one batch: expected torch.optim.AdamW or Adam.*got torch.optim.SGD"):
-        EntropyProbe(model, sgd, config).one_batch(batch(generator, 8, 4))
+
+
+def test_the_result_of_an_optimizer_without_a_closed_form():
+    model = TinyPolicy()
+    config = ProbeConfig(temperature=TEMPERATURE, merge_equal_prompts=False)
+    probe = EntropyProbe(model, history(model, "nesterov", 3, 0.02), config)
+    result = probe.one_batch(batch(torch.Generator().manual_seed(2), 8, 4))
+    assert not result.components
+    assert result.predicted.se_update > 0
+    assert result.predicted.se_update_method == "pairs"
+    assert result.realized.batch == "own"
+    assert any(note.code == "step_on_copies" for note in result.diagnostics.notes)
 
 
 def test_a_batch_that_was_stepped_on_before_is_said():
@@ -173,12 +230,3 @@ def test_a_batch_that_was_stepped_on_before_is_said():
         given = replace(rollouts, old_logprobs=old[rows] - gap * rollouts.response_mask)
         notes = EntropyProbe(model, trained_optimizer(model), config).one_batch(given).diagnostics.notes
         assert any(note.code == "used_before" for note in notes) == said
-
-
-@pytest.mark.parametrize(("prompts", "said"), [(31, True), (32, False)])
-def test_errors_of_few_prompts_are_said_to_be_small(prompts, said):
-    model = TinyPolicy()
-    config = ProbeConfig(temperature=TEMPERATURE, merge_equal_prompts=False)
-    rollouts = batch(torch.Generator().manual_seed(2), prompts, 2)
-    notes = EntropyProbe(model, trained_optimizer(model), config).one_batch(rollouts).diagnostics.notes
-    assert any(note.code == "few_prompts" for note in notes) == said

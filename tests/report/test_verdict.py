@@ -3,6 +3,9 @@ from __future__ import annotations
 import pytest
 
 from entropy_probe.report import verdict
+from entropy_probe.report.sections.run import story
+from entropy_probe.results.horizons import HorizonPoint, Horizons
+from entropy_probe.results.probe import Estimate
 from tests.report.results import make_cross_prompt, make_result
 
 
@@ -114,3 +117,36 @@ def test_incomplete_results_are_refused():
 def test_one_batch_alone(errors, kind):
     cross = make_cross_prompt(-1.9e-3, *errors)
     assert verdict(make_result(None, None, cross_prompt=cross)).kind == kind
+
+
+def horizon_point(horizon, predicted, beyond) -> HorizonPoint:
+    def estimate(pair):
+        return None if pair is None else Estimate(value=pair[0], standard_error=pair[1], num_clusters=256,
+                                                  unit="nats/token")  # fmt: skip
+
+    return HorizonPoint(horizon=horizon, predicted=estimate(predicted), realized=estimate(predicted), increment=None,
+                        beyond=estimate(beyond), beyond_realized=None, ess_fraction=1.0)  # fmt: skip
+
+
+def test_where_the_whole_is_lost_in_noise_the_headline_is_within_a_horizon_and_named_so():
+    lost = make_result((-1.2e-2, 1.0e-2), (-1.1e-2, 1.0e-2), (1e-3, 1e-3))
+    points = (horizon_point(16, (-1.11e-2, 0.08e-2), (-0.11e-2, 0.1e-2)), horizon_point(None, (-1.2e-2, 1e-2), None))
+    within = lost.model_copy(update={"horizons": Horizons(points=points, headline=16)})
+    judged, said = verdict(within), story(within)
+    assert judged.kind == "resolved within horizon"
+    assert (
+        "within 16 tokens of a changed one is 13.9 standard errors from 0: the entropy falls by 0.0111"
+        in judged.sentence
+    )
+    assert "What lies beyond is -1.1e-3 ± 1.0e-3 nats/token, not resolved" in judged.sentence
+    assert said == (
+        "To first order the step will lower entropy by 0.0111 nats/token within 16 tokens of a changed one; beyond, "
+        "-1.1e-3 ± 1.0e-3, not resolved."
+    )
+    whole = lost.model_copy(update={"horizons": Horizons(points=points, headline=None)})
+    assert verdict(whole).kind == "indistinguishable from 0"
+    unclear = (horizon_point(16, (-1e-3, 8e-3), (0.0, 1e-3)), points[1])
+    assert (
+        verdict(lost.model_copy(update={"horizons": Horizons(points=unclear, headline=16)})).kind
+        == "indistinguishable from 0"
+    )

@@ -146,7 +146,10 @@ def test_evaluation_batch(model, tokenizer):
     assert report.mean_response_length == pytest.approx(float(rollouts.response_lengths.double().mean()))
 
 
-MANY = [Prompt(10 * i, text, answer=text) for i, text in enumerate("0 012 11 2101 20 1 00 10 02 22 12 21".split())]
+MANY = [
+    Prompt(10 * i, text, answer=text)
+    for i, text in enumerate(["0", "012", "11", "2101", "20", "1", "00", "10", "02", "22", "12", "21"])
+]
 
 
 def test_evaluation_draws_several_of_distinct_prompts(model, tokenizer):

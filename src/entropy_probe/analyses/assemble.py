@@ -29,7 +29,7 @@ from entropy_probe.results.probe import (
     Realized,
 )
 from entropy_probe.results.step import StepVectors
-from entropy_probe.results.student import combined_degrees
+from entropy_probe.results.student import combined_degrees, degrees_of
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.afterlife import lifetime_factor
@@ -179,13 +179,18 @@ def estimate_fields(
         clusters: the evaluation clusters.
         update: error from the update batch, and how many units of it that is from.
     """
-    own = sampled.standard_error
-    fields = {"value": sampled.value, "standard_error": own, "num_clusters": clusters.count, "unit": policy.unit}
-    if update is None:
-        return fields
-    error, number = update
-    degrees = combined_degrees([(own, clusters.count - 1), (error, number - 1)])
-    return fields | {"standard_error": math.hypot(own, error), "degrees_of_freedom": degrees}
+    own, degrees = sampled.standard_error, degrees_of(clusters.count, sampled.skewness)
+    if update is not None:
+        error, number = update
+        degrees = combined_degrees([(own, degrees), (error, number - 1)])
+        own = math.hypot(own, error)
+    return {
+        "value": sampled.value,
+        "standard_error": own,
+        "num_clusters": clusters.count,
+        "unit": policy.unit,
+        "degrees_of_freedom": degrees,
+    }
 
 
 def _optimizer_report(policy: Policy) -> OptimizerStateReport:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribution import Attribution, LayerShare
+from entropy_probe.analyses.attribution_horizon import at_own_horizon
 from entropy_probe.analyses.batches import EvaluationBatch
 from entropy_probe.analyses.gradient import differentiate, over_tokens, whole_scores
 from entropy_probe.analyses.layer_names import layer_and_module
@@ -82,7 +83,8 @@ def attribute(
     """Divide a prediction over its sources.
 
     Args:
-        prediction: of a step in closed form.
+        prediction: of a step in closed form, on the whole response; it is divided at a horizon of its own
+            (:func:`~entropy_probe.analyses.attribution_horizon.at_own_horizon`).
         folds: of the evaluation batch, for standard errors of the prompts' contributions; ``auto`` for
             :data:`USUAL_FOLDS` where each prompt's share of the update gradient is kept, so that they cost one more
             gradient over the evaluation batch and no more.
@@ -91,21 +93,24 @@ def attribute(
     """
     began = time.perf_counter()
     plan, policy = prediction.plan, prediction.plan.policy
-    slopes, tokens = _tokens(prediction)
-    layers = _layers(prediction)
-    folds = _usual_folds(prediction) if folds == "auto" else folds
-    errors = None if folds is None else _fold_errors(prediction, folds)
+    within, alike = at_own_horizon(prediction)
+    slopes, tokens = _tokens(within)
+    layers = _layers(within)
+    folds = _usual_folds(within) if folds == "auto" else folds
+    errors = None if folds is None else _fold_errors(within, folds)
     seconds = time.perf_counter() - began
     update = plan.batch.update
     covariances = covariance_terms(
         update.rollouts.token_advantages, slopes.scores.logprobs, update.rollouts.response_mask
     )
-    parts = {name: part.value for name, part in prediction.parts.items()}
-    _check_sums(prediction, tokens, layers, parts)
+    parts = {name: part.value for name, part in within.parts.items()}
+    _check_sums(within, tokens, layers, parts)
     advantages, mask = update.rollouts.token_advantages, update.rollouts.response_mask
     summary = AttributionSummary(
         unit=policy.unit,
         method=slopes.method,
+        horizon=within.horizon,
+        correlation_with_whole=alike,
         num_tokens=int(mask.sum()),
         **{part: parts.get(part, 0.0) for part in PARTS},
         positive_advantages=tokens[advantages > 0].sum().item(),
@@ -176,7 +181,7 @@ def _fold_errors(prediction: Prediction, folds: int) -> Tensor:
     """Standard errors of the prompts' contributions, from the entropy gradient of one fold at a time."""
     plan, policy, evaluation = prediction.plan, prediction.plan.policy, prediction.plan.evaluation
     local, table = evaluation.local, plan.before.sums.table
-    surrogate, fold_of = entropy_surrogate(plan), torch.arange(evaluation.clusters.count) % folds
+    surrogate, fold_of = entropy_surrogate(plan, prediction.horizon), torch.arange(evaluation.clusters.count) % folds
     sums = ClusterSums(table.new_zeros(len(table), folds).index_add_(1, fold_of, table))
     numerators = []
     for fold in range(folds):

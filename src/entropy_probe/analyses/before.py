@@ -92,9 +92,9 @@ class LengthSample:
         """Their response tokens, each times its sequence's weight."""
         return fo.sequence_weights(self.before, "token").sum().item()
 
-    def coefficients(self) -> TokenCoefficients:
-        """Of the surrogate whose gradient is that of their number of tokens."""
-        return fo.length_coefficients(self.before, self.local.clusters, self.positions)
+    def coefficients(self, horizon: int | None = None) -> TokenCoefficients:
+        """Of the surrogate whose gradient is that of their number of tokens, later ones up to a horizon."""
+        return fo.length_coefficients(self.before, self.local.clusters, self.positions, horizon)
 
     def along(self, steps: Sequence[NamedVector], gradients: SampleGradients, ranks: Ranks) -> Float[Tensor, " K"]:
         """The relative first-order change of the mean length by each of some steps.
@@ -109,15 +109,17 @@ class LengthSample:
         *sums, tokens = ranks.sum(torch.tensor([*dots, self.tokens], dtype=torch.float64))
         return torch.stack(sums) / tokens
 
-    def beyond(self, after: TokenScores, first_order: float, ranks: Ranks) -> float:
+    def beyond(self, after: TokenScores, first_order: float, ranks: Ranks, horizon: int | None = None) -> float:
         """By how much more than to first order their mean length changes, relative, by per-decision weights.
 
         Args:
             after: scores of the rank's rows of the batch after the step.
             first_order: what :meth:`along` says of the step.
             ranks: the ranks that have the others.
+            horizon: of both; the whole response by default.
         """
-        new = per_decision(self.before, after.select(self.rows), self.local.clusters, self.positions)
+        given = (self.before, after.select(self.rows), self.local.clusters, self.positions)
+        new = per_decision(*given, horizon=horizon)
         size, tokens = ranks.sum(torch.tensor([new.size.sum().item(), self.tokens], dtype=torch.float64)).tolist()
         return size / tokens - 1 - first_order
 
@@ -148,6 +150,7 @@ def entropy_coefficients(
     draws: Clusters,
     positions: PositionSums,
     config: ProbeConfig,
+    horizon: int | None = None,
 ) -> TokenCoefficients:
     """The entropy-gradient surrogate of some sequences of a batch, a chunk of them at a time.
 
@@ -158,12 +161,13 @@ def entropy_coefficients(
         draws: which of them were sampled together.
         positions: sums over the whole batch.
         config: the estimator.
+        horizon: how many later tokens count; all by default.
     """
     of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
     for rows in in_chunks(Clusters.prompts(prompt_ids)):
         some, ids, own = scores.select(rows), prompt_ids[rows], clusters.select(rows)
         how = (config.normalization, config.entropy, draws.select(rows))
-        coefficients = fo.entropy_coefficients(some, ids, own, positions, *how)
+        coefficients = fo.entropy_coefficients(some, ids, own, positions, *how, horizon)
         of_logprobs[rows] = coefficients.logprobs
         if coefficients.entropies is not None:
             of_entropies[rows] = coefficients.entropies

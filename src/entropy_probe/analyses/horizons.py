@@ -7,25 +7,29 @@ token along the step, from which the prediction at every horizon is a sum. Formu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from entropy_probe.analyses.assemble import estimate_fields
 from entropy_probe.analyses.measure import Measured
-from entropy_probe.analyses.predict import Prediction
+from entropy_probe.analyses.predict import Prediction, predict
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import horizon as estimator
-from entropy_probe.estimators.first_order import first_order
-from entropy_probe.estimators.realized import change, per_decision
+from entropy_probe.estimators.first_order import FirstOrder, first_order
+from entropy_probe.estimators.realized import Change, change, per_decision
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.horizons import HorizonPoint, Horizons
 from entropy_probe.results.student import critical_value
 from entropy_probe.scoring.isolation import parameters_at
+from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.types import TokenScores
 
-__all__ = ["measure_horizons"]
+__all__ = ["measure_horizons", "measured_within", "stated"]
+
+SLOPE_TOLERANCE = 1e-3
+"""How far forward mode may be off on a sequence, relative to what parameters add; wrong rules are by percents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,43 @@ def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | N
         for k, horizon in enumerate(horizons)
     )
     return Horizons(points=points, headline=_headline(config, points, predicted))
+
+
+def stated(prediction: Prediction) -> Prediction:
+    """The prediction within the horizon that states the change, where that is not the whole response.
+
+    That is ``config.horizon`` where it is a number. By default it is the whole response where its interval excludes 0,
+    and else the shortest that no longer one contradicts; for the profile every token's slope along the step is taken in
+    forward mode, which does not depend on the size of the step.
+    """
+    plan, config, change = prediction.plan, prediction.plan.policy.config, prediction.change
+    if not _has_horizons(config):
+        return prediction
+    if isinstance(config.horizon, int):
+        return predict(plan, config.horizon)
+    if _estimate(prediction, change).distinguishable:
+        return prediction
+    policy, local = plan.policy, plan.evaluation.local
+    with policy.clock.phase("profile of horizons") as progress, policy.on_rank(local):
+        given = (policy.scorer, plan.evaluation.rollouts, policy.parameters, plan.step.delta)
+        slopes = token_slopes(*given, SLOPE_TOLERANCE, progress, local.rows).slopes
+    ladder = estimator.horizons(int(plan.evaluation.rollouts.response_lengths.max()))
+    along = [_predicted(prediction, slopes, horizon) for horizon in ladder]
+    horizon = ladder[estimator.settled(along, critical_value(plan.evaluation.clusters.count - 1))]
+    return prediction if horizon is None else predict(plan, horizon)
+
+
+def measured_within(prediction: Prediction, measured: Measured) -> Measured:
+    """The realized change within the horizon of a prediction, from the scores after the step.
+
+    Refused where too few of the windowed weights are effective, whatever is to be done about weights of the whole.
+    """
+    if prediction.horizon is None:
+        return measured
+    realized, share = _realized(prediction, measured.measurement.after, prediction.horizon)
+    trusted = share >= prediction.plan.policy.config.min_ess_fraction
+    changes = {"change": realized if trusted else None, "diagnosis": "ok" if trusted else "low_ess"}
+    return replace(measured, measurement=replace(measured.measurement, estimator="per_decision", **changes))
 
 
 def _has_horizons(config: ProbeConfig) -> bool:
@@ -104,19 +145,33 @@ def _opposite(prediction: Prediction) -> TokenScores:
 
 
 def _within(prediction: Prediction, slopes: TokenScores, after: TokenScores, horizon: int | None) -> _Within:
+    return _Within(_predicted(prediction, slopes, horizon), *_realized(prediction, after, horizon))
+
+
+def _predicted(prediction: Prediction, slopes: TokenScores, horizon: int | None) -> FirstOrder:
+    """The first-order change within a horizon, from the slope of every token along the step."""
     plan, policy = prediction.plan, prediction.plan.policy
-    before, local, normalization = plan.before, plan.evaluation.local, policy.config.normalization
-    new, along = torch.zeros(2, 2, local.clusters.count, dtype=torch.float64).unbind()
-    weights = torch.zeros(3, dtype=torch.float64)
+    before, local = plan.before, plan.evaluation.local
+    along = torch.zeros(2, local.clusters.count, dtype=torch.float64)
     with policy.ranks.agreeing():
         for rows in in_chunks(local.clusters):
-            clusters, old, later = local.clusters.select(rows), before.scores.select(rows), after.select(rows)
-            given = (clusters, before.positions, normalization, horizon)
+            given = (local.clusters.select(rows), before.positions, policy.config.normalization, horizon)
+            along += estimator.first_order_along(before.scores.select(rows), slopes.select(rows), *given)
+    contributions, lengths = policy.ranks.sum(along)
+    longer = (lengths.sum() / before.sums.size.sum()).item()
+    return first_order(contributions, before.sums.size, before.entropy, longer)
+
+
+def _realized(prediction: Prediction, after: TokenScores, horizon: int | None) -> tuple[Change, float]:
+    """The realized change within a horizon, and the effective share of its weights."""
+    plan, policy = prediction.plan, prediction.plan.policy
+    before, local = plan.before, plan.evaluation.local
+    new, weights = torch.zeros(2, local.clusters.count, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    with policy.ranks.agreeing():
+        for rows in in_chunks(local.clusters):
+            old, later = before.scores.select(rows), after.select(rows)
+            given = (local.clusters.select(rows), before.positions, policy.config.normalization, horizon)
             new += per_decision(old, later, *given).table
-            along += estimator.first_order_along(old, slopes.select(rows), *given)
             weights += estimator.squared_weights(old, later, horizon)
     total, squares, tokens = policy.ranks.sum(weights).tolist()
-    new, (contributions, lengths) = policy.ranks.sum(new), policy.ranks.sum(along)
-    longer = (lengths.sum() / before.sums.size.sum()).item()
-    predicted = first_order(contributions, before.sums.size, before.entropy, longer)
-    return _Within(predicted, change(ClusterSums(new), before.sums), total**2 / (squares * tokens))
+    return change(ClusterSums(policy.ranks.sum(new)), before.sums), total**2 / (squares * tokens)

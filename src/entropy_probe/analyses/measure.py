@@ -153,7 +153,8 @@ def difference(prediction: Prediction, measurement: Measurement, factor: float =
     predicted, before = prediction.change, prediction.plan.before
     predicted, beyond = predicted.times(factor), 0.0
     if before.lengths is not None and measurement.estimator == "per_decision":
-        beyond = before.lengths.beyond(measurement.after, predicted.length_change, prediction.plan.policy.ranks)
+        given = (predicted.length_change, prediction.plan.policy.ranks, prediction.horizon)
+        beyond = before.lengths.beyond(measurement.after, *given)
     if measurement.estimator == "resampled":  # other responses, so the change does not contain the influence of H
         beyond = change.size_change - predicted.length_change
     return change.minus(predicted, before.entropy, beyond)

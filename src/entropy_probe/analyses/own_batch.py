@@ -5,6 +5,7 @@ Formulas: ``docs/theory.md``, "One batch".
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,18 +18,22 @@ from entropy_probe.analyses.gradient import differentiate, over_clusters
 from entropy_probe.analyses.measure import Measured, measure
 from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes, prompt_contributions
+from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes
 from entropy_probe.estimators import first_order as fo
-from entropy_probe.estimators.own_batch import OwnPairs
+from entropy_probe.estimators.own_batch import LeftOut, pair_contributions
 from entropy_probe.estimators.realized import Change
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.gradients.cross import own_products
-from entropy_probe.gradients.per_sample import SampleGradients, Side
+from entropy_probe.gradients.leave_out import by_name, reduced_gradient
+from entropy_probe.gradients.per_sample import SampleGradients, Side, stored_bytes
+from entropy_probe.gradients.rows import dot_rows, flat
 from entropy_probe.named import NamedVector
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient
-from entropy_probe.steps.copied import optimizer_name
+from entropy_probe.steps.copied import STEP_ON_COPIES, optimizer_name
+from entropy_probe.steps.plan import scaled, unrounded_step
 from entropy_probe.types import Clusters
 
 __all__ = ["OwnPrediction", "admit_own", "measure_own", "predict_own", "without_own"]
@@ -39,13 +44,6 @@ USED_BEFORE = NoteKind(
     "taken on them, momentum has their gradients already, and its part is biased as pairs of a prompt with itself are",
     "Trust the first step on each batch, or give evaluation rollouts.",
 )
-FEW_PROMPTS = NoteKind(
-    "few_prompts",
-    "one batch of {prompts} prompts: errors are up to an eighth too small (95% intervals cover 90% with 8 to 16 "
-    "prompts, 94% with 64)",
-    "Use more prompts, or evaluation rollouts.",
-)
-MIN_PROMPTS_FOR_ERRORS = 32
 MAX_GAP = 1e-3
 """Between the log-probabilities at sampling and now, nats per token: what engines differ by without a step."""
 
@@ -54,9 +52,11 @@ MAX_GAP = 1e-3
 class OwnPrediction(Prediction):
     """The prediction from the batch of the step itself; ``change`` and ``parts`` have their errors given this step.
 
+    ``by_prompt`` is over pairs of different prompts, the step's denominators and clipping held.
+
     Attributes:
-        all_pairs: the change with each prompt's product with its own gradient, as the realized change has it.
-        of_update: influence of each prompt's gradient on the gradient part, ``[B]``.
+        all_pairs: the change with what each prompt's own gradient does to it, as the realized change has it.
+        of_update: influence of each prompt's gradient on the change, ``[B]``.
     """
 
     all_pairs: fo.FirstOrder
@@ -95,47 +95,46 @@ def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None
         clipped: the trainer's own gradient of it, which the step is then taken with as it is.
 
     Raises:
-        ValueError: for fewer than three prompts, an optimizer without a closed form, rollouts of another policy that
-            would have to be reweighted, or as :func:`~entropy_probe.analyses.predict.plan`.
+        ValueError: for fewer than three prompts, rollouts of another policy that would have to be reweighted, or as
+            :func:`~entropy_probe.analyses.predict.plan`.
     """
     planned = plan(policy, *admit_own(policy, batch, clipped), clipped=clipped)
-    if planned.step.gradient_scale is None:
-        raise ValueError(
-            "one batch: expected torch.optim.AdamW or Adam, whose step divides over prompts, got "
-            f"{optimizer_name(policy.optimizer)}; give evaluation rollouts, or set geometry: frozen"
-        )
     if planned.before.scores.log_weights is not None:
         raise ValueError(
             "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
             "they are, so they cannot be reweighted; predict from two batches"
         )
     _note_used_before(planned)
-    if (prompts := planned.evaluation.clusters.count) < MIN_PROMPTS_FOR_ERRORS:
-        policy.log.notes.append(FEW_PROMPTS(prompts=prompts))
-    slope, own = _slope(planned)
-    dots = dict(zip(planned.step.components, over_clusters(policy, planned.evaluation.local, slope.dots), strict=True))
-    length_slope, lengths = length_changes(planned, list(planned.step.components.values()))
-    before = planned.before
-    pairs = OwnPairs(dots["gradient"], prompt_contributions(planned, slope, 1.0), own)
+    step, before = planned.step, planned.before
+    slope, own, across = _slope(planned)
+    dots = dict(zip(step.components, over_clusters(policy, planned.evaluation.local, slope.dots), strict=True))
+    length_slope, lengths = length_changes(planned, list(step.components.values()))
+    size = before.sums.size
+    left_out = LeftOut(own[0], across[0] / len(size))
+    responds = "step" if step.gradient_scale is None else "gradient"
+    corrected = {**dots, responds: dots[responds] - left_out.self_influence}
 
     def first_order(contributions: Tensor, longer: float) -> fo.FirstOrder:
-        return fo.first_order(contributions, before.sums.size, before.entropy, longer)
+        return fo.first_order(contributions, size, before.entropy, longer)
 
-    given = {**dots, "gradient": pairs.by_entropy}
-    parts = {name: first_order(given[name], float(lengths[k])) for k, name in enumerate(given)}
-    change = first_order(torch.stack([*given.values()]).sum(0), float(lengths.sum()))
-    by_prompt = pairs.by_update / before.sums.size.sum()
+    parts = {name: first_order(corrected[name], float(lengths[k])) for k, name in enumerate(corrected)}
+    of_update = len(size) / size.sum() * (left_out.of_update - left_out.of_update.mean())
+    by_prompt = None
+    if step.gradient_scale is None:
+        policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=len(size)))
+    else:
+        by_prompt = pair_contributions(across[1], own[1]) / size.sum()
     return OwnPrediction(
         planned,
         slope,
         length_slope,
-        change,
-        parts,
+        first_order(torch.stack([*corrected.values()]).sum(0), float(lengths.sum())),
+        {} if by_prompt is None else parts,
         by_prompt,
-        fo.update_standard_error(by_prompt),
+        Sampled(0.0, of_update).standard_error,
         None,  # the moments have this batch's gradient after the step, and so the influence of its responses
         all_pairs=first_order(torch.stack([*dots.values()]).sum(0), float(lengths.sum())),
-        of_update=len(by_prompt) * by_prompt - by_prompt.sum(),
+        of_update=of_update,
     )
 
 
@@ -164,25 +163,59 @@ def _note_used_before(planned: Plan) -> None:
         policy.log.notes.append(USED_BEFORE(gap=total / tokens))
 
 
-def _slope(planned: Plan) -> tuple[SampleGradients, Float[Tensor, " B"]]:
-    """The entropy gradient along the parts of the step, and each prompt's along its own share of the gradient part."""
-    policy, evaluation, stored = planned.policy, planned.evaluation, planned.batch.gradient.stored
-    surrogate, scale = entropy_surrogate(planned), _scale(planned)
-    directions = list(planned.step.components.values())
-    side = Side(surrogate, directions, pair_with=stored, pair_scale=None if stored is None else scale)
-    given = (policy, evaluation.own, evaluation.local)
+def _slope(planned: Plan) -> tuple[SampleGradients, Float[Tensor, "K B"], Float[Tensor, "K B"]]:
+    """The entropy gradient along the step, and its products with what each prompt does to the step.
+
+    Returns:
+        The gradient, and with each of a prompt's vectors (:func:`_vectors`) the product of the prompt's entropy
+        gradient and that of the sum of all.
+    """
+    policy, evaluation, batch = planned.policy, planned.evaluation, planned.batch
+    surrogate, directions = entropy_surrogate(planned), list(planned.step.components.values())
+    given, stored, local = (policy, evaluation.own, evaluation.local), batch.gradient.stored, evaluation.local
+    pairs, make = None, _vectors(planned)
+    number = 1 if planned.step.gradient_scale is None else 2
+    size = stored_bytes(policy.parameters, (1 + number) * local.clusters.count)
+    if stored is not None and size <= policy.config.max_stored_gradient_gib * 2**30:
+        with policy.clock.phase("steps without a prompt"), policy.on_rank(local):
+            pairs = stored.new_empty(number, *stored.shape)
+            for unit, row in enumerate(stored):
+                for k, vector in enumerate(make(unit, by_name(row, policy.parameters))):
+                    pairs[k, unit] = flat(vector, policy.parameters)
     with policy.clock.phase("evaluation gradient") as progress:
+        side = Side(surrogate, directions, pair_with=pairs)
         slope = differentiate(*given, side, hooks=planned.hooks, progress=progress)
-    own = slope.paired
-    if stored is None:
-        with policy.clock.phase("own products"), policy.on_rank(evaluation.local):
-            clusters = evaluation.local.local_clusters
-            trained = (policy.scorer, policy.parameters, evaluation.own, clusters)
-            own = own_products(*trained, surrogate, planned.batch.loss, scale)
-    return slope, over_clusters(policy, evaluation.local, own)
+    if pairs is not None:
+        total = {n: torch.zeros_like(p) if (x := slope.total[n]) is None else x for n, p in policy.parameters.items()}
+        products = torch.stack([slope.paired, dot_rows(pairs, total, policy.parameters)])
+    else:
+        with policy.clock.phase("own products"), policy.on_rank(local):
+            trained = (policy.scorer, policy.parameters, evaluation.own, local.local_clusters)
+            products = own_products(*trained, surrogate, batch.loss, slope.total, make)
+    own, across = over_clusters(policy, local, products)
+    return slope, own, across
 
 
-def _scale(planned: Plan) -> NamedVector:
-    """What the loss gradient is multiplied by in the gradient part of the step."""
-    assert planned.step.gradient_scale is not None
-    return {name: -planned.step.gradient.factor * scale for name, scale in planned.step.gradient_scale.items()}
+def _vectors(planned: Plan) -> Callable[[int, NamedVector], Sequence[NamedVector]]:
+    """What a prompt does to the step, by its number on this rank and its share of the gradient.
+
+    By how much the step changes without the prompt; and, where it has parts, the prompt's share of the gradient part.
+    """
+    policy, step, update = planned.policy, planned.step, planned.batch.update
+    config, trained, total = policy.config, (policy.parameters, policy.optimizer), planned.batch.gradient.total
+    if planned.batch.agreement is not None:  # the trainer's own gradient, as it was before clipping
+        total = {name: None if g is None else g / step.gradient.factor for name, g in step.gradient.values.items()}
+    whole = unrounded_step(*trained, total, config)
+    tokens = update.given.response_lengths.double()
+    of_loss = update.prompts.total(tokens if config.loss.per_token else torch.ones_like(tokens))
+    rest = 1 - of_loss / of_loss.sum()
+    factors = torch.where(rest > 0, 1 / rest, 1.0)[update.local.present_clusters].tolist()
+
+    def vectors(unit: int, share: NamedVector) -> list[NamedVector]:
+        others = unrounded_step(*trained, reduced_gradient(total, share, factors[unit]), config)
+        moved_by = {name: move - others[name] for name, move in whole.items()}
+        if step.gradient_scale is None:
+            return [moved_by]
+        return [moved_by, scaled({name: share.get(name) for name in whole}, step.gradient_scale, -step.gradient.factor)]
+
+    return vectors

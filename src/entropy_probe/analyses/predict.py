@@ -8,7 +8,7 @@ first-order change" and "The step".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -71,7 +71,8 @@ class Prediction:
             from outside.
         se_update: the error from the update batch; ``None`` for a gradient from outside.
         committed: the change that the moments alone will still make after the step; ``None`` where they have no closed
-            form, and in the frozen geometry.
+            form, in the frozen geometry, and within a horizon.
+        horizon: how many tokens after a changed one count; ``None`` for the whole response.
     """
 
     plan: Plan
@@ -82,15 +83,21 @@ class Prediction:
     by_prompt: Float[Tensor, " B"] | None
     se_update: float | None
     committed: fo.FirstOrder | None
+    horizon: int | None = field(default=None, kw_only=True)
 
 
-def predict(planned: Plan) -> Prediction:
-    """The first-order change of the entropy by a step."""
+def predict(planned: Plan, horizon: int | None = None) -> Prediction:
+    """The first-order change of the entropy by a step.
+
+    Args:
+        planned: the step.
+        horizon: how many tokens after a changed one count (``docs/theory.md``, "A horizon"); all by default.
+    """
     step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
-    directions = [*step.components.values(), *_later(planned)]
-    slope = _entropy_slope(planned, directions)
+    directions = [*step.components.values(), *(_later(planned) if horizon is None else ())]
+    slope = _entropy_slope(planned, directions, horizon)
     dots = over_clusters(policy, planned.evaluation.local, slope.dots)
-    length_slope, lengths = length_changes(planned, directions)
+    length_slope, lengths = length_changes(planned, directions, horizon)
     own = len(step.components)
     later = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(own, len(directions))]
     committed = later[0] if later else None
@@ -101,17 +108,18 @@ def predict(planned: Plan) -> Prediction:
         if step.gradient_scale is not None
     }
     if isinstance(planned.source, GivenGradient):
-        return Prediction(planned, slope, length_slope, change, parts, None, None, committed)
+        return Prediction(planned, slope, length_slope, change, parts, None, None, committed, horizon=horizon)
     if step.gradient_scale is None:
         se_update = jackknife(planned, slope, sizes.sum().item())
-        return Prediction(planned, slope, length_slope, change, parts, None, se_update, committed)
+        return Prediction(planned, slope, length_slope, change, parts, None, se_update, committed, horizon=horizon)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     if planned.batch.agreement is None:  # else the step is that of another gradient
         coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
         fo.check_sums(by_prompt, parts["gradient"].value, max(1e-3, 8 * coarsest))
-    _note_what_the_update_error_holds_fixed(planned)
+    if horizon is None:
+        _note_what_the_update_error_holds_fixed(planned)
     se_update = fo.update_standard_error(by_prompt)
-    return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, committed)
+    return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, committed, horizon=horizon)
 
 
 def _later(planned: Plan) -> list[NamedVector]:
@@ -123,34 +131,37 @@ def _later(planned: Plan) -> list[NamedVector]:
     return [coasting(*given)]
 
 
-def entropy_surrogate(planned: Plan) -> TokenCoefficients:
+def entropy_surrogate(planned: Plan, horizon: int | None = None) -> TokenCoefficients:
     """What the entropy is differentiated by, of this rank's rows of the evaluation batch."""
     evaluation, before = planned.evaluation, planned.before
     local, draws = evaluation.local, evaluation.draws.select(evaluation.local.rows)
     config = planned.policy.config
     return entropy_coefficients(
-        before.scores, evaluation.own.prompt_ids, local.clusters, draws, before.positions, config
+        before.scores, evaluation.own.prompt_ids, local.clusters, draws, before.positions, config, horizon
     )
 
 
-def _entropy_slope(planned: Plan, directions: Sequence[NamedVector]) -> SampleGradients:
+def _entropy_slope(planned: Plan, directions: Sequence[NamedVector], horizon: int | None) -> SampleGradients:
     """The entropy gradient, along some directions."""
-    surrogate, evaluation = entropy_surrogate(planned), planned.evaluation
-    with planned.policy.clock.phase("evaluation gradient") as progress:
+    surrogate, evaluation = entropy_surrogate(planned, horizon), planned.evaluation
+    phase = "evaluation gradient" if horizon is None else f"gradient within {horizon} tokens"
+    with planned.policy.clock.phase(phase) as progress:
         side = Side(surrogate, directions=directions)
         return differentiate(
             planned.policy, evaluation.own, evaluation.local, side, hooks=planned.hooks, progress=progress
         )
 
 
-def length_changes(planned: Plan, steps: Sequence[NamedVector]) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
+def length_changes(
+    planned: Plan, steps: Sequence[NamedVector], horizon: int | None = None
+) -> tuple[SampleGradients | None, Float[Tensor, " K"]]:
     """The relative first-order change of the mean length by each of some steps; 0 per sequence."""
     lengths, policy = planned.before.lengths, planned.policy
     if lengths is None:
         return None, torch.zeros(len(steps), dtype=torch.float64)
     own = planned.evaluation.own.select(lengths.rows)
     with policy.clock.phase("length gradient") as progress:
-        side = Side(lengths.coefficients())
+        side = Side(lengths.coefficients(horizon))
         slope = differentiate(policy, own, lengths.local, side, progress=progress, total=False)
     return slope, lengths.along(steps, slope, policy.ranks)
 

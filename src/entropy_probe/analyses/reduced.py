@@ -19,9 +19,8 @@ from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import dot
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.probe import PreconditionerReport
-from entropy_probe.steps.adamw import clip_gradient
-from entropy_probe.steps.copied import STEP_ON_COPIES, copied_step, moved, optimizer_name
-from entropy_probe.steps.plan import PlannedStep, plan_step
+from entropy_probe.steps.copied import STEP_ON_COPIES, optimizer_name
+from entropy_probe.steps.plan import PlannedStep, plan_step, unrounded_step
 
 __all__ = ["jackknife", "step_by", "step_on", "step_without"]
 
@@ -91,10 +90,9 @@ def jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> flo
         name: torch.zeros_like(p) if (x := slope.total[name]) is None else x / total_weight
         for name, p in step.delta.items()
     }
-    whole = step.delta
+    trained, whole = (policy.parameters, policy.optimizer), step.delta
     if step.kept:  # rounding is as large as a block's share, so that steps are compared without it
-        given = (policy.parameters, policy.optimizer)
-        whole = moved(policy.parameters, copied_step(*given, step.gradient.values, config.learning_rate))
+        whole = unrounded_step(*trained, planned.batch.gradient.total, config)
     left_out = []
     with policy.clock.phase("update error") as progress, policy.on_rank(local):
         for reduced in reduced_gradients(
@@ -106,9 +104,7 @@ def jackknife(planned: Plan, slope: SampleGradients, total_weight: float) -> flo
             planned.batch.gradient,
             own_factors,
         ):
-            clipped = clip_gradient(reduced, config.max_grad_norm).values
-            stepped = copied_step(policy.parameters, policy.optimizer, clipped, config.learning_rate)
-            left_out.append(dot(direction, moved(policy.parameters, stepped)))
+            left_out.append(dot(direction, unrounded_step(*trained, reduced, config)))
             progress(len(left_out), len(own_factors))
     changes = over_clusters(policy, local, torch.tensor(left_out, dtype=torch.float64))
     sizes = torch.stack([update.prompts.index, blocks.index], 1).unique(dim=0)[:, 1].bincount()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields, predicted_record, realized_record, result_of
+from entropy_probe.analyses.horizons import measured_within, stated
 from entropy_probe.analyses.measure import difference, measure_at, noise_floor
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate
 from entropy_probe.estimators import sweep as curves
@@ -46,6 +47,11 @@ FORWARD_MODE_DIFFERS = NoteKind(
     "no direct curvature: in forward mode the first-order change is {forward:.6g}, not {backward:.6g} as in backward "
     "mode",
     "Read the curvature from the fit.",
+)
+WHOLE_ONLY = NoteKind(
+    "curvature_of_the_whole",
+    "no direct curvature: it is that of the whole response, and the changes of this sweep are within {horizon} tokens",
+    "Read the curvature from the fit, or set probe.horizon to null.",
 )
 BELOW_FLOOR = NoteKind(
     "below_noise_floor",
@@ -106,12 +112,14 @@ def sweep(
     """The change at every rate, and the fits; see :meth:`entropy_probe.EntropyProbe.sweep`.
 
     Args:
-        prediction: planned at one of the rates, which ``config.learning_rate`` is.
+        prediction: of the whole response, planned at one of the rates, which ``config.learning_rate`` is. All rates are
+            of one horizon (:func:`~entropy_probe.analyses.horizons.stated`).
         rates: in increasing order.
         direct_curvature: also differentiate twice along the step.
         finished: points that are taken as they are.
         on_point: called with every other point.
     """
+    prediction = stated(prediction)
     points = {point.learning_rate: point for point in finished}
     notes: list[Note] = []
     derivatives = _direct_derivatives(prediction, notes) if direct_curvature else None
@@ -123,7 +131,8 @@ def sweep(
                 on_point(points[rate])
     own = tuple(float(group["lr"]) for group in prediction.plan.policy.optimizer.param_groups)
     result = result_of(prediction.plan, prediction).model_copy(update={"timing": {}, "memory": {}})
-    return fitted(result, own, [points[rate] for rate in rates], derivatives, notes)
+    swept = fitted(result, own, [points[rate] for rate in rates], derivatives, notes)
+    return swept.model_copy(update={"horizon": prediction.horizon})
 
 
 def _planned_rate(prediction: Prediction) -> float:
@@ -142,7 +151,7 @@ def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoi
     }
     predicted = Predicted(**planned.model_dump() | of_rate)
     try:
-        measured = measure_at(plan, rate, f"score at {rate:.3g}", floor)
+        measured = measured_within(prediction, measure_at(plan, rate, f"score at {rate:.3g}", floor))
     except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
         return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
     point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized_record(plan, measured))
@@ -161,6 +170,9 @@ def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoi
 def _direct_derivatives(prediction: Prediction, notes: list[Note]) -> tuple[Sampled, Sampled] | None:
     """Slope and second derivative along the step by nested forward mode, or a note on why there are none."""
     plan, rate, predicted = prediction.plan, _planned_rate(prediction), prediction.change
+    if prediction.horizon is not None:
+        notes.append(WHOLE_ONLY(horizon=prediction.horizon))
+        return None
     policy, local, before = plan.policy, plan.evaluation.local, plan.before
     direction = {name: move / rate for name, move in plan.step.delta.items()}
     # on a few sequences, the same on all ranks

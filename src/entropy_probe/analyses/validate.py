@@ -169,7 +169,7 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
     question = _Question(attribution, planned, _crossed(attribution, planned), _by_token(policy, update))
     halves = halved(batch.clusters, batch.local, planned.before.scores, policy.ranks, seed)
-    by_half = torch.stack([_contributions(planned, half) for half in halves])
+    by_half = torch.stack([_contributions(planned, half, attribution.summary.horizon) for half in halves])
     measured: list[_Measured | str] = []
     for kept in kept_prompts:
         measured.append(_change(planned, halves, kept))
@@ -205,12 +205,12 @@ def _forecasts(question: _Question, seed: int) -> dict[str, Tensor]:
     return forecasts | {"random": torch.randn(prompts.count, generator=generator, dtype=torch.float64)}
 
 
-def _contributions(planned: Plan, half: EvaluationHalf) -> Tensor:
+def _contributions(planned: Plan, half: EvaluationHalf, horizon: int | None) -> Tensor:
     """The contributions of the update prompts by one half of the evaluation batch, ``[B]``."""
     policy, evaluation = planned.policy, planned.evaluation
     rollouts, draws = evaluation.own.select(half.rows), evaluation.draws.select(evaluation.local.rows[half.rows])
     given = (half.scores, rollouts.prompt_ids, half.local.clusters, draws, half.positions, policy.config)
-    side = Side(entropy_coefficients(*given))
+    side = Side(entropy_coefficients(*given, horizon))
     with policy.clock.phase("evaluation gradient") as progress:
         slope = differentiate(policy, rollouts, half.local, side, progress=progress)
     weights = sequence_weights(half.scores, policy.config.normalization).double()

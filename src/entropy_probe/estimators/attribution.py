@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_probe.estimators.first_order import first_order
 from entropy_probe.estimators.uncertainty import ClusterSums
 
-__all__ = ["covariance_terms", "fold_errors", "rank_correlation", "rank_correlation_interval"]
+__all__ = ["correlation", "covariance_terms", "fold_errors", "rank_correlation", "rank_correlation_interval"]
 
 
 def covariance_terms(
@@ -40,7 +40,12 @@ def rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float | 
     if a.numel() < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
         return None
     x, y = (torch.from_numpy(rankdata(values.double().numpy())) for values in (a, b))
-    x, y = x - x.mean(), y - y.mean()
+    return correlation(x, y)
+
+
+def correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+    """Pearson's correlation of two columns that each have two values."""
+    x, y = (values.double() - values.double().mean() for values in (a, b))
     return (torch.dot(x, y) / (x.norm() * y.norm())).clamp(-1, 1).item()
 
 

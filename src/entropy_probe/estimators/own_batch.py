@@ -1,8 +1,8 @@
-"""A first-order change from the batch of the step itself: pairs of different prompts only.
+"""A first-order change from the batch of the step itself, and its errors, from the step without each prompt.
 
-Moments and weights come from earlier batches and are independent of these responses; the gradient is not, and its own
-prompt is left out of each prompt's product with it. Formulas: ``docs/theory.md``, "One batch". Source: Hoeffding, 1948
-(U-statistics).
+Moments and weights come from earlier batches and are independent of these responses; the gradient is not. What a
+prompt's own responses do to the step is left out of its entropy gradient's product with it. Formulas:
+``docs/theory.md``, "One batch". Sources: Hoeffding, 1948 (U-statistics); Efron and Stein, 1981 (the jackknife).
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["MIN_PROMPTS", "OwnPairs"]
+__all__ = ["MIN_PROMPTS", "LeftOut", "pair_contributions"]
 
 MIN_PROMPTS = 3
 """Fewer leave nothing to take the spread of pairs from."""
 
 
 @dataclass(frozen=True, eq=False)
-class OwnPairs:
-    """The gradient part over pairs of different prompts.
+class LeftOut:
+    """Products with ``delta_u``, by how much the step changes when prompt u is left out: the step minus the others'.
+
+    The others' gradients are weighted as those of a whole batch. For a step that is linear in the gradient
+    ``delta_u = J (y_u - mean y) B / (B - 1)``, and everything here is that of pairs of different prompts.
 
     Attributes:
-        entropy_side: ``<x_u, Delta_gradient>`` of every prompt, all pairs.
-        update_side: ``<sum_w x_w, Delta_gradient of prompt u>``; sums to the same total.
-        own: ``<x_u, Delta_gradient of prompt u>``.
+        own: ``<x_u, delta_u>`` with the prompt's own entropy gradient.
+        across: ``<sum_w x_w, delta_u> / B``.
     """
 
-    entropy_side: Float[Tensor, " B"]
-    update_side: Float[Tensor, " B"]
     own: Float[Tensor, " B"]
+    across: Float[Tensor, " B"]
 
     def __post_init__(self) -> None:
         if len(self.own) < MIN_PROMPTS:
@@ -40,21 +41,25 @@ class OwnPairs:
             )
 
     @property
-    def by_entropy(self) -> Float[Tensor, " B"]:
-        """What each prompt's entropy gradient adds, by the others' step: ``B / (B - 1) (<x_u, all> - <x_u, own>)``."""
-        return self._scale * (self.entropy_side - self.own)
-
-    @property
-    def by_update(self) -> Float[Tensor, " B"]:
-        """What each prompt's gradient adds, through the others' entropy gradients; sums to the same."""
-        return self._scale * (self.update_side - self.own)
-
-    @property
     def self_influence(self) -> Float[Tensor, " B"]:
-        """What all pairs have more than pairs of different prompts, by prompt of the entropy gradient."""
-        return self.entropy_side - self.by_entropy
+        """What each prompt's product with the step has of the prompt's own gradient, ``<x_u - mean x, delta_u>``."""
+        return self.own - self.across
 
     @property
-    def _scale(self) -> float:
-        prompts = len(self.own)
-        return prompts / (prompts - 1)
+    def of_update(self) -> Float[Tensor, " B"]:
+        """Influence of each prompt's gradient on the step's product with ``mean x``, by the jackknife; not centred."""
+        return (len(self.own) - 1) * self.across
+
+
+def pair_contributions(update_side: Float[Tensor, " B"], own: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """What each prompt's gradient adds through the others' entropy gradients, denominators and clipping held.
+
+    Args:
+        update_side: ``<sum_w x_w, Delta_gradient of prompt u>``.
+        own: ``<x_u, Delta_gradient of prompt u>``.
+
+    Returns:
+        ``B / (B - 1) (update_side - own)``; they sum to the gradient part over pairs of different prompts.
+    """
+    prompts = len(own)
+    return prompts / (prompts - 1) * (update_side - own)

@@ -5,7 +5,7 @@ Nothing of size clusters x clusters is formed: three numbers per cluster are eno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,8 @@ from entropy_probe.gradients.per_sample import (
     cluster_backward,
     sample_gradients,
     stored_bytes,
-    sum_over_columns,
 )
+from entropy_probe.gradients.rows import flat, sum_over_columns
 from entropy_probe.named import NamedVector, dot
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.parallel.shards import local, sum_of_shards
@@ -113,16 +113,11 @@ def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks)
     return {name: torch.zeros_like(s) if (t := summed[name]) is None else t for name, s in scale.items()}
 
 
-def _flat(vector: NamedVector, names: Iterable[str]) -> Tensor:
-    """The vector as stored gradients are laid out, on the CPU."""
-    return torch.cat([local(vector[name]).reshape(-1) for name in names]).cpu()
-
-
 def _from_stored(x: SampleGradients, y: SampleGradients, scale: NamedVector, how: str, ranks: Ranks) -> CrossProducts:
     assert x.stored is not None
     assert y.stored is not None
     x_total, y_total = (_added(side.total, scale, ranks) for side in (x, y))
-    p, x_sum, y_sum = (_flat(vector, x.total) for vector in (scale, x_total, y_total))
+    p, x_sum, y_sum = (flat(vector, x.total) for vector in (scale, x_total, y_total))
 
     def products(xs: Tensor, ys: Tensor, along: Tensor, to_x: Tensor, to_y: Tensor) -> Tensor:
         return torch.stack([xs @ (along * to_y), ys @ (along * to_x), (xs * ys) @ along])
@@ -143,14 +138,14 @@ def _one_side_stored(
     """With all ``P Y_u`` at hand, each ``X_u`` is multiplied where it arises and dropped."""
     (right,) = differentiate([Side(y, is_loss=True, store=True)])
     assert right.stored is not None
-    p = _flat(scale, right.total).to(right.stored)
+    p = flat(scale, right.total).to(right.stored)
     for row in right.stored:
         row *= p
     y_total = _added(right.total, scale, ranks)
     toward_y = {name: scale[name] * t for name, t in y_total.items()}
-    (left,) = differentiate([Side(x, directions=[toward_y], pair_with=right.stored)])
+    (left,) = differentiate([Side(x, directions=[toward_y], pair_with=right.stored[None])])
     x_total = _added(left.total, scale, ranks)
-    return CrossProducts(left.dots[0], right.dot_stored(x_total), left.paired, dot(x_total, y_total), y_total, how)
+    return CrossProducts(left.dots[0], right.dot_stored(x_total), left.paired[0], dot(x_total, y_total), y_total, how)
 
 
 def _totals(
@@ -172,7 +167,8 @@ def _totals(
             for name, g in side.items():
                 wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
                 total[name] = wide if seen is None else seen + wide
-        diagonal[unit] = _product(gradients, scale)
+        left, right = gradients
+        diagonal[unit] = _product(left, {name: scale[name] * y for name, y in right.items()})
     return totals, sum_of_shards(diagonal, scale.values())
 
 
@@ -183,22 +179,34 @@ def own_products(
     clusters: Tensor,
     x: TokenCoefficients,
     y: TokenCoefficients,
-    scale: NamedVector,
-) -> Float[Tensor, " U"]:
-    """``<X_u, P Y_u>`` alone, a cluster at a time; arguments as for :func:`cross_products`."""
-    products = []
-    for rows in torch.split(clusters.argsort(stable=True), clusters.bincount().tolist()):
-        products.append(_product(pair(scorer, parameters, rollouts, rows, x, y), scale))
-    return sum_of_shards(torch.tensor(products, dtype=torch.float64), scale.values())
+    x_total: Mapping[str, Tensor | None],
+    vectors: Callable[[int, NamedVector], Sequence[NamedVector]],
+) -> Float[Tensor, "2 K U"]:
+    """``<X_u, v>`` and ``<sum X, v>`` for vectors ``v`` that depend on ``Y_u``, a cluster at a time.
+
+    Args:
+        scorer: as for :func:`cross_products`.
+        parameters: as there.
+        rollouts: as there.
+        clusters: as there.
+        x: as there.
+        y: as there.
+        x_total: ``sum X``, over all ranks.
+        vectors: makes a cluster's vectors from its number here and ``Y_u``, which need not reach every parameter.
+    """
+    summed, products = {name: t for name, t in x_total.items() if t is not None}, []
+    for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
+        own, loss = pair(scorer, parameters, rollouts, rows, x, y)
+        made = vectors(unit, loss)
+        products.append([[_product(side, v) for v in made] for side in (own, summed)])
+    table = torch.tensor(products, dtype=torch.float64).permute(1, 2, 0)
+    return sum_of_shards(table, parameters.values())
 
 
-def _product(gradients: Sequence[NamedVector], scale: NamedVector) -> float:
-    """``<x, P y>`` of two gradients that need not reach every parameter."""
-    total = 0.0
-    for name in (name for name in gradients[0] if name in gradients[1]):  # in a fixed order
-        a, p, b = (local(x[name]).reshape(-1).double() for x in (gradients[0], scale, gradients[1]))
-        total += (a @ (p * b)).item()
-    return total
+def _product(a: NamedVector, b: NamedVector) -> float:
+    """This shard's part of an inner product of two vectors that need not have every parameter."""
+    both = (name for name in a if name in b)  # in a fixed order
+    return sum((local(a[name]).reshape(-1).double() @ local(b[name]).reshape(-1).double()).item() for name in both)
 
 
 def pair(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -16,7 +16,7 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["kept_gradient", "reduced_gradients", "renormalised"]
+__all__ = ["by_name", "kept_gradient", "reduced_gradient", "reduced_gradients", "renormalised"]
 
 EXACT = 1e-12
 """Rounding of coefficients, relative to the largest."""
@@ -63,9 +63,6 @@ def reduced_gradients(
 ) -> Iterator[dict[str, Tensor | None]]:
     """The gradient of the loss without block 0, without block 1, and so on.
 
-    Elements that only the left-out block reaches become 0 exactly, and not the rounding error of a difference, which
-    an optimizer that divides by the gradient's size would turn into a full step.
-
     Args:
         scorer: the policy.
         parameters: what to differentiate with respect to.
@@ -77,10 +74,26 @@ def reduced_gradients(
     """
     for block, factor in enumerate(factors):
         if whole.stored is not None:
-            share: Mapping[str, Tensor] = _by_name(whole.stored[block], parameters)
+            share: Mapping[str, Tensor] = by_name(whole.stored[block], parameters)
         else:
             (share,) = cluster_backward(scorer, parameters, rollouts, (blocks == block).nonzero()[:, 0], [loss])
-        yield {name: _without(total, share.get(name), factor) for name, total in whole.total.items()}
+        yield reduced_gradient(whole.total, share, factor)
+
+
+def reduced_gradient(
+    total: Mapping[str, Tensor | None], share: Mapping[str, Tensor], factor: float
+) -> dict[str, Tensor | None]:
+    """``factor`` times a gradient without a share of it.
+
+    Elements that nothing but the share reaches become 0 exactly, and not the rounding error of a difference, which an
+    optimizer that divides by the gradient's size would turn into a full step.
+
+    Args:
+        total: the gradient; ``None`` where the loss does not reach.
+        share: what is left out; nothing of parameters that it lacks.
+        factor: what the rest is multiplied by.
+    """
+    return {name: _without(x, share.get(name), factor) for name, x in total.items()}
 
 
 def kept_gradient(
@@ -104,7 +117,7 @@ def kept_gradient(
         whole: its gradient; where it keeps no gradient per cluster, the kept clusters are differentiated again.
     """
     if whole.stored is not None:
-        shares: Mapping[str, Tensor] = _by_name(whole.stored[kept].sum(0), parameters)
+        shares: Mapping[str, Tensor] = by_name(whole.stored[kept].sum(0), parameters)
     else:
         rows = torch.isin(clusters, kept).nonzero()[:, 0]
         shares = cluster_backward(scorer, parameters, rollouts, rows, [loss])[0]
@@ -114,7 +127,8 @@ def kept_gradient(
     }
 
 
-def _by_name(flat: Tensor, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+def by_name(flat: Float[Tensor, " P"], parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    """A gradient as it is stored, by parameter name."""
     pieces = zip(parameters.items(), flat.split([local(p).numel() for p in parameters.values()]), strict=True)
     return {name: from_shard(piece.view(local(p).shape).to(p.device), p) for (name, p), piece in pieces}
 

@@ -10,7 +10,7 @@ Of sharded parameters every rank keeps its shard of each gradient; inner product
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from entropy_probe.gradients.hooks import Hooks, hooked_backward
 from entropy_probe.gradients.layers import Sink
+from entropy_probe.gradients.rows import dot_rows, sum_over_columns
 from entropy_probe.named import NamedVector
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
@@ -31,12 +32,16 @@ from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["SampleGradients", "Side", "cluster_backward", "sample_gradients", "stored_bytes", "sum_over_columns"]
+__all__ = [
+    "SampleGradients",
+    "Side",
+    "cluster_backward",
+    "sample_gradients",
+    "stored_bytes",
+]
 
 _CACHED_ELEMENTS = 2**26
 """Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
-_COLUMN_ELEMENTS, _COLUMN_ELEMENTS_OFF_CPU = 2**18, 2**24
-"""Elements converted to float64 at a time in products of gradients: what a processor's cache holds, or 128 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +52,8 @@ class Side:
         coefficients: of the surrogate ``sum_it a_it s_it + c_it h_it``.
         directions: vectors to take each cluster's inner product with.
         store: keep each cluster's gradient.
-        pair_with: a vector for each cluster to take its own inner product with, ``[U, P]``, laid out as in
+        pair_with: vectors for each cluster to take its own inner products with, ``[M, U, P]``, laid out as in
             :attr:`SampleGradients.stored`.
-        pair_scale: what to multiply those vectors by, element by element; nothing by default.
         is_loss: differentiate as training does, which leaves the row ``padding_idx`` of an embedding out and calls the
             parameters' gradient hooks. The slope of anything else has that row, since weight decay and old moments move
             it, and no hooks.
@@ -58,8 +62,7 @@ class Side:
     coefficients: TokenCoefficients
     directions: Sequence[NamedVector] = ()
     store: bool = False
-    pair_with: Float[Tensor, "U P"] | None = None
-    pair_scale: NamedVector | None = None
+    pair_with: Float[Tensor, "M U P"] | None = None
     is_loss: bool = False
 
 
@@ -71,14 +74,14 @@ class SampleGradients:
         total: the gradient of the whole surrogate by parameter name; ``None`` where it does not reach.
         dots: inner products of each cluster's gradient with the given directions, ``[K, U]``, float64.
         stored: each cluster's gradient, parameters laid out in order, ``[U, P]`` on the CPU; ``None`` unless asked for.
-        paired: inner product of each cluster's gradient with its own row of :attr:`Side.pair_with`, ``[U]``, float64;
-            zeros unless given.
+        paired: inner products of each cluster's gradient with its own rows of :attr:`Side.pair_with`, ``[M, U]``,
+            float64; none unless given.
     """
 
     total: dict[str, Tensor | None]
     dots: Float[Tensor, "K U"]
     stored: Float[Tensor, "U P"] | None
-    paired: Float[Tensor, " U"]
+    paired: Float[Tensor, "M U"]
 
     def total_of_stored(self, parameters: Mapping[str, Parameter]) -> dict[str, Tensor | None]:
         """The total from the stored gradients in float64, which does not depend on the order of the clusters."""
@@ -95,23 +98,7 @@ class SampleGradients:
     def dot_stored(self, direction: NamedVector) -> Float[Tensor, " U"]:
         """Inner products of the stored gradients with one more direction, in float64."""
         assert self.stored is not None
-        flat = torch.cat([local(direction[name]).reshape(-1) for name in self.total]).cpu()
-        products = sum_over_columns(lambda rows, along: rows @ along, self.stored, flat)
-        return sum_of_shards(products, direction.values())
-
-
-def sum_over_columns(products: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
-    """Sum ``products(rows[:, c], *(x[..., c] for x in others))`` in float64 over blocks of columns ``c``.
-
-    On the CPU a block stays in the processor's cache; no float64 copy of anything large is made.
-    """
-    elements = _COLUMN_ELEMENTS if rows.device.type == "cpu" else _COLUMN_ELEMENTS_OFF_CPU
-    width = max(1, elements // max(1, len(rows)))
-    blocks = [
-        products(*(x[..., start : start + width].double() for x in (rows, *others)))
-        for start in range(0, max(1, rows.shape[-1]), width)  # a rank's shard of a parameter may be empty
-    ]
-    return torch.stack(blocks).sum(0)
+        return dot_rows(self.stored, direction, self.total)
 
 
 class _Sums(Sink):
@@ -120,7 +107,8 @@ class _Sums(Sink):
     def __init__(self, parameters: Mapping[str, Parameter], side: Side, num_clusters: int) -> None:
         self.total: dict[str, Tensor | None] = dict.fromkeys(parameters)
         self.dots = torch.zeros(len(side.directions), num_clusters, dtype=torch.float64)
-        self.paired = torch.zeros(num_clusters, dtype=torch.float64)
+        self._pair_with = side.pair_with
+        self.paired = torch.zeros(self._pairs, num_clusters, dtype=torch.float64)
         sizes = [local(p).numel() for p in parameters.values()]
         starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
         self._slices = {name: slice(a, b) for name, a, b in zip(parameters, starts[:-1], starts[1:], strict=True)}
@@ -128,7 +116,6 @@ class _Sums(Sink):
         self._parameters = parameters
         self.stored = torch.zeros(num_clusters, starts[-1], dtype=_stored_dtype(parameters)) if side.store else None
         self._directions, self._clusters = side.directions, list(range(num_clusters))
-        self._pair_with, self._pair_scale = side.pair_with, side.pair_scale
         small = len(side.directions) * starts[-1] <= _CACHED_ELEMENTS
         self._cache = {name: self._stack(name) for name in parameters} if side.directions and small else {}
 
@@ -142,7 +129,7 @@ class _Sums(Sink):
         sums = copy.copy(self)
         sums.total = dict.fromkeys(self.total)
         sums.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
-        sums.paired = torch.zeros(len(clusters), dtype=torch.float64)
+        sums.paired = torch.zeros(self._pairs, len(clusters), dtype=torch.float64)
         sums.stored = None if self.stored is None else self.stored.new_zeros(len(clusters), self.stored.shape[1])
         sums._clusters = clusters.tolist()
         return sums
@@ -153,7 +140,7 @@ class _Sums(Sink):
             if gradient is not None:
                 self.add_total(name, gradient)
         self.dots[:, clusters] += added.dots
-        self.paired[clusters] += added.paired
+        self.paired[:, clusters] += added.paired
         if self.stored is not None and added.stored is not None:
             self.stored.index_add_(0, clusters, added.stored)
 
@@ -178,9 +165,9 @@ class _Sums(Sink):
             for unit, row in zip(clusters.tolist(), block, strict=True):
                 self.stored[unit, self._slices[name]] += row
         if self._pair_with is not None:
-            for unit, row in zip(clusters.tolist(), self._to_pair(name, flat.cpu()), strict=True):
-                other = self._pair_with[self._clusters[unit], self._slices[name]]
-                self.paired[unit] += sum_over_columns(lambda g, o: (g * o).sum(), row[None], other[None])
+            for unit, row in zip(clusters.tolist(), flat.cpu(), strict=True):
+                others = self._pair_with[:, self._clusters[unit], self._slices[name]]
+                self.paired[:, unit] += sum_over_columns(lambda g, o: o @ g[0], row[None], others)
 
     def add_lookups(self, name: str, clusters: Tensor, ids: Tensor, gradients: Tensor) -> None:
         """Gradients of rows ``ids[n, t]`` of an embedding, ``[n, t, D]``, each belonging to ``clusters[n]``.
@@ -202,14 +189,13 @@ class _Sums(Sink):
                 own = self.stored[unit, self._slices[name]].view(self._shapes[name])
                 own.index_add_(0, row_ids, row.to(own.dtype))
             if self._pair_with is not None:
-                other = self._pair_with[self._clusters[unit], self._slices[name]].view(self._shapes[name])
-                scaled = row if self._pair_scale is None else row * local(self._pair_scale[name]).cpu()[row_ids]
-                self.paired[unit] += torch.linalg.vecdot(scaled.double(), other[row_ids].double()).sum()
+                for k, others in enumerate(self._pair_with[:, self._clusters[unit], self._slices[name]]):
+                    other = others.view(self._shapes[name])[row_ids]
+                    self.paired[k, unit] += torch.linalg.vecdot(row.double(), other.double()).sum()
 
-    def _to_pair(self, name: str, rows: Tensor) -> Tensor:
-        """Gradients of one parameter, ``[n, p]``, as they are paired."""
-        scale = self._pair_scale
-        return rows if scale is None else rows * local(scale[name]).reshape(-1).to(rows)
+    @property
+    def _pairs(self) -> int:
+        return 0 if self._pair_with is None else len(self._pair_with)
 
 
 def _stored_dtype(parameters: Mapping[str, Parameter]) -> torch.dtype:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from entropy_probe.report.numbers import format_number, format_percent
-from entropy_probe.report.sections.base import State, Verdict
+from entropy_probe.report.sections.base import State, Verdict, written
+from entropy_probe.report.sections.horizons import within
+from entropy_probe.results.horizons import HorizonPoint
 from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
 __all__ = ["verdict"]
@@ -14,6 +16,7 @@ LINEAR_RANGE = 0.1
 STATES: dict[str, State] = {
     "agrees within error": "ok",
     "distinguishable from 0": "ok",
+    "resolved within horizon": "ok",
     "indistinguishable from 0": "look",
     "beyond the linear range": "look",
     "below the noise floor": "look",
@@ -32,6 +35,7 @@ def verdict(result: ProbeResult) -> Verdict:
     not measured             the step moved the policy too far for the evaluation rollouts to measure it
     below the noise floor    rounding alone could have made the realized change
     indistinguishable from 0 neither the predicted nor the realized change exceeds its margin
+    resolved within horizon  likewise, but the predicted change within the horizon that states it does
     beyond the linear range  they differ by more than the margin of their paired difference, and by more than
                              10% of the prediction (or of its standard error, where that is larger)
     agrees within error      otherwise
@@ -67,10 +71,14 @@ def _judged(result: ProbeResult) -> Verdict:
     if not changes:
         raise ValueError("result: expected a predicted or a realized change, got neither; probe the checkpoint again")
     if not any(change.distinguishable for change in changes):
+        if result.horizons is not None and result.horizons.headline is not None:
+            stated = result.horizons.stated
+            if stated.predicted.distinguishable:
+                return _within(stated)
         return _indistinguishable(result)
     if predicted is None or realized is None:
         how, (change, *_) = "predicted" if realized is None else "measured", changes
-        away, goes = _in_errors(change), "falls" if change.value < 0 else "rises"
+        away, goes = _in_errors(change), _goes(change)
         sentence = f"The {how} change is {away} standard errors from 0: the entropy {goes} by {_size(change)}."
         return _finding("distinguishable from 0", sentence)
     return _compare(predicted, realized, _difference(result))
@@ -117,6 +125,19 @@ def _indistinguishable(result: ProbeResult) -> Verdict:
     return _finding("indistinguishable from 0", f"{subject} 95% margin of error. {ending}")
 
 
+def _within(stated: HorizonPoint) -> Verdict:
+    """What the change within a horizon says where that of the whole response is lost in noise."""
+    away, goes = _in_errors(stated.predicted), _goes(stated.predicted)
+    sentence = f"The predicted change {within(stated.horizon or 0)} of a changed one is {away} standard errors from 0: "
+    sentence += f"the entropy {goes} by {_size(stated.predicted)}"
+    if stated.realized is not None:
+        sentence += f" (measured: {_goes(stated.realized)} by {_size(stated.realized)})"
+    if stated.beyond is not None:
+        unit = stated.beyond.unit
+        sentence += f". What lies beyond is {written(stated.beyond)} {unit}, not resolved; that takes more rollouts"
+    return _finding("resolved within horizon", f"{sentence}.")
+
+
 def _not_measured(realized: Realized, predicted: Estimate | None) -> Verdict:
     kept = "" if predicted is None else " The prediction does not depend on it."
     if realized.status == "low_ess":
@@ -156,6 +177,10 @@ def _is_beyond_linear_range(predicted: Estimate, difference: Estimate) -> bool:
 
 def _size(change: Estimate) -> str:
     return f"{format_number(abs(change.value))} {change.unit}"
+
+
+def _goes(change: Estimate) -> str:
+    return "falls" if change.value < 0 else "rises"
 
 
 def _went(change: Estimate) -> str:

@@ -135,6 +135,7 @@ class Sweep(SavedRecord):
     """The outcome of :meth:`entropy_probe.EntropyProbe.sweep`, saved in ``sweep.json``.
 
     Attributes:
+        horizon: how many tokens after a changed one count in every change; null for the whole response.
         prediction: the first-order change at the largest rate of the sweep, without timing and memory.
         own_learning_rates: the optimizer's rate of each parameter group, which the sweep replaced.
         points: one for each rate, by increasing rate.
@@ -150,6 +151,7 @@ class Sweep(SavedRecord):
     # influences are in the files of the points
     left_out: ClassVar = {"points": {"__all__": {"influence", "difference_influence"}}}
     schema_version: Literal[3] = SCHEMA_VERSION
+    horizon: int | None = Field(default=None, ge=0)
     prediction: ProbeResult
     own_learning_rates: tuple[float, ...]
     points: tuple[SweepPoint, ...]

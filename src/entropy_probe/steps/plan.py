@@ -17,7 +17,7 @@ from entropy_probe.steps.adamw import ClippedGradient, Gradient, adamw_step, cli
 from entropy_probe.steps.copied import check_repeatable, copied_step, moved, optimizer_name
 from entropy_probe.steps.precision import clipped_as_kept, step_dtypes
 
-__all__ = ["PlannedStep", "plan_step", "scaled", "stepped_parameters"]
+__all__ = ["PlannedStep", "plan_step", "scaled", "stepped_parameters", "unrounded_step"]
 
 DISAGREE = "{name}: the optimizer's own step and its closed form disagree; please report this"
 
@@ -98,6 +98,21 @@ def plan_step(
         raise RuntimeError(DISAGREE.format(name=name))
     parts = {**step.components, "rounding": rounding}
     return PlannedStep(clipped, parts, step.gradient_scale, taken_with, stepped=stepped, kept=kept)
+
+
+def unrounded_step(
+    parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, gradient: Gradient, config: ProbeConfig
+) -> dict[str, Tensor]:
+    """The optimizer's step with another loss gradient, clipped as the trainer does, in full precision.
+
+    Args:
+        parameters: what the optimizer steps, by name.
+        optimizer: holds the state; not changed.
+        gradient: of the loss, before clipping; ``None`` where it does not reach a parameter.
+        config: clipping and learning rate.
+    """
+    given = (parameters, optimizer, clip_gradient(gradient, config.max_grad_norm).values, config.learning_rate)
+    return adamw_step(*given).delta if is_adam(optimizer) else moved(parameters, copied_step(*given))
 
 
 def stepped_parameters(

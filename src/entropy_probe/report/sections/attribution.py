@@ -20,12 +20,13 @@ from entropy_probe.report.sections.base import (
     Verbatim,
     bar_charts,
 )
+from entropy_probe.report.sections.horizons import within
 from entropy_probe.report.tables import Columns, Tables
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.results.student import critical_value
 
-__all__ = ["attribution_sections", "culprits", "layers_section", "prompt_sentences", "prompts_section"]
+__all__ = ["attribution_sections", "culprits", "layers_section", "of_horizon", "prompt_sentences", "prompts_section"]
 
 ENOUGH = 0.5
 ENDS = 8
@@ -47,19 +48,20 @@ def attribution_sections(result: ProbeResult, tables: Tables | None) -> tuple[Se
     if tables is None:
         return (_tokens_section(summary),)
     return (
-        prompts_section(tables.prompts, summary.unit, summary.folds),
+        prompts_section(tables.prompts, summary.unit, summary.folds, of_horizon(summary)),
         _tokens_section(summary, tables),
         layers_section(tables.layers, summary.unit),
     )
 
 
-def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
+def prompts_section(prompts: Columns, unit: str, folds: int | None, horizon: str = "") -> Section:
     """What each prompt adds, from the most negative to the most positive; drawn, of many, only at the two ends.
 
     Args:
         prompts: the table.
         unit: of the contributions.
         folds: how many folds the standard errors are from, if there are any.
+        horizon: what to say of the horizon that contributions are taken at.
     """
     contributions = prompts["contribution"].tolist()
     exponent = common_exponent(*contributions)
@@ -75,10 +77,20 @@ def prompts_section(prompts: Columns, unit: str, folds: int | None) -> Section:
     if any(bar.margin is not None for bar in bars.values()):
         caption += "; whiskers: 95% intervals, from the choice of evaluation rollouts"
     chart = bar_charts("Contribution of each prompt", list(bars.values()), unit, caption, "prompts")
-    sentences = prompt_sentences(prompts)
+    sentences = [*prompt_sentences(prompts), *([horizon] if horizon else [])]
     blocks = (*chart, *([Rows(extremes, unit)] if extremes else []), _all_prompts(prompts, lines))
     return Section("Which prompts did it", "prompts", "Prompts", sentences=tuple(sentences), summary=sentences[0],
                    blocks=blocks)  # fmt: skip
+
+
+def of_horizon(summary: AttributionSummary) -> str:
+    """What contributions count of the tokens after a changed one, in a sentence; "" if all."""
+    if summary.horizon is None:
+        return ""
+    sentence = f"Contributions are to the change {within(summary.horizon)} of a changed one"
+    if (alike := summary.correlation_with_whole) is None:
+        return f"{sentence}."
+    return f"{sentence}; over prompts they correlate {alike:.3f} with those to the whole response."
 
 
 def _prompt_bar(prompts: Columns, k: int, line: str, folds: int | None, exponent: int | None) -> Bar:

@@ -6,7 +6,7 @@ from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Po
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.horizons import HorizonPoint, Horizons
 
-__all__ = ["horizon_blocks", "horizon_rows"]
+__all__ = ["horizon_blocks", "horizon_rows", "within"]
 
 CAPTION = "across: how many tokens after a changed one count; whiskers: 95% intervals"
 
@@ -16,8 +16,8 @@ def horizon_rows(horizons: Horizons | None, exponent: int | None) -> list[Row]:
     if horizons is None or horizons.headline is None:
         return []
     stated = horizons.stated
-    within = Row(f"within {_tokens(stated.horizon)}", written(stated.predicted, exponent), "predicted", headline=True)
-    return [within, *_beyond_row(stated, exponent)]
+    row = Row(within(horizons.headline), written(stated.predicted, exponent), "predicted", headline=True)
+    return [row, *_beyond_row(stated, exponent)]
 
 
 def _beyond_row(point: HorizonPoint, exponent: int | None) -> list[Row]:
@@ -56,5 +56,6 @@ def _or_dash(estimate: Estimate | None) -> str:
     return "–" if estimate is None else written(estimate)
 
 
-def _tokens(count: int | None) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"
+def within(horizon: int) -> str:
+    """What a horizon is called."""
+    return "within 1 token" if horizon == 1 else f"within {horizon} tokens"

@@ -20,11 +20,12 @@ from entropy_probe.report.sections.base import (
     written,
 )
 from entropy_probe.report.sections.diagnostics import diagnostics_section, optimizer_section
-from entropy_probe.report.sections.horizons import horizon_blocks, horizon_rows
+from entropy_probe.report.sections.horizons import horizon_blocks, horizon_rows, within
 from entropy_probe.report.sections.validation import validation_section
 from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
+from entropy_probe.results.horizons import HorizonPoint
 from entropy_probe.results.probe import Estimate, Predicted, ProbeResult
 from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation
@@ -177,9 +178,11 @@ def _comparison_rows(predicted: Estimate, realized: Estimate, difference: Estima
 
 def story(result: ProbeResult) -> str:
     """The prediction in a sentence: how much, of how much entropy, and by which part of the step; "" if it is none."""
-    predicted = result.predicted
+    predicted, horizons = result.predicted, result.horizons
     if predicted is None or not predicted.value:
         return ""
+    if horizons is not None and horizons.headline is not None:
+        return _story_within(horizons.headline, horizons.stated)
     way = "lower" if predicted.value < 0 else "raise"
     sentence = f"To first order the step will {way} entropy by {format_number(abs(predicted.value))} {predicted.unit}"
     if result.entropy.value > 0:
@@ -193,6 +196,16 @@ def story(result: ProbeResult) -> str:
         return f"{sentence}; {share} of that comes from {_SOURCES[largest]}."
     against = [_SOURCES[name] for name, value in parts.items() if value * predicted.value < 0]
     return f"{sentence}; {' and '.join(against)} work{'s' * (len(against) == 1)} against it."
+
+
+def _story_within(horizon: int, stated: HorizonPoint) -> str:
+    value, unit = stated.predicted.value, stated.predicted.unit
+    way = "lower" if value < 0 else "raise"
+    sentence = f"To first order the step will {way} entropy by {format_number(abs(value))} {unit} {within(horizon)}"
+    if stated.beyond is None:
+        return f"{sentence} of a changed one."
+    resolved = "" if stated.beyond.distinguishable else ", not resolved"
+    return f"{sentence} of a changed one; beyond, {written(stated.beyond)}{resolved}."
 
 
 def proposal(result: ProbeResult) -> str:

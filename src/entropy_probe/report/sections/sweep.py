@@ -22,6 +22,7 @@ from entropy_probe.report.sections.base import (
     written,
 )
 from entropy_probe.report.sections.diagnostics import diagnostics_section, optimizer_section
+from entropy_probe.report.sections.horizons import within
 from entropy_probe.report.sections.run import cautions, settings_sections, step_section
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.results.student import critical_value
@@ -71,7 +72,9 @@ def sweep_section(sweep: Sweep) -> Section:
     )
     fits = _fits(sweep)
     blocks = (_changes(sweep), *_sizes(sweep), *_ratios(sweep), points, *([Rows(fits)] if fits else []))
-    return Section(TITLE, "sweep", "Sweep", f"{len(sweep.points)} rates, {sweep.unit}", None, (sweep_sentence(sweep),),
+    of = "" if sweep.horizon is None else f", {within(sweep.horizon)} of a changed one"
+    subtitle = f"{len(sweep.points)} rates, {sweep.unit}{of}"
+    return Section(TITLE, "sweep", "Sweep", subtitle, None, (sweep_sentence(sweep),),
                    cautions=cautions(sweep.prediction), blocks=blocks, notes=sweep.notes)  # fmt: skip
 
 
