@@ -22,6 +22,7 @@ from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.own_batch import measure_own, predict_own
 from entropy_probe.analyses.plan import Plan, plan, plan_given
 from entropy_probe.analyses.policy import Policy, Resample, check_device, check_dtype, open_policy
+from entropy_probe.analyses.pooled import pooled
 from entropy_probe.analyses.predict import predict
 from entropy_probe.analyses.provenance import Phase
 from entropy_probe.analyses.sweep import check_finished, check_learning_rates, sweep
@@ -137,6 +138,7 @@ class EntropyProbe:
         evaluation: Rollouts,
         gradient: Gradient | None = None,
         questions: Mapping[str, Mapping[str, Any]] | None = None,
+        pool: bool = False,
     ) -> ProbeResult:
         """Predict the change of the next step and measure it, both on ``evaluation``.
 
@@ -150,6 +152,8 @@ class EntropyProbe:
                 (``diagnostics.gradient_agreement``). Every rank gives the same, or its shards.
             questions: what else to ask of the prediction, as :meth:`ask`: settings by the question's name. Answers are
                 in ``result.answers``.
+            pool: also take both changes from ``update`` itself, as :meth:`one_batch` does, and weight the two by their
+                variances (``result.pooled``). Costs a gradient and two scorings of ``update``.
 
         Raises:
             ValueError: for unusable rollouts (too long, too few clusters, no advantages), a gradient of other names or
@@ -165,7 +169,8 @@ class EntropyProbe:
             planned = _plan(policy, update, evaluation, gradient, asked=asked)
             prediction, measured = predict(planned), measure_step(planned)
             answers, horizons = answer_all(prediction, asked), measure_horizons(prediction, measured)
-            return result_of(planned, prediction, measured, horizons=horizons, answers=answers)
+            both = pooled(prediction, measured) if pool else None
+            return result_of(planned, prediction, measured, horizons=horizons, answers=answers, pooled=both)
 
     def predict(
         self, *, update: Rollouts | None = None, evaluation: Rollouts, gradient: Gradient | None = None
@@ -207,6 +212,7 @@ class EntropyProbe:
         folds: Folds = None,
         measure: bool = False,
         questions: Mapping[str, Mapping[str, Any]] | None = None,
+        pool: bool = False,
     ) -> Attribution:
         """Divide the prediction over the tokens, responses and prompts of ``update``, and over the model's layers.
 
@@ -220,6 +226,7 @@ class EntropyProbe:
                 its per-prompt gradients are not kept (``max_stored_gradient_gib``); ``auto`` takes 8 where they are.
             measure: also measure the change, as :meth:`run` does.
             questions: what else to ask of the prediction, as :meth:`run`.
+            pool: as :meth:`run`.
 
         Raises:
             ValueError: as :meth:`run`, for an optimizer other than Adam, a sharded model, or unusable folds.
@@ -235,8 +242,8 @@ class EntropyProbe:
             prediction = predict(_plan(policy, update, evaluation, asked=asked, folds=folds))
             measured = measure_step(prediction.plan) if measure else None
             horizons = None if measured is None else measure_horizons(prediction, measured)
-            answers = answer_all(prediction, asked)
-            return attribute(prediction, folds, measured, horizons=horizons, answers=answers)
+            answers, both = answer_all(prediction, asked), pooled(prediction, measured) if pool else None
+            return attribute(prediction, folds, measured, horizons=horizons, answers=answers, pooled=both)
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0

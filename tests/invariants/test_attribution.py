@@ -1,6 +1,7 @@
 """Attribution adds up, equals one backward pass per token, and finds causes that were planted."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,13 @@ from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
 from entropy_probe.types import Clusters
 from tests.invariants import hf_problems as hf
-from tests.invariants.problems import TABLE, batches, pad, probe, with_advantages
+from tests.invariants.problems import TABLE, batches, pad, with_advantages
+from tests.invariants.problems import probe as any_probe
 from tests.invariants.traces import WithState, assert_same, state
 from tests.reference.enumeration import TEMPERATURE, VOCABULARY, TinyPolicy, trained_optimizer
 from tests.whole_batch import coefficients
 
+probe = partial(any_probe, horizon=None)  # contributions to the whole response
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
@@ -182,7 +185,7 @@ def test_only_layers_that_move_contribute(moving):
 def test_adds_up_on_hugging_face_models(architecture, kind, config):
     model, optimizer = hf.policy(kind, architecture, **config)
     for update in (hf.rollouts(), hf.long_prompts(gaps=True)):
-        found = EntropyProbe(model, optimizer, ProbeConfig(temperature=0.9)).attribute(
+        found = EntropyProbe(model, optimizer, ProbeConfig(temperature=0.9, horizon=None)).attribute(
             update=update, evaluation=hf.rollouts(40, seed=2, group=1)
         )
         assert found.summary.method == "forward-mode"

@@ -1,6 +1,7 @@
 """Steps on halves of the update prompts: the steps are the optimizer's, and contributions rank them."""
 
 import re
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -12,11 +13,14 @@ from entropy_probe.analyses import validate
 from entropy_probe.analyses.validate import distinct_halves
 from entropy_probe.estimators.published import PUBLISHED
 from tests.invariants.hf_problems import policy, rollouts
-from tests.invariants.problems import batches, probe, with_advantages, with_reference
+from tests.invariants.problems import batches, with_advantages, with_reference
+from tests.invariants.problems import probe as any_probe
 from tests.invariants.traces import WithState, assert_same, state
 from tests.notes import texts
 from tests.reference.enumeration import Table, TinyPolicy, trained_optimizer
 from tests.reference.samplers import full_scores
+
+probe = partial(any_probe, horizon=None)  # contributions to the whole response
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_stored_gradient_gib": 0}, {"geometry": "frozen"},
@@ -105,7 +109,7 @@ def test_more_rollouts_are_proposed_where_the_changes_are_mostly_noise():
 
 def test_rollouts_that_overlap_those_of_the_contributions_are_halved():
     model, optimizer = policy("lora")
-    subject = EntropyProbe(model, optimizer, ProbeConfig(learning_rate=1e-5))
+    subject = EntropyProbe(model, optimizer, ProbeConfig(learning_rate=1e-5, horizon=None))
     update, evaluation = rollouts(), rollouts(n=48, seed=1)
     attribution = subject.attribute(update=update, evaluation=evaluation.select(torch.arange(24)))
     for rows, measured_on in ((torch.arange(12, 36), "halves"), (torch.arange(24, 48), "others")):

@@ -36,7 +36,7 @@ from entropy_probe.steps.copied import STEP_ON_COPIES, optimizer_name
 from entropy_probe.steps.plan import scaled, unrounded_step
 from entropy_probe.types import Clusters
 
-__all__ = ["OwnPrediction", "admit_own", "measure_own", "predict_own", "without_own"]
+__all__ = ["OwnPrediction", "admit_own", "measure_own", "own_prediction", "predict_own", "without_own"]
 
 USED_BEFORE = NoteKind(
     "used_before",
@@ -98,7 +98,16 @@ def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None
         ValueError: for fewer than three prompts, rollouts of another policy that would have to be reweighted, or as
             :func:`~entropy_probe.analyses.predict.plan`.
     """
-    planned = plan(policy, *admit_own(policy, batch, clipped), clipped=clipped)
+    return own_prediction(plan(policy, *admit_own(policy, batch, clipped), clipped=clipped))
+
+
+def own_prediction(planned: Plan) -> OwnPrediction:
+    """The first-order change by a step that was planned on its own batch.
+
+    Raises:
+        ValueError: as :func:`predict_own`.
+    """
+    policy = planned.policy
     if planned.before.scores.log_weights is not None:
         raise ValueError(
             "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "

@@ -25,7 +25,7 @@ from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.plan import PlannedStep, plan_step
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["BatchGradient", "Plan", "plan", "plan_given"]
+__all__ = ["BatchGradient", "Plan", "before_step", "plan", "plan_given"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def plan(
     update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
     # first, since it refuses batches that lack what the loss takes
     loss, scores = update_loss(policy, update, checked=evaluation.is_update)
-    before = _before(policy, evaluation)
+    before = before_step(policy, evaluation)
     if not evaluation.is_update:
         _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
@@ -150,7 +150,7 @@ def plan_given(
     if update is not None:
         update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
     loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
-    before = _before(policy, evaluation)
+    before = before_step(policy, evaluation)
     if update is not None and not evaluation.is_update:
         _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
@@ -198,7 +198,7 @@ def _step(policy: Policy, gradient: Gradient, *, clip: bool = True) -> PlannedSt
     return step
 
 
-def _before(policy: Policy, evaluation: EvaluationBatch) -> Before:
+def before_step(policy: Policy, evaluation: EvaluationBatch) -> Before:
     """Score the evaluation batch at the checkpoint, and check it against the policy."""
     config, ranks, local, rollouts = policy.config, policy.ranks, evaluation.local, evaluation.rollouts
     scores = policy.reference_scores(rollouts, local, "score evaluation")

@@ -59,7 +59,8 @@ class RunConfig(BaseModel):
             fit one device. Every rank then works on the whole batches, so more ranks bring memory, not speed.
         prompts: where prompts come from; not needed when both batches are read from files.
         mode: ``two_batch`` predicts and measures on an evaluation batch; ``one_batch`` on the update batch alone, over
-            pairs of different prompts; ``both`` is two batches, with the cross-prompt U-statistic beside. With
+            pairs of different prompts; ``pooled`` on both, weighted by their variances, with each one's numbers beside;
+            ``both`` is two batches, with the cross-prompt U-statistic beside. With
             ``probe.geometry: frozen`` one batch is that statistic too.
         reward: the reward of update responses, by name, or several.
         reward_weights: of several rewards, whose weighted sum counts; 1 each by default.
@@ -97,7 +98,7 @@ class RunConfig(BaseModel):
     device: Literal["cpu", "cuda", "auto"] = "auto"
     shard: bool = False
     prompts: PromptSource | None = None
-    mode: Literal["two_batch", "one_batch", "both"] = "two_batch"
+    mode: Literal["two_batch", "one_batch", "both", "pooled"] = "two_batch"
     reward: str | tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
     reward_time_limit: float | None = Field(default=None, gt=0)

@@ -238,11 +238,13 @@ def _run_mode(
             folds=config.attribution_folds,
             measure=True,
             questions=config.questions,
+            pool=config.mode == "pooled",
         )
         result = attribution.result
     else:
-        result = probe.run(update=update, evaluation=required(evaluation), questions=config.questions)
-    if config.mode == "two_batch":
+        given = {"update": update, "evaluation": required(evaluation), "questions": config.questions}
+        result = probe.run(**given, pool=config.mode == "pooled")
+    if config.mode != "both":
         return result, attribution
     one = probe.one_batch(update, geometry="frozen")
     result = result.model_copy(update={"cross_prompt": one.cross_prompt})

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
+from entropy_probe.results.changes import Pooled, Predicted, Realized
 from entropy_probe.results.draws import Draws
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.horizons import Horizons
@@ -26,6 +27,7 @@ __all__ = [
     "GradientAgreement",
     "OptimizerStateReport",
     "PolicyFit",
+    "Pooled",
     "PreconditionerReport",
     "Predicted",
     "ProbeResult",
@@ -37,84 +39,6 @@ SCHEMA_VERSION = 3
 RESULTS_FILE = "results.json"
 
 StepPart = Literal["gradient", "momentum", "weight_decay", "rounding"]
-
-
-class Predicted(Estimate):
-    """The first-order change; ``standard_error`` combines the two parts: in quadrature, or over the same prompts.
-
-    Attributes:
-        se_evaluation: the error from the evaluation rollouts, with the update held fixed: that of this very step.
-        se_update: the error from the update rollouts: that of another batch of this kind; null for a gradient from
-            outside, whose error is not known.
-        se_update_method: ``linear``: from each prompt's part of the gradient, with the step's denominators, clipping
-            and normalisation held fixed; ``jackknife``: from steps without a block of prompts; ``pairs``: as
-            ``linear``, where the batch of the step is the evaluation batch, so both errors are of the same prompts;
-            null with ``se_update``.
-    """
-
-    se_evaluation: float = Field(ge=0)
-    se_update: float | None = Field(ge=0)
-    se_update_method: Literal["linear", "jackknife", "pairs"] | None = "linear"
-
-    @property
-    def of_this_step(self) -> Estimate:
-        """The same number as what this very step does, with no error from the choice of the update batch."""
-        return Estimate(
-            value=self.value, standard_error=self.se_evaluation, num_clusters=self.num_clusters, unit=self.unit
-        )
-
-
-class Realized(Record):
-    """The change measured after the step, or why it could not be.
-
-    Attributes:
-        value: the estimate, in ``unit``; null when it was refused.
-        standard_error: one standard error, in ``unit``; null with ``value``.
-        num_clusters: independent clusters behind the standard error.
-        unit: nats per token or nats per sequence.
-        status: ``ok``; ``below_noise_floor``: rounding alone could have made the number; ``low_ess`` or
-            ``high_pareto_k``: refused, since the step moves the policy too far for these rollouts.
-        estimator: which path produced the number: ``per_decision``, ``snis`` with weights as they are, ``clip`` and
-            ``psis`` with weights capped or Pareto-smoothed, ``resampled`` from fresh responses after the step.
-        batch: the rollouts it was measured on; those of the step itself share their noise with it (``update``), unless
-            their first-order influence on themselves is taken out (``own``).
-        ess: effective sample size of the sequence weights, between 1 and the number of sequences.
-        ess_fraction: ``ess`` divided by the number of sequences.
-        max_weight: the largest weight divided by the mean weight; 1 when the step changes nothing.
-        pareto_k: shape of the tail of the weights; null when there are too few or they are equal.
-        pareto_k_threshold: what ``pareto_k`` may be at most for this number of sequences.
-        noise_floor: two standard deviations of what rounding does to ``value``; null when not measured.
-        step_rounding: length of what the parameters' precision adds to the step as predicted, relative to the step's.
-    """
-
-    value: float | None
-    standard_error: float | None = Field(ge=0)
-    num_clusters: int
-    unit: Unit
-    status: Literal["ok", "below_noise_floor", "low_ess", "high_pareto_k"]
-    estimator: Literal["per_decision", "snis", "clip", "psis", "resampled"]
-    batch: Literal["evaluation", "update", "own"] = "evaluation"
-    ess: float
-    ess_fraction: float
-    max_weight: float
-    pareto_k: float | None
-    pareto_k_threshold: float
-    noise_floor: float | None
-    step_rounding: float
-
-    @property
-    def estimate(self) -> Estimate | None:
-        """The number with its error; ``None`` when it was refused."""
-        if self.value is None or self.standard_error is None:
-            return None
-        status = "below_noise_floor" if self.status == "below_noise_floor" else "ok"
-        return Estimate(
-            value=self.value,
-            standard_error=self.standard_error,
-            num_clusters=self.num_clusters,
-            unit=self.unit,
-            status=status,
-        )
 
 
 class OptimizerStateReport(Record):
@@ -337,6 +261,7 @@ class ProbeResult(SavedRecord):
         difference: realized minus predicted, with the standard error of the paired difference over
             evaluation clusters. With ``per_decision`` and ``rao_blackwell`` much smaller than either error, since both
             share their sampling noise.
+        pooled: the changes by these rollouts and by the batch of the step together; null unless asked for.
         cross_prompt: the first-order change from the update batch alone; null unless asked for.
         attribution: how the prediction divides over tokens, prompts and layers; null unless asked for.
         contributions: each evaluation cluster's contribution to ``predicted`` (their mean is its value); kept in
@@ -364,6 +289,7 @@ class ProbeResult(SavedRecord):
     horizons: Horizons | None = None
     draws: Draws | None = None
     difference: Estimate | None = None
+    pooled: Pooled | None = None
     cross_prompt: CrossPrompt | None = None
     attribution: AttributionSummary | None = None
     contributions: tuple[float, ...] | None = Field(default=None, exclude=True, repr=False)

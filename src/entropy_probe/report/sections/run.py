@@ -26,7 +26,7 @@ from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
 from entropy_probe.results.horizons import HorizonPoint
-from entropy_probe.results.probe import Estimate, Predicted, ProbeResult
+from entropy_probe.results.probe import Estimate, Pooled, Predicted, ProbeResult
 from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation
 
@@ -98,6 +98,7 @@ def step_section(result: ProbeResult) -> Section:
         if result.committed is not None:
             rows.append(Row("committed", written(result.committed, exponent), "by the moments alone, after this step"))
         parts += [replace(changes[0], look="total")] if parts else []
+        rows += _pooled_rows(result.pooled, exponent)
     if (cross := result.cross_prompt) is not None:
         errors = f"SE: jackknife {format_number(cross.se_jackknife, 2)}, plug-in {format_number(cross.se_plugin, 2)}"
         sizes = "prompts" if cross.mode == "exact" else f"blocks of {cross.block_size} prompts"
@@ -111,6 +112,7 @@ def step_section(result: ProbeResult) -> Section:
         else:
             rows.append(Row("realized ΔH", written(change, exponent), how, headline=True))
             changes.append(Bar(rows[-1], change.value, change.margin, look="dot"))
+        rows += _pooled_realized_rows(result.pooled, exponent)
         rows += horizon_rows(result.horizons, exponent)
         if predicted is not None and difference is not None and change is not None:
             rows += _comparison_rows(predicted, change, difference, exponent)
@@ -165,6 +167,32 @@ def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
         bars.append(Bar(row, part.value, part.margin, start, linked=bool(bars)))
         start += part.value
     return bars
+
+
+def _pooled_rows(pooled: Pooled | None, exponent: int | None) -> list[Row]:
+    """The prediction by the batch of the step, and by both batches."""
+    if pooled is None:
+        return []
+    own, both = pooled.own, pooled.predicted
+    meaning = "The two are independent given this step; z is of their difference, by their errors given this step."
+    note = f"SE of this step {format_number(own.se_evaluation, 2)}; z {pooled.z:+.1f} to the evaluation rollouts"
+    weights = f"SE of this step {format_number(both.se_evaluation, 2)}; {format_percent(pooled.weight, 0)} evaluation"
+    return [
+        Row("by its own batch", written(own, exponent), note, indent=True, meaning=meaning),
+        Row("by both δH₁", written(both, exponent), weights, headline=True),
+    ]
+
+
+def _pooled_realized_rows(pooled: Pooled | None, exponent: int | None) -> list[Row]:
+    """The same of the realized change."""
+    if pooled is None or pooled.own_realized is None:
+        return []
+    own = pooled.own_realized.estimate
+    value = "refused" if own is None else written(own, exponent)
+    rows = [Row("by its own batch", value, "self-influence out", indent=True)]
+    if (both := pooled.realized) is None:
+        return rows
+    return [*rows, Row("by both ΔH", written(both, exponent), "SE of this step", headline=True)]
 
 
 def _comparison_rows(predicted: Estimate, realized: Estimate, difference: Estimate, exponent: int | None) -> list[Row]:
