@@ -153,12 +153,7 @@ def sampling(subject: Subject) -> dict[str, Any]:
         "tokens": sum(len(completion.token_ids) for completion in completions),
         "cpu_seconds": time.process_time() - start,
     }
-    start, longest, pad = (
-        time.process_time(),
-        max(map(len, ids)),
-        state.tokenizer.pad_token_id,
-        MAX_COMPLETION_LENGTH,
-    )
+    start, longest, pad = time.process_time(), max(map(len, ids)), state.tokenizer.pad_token_id
     padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
     with torch.inference_mode():
