@@ -317,7 +317,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], list[list[str]]]]] 
         _score_rows,
     ),
     "variance": (
-        "Sequences that surprisal with self-normalised weights needs for the same error, errors from the evaluation batch",
+        "Against surprisal with self-normalised weights, errors from the evaluation batch",
         "| step | change | ours | reference | variance, reference / ours |",
         _variance_rows,
     ),
