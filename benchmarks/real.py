@@ -2,8 +2,8 @@
 
 For each checkpoint: tokens per second of the sampling loop against ``generate`` at the same batch size; time and peak
 memory of the whole probe against one training gradient; the predicted change against the measured one at eight learning
-rates; how contributions and published scores rank what fresh responses say; the errors against the number of evaluation
-sequences.
+rates; how contributions and published scores rank what fresh responses say; the errors against those of the reference
+estimators, and against the number of evaluation sequences.
 
 Run ``python benchmarks/real.py`` (about three hours on two idle cores), or for some ``--checkpoints`` and ``--parts``.
 What is finished lies in ``runs/bench-real`` and is not computed again; an interrupted sweep goes on where it was. The
@@ -116,6 +116,23 @@ def sizes(subject: Subject) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def variance(subject: Subject) -> dict[str, Any]:
+    """Both changes by surprisal and self-normalised weights, the reference, and as this package takes them."""
+    state, batches = subject.load()
+    estimates: dict[str, Any] = {}
+    for name, settings in (("ours", {}), ("reference", {"entropy": "surprisal", "realized": "snis"})):
+        probe = EntropyProbe(state.model, state.optimizer, ProbeConfig(horizon=None, **settings))
+        result = probe.run(update=batches["update"], evaluation=batches["own"])
+        predicted, realized = result.predicted, result.realized
+        assert predicted is not None
+        assert realized is not None
+        estimates[name] = {
+            "predicted": [predicted.value, predicted.se_evaluation],
+            "realized": [realized.value, realized.standard_error],
+        }
+    return estimates
+
+
 def cost(subject: Subject) -> dict[str, Any]:
     """CPU seconds and peak memory of one training gradient on the evaluation batch, and of the whole probe."""
     subject.load()  # so that neither samples
@@ -153,12 +170,7 @@ def sampling(subject: Subject) -> dict[str, Any]:
         "tokens": sum(len(completion.token_ids) for completion in completions),
         "cpu_seconds": time.process_time() - start,
     }
-    start, longest, pad = (
-        time.process_time(),
-        max(map(len, ids)),
-        state.tokenizer.pad_token_id,
-        MAX_COMPLETION_LENGTH,
-    )
+    start, longest, pad = time.process_time(), max(map(len, ids)), state.tokenizer.pad_token_id
     padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
     with torch.inference_mode():
@@ -183,6 +195,7 @@ PARTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "cost": cost,
     "rates": rates,
     "scores": scores,
+    "variance": variance,
     "sizes": sizes,
 }
 
@@ -209,15 +222,16 @@ def there_are(output: Path) -> dict[int, dict[str, dict[str, Any]]]:
     return figures
 
 
-def section(figures: dict[int, dict[str, dict[str, Any]]], command: str) -> str:
+def section(figures: dict[int, dict[str, dict[str, Any]]]) -> str:
     """The figures as a section of RESULTS.md."""
     sequences = {part["sequences"] for parts in figures.values() for part in parts.values()}
     lines = [
         TITLE,
         "",
-        f"`{command}` · the checkpoints of `make demo-real`; 8 prompts × 8 responses of up to 40 tokens in the update "
-        "batch, " + " or ".join(map(str, sorted(sequences))) + " sequences in the evaluation batch; errors are one "
-        "standard error. Wall times are of a machine whose two cores were shared.",
+        "`python benchmarks/real.py` · the checkpoints of `make demo-real`; 8 prompts × 8 responses of up to 40 tokens "
+        "in the update batch,",
+        " or ".join(map(str, sorted(sequences))) + " sequences in the evaluation batch; errors are one standard error.",
+        "Wall times are of a machine whose two cores others shared.",
         "",
     ]
     for part, (title, head, rows) in TABLES.items():
@@ -256,6 +270,16 @@ def _size_rows(figure: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def _variance_rows(figure: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for change in ("predicted", "realized"):
+        (ours, own), (reference, error) = (figure[name][change] for name in ("ours", "reference"))
+        rows.append(
+            [change, format_estimate(ours, own), format_estimate(reference, error), f"{(error / own) ** 2:.1f}"]
+        )
+    return rows
+
+
 def _cost_rows(figure: dict[str, Any]) -> list[list[str]]:
     training, probe = figure["training"], figure["probe"]
     return [
@@ -292,6 +316,11 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], list[list[str]]]]] 
         "| step | forecast | halves of the prompts | tokens |",
         _score_rows,
     ),
+    "variance": (
+        "Against surprisal with self-normalised weights, errors from the evaluation batch",
+        "| step | change | ours | reference | variance, reference / ours |",
+        _variance_rows,
+    ),
     "sizes": (
         "Errors against the size of the evaluation batch",
         "| step | sequences | δH₁, other update batches counted in | its error from E | realized ΔH |",
@@ -325,10 +354,7 @@ def main() -> None:
             subject = Subject(options.directory, step, options.sequences, options.output / f"checkpoint-{step}")
             for part in options.parts:
                 figures(subject, part)
-                update_section(
-                    options.results,
-                    section(there_are(options.output), f"python benchmarks/real.py {' '.join(sys.argv[1:])}".strip()),
-                )
+                update_section(options.results, section(there_are(options.output)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Take the pictures of docs/tutorial.md from a run's report.html, with Chromium.
+"""Take the pictures of docs/tutorial.md from the report.html of runs, with Chromium.
 
     python docs/make_images.py runs/why
+    python docs/make_images.py --real runs/demo-smollm2
 
-The run needs an attribution and a validation, as the tutorial makes it.
+The first run needs an attribution and a validation, as the tutorial makes it; the other is that of make demo-real.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ def between(page: Page, first: str | None, last: str) -> bytes:
     return page.screenshot(full_page=True, clip={"x": 0, "y": top, "width": width, "height": bottom - top})
 
 
-def main(run: Path) -> None:
+def tokens(page: Page) -> bytes:
+    """The responses to the prompt with the largest contribution, at the token that pushes entropy down most."""
+    page.locator("[data-prompt]").first.click()
+    page.evaluate("document.querySelector('#responses-title').scrollIntoView()")
+    page.mouse.move(0, 0)
+    page.locator("#list .down6, #list .down5").first.focus()
+    return page.screenshot()
+
+
+def main(run: Path, *, real: bool) -> None:
     """Write docs/images/*.png."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     assert chromium is not None, "expected Chromium; apt-get install chromium"
@@ -46,20 +56,20 @@ def main(run: Path) -> None:
             return page
 
         page = opened(1080, 900)
+        if real:
+            page.add_style_tag(content=".top { position: static; }")
+            save("smollm2", tokens(page))
+            browser.close()
+            return
         save("report", between(page, None, "#prompts"))
         page.add_style_tag(content=".top { position: static; }")
         save("prompts", between(page, "#prompts-title", "#responses"))
         save("layers", between(page, "#layers-title", "#validation"))
-        page.locator("[data-prompt]").first.click()
-        page.evaluate("document.querySelector('#responses-title').scrollIntoView()")
-        # the token that pushes entropy down most, of the responses to that prompt
-        page.mouse.move(0, 0)
-        page.locator("#list .down6, #list .down5").first.focus()
-        save("tokens", page.screenshot())
+        save("tokens", tokens(page))
         phone = opened(390, 844, color_scheme="dark")
         save("phone", phone.screenshot())
         browser.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[-1]), real="--real" in sys.argv)

@@ -1,6 +1,6 @@
-"""A run on SmolLM2-135M-Instruct after step 5 of ``make demo-real``, as it was saved: read and shown without a model.
+"""The run of ``make demo-real`` on SmolLM2-135M-Instruct, as it was saved: read and shown without a model.
 
-Of 4 prompts × 4 responses and 16 evaluation sequences; its rollouts and pictures are left out.
+Its rollouts and pictures are left out.
 """
 
 import shutil
@@ -19,7 +19,7 @@ def test_it_is_shown_without_a_model(tmp_path):
     shutil.copytree(RUN, tmp_path / "run")
     done = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
-    assert "predicted δH₁   -0.033 ± 0.013" in done.output
+    assert "predicted δH₁   -0.067 ± 0.011    this step ± 0.010, batch ± 2.7e-3" in done.output
     assert "…2 * 4. …" in done.output
     assert "im_start" not in done.output
     assert (tmp_path / "run" / "report.html").stat().st_size < 3e6

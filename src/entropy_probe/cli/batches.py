@@ -39,6 +39,8 @@ TRUNCATED = NoteKind(
     "{batch}: {percent} of the responses hit the largest length",
     "Make sure that probe.max_completion_length is the one of training.",
 )
+MANY_TRUNCATED = 0.1
+"""A share of responses that any policy has which does not always come to an end is not worth a note."""
 STOP_TEXTS = NoteKind(
     "stop_texts",
     "{batch}: {percent} of the responses end at a stop text ({texts}) instead of an end token",
@@ -301,7 +303,7 @@ def _describe(batch: str, report: SamplingReport, config: RunConfig) -> list[Not
     if report.prompts_dropped:
         tried, rounds = report.prompts_tried, report.rounds
         notes.append(DROPPED(batch=batch, dropped=report.prompts_dropped, tried=tried, rounds=rounds))
-    if share := report.truncated_fraction:
+    if (share := report.truncated_fraction) >= MANY_TRUNCATED:
         notes.append(TRUNCATED(batch=batch, percent=format_percent(share), share=share))
     if config.generation.stop:
         texts, share = ", ".join(map(repr, config.generation.stop)), report.stopped_fraction
