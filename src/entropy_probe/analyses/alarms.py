@@ -60,8 +60,8 @@ STATE = NoteKind(
 )
 COVERAGE = NoteKind(
     "optimizer_state_missing",
-    "step {step}: {share:.1%} of the trained elements have a second moment",
-    "Parameters that get no gradient are frozen by mistake, or the optimizer's state was not loaded.",
+    "step {step}: {share:.1%} of the trained elements have a second moment, {before:.1%} had before",
+    "If the run went on from a checkpoint there, its optimizer state was not loaded, or not all of it.",
 )
 MISMATCH = NoteKind(
     "sampler_mismatch_grows",
@@ -176,9 +176,9 @@ def _optimizer(records: Sequence[StepRecord]) -> Iterator[Note]:
     last, state = records[-1], records[-1].optimizer_state
     if state is None:
         return
-    if last.step > 1 and state.coverage < 1:
-        yield COVERAGE(step=last.step, share=state.coverage)
     for step, before in _last(records[:-1], 1, lambda r: r.optimizer_state and (r.step, r.optimizer_state)):
+        if state.coverage < before.coverage:
+            yield COVERAGE(step=last.step, share=state.coverage, before=before.coverage)
         counted, taken = state.steps[1] - before.steps[1], last.step - step
         if before.steps[1] and counted != taken:
             yield STATE(step=last.step, counted=max(0, counted), taken=taken, before=step)
