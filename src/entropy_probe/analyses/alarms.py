@@ -20,8 +20,10 @@ __all__ = ["alarms", "alarms_now"]
 
 Picked = TypeVar("Picked")
 
-WINDOW = 5
+WINDOW = 3
 """Probed steps that a rate is the mean of."""
+SEVERAL = 5
+"""Steps that make up the beginning of a run, or over which a batch's misfit is looked at."""
 LOGGED_WINDOW = 20
 """Steps that a rate is the slope of the logged entropy over, where none of them was probed."""
 ERRORS = 3.0
@@ -162,7 +164,7 @@ def _step_size(records: Sequence[StepRecord]) -> Iterator[Note]:
     if last.ess is not None and last.ess < LEAST_ESS:
         yield TOO_FAR(step=last.step, ess=last.ess)
     *norms, now = _last(records, LOGGED_WINDOW, _norm) or [0.0]
-    usual = median(norms) if len(norms) >= WINDOW else 0.0
+    usual = median(norms) if len(norms) >= SEVERAL else 0.0
     if usual and now > NORM_FACTOR * usual and _norm(last) is not None:
         yield NORM(step=last.step, norm=now, times=now / usual)
 
@@ -187,13 +189,13 @@ def _optimizer(records: Sequence[StepRecord]) -> Iterator[Note]:
 def _sampler(records: Sequence[StepRecord]) -> Iterator[Note]:
     """A sampler that goes away from the policy, by its own log-probabilities or by the responses themselves."""
     last, now = records[-1], _mismatch(records[-1])
-    first = list(islice((m for record in records[:-1] if (m := _mismatch(record)) is not None), WINDOW))
-    if now is not None and len(first) == WINDOW:
+    first = list(islice((m for record in records[:-1] if (m := _mismatch(record)) is not None), SEVERAL))
+    if now is not None and len(first) == SEVERAL:
         before = median(first)
         if now > max(MISMATCH_FACTOR * before, before + LEAST_MISMATCH):
             yield MISMATCH(step=last.step, now=now, first=before)
     if _own_fit(last) is not None:
-        fits = _last(records, WINDOW, _own_fit)
+        fits = _last(records, SEVERAL, _own_fit)
         z = sum(fit.z for fit in fits) / math.sqrt(len(fits))
         if abs(z) > MISFIT_ERRORS:
             yield MISFIT(step=last.step, excess=fmean(fit.excess for fit in fits), z=z)
