@@ -37,12 +37,12 @@ MOST_DISTANCE = 0.5
 
 COLLAPSE = NoteKind(
     "collapse_ahead",
-    "step {step}: at {rate:.2g} ± {error:.1g} {unit} a step, entropy ({entropy:.3g}) is gone in {steps:.0f} steps",
+    "step {step}: at {rate:.5f} ± {error:.5f} {unit} a step, entropy ({entropy:.3g}) is gone in {steps:.0f} steps",
     "Lower the learning rate, or probe that step with attribution, to see which prompts and tokens do it.",
 )
 EXPLOSION = NoteKind(
     "explosion_ahead",
-    "step {step}: at +{rate:.2g} ± {error:.1g} {unit} a step, entropy ({entropy:.3g}) doubles in {steps:.0f} steps",
+    "step {step}: at +{rate:.5f} ± {error:.5f} {unit} a step, entropy ({entropy:.3g}) doubles in {steps:.0f} steps",
     "Unless an entropy bonus asks for it, check the sign of advantages, the sampler's temperature, the learning rate.",
 )
 TOO_FAR = NoteKind(
@@ -194,11 +194,12 @@ def _sampler(records: Sequence[StepRecord]) -> Iterator[Note]:
         before = median(first)
         if now > max(MISMATCH_FACTOR * before, before + LEAST_MISMATCH):
             yield MISMATCH(step=last.step, now=now, first=before)
-    if _own_fit(last) is not None:
-        fits = _last(records, SEVERAL, _own_fit)
-        z = sum(fit.z for fit in fits) / math.sqrt(len(fits))
-        if abs(z) > MISFIT_ERRORS:
-            yield MISFIT(step=last.step, excess=fmean(fit.excess for fit in fits), z=z)
+    fits = _last(records, SEVERAL, _own_fit) if _own_fit(last) is not None else []
+    ends = (fits[-count:] for count in range(1, len(fits) + 1))
+    fits, z = max(((end, sum(fit.z for fit in end) / math.sqrt(len(end))) for end in ends),
+                  key=lambda pair: abs(pair[1]), default=([], 0.0))  # fmt: skip
+    if abs(z) > MISFIT_ERRORS:
+        yield MISFIT(step=last.step, excess=fmean(fit.excess for fit in fits), z=z)
 
 
 def _own_fit(record: StepRecord) -> BatchFit | None:

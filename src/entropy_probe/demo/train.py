@@ -74,6 +74,7 @@ def train_demo(
     seed: int = 0,
     on_progress: Callable[[str], None] = logger.info,
     callbacks: Sequence[Any] = (),
+    **arguments: Any,
 ) -> Path:
     """Train a tiny policy into ``directory`` and return the checkpoint to probe; at once if it exists.
 
@@ -94,6 +95,7 @@ def train_demo(
         seed: seed of the data, the initial weights and the sampling.
         on_progress: called with one line of text per phase and per checkpoint.
         callbacks: of the trainer.
+        **arguments: further ones of ``GRPOConfig``.
 
     Raises:
         ValueError: if ``save_steps`` does not divide ``steps``, or if the directory holds something else.
@@ -112,7 +114,7 @@ def train_demo(
         lines = (json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in problems)
         (building / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         on_progress(f"demo: GRPO, {steps} steps of {prompts_per_step} x {generations_per_prompt} responses")
-        arguments = {
+        arguments |= {
             "max_steps": steps,
             "save_steps": save_steps,
             "per_device_train_batch_size": prompts_per_step * generations_per_prompt,
