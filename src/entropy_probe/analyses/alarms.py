@@ -20,8 +20,10 @@ __all__ = ["alarms", "alarms_now"]
 
 Picked = TypeVar("Picked")
 
-WINDOW = 5
+WINDOW = 3
 """Probed steps that a rate is the mean of."""
+SEVERAL = 5
+"""Steps that make up the beginning of a run, or over which a batch's misfit is looked at."""
 LOGGED_WINDOW = 20
 """Steps that a rate is the slope of the logged entropy over, where none of them was probed."""
 ERRORS = 3.0
@@ -35,12 +37,12 @@ MOST_DISTANCE = 0.5
 
 COLLAPSE = NoteKind(
     "collapse_ahead",
-    "step {step}: at {rate:.2g} ± {error:.1g} {unit} a step, entropy ({entropy:.3g}) is gone in {steps:.0f} steps",
+    "step {step}: at {rate:.5f} ± {error:.5f} {unit} a step, entropy ({entropy:.3g}) is gone in {steps:.0f} steps",
     "Lower the learning rate, or probe that step with attribution, to see which prompts and tokens do it.",
 )
 EXPLOSION = NoteKind(
     "explosion_ahead",
-    "step {step}: at +{rate:.2g} ± {error:.1g} {unit} a step, entropy ({entropy:.3g}) doubles in {steps:.0f} steps",
+    "step {step}: at +{rate:.5f} ± {error:.5f} {unit} a step, entropy ({entropy:.3g}) doubles in {steps:.0f} steps",
     "Unless an entropy bonus asks for it, check the sign of advantages, the sampler's temperature, the learning rate.",
 )
 TOO_FAR = NoteKind(
@@ -60,8 +62,8 @@ STATE = NoteKind(
 )
 COVERAGE = NoteKind(
     "optimizer_state_missing",
-    "step {step}: {share:.1%} of the trained elements have a second moment",
-    "Parameters that get no gradient are frozen by mistake, or the optimizer's state was not loaded.",
+    "step {step}: {share:.1%} of the trained elements have a second moment, {before:.1%} had before",
+    "If the run went on from a checkpoint there, its optimizer state was not loaded, or not all of it.",
 )
 MISMATCH = NoteKind(
     "sampler_mismatch_grows",
@@ -162,7 +164,7 @@ def _step_size(records: Sequence[StepRecord]) -> Iterator[Note]:
     if last.ess is not None and last.ess < LEAST_ESS:
         yield TOO_FAR(step=last.step, ess=last.ess)
     *norms, now = _last(records, LOGGED_WINDOW, _norm) or [0.0]
-    usual = median(norms) if len(norms) >= WINDOW else 0.0
+    usual = median(norms) if len(norms) >= SEVERAL else 0.0
     if usual and now > NORM_FACTOR * usual and _norm(last) is not None:
         yield NORM(step=last.step, norm=now, times=now / usual)
 
@@ -176,9 +178,9 @@ def _optimizer(records: Sequence[StepRecord]) -> Iterator[Note]:
     last, state = records[-1], records[-1].optimizer_state
     if state is None:
         return
-    if last.step > 1 and state.coverage < 1:
-        yield COVERAGE(step=last.step, share=state.coverage)
     for step, before in _last(records[:-1], 1, lambda r: r.optimizer_state and (r.step, r.optimizer_state)):
+        if state.coverage < before.coverage:
+            yield COVERAGE(step=last.step, share=state.coverage, before=before.coverage)
         counted, taken = state.steps[1] - before.steps[1], last.step - step
         if before.steps[1] and counted != taken:
             yield STATE(step=last.step, counted=max(0, counted), taken=taken, before=step)
@@ -187,16 +189,17 @@ def _optimizer(records: Sequence[StepRecord]) -> Iterator[Note]:
 def _sampler(records: Sequence[StepRecord]) -> Iterator[Note]:
     """A sampler that goes away from the policy, by its own log-probabilities or by the responses themselves."""
     last, now = records[-1], _mismatch(records[-1])
-    first = list(islice((m for record in records[:-1] if (m := _mismatch(record)) is not None), WINDOW))
-    if now is not None and len(first) == WINDOW:
+    first = list(islice((m for record in records[:-1] if (m := _mismatch(record)) is not None), SEVERAL))
+    if now is not None and len(first) == SEVERAL:
         before = median(first)
         if now > max(MISMATCH_FACTOR * before, before + LEAST_MISMATCH):
             yield MISMATCH(step=last.step, now=now, first=before)
-    if _own_fit(last) is not None:
-        fits = _last(records, WINDOW, _own_fit)
-        z = sum(fit.z for fit in fits) / math.sqrt(len(fits))
-        if abs(z) > MISFIT_ERRORS:
-            yield MISFIT(step=last.step, excess=fmean(fit.excess for fit in fits), z=z)
+    fits = _last(records, SEVERAL, _own_fit) if _own_fit(last) is not None else []
+    ends = (fits[-count:] for count in range(1, len(fits) + 1))
+    fits, z = max(((end, sum(fit.z for fit in end) / math.sqrt(len(end))) for end in ends),
+                  key=lambda pair: abs(pair[1]), default=([], 0.0))  # fmt: skip
+    if abs(z) > MISFIT_ERRORS:
+        yield MISFIT(step=last.step, excess=fmean(fit.excess for fit in fits), z=z)
 
 
 def _own_fit(record: StepRecord) -> BatchFit | None:

@@ -342,7 +342,7 @@ def with_paths(settings: Any) -> Any:
 
 
 def load_config(
-    path: Path,
+    path: Path | None,
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
     kind: type[RunConfig] = RunConfig,
@@ -352,7 +352,7 @@ def load_config(
     """Read and validate a config file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; None for no settings but those below.
         overrides: dotted ``key=value`` replacements, in order.
         options: values of command-line options by dotted key, applied last; None leaves a key alone.
         kind: the class of the config: :class:`RunConfig`, or one that adds a section to it.
@@ -364,26 +364,27 @@ def load_config(
     """
     # JSON values are YAML values, whatever characters they hold.
     given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
-    settings = load_yaml(path)
+    settings = {} if path is None else load_yaml(path)
+    place = "settings" if path is None else str(path)
     if settings.get("overwrite") not in (None, False):
         raise ValueError(
-            f"{path}: overwrite: counts on the command line only, since a file may be somebody else's; leave it out, "
+            f"{place}: overwrite: counts on the command line only, since a file may be somebody else's; leave it out, "
             "and pass --overwrite to replace an earlier run"
         )
     settings = apply_overrides(settings, [*overrides, *given])
     try:
         settings = with_paths(settings)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
     unknown = next(_unknown_keys(settings, kind), None)
     if unknown is not None:
-        raise ValueError(f"{path}: {unknown}: unknown key; {_suggestion(unknown, kind)}")
+        raise ValueError(f"{place}: {unknown}: unknown key; {_suggestion(unknown, kind)}")
     try:
         config = kind.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(f"{path}: {describe(error)}") from error
+        raise ValueError(f"{place}: {describe(error)}") from error
     if not allow_code:
-        check_code(config.named_code(), path)
+        check_code(config.named_code(), place)
     return config
 
 

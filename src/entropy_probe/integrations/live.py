@@ -109,6 +109,7 @@ def step_record(
         "clip_factor": diagnostics.clip_factor,
         "learning_rate": max(result.optimizer_state.learning_rates),
         "mismatch": mismatch,
+        "fit": diagnostics.policy_fit.update,
         "optimizer_state": result.optimizer_state,
         "notes": diagnostics.notes,
     }

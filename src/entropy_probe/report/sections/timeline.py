@@ -150,7 +150,9 @@ def _entropy_charts(timeline: Timeline, probed: Steps) -> list[LineChart]:
     """Entropy with its error, what the predictions add up to, and the trainer's own; and every step's change."""
     start = probed[0].entropy.value if probed and probed[0].entropy else 0.0
     sums = cumulated(probed)
-    along = tuple(Point(step, start + value, 1.96 * error) for step, value, error in sums) if len(sums) > 1 else ()
+    along = (
+        tuple(Point(float(step), start + value, 1.96 * error) for step, value, error in sums) if len(sums) > 1 else ()
+    )
     entropy = [
         Curve("logged", "the trainer's log, on the batch of each step", _logged(timeline.steps, "entropy")),
         Curve("measured", "entropy with its 95% interval", _points(probed, lambda r: r.entropy), "band"),
@@ -198,13 +200,13 @@ def _chart(
 
 def _points(records: Steps, pick: Callable[[StepRecord], Estimate | None]) -> tuple[Point, ...]:
     picked = [(record.step, one) for record in records if (one := pick(record)) is not None]
-    return tuple(Point(step, one.value, one.margin) for step, one in thinned(picked, DRAWN))
+    return tuple(Point(float(step), one.value, one.margin) for step, one in thinned(picked, DRAWN))
 
 
 def _logged(records: Steps, what: str) -> tuple[Point, ...]:
     """What the trainer logged, or recorded of the step, of something."""
     picked = [(record.step, x) for record in records if (x := _number(record, what)) is not None]
-    return tuple(Point(step, x) for step, x in thinned(picked, DRAWN))
+    return tuple(Point(float(step), x) for step, x in thinned(picked, DRAWN))
 
 
 def _number(record: StepRecord, what: str) -> float | None:
