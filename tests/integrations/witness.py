@@ -18,7 +18,6 @@ from tests.tiny import train_grpo
 TINY = {
     "lora": True,
     "steps": 3,
-    "save_steps": 3,
     "per_device_train_batch_size": 12,
     "max_completion_length": 6,
 }
@@ -93,7 +92,7 @@ def trained(directory: Path, callbacks: Sequence[Any] = (), **settings: Any) -> 
     set_seed(0)  # the trainer does so after the adapter is made
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train_grpo(directory, callbacks=[*callbacks, witness], **(TINY | settings))
+        train_grpo(directory, callbacks=[*callbacks, witness], **({"save_steps": 1000} | TINY | settings))
     return witness, [str(w.message) for w in caught if "entropy-probe" in str(w.message)]
 
 
