@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from entropy_probe.cli.output import say
 from entropy_probe.report.numbers import format_percent
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
@@ -207,6 +208,7 @@ def _sample_batch(
         shards=output.shards,
         policy=f"{config.generation.engine} {policy}",
         progress=report_progress,
+        on_damaged=say,
     )
     return _describe(batch, report, config) + notes
 

@@ -18,6 +18,8 @@ __all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "one_line_excepthook"]
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
 BAD_INPUT = 2
 FAILURE = 1
+INTERRUPTED = 130
+"""As of a process that SIGINT ended."""
 
 # Typer carries its own click in some versions and imports it in others; this is click's UsageError in both.
 _UsageError: Any = typer.BadParameter.__base__
@@ -38,6 +40,15 @@ class ErrorsAsLines(TyperGroup):
         except ValueError as error:
             _fail(describe(error), error)
         sys.exit(code or 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interrupt ends in one line that says what is kept, and how to go on."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            kept = "; ".join(getattr(error, "__notes__", ())) or "nothing is kept, the same command starts afresh"
+            sys.stderr.write(f"interrupted: {printable(kept)}\n")
+            sys.exit(INTERRUPTED)
 
 
 def describe(error: BaseException) -> str:

@@ -26,8 +26,20 @@ from entropy_probe.cli.output.directory import (
     Output,
     check_new,
     open_output,
+    say,
     unfinished,
 )
 from entropy_probe.cli.output.lock import locked
 
-__all__ = ["ANSWERS", "CONFIG_FILE", "FIGURES", "POINTS", "Output", "check_new", "locked", "open_output", "unfinished"]
+__all__ = [
+    "ANSWERS",
+    "CONFIG_FILE",
+    "FIGURES",
+    "POINTS",
+    "Output",
+    "check_new",
+    "locked",
+    "open_output",
+    "say",
+    "unfinished",
+]
