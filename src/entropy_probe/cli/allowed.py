@@ -26,7 +26,7 @@ def allowed_file() -> Path:
     return (home if home.is_absolute() else Path.home() / ".config") / "entropy-probe" / "allowed"
 
 
-def check_code(named: Iterable[tuple[str, str]], config: Path) -> None:
+def check_code(named: Iterable[tuple[str, str]], config: str) -> None:
     """Check that every function which a config names is defined in an allowed package. Nothing else is imported.
 
     Args:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from entropy_probe.cli.dumps import given_batch
+from entropy_probe.cli.output import say
 from entropy_probe.report.numbers import format_percent
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.results.size import SAMPLING
@@ -287,6 +288,7 @@ def _sample_batch(
         shards=output.shards,
         policy=f"{config.generation.engine} {policy}",
         progress=report_progress,
+        on_damaged=say,
     )
     return _describe(batch, report, config) + notes, {SAMPLING: report.seconds}
 

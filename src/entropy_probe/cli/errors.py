@@ -20,6 +20,8 @@ __all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "leave_threads", "one_
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
 BAD_INPUT = 2
 FAILURE = 1
+INTERRUPTED = 130
+"""As of a process that SIGINT ended."""
 
 # Typer carries its own click in some versions and imports it in others; this is click's UsageError in both.
 _UsageError: Any = typer.BadParameter.__base__
@@ -44,11 +46,17 @@ class ErrorsAsLines(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command, which says how it ends by returning or by an error of its own.
 
+        An interrupt ends in one line that says what is kept, and how to go on.
+
         Raises:
             RuntimeError: if something that it calls asks for the process to end, as a reward's code may.
         """
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            kept = "; ".join(getattr(error, "__notes__", ())) or "nothing is kept, the same command starts afresh"
+            sys.stderr.write(f"interrupted: {printable(kept)}\n")
+            sys.exit(INTERRUPTED)
         except SystemExit as error:
             place = extract_tb(error.__traceback__)[-1]
             raise RuntimeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -25,14 +25,28 @@ SavedT = TypeVar("SavedT", bound="SavedRecord")
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block ends without an error."""
+    """A temporary file that takes the place of ``path`` when the block ends without an error.
+
+    It is on the disk before it has the name, so that the power may fail at any moment.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _sync(temporary)
         temporary.replace(path)
+        with suppress(OSError):  # file systems need not sync directories
+            _sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

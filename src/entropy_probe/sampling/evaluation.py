@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.rollouts.parquet import merge_rollouts, read_note, write_rollouts
+from entropy_probe.rollouts.parquet import merge_rollouts, read_note, read_rollouts, write_rollouts
 from entropy_probe.sampling.collect import (
     EVALUATION_STREAM,
     PILOT_STREAM,
@@ -192,6 +192,7 @@ def sample_evaluation_file(
     shards: Path,
     policy: str,
     progress: Progress | None = None,
+    on_damaged: Callable[[str], None] | None = None,
 ) -> SamplingReport:
     """:func:`sample_evaluation` into a Parquet file, with no more than a shard of it in memory.
 
@@ -210,6 +211,7 @@ def sample_evaluation_file(
         shards: the directory for shards.
         policy: identifies the policy that the engine samples from, weights included.
         progress: called with sequences done and in all.
+        on_damaged: called with what is wrong with a shard that cannot be read, which is sampled again.
 
     Returns:
         How the batch came about.
@@ -227,7 +229,7 @@ def sample_evaluation_file(
     for start in range(0, len(drawn), SHARD_SEQUENCES):
         of_shard = drawn[start : start + SHARD_SEQUENCES]
         file = shards / f"shard-{len(files):05d}.parquet"
-        note = read_note(file) if file.is_file() else {}
+        note = _note_of_whole(file, on_damaged)
         if note.get("key") != key:
             seeds = sequence_seeds(settings.seed, EVALUATION_STREAM, 0, range(start, start + len(of_shard)))
             began = time.perf_counter()
@@ -241,6 +243,20 @@ def sample_evaluation_file(
             progress(start + len(of_shard), len(drawn))
     merge_rollouts(files, path)
     return replace(_report(drawn, counts, engine), seconds=seconds)
+
+
+def _note_of_whole(file: Path, on_damaged: Callable[[str], None] | None) -> dict[str, Any]:
+    """The note of a shard that can be read to its end; empty without one."""
+    if not file.is_file():
+        return {}
+    try:
+        note = read_note(file)
+        read_rollouts(file)
+    except (ValueError, OSError) as error:  # as pyarrow raises them
+        if on_damaged is not None:
+            on_damaged(f"{file} is damaged and is sampled again ({' '.join(str(error).split()):.100})")
+        return {}
+    return note
 
 
 def resample_responses(

@@ -19,6 +19,7 @@ from entropy_probe.parallel.ranks import ALONE
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import write_atomically
 from entropy_probe.results.validation import VALIDATION_FILE
+from tests.invariants.hf_problems import rollouts
 from tests.processes import Process
 from tests.report.results import make_result
 
@@ -55,7 +56,7 @@ def command(directory: Path, inputs: Inputs = INPUTS, fail: str = "", **settings
         if not output.finished:
             with output.writing(ALONE):
                 for batch in ("update", "evaluation"):
-                    if batch in output.inputs.rollouts:
+                    if batch in output.inputs.rollouts or batch in settings.get("rollouts", ()):
                         continue
                     for shard in range(2 if batch == "evaluation" else 0):
                         write(f"evaluation/shard-{shard:05d}.parquet", text)
@@ -117,8 +118,34 @@ def test_an_error_keeps_what_took_long_and_says_so(tmp_path):
     assert contents(out).keys() == FILES
 
 
+def given_killed_everywhere(directory: Path, before: Path) -> None:
+    """The same where the user's own rollouts lie in the directory that is overwritten."""
+    os.fsync = lambda descriptor: None  # of this process, which ends here; it would take most of the time
+    out = directory / "killed"
+    mine = {name: out / f"{name}.parquet" for name in ("update", "evaluation")}
+    given = {"rollouts": mine, "overwrite": True}
+    for moment in count():
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(before, out)
+        rollouts = [path.read_bytes() for path in mine.values()]
+        child = os.fork()
+        if child == 0:
+            kill_at(moment, str(out))
+            command(out, **given)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert [path.read_bytes() for path in mine.values()] == rollouts, moment
+        if os.WIFEXITED(status):
+            assert moment > 20
+            return
+        assert command(out, **given) == [], moment
+        assert contents(out).keys() == FILES, moment
+        assert [path.read_bytes() for path in mine.values()] == rollouts, moment
+
+
 def killed_everywhere(directory: Path, before: Path) -> None:
     """Kill the command at every change of the directory in turn, each time in a copy of what was before; it goes on."""
+    os.fsync = lambda descriptor: None  # of this process, which ends here; it would take most of the time
     whole, out = directory / "whole", directory / "killed"
     command(whole)
     expected = contents(whole) | {"config.yaml": b""}
@@ -133,7 +160,7 @@ def killed_everywhere(directory: Path, before: Path) -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
-            assert moment > 25
+            assert moment > 40
             return
         now = contents(out)
         for last, earlier in pairwise(ORDER):
@@ -152,12 +179,36 @@ def kill_at(moment: int, directory: str) -> None:
 
     def watch(event: str, arguments: tuple) -> None:
         changing = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if event == "open":  # to write
+            changing = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if changing and str(arguments[0]).startswith(directory):
             if len(changes) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             changes.append(event)
 
     sys.addaudithook(watch)
+
+
+def test_killed_at_any_operation_given_rollouts_stay(tmp_path):
+    command(tmp_path / "before", other(checkpoint="before"))
+    process = Process(given_killed_everywhere, tmp_path, tmp_path / "before")
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+
+
+@pytest.mark.parametrize("write", [write_atomically, lambda path, _: rollouts().to_parquet(path)])
+def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch, write):
+    synced, sync, replace = [], os.fsync, Path.replace
+
+    def renamed(self, target):
+        assert os.stat(self).st_ino in synced
+        synced.append(target)
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    monkeypatch.setattr(Path, "replace", renamed)
+    write(tmp_path / "file", b"x")
+    assert tmp_path / "file" in synced
 
 
 @pytest.mark.parametrize("before", ["nothing", "another run"])

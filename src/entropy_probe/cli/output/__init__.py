@@ -26,6 +26,7 @@ from entropy_probe.cli.output.directory import (
     Output,
     check_new,
     open_output,
+    say,
     unfinished,
 )
 from entropy_probe.cli.output.inputs import Batch, Pilot
@@ -42,5 +43,6 @@ __all__ = [
     "check_new",
     "locked",
     "open_output",
+    "say",
     "unfinished",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -34,6 +34,7 @@ __all__ = [
     "Output",
     "check_new",
     "open_output",
+    "say",
     "unfinished",
 ]
 
@@ -101,8 +102,6 @@ class Output:
             kept = self._what_is_kept() if self.writes else ""
             if kept is None:
                 self._clear()
-            elif isinstance(error, KeyboardInterrupt) and kept:  # of which nobody shows the notes
-                _say(kept)
             elif kept:
                 error.add_note(kept)
             raise
@@ -128,7 +127,7 @@ class Output:
         """Put given batches beside the result, as configured, unless they lie there."""
         for batch, file in ((batch, self.batch_file(batch)) for batch in ROLLOUT_FILES):
             rollouts = getattr(sources, batch)
-            if self.config.save_rollouts and rollouts is not None and file.resolve() not in self._given:
+            if self.config.save_rollouts and rollouts is not None and file.resolve() not in self.given:
                 rollouts.to_parquet(file)
 
     def finish(self, draw: Callable[[], None]) -> None:
@@ -137,13 +136,14 @@ class Output:
             return
         unsaved = [] if self.config.save_rollouts else map(self.batch_file, ROLLOUT_FILES)
         _delete([*_temporary_files(self.path), *self.shards.glob("shard-*")])
-        _delete(file for file in unsaved if file.resolve() not in self._given)
+        _delete(file for file in unsaved if file.resolve() not in self.given)
         _delete_empty(self.path)
         if not (self.path / REPORT_FILE).is_file():
             draw()
 
     @property
-    def _given(self) -> set[Path]:
+    def given(self) -> set[Path]:
+        """Files of rollouts that the config names, which are the user's wherever they lie."""
         return {path.resolve() for _, path in self.config.rollouts if path is not None}
 
     def _start(self) -> None:
@@ -160,7 +160,7 @@ class Output:
     def _clear(self) -> None:
         """Delete all but given rollouts; last what the directory is recognised by, should this be interrupted."""
         mark = self.path / (INPUTS_FILE if (self.path / INPUTS_FILE).exists() else RESULTS_FILE)
-        files = [file for file in _own_files(self.path) if file != mark and file.resolve() not in self._given]
+        files = [file for file in _own_files(self.path) if file != mark and file.resolve() not in self.given]
         _delete([*_temporary_files(self.path), *files])
         _delete_empty(self.path)
         _delete([mark])
@@ -209,7 +209,7 @@ def resume(config: RunConfig, inputs: Inputs) -> Output:
     if config.overwrite and _is_ours(path):
         return new
     if config.overwrite or not (path / INPUTS_FILE).is_file():
-        check_new(path, config.overwrite, "no result of an earlier run")
+        check_new(path, config.overwrite, "no result of an earlier run", new.given)
         return new
     saved = Inputs.load(path)
     kept, noun = _what_took_long(path, saved), NOUNS[saved.command]
@@ -226,22 +226,23 @@ def resume(config: RunConfig, inputs: Inputs) -> Output:
             f"{saved.command} again{keeping}"
         )
     note = f"this {noun}, shown as it is" if finished else f"{kept} of this {noun}, which goes on with them"
-    _say(f"{path} holds {note}; --overwrite starts afresh")
+    say(f"{path} holds {note}; --overwrite starts afresh")
     return Output(config, saved, resumes=True, finished=finished)
 
 
-def check_new(directory: Path, overwrite: bool, lacks: str) -> None:
+def check_new(directory: Path, overwrite: bool, lacks: str, given: Collection[Path] = ()) -> None:
     """Refuse a locked directory that is not one of the command's and holds files.
 
     Args:
         directory: the directory; what a killed process leaves before it has written anything does not count.
         overwrite: whether there may be files, but none with names that the commands give.
         lacks: what it would hold if it were the command's, in words.
+        given: files that it may hold, whatever they are called, where there may be files.
 
     Raises:
         ValueError: if it does.
     """
-    own = _own_files(directory)
+    own = [file for file in _own_files(directory) if file.resolve() not in given]
     if overwrite and own:
         raise ValueError(
             f"output_dir: {directory} holds {own[0].relative_to(directory)} but {lacks}, so it is not overwritten; "
@@ -317,5 +318,6 @@ def _delete_empty(directory: Path) -> None:
             (directory / folder).rmdir()
 
 
-def _say(note: str) -> None:
+def say(note: str) -> None:
+    """A note on stderr."""
     sys.stderr.write(printable(f"note: {note}") + "\n")
