@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from entropy_probe.checkpoints import CheckpointError, MappingError, load_checkpoint
+from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.demo.policy import build_model
 
 
@@ -74,6 +75,14 @@ def test_the_entries_of_a_value_model_are_set_aside(tmp_path, value_first):
     with pytest.raises(MappingError, match=r"27 entries more than the 27 .*pass policy"):
         load_checkpoint(tmp_path)
     check(load_checkpoint(tmp_path, policy="policy"), moments, others)
+
+
+def test_a_manifest_is_recorded_of_the_policy_alone(tmp_path):
+    moments, others = saved(tmp_path, Both)
+    record_checkpoint(tmp_path, written_by="test", policy="policy")
+    check(load_checkpoint(tmp_path, policy="policy"), moments, others)
+    with pytest.raises(MappingError, match="or pass the policy where the manifest was recorded with one"):
+        load_checkpoint(tmp_path)
 
 
 def test_so_are_those_in_one_group(tmp_path):

@@ -246,3 +246,83 @@ def test_a_value_that_the_loss_does_not_take_names_the_checkpoint(tmp_path):
     place = directory(tmp_path / "c", **TRAINED | {"loss_type": "new_loss"})
     with pytest.raises(ValueError, match=rf"{place}: .*loss_type.*got 'new_loss'"):
         with_trainer_settings(config(place))
+
+
+VERL = {
+    "actor_rollout_ref": {
+        "actor": {"clip_ratio_high": 0.28, "grad_clip": 0.5, "ppo_mini_batch_size": 4},
+        "rollout": {"temperature": 0.6, "n": 4},
+    },
+    "algorithm": {"adv_estimator": "grpo"},
+    "data": {"train_batch_size": 4, "max_response_length": 64},
+}
+
+
+def of_verl(tmp_path: Path, **algorithm: Any) -> Path:
+    place = directory(tmp_path / "c", named=None)
+    given = VERL | {"algorithm": VERL["algorithm"] | algorithm}
+    (place / ".hydra").mkdir()
+    (place / ".hydra/config.yaml").write_text(yaml.safe_dump(given))
+    return place
+
+
+def test_the_loss_is_the_trainers_own_where_the_config_names_none(tmp_path):
+    filled, notes = with_trainer_settings(config(of_verl(tmp_path)))
+    loss = filled.probe.loss
+    assert (loss.trainer, loss.clip_ratio_high, loss.needs_old) == ("verl", 0.28, False)
+    assert (filled.probe.temperature, filled.probe.max_grad_norm, filled.probe.max_completion_length) == (0.6, 0.5, 64)
+    assert [note.code for note in notes] == ["version_assumed"]
+    stated = config(tmp_path / "c", probe={"loss": {"trainer": "verl", "version": "0.8.0"}})
+    filled, notes = with_trainer_settings(stated)
+    assert (filled.probe.loss.version, filled.probe.loss.clip_ratio_high, notes) == ("0.8.0", 0.28, ())
+
+
+@pytest.mark.parametrize(
+    ("probe", "match"),
+    [
+        (
+            {"loss": {"trainer": "trl"}},
+            "probe.loss.trainer: expected verl, which .*config.yaml says of training, got trl",
+        ),
+        ({"loss_type": "dapo"}, "probe.loss.trainer: expected verl"),
+        ({"loss": {"trainer": "verl", "clip_ratio_high": 0.3}}, "probe.loss.clip_ratio_high: expected 0.28, .*got 0.3"),
+        ({"temperature": 1.0}, "probe.temperature: expected 0.6, .* got 1.0"),
+    ],
+)
+def test_a_config_against_another_trainers_settings_is_an_error(tmp_path, probe, match):
+    place = of_verl(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        with_trainer_settings(config(place, probe=probe))
+    filled, notes = with_trainer_settings(config(place, probe=probe, trust_config=True))
+    assert "config_trusted" in [note.code for note in notes]
+    assert filled.probe.loss.trainer == probe.get("loss", {}).get("trainer", "trl" if "loss_type" in probe else "verl")
+
+
+def test_advantages_that_sampling_does_not_give_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"update: expected the trainer's own rollouts, since training estimates adv.*gae"
+    ):
+        with_trainer_settings(config(of_verl(tmp_path, adv_estimator="gae")))
+
+
+def test_a_loss_that_is_not_read_has_to_be_stated(tmp_path):
+    place = directory(tmp_path / "c", named=None)
+    (place / "config.yaml").write_text(yaml.safe_dump({"loss_fn": {}, "policy": {"max_grad_norm": 0.2}}))
+    batches = SAMPLED | {"probe": {"max_completion_length": 8}}
+    with pytest.raises(ValueError, match=r"probe.loss: expected it to be set, since that of NeMo-RL is none"):
+        with_trainer_settings(config(place, batches=batches))
+    batches["probe"] |= {"loss_type": "dapo"}
+    filled, _ = with_trainer_settings(config(place, batches=batches))
+    assert filled.probe.max_grad_norm == 0.2
+
+
+def test_a_trainers_config_is_given_where_it_lies_elsewhere(tmp_path):
+    place = directory(tmp_path / "c", named=None)
+    (tmp_path / "other").mkdir()
+    file = tmp_path / "other/verl.yaml"
+    file.write_text(yaml.safe_dump(VERL))
+    filled, _ = with_trainer_settings(config(place, trainer_config=file))
+    assert (filled.probe.loss.trainer, filled.trainer_config) == ("verl", file)
+    whole = directory(tmp_path / "d", **TRAINED)
+    with pytest.raises(CheckpointError, match=r"expected no trainer's config beside .*training_args.bin"):
+        with_trainer_settings(config(whole, trainer_config=file))

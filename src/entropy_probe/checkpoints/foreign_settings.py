@@ -298,15 +298,24 @@ def _has(settings: Settings, path: str) -> bool:
 
 
 def _find(settings: Any, path: str) -> Any:
-    if not isinstance(settings, Mapping):
-        return _MISSING
-    if path in settings:
-        return settings[path]
-    for i in (i for i, x in enumerate(path) if x == "."):
-        value = _find(settings.get(path[:i]), path[i + 1 :])
-        if value is not _MISSING:
-            return value
-    return _MISSING
+    for part in path.split("."):
+        if not isinstance(settings, Mapping) or part not in settings:
+            return _MISSING
+        settings = settings[part]
+    return settings
+
+
+def _nested(settings: Settings) -> dict[str, Any]:
+    """With ``a.b`` as ``b`` in ``a``."""
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        *parents, last = str(name).split(".")
+        place = nested
+        for parent in parents:
+            inner = place.get(parent)
+            place[parent] = place = dict(inner) if isinstance(inner, Mapping) else {}
+        place[last] = value
+    return nested
 
 
 def _read(file: Path) -> Settings:
@@ -328,7 +337,7 @@ def _read(file: Path) -> Settings:
         ) from error
     if not isinstance(content, Mapping):
         return {}
-    content = {name: x["value"] if _of_wandb(x) else x for name, x in content.items()}
+    content = _nested({name: x["value"] if _of_wandb(x) else x for name, x in content.items()})
     beside = file.with_name(file.name.replace("trainer", "orchestrator"))
     if file.stem == "trainer" and beside.is_file() and beside.stat().st_size <= MOST:  # prime-rl's two halves
         return {"trainer": content, "orchestrator": _read(beside)}

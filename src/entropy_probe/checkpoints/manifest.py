@@ -146,7 +146,10 @@ class Manifest(_Record):
         sizes = [len(group["params"]) for group in groups]
         recorded = [len(group.parameters) for group in self.groups]
         if sizes != recorded:
-            raise MappingError(f"{path}: expected groups of the manifest's sizes {recorded}, got {sizes}; {_COPY}")
+            raise MappingError(
+                f"{path}: expected groups of the manifest's sizes {recorded}, got {sizes}; {_COPY}, or pass the policy "
+                "where the manifest was recorded with one"
+            )
         for i, (group, record) in enumerate(zip(groups, self.groups, strict=True)):
             settings = plain_settings(group)
             for key in sorted(settings.keys() & record.settings.keys()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -67,6 +68,18 @@ def test_weights_and_moments_are_those_that_the_library_gathers(unpacked, case, 
     assert state.report.verdict == "healthy"
     if not case.endswith("lora"):  # whose lora_B did not start at 0 here
         assert state.report.movement.status == "consistent"
+
+
+@pytest.mark.parametrize("case", ZERO[:1])
+def test_deepspeeds_files_are_opened_once(unpacked, monkeypatch, case):
+    """Optimizer, weights and masters are in the same ones; nothing of them is kept once it has been read."""
+    opened, read = [], deepspeed.read_objects
+    monkeypatch.setattr(deepspeed, "read_objects", lambda file, *more: opened.append(file) or read(file, *more))
+    directory = unpacked(case)
+    assert load(directory).report.verdict == "healthy"
+    assert sorted(opened) == sorted(place(directory, 2).glob("*_states.pt"))
+    gc.collect()
+    assert len(deepspeed._OPEN) == 0
 
 
 @pytest.mark.parametrize("case", CASES)

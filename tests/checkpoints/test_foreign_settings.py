@@ -1,0 +1,151 @@
+"""Settings of verl, OpenRLHF and prime-rl from their own configs, under the names of their losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from entropy_probe.checkpoints.errors import CheckpointError
+from entropy_probe.checkpoints.foreign_settings import find_settings, read_settings
+from entropy_probe.losses import build_loss
+
+VERL = {
+    "actor_rollout_ref": {
+        "actor": {
+            "clip_ratio_high": 0.28, "loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": None,
+            "use_kl_loss": True, "kl_loss_coef": 0.01, "grad_clip": 0.5, "ppo_mini_batch_size": 8,
+            "ulysses_sequence_parallel_size": 2, "policy_loss": {"loss_mode": "gspo"},
+        },
+        "rollout": {"temperature": 0.6, "n": 4, "top_p": 0.95, "top_k": -1},
+    },
+    "algorithm": {
+        "adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False, "rollout_correction": {"rollout_is": "token"},
+    },
+    "data": {"train_batch_size": 16, "max_response_length": 64},
+    "trainer": {"n_gpus_per_node": 4, "nnodes": 1},
+}  # fmt: skip
+
+
+def written(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content))
+    return path
+
+
+def test_verls_config_is_found_around_the_checkpoint(tmp_path):
+    file = written(tmp_path / "run/.hydra/config.yaml", VERL)
+    actor = tmp_path / "run/global_step_4/actor"
+    actor.mkdir(parents=True)
+    settings = find_settings(actor)
+    assert settings is not None
+    assert (settings.file, settings.trainer) == (file, "verl")
+    loss = build_loss(settings.loss)
+    assert loss.trainer == "verl"
+    assert (loss.loss_mode, loss.clip_ratio_high, loss.loss_scale_factor, loss.num_processes) == ("gspo", 0.28, 64, 2)
+    assert (loss.use_kl_loss, loss.kl_loss_coef, loss.rollout_is, loss.needs_old) == (True, 0.01, "token", True)
+    others = {"temperature": 0.6, "max_grad_norm": 0.5, "max_completion_length": 64, "num_generations": 4}
+    assert others.items() <= settings.values.items()
+    assert (settings.values["scale_rewards"], settings.values["top_p"]) == ("none", 0.95)
+
+
+@pytest.mark.parametrize("names", ["flat", "dotted", "nested", "script", "wandb"])
+def test_openrlhf_by_its_older_and_newer_names(tmp_path, names):
+    flat = {"policy_loss_type": "gspo", "eps_clip_low_high": [0.1, 0.3], "use_kl_loss": True, "init_kl_coef": 0.02}
+    flat |= {"advantage_estimator": "group_norm", "max_norm": 0.7, "generate_max_len": 32, "temperature": 0.9}
+    dotted = {
+        "actor.policy_loss_type": "gspo", "actor.eps_clip_low_high": [0.1, 0.3], "algo.kl.use_loss": True,
+        "algo.kl.init_coef": 0.02, "algo.advantage.estimator": "group_norm", "actor.max_norm": 0.7,
+        "rollout.max_new_tokens": 32, "rollout.temperature": 0.9,
+    }  # fmt: skip
+    if names == "script":
+        words = " \\\n   ".join(
+            f"--{name}" + ("" if x is True else " 0.1 0.3" if isinstance(x, list) else f" {x}")
+            for name, x in dotted.items()
+        )
+        file = tmp_path / "train.sh"
+        file.write_text(f"set -x  # run\npython3 -m openrlhf.cli.train_ppo_ray {words} \\\n   --ckpt.path $HOME/x\n")
+    elif names == "nested":
+        nested: dict[str, Any] = {}
+        for name, x in dotted.items():
+            *parents, last = name.split(".")
+            place = nested
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = x
+        file = written(tmp_path / "args.json", nested)
+    else:
+        content = {"flat": flat, "dotted": dotted, "wandb": {name: {"value": x} for name, x in flat.items()}}[names]
+        file = written(tmp_path / "args.yaml", content)
+    settings = read_settings(file)
+    loss = build_loss(settings.loss)
+    assert (loss.trainer, loss.policy_loss_type, loss.eps_clip_low_high) == ("openrlhf", "gspo", (0.1, 0.3))
+    assert (loss.use_kl_loss, loss.init_kl_coef) == (True, 0.02)
+    others = {"temperature": 0.9, "max_grad_norm": 0.7, "max_completion_length": 32, "scale_rewards": "group"}
+    assert others.items() <= settings.values.items()
+
+
+def test_verls_overrides_in_a_script(tmp_path):
+    file = tmp_path / "run.sh"
+    file.write_text(
+        "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo \\\n"
+        " actor_rollout_ref.actor.clip_ratio_high=0.28 actor_rollout_ref.actor.use_kl_loss=False \\\n"
+        " +actor_rollout_ref.actor.policy_loss.loss_mode=clip_cov trainer.n_gpus_per_node=$GPUS \\\n"
+        " actor_rollout_ref.rollout.temperature=$T $@\n"
+    )
+    with pytest.raises(CheckpointError, match=r"rollout.temperature: expected a plain value, got '\$T'; write it out"):
+        read_settings(file)
+    file.write_text(file.read_text().replace("$T", "0.8"))
+    settings = read_settings(file)
+    loss = build_loss(settings.loss)
+    assert (loss.loss_mode, loss.clip_ratio_high, loss.use_kl_loss) == ("clip_cov", 0.28, False)
+    assert settings.values["temperature"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("loss", "version"),
+    [({"dppo_mask_low": 0.3}, "0.8"), ({"ipo_mask_low": 0.3}, "0.5"), ({"ratio_type": "sequence"}, "0.4")],
+)
+def test_prime_rls_two_files(tmp_path, loss, version):
+    written(tmp_path / "configs/trainer.json", {"loss": loss, "optim": {"max_norm": 0.3}, "max_concurrent_runs": 1})
+    sampling = {"temperature": 0.7, "max_completion_tokens": 99}
+    written(tmp_path / "configs/orchestrator.json", {"train": {"sampling": sampling}, "group_size": 16})
+    settings = find_settings(tmp_path / "checkpoints/step_3/trainer")
+    assert settings is not None
+    built = build_loss(settings.loss)
+    assert (built.trainer, built.version) == ("prime_rl", version)
+    assert all(getattr(built, name) == value for name, value in loss.items())
+    others = {"max_grad_norm": 0.3, "temperature": 0.7, "max_completion_length": 99, "num_generations": 16}
+    assert others.items() <= settings.values.items()
+
+
+def test_a_trainer_whose_loss_is_not_read_still_tells_the_rest(tmp_path):
+    written(tmp_path / "step_3/config.yaml", {"loss_fn": {"ratio_clip_min": 0.2}, "policy": {"max_grad_norm": 0.2}})
+    settings = find_settings(tmp_path / "step_3/policy")
+    assert settings is not None
+    assert (settings.trainer, settings.loss, settings.values) == ("NeMo-RL", None, {"max_grad_norm": 0.2})
+
+
+def test_other_files_are_not_taken_for_a_trainers(tmp_path):
+    written(tmp_path / "config.yaml", {"checkpoint": "x", "probe": {"temperature": 1.0}})
+    (tmp_path / "step_3").mkdir()
+    (tmp_path / "step_3/config.yaml").write_text("a: !include [b")
+    assert find_settings(tmp_path / "step_3") is None
+    with pytest.raises(
+        CheckpointError, match=r"expected the config of verl, OpenRLHF, prime-rl, .*, got settings called"
+    ):
+        read_settings(tmp_path / "config.yaml")
+    with pytest.raises(CheckpointError, match="found no such file"):
+        read_settings(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("actor_rollout_ref: [")
+    with pytest.raises(CheckpointError, match="expected settings that can be read, got: while parsing"):
+        read_settings(tmp_path / "bad.yaml")
+    (tmp_path / "code.yaml").write_text("actor_rollout_ref: !!python/object/apply:os.system ['touch owned']")
+    with pytest.raises(CheckpointError, match="could not determine a constructor"):
+        read_settings(tmp_path / "code.yaml")
+    file = written(tmp_path / "v.yaml", {"actor_rollout_ref": {"rollout": {"temperature": "hot"}}})
+    with pytest.raises(CheckpointError, match="temperature: expected a number, got 'hot'"):
+        read_settings(file)
