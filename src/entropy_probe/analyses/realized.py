@@ -18,6 +18,7 @@ from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import Realized, Unit
+from entropy_probe.results.student import degrees_of
 from entropy_probe.types import Clusters, TokenScores
 
 __all__ = ["Measurement", "measure_change"]
@@ -101,6 +102,7 @@ class Measurement:
             pareto_k_threshold=self.weights.pareto_k_threshold,
             noise_floor=floor,
             step_rounding=step_rounding,
+            degrees_of_freedom=None if change is None else degrees_of(clusters.count, change.skewness),
         )
 
 

@@ -72,6 +72,12 @@ class Sampled:
         """``sd(influence) / sqrt(U)`` with the unbiased standard deviation."""
         return (self.influence.std() / self.influence.numel() ** 0.5).item()
 
+    @property
+    def skewness(self) -> float:
+        """``mean(influence^3) / mean(influence^2)^(3/2)``; 0 where all are equal."""
+        variance = self.influence.square().mean().item()
+        return 0.0 if variance == 0 else (self.influence.pow(3).mean() / variance**1.5).item()
+
     def __sub__(self, other: Sampled) -> Sampled:
         return Sampled(self.value - other.value, self.influence - other.influence)
 

@@ -23,7 +23,8 @@ class Estimate(Record):
         num_clusters: independent clusters behind the standard error (sequences, or prompts).
         unit: nats per token or nats per sequence.
         status: ``ok``, or ``below_noise_floor`` if rounding alone could have made the number.
-        degrees_of_freedom: of the standard error; null where that is one fewer than ``num_clusters``.
+        degrees_of_freedom: of the standard error; one fewer than ``num_clusters`` unless these
+            are skew or two errors are combined; null says so too.
     """
 
     value: float

@@ -63,6 +63,7 @@ class Realized(Record):
         value: the estimate, in ``unit``; null when it was refused.
         standard_error: one standard error, in ``unit``; null with ``value``.
         num_clusters: independent clusters behind the standard error.
+        degrees_of_freedom: as in :class:`~entropy_probe.results.estimate.Estimate`.
         unit: nats per token or nats per sequence.
         status: ``ok``; ``below_noise_floor``: rounding alone could have made the number; ``low_ess`` or
             ``high_pareto_k``: refused, since the step moves the policy too far for these rollouts.
@@ -93,6 +94,7 @@ class Realized(Record):
     pareto_k_threshold: float
     noise_floor: float | None
     step_rounding: float
+    degrees_of_freedom: float | None = Field(default=None, gt=0)
 
     @property
     def estimate(self) -> Estimate | None:
@@ -106,6 +108,7 @@ class Realized(Record):
             num_clusters=self.num_clusters,
             unit=self.unit,
             status=status,
+            degrees_of_freedom=self.degrees_of_freedom,
         )
 
 
