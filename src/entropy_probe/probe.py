@@ -302,16 +302,13 @@ class EntropyProbe:
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
 
     def ask(self, question: str, *, update: Rollouts, evaluation: Rollouts, **settings: Any) -> SavedRecord:
-        """Ask something of the prediction, such as ``without_prompts`` with ``prompts=[[3], [5, 8]]``.
+        """The ``Answer`` to a question of the prediction, as ``without_prompts`` with ``prompts=[[3], [5, 8]]``.
 
         Args:
             question: a module of :mod:`entropy_probe.questions`.
             update: the batch the step is taken on.
             evaluation: the batch whose entropy is predicted.
             settings: of the question; see its ``Settings``.
-
-        Returns:
-            The question's ``Answer``.
 
         Raises:
             ValueError: as :meth:`run`, for an unknown question, or settings that do not fit.
@@ -334,7 +331,7 @@ class EntropyProbe:
             geometry: in place of ``config.geometry``.
 
         Raises:
-            ValueError: for unusable rollouts, fewer than three distinct prompts, or an optimizer other than Adam.
+            ValueError: for unusable rollouts, or fewer than three distinct prompts.
         """
         with self._opened() as policy:
             if (geometry or policy.config.geometry) == "frozen":
@@ -343,9 +340,7 @@ class EntropyProbe:
             return result_of(prediction.plan, prediction, measure_own(prediction))
 
     def take(self, batch: Rollouts, *, rate_factor: float = 1.0) -> float:
-        """Take the step of a batch for good, as the trainer did, and return the norm of its gradient before clipping.
-
-        Parameters and optimizer are stepped in place, unlike by any other method.
+        """Step parameters and optimizer for good, as the trainer did; returns the gradient's norm before clipping.
 
         Args:
             batch: the batch the step was taken on.

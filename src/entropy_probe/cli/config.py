@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from entropy_probe.cli.allowed import check_code
 from entropy_probe.cli.errors import describe
+from entropy_probe.cli.known_keys import suggestion, unknown_keys
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
-from entropy_probe.losses import Loss
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
 __all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config", "with_paths"]
@@ -376,9 +374,9 @@ def load_config(
         settings = with_paths(settings)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    unknown = next(_unknown_keys(settings, kind), None)
+    unknown = next(unknown_keys(settings, kind), None)
     if unknown is not None:
-        raise ValueError(f"{place}: {unknown}: unknown key; {_suggestion(unknown, kind)}")
+        raise ValueError(f"{place}: {unknown}: unknown key; {suggestion(unknown, kind)}")
     try:
         config = kind.model_validate(settings)
     except ValidationError as error:
@@ -386,43 +384,3 @@ def load_config(
     if not allow_code:
         check_code(config.named_code(), place)
     return config
-
-
-def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The keys of a section, with the model of those that are sections themselves; a loss knows its own keys."""
-    keys: dict[str, type[BaseModel] | None] = {}
-    for name, field in model.model_fields.items():
-        candidates = (field.annotation, *get_args(field.annotation))
-        models = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        keys[name] = models[0] if models and not inspect.isabstract(models[0]) else None
-    return keys
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, section in _sections(model).items():
-        yield prefix + name
-        if section is not None:
-            yield from _known_keys(section, f"{prefix}{name}.")
-
-
-def _unknown_keys(settings: Mapping[Any, Any], model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    known = _sections(model)
-    for name, value in settings.items():
-        section = known.get(name)
-        if name not in known:
-            yield f"{prefix}{name}"
-        elif section is not None and section is not Loss and isinstance(value, Mapping):
-            yield from _unknown_keys(value, section, f"{prefix}{name}.")
-
-
-def _suggestion(unknown: str, kind: type[BaseModel]) -> str:
-    """The nearest known key by its last part, in the same section first, then in any."""
-    section, _, name = unknown.rpartition(".")
-    known = [(key.rpartition("."), key) for key in _known_keys(kind)]
-    beside = {parts[2]: key for parts, key in known if parts[0] == section}
-    anywhere = {parts[2]: key for parts, key in known}
-    for keys in (beside, anywhere):
-        nearest = difflib.get_close_matches(name, keys, n=1)
-        if nearest:
-            return f"did you mean {keys[nearest[0]]}?"
-    return f"known here are {', '.join(beside)}"
