@@ -13,7 +13,7 @@ __all__ = ["validation_section"]
 FORECASTS = {
     "covariance": "covariance (Cui)",
     "logit_step": "logit step (Wang)",
-    "natural_step": "-A (log pi + h)",
+    "natural_step": "natural step",
     "steer": "STEER, as released",
     "repo": "REPO",
     "surprisal": "A x surprisal",
