@@ -78,7 +78,7 @@ WITH_REPLACEMENT = NoteKind(
 RETOKENISED = NoteKind(
     "retokenised",
     "{batch}: the tokens are those of a text that was tokenized again: some may not be what the policy sampled",
-    "Record token ids in training. entropy-probe rollouts FILE --checkpoint DIR says how surprising the tokens are.",
+    "Record token ids in training. The command rollouts, given the checkpoint, says how surprising the tokens are.",
 )
 MASKED_OUT = NoteKind(
     "masked_out",

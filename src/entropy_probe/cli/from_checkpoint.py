@@ -38,7 +38,7 @@ OTHER_GROUPS = NoteKind(
 VERSION = NoteKind(
     "version_assumed",
     "{file} does not say the trainer's version, which its loss depends on; {version} is taken",
-    "Set probe.loss: {trainer: ..., version: ...} to the one of training.",
+    "Set probe.loss.trainer and probe.loss.version to those of training.",
 )
 
 SAME_NAME = ("temperature", "max_grad_norm", "max_completion_length")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entropy_probe.cli.dumps import TrainersBatch
-from entropy_probe.cli.options import BaseModel
+from entropy_probe.cli.options import BaseModel, TrainerConfig
 from entropy_probe.results.note import Note, NoteKind
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def rollouts(
         Path | None, typer.Option(help="The checkpoint whose next batch it is: checked, and the tokenizer for texts.")
     ] = None,
     base_model: BaseModel = None,
+    trainer_config: TrainerConfig = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it as Parquet, for a config.")] = None,
     max_completion_length: Annotated[
         int | None, typer.Option(help="The trainer's limit on response tokens, where the checkpoint does not say it.")
@@ -64,7 +65,7 @@ def rollouts(
 
     if output is not None and output.exists() and not overwrite:
         raise ValueError(f"{output}: expected a file that is not there yet, found one; pass --overwrite or --output")
-    told = TrainersBatch() if checkpoint is None else TrainersBatch.of(checkpoint)
+    told = TrainersBatch() if checkpoint is None else TrainersBatch.of(checkpoint, trainer_config)
     dump = read_dump(path, step, told.after)
     batch, facts, notes = (
         (dump, {"layout": "entropy-probe's own"}, []) if isinstance(dump, Rollouts) else (None, {}, [])
@@ -81,7 +82,7 @@ def rollouts(
     if batch is not None:
         facts |= describe_batch(batch)
         if checkpoint is not None:
-            more, said = _against(batch, checkpoint, base_model, temperature)
+            more, said = _against(batch, checkpoint, base_model, trainer_config, temperature)
             facts, notes = facts | more, [*notes, *said]
         if output is not None:
             batch.to_parquet(output)
@@ -109,7 +110,11 @@ def _tokenizer(checkpoint: Path | None, base_model: str | None) -> Any:
 
 
 def _against(
-    batch: Rollouts, checkpoint: Path, base_model: str | None, temperature: float | None
+    batch: Rollouts,
+    checkpoint: Path,
+    base_model: str | None,
+    trainer_config: Path | None,
+    temperature: float | None,
 ) -> tuple[dict[str, str], list[Note]]:
     """How the batch's tokens and log-probabilities fit the policy of a checkpoint."""
     from entropy_probe.checkpoints import load_checkpoint
@@ -117,7 +122,7 @@ def _against(
     from entropy_probe.report.numbers import format_percent
     from entropy_probe.scoring.forward import Scorer
 
-    state = load_checkpoint(checkpoint, base_model, any_trainer=True)
+    state = load_checkpoint(checkpoint, base_model, any_trainer=True, trainer_config=trainer_config)
     temperature = float(temperature or state.settings.get("temperature") or 1.0)
     scorer = Scorer(state.model, temperature, MAX_TOKENS)
     scorer.prepare(batch)

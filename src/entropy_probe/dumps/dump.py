@@ -37,7 +37,7 @@ OTHER_STEP = NoteKind(
 NO_STEP = NoteKind(
     "step_not_known",
     "nothing tells the step of the dump or of the checkpoint, so it was not checked that one is the other's next batch",
-    "Make sure of it: the next batch of checkpoint N is that of step N + 1.",
+    "The next batch of checkpoint N is that of step N + 1; make sure of it.",
 )
 
 
@@ -180,7 +180,7 @@ def read_dump(path: str | Path, step: int | None = None, after: int | None = Non
         ValueError: if there is none, its layout is not known or ambiguous, or a record does not fit it.
     """
     path = Path(path)
-    if path.is_file() and is_rollouts(path):
+    if not path.is_dir() and is_rollouts(path):
         return Rollouts.from_parquet(path)
     wanted = after + 1 if step is None and after is not None else step
     files = files_of(path, wanted)

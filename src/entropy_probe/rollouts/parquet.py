@@ -188,7 +188,7 @@ def read_rollouts(path: Path) -> Rollouts:
 
 
 def is_rollouts(path: Path) -> bool:
-    """Whether a file is Parquet with some of the columns above, as no trainer's own files are."""
+    """Whether a file has some of the columns above, as no trainer's own have, or is called Parquet and is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -197,7 +197,7 @@ def is_rollouts(path: Path) -> bool:
             {"prompt_token_ids", "response_token_ids", "response_mask"}.intersection(pq.read_schema(path).names)
         )
     except (pa.ArrowException, OSError):
-        return False
+        return path.suffix == ".parquet"
 
 
 def unused_columns(path: Path) -> tuple[str, ...]:
