@@ -93,6 +93,8 @@ def test_a_server_samples_the_batches_of_a_run(trained, config, tmp_path):
         done = invoke("run", config, *asking(server))
         assert done.exit_code == 0, done.output
         count = len(server.requests)
+    elsewhere = invoke("run", config, *asking(server), "generation.server.url=http://127.0.0.1:1")
+    assert elsewhere.exit_code == 0, elsewhere.output  # where the server listens makes no other run
     assert "on_mismatch: refuse" in (tmp_path / "out" / "config.yaml").read_text()
     assert count == 12 + 16 + 24  # the first to try it
     done = invoke("run", config, f"output_dir={tmp_path / 'hf'}")
@@ -105,7 +107,7 @@ def test_a_server_samples_the_batches_of_a_run(trained, config, tmp_path):
         assert torch.equal(a.input_ids, b.input_ids)
 
 
-@pytest.mark.parametrize("reported", ["of all tokens", "of those left"])
+@pytest.mark.parametrize("reported", ["of all tokens", pytest.param("of those left", marks=pytest.mark.slow)])
 def test_a_server_that_samples_a_part_of_the_distribution_is_refused(trained, config, refused, reported):
     """As one whose model has a top_k in its generation config would, if requests did not state theirs."""
     state, lock = load_checkpoint(trained.checkpoint), threading.Lock()
