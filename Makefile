@@ -23,7 +23,7 @@ CORE := tests/sampling tests/demo tests/gradients tests/steps tests/estimators t
 # Printed by test-latest and test-oldest: what they really ran on.
 VERSIONS := from entropy_probe.analyses.provenance import library_versions; print(library_versions())
 
-.PHONY: demo demo-real test test-full test-gpu test-vllm test-latest test-oldest same-numbers lint lock docs import-picture bench bench-gpu bench-real clean
+.PHONY: demo demo-real test test-full test-gpu test-vllm test-latest test-oldest same-numbers faults lint lock docs import-picture bench bench-gpu bench-real clean
 
 # -qq hides pip's warnings, not its errors; the build backend comes from the lock too
 $(STAMP): pyproject.toml lock.txt
@@ -102,6 +102,11 @@ same-numbers: $(STAMP)
 	PYTHONPATH=$$work/tree/src $(BIN)/python tests/redesign/runs.py $$work/before $(RUNS); \
 	PYTHONPATH=src $(BIN)/python tests/redesign/runs.py $$work/after $(RUNS); \
 	$(BIN)/python tests/redesign/compare.py $$work/before $$work/after
+
+# Every injected fault, into docs/reliability.md.
+faults: $(STAMP)
+	$(PYTEST) tests/faults tests/checkpoints/test_archives.py
+	$(BIN)/python -m tests.faults.page
 
 # warnings are those of whatever versions the machine has
 test-gpu:

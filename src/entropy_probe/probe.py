@@ -38,6 +38,7 @@ from entropy_probe.results.sweep import Sweep, SweepPoint
 from entropy_probe.results.validation import Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import ScoreCache
+from entropy_probe.scoring.isolation import untrained
 from entropy_probe.steps.adamw import Gradient, is_adam, learning_rates, optimizer_parameters
 from entropy_probe.steps.copied import check_optimizer, optimizer_name
 
@@ -114,8 +115,13 @@ class EntropyProbe:
     @contextmanager
     def _opened(self, **settings: Any) -> Iterator[Policy]:
         """The policy ready to be scored and differentiated for one run, with these settings, and left as it was."""
+        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in self._model.parameters()):
+            raise ValueError(
+                "model: expected one that can be differentiated, got torch.inference_mode, which it was made or is "
+                "probed under; leave that block"
+            )
         policy = self._policy(**settings)
-        with policy.isolated():
+        with untrained(policy.parameters.values(), self._optimizer), policy.isolated():
             yield policy
 
     def _policy(self, **settings: Any) -> Policy:

@@ -522,3 +522,41 @@ def test_a_failure_while_sampling_keeps_the_shards(config, tmp_path, monkeypatch
     run(config, "evaluation.total_sequences=520")
     assert calls == [16, 256, 256, 256, 8]
     assert not (tmp_path / "out" / "evaluation").exists()
+
+
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(config, once, tmp_path, monkeypatch):
+    module = sys.modules["entropy_probe.cli.run"]
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_checkpoint", interrupted)
+        early = invoke("run", config)
+    assert early.exit_code == 130
+    assert early.stderr == "interrupted: nothing is kept, the same command starts afresh\n"
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_run_mode", interrupted)
+        late = invoke("run", config)
+    assert late.exit_code == 130
+    (line,) = [line for line in late.stderr.splitlines() if not line[:2].isdigit()]
+    assert line.startswith("interrupted: the rollouts are kept, the same command goes on with them")
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:60] + b"x" * 400])
+def test_a_damaged_shard_is_named_and_drawn_again(config, once, tmp_path, monkeypatch, damage):
+    """What comes of it is what an undisturbed run gives."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SHARD, 12)
+        patch.setattr("entropy_probe.sampling.evaluation.merge_rollouts", lambda files, path: 1 / 0)
+        assert isinstance(invoke("run", config).exception, ZeroDivisionError)
+    shard = tmp_path / "out" / "evaluation" / "shard-00001.parquet"
+    shard.write_bytes(damage(shard.read_bytes()))
+    monkeypatch.setattr(SHARD, 12)
+    done = invoke("run", config)
+    assert done.exit_code == 0, done.output
+    assert f"note: {shard} is damaged and is sampled again (" in done.stderr
+    assert not shard.exists()
+    drawn, expected = (Rollouts.from_parquet(p / "evaluation.parquet") for p in (tmp_path / "out", once[0]))
+    assert torch.equal(drawn.input_ids, expected.input_ids)

@@ -12,6 +12,7 @@ import pytest
 from entropy_probe.checkpoints import errors
 from entropy_probe.checkpoints.record import record_checkpoint
 from tests.checkpoints.conftest import edit_json
+from tests.faults.page import PAGE, page, rows
 from tests.faults.payloads import legacy_pickle, raw_pickle, zip_pickle
 from tests.faults.table import FAULTS, Case, Fault, optimizer_pickle
 
@@ -129,3 +130,9 @@ def test_every_kind_of_error_is_met():
     assert all(issubclass(getattr(errors, name), errors.CheckpointError) for name in errors.__all__)
     assert len(FAULTS) >= 35
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+
+
+def test_the_page_has_the_table_as_it_is():
+    assert PAGE.read_text() == page(), "make faults writes it anew"
+    names = [(where, fault) for where, fault, *_ in rows()]
+    assert len(set(names)) == len(names)

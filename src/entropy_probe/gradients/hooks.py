@@ -30,7 +30,7 @@ from entropy_probe.gradients.layers import (
 )
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.scoring.isolation import hooked_parameters
+from entropy_probe.scoring.isolation import hooked_parameters, of_this_thread
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -96,8 +96,7 @@ class _Hooked:
     @contextmanager
     def attached(self) -> Iterator[None]:
         handles = [
-            layer.register_forward_hook(self._hook, with_kwargs=True)  # pyright: ignore[reportArgumentType]
-            for layer in self.hooks.layers
+            layer.register_forward_hook(of_this_thread(self._hook), with_kwargs=True) for layer in self.hooks.layers
         ]
         try:
             yield

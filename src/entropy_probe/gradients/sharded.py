@@ -14,7 +14,7 @@ from entropy_probe.gradients.per_sample import cluster_backward
 from entropy_probe.named import norm, scale
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.scoring.isolation import parameters_at
+from entropy_probe.scoring.isolation import of_this_thread, parameters_at
 from entropy_probe.types import TokenCoefficients
 
 __all__ = ["check_gradient", "gathered_precisions"]
@@ -35,7 +35,7 @@ def gathered_precisions(scorer: Scorer, rollouts: Rollouts) -> set[torch.dtype]:
     def look(module: nn.Module, _: Any) -> None:
         precisions.update(p.dtype for p in module.parameters(recurse=False) if p.is_floating_point())
 
-    handles = [module.register_forward_pre_hook(look) for module in scorer.model.modules()]
+    handles = [module.register_forward_pre_hook(of_this_thread(look)) for module in scorer.model.modules()]
     try:
         scorer.shortest_scores(rollouts)
     finally:

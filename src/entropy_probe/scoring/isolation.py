@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,8 +22,10 @@ __all__ = [
     "evaluating",
     "hooked_parameters",
     "lookups_masked",
+    "of_this_thread",
     "parameters_at",
     "substituted",
+    "untrained",
     "without_gradient_hooks",
 ]
 
@@ -236,6 +239,45 @@ def without_gradient_hooks(parameters: Iterable[Parameter]) -> Iterator[None]:
             parameter._backward_hooks = hooks
 
 
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of modules that other threads which use the model do not see.
+
+    Autograd's workers, which call a module again for checkpointing, are no such threads: Python did not start them.
+    """
+    own = threading.current_thread()
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        thread = threading.current_thread()
+        others = thread is not own and not isinstance(thread, threading._DummyThread)
+        return None if others else hook(*args, **kwargs)
+
+    return guarded
+
+
+@contextmanager
+def untrained(parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Notice an optimizer's step in the block, which no code here takes on the optimizer itself.
+
+    Raises:
+        ValueError: if there was one, whatever else went wrong.
+    """
+    parameters = list(parameters)
+
+    def versions() -> list[int]:
+        kept = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return [x._version for x in kept or parameters]
+
+    before = versions()
+    try:
+        yield
+    finally:
+        if versions() != before:
+            raise ValueError(
+                "model: expected nobody to train it while it is probed, but its optimizer took a step meanwhile, so "
+                "numbers would be of two policies; probe from the thread that trains (in a callback, say), or a copy"
+            )
+
+
 @contextmanager
 def lookups_masked(model: nn.Module) -> Iterator[None]:
     """Let forward-mode derivatives leave out what autograd does: looking up the row ``padding_idx``."""
@@ -245,7 +287,9 @@ def lookups_masked(model: nn.Module) -> Iterator[None]:
         padding = (ids == module.padding_idx)[..., None]
         return torch.where(padding, forward_ad.unpack_dual(output).primal, output)
 
-    handles = [module.register_forward_hook(without_tangent, with_kwargs=True) for module in _padded(model)]
+    handles = [
+        module.register_forward_hook(of_this_thread(without_tangent), with_kwargs=True) for module in _padded(model)
+    ]
     try:
         yield
     finally:

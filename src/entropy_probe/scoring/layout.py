@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from entropy_probe.parallel.shards import is_sharded, local
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.calls import PolicyCalls
+from entropy_probe.scoring.isolation import of_this_thread
 from entropy_probe.scoring.packing import bounded_groups, padded, row_tokens, shared_groups
 from entropy_probe.scoring.sample import (
     REFUSALS,
@@ -241,7 +242,7 @@ def _head_is_final(calls: PolicyCalls, sample: Sample) -> bool:
         seen.append(output * (100 / output.abs().max().clamp(min=1e-6)))
         return seen[-1]
 
-    handle = head.register_forward_hook(scaled)
+    handle = head.register_forward_hook(of_this_thread(scaled))
     try:
         logits = calls.model_logits(batch)
     finally:
