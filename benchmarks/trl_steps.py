@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from entropy_probe.analyses.batches import admit_batches
 from entropy_probe.analyses.plan import plan
 from entropy_probe.demo.policy import build_model, build_tokenizer
 from entropy_probe.demo.train import CPU_ARGUMENTS, LORA_TARGETS, quiet_single_thread
-from entropy_probe.losses.trl import TRLLoss
+from entropy_probe.integrations.trl_batch import Watch
+from entropy_probe.parallel.ranks import ALONE
 
 TARGET = 1e-4
 STEP = 4
@@ -135,7 +137,7 @@ def compare(setting: Mapping[str, Any], without: str = "") -> dict[str, float]:
     kind, lora, vllm = setting.pop("trainer", "grpo"), setting.pop("lora", False), setting.pop("vllm", False)
     with quiet_single_thread(), tempfile.TemporaryDirectory() as directory:
         trainer = _trainer(kind, Path(directory), setting, lora=lora, vllm=vllm)
-        seen = _Watch(trainer, kind, vllm=vllm, without=without)
+        seen = _Watch(trainer, kind, without=without)
         trainer.add_callback(seen.callback())
         trainer.train()
     if seen.refusal is not None:
@@ -224,25 +226,14 @@ def _with_sampler(trainer: Any) -> None:
 class _Watch:
     """What the trainer computes its loss on, and what the probe makes of it before the step."""
 
-    def __init__(self, trainer: Any, kind: str, *, vllm: bool, without: str) -> None:
-        self.trainer, self.kind, self.vllm, self.without = trainer, kind, vllm, without
-        self.inputs: list[dict[str, Any]] = []
+    def __init__(self, trainer: Any, kind: str, *, without: str) -> None:
+        self.trainer, self.kind, self.without = trainer, kind, without
+        self.watch = Watch(trainer)
         self.planned: Any = None
         self.refusal: ValueError | None = None
         self.before: dict[str, torch.Tensor] = {}
         self.after: dict[str, torch.Tensor] = {}
         self.gradient: dict[str, torch.Tensor] = {}
-        # as they are when the loss is computed: an adaptive bonus changes at the end of it
-        self.bonus: tuple[float, float] | None = None
-        compute = trainer._compute_loss
-
-        def watched(model: Any, inputs: Any) -> Any:
-            self.inputs.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
-            if getattr(trainer, "use_adaptive_entropy", False) and len(self.inputs) == 1:
-                self.bonus = (trainer.entropy_coef, trainer._last_world_entropy)
-            return compute(model, inputs)
-
-        trainer._compute_loss = watched
 
     def callback(self) -> Any:
         from transformers import TrainerCallback
@@ -251,7 +242,7 @@ class _Watch:
 
         class Callback(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                watch.inputs.clear()
+                watch.watch.clear()
 
             def on_pre_optimizer_step(
                 self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any
@@ -270,51 +261,19 @@ class _Watch:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.gradient = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
         self.before = {name: p.detach().clone() for name, p in trained.items()}
-        self.rollouts = self.batch()
-        args, reference = self.trainer.args, getattr(self.trainer, "ref_model", None)
+        batch = self.watch.batch(ALONE)
+        self.rollouts = replace(batch.rollouts, **{self.without: None}) if self.without else batch.rollouts
+        args = self.trainer.args
         config = ProbeConfig(
-            loss=self.loss(), temperature=args.temperature, max_completion_length=args.max_completion_length,
+            loss=batch.loss, temperature=args.temperature, max_completion_length=args.max_completion_length,
             max_grad_norm=args.max_grad_norm, merge_equal_prompts=False, measure_noise_floor=False,
         )  # fmt: skip
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        probe = EntropyProbe(model, optimizer, config, reference=None if self.without else reference)
+        probe = EntropyProbe(model, optimizer, config)
         try:
             with probe._opened() as policy:
                 self.planned = plan(policy, *admit_batches(policy, self.rollouts, _any_rollouts()), shares=False)
         except ValueError as error:
             self.refusal = error
-
-    def loss(self) -> TRLLoss:
-        """The settings of the loss as the trainer's arguments have them."""
-        args = vars(self.trainer.args)
-        known = {name: args[name] for name in TRLLoss.model_fields if name in args}
-        if self.kind != "grpo":
-            known["loss_type"] = self.kind
-        if self.bonus is not None:
-            known["entropy_coef"], known["last_world_entropy"] = self.bonus
-        if self.vllm:
-            known["use_vllm"] = True
-        if known["steps_per_generation"] > known["gradient_accumulation_steps"]:
-            items = self.inputs[0].get("num_items_in_batch")
-            known["num_items_in_batch"] = None if items is None else int(items)
-        return TRLLoss(**known)
-
-    def batch(self) -> Rollouts:
-        """The microbatches of the step as rollouts."""
-        parts = [_columns(inputs, k) for k, inputs in enumerate(self.inputs)]
-        length = max(part["input_ids"].shape[1] for part in parts)
-
-        def joined(name: str) -> torch.Tensor:
-            short = (part[name] for part in parts)
-            return torch.cat(
-                [torch.nn.functional.pad(x, (0, length - x.shape[1])) if x.dim() == 2 else x for x in short]
-            )
-
-        columns = {name: joined(name) for name in parts[0] if name != self.without}
-        prompts = [tuple(ids[keep].tolist()) for inputs in self.inputs
-                   for ids, keep in zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), strict=True)]  # fmt: skip
-        number = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        return Rollouts(prompt_ids=torch.tensor([number[prompt] for prompt in prompts]), **columns)
 
     def largest_log_ratio(self) -> float:
         """How far the policy has moved from the old one on this batch."""
@@ -330,27 +289,6 @@ def _any_rollouts() -> Rollouts:
     """An evaluation batch, which the step does not depend on."""
     ids = torch.randint(2, 90, (4, 6), generator=torch.Generator().manual_seed(0))
     return Rollouts(ids, torch.ones_like(ids), torch.arange(6).expand(4, 6) > 2, torch.arange(4))
-
-
-def _columns(inputs: Mapping[str, Any], microbatch: int) -> dict[str, torch.Tensor]:
-    """One microbatch of a trainer as columns of rollouts; a response that it masks out has no tokens."""
-    prompt, mask = inputs["prompt_mask"].bool(), inputs["completion_mask"].bool()
-    absent = torch.zeros(prompt.shape)
-    columns = {
-        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-        "attention_mask": torch.cat([prompt, mask], 1),
-        "response_mask": torch.cat([torch.zeros_like(prompt), mask], 1),
-        "advantages": inputs["advantages"],
-        "microbatch_ids": torch.full((len(mask),), microbatch),
-    }
-    logprobs = {"old": "old_per_token_logps", "reference": "ref_per_token_logps", "sampled": "sampling_per_token_logps"}
-    for ours, theirs in logprobs.items():
-        if inputs.get(theirs) is not None:
-            columns[f"{ours}_logprobs"] = torch.cat([absent, inputs[theirs]], 1)
-    if "old_logps" in inputs:  # of RLOO, which keeps their sums only
-        mean = inputs["old_logps"] / mask.sum(1).clamp(min=1)
-        columns["old_logprobs"] = torch.cat([absent, mean[:, None] * mask], 1)
-    return columns
 
 
 def table(figures: Mapping[str, Mapping[str, float]], refusals: Mapping[str, str]) -> str:

@@ -84,7 +84,7 @@ def train_grpo(
         trainer.remove_callback(PrinterCallback)
         if optimizer is not None:
             _replace_optimizer(trainer, **optimizer)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return directory / f"checkpoint-{steps}"
 
 

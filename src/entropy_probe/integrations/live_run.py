@@ -17,7 +17,7 @@ from entropy_probe.checkpoints.training_run import other_samples
 from entropy_probe.config import ProbeConfig
 from entropy_probe.integrations.held_out import HeldOut, HeldOutSampler
 from entropy_probe.integrations.live import logged_keys, probe_actor, prompt_shares, step_record
-from entropy_probe.integrations.recorder import Recorder
+from entropy_probe.integrations.recorder import Recorder, drop_records_after
 from entropy_probe.integrations.trl_batch import StepBatch, Watch
 from entropy_probe.parallel.ranks import ALONE, Ranks, joined_ranks
 from entropy_probe.results.live import StepRecord, logged_numbers
@@ -120,6 +120,7 @@ class LiveRun:
             )
         self._recorder = None
         if record is not None and trainer.accelerator.is_main_process:
+            drop_records_after(trainer.args.output_dir, trainer.state.global_step)
             self._recorder = Recorder(trainer.args.output_dir, keep_gradients=keep_gradients)
         self._keeps_gradients = keep_gradients > 0
         self._budget, budget.begun = budget, time.perf_counter()

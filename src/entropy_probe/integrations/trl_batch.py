@@ -151,12 +151,11 @@ class Watch:
         return TRLLoss(**loss)
 
 
-def joined_rollouts(parts: Iterable[tuple[int, Mapping[str, Tensor]]], *, without: str = "") -> Rollouts:
+def joined_rollouts(parts: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Rollouts:
     """Microbatches as one batch of rollouts, with a number for each and one for each prompt.
 
     Args:
         parts: number and columns (:func:`columns_of`) of each.
-        without: a column to leave out.
     """
     numbers, columns = zip(*parts, strict=True)
     length = max(part["input_ids"].shape[1] for part in columns)
@@ -165,10 +164,9 @@ def joined_rollouts(parts: Iterable[tuple[int, Mapping[str, Tensor]]], *, withou
         short = (part[name] for part in columns)
         return torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1])) if x.dim() == 2 else x for x in short])
 
-    names = [name for name in columns[0] if name not in ("prompt_mask", without)]
-    fields = {name: joined(name) for name in names}
-    ids, mask = joined("input_ids"), joined("prompt_mask")
-    prompts = [tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+    fields = {name: joined(name) for name in columns[0]}
+    in_prompt = fields.pop("prompt_mask")
+    prompts = [tuple(row[keep].tolist()) for row, keep in zip(fields["input_ids"], in_prompt, strict=True)]
     number = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
     microbatches = [torch.full((len(part["input_ids"]),), k) for k, part in zip(numbers, columns, strict=True)]
     return Rollouts(
