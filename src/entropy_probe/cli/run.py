@@ -128,6 +128,7 @@ def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) 
             reference = load_reference(config.reference, dtype=config.probe.dtype, device=config.device)
         step(1, 1)
     # all of it before sampling
+    loss.check_model(getattr(state.model, "config", None))
     check_reference(loss, update, state.model, reference)
     if loss.needs_reference and reference is None and (update is None or update.reference_logprobs is None):
         copied = reference_copy(config.checkpoint)
