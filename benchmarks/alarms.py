@@ -121,6 +121,7 @@ def deviation(timelines: Sequence[Timeline]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--keep", type=Path, help="a directory to keep the runs in")
     options = parser.parse_args()
     steps, seeds, begins = (6, 1, 3) if options.quick else (40, 5, 11)
@@ -143,6 +144,14 @@ def main() -> None:
             dropped = drop(timeline, spread)
             table.add_row(f"{fault.name}, seed {seed}", str(fault.begins), *alarm(timeline), str(dropped or "never"))
         console.print(table)
+        if options.json:
+            names = [(f"healthy, seed {seed}", one) for seed, one in enumerate(healthy, 1)]
+            names += [(f"{fault.name}, seed {seed}", one) for fault, seed, one in wrong]
+            figures = [
+                {"run": name, "alarms": {a.note.code: a.first for a in one.alarms}, "drop": drop(one, spread)}
+                for name, one in names
+            ]
+            options.json.write_text(json.dumps(figures, indent=2))
 
 
 def alarm(timeline: Timeline) -> tuple[str, str]:

@@ -79,7 +79,7 @@ def _verdict(timeline: Timeline) -> Verdict:
     if holding:
         others = len(holding) - 1
         more = "" if not others else f"; {others} other alarm{'s' * (others > 1)} below"
-        return Verdict("alarm", f"Since {holding[0].note.text}{more}.", "bad")
+        return Verdict("alarm", f"First given at {holding[0].note.text}, and again at the last step{more}.", "bad")
     if timeline.alarms:
         steps = ", ".join(str(alarm.first) for alarm in timeline.alarms)
         return Verdict("over", f"There were alarms, first given at step {steps}; none holds at the last step.", "look")
@@ -96,9 +96,11 @@ def _sentences(probed: Steps) -> Iterable[str]:
     measured = format_estimate(last.value - first.value, math.hypot(first.standard_error, last.standard_error))
     between = f"Between steps {probed[0].step} and {probed[-1].step}"
     yield f"{between} the predictions add up to {format_estimate(total, error)}; entropy went by {measured}."
-    shares = [share for record in probed[-RECENT:] if (share := _share(record)) is not None]
-    if shares:
-        yield f"Momentum has {format_percent(sum(shares) / len(shares), 0)} of the last steps' predicted change."
+    recent = [(r.momentum, r.predicted) for r in probed[-RECENT:] if r.momentum is not None and r.predicted is not None]
+    changed = sum(predicted.value for _, predicted in recent)
+    if recent and abs(changed) > 2 * math.hypot(*(predicted.standard_error for _, predicted in recent)):
+        share = sum(momentum.value for momentum, _ in recent) / changed
+        yield f"Momentum has {format_percent(share, 0)} of the last steps' predicted change."
 
 
 def _headlines(timeline: Timeline) -> tuple[Row, ...]:
