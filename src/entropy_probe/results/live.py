@@ -196,8 +196,9 @@ class Timeline(Record):
 
 def _of_this_step(predicted: Predicted) -> Estimate:
     """The prediction with the error from the evaluation side alone: that of this very step, which was measured too."""
-    fields = {name: getattr(predicted, name) for name in Estimate.model_fields}
-    return Estimate(**fields | {"standard_error": predicted.se_evaluation})
+    fields: dict[str, Any] = {name: getattr(predicted, name) for name in Estimate.model_fields}
+    fields["standard_error"] = predicted.se_evaluation
+    return Estimate(**fields)
 
 
 def logged_numbers(log: Mapping[Any, Any]) -> dict[str, float]:
