@@ -20,11 +20,17 @@ import transformers
 from torch import nn
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.sampling import HFGenerator, SamplingParameters
 from tests.notes import texts
 from tests.tiny_architectures import UNBUILT, VARIANTS, register, tiny_model
 
-CONFIG = ProbeConfig(measure_noise_floor=False, learning_rate=1e-4, evaluation_unit="sequence")
+CONFIG = ProbeConfig(
+    measure_noise_floor=False,
+    learning_rate=1e-4,
+    evaluation_unit="sequence",
+    loss=TRLLoss(router_aux_loss_coef=0.0),
+)
 RIGHT, REFUSED, WRONG = "right", "refused", "WRONG"
 
 SHORT = {

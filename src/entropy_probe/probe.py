@@ -24,6 +24,7 @@ from entropy_probe.analyses.plan import Plan, plan, plan_given
 from entropy_probe.analyses.policy import Policy, Resample, check_device, check_dtype, open_policy
 from entropy_probe.analyses.predict import predict
 from entropy_probe.analyses.provenance import Phase
+from entropy_probe.analyses.replay import batch_gradient, take_step
 from entropy_probe.analyses.sweep import check_finished, check_learning_rates, sweep
 from entropy_probe.analyses.validate import validate
 from entropy_probe.config import ProbeConfig
@@ -333,6 +334,24 @@ class EntropyProbe:
                 return one_batch(policy, batch)
             prediction = predict_own(policy, batch)
             return result_of(prediction.plan, prediction, measure_own(prediction))
+
+    def take(self, batch: Rollouts, *, rate_factor: float = 1.0) -> float:
+        """Take the step of a batch for good, as the trainer did, and return the norm of its gradient before clipping.
+
+        Parameters and optimizer are stepped in place, unlike by any other method.
+
+        Args:
+            batch: the batch the step was taken on.
+            rate_factor: the step's learning rate, over those that the optimizer has now.
+
+        Raises:
+            ValueError: for unusable rollouts, or a gradient that is not finite.
+        """
+        with self._opened() as policy:
+            gradient = batch_gradient(policy, batch)
+        take_step(policy, gradient, rate_factor)
+        self._shared["cache"] = ScoreCache()
+        return gradient.norm
 
     def cross_prompt(self, batch: Rollouts) -> CrossPrompt:
         """Predict from one batch that is both update and evaluation, by the cross-prompt U-statistic.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -78,6 +80,11 @@ def test_a_selected_batch_is_not_judged_by_its_means():
     other = AGREES | {"completions/mean_length": (9.0, 9.1), "reward": (5.0, 5.1), "entropy": (2 * H, 2.01 * H)}
     assert said(other, selected=True) == ["logged_entropy"]
     assert said(other) == ["logged_entropy", "logged_length", "logged_reward"]
+
+
+def test_entropy_is_not_compared_where_the_trainer_masked_responses():
+    masked = replace(batch(), response_mask=batch().response_mask & (torch.arange(8) != 3)[:, None])
+    assert said({"entropy": (1.3 * H, 1.31 * H)}, masked) == []
 
 
 def test_notes_have_both_numbers():

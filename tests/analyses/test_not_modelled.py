@@ -1,7 +1,5 @@
 """What of the trainer's step is not in the numbers, from the model and the optimizer."""
 
-from types import SimpleNamespace
-
 import torch
 from torch import nn
 
@@ -20,13 +18,6 @@ def test_dropout():
     assert of_model(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), Attention(0.0))) == []
     (said,) = of_model(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.05), Attention(0.1)).eval())
     assert said.startswith("dropout of up to 0.1 in 2 modules (1 first)")
-
-
-def test_the_loss_that_balances_experts():
-    model = nn.Linear(2, 2)
-    for on, weight, expected in ((True, 0.001, 1), (False, 0.001, 0), (True, 0.0, 0), (True, None, 0)):
-        model.config = SimpleNamespace(output_router_logits=on, router_aux_loss_coef=weight)
-        assert len(of_model(model)) == expected
 
 
 def trained(dtype: torch.dtype, lr: float) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:

@@ -339,7 +339,8 @@ def test_the_trainers_settings_reach_the_result(config, checkpoint, tmp_path):
     assert invoke("run", config, *trusted).exit_code == 0
     codes = [note.code for note in ProbeResult.load(tmp_path / "other").diagnostics.notes]
     assert "config_trusted" in codes
-    assert "logged_entropy" in codes
+    assert "logged_gradient_norm" in codes
+    assert "logged_entropy" not in codes  # that of the responses that were not masked
 
 
 def test_a_finished_run_is_shown_again(once, monkeypatch):

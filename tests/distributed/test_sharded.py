@@ -69,15 +69,19 @@ UNEVEN = ("lora", "gathered before", "one batch, kept nothing")
 
 
 @pytest.fixture(scope="module")
-def on_shards(tmp_path_factory):
+def on_shards(made_once):
     """What every case gave on each rank of two."""
-    return probed(2, CASES | {name: case for name, (case, _) in REFUSED.items()}, tmp_path_factory.mktemp("sharded"))
+    cases = CASES | {name: case for name, (case, _) in REFUSED.items()}
+    return outcomes(made_once("on-shards", lambda directory: probe_on(2, cases, directory)))
 
 
-def probed(size: int, cases: dict, out: Path) -> list[dict]:
+def probe_on(size: int, cases: dict, out: Path) -> None:
     (out / "cases.json").write_text(json.dumps(cases))
     run_all(*(Process(one_rank, out / "cases.json", out, **environment) for environment in rank_environment(size)))
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def outcomes(directory: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("[0-9].json"))]
 
 
 @cache
@@ -111,10 +115,11 @@ def test_shards_give_the_numbers_of_the_whole_model(on_shards, name):
 
 @pytest.mark.slow
 def test_shards_may_be_uneven(tmp_path):
-    found = probed(3, {name: CASES[name] for name in UNEVEN}, tmp_path)
+    probe_on(3, {name: CASES[name] for name in UNEVEN}, tmp_path)
+    on_ranks = outcomes(tmp_path)
     for name in UNEVEN:
-        check(name, found)
-        assert all(of_rank[name].get("untouched", True) for of_rank in found)
+        check(name, on_ranks)
+        assert all(of_rank[name].get("untouched", True) for of_rank in on_ranks)
 
 
 @pytest.mark.parametrize("name", [*CASES, *REFUSED])

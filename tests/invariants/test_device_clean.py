@@ -76,9 +76,12 @@ def main() -> None:
 
 
 @pytest.fixture(scope="module")
-def found():
-    (stdout,) = run_all(Process(main))
-    return json.loads(stdout.splitlines()[-1])
+def found(made_once):
+    def make(directory):
+        (stdout,) = run_all(Process(main))
+        (directory / "found.json").write_text(stdout.splitlines()[-1])
+
+    return json.loads((made_once("device-clean", make) / "found.json").read_text())
 
 
 @pytest.mark.parametrize("name", CLEAN)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from entropy_probe.report import figure_files, run_sections
+from entropy_probe.report import figure_files, run_sections, timeline_sections
+from entropy_probe.report import page as page_of
 from entropy_probe.report.sections.base import Axis, Bar, Row, bar_charts
 from entropy_probe.report.sections.run import cautions
 from entropy_probe.report.svg import draw_bars
@@ -22,6 +23,7 @@ from tests.notes import noted
 from tests.report.results import make_cross_prompt, make_result, run_page
 from tests.report.sweeps import make_sweep, sweep_page
 from tests.report.tables import result_of, write_tables
+from tests.report.timelines import make_timeline
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br", "input", "img", "hr"}
@@ -88,6 +90,10 @@ def pages() -> dict[str, str]:
         "mismatch": run_page(two.model_copy(update={"diagnostics": diagnostics, "config": {"max_mismatch": 0.05}})),
         "sweep": sweep_page({"": make_sweep()}),
         "sweep without a range": sweep_page({"": make_sweep(end=None, fit=None, power_law=None)}),
+        "timeline": page_of(timeline_sections([make_timeline()])),
+        "timeline with an alarm": page_of(timeline_sections([make_timeline(20, -0.012)])),
+        "timelines": page_of(timeline_sections([make_timeline(), make_timeline(50, -0.01, "runs/b", 10)])),
+        "log alone": page_of(timeline_sections([make_timeline(every=1000)])),
         "sweeps": sweep_page({"checkpoint-1": make_sweep(), "checkpoint-2": make_sweep(a=4.0)}),
     }
 

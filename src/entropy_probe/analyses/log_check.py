@@ -69,7 +69,8 @@ def against_log(
         own, low, high = result.diagnostics.gradient_norm, min(norms), max(norms)
         if not low / FACTOR <= own <= high * FACTOR:
             yield OTHER_NORM(norm=own, low=low, high=high, steps=len(norms))
-    if result.entropy.unit == "nats/token":
+    masked = not update.response_mask.any(1).all()  # then the trainer's entropy is that of the other responses alone
+    if result.entropy.unit == "nats/token" and not masked:
         entropy = result.entropy.value, result.entropy.standard_error
         yield from _off(OTHER_ENTROPY, entropy, logged.get("entropy", ()))
     if selected:

@@ -35,21 +35,14 @@ PRECISION_UNKNOWN = NoteKind(
 
 
 def of_model(model: nn.Module) -> list[str]:
-    """Dropout, and the auxiliary loss of a mixture of experts."""
-    left_out = []
+    """Dropout."""
     dropout = dict(_dropout(model))
-    if dropout:
-        left_out.append(
-            f"dropout of up to {max(dropout.values()):g} in {len(dropout)} modules ({next(iter(dropout))} first): "
-            "training draws its masks unless it switches them off, the probe differentiates without"
-        )
-    config = getattr(model, "config", None)
-    weight = getattr(config, "router_aux_loss_coef", None)
-    if getattr(config, "output_router_logits", False) and isinstance(weight, int | float) and weight > 0:
-        left_out.append(
-            f"the auxiliary loss that balances the experts (router_aux_loss_coef {weight:g}, output_router_logits on)"
-        )
-    return left_out
+    if not dropout:
+        return []
+    return [
+        f"dropout of up to {max(dropout.values()):g} in {len(dropout)} modules ({next(iter(dropout))} first): "
+        "training draws its masks unless it switches them off, the probe differentiates without"
+    ]
 
 
 def _dropout(model: nn.Module) -> Iterator[tuple[str, float]]:

@@ -161,6 +161,7 @@ def _record(
 
 def _admitted(policy: Policy, batch: Rollouts) -> _Batch:
     given = batch.cpu()
+    policy.config.loss.check_model(getattr(policy.model, "config", None))
     policy.log.not_modelled += of_model(policy.model)
     rollouts = admitted(policy, given, "batch")
     prompts = Clusters.prompts(rollouts.prompt_ids)

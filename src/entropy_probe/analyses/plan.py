@@ -103,6 +103,7 @@ def plan(
     Raises:
         ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
     """
+    policy.config.loss.check_model(getattr(policy.model, "config", None))
     policy.log.not_modelled += of_model(policy.model)
     policy.prepare(update.rollouts, evaluation.rollouts)
     update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))

@@ -14,7 +14,7 @@ from typing import Any
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.results.live import logged_numbers
 
-__all__ = ["LOGGED", "LOG_FILE", "TrainerLog", "read_log"]
+__all__ = ["LOGGED", "LOG_FILE", "TrainerLog", "read_history", "read_log"]
 
 LAST = 20
 """How many of the last records are looked at; settings may change during a run."""
@@ -130,7 +130,16 @@ _OTHER_LOSSES = (
 
 
 def read_log(path: Path) -> TrainerLog:
-    """The log of a checkpoint directory, empty where there is none.
+    """The end of the log of a checkpoint directory, empty where there is none.
+
+    Raises:
+        DamagedFileError: if the log is not JSON.
+    """
+    return TrainerLog(read_history(path)[-LAST:])
+
+
+def read_history(path: Path) -> tuple[dict[str, float], ...]:
+    """All numbers that were logged of training in a checkpoint directory, a record at a time; none without a log.
 
     Raises:
         DamagedFileError: if the log is not JSON.
@@ -139,5 +148,4 @@ def read_log(path: Path) -> TrainerLog:
     history = read_json(file).get("log_history") if file.is_file() else None
     history = history if isinstance(history, list) else []
     records = [logged_numbers(record) for record in history if isinstance(record, dict)]
-    training = [record for record in records if not any(key.startswith(("eval_", "train_")) for key in record)]
-    return TrainerLog(tuple(training[-LAST:]))
+    return tuple(record for record in records if not any(key.startswith(("eval_", "train_")) for key in record))

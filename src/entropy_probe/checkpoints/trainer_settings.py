@@ -28,7 +28,7 @@ LOSS = (
     *("vespo_lambda_neg", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_target"),
     *("off_policy_mask_threshold", "use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
     *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "num_iterations"),
-    *("gradient_accumulation_steps", "steps_per_generation", "max_completion_length"),
+    *("gradient_accumulation_steps", "steps_per_generation", "max_completion_length", "router_aux_loss_coef"),
 )
 """TRL's names of what its losses depend on."""
 
@@ -39,7 +39,7 @@ OTHERS = (
     *("max_grad_norm", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
     *("max_steps", "num_train_epochs", "optim", "optim_args", "bf16", "fp16", "disable_dropout"),
     *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_liger_kernel", "use_liger_loss"),
-    *("router_aux_loss_coef", "logging_steps"),
+    "logging_steps",
 )
 """What else of the step and of the samples is said there."""
 

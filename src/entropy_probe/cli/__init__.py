@@ -21,6 +21,7 @@ from entropy_probe.cli.quiet import quiet_libraries
 from entropy_probe.cli.report import report
 from entropy_probe.cli.run import run
 from entropy_probe.cli.sweep import sweep
+from entropy_probe.cli.timeline import timeline
 from entropy_probe.cli.validate import validate
 
 __all__ = ["app", "main"]
@@ -31,7 +32,7 @@ app = typer.Typer(
     cls=ErrorsAsLines,
     add_completion=False,
 )
-for command in (init, run, sweep, validate, inspect, manifest, report, demo):
+for command in (init, run, sweep, validate, timeline, inspect, manifest, report, demo):
     app.command()(command)
 
 

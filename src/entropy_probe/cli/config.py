@@ -276,7 +276,7 @@ class ValidateConfig(RunConfig):
 
 
 def load_config(
-    path: Path,
+    path: Path | None,
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
     kind: type[RunConfig] = RunConfig,
@@ -284,7 +284,7 @@ def load_config(
     """Read and validate a config file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; None for no settings but those below.
         overrides: dotted ``key=value`` replacements, in order.
         options: values of command-line options by dotted key, applied last; None leaves a key alone.
         kind: the class of the config: :class:`RunConfig`, or one that adds a section to it.
@@ -294,14 +294,15 @@ def load_config(
     """
     # JSON values are YAML values, whatever characters they hold.
     given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
-    settings = apply_overrides(load_yaml(path), [*overrides, *given])
+    settings = apply_overrides({} if path is None else load_yaml(path), [*overrides, *given])
+    place = "settings" if path is None else str(path)
     unknown = next(_unknown_keys(settings, kind), None)
     if unknown is not None:
-        raise ValueError(f"{path}: {unknown}: unknown key; {_suggestion(unknown, kind)}")
+        raise ValueError(f"{place}: {unknown}: unknown key; {_suggestion(unknown, kind)}")
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(f"{path}: {describe(error)}") from error
+        raise ValueError(f"{place}: {describe(error)}") from error
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:

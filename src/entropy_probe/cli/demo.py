@@ -59,6 +59,7 @@ def demo(
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.cli.report import print_run
     from entropy_probe.cli.run import probe_checkpoint
+    from entropy_probe.cli.timeline import read_timelines, show_timelines
     from entropy_probe.demo.train import quiet
     from entropy_probe.parallel.ranks import ALONE
 
@@ -77,10 +78,17 @@ def demo(
             }
         )
         print_run(chosen.output_dir, probe_checkpoint(config, ALONE), Console())
+        show_timelines(read_timelines([chosen.directory]), chosen.output_dir)
 
 
 def _tiny() -> Demo:
     from entropy_probe.demo.train import MAX_COMPLETION_LENGTH, train_demo
+
+    def train(demo: Demo, say: Callable[[str], None]) -> Path:
+        from entropy_probe.integrations.trl import EntropyProbeCallback
+
+        probes = EntropyProbeCallback(every=1, record="all")
+        return train_demo(demo.directory, on_progress=say, callbacks=[probes])
 
     directory = Path("examples/tiny")
     settings = {
@@ -92,9 +100,7 @@ def _tiny() -> Demo:
         "attribution_folds": 8,
         "probe": {"max_completion_length": MAX_COMPLETION_LENGTH},
     }
-    return Demo(
-        directory, Path("runs/demo"), 1, lambda demo, say: train_demo(demo.directory, on_progress=say), settings
-    )
+    return Demo(directory, Path("runs/demo"), 1, train, settings)
 
 
 def _smollm2() -> Demo:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from entropy_probe.analyses.attribution import Attribution
     from entropy_probe.analyses.provenance import Clock, Phase
     from entropy_probe.checkpoints import CheckpointState
+    from entropy_probe.cli.at import RecordedStep
     from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.config import RunConfig
     from entropy_probe.parallel.ranks import Ranks
@@ -31,16 +32,24 @@ __all__ = ["open_checkpoint", "open_probe", "probe_checkpoint", "run"]
 
 def run(
     config: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="CONFIG.yaml", help="Settings; relative paths in it are relative to the current directory."
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN_DIR:STEP",
+            help="Probe a recorded step of a training run on its own batch, from the nearest checkpoint before it; "
+            "CONFIG.yaml may then be left out.",
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the checkpoint's learning rate.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
@@ -50,6 +59,7 @@ def run(
     """Probe a checkpoint: predict the next step's entropy change, and measure it."""
     from rich.console import Console
 
+    from entropy_probe.cli.at import recorded_step
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.report import print_run
@@ -60,9 +70,16 @@ def run(
         "overwrite": overwrite or None,
         "trust_config": trust_config or None,
     }
+    if config is None and at is None:
+        raise ValueError("run: expected CONFIG.yaml, or --at RUN_DIR:STEP for a recorded step, got neither; give one")
+    if config is not None and at is not None and "=" in str(config):
+        config, overrides = None, [str(config), *(overrides or ())]
+    step = None if at is None else recorded_step(at)
+    if step is not None:
+        options |= step.settings | ({"mode": "one_batch"} if config is None else {})
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options)
-        result = probe_checkpoint(settings, ranks)
+        result = probe_checkpoint(settings, ranks, step=step)
         if ranks.rank == 0:
             print_run(settings.output_dir, result, Console())
 
@@ -111,6 +128,7 @@ def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) 
             reference = load_reference(config.reference, dtype=config.probe.dtype, device=config.device)
         step(1, 1)
     # all of it before sampling
+    loss.check_model(getattr(state.model, "config", None))
     check_reference(loss, update, state.model, reference)
     if loss.needs_reference and reference is None and (update is None or update.reference_logprobs is None):
         copied = reference_copy(config.checkpoint)
@@ -137,7 +155,9 @@ def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) 
     return probe, state
 
 
-def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | None = None) -> ProbeResult:
+def probe_checkpoint(
+    config: RunConfig, ranks: Ranks, halves: tuple[int, int] | None = None, step: RecordedStep | None = None
+) -> ProbeResult:
     """Probe as configured in the output directory: resume what is there, or start; show what is finished.
 
     See :mod:`entropy_probe.cli.output` for what rank 0 writes.
@@ -147,6 +167,7 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
         ranks: the processes that share the work.
         halves: validate the attribution on this many random halves, drawn with this seed, into ``validation.json``.
             That comes after the run is written, which an error in it leaves as it is.
+        step: a recorded step of the checkpoint's run that is probed, if not the next one.
 
     Raises:
         ValueError: if the output directory, the checkpoint, the prompts or the rollouts cannot be used.
@@ -165,17 +186,25 @@ def probe_checkpoint(config: RunConfig, ranks: Ranks, halves: tuple[int, int] | 
             given = sources.update
             check_halves(required(config.update).num_prompts if given is None else given.num_prompts, halves[0])
             options = {"subsets": halves[0], "seed": halves[1]}
-        output = open_output(config, "validate" if options else "run", sources, ranks, options)
+        elif step is not None:
+            options = {"step": step.record.step}
+        output = open_output(config, "run" if halves is None else "validate", sources, ranks, options)
         if output.finished:
             (result,) = ranks.broadcast([ProbeResult.load(output.path)] if writing else [])
         else:
-            result = _probe_into(output, replace(sources, notes=(*of_config, *sources.notes)), ranks, progress, halves)
+            sources = replace(sources, notes=(*of_config, *sources.notes))
+            result = _probe_into(output, sources, ranks, progress, halves, step)
         output.finish(partial(write_run_report, output.path, result))
     return result
 
 
 def _probe_into(
-    output: Output, sources: Sources, ranks: Ranks, progress: Phase, halves: tuple[int, int] | None
+    output: Output,
+    sources: Sources,
+    ranks: Ranks,
+    progress: Phase,
+    halves: tuple[int, int] | None,
+    step: RecordedStep | None,
 ) -> ProbeResult:
     """Load, sample, probe and validate; rank 0 writes what comes of it."""
     from entropy_probe.analyses.log_check import against_log
@@ -184,12 +213,17 @@ def _probe_into(
 
     config, clock = output.config, Clock(progress)
     probe, state = open_probe(config, sources, ranks, clock)
+    gone_on: tuple[Note, ...] = ()
+    if step is not None:
+        with clock.phase("replay"):
+            gone_on = tuple(step.go_there(state, config))
     with output.writing(ranks):
         with clock.phase("sample"):
             update, evaluation, notes = collect_batches(config, output, sources, state, ranks, progress)
         result, attribution = _run_mode(probe, config, update, evaluation)
         of_log = against_log(state.report.logged, result, update, selected=config.probe.update_selected)
-        notes = (*state.report.notes, *sources.notes, *notes, *of_log)
+        of_step = () if step is None else step.compare(result)
+        notes = (*state.report.notes, *gone_on, *sources.notes, *notes, *of_log, *of_step)
         result = _annotate(result, notes, beyond_loss(config, update, state.report.not_modelled), clock.seconds)
         if output.writes:
             if attribution is not None:

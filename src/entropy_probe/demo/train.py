@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from itertools import accumulate
@@ -73,6 +73,8 @@ def train_demo(
     num_prompts: int = 256,
     seed: int = 0,
     on_progress: Callable[[str], None] = logger.info,
+    callbacks: Sequence[Any] = (),
+    **arguments: Any,
 ) -> Path:
     """Train a tiny policy into ``directory`` and return the checkpoint to probe; at once if it exists.
 
@@ -92,6 +94,8 @@ def train_demo(
         num_prompts: distinct prompts in ``prompts.jsonl``, on which GRPO trains.
         seed: seed of the data, the initial weights and the sampling.
         on_progress: called with one line of text per phase and per checkpoint.
+        callbacks: of the trainer.
+        **arguments: further ones of ``GRPOConfig``.
 
     Raises:
         ValueError: if ``save_steps`` does not divide ``steps``, or if the directory holds something else.
@@ -110,7 +114,7 @@ def train_demo(
         lines = (json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in problems)
         (building / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         on_progress(f"demo: GRPO, {steps} steps of {prompts_per_step} x {generations_per_prompt} responses")
-        arguments = {
+        arguments |= {
             "max_steps": steps,
             "save_steps": save_steps,
             "per_device_train_batch_size": prompts_per_step * generations_per_prompt,
@@ -120,7 +124,7 @@ def train_demo(
             "seed": seed,
         }
         records = [{"prompt": prompt, "answer": answer} for prompt, answer in problems]
-        reinforce(building, model, tokenizer, records, _exact_match, arguments, on_progress, say_every=save_steps)
+        reinforce(building, model, tokenizer, records, _exact_match, arguments, on_progress, save_steps, callbacks)
     return checkpoint
 
 
@@ -232,6 +236,7 @@ def reinforce(
     arguments: dict[str, Any],
     on_progress: Callable[[str], None],
     say_every: int,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Train a LoRA adapter on every linear layer with GRPO, writing checkpoints into ``directory``.
 
@@ -243,9 +248,10 @@ def reinforce(
         tokenizer: its tokenizer.
         records: rows of the data set, with ``prompt`` and what the reward asks for.
         reward: a reward function as TRL calls it.
-        arguments: of ``GRPOConfig``, besides :data:`CPU_ARGUMENTS`.
+        arguments: of ``GRPOConfig``, besides or in place of :data:`CPU_ARGUMENTS`.
         on_progress: called with a line every ``say_every`` steps.
         say_every: see above.
+        callbacks: of the trainer, besides the one that reports progress.
     """
     from datasets import Dataset
     from peft import LoraConfig
@@ -270,11 +276,11 @@ def reinforce(
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
-        args=GRPOConfig(str(directory), **CPU_ARGUMENTS, **arguments),
+        args=GRPOConfig(str(directory), **(CPU_ARGUMENTS | arguments)),
         train_dataset=Dataset.from_list(records),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"),
-        callbacks=[Progress()],
+        callbacks=[Progress(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     last = max(complete_checkpoints(directory), default=None)

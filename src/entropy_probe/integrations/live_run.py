@@ -140,14 +140,14 @@ class LiveRun:
         self._step = step = _Step(number)
         start = time.perf_counter()
         with budget.spending():
-            due = self._due(number)
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            due = rate > 0 and self._due(number)  # the first step of a warm-up has a rate of 0 and changes nothing
             if due or self._records == "all":
                 step.batch = self._watch.batch(self._ranks)
             if due and step.batch is not None:
                 step.ahead = self._ahead(model, optimizer, step.batch, number)
                 self._probed = number
             elif step.batch is not None:
-                rate = max(group["lr"] for group in optimizer.param_groups)
                 step.record = step_record(number, None, learning_rate=rate)
             if step.batch is not None and self._keeps_gradients and self._recorder is not None:
                 # copied now: the trainer zeroes it before the record is written

@@ -108,6 +108,17 @@ class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
         """
         return
 
+    def check_model(self, config: object) -> None:
+        """Make sure that the loss of a model with this configuration is coefficients of tokens alone.
+
+        Args:
+            config: the model's ``config``; ``None`` where it has none.
+
+        Raises:
+            ValueError: if it has a term that is none, such as one that balances experts.
+        """
+        return
+
     @abstractmethod
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None) -> TokenCoefficients:
         """Coefficients of the log-probabilities and entropies in a surrogate that has the gradient of the loss.

@@ -93,6 +93,8 @@ class TRLLoss(Loss, frozen=True):
             ``steps_per_generation`` is larger than ``gradient_accumulation_steps``, so that the update batch is a part
             of it.
         max_completion_length: of ``dr_grpo``, which divides by it.
+        router_aux_loss_coef: coefficient of the loss that balances the experts of a mixture; ``None`` is the model's
+            own. With any but 0 such a model is refused: the loss is no sum over tokens.
     """
 
     trainer: Literal["trl"] = "trl"
@@ -128,6 +130,7 @@ class TRLLoss(Loss, frozen=True):
     num_processes: int = Field(default=1, ge=1)
     num_items_in_batch: int | None = Field(default=None, gt=0)
     max_completion_length: int | None = Field(default=None, gt=0)
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _check_adaptive(self) -> TRLLoss:
@@ -169,6 +172,25 @@ class TRLLoss(Loss, frozen=True):
             "the weights that correct for the sampler": self.weighs_sampler,
         }
         return tuple(line for line, modelled in there.items() if modelled)
+
+    def check_model(self, config: object) -> None:
+        """Refuse a mixture of experts that TRL balances by an auxiliary loss.
+
+        Raises:
+            ValueError: if the coefficient, here or the model's own, is not 0.
+        """
+        config = getattr(config, "text_config", config)
+        if not hasattr(config, "output_router_logits"):
+            return
+        own = self.router_aux_loss_coef
+        weight = getattr(config, "router_aux_loss_coef", 0.0) if own is None else own
+        if weight:
+            source = "the model's" if own is None else "the loss's"
+            raise ValueError(
+                f"loss.router_aux_loss_coef: expected 0, got {weight:g} ({source}) on a mixture of experts: the loss "
+                "that balances them is taken over whole microbatches, and is not in the step here; give the trainer's "
+                "own gradient (gradient=...), or set it to 0 if training does without"
+            )
 
     def needs_scores(self, rollouts: Rollouts) -> bool:
         """Where a term depends on the policy as it is."""

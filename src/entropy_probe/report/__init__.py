@@ -13,6 +13,7 @@ from entropy_probe.report.sections.base import Section, Verdict
 from entropy_probe.report.sections.checkpoint import checkpoint_section
 from entropy_probe.report.sections.run import run_sections
 from entropy_probe.report.sections.sweep import sweep_sections
+from entropy_probe.report.sections.timeline import timeline_sections
 from entropy_probe.report.tables import Tables, read_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import REPORT_FILE
@@ -30,5 +31,6 @@ __all__ = [
     "read_tables",
     "run_sections",
     "sweep_sections",
+    "timeline_sections",
     "verdict",
 ]

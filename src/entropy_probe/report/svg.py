@@ -7,7 +7,7 @@ written beside the drawing, which is hidden from screen readers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -80,18 +80,21 @@ def draw_lines(chart: LineChart) -> dict[str, Markup]:
     rows, columns = [(height(v), v) for v in y.ticks(5)], [(_percent(x, v), v) for v in x.ticks(5)]
     parts += [f'<line class="grid" x1="0" x2="100%" y1="{h:.1f}" y2="{h:.1f}"/>' for h, _ in rows]
     parts += [f'<line class="grid" x1="{at}" x2="{at}" y1="0" y2="{PLOT_HEIGHT}"/>' for at, _ in columns]
-    lines = [
-        f'<polyline class="{curve.look}" points="'
-        + " ".join(f"{1000 * x.at(point.x):.1f},{height(point.y):.1f}" for point in curve.points)
-        + '"/>'
-        for curve in curves
-        if curve.style != "points"
-    ]
+
+    def path(points: Iterable[tuple[float, float]]) -> str:
+        return " ".join(f"{1000 * x.at(across):.1f},{height(up):.1f}" for across, up in points)
+
+    lines = []
+    for curve in (curve for curve in curves if curve.style != "points"):
+        if curve.style == "band":
+            upper, lower = ([(p.x, p.y + sign * p.margin) for p in curve.points] for sign in (1, -1))
+            lines.append(f'<polygon class="{curve.look}" points="{path([*upper, *lower[::-1]])}"/>')
+        lines.append(f'<polyline class="{curve.look}" points="{path((p.x, p.y) for p in curve.points)}"/>')
     parts.append(
         f'<svg viewBox="0 0 1000 {PLOT_HEIGHT}" width="100%" height="{PLOT_HEIGHT}" preserveAspectRatio="none">'
         f"{''.join(lines)}</svg>"
     )
-    for curve in (curve for curve in curves if curve.style != "line"):
+    for curve in (curve for curve in curves if curve.style == "points"):
         for point in curve.points:
             at = _percent(x, point.x)
             low, high = height(point.y - point.margin), height(point.y + point.margin)

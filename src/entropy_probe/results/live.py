@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat
 
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import Note
-from entropy_probe.results.probe import OptimizerStateReport, SamplerMismatch
+from entropy_probe.results.probe import BatchFit, OptimizerStateReport, Predicted, ProbeResult, SamplerMismatch
 from entropy_probe.results.record import Record, read_record
 
 __all__ = [
@@ -23,8 +23,11 @@ __all__ = [
     "RECORDS",
     "RECORD_FILE",
     "ROLLOUTS_FILE",
+    "Alarm",
+    "Logged",
     "PromptShare",
     "StepRecord",
+    "Timeline",
     "logged_numbers",
     "read_records",
     "recorded_steps",
@@ -35,6 +38,18 @@ SCHEMA_VERSION = 1
 RECORDS = "entropy_probe"
 RECORD_FILE, ROLLOUTS_FILE, GRADIENT_FILE = "record.json", "rollouts.parquet", "gradient.safetensors"
 _STEP = re.compile(r"step-(\d+)")
+
+Logged = Literal["entropy", "reward", "length", "gradient_norm", "learning_rate", "mismatch", "kl"]
+LOGGED: Mapping[Logged, tuple[str, ...]] = {
+    "entropy": ("entropy", "actor/entropy", "policy/entropy"),
+    "reward": ("reward", "critic/rewards/mean", "reward/mean"),
+    "length": ("completions/mean_length", "completion_length", "response_length/mean", "response_length"),
+    "gradient_norm": ("grad_norm", "actor/grad_norm"),
+    "learning_rate": ("learning_rate", "actor/lr"),
+    "mismatch": ("sampling/sampling_logp_difference/mean",),
+    "kl": ("kl", "actor/kl_loss"),
+}
+"""Keys of TRL's trainers, and of others."""
 
 
 class PromptShare(Record):
@@ -74,6 +89,7 @@ class StepRecord(Record):
         clip_factor: what clipping multiplied the gradient by, 1 when it did not act.
         learning_rate: the largest of the parameter groups.
         mismatch: the sampler of the step's batch against the policy; null if it reported no log-probabilities.
+        fit: whether the tokens of the step's batch may be the policy's own.
         optimizer_state: what the optimizer's state covered before the step.
         prompts: what each prompt of the batch adds; empty if it was not attributed.
         notes: everything that a careful reader should know.
@@ -97,10 +113,91 @@ class StepRecord(Record):
     clip_factor: NonNegativeFloat | None = None
     learning_rate: NonNegativeFloat | None = None
     mismatch: SamplerMismatch | None = None
+    fit: BatchFit | None = None
     optimizer_state: OptimizerStateReport | None = None
     prompts: tuple[PromptShare, ...] = ()
     notes: tuple[Note, ...] = ()
     seconds: NonNegativeFloat | None = None
+
+    def logged(self, what: Logged) -> float | None:
+        """What the trainer logged of something, by whichever key it does; None if it did not."""
+        return next((self.log[key] for key in LOGGED[what] if key in self.log), None)
+
+    @property
+    def change(self) -> Estimate | None:
+        """What the step did to entropy: measured, else to first order; None where it was not probed."""
+        return self.realized or self.predicted
+
+    @classmethod
+    def of(cls, result: ProbeResult, step: int, **rest: Any) -> StepRecord:
+        """What a result says of the step that it is of.
+
+        Args:
+            result: of the batch that the step is taken on, or of one of its kind.
+            step: the step's number.
+            **rest: further fields, or in place of the result's.
+        """
+        said, realized = result.diagnostics, result.realized
+        known = {
+            "entropy": result.entropy,
+            "predicted": None if result.predicted is None else _of_this_step(result.predicted),
+            "realized": None if realized is None else realized.estimate,
+            **{part: result.components.get(part) for part in ("gradient", "momentum", "weight_decay")},
+            "lifetime": result.lifetime,
+            "committed": result.committed,
+            "ess": None if realized is None else realized.ess_fraction,
+            "loss_distance": None if said.gradient_agreement is None else said.gradient_agreement.relative_distance,
+            "gradient_norm": said.gradient_norm,
+            "clip_factor": said.clip_factor,
+            "learning_rate": max(result.optimizer_state.learning_rates),
+            "mismatch": said.update_mismatch or said.mismatch,
+            "fit": said.policy_fit.update,
+            "optimizer_state": result.optimizer_state,
+            "notes": said.notes,
+            "seconds": sum(result.timing.values()),
+        }
+        return cls(step=step, **(known | rest))
+
+
+class Alarm(Record):
+    """A warning about a run, and for which steps it holds.
+
+    Attributes:
+        first: the first step that it was given at.
+        last: the last one.
+        holds: whether that is the last step there is.
+        note: as given at the first step.
+    """
+
+    first: int
+    last: int
+    holds: bool
+    note: Note
+
+
+class Timeline(Record):
+    """A training run over its steps.
+
+    Attributes:
+        name: of the run.
+        steps: what is known of each, by step.
+        alarms: what they warn of.
+    """
+
+    name: str
+    steps: tuple[StepRecord, ...] = Field(min_length=1)
+    alarms: tuple[Alarm, ...] = ()
+
+    @property
+    def probed(self) -> tuple[StepRecord, ...]:
+        """The steps that were probed."""
+        return tuple(record for record in self.steps if record.entropy is not None)
+
+
+def _of_this_step(predicted: Predicted) -> Estimate:
+    """The prediction with the error from the evaluation side alone: that of this very step, which was measured too."""
+    fields = {name: getattr(predicted, name) for name in Estimate.model_fields}
+    return Estimate(**fields | {"standard_error": predicted.se_evaluation})
 
 
 def logged_numbers(log: Mapping[Any, Any]) -> dict[str, float]:

@@ -17,11 +17,16 @@ from entropy_probe.results.probe import Estimate
 from entropy_probe.results.sweep import Fitted
 
 __all__ = [
-    "Axis", "Bar", "BarChart", "Block", "Curve", "HeatMap", "LineChart", "Listing", "Point", "Row", "Rows", "Section",
-    "State", "Table", "TokenViewer", "Verbatim", "Verdict", "bar_charts", "sentence_case", "written",
+    "Axis", "Bar", "BarChart", "Block", "Curve", "HeatMap", "LineChart", "Listing", "Look", "Point", "Row", "Rows",
+    "Section", "State", "Table", "TokenViewer", "Verbatim", "Verdict", "bar_charts", "sentence_case", "written",
 ]  # fmt: skip
 
 State = Literal["ok", "look", "bad", "plain"]
+Look = Literal[
+    "predicted", "realized", "fit", "measured", "cumulated", "logged", "gradient", "momentum", "life", "committed",
+    "run0", "run1", "run2", "run3", "run4", "run5", "",
+]  # fmt: skip
+"""What a curve is of, which gives its colour; "" for one of several records, told apart by their order."""
 
 
 class Verbatim(str):
@@ -174,7 +179,7 @@ class Point:
 class Curve:
     """Points of one kind, from left to right, as a line, by themselves, or both with their intervals as a band."""
 
-    look: Literal["predicted", "realized", "fit", ""]  # "" for one of several records, told apart by their order
+    look: Look
     label: str  # in the legend; "" for none
     points: tuple[Point, ...]
     style: Literal["line", "points", "band"] = "line"
