@@ -133,6 +133,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/inspect_checkpoint.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/trl_steps.py
+	$(BIN)/python benchmarks/alarms.py
 
 # the demo's claims on a real policy, into benchmarks/RESULTS.md: about three hours; goes on where it was
 bench-real: demo-real

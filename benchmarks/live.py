@@ -240,21 +240,20 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(DEMO / "base"), AutoTokenizer.from_pretrained(DEMO / "base")
-    seen, size = Seen(), 128 if quick else 1024
-    watcher = watching(seen, HeldOut(size=size, min_ess=1.0), every=3, quarter=HeldOut(size=32, min_ess=1.0))
-    train([watcher], steps=6 if quick else 60, prompts=16, model=model, tokenizer=tokenizer)
-    wide = Seen()
-    watcher = watching(wide, HeldOut(size=32), every=2, quarter=HeldOut(size=32))
+
+    def show(**figures: Any) -> None:
+        print(json.dumps(figures, indent=2), flush=True)
+
+    wide, of_32 = Seen(), HeldOut(size=32, min_ess=1.0)
+    watcher = watching(wide, of_32, every=2, quarter=of_32)
     train([watcher], steps=4 if quick else 12, prompts=16, model=_wide(), tokenizer=tokenizer)
-    figures = {
-        "own batch": agreement(seen.own) | beside_the_log(seen),
-        f"held out, {size} sequences": agreement([*seen.held_out.values()]),
-        "own batch against held out": against_held_out(seen),
-        "cost, training gradients": costs(seen),
-        "cost, 4 layers 256 wide": costs(wide),
-        "with a budget": with_budget(0.05, 10 if quick else 200),
-    }
-    print(json.dumps(figures, indent=2))
+    show(cost_of_4_layers_256_wide=costs(wide))
+    seen = Seen()
+    watcher = watching(seen, HeldOut(size=128 if quick else 1024, min_ess=1.0), every=3, quarter=of_32)
+    train([watcher], steps=6 if quick else 60, prompts=16, model=model, tokenizer=tokenizer)
+    show(own_batch=agreement(seen.own) | beside_the_log(seen), held_out=agreement([*seen.held_out.values()]))
+    show(own_batch_against_held_out=against_held_out(seen), cost_of_the_demo=costs(seen))
+    show(with_a_budget=with_budget(0.05, 10 if quick else 120))
 
 
 if __name__ == "__main__":

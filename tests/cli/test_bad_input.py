@@ -76,7 +76,8 @@ def test_settings(config, refused, args, match):
 def test_usage(refused, tmp_path):
     assert "did you mean 'inspect'" in refused("inspct").lower()
     assert refused() == "Missing command; see `entropy-probe --help`"
-    assert refused("run") == "Missing argument 'CONFIG.yaml'; see `entropy-probe run --help`"
+    assert refused("run").startswith("run: expected CONFIG.yaml, or --at RUN_DIR:STEP for a recorded step, got neither")
+    assert refused("sweep") == "Missing argument 'CONFIG.yaml'; see `entropy-probe sweep --help`"
     assert "no such file" in refused("run", tmp_path / "none.yaml")
     assert "expected a saved result" in refused("report", tmp_path)
 

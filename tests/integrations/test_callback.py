@@ -63,9 +63,7 @@ def test_training_is_the_same_to_the_bit(tmp_path, alone):
         assert log["entropy_probe/seconds"] == record.seconds
         assert record.log["reward"] == log["reward"]
         assert record.loss_distance is not None
-        assert (
-            record.loss_distance > 0.01
-        )  # dropout is the trainer's gradient's alone
+        assert record.loss_distance > 0.01  # dropout is the trainer's gradient's alone
         assert len(record.prompts) == 4
         rollouts = Rollouts.from_parquet(step_directory(tmp_path, record.step) / ROLLOUTS_FILE)
         assert len(rollouts) == 16

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from tests.tiny import train_grpo
 
-TINY = {
+TINY: dict[str, Any] = {
     "lora": True,
     "steps": 3,
     "per_device_train_batch_size": 12,

@@ -11,7 +11,6 @@ from torch import nn
 from entropy_probe.analyses.ahead import StepAhead
 from entropy_probe.config import ProbeConfig
 from entropy_probe.probe import EntropyProbe
-from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.live import PromptShare, StepRecord
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
@@ -62,23 +61,6 @@ def probe_actor(
     return probe.ahead(gradient=gradient, batch=batch, evaluation=evaluation)
 
 
-def _estimates(result: ProbeResult) -> dict[str, Estimate | None]:
-    """Of one very step: the prediction has the error from the evaluation side."""
-    predicted, realized = result.predicted, result.realized
-    this_step = None
-    if predicted is not None:
-        fields = {name: getattr(predicted, name) for name in Estimate.model_fields}
-        this_step = Estimate(**fields | {"standard_error": predicted.se_evaluation})
-    return {
-        "entropy": result.entropy,
-        "predicted": this_step,
-        "realized": None if realized is None else realized.estimate,
-        **{name: result.components.get(name) for name in ("gradient", "momentum", "weight_decay")},
-        "lifetime": result.lifetime,
-        "committed": result.committed,
-    }
-
-
 def step_record(
     step: int,
     result: ProbeResult | None,
@@ -98,22 +80,7 @@ def step_record(
     """
     if result is None:
         return StepRecord(step=step, log=dict(log or {}), **fields)
-    diagnostics, realized = result.diagnostics, result.realized
-    agreement = diagnostics.gradient_agreement
-    mismatch = diagnostics.update_mismatch or diagnostics.mismatch
-    known = {
-        **_estimates(result),
-        "ess": None if realized is None else realized.ess_fraction,
-        "loss_distance": None if agreement is None else agreement.relative_distance,
-        "gradient_norm": diagnostics.gradient_norm,
-        "clip_factor": diagnostics.clip_factor,
-        "learning_rate": max(result.optimizer_state.learning_rates),
-        "mismatch": mismatch,
-        "fit": diagnostics.policy_fit.update,
-        "optimizer_state": result.optimizer_state,
-        "notes": diagnostics.notes,
-    }
-    return StepRecord(step=step, log=dict(log or {}), seconds=seconds, **(known | fields))
+    return StepRecord.of(result, step, log=dict(log or {}), seconds=seconds, **fields)
 
 
 def logged_keys(record: StepRecord) -> dict[str, float]:

@@ -135,29 +135,28 @@ class StepRecord(Record):
         Args:
             result: of the batch that the step is taken on, or of one of its kind.
             step: the step's number.
-            **rest: further fields.
+            **rest: further fields, or in place of the result's.
         """
         said, realized = result.diagnostics, result.realized
-        return cls(
-            step=step,
-            entropy=result.entropy,
-            predicted=_plain(result.predicted),
-            realized=None if realized is None else realized.estimate,
+        known = {
+            "entropy": result.entropy,
+            "predicted": None if result.predicted is None else _of_this_step(result.predicted),
+            "realized": None if realized is None else realized.estimate,
             **{part: result.components.get(part) for part in ("gradient", "momentum", "weight_decay")},
-            lifetime=result.lifetime,
-            committed=result.committed,
-            ess=None if realized is None else realized.ess_fraction,
-            loss_distance=None if said.gradient_agreement is None else said.gradient_agreement.relative_distance,
-            gradient_norm=said.gradient_norm,
-            clip_factor=said.clip_factor,
-            learning_rate=max(result.optimizer_state.learning_rates),
-            mismatch=said.update_mismatch,
-            fit=said.policy_fit.update,
-            optimizer_state=result.optimizer_state,
-            notes=said.notes,
-            seconds=sum(result.timing.values()),
-            **rest,
-        )
+            "lifetime": result.lifetime,
+            "committed": result.committed,
+            "ess": None if realized is None else realized.ess_fraction,
+            "loss_distance": None if said.gradient_agreement is None else said.gradient_agreement.relative_distance,
+            "gradient_norm": said.gradient_norm,
+            "clip_factor": said.clip_factor,
+            "learning_rate": max(result.optimizer_state.learning_rates),
+            "mismatch": said.update_mismatch or said.mismatch,
+            "fit": said.policy_fit.update,
+            "optimizer_state": result.optimizer_state,
+            "notes": said.notes,
+            "seconds": sum(result.timing.values()),
+        }
+        return cls(step=step, **(known | rest))
 
 
 class Alarm(Record):
@@ -195,17 +194,11 @@ class Timeline(Record):
         return tuple(record for record in self.steps if record.entropy is not None)
 
 
-def _plain(predicted: Predicted | None) -> Estimate | None:
-    """The prediction with the error of this very step, as that is what was measured too."""
-    if predicted is None:
-        return None
-    return Estimate(
-        value=predicted.value,
-        standard_error=predicted.se_evaluation,
-        num_clusters=predicted.num_clusters,
-        unit=predicted.unit,
-        status=predicted.status,
-    )
+def _of_this_step(predicted: Predicted) -> Estimate:
+    """The prediction with the error from the evaluation side alone: that of this very step, which was measured too."""
+    fields: dict[str, Any] = {name: getattr(predicted, name) for name in Estimate.model_fields}
+    fields["standard_error"] = predicted.se_evaluation
+    return Estimate(**fields)
 
 
 def logged_numbers(log: Mapping[Any, Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 
 from entropy_probe.report import page, timeline_sections
 from entropy_probe.report.sections.base import HeatMap, LineChart, Rows, Table
-from entropy_probe.report.sections.timeline import cumulated
+from entropy_probe.report.sections.steps import cumulated
 from entropy_probe.results.live import PromptShare, StepRecord, Timeline
 from tests.report.results import shown
 from tests.report.timelines import estimate, make_record, make_timeline

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
 from entropy_probe.report.sections.base import (
-    Axis,
     Block,
     Curve,
     HeatMap,
@@ -24,20 +23,19 @@ from entropy_probe.report.sections.base import (
     Verdict,
     written,
 )
+from entropy_probe.report.sections.steps import Steps, chart_of, cumulated, logged_points, number, points_of, thinned
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.live import StepRecord, Timeline
 from entropy_probe.results.note import Note
 
-__all__ = ["cumulated", "timeline_sections"]
+__all__ = ["timeline_sections"]
 
-PRINTED, LISTED, DRAWN = 24, 400, 600
-"""Steps in the table for a terminal, in that of the page, and in a chart."""
+PRINTED, LISTED = 24, 400
+"""Steps in the table for a terminal, and in that of the page."""
 RECENT = 5
 PROMPTS, SPANS, NAME = 10, 10, 48
 RUNS = 6
 """Of more runs than have colours of their own the charts show the first."""
-
-Steps: TypeAlias = Sequence[StepRecord]
 
 
 def timeline_sections(timelines: Sequence[Timeline]) -> tuple[Section, ...]:
@@ -81,7 +79,7 @@ def _verdict(timeline: Timeline) -> Verdict:
     if holding:
         others = len(holding) - 1
         more = "" if not others else f"; {others} other alarm{'s' * (others > 1)} below"
-        return Verdict("alarm", f"Since {holding[0].note.text}{more}.", "bad")
+        return Verdict("alarm", f"First given at {holding[0].note.text}, and again at the last step{more}.", "bad")
     if timeline.alarms:
         steps = ", ".join(str(alarm.first) for alarm in timeline.alarms)
         return Verdict("over", f"There were alarms, first given at step {steps}; none holds at the last step.", "look")
@@ -98,9 +96,11 @@ def _sentences(probed: Steps) -> Iterable[str]:
     measured = format_estimate(last.value - first.value, math.hypot(first.standard_error, last.standard_error))
     between = f"Between steps {probed[0].step} and {probed[-1].step}"
     yield f"{between} the predictions add up to {format_estimate(total, error)}; entropy went by {measured}."
-    shares = [share for record in probed[-RECENT:] if (share := _share(record)) is not None]
-    if shares:
-        yield f"Momentum has {format_percent(sum(shares) / len(shares), 0)} of the last steps' predicted change."
+    recent = [(r.momentum, r.predicted) for r in probed[-RECENT:] if r.momentum is not None and r.predicted is not None]
+    changed = sum(predicted.value for _, predicted in recent)
+    if recent and abs(changed) > 2 * math.hypot(*(predicted.standard_error for _, predicted in recent)):
+        share = sum(momentum.value for momentum, _ in recent) / changed
+        yield f"Momentum has {format_percent(share, 0)} of the last steps' predicted change."
 
 
 def _headlines(timeline: Timeline) -> tuple[Row, ...]:
@@ -125,27 +125,6 @@ def _headlines(timeline: Timeline) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def cumulated(probed: Steps) -> list[tuple[int, float, float]]:
-    """The predictions of all steps since the first probed one, added up: step, sum until it, and the sum's error.
-
-    Between probed steps the prediction is interpolated linearly. Up to the first step that was not predicted.
-    """
-    sums, weights, value = [], [0.0], 0.0
-    predicted: list[Estimate] = []
-    for k, record in enumerate(probed):
-        if record.predicted is None:
-            break
-        predicted.append(record.predicted)
-        if k:
-            gap = record.step - probed[k - 1].step
-            weights[-1] += (gap + 1) / 2
-            weights.append((gap - 1) / 2)
-            value = sum(w * p.value for w, p in zip(weights, predicted, strict=True))
-        error = math.hypot(*(w * p.standard_error for w, p in zip(weights, predicted, strict=True)))
-        sums.append((record.step, value, error))
-    return sums
-
-
 def _entropy_charts(timeline: Timeline, probed: Steps) -> list[LineChart]:
     """Entropy with its error, what the predictions add up to, and the trainer's own; and every step's change."""
     start = probed[0].entropy.value if probed and probed[0].entropy else 0.0
@@ -154,19 +133,19 @@ def _entropy_charts(timeline: Timeline, probed: Steps) -> list[LineChart]:
         tuple(Point(float(step), start + value, 1.96 * error) for step, value, error in sums) if len(sums) > 1 else ()
     )
     entropy = [
-        Curve("logged", "the trainer's log, on the batch of each step", _logged(timeline.steps, "entropy")),
-        Curve("measured", "entropy with its 95% interval", _points(probed, lambda r: r.entropy), "band"),
+        Curve("logged", "the trainer's log, on the batch of each step", logged_points(timeline.steps, "entropy")),
+        Curve("measured", "entropy with its 95% interval", points_of(probed, lambda r: r.entropy), "band"),
         Curve("cumulated", "the first plus all predicted changes since", along),
     ]
     changes = [
-        Curve("predicted", "predicted δH₁", _points(probed, lambda r: r.predicted), "band"),
-        Curve("realized", "realized ΔH", _points(probed, lambda r: r.realized), "points"),
+        Curve("predicted", "predicted δH₁", points_of(probed, lambda r: r.predicted), "band"),
+        Curve("realized", "realized ΔH", points_of(probed, lambda r: r.realized), "points"),
     ]
     unit, shaded = _unit(probed), _shaded(timeline)
     caption = "across: optimizer steps" + ("; shaded: an alarm holds" if shaded else "")
     return [
-        *_chart("Entropy", entropy, unit, caption, shaded),
-        *_chart("Change of each probed step", changes, unit, caption, shaded, zero=True),
+        *chart_of("Entropy", entropy, unit, caption, shaded),
+        *chart_of("Change of each probed step", changes, unit, caption, shaded, zero=True),
     ]
 
 
@@ -175,50 +154,6 @@ def _shaded(timeline: Timeline) -> tuple[float, float, str] | None:
         return None
     first, last = min(alarm.first for alarm in timeline.alarms), max(alarm.last for alarm in timeline.alarms)
     return first - 0.5, last + 0.5, "alarm"
-
-
-def _chart(
-    title: str,
-    curves: Sequence[Curve],
-    unit: str,
-    caption: str,
-    shaded: tuple[float, float, str] | None = None,
-    zero: bool = False,
-) -> list[LineChart]:
-    """The chart of these curves over the steps; none without points."""
-    drawn = [curve for curve in curves if curve.points]
-    points = [point for curve in drawn for point in curve.points]
-    if not points:
-        return []
-    ends = [point.y + sign * point.margin for point in points for sign in (-1, 1)] + [0.0] * zero
-    steps = [point.x for point in points]
-    x = Axis.around((min(steps) - 0.5, max(steps) + 0.5), "optimizer step", share=0.0)
-    return [
-        LineChart(title, tuple(drawn), x, Axis.around(ends, unit), f"{unit}; {caption}" if unit else caption, shaded)
-    ]
-
-
-def _points(records: Steps, pick: Callable[[StepRecord], Estimate | None]) -> tuple[Point, ...]:
-    picked = [(record.step, one) for record in records if (one := pick(record)) is not None]
-    return tuple(Point(float(step), one.value, one.margin) for step, one in thinned(picked, DRAWN))
-
-
-def _logged(records: Steps, what: str) -> tuple[Point, ...]:
-    """What the trainer logged, or recorded of the step, of something."""
-    picked = [(record.step, x) for record in records if (x := _number(record, what)) is not None]
-    return tuple(Point(float(step), x) for step, x in thinned(picked, DRAWN))
-
-
-def _number(record: StepRecord, what: str) -> float | None:
-    own = getattr(record, what, None) if what in ("gradient_norm", "clip_factor", "learning_rate", "ess") else None
-    return own if own is not None or what in ("clip_factor", "ess") else record.logged(what)  # type: ignore[arg-type]
-
-
-def thinned(items: Sequence, most: int) -> Sequence:
-    """At most so many of the items, evenly spaced, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
 
 
 def _share(record: StepRecord) -> float | None:
@@ -252,7 +187,7 @@ def _printed_row(record: StepRecord, power: int) -> tuple[str, ...]:
         short(record.realized),
         "" if share is None else f"{share:.0%}",
         short(record.lifetime),
-        *(_cell(_number(record, what)) for what in ("reward", "length", "gradient_norm")),
+        *(_cell(number(record, what)) for what in ("reward", "length", "gradient_norm")),
     )  # fmt: skip
 
 
@@ -272,7 +207,7 @@ def _listed(timeline: Timeline) -> Table:
         (
             str(record.step),
             *("" if (one := getattr(record, name)) is None else written(one) for name in ESTIMATES),
-            *(_cell(_number(record, what)) for what in ("entropy", *NUMBERS)),
+            *(_cell(number(record, what)) for what in ("entropy", *NUMBERS)),
             _cell(record.loss_distance),
             _cell(record.seconds),
         )
@@ -295,15 +230,15 @@ def _sources(probed: Steps) -> Part:
     """Which part of the step does it, and what a batch does over its life."""
     parts: list[Curve] = []
     for look, label in (("gradient", "this batch's gradient"), ("momentum", "momentum of earlier batches")):
-        parts.append(Curve(look, label, _points(probed, lambda r, name=look: getattr(r, name)), "band"))  # type: ignore[arg-type]
+        parts.append(Curve(look, label, points_of(probed, lambda r, name=look: getattr(r, name)), "band"))  # type: ignore[arg-type]
     lives = [
-        Curve("life", "lifetime effect of each batch", _points(probed, lambda r: r.lifetime), "band"),
-        Curve("committed", "committed after the step", _points(probed, lambda r: r.committed), "band"),
+        Curve("life", "lifetime effect of each batch", points_of(probed, lambda r: r.lifetime), "band"),
+        Curve("committed", "committed after the step", points_of(probed, lambda r: r.committed), "band"),
     ]
     caption = "across: optimizer steps; bands: 95% intervals"
     charts = (
-        *_chart("Gradient against momentum", parts, _unit(probed), caption, zero=True),
-        *_chart("Over a batch's life", lives, _unit(probed), caption, zero=True),
+        *chart_of("Gradient against momentum", parts, _unit(probed), caption, zero=True),
+        *chart_of("Over a batch's life", lives, _unit(probed), caption, zero=True),
     )
     return "Where the change comes from", "sources", "Sources", charts, ()
 
@@ -321,11 +256,11 @@ def _training(records: Steps) -> Part:
     )
     charts, constant = [], []
     for title, what, unit in wanted:
-        points = _logged(records, what)
+        points = logged_points(records, what)
         if len({point.y for point in points}) == 1:
             constant.append(Row(title, format_number(points[0].y), "throughout"))
         else:
-            charts += _chart(title, [Curve("logged", "", points)], unit, "across: optimizer steps")
+            charts += chart_of(title, [Curve("logged", "", points)], unit, "across: optimizer steps")
     blocks = (*charts, *([Rows(tuple(constant))] if constant else []))
     return "Training beside it", "training", "Training", blocks, ()
 
@@ -382,10 +317,10 @@ def _beside(timelines: Sequence[Timeline]) -> Section:
     rows = tuple(_beside_row(one) for one in timelines)
     table = Table("Runs", ("run", "steps", "probed", "entropy", "per step", "reward", "alarms"), rows)
     charts = []
-    for title, pick in (("Entropy", _own_entropy), ("Reward", lambda one: _logged(one.steps, "reward"))):
+    for title, pick in (("Entropy", _own_entropy), ("Reward", lambda one: logged_points(one.steps, "reward"))):
         looks: list[Look] = ["run0", "run1", "run2", "run3", "run4", "run5"]
         curves = [Curve(look, one.name, pick(one)) for look, one in zip(looks, timelines[:RUNS], strict=False)]
-        charts += _chart(title, curves, "nats/token" if title == "Entropy" else "", "across: optimizer steps")
+        charts += chart_of(title, curves, "nats/token" if title == "Entropy" else "", "across: optimizer steps")
     alarmed = sum(any(alarm.holds for alarm in one.alarms) for one in timelines)
     verdict = (
         Verdict("alarm", f"{alarmed} of {len(timelines)} runs have an alarm that holds.", "bad")
@@ -398,8 +333,8 @@ def _beside(timelines: Sequence[Timeline]) -> Section:
 
 def _own_entropy(timeline: Timeline) -> tuple[Point, ...]:
     """As measured, else as logged."""
-    probed = _points(timeline.probed, lambda record: record.entropy)
-    return tuple(Point(p.x, p.y) for p in probed) if len(probed) > 1 else _logged(timeline.steps, "entropy")
+    probed = points_of(timeline.probed, lambda record: record.entropy)
+    return tuple(Point(p.x, p.y) for p in probed) if len(probed) > 1 else logged_points(timeline.steps, "entropy")
 
 
 def _beside_row(timeline: Timeline) -> tuple[str, ...]:
