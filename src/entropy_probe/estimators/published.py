@@ -1,7 +1,7 @@
 """What other work would forecast of a step from its tokens alone: which way, and how far, each moves entropy.
 
 None needs a gradient: advantages and the policy's scores are all they take. None knows the optimizer, the parameters
-that prefixes share, or what later tokens become. Formulas and sources: ``docs/theory.md``, "Other forecasts".
+that prefixes share, or what later tokens become. Formulas and sources: ``docs/theory.md``, "Validation".
 """
 
 from __future__ import annotations
