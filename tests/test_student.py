@@ -4,7 +4,7 @@ import pytest
 from scipy.special import stdtrit
 
 from entropy_probe.results.probe import Estimate
-from entropy_probe.results.student import combined_degrees, critical_value
+from entropy_probe.results.student import combined_degrees, critical_value, degrees_of
 
 
 @pytest.mark.parametrize("degrees", [0.5, 1, 1.7, 2, 9, 19, 99, 2047, 1e5, 1e7])
@@ -15,6 +15,19 @@ def test_critical_values(degrees):
 def test_no_degree_of_freedom_is_refused():
     with pytest.raises(ValueError, match="expected a standard error from at least 2 independent clusters, got 1"):
         critical_value(0)
+
+
+@pytest.mark.parametrize("clusters", [3, 10, 400])
+def test_skew_clusters_have_fewer_degrees_of_freedom(clusters):
+    by_chance = 6 * (clusters - 2) / ((clusters + 1) * (clusters + 3))
+    assert degrees_of(clusters, 0.0) == clusters - 1
+    assert degrees_of(clusters, 0.999 * by_chance**0.5) == clusters - 1
+    t, square = stdtrit(clusters - 1, 0.975), 0.9
+    expected = t * (1 + t**2 * square / (4 * clusters)) ** 0.5
+    for sign in (1, -1):
+        degrees = degrees_of(clusters, sign * (square + by_chance) ** 0.5)
+        assert degrees < clusters - 1
+        assert stdtrit(degrees, 0.975) == pytest.approx(expected, rel=1e-5)
 
 
 def test_combined_degrees():

@@ -19,7 +19,7 @@ from entropy_probe.estimators.realized import change, per_decision
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import ALONE
-from entropy_probe.results.student import critical_value
+from entropy_probe.results.student import critical_value, degrees_of
 from entropy_probe.types import Clusters
 from tests.reference.enumeration import Table, TinyPolicy
 from tests.whole_batch import coefficients
@@ -149,10 +149,14 @@ def repeat(
         prompt = torch.randint(3, (n // size,), generator=generator)
         rows = torch.multinomial(p[prompt], size, replacement=True, generator=generator) + p.shape[1] * prompt[:, None]
         found.append(setting.estimate(rows.flatten(), clusters, kind, tilt))
-    pairs = [(x.value, x.standard_error) for each in found for x in each]
-    values, errors = torch.tensor(pairs, dtype=torch.float64).view(-1, 3, 2).unbind(2)
+    triples = [
+        (x.value, x.standard_error, critical_value(degrees_of(clusters.count, x.skewness)))
+        for each in found
+        for x in each
+    ]
+    values, errors, critical = torch.tensor(triples, dtype=torch.float64).view(-1, 3, 3).unbind(2)
     exact = torch.tensor([setting.predicted, setting.difference, setting.predicted], dtype=torch.float64)
-    covered = ((values - exact).abs() <= critical_value(clusters.count - 1) * errors).double().mean(0).tolist()
+    covered = ((values - exact).abs() <= critical * errors).double().mean(0).tolist()
     variance = (errors.square().mean(0) / values.var(0)).tolist()
     return Repeated(covered[0], variance[0], variance[2] / variance[0], covered[1], variance[1])
 
@@ -175,8 +179,9 @@ def test_also_with_surprisals_and_in_a_reweighted_batch(how):
 
 
 def test_ten_clusters_are_covered_by_students_t():
-    found = repeat(LENGTH[2], 300, 150, group=30)
-    assert 0.90 <= found.covered <= 0.99
+    """Where skewness counts most: without it 92%."""
+    found = repeat(ENTROPY[1], 300, 250, group=30)
+    assert 0.94 <= found.covered <= 0.99
 
 
 @pytest.mark.slow
@@ -190,10 +195,8 @@ def test_coverage_long(case, n):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*LENGTH, *ENTROPY], ids=str)
-@pytest.mark.parametrize(
-    ("one_prompt", "least", "most"), [(False, 0.93, 0.97), (True, 0.90, 0.98)], ids=["mixed", "one prompt each"]
-)
-def test_coverage_of_ten_clusters_long(case, one_prompt, least, most):
-    """With three prompts in all, ten clusters of one prompt each are far from normal; the others are not."""
+@pytest.mark.parametrize("one_prompt", [False, True], ids=["mixed", "one prompt each"])
+def test_coverage_of_ten_clusters_long(case, one_prompt):
+    """With three prompts in all, ten clusters of one prompt each are skew; the others are not."""
     found = repeat(case, 300, 3000, group=30, one_prompt=one_prompt)
-    assert least <= found.covered <= most
+    assert 0.93 <= found.covered <= 0.97

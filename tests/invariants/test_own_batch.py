@@ -10,8 +10,9 @@ from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses.measure import measure
 from entropy_probe.analyses.own_batch import measure_own, predict_own
 from entropy_probe.analyses.predict import entropy_surrogate
+from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.named import add, dot, scale
-from entropy_probe.results.student import critical_value
+from entropy_probe.results.student import critical_value, degrees_of
 from entropy_probe.steps.plan import stepped_parameters
 from tests.invariants.exact import Bound
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
@@ -45,6 +46,11 @@ def history(model: TinyPolicy, kind: str, step: int, size: float) -> torch.optim
     return optimizer
 
 
+def margin(estimate: Sampled) -> float:
+    """How far the 95% interval reaches."""
+    return critical_value(degrees_of(len(estimate.influence), estimate.skewness)) * estimate.standard_error
+
+
 class Repeated:
     """Estimates and exact values over many batches."""
 
@@ -63,26 +69,25 @@ class Repeated:
         for _ in range(batches):
             with probe._opened() as policy:
                 prediction = predict_own(policy, batch(generator, prompts, group))
-                plan, count = prediction.plan, prompts
-                over_batches = (prediction.influence.std() / count**0.5).item()
-                row = [prediction.change.value, dot(slope, plan.step.delta), prediction.change.standard_error,
-                       over_batches, prediction.all_pairs.value]  # fmt: skip
+                plan = prediction.plan
+                over_batches = Sampled(prediction.change.value, prediction.influence)
+                row = [prediction.change.value, dot(slope, plan.step.delta), margin(prediction.change),
+                       margin(over_batches), prediction.all_pairs.value]  # fmt: skip
                 if measured:
                     stepped, _ = stepped_parameters(named, trained, plan.step, policy.config, rate)
                     with torch.no_grad():
                         exact = TABLE.entropy(Bound(model, stepped), norm) - h
                     plain, own = measure(plan).measurement.change, measure_own(prediction).measurement.change
-                    row += [own.value, exact.item(), own.standard_error, plain.value]
+                    row += [own.value, exact.item(), margin(own), plain.value]
                 rows.append(row)
         self.columns = torch.tensor(rows, dtype=torch.float64).T
-        self.critical = critical_value(prompts - 1)
 
     def z(self, estimate: int, truth: int) -> float:
         gap = self.columns[estimate] - self.columns[truth]
         return (gap.mean() / (gap.std() / len(gap) ** 0.5)).item()
 
-    def coverage(self, estimate: int, truth: torch.Tensor, error: int) -> float:
-        return ((self.columns[estimate] - truth).abs() <= self.critical * self.columns[error]).double().mean().item()
+    def coverage(self, estimate: int, truth: torch.Tensor, reach: int) -> float:
+        return ((self.columns[estimate] - truth).abs() <= self.columns[reach]).double().mean().item()
 
 
 CASES = [
