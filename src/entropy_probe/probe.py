@@ -225,8 +225,10 @@ class EntropyProbe:
             )
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
-        if evaluation is None and (folds is not None or asked or pool):
-            raise ValueError("evaluation: expected rollouts beside folds, questions or pool, got none; pass them")
+        if evaluation is None and (folds is not None or asked or pool or self._config.geometry == "frozen"):
+            raise ValueError(
+                "evaluation: expected rollouts beside folds, questions, pool or geometry 'frozen', got none; pass them"
+            )
         with self._opened() as policy:
             if evaluation is None:
                 own = predict_own(policy, update)

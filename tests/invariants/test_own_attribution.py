@@ -76,7 +76,7 @@ def z_of_contributions(number: int) -> torch.Tensor:
 
 
 def test_contributions_are_unbiased():
-    assert abs(z_of_contributions(100)[0]) < 4
+    assert abs(z_of_contributions(40)[0]) < 4
 
 
 @pytest.mark.slow
@@ -89,5 +89,5 @@ def test_contributions_are_unbiased_where_those_with_their_own_responses_are_not
 def test_what_one_batch_cannot_have():
     model = TinyPolicy()
     subject = probe(model, trained_optimizer(model))
-    with pytest.raises(ValueError, match="evaluation: expected rollouts beside folds, questions or pool, got none"):
+    with pytest.raises(ValueError, match="evaluation: expected rollouts beside folds, questions, pool or"):
         subject.attribute(update=batches()[0], folds=3)

@@ -169,8 +169,8 @@ class RunConfig(BaseModel):
         if alone and (self.probe.geometry == "frozen" or self.attribution_folds is not None):
             what = "attribution_folds" if self.attribution_folds is not None else "probe.geometry"
             raise ValueError(
-                f"{what}: expected evaluation rollouts beside attribution and it, got mode one_batch; change the mode, "
-                "or leave it out"
+                f"{what}: expected evaluation rollouts where it is set beside attribution, got mode one_batch; change "
+                "the mode, or leave it out"
             )
         if self.attribution_folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
