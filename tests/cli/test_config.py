@@ -86,7 +86,11 @@ def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):
         (["update=null"], r"update: required to sample the update batch"),
         (["evaluation=null"], r"evaluation: required to sample the evaluation batch"),
         (["reward=null"], r"reward: required to sample the update batch"),
-        (["attribution=true", "mode=one_batch"], r"attribution: expected mode two_batch or both, .* got one_batch"),
+        (
+            ["attribution=true", "mode=one_batch", "attribution_folds=4"],
+            r"attribution_folds: expected evaluation rollouts",
+        ),
+        (["attribution=true", "mode=one_batch", "probe.geometry=frozen"], r"probe.geometry: .* got mode one_batch"),
         (["attribution_folds=4"], r"attribution_folds: expected attribution: true beside it, got false"),
         (["rollouts.update=u.parquet", "prompts=null"], r"prompts: required to sample the evaluation batch"),
         (

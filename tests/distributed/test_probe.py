@@ -11,6 +11,7 @@ from entropy_probe.analyses import attribute as attributed_batch
 from entropy_probe.analyses import reduced as predicted
 from entropy_probe.analyses import sweep
 from entropy_probe.parallel.batch import balanced
+from entropy_probe.scoring import slopes
 from tests.distributed.ranks import ThreadRanks, differences, on_ranks
 from tests.invariants.exact import sampled_elsewhere
 from tests.invariants.problems import TABLE, batches, with_reference
@@ -141,7 +142,9 @@ def forward_mode_by_one_thread_at_a_time(monkeypatch):
     for module, name in (
         (sweep, "directional_derivatives"),
         (sweep, "why_not_forward_mode"),
-        (attributed_batch, "token_slopes"),
+        (attributed_batch, "slope_method"),
+        (slopes, "slope_method"),
+        (slopes.SlopeMethod, "along"),
     ):
         monkeypatch.setattr(module, name, locked(getattr(module, name)))
 

@@ -14,7 +14,7 @@ from entropy_probe.estimators.first_order import length_coefficients, sequence_w
 from entropy_probe.estimators.uncertainty import ratio
 from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
-from entropy_probe.scoring.slopes import token_slopes
+from entropy_probe.scoring.slopes import SlopeMethod
 from entropy_probe.steps.adamw import adamw_step, clip_gradient
 from entropy_probe.types import Clusters
 from tests.invariants import hf_problems as hf
@@ -433,13 +433,14 @@ def test_what_does_not_add_up_is_an_error(what, monkeypatch):
     model = TinyPolicy()
     update, evaluation = batches()
     if what == "tokens":
+        along = SlopeMethod.along
 
         def wrong(*args):
-            found = token_slopes(*args)
-            found.slopes.logprobs[::2] *= 1.01
-            return found
+            slopes = along(*args)
+            slopes.slopes.logprobs[::2] *= 1.01
+            return slopes
 
-        monkeypatch.setattr("entropy_probe.analyses.attribute.token_slopes", wrong)
+        monkeypatch.setattr(SlopeMethod, "along", wrong)
     else:
         monkeypatch.setattr("entropy_probe.analyses.attribute.PARTS", ("momentum", "gradient", "weight_decay"))
     with pytest.raises(RuntimeError, match="please report this"):

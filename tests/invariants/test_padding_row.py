@@ -63,7 +63,7 @@ def test_the_slope_has_the_row_and_the_step_is_trainings(tied, hooks, monkeypatc
 @pytest.mark.parametrize("tied", [True, False])
 def test_tokens_are_attributed_in_forward_mode(tied):
     model, optimizer, embedding = padded_policy(tied=tied)
-    probe = EntropyProbe(model, optimizer, ProbeConfig(loss_type="dapo"))
+    probe = EntropyProbe(model, optimizer, ProbeConfig(loss_type="dapo", horizon=None))
     attribution = probe.attribute(update=rollouts(), evaluation=rollouts(seed=1))
     assert attribution.result.attribution.method == "forward-mode"
     assert attribution.tokens.sum().item() == pytest.approx(attribution.result.components["gradient"].value, rel=1e-6)

@@ -95,7 +95,8 @@ def test_what_a_sweep_says():
 
 def test_direct_curvature_agrees_for_every_estimator_and_unit():
     for config in ({"normalization": "sequence"}, {"entropy": "surprisal"}, {"evaluation_unit": "prompt"}):
-        sweep = swept(*setting(), rates=(1e-6, 1e-5, 1e-4, 1e-3), config=config, direct_curvature=True)
+        given = {"config": config | {"horizon": None}, "direct_curvature": True}
+        sweep = swept(*setting(), rates=(1e-6, 1e-5, 1e-4, 1e-3), **given)
         assert texts(sweep.notes) == [], config
         assert sweep.curvature.direct.value == pytest.approx(sweep.curvature.from_fit.value, rel=0.02), config
 

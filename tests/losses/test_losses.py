@@ -145,7 +145,7 @@ def scores_of(model, batch):
 def test_contributions_of_tokens_add_up_with_all_terms():
     update, evaluation = batches()
     update, model = off_policy(update), TinyPolicy()
-    subject = probe(model, trained_optimizer(model), loss=FULL)
+    subject = probe(model, trained_optimizer(model), loss=FULL, horizon=None)
     attribution = subject.attribute(update=update, evaluation=evaluation)
     assert attribution.tokens.sum().item() == pytest.approx(attribution.result.components["gradient"].value, rel=1e-6)
     found = subject.validate(attribution, evaluation=evaluation, subsets=4)

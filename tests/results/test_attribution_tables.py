@@ -18,7 +18,8 @@ UNIT = "nats/token"
 def found():
     model = TinyPolicy()
     update, evaluation = batches()
-    return probe(model, trained_optimizer(model)).attribute(update=update, evaluation=evaluation, folds=4)
+    subject = probe(model, trained_optimizer(model), horizon=None)
+    return subject.attribute(update=update, evaluation=evaluation, folds=4)
 
 
 def test_tables_say_what_their_columns_are(found, tmp_path):

@@ -322,7 +322,7 @@ def test_parameters_and_buffers_are_the_same_objects_after_everything(make):
     held = [(module._parameters, module._buffers) for module in model.modules()]
     before = [[(name, id(x), None if x is None else x.detach().clone()) for kind in pair for name, x in kind.items()]
               for pair in held]  # fmt: skip
-    probe = EntropyProbe(model, optimizer, ProbeConfig(measure_noise_floor=False))
+    probe = EntropyProbe(model, optimizer, ProbeConfig(measure_noise_floor=False, horizon=None))
     update, evaluation = batch(1), batch(2)
     probe.attribute(update=update, evaluation=evaluation)
     sweep = probe.sweep(update=update, evaluation=evaluation, learning_rates=[1e-5, 1e-4], direct_curvature=True)

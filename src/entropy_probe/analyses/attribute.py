@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.analyses.assemble import result_of
+from entropy_probe.analyses.attribute_own import OwnTerms, own_terms, token_contributions
 from entropy_probe.analyses.attribution import Attribution, LayerShare
 from entropy_probe.analyses.attribution_horizon import at_own_horizon
 from entropy_probe.analyses.batches import EvaluationBatch
@@ -23,6 +24,7 @@ from entropy_probe.analyses.gradient import differentiate, over_tokens, whole_sc
 from entropy_probe.analyses.layer_names import layer_and_module
 from entropy_probe.analyses.measure import Measured
 from entropy_probe.analyses.overlap import Contents
+from entropy_probe.analyses.own_batch import OwnPrediction
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, prompt_contributions
 from entropy_probe.config import ProbeConfig
@@ -32,11 +34,11 @@ from entropy_probe.gradients.per_sample import Side
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.scoring.precision import precisions
-from entropy_probe.scoring.slopes import TokenSlopes, token_slopes
+from entropy_probe.scoring.slopes import TokenSlopes, slope_method
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import Clusters
+from entropy_probe.types import Clusters, TokenCoefficients
 
 __all__ = ["Folds", "attribute", "check_divides", "check_folds"]
 
@@ -94,8 +96,8 @@ def attribute(
     began = time.perf_counter()
     plan, policy = prediction.plan, prediction.plan.policy
     within, alike = at_own_horizon(prediction)
-    slopes, tokens = _tokens(within)
-    layers = _layers(within)
+    slopes, tokens, own = _tokens(within)
+    layers = _layers(within, own)
     folds = _usual_folds(within) if folds == "auto" else folds
     errors = None if folds is None else _fold_errors(within, folds)
     seconds = time.perf_counter() - began
@@ -104,6 +106,9 @@ def attribute(
         update.rollouts.token_advantages, slopes.scores.logprobs, update.rollouts.response_mask
     )
     parts = {name: part.value for name, part in within.parts.items()}
+    if isinstance(within, OwnPrediction):  # over pairs of prompts, with denominators and clipping held
+        assert within.by_prompt is not None
+        parts["gradient"] = within.by_prompt.sum().item()
     _check_sums(within, tokens, layers, parts)
     advantages, mask = update.rollouts.token_advantages, update.rollouts.response_mask
     summary = AttributionSummary(
@@ -131,8 +136,11 @@ def _rounding(policy: Policy, dtypes: Iterable[torch.dtype]) -> float:
     return max(torch.finfo(dtype).eps for dtype in (*dtypes, *also))
 
 
-def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
-    """Slopes of the update batch's scores along the entropy gradient, and tokens' contributions."""
+def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor, OwnTerms | None]:
+    """Slopes of the update batch's scores along the entropy gradient, and tokens' contributions.
+
+    By one batch the last is what was left out of them.
+    """
     plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.batch.update
     step, total_weight, local = plan.step, plan.before.sums.size.sum().item(), update.local
     assert step.gradient_scale is not None
@@ -142,18 +150,20 @@ def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor]:
         TRIAL_TOLERANCE, UNITS_OF_ROUNDING * _rounding(policy, (dtype for _, dtype in precisions(policy.model)))
     )
     with policy.clock.phase("attribution") as progress, policy.on_rank(local):
-        given = (policy.scorer, update.rollouts, policy.parameters, direction)
-        own = token_slopes(*given, trial, progress, local.rows)
-    # adding 0 turns the -0 of a token without an advantage into 0
-    own_tokens = plan.batch.loss.logprobs.double() * own.slopes.logprobs.double() + 0.0
-    if plan.batch.loss.entropies is not None:
-        own_tokens += plan.batch.loss.entropies.double() * own.slopes.entropies.double()
+        method = slope_method(policy.scorer, update.rollouts, policy.parameters, direction, trial)
+        own = method.along(direction, update.own, progress)
+    along = TokenCoefficients(own.slopes.logprobs, own.slopes.entropies)
+    own_tokens, left_out = token_contributions(plan.batch.loss, along), None
+    if isinstance(prediction, OwnPrediction):
+        left_out = own_terms(prediction, method)
+        own_tokens = left_out.others(own_tokens)
     slopes, scores = whole_scores(policy, local, own.slopes), whole_scores(policy, local, own.scores)
     tokens = over_tokens(policy, local, own_tokens)
-    return TokenSlopes(slopes, scores, own.method), _reconciled(tokens, update.prompts, prediction.by_prompt, trial)
+    tokens = _reconciled(tokens, update.prompts, prediction.by_prompt, trial)
+    return TokenSlopes(slopes, scores, own.method), tokens, left_out
 
 
-def _layers(prediction: Prediction) -> tuple[LayerShare, ...]:
+def _layers(prediction: Prediction, left_out: OwnTerms | None) -> tuple[LayerShare, ...]:
     """Inner products of the entropy gradient with each part of the step, by layer and module."""
     plan = prediction.plan
     components, total_weight = plan.step.components, plan.before.sums.size.sum().item()
@@ -167,7 +177,10 @@ def _layers(prediction: Prediction) -> tuple[LayerShare, ...]:
         x = slope.reshape(-1).double() / total_weight
         for k, part in enumerate(PARTS, start=1):
             if part in components:
-                row[k] += torch.dot(x, components[part][name].reshape(-1).double()).item()
+                share = torch.dot(x, components[part][name].reshape(-1).double()).item()
+                if part == "gradient" and left_out is not None:
+                    share = left_out.others_of(name, share)
+                row[k] += share
     return tuple(LayerShare(*key, int(count), *parts) for key, (count, *parts) in sums.items())
 
 

@@ -5,6 +5,7 @@ Formulas: ``docs/theory.md``, "Attribution".
 
 from __future__ import annotations
 
+from entropy_probe.analyses.own_batch import OwnPrediction, own_prediction
 from entropy_probe.analyses.predict import Prediction, predict
 from entropy_probe.estimators.attribution import correlation
 from entropy_probe.estimators.horizon import horizons
@@ -32,7 +33,7 @@ def at_own_horizon(prediction: Prediction) -> tuple[Prediction, float | None]:
         return prediction, None
     alike = int((whole != 0).sum()) >= MIN_PROMPTS and bool((whole != whole[0]).any())
     if isinstance(config.horizon, int):
-        within = predict(plan, config.horizon)
+        within = _predict(prediction, config.horizon)
         return within, _correlation(within, prediction) if alike else None
     if not alike:
         return prediction, None
@@ -41,13 +42,18 @@ def at_own_horizon(prediction: Prediction) -> tuple[Prediction, float | None]:
     low, high = 0, len(ladder)
     while low < high:
         middle = (low + high) // 2
-        within = predict(plan, ladder[middle])
+        within = _predict(prediction, ladder[middle])
         reached = _correlation(within, prediction)
         if reached is not None and reached >= ENOUGH_ALIKE:
             best, high = (within, reached), middle
         else:
             low = middle + 1
     return best
+
+
+def _predict(prediction: Prediction, horizon: int) -> Prediction:
+    again = own_prediction if isinstance(prediction, OwnPrediction) else predict
+    return again(prediction.plan, horizon)
 
 
 def _correlation(within: Prediction, whole: Prediction) -> float | None:

@@ -101,8 +101,12 @@ def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None
     return own_prediction(plan(policy, *admit_own(policy, batch, clipped), clipped=clipped))
 
 
-def own_prediction(planned: Plan) -> OwnPrediction:
+def own_prediction(planned: Plan, horizon: int | None = None) -> OwnPrediction:
     """The first-order change by a step that was planned on its own batch.
+
+    Args:
+        planned: the step.
+        horizon: how many tokens after a changed one count; all by default.
 
     Raises:
         ValueError: as :func:`predict_own`.
@@ -113,11 +117,12 @@ def own_prediction(planned: Plan) -> OwnPrediction:
             "one batch: expected rollouts of the policy itself, got those of another: the update takes them as "
             "they are, so they cannot be reweighted; predict from two batches"
         )
-    _note_used_before(planned)
+    if horizon is None:
+        _note_used_before(planned)
     step, before = planned.step, planned.before
-    slope, own, across = _slope(planned)
+    slope, own, across = _slope(planned, horizon)
     dots = dict(zip(step.components, over_clusters(policy, planned.evaluation.local, slope.dots), strict=True))
-    length_slope, lengths = length_changes(planned, list(step.components.values()))
+    length_slope, lengths = length_changes(planned, list(step.components.values()), horizon)
     size = before.sums.size
     left_out = LeftOut(own[0], across[0] / len(size))
     responds = "step" if step.gradient_scale is None else "gradient"
@@ -144,6 +149,7 @@ def own_prediction(planned: Plan) -> OwnPrediction:
         None,  # the moments have this batch's gradient after the step, and so the influence of its responses
         all_pairs=first_order(torch.stack([*dots.values()]).sum(0), float(lengths.sum())),
         of_update=of_update,
+        horizon=horizon,
     )
 
 
@@ -172,7 +178,7 @@ def _note_used_before(planned: Plan) -> None:
         policy.log.notes.append(USED_BEFORE(gap=total / tokens))
 
 
-def _slope(planned: Plan) -> tuple[SampleGradients, Float[Tensor, "K B"], Float[Tensor, "K B"]]:
+def _slope(planned: Plan, horizon: int | None) -> tuple[SampleGradients, Float[Tensor, "K B"], Float[Tensor, "K B"]]:
     """The entropy gradient along the step, and its products with what each prompt does to the step.
 
     Returns:
@@ -180,7 +186,7 @@ def _slope(planned: Plan) -> tuple[SampleGradients, Float[Tensor, "K B"], Float[
         gradient and that of the sum of all.
     """
     policy, evaluation, batch = planned.policy, planned.evaluation, planned.batch
-    surrogate, directions = entropy_surrogate(planned), list(planned.step.components.values())
+    surrogate, directions = entropy_surrogate(planned, horizon), list(planned.step.components.values())
     given, stored, local = (policy, evaluation.own, evaluation.local), batch.gradient.stored, evaluation.local
     pairs, make = None, _vectors(planned)
     number = 1 if planned.step.gradient_scale is None else 2

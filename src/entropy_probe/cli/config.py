@@ -197,10 +197,12 @@ class RunConfig(BaseModel):
     def _check_attribution(self) -> RunConfig:
         if self.attribution and self.shard:
             raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
-        if self.attribution and self.needs_no_evaluation:
+        alone = self.attribution and self.needs_no_evaluation
+        if alone and (self.probe.geometry == "frozen" or self.attribution_folds is not None):
+            what = "attribution_folds" if self.attribution_folds is not None else "probe.geometry"
             raise ValueError(
-                f"attribution: expected mode two_batch or both, whose prediction it divides, got {self.mode}; change "
-                "the mode, or leave attribution out"
+                f"{what}: expected evaluation rollouts where it is set beside attribution, got mode one_batch; change "
+                "the mode, or leave it out"
             )
         folds = None if self.attribution_folds == "auto" else self.attribution_folds
         if folds is not None and not self.attribution:

@@ -263,7 +263,10 @@ def _run_mode(
 
     attribution = None
     if config.mode == "one_batch":
-        return probe.one_batch(update), None
+        if not config.attribution:
+            return probe.one_batch(update), None
+        attribution = probe.attribute(update=update, measure=True)
+        return attribution.result, attribution
     if config.attribution:
         attribution = probe.attribute(
             update=update,

@@ -30,7 +30,7 @@ from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.isolation import as_a_function, differs_in_training
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["CrossProducts", "cross_products", "own_products", "pair"]
+__all__ = ["CrossProducts", "cross_products", "gradient_pair", "own_products"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def _totals(
     counts = clusters.bincount().tolist()
     diagonal = torch.zeros(len(counts), dtype=torch.float64)
     for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-        gradients = pair(scorer, parameters, rollouts, rows, x, y)
+        gradients = gradient_pair(scorer, parameters, rollouts, rows, x, y)
         for total, side in zip(totals, gradients, strict=True):
             for name, g in side.items():
                 wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
@@ -196,7 +196,7 @@ def own_products(
     """
     summed, products = {name: t for name, t in x_total.items() if t is not None}, []
     for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
-        own, loss = pair(scorer, parameters, rollouts, rows, x, y)
+        own, loss = gradient_pair(scorer, parameters, rollouts, rows, x, y)
         made = vectors(unit, loss)
         products.append([[_product(side, v) for v in made] for side in (own, summed)])
     table = torch.tensor(products, dtype=torch.float64).permute(1, 2, 0)
@@ -209,7 +209,7 @@ def _product(a: NamedVector, b: NamedVector) -> float:
     return sum((local(a[name]).reshape(-1).double() @ local(b[name]).reshape(-1).double()).item() for name in both)
 
 
-def pair(
+def gradient_pair(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,

@@ -30,7 +30,7 @@ from entropy_probe.scoring.isolation import lookups_masked, substituted
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["TokenSlopes", "token_slopes"]
+__all__ = ["SlopeMethod", "TokenSlopes", "slope_method", "token_slopes"]
 
 _FlatSlopes = tuple[Tensor, Tensor, Tensor, Tensor]
 """Log-probabilities and entropies of a microbatch, and the slopes of both, ``[T]`` each."""
@@ -134,27 +134,60 @@ def token_slopes(
     Raises:
         ValueError: if a slope is not finite.
     """
+    chosen = slope_method(scorer, rollouts, parameters, direction, tolerance)
+    return chosen.along(direction, rollouts if rows is None else rollouts.select(rows), progress)
+
+
+@dataclass(frozen=True, eq=False)
+class SlopeMethod:
+    """A way to get slopes that is right for a policy and a batch.
+
+    Attributes:
+        name: ``forward-mode``, or ``reverse-mode (WHY)`` with why not forward mode.
+        method: what computes them.
+        scorer: prepared for the batch.
+        narrow: the same with microbatches that the method has room for.
+        parameters: what directions move, by name.
+    """
+
+    name: str
+    method: Method
+    scorer: Scorer
+    narrow: Scorer
+    parameters: Mapping[str, Parameter]
+
+    def along(self, direction: NamedVector, rollouts: Rollouts, progress: Progress | None = None) -> TokenSlopes:
+        """The slopes of sequences of the batch along a direction.
+
+        Raises:
+            ValueError: if a slope is not finite.
+        """
+        wide = torch.promote_types(next(self.scorer.model.parameters()).dtype, torch.float32)
+        columns = [torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(4)]
+        done = 0
+        for batch, values in self.narrow.each(rollouts, partial(self.method, self.narrow, self.parameters, direction)):
+            for flat, into in zip(values, columns, strict=True):
+                batch.scatter(flat, into)
+            done += len(batch.rows)
+            if progress:
+                progress(done, len(rollouts))
+        self.scorer.notes = self.narrow.notes
+        bad = ~(torch.isfinite(columns[2]) & torch.isfinite(columns[3])).all(1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"attribution: expected finite slopes, got others in {int(bad.sum())} sequences (first index "
+                f"{int(bad.nonzero()[0])}); look for non-finite weights or second moments"
+            )
+        scores, slopes = (TokenScores(s, h, rollouts.response_mask) for s, h in (columns[:2], columns[2:]))
+        return TokenSlopes(slopes, scores, self.name)
+
+
+def slope_method(
+    scorer: Scorer, rollouts: Rollouts, parameters: Mapping[str, Parameter], direction: NamedVector, tolerance: float
+) -> SlopeMethod:
+    """The first method that is right on two sequences of the batch along a direction; see :func:`token_slopes`."""
     narrow = _narrowed(scorer, rollouts)
-    name, method = _choose(narrow, rollouts, parameters, direction, tolerance)
-    rollouts = rollouts if rows is None else rollouts.select(rows)
-    wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
-    columns = [torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(4)]
-    done = 0
-    for batch, values in narrow.each(rollouts, partial(method, narrow, parameters, direction)):
-        for flat, into in zip(values, columns, strict=True):
-            batch.scatter(flat, into)
-        done += len(batch.rows)
-        if progress:
-            progress(done, len(rollouts))
-    scorer.notes = narrow.notes
-    bad = ~(torch.isfinite(columns[2]) & torch.isfinite(columns[3])).all(1)
-    if bool(bad.any()):
-        raise ValueError(
-            f"attribution: expected finite slopes, got others in {int(bad.sum())} sequences (first index "
-            f"{int(bad.nonzero()[0])}); look for non-finite weights or second moments"
-        )
-    scores, slopes = (TokenScores(s, h, rollouts.response_mask) for s, h in (columns[:2], columns[2:]))
-    return TokenSlopes(slopes, scores, name)
+    return SlopeMethod(*_choose(narrow, rollouts, parameters, direction, tolerance), scorer, narrow, parameters)
 
 
 def _narrowed(scorer: Scorer, rollouts: Rollouts) -> Scorer:
