@@ -46,9 +46,9 @@ class Predicted(Estimate):
         se_update: the error from the update rollouts: that of another batch of this kind; null for a gradient from
             outside, whose error is not known.
         se_update_method: ``linear``: from each prompt's part of the gradient, with the step's denominators, clipping
-            and normalisation held fixed; ``jackknife``: from steps without a block of prompts; ``pairs``: as
-            ``linear``, where the batch of the step is the evaluation batch, so both errors are of the same prompts;
-            null with ``se_update``.
+            and normalisation held fixed; ``jackknife``: from steps without a block of prompts; ``pairs``: from
+            steps without a prompt, where the batch of the step is the evaluation batch, so both errors are of the same
+            prompts; null with ``se_update``.
     """
 
     se_evaluation: float = Field(ge=0)
