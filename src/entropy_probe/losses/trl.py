@@ -31,8 +31,10 @@ from entropy_probe.losses.pieces import (
 )
 from entropy_probe.losses.trl_terms import (
     by_longest,
+    check_balance,
     gamma_weights,
     geometric_mean,
+    log_ratio_to_old,
     off_policy_mask,
     sampler_ratio,
     soft_gate_slope,
@@ -179,18 +181,7 @@ class TRLLoss(Loss, frozen=True):
         Raises:
             ValueError: if the coefficient, here or the model's own, is not 0.
         """
-        config = getattr(config, "text_config", config)
-        if not hasattr(config, "output_router_logits"):
-            return
-        own = self.router_aux_loss_coef
-        weight = getattr(config, "router_aux_loss_coef", 0.0) if own is None else own
-        if weight:
-            source = "the model's" if own is None else "the loss's"
-            raise ValueError(
-                f"loss.router_aux_loss_coef: expected 0, got {weight:g} ({source}) on a mixture of experts: the loss "
-                "that balances them is taken over whole microbatches, and is not in the step here; give the trainer's "
-                "own gradient (gradient=...), or set it to 0 if training does without"
-            )
+        check_balance(self.router_aux_loss_coef, config)
 
     def needs_scores(self, rollouts: Rollouts) -> bool:
         """Where a term depends on the policy as it is."""
@@ -240,16 +231,15 @@ class TRLLoss(Loss, frozen=True):
             policy = self._policy(rollouts, scores, weights * keep)
         if self.needs_reference:
             policy = policy + self.beta * self._kl(rollouts, scores, weights)
-        if not self._bonus:
-            return TokenCoefficients(policy.masked_fill(~mask, 0.0), None)
-        return TokenCoefficients(policy.masked_fill(~mask, 0.0), -self._bonus * by_token(keep, microbatches(rollouts)))
+        bonus = -self._bonus * by_token(keep, microbatches(rollouts)) if self._bonus else None
+        return TokenCoefficients(policy.masked_fill(~mask, 0.0), bonus)
 
     def notes(self, rollouts: Rollouts, scores: TokenScores | None) -> list[Note]:
         """Settings without effect, and means over microbatches that are not known."""
         notes = []
         given = [name for name in self._ratio_settings if name in self.model_fields_set]
         given = [name for name in given if getattr(self, name) is not None]
-        if given and is_one(_log_ratio(rollouts, scores)):
+        if given and is_one(log_ratio_to_old(rollouts, scores)):
             what = "clip range" if set(given) & {"epsilon", "epsilon_high", "delta"} else "importance ratios"
             notes.append(INERT(what=what, reason="every ratio is 1 on this step", settings=", ".join(given)))
         if unit := self._unknown_means(rollouts):
@@ -311,15 +301,11 @@ class TRLLoss(Loss, frozen=True):
     def check(self, rollouts: Rollouts) -> None:
         """Make sure that the batch has the log-probabilities that the loss takes, but for the reference's."""
         if self.needs_old:
-            require(
-                rollouts,
-                "old_logprobs",
-                f"of a trainer that uses rollouts for several steps (num_iterations {self.num_iterations}, "
-                f"steps_per_generation {self._steps_per_generation}, gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps})",
-                "record the log-probabilities that its ratios are taken to, or leave these settings out for the first "
-                "step on fresh rollouts",
-            )
+            names = ("num_iterations", "steps_per_generation", "gradient_accumulation_steps")
+            given = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+            where = f"of a trainer that uses rollouts for several steps ({given})"
+            remedy = "record those that its ratios are taken to, or leave these out for the first step on a batch"
+            require(rollouts, "old_logprobs", where, remedy)
         if self._of_sampler:
             where = "of a loss that corrects for the sampler (use_vllm)"
             require(rollouts, "sampled_logprobs", where, "record those of the sampler, or set use_vllm: false")
@@ -358,7 +344,7 @@ class TRLLoss(Loss, frozen=True):
         correction = self._sampler_ratio(rollouts, scores)
         if self.loss_type == "vespo":
             of_sign = ((self.vespo_k_pos, self.vespo_lambda_pos), (self.vespo_k_neg, self.vespo_lambda_neg))
-            log_ratio = _log_ratio(rollouts, scores)
+            log_ratio = log_ratio_to_old(rollouts, scores)
             return -weights * gamma_weights(log_ratio, correction, advantages, *of_sign) * advantages
         weights = weights if correction is None else weights * correction
         low, high = self._clip
@@ -384,7 +370,7 @@ class TRLLoss(Loss, frozen=True):
 
     def _ratio(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N _"]:
         """The importance ratio of every token, or one for each sequence."""
-        log_ratio = _log_ratio(rollouts, scores)
+        log_ratio = log_ratio_to_old(rollouts, scores)
         if self.importance_sampling_level == "token":
             return log_ratio.exp()
         return sequence_mean(log_ratio, rollouts.response_mask).exp()
@@ -408,11 +394,7 @@ class TRLLoss(Loss, frozen=True):
     ) -> Float[Tensor, "N L"]:
         """Coefficients of the policy term of ``RLOOTrainer`` or ``GMPOTrainer``: one ratio for a sequence."""
         mask, advantages = rollouts.response_mask, rollouts.token_advantages.double()
-        log_ratio, (low, high) = _log_ratio(rollouts, scores), self._clip
+        log_ratio, (low, high) = log_ratio_to_old(rollouts, scores), self._clip
         if self.loss_type == "gmpo":
             return geometric_mean(log_ratio, advantages, keep, low, high)
         return by_sequence_sum(mask) * clipped_slope(sequence_sum(log_ratio, mask).exp(), advantages, 1 - low, 1 + high)
-
-
-def _log_ratio(rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
-    return gap(None if scores is None else scores.logprobs, rollouts.old_logprobs, rollouts.response_mask)

@@ -10,8 +10,18 @@ from torch import Tensor
 
 from entropy_probe.losses.pieces import by_sequence, gap, sequence_mean, sequence_sum
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.types import TokenScores
 
-__all__ = ["by_longest", "gamma_weights", "geometric_mean", "off_policy_mask", "sampler_ratio", "soft_gate_slope"]
+__all__ = [
+    "by_longest",
+    "check_balance",
+    "gamma_weights",
+    "geometric_mean",
+    "log_ratio_to_old",
+    "off_policy_mask",
+    "sampler_ratio",
+    "soft_gate_slope",
+]
 
 LOG_LEAST, LOG_MOST = math.log(1e-8), 20.0
 """Where VESPO clamps logarithms of ratios."""
@@ -111,3 +121,31 @@ def by_longest(rollouts: Rollouts) -> Float[Tensor, "N L"]:
     _, group = rollouts.prompt_ids.unique(return_inverse=True)
     longest = torch.zeros(int(group.max()) + 1, dtype=torch.float64).scatter_reduce(0, group, lengths, "amax")
     return rollouts.response_mask / (len(lengths) * longest[group].clamp(min=1))[:, None]
+
+
+def check_balance(own: float | None, config: object) -> None:
+    """Refuse a mixture of experts that TRL balances by a loss of its own, which is no sum over tokens.
+
+    Args:
+        own: ``router_aux_loss_coef`` of the loss; ``None`` for the model's.
+        config: the model's.
+
+    Raises:
+        ValueError: if the coefficient is not 0.
+    """
+    config = getattr(config, "text_config", config)
+    if not hasattr(config, "output_router_logits"):
+        return
+    weight = getattr(config, "router_aux_loss_coef", 0.0) if own is None else own
+    if weight:
+        source = "the model's" if own is None else "the loss's"
+        raise ValueError(
+            f"loss.router_aux_loss_coef: expected 0, got {weight:g} ({source}) on a mixture of experts: the loss that "
+            "balances them is taken over whole microbatches, and is not in the step here; give the trainer's own "
+            "gradient (gradient=...), or set it to 0 if training does without"
+        )
+
+
+def log_ratio_to_old(rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
+    """``log rho`` to the policy that sampled; 0 where it is not known."""
+    return gap(None if scores is None else scores.logprobs, rollouts.old_logprobs, rollouts.response_mask)
