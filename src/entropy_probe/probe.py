@@ -334,10 +334,10 @@ class EntropyProbe:
     def one_batch(self, batch: Rollouts, *, geometry: Literal["adamw", "frozen"] | None = None) -> ProbeResult:
         """Predict the change of the next step on a batch, and measure it, from that batch alone.
 
-        The gradient part is taken over pairs of different prompts, since the step is fitted to the responses that it is
-        judged on; momentum and weight decay need no correction. From the realized change the first-order influence of
-        the responses on themselves is subtracted. ``predicted.standard_error`` is over batches of this kind,
-        ``se_evaluation`` that of this step. In the frozen geometry this is :meth:`cross_prompt`, with H and the
+        The step is fitted to the responses that it is judged on. So it is taken again without each prompt, and what
+        the prompt did to it is left out of the prompt's own product with it. From the realized change the first-order
+        influence of the responses on themselves is subtracted. ``predicted.standard_error`` is over batches of this
+        kind, ``se_evaluation`` that of this step. In the frozen geometry this is :meth:`cross_prompt`, with H and the
         diagnostics.
 
         Args:
