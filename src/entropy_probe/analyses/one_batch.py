@@ -20,7 +20,7 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import CrossStatistic, cross_statistic, influence_of_sums
-from entropy_probe.gradients.cross import CrossProducts, cross_products, pair
+from entropy_probe.gradients.cross import CrossProducts, cross_products, gradient_pair
 from entropy_probe.losses.pieces import gap, is_one
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.batch import LocalRows, add_up
@@ -230,7 +230,7 @@ def _length_slope(
     with policy.clock.phase("length gradient") as progress, policy.on_rank(local):
         for done, unit in enumerate(present, start=1):
             members = (clusters.index == unit).nonzero()[:, 0]
-            lengths, loss = pair(policy.scorer, policy.parameters, own, members, *sides)
+            lengths, loss = gradient_pair(policy.scorer, policy.parameters, own, members, *sides)
             others = {name: right_total[name] - loss[name] if name in loss else right_total[name] for name in lengths}
             along += dot(lengths, {name: relative[name] * y for name, y in others.items()})
             progress(done, len(present))

@@ -22,6 +22,7 @@ from entropy_probe.integrations.trl_batch import StepBatch, Watch
 from entropy_probe.parallel.ranks import ALONE, Ranks, joined_ranks
 from entropy_probe.results.live import StepRecord, logged_numbers
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.memory import fitting_tokens
 from entropy_probe.scoring.precision import precisions
 
 __all__ = ["Budget", "LiveRun"]
@@ -205,13 +206,14 @@ class LiveRun:
             try:
                 return self._predicted(model, optimizer, batch, config, number)
             except torch.OutOfMemoryError:
-                if self._ranks.size > 1 or config.max_tokens_per_microbatch // 2 < LEAST_TOKENS:
+                half = (config.max_tokens_per_microbatch or fitting_tokens(model)) // 2
+                if self._ranks.size > 1 or half < LEAST_TOKENS:
                     raise
-                self._settings["max_tokens_per_microbatch"] = config.max_tokens_per_microbatch // 2
+                self._settings["max_tokens_per_microbatch"] = half
             torch.cuda.empty_cache()
 
     def _predicted(self, model: Any, optimizer: Any, batch: StepBatch, config: ProbeConfig, number: int) -> StepAhead:
-        given = {"distributed": self._ranks.size > 1}
+        given: dict[str, Any] = {"distributed": self._ranks.size > 1}
         if self._held_out is None:
             return probe_actor(model, optimizer, batch.rollouts, config, **given)
         update: Rollouts | None = None

@@ -119,7 +119,9 @@ class EntropyProbeCallback(TrainerCallback):
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"budget: expected a share of the training time, above 0 and at most 1, got {budget}")
         self._every, self._attribution_every, self._budget = every, attribution_every, Budget(budget)
-        self._evaluation, self._record, self._keep_gradients = evaluation, record, keep_gradients
+        self._evaluation: Literal["batch"] | HeldOut = evaluation
+        self._record: Literal["all", "probed"] | None = record
+        self._keep_gradients = keep_gradients
         self._config = dict(config or {})
         self._live: LiveRun | None = None
 

@@ -164,7 +164,7 @@ def joined_rollouts(parts: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Rollou
         short = (part[name] for part in columns)
         return torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1])) if x.dim() == 2 else x for x in short])
 
-    fields = {name: joined(name) for name in columns[0]}
+    fields: dict[str, Any] = {name: joined(name) for name in columns[0]}
     in_prompt = fields.pop("prompt_mask")
     prompts = [tuple(row[keep].tolist()) for row, keep in zip(fields["input_ids"], in_prompt, strict=True)]
     number = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
