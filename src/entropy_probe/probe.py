@@ -7,20 +7,16 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 
 from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
-from entropy_probe.analyses.attribute import Folds, attribute, check_divides, check_folds
+from entropy_probe.analyses.attribute import Folds, attribute, check_divides
 from entropy_probe.analyses.attribution import Attribution
-from entropy_probe.analyses.batches import admit_batches, admit_evaluation
-from entropy_probe.analyses.given import checked_gradient
 from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.own_batch import measure_own, predict_own
-from entropy_probe.analyses.plan import Plan, plan, plan_given
 from entropy_probe.analyses.policy import Policy, Resample, check_device, check_dtype, open_policy
 from entropy_probe.analyses.pooled import pooled
 from entropy_probe.analyses.predict import predict
@@ -31,7 +27,7 @@ from entropy_probe.analyses.validate import validate
 from entropy_probe.config import ProbeConfig
 from entropy_probe.parallel.ranks import ALONE, SameWork, joined_ranks
 from entropy_probe.parallel.shards import check_shards, is_sharded, reshard
-from entropy_probe.questions.base import answer_all, check_fit, check_questions
+from entropy_probe.questions.base import answer_all, check_questions, plan_asked
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
 from entropy_probe.results.record import SavedRecord
 from entropy_probe.results.sweep import Sweep, SweepPoint
@@ -173,7 +169,7 @@ class EntropyProbe:
                 "gradient from outside; leave one of the two out"
             )
         with self._opened() as policy:
-            planned = _plan(policy, update, evaluation, gradient, asked=asked)
+            planned = plan_asked(policy, update, evaluation, gradient, asked=asked)
             prediction, measured = predict(planned), measure_step(planned)
             answers, horizons = answer_all(prediction, asked), measure_horizons(prediction, measured)
             both = pooled(prediction, measured) if pool else None
@@ -184,7 +180,7 @@ class EntropyProbe:
     ) -> ProbeResult:
         """The first-order part of :meth:`run` only."""
         with self._opened() as policy:
-            prediction = predict(_plan(policy, update, evaluation, gradient))
+            prediction = predict(plan_asked(policy, update, evaluation, gradient))
             return result_of(prediction.plan, prediction)
 
     def measure(
@@ -192,7 +188,7 @@ class EntropyProbe:
     ) -> ProbeResult:
         """The realized part of :meth:`run` only."""
         with self._opened() as policy:
-            planned = _plan(policy, update, evaluation, gradient, shares=False)
+            planned = plan_asked(policy, update, evaluation, gradient, shares=False)
             return result_of(planned, measured=measure_step(planned))
 
     def ahead(
@@ -254,7 +250,7 @@ class EntropyProbe:
             if evaluation is None:
                 own = predict_own(policy, update)
                 return attribute(own, None, measure_own(own) if measure else None)
-            prediction = predict(_plan(policy, update, evaluation, asked=asked, folds=folds))
+            prediction = predict(plan_asked(policy, update, evaluation, asked=asked, folds=folds))
             measured = measure_step(prediction.plan) if measure else None
             horizons = None if measured is None else measure_horizons(prediction, measured)
             answers, both = answer_all(prediction, asked), pooled(prediction, measured) if pool else None
@@ -312,7 +308,7 @@ class EntropyProbe:
         check_finished(finished, rates)
         # rounded steps are not in proportion to the rate
         with self._opened(learning_rate=rates[-1], step_dtype="float32") as policy:
-            prediction = predict(_plan(policy, update, evaluation))
+            prediction = predict(plan_asked(policy, update, evaluation))
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
 
     def ask(self, question: str, *, update: Rollouts, evaluation: Rollouts, **settings: Any) -> SavedRecord:
@@ -329,7 +325,7 @@ class EntropyProbe:
         """
         asked = check_questions({question: settings})
         with self._opened() as policy:
-            return answer_all(predict(_plan(policy, update, evaluation, asked=asked)), asked)[question]
+            return answer_all(predict(plan_asked(policy, update, evaluation, asked=asked)), asked)[question]
 
     def one_batch(self, batch: Rollouts, *, geometry: Literal["adamw", "frozen"] | None = None) -> ProbeResult:
         """Predict the change of the next step on a batch, and measure it, from that batch alone.
@@ -382,32 +378,3 @@ class EntropyProbe:
             cross_prompt = one_batch(policy, batch).cross_prompt
         assert cross_prompt is not None
         return cross_prompt
-
-
-def _plan(
-    policy: Policy,
-    update: Rollouts | None,
-    evaluation: Rollouts,
-    gradient: Gradient | None = None,
-    *,
-    asked: Mapping[str, BaseModel] | None = None,
-    folds: Folds = None,
-    shares: bool = True,
-) -> Plan:
-    """The step on a batch, or with a gradient from outside, once it is sure that what is asked of it fits."""
-    checked = None
-    if gradient is not None:
-        with policy.ranks.agreeing():
-            checked = checked_gradient(policy.parameters, gradient)
-    if update is None:
-        if checked is None:
-            raise ValueError("update: expected rollouts to take the step on, or a gradient, got neither; pass one")
-        batch = admit_evaluation(policy, evaluation)
-        policy.check_ranks_agree(checked, evaluation=batch.rollouts)
-        return plan_given(policy, checked, None, batch, shares=shares)
-    batches = admit_batches(policy, update, evaluation, checked)
-    if checked is not None:
-        return plan_given(policy, checked, *batches, shares=shares)
-    check_fit(asked or {}, policy, batches[0])
-    check_folds(folds, batches[1])
-    return plan(policy, *batches, shares=shares)

@@ -14,13 +14,18 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
-from entropy_probe.analyses.batches import UpdateBatch
+from entropy_probe.analyses.attribute import Folds, check_folds
+from entropy_probe.analyses.batches import UpdateBatch, admit_batches, admit_evaluation
+from entropy_probe.analyses.given import checked_gradient
+from entropy_probe.analyses.plan import Plan, plan, plan_given
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction
 from entropy_probe.report.sections.base import Section
 from entropy_probe.results.record import SavedRecord
+from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.steps.adamw import Gradient
 
-__all__ = ["Analysis", "answer_all", "check_fit", "check_questions", "questions"]
+__all__ = ["Analysis", "answer_all", "check_fit", "check_questions", "plan_asked", "questions"]
 
 
 @runtime_checkable
@@ -91,3 +96,45 @@ def check_fit(asked: Mapping[str, BaseModel], policy: Policy, update: UpdateBatc
 def answer_all(prediction: Prediction, asked: Mapping[str, BaseModel]) -> dict[str, SavedRecord]:
     """The answers to questions that fit, by name."""
     return {name: questions()[name].run(prediction, settings) for name, settings in asked.items()}
+
+
+def plan_asked(
+    policy: Policy,
+    update: Rollouts | None,
+    evaluation: Rollouts,
+    gradient: Gradient | None = None,
+    *,
+    asked: Mapping[str, BaseModel] | None = None,
+    folds: Folds = None,
+    shares: bool = True,
+) -> Plan:
+    """The step on a batch, or with a gradient from outside, once it is sure that what is asked of it fits.
+
+    Args:
+        policy: whose step it is.
+        update: the batch it is taken on, or is compared with.
+        evaluation: the batch that entropy is taken on.
+        gradient: from outside.
+        asked: questions by name.
+        folds: of the evaluation batch, for attribution.
+        shares: keep each update prompt's share of the gradient, if they fit.
+
+    Raises:
+        ValueError: for neither a batch nor a gradient, unusable rollouts, or questions that do not fit.
+    """
+    checked = None
+    if gradient is not None:
+        with policy.ranks.agreeing():
+            checked = checked_gradient(policy.parameters, gradient)
+    if update is None:
+        if checked is None:
+            raise ValueError("update: expected rollouts to take the step on, or a gradient, got neither; pass one")
+        batch = admit_evaluation(policy, evaluation)
+        policy.check_ranks_agree(checked, evaluation=batch.rollouts)
+        return plan_given(policy, checked, None, batch, shares=shares)
+    batches = admit_batches(policy, update, evaluation, checked)
+    if checked is not None:
+        return plan_given(policy, checked, *batches, shares=shares)
+    check_fit(asked or {}, policy, batches[0])
+    check_folds(folds, batches[1])
+    return plan(policy, *batches, shares=shares)
