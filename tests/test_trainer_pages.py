@@ -135,7 +135,8 @@ def test_what_a_page_says_to_type(lay_out, page):
     assert re.fullmatch(r"runs/probe(-\d+)?", str(load_config(Path("probe.yaml")).output_dir))
     (config,) = blocks(page, "yaml")
     Path("probe.yaml").write_text(config)
-    assert load_config(Path("probe.yaml")).checkpoint.is_dir()
+    (run,) = (arguments for arguments in commands(page) if arguments[0] == "run")
+    assert load_config(Path("probe.yaml"), allow_code="--allow-code" in run).checkpoint.is_dir()
 
 
 def test_the_adapter_of_openrlhf_gets_its_configuration(lay_out):

@@ -59,7 +59,10 @@ def rollout_file(tmp_path):
         (["--no-such-option"], "No such option"),
         (["nonsense"], "nonsense: expected an override key=value"),
         (["reward=nobody"], "reasoning_gym or package.module:function, got 'nobody'"),
-        (["reward=no_such_module:f"], "reward: cannot import 'no_such_module:f'"),
+        (
+            ["reward=no_such_module:f"],
+            "reward: expected code that you allow, no_such_module:f would be imported from nowhere",
+        ),
         (["prompts.jsonl=/nowhere.jsonl"], "/nowhere.jsonl: expected a JSONL file of prompts"),
         (["update.num_prompts=51"], "num_prompts: expected at most the 50 prompts"),
         (["checkpoint=/nowhere"], "/nowhere: expected a checkpoint directory"),

@@ -53,6 +53,7 @@ def test_the_own_batch_gives_the_numbers_of_one_batch(max_grad_norm, clipped):
     update, config = batches()[0], CONFIG.model_copy(update={"max_grad_norm": max_grad_norm})
     model, optimizer = with_gradient(update, max_grad_norm if clipped else None)
     expected = EntropyProbe(model, optimizer, config).one_batch(update)
+    divided = EntropyProbe(model, optimizer, config).attribute(update=update)
     ahead = probe_actor(model, optimizer, update, config, clipped=clipped)
     if not clipped and max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -65,7 +66,7 @@ def test_the_own_batch_gives_the_numbers_of_one_batch(max_grad_norm, clipped):
     assert agreement.relative_distance == pytest.approx(0.0, abs=1e-6)
     assert result.diagnostics.clip_factor == pytest.approx(expected.diagnostics.clip_factor)
     shares = prompt_shares(ahead)
-    assert sum(share.value for share in shares) == pytest.approx(result.components["gradient"].value, rel=1e-6)
+    assert [share.value for share in shares] == pytest.approx(divided.prompts.tolist(), rel=1e-5)
     assert len({share.id for share in shares}) == 3  # different prompts among them
 
 

@@ -15,7 +15,7 @@ from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
 from tests.invariants.problems import TABLE, batches, probe
-from tests.notes import texts
+from tests.notes import texts as all_texts
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
 from tests.reference.samplers import at_temperature, cut, draw, full_scores
 from tests.tiny import tiny_policy
@@ -41,6 +41,11 @@ def grouped(batch: Rollouts, size: int = 4) -> Rollouts:
 def run(evaluation: Rollouts = EVALUATION, update: Rollouts = UPDATE, **settings: object):
     model = TinyPolicy()
     return probe(model, trained_optimizer(model), **settings).predict(update=update, evaluation=evaluation).diagnostics
+
+
+def texts(notes) -> list[str]:
+    """What notes say, but for the groups of these batches, which stand for any and not for prompts."""
+    return all_texts(note for note in notes if note.code != "other_prompts_ids")
 
 
 def about(messages: list[str], role: str) -> str:

@@ -117,7 +117,7 @@ def test_function_by_path(monkeypatch):
         ("accuracy", "expected exact_match, gsm8k, math, reasoning_gym or package.module:function, got 'accuracy'"),
         ("no_such_module_here:f", "cannot import 'no_such_module_here:f'"),
         ("math:no_such_function", "expected a function 'no_such_function' in module math, got None"),
-        ("math:pi", "expected a function 'pi' in module math, got 3.14"),
+        ("math:pi", "expected a function 'pi' in module math, got an object of type float"),
         (":f", "expected package.module:function, got ':f'"),
     ],
 )

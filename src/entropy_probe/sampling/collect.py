@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -109,7 +109,7 @@ class SamplingReport:
     truncated_fraction: float
     mean_response_length: float
     stopped_fraction: float = 0.0
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     notes: tuple[Note, ...] = ()
 
 
