@@ -36,6 +36,7 @@ ROUNDING = (
     "horizons",  # differences of changes that hardly differ
     "influence",
     "difference_influence",
+    ".difference.degrees_of_freedom",
     "noise_floor",
     "step_rounding",
     "timing",
@@ -51,7 +52,7 @@ def numbers(result: Record) -> Numbers:
 
     def leaves(value: Any, where: str) -> Iterator[tuple[str, float]]:
         for key, x in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-            if key not in ROUNDING:
+            if key not in ROUNDING and f"{where}.{key}" not in ROUNDING:
                 yield from leaves(x, f"{where}.{key}")
         if isinstance(value, float):
             yield where, value

@@ -290,7 +290,7 @@ def test_a_reward_that_fails_is_one_line_and_leaves_nothing(config, tmp_path):
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "reward tests.cli.rewards:broken, called with prompts, responses: raised KeyError: 'no such" in line
-    assert "(rewards.py:12)" in line
+    assert "(rewards.py:16)" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     debug = execute("run", config, "reward=tests.cli.rewards:broken", ENTROPY_PROBE_DEBUG="1")
@@ -365,12 +365,12 @@ def test_what_a_run_is_computed_from_is_compared_by_content(config, trained, tmp
     source = Path("tests/cli/rewards.py").read_text()
     (tmp_path / "own_rewards.py").write_text(source)
     prompts = Path(shutil.copy(trained.prompts, tmp_path / "prompts.jsonl"))
-    options = (f"prompts.jsonl={prompts}", "reward=own_rewards:odd_characters")
+    options = (f"prompts.jsonl={prompts}", "reward=own_rewards:odd_characters", "--allow-code")
     run(config, *options)
     moved = prompts.rename(tmp_path / "moved.jsonl")
-    assert "holds this run" in invoke("run", config, f"prompts.jsonl={moved}", options[1]).stderr
+    assert "holds this run" in invoke("run", config, f"prompts.jsonl={moved}", *options[1:]).stderr
     moved.write_text("".join(moved.read_text().splitlines(keepends=True)[1:]))
-    assert "holds a run of other prompts; choose" in refused("run", config, f"prompts.jsonl={moved}", options[1])
+    assert "holds a run of other prompts; choose" in refused("run", config, f"prompts.jsonl={moved}", *options[1:])
     shutil.copy(trained.prompts, prompts)
     (tmp_path / "own_rewards.py").write_text(source + "\n")
     assert "holds a run of other reward code; choose" in refused("run", config, *options)

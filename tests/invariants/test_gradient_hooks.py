@@ -73,6 +73,6 @@ def test_one_batch_multiplies_a_gradient_with_them_and_one_without(gib):
 
 def test_tokens_of_the_update_batch_have_them():
     model, _ = hooked()
-    attribution = probe(model, trained_optimizer(model)).attribute(update=UPDATE, evaluation=EVALUATION)
+    attribution = probe(model, trained_optimizer(model), horizon=None).attribute(update=UPDATE, evaluation=EVALUATION)
     gradient = attribution.result.components["gradient"].value
     assert attribution.tokens.sum().item() == pytest.approx(gradient, rel=1e-6)

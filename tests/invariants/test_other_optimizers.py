@@ -232,5 +232,5 @@ def test_the_result_is_saved_and_printed(tmp_path, capsys):
     print_sections(run_sections(result), Console(width=80))
     out = " ".join(capsys.readouterr().out.split())
     assert "torch.optim.Adafactor: its own code takes the step on copies" in out
-    assert "(jackknife)" in out
+    assert ", jackknife" in out
     assert "momentum" not in out

@@ -302,7 +302,7 @@ def test_frozen_step_by_hand():
 
 
 @pytest.mark.parametrize(
-    "setting", [("per_sample._CACHED_ELEMENTS", 0), ("layers._BLOCK_ELEMENTS", 60), ("per_sample._COLUMN_ELEMENTS", 9)]
+    "setting", [("per_sample._CACHED_ELEMENTS", 0), ("layers._BLOCK_ELEMENTS", 60), ("rows._COLUMN_ELEMENTS", 9)]
 )
 def test_memory_bounds_do_not_change_the_numbers(setting, monkeypatch):
     update, evaluation = batches()

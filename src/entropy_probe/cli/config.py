@@ -197,14 +197,14 @@ class RunConfig(BaseModel):
     def _check_attribution(self) -> RunConfig:
         if self.attribution and self.shard:
             raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
+        folds = None if self.attribution_folds == "auto" else self.attribution_folds
         alone = self.attribution and self.needs_no_evaluation
-        if alone and (self.probe.geometry == "frozen" or self.attribution_folds is not None):
-            what = "attribution_folds" if self.attribution_folds is not None else "probe.geometry"
+        if alone and (self.probe.geometry == "frozen" or folds is not None):
+            what = "probe.geometry" if folds is None else "attribution_folds"
             raise ValueError(
                 f"{what}: expected evaluation rollouts where it is set beside attribution, got mode one_batch; change "
                 "the mode, or leave it out"
             )
-        folds = None if self.attribution_folds == "auto" else self.attribution_folds
         if folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
         drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None
