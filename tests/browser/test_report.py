@@ -224,7 +224,9 @@ def test_dark_mode_and_its_button(open_page, report, scheme):
     assert button.get_attribute("aria-pressed") == str(scheme != "dark").lower()
 
 
-@pytest.mark.parametrize("width", [360, 390, 768])
+@pytest.mark.parametrize(
+    "width", [360, pytest.param(390, marks=pytest.mark.slow), pytest.param(768, marks=pytest.mark.slow)]
+)
 def test_nothing_sticks_out_on_a_phone(open_page, report, width):
     page = open_page(report, width=width, height=740)
     for details in page.locator("summary").all():

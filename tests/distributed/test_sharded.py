@@ -30,13 +30,9 @@ CASES = {
         "model": {"tie_word_embeddings": True},
         "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9},
     },
-    "kept nothing": {"what": "run", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
-    "gathered before": {"what": "run", "kind": "full", "config": WIDE, "gathered": True, "reshard": False},
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
-    "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "question": {"what": "question", "kind": "lora", "config": WIDE},
-    "question, kept nothing": {"what": "question", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "gradient": {"what": "gradient", "kind": "lora", "config": WIDE},
     "kept in bfloat16": {
         "what": "gradient",
@@ -46,6 +42,13 @@ CASES = {
     },
     "sweep": {"what": "sweep", "kind": "lora", "config": WIDE},
 }  # fmt: skip
+MORE = {
+    "gathered before": {"what": "run", "kind": "full", "config": WIDE, "gathered": True, "reshard": False},
+    "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
+    "question, kept nothing": {"what": "question", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
+    "kept nothing": {"what": "run", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
+}  # fmt: skip
+"""What the long suite tries too."""
 REFUSED = {
     "attribution": ({"what": "attribute", "kind": "lora", "config": {}}, "model: expected whole parameters"),
     "SGD": ({"what": "run", "kind": "full", "config": {}, "optimizer": "SGD"}, "optimizer: expected torch.optim.AdamW"),
@@ -86,7 +89,7 @@ def outcomes(directory: Path) -> list[dict]:
 
 @cache
 def whole(name: str):
-    case = CASES[name]
+    case = (CASES | MORE)[name]
     return json.loads(json.dumps(probe(case, *subject_of(case))))
 
 
@@ -114,10 +117,11 @@ def test_shards_give_the_numbers_of_the_whole_model(on_shards, name):
 
 
 @pytest.mark.slow
-def test_shards_may_be_uneven(tmp_path):
-    probe_on(3, {name: CASES[name] for name in UNEVEN}, tmp_path)
+@pytest.mark.parametrize(("size", "names"), [(2, tuple(MORE)), (3, UNEVEN)])
+def test_more_cases_and_uneven_shards(size, names, tmp_path):
+    probe_on(size, {name: (CASES | MORE)[name] for name in names}, tmp_path)
     on_ranks = outcomes(tmp_path)
-    for name in UNEVEN:
+    for name in names:
         check(name, on_ranks)
         assert all(of_rank[name].get("untouched", True) for of_rank in on_ranks)
 

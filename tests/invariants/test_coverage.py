@@ -161,7 +161,9 @@ def repeat(
     return Repeated(covered[0], variance[0], variance[2] / variance[0], covered[1], variance[1])
 
 
-@pytest.mark.parametrize("case", [LENGTH[0], LENGTH[1], ENTROPY[0]], ids=["short", "long", "entropy"])
+@pytest.mark.parametrize(
+    "case", [LENGTH[0], pytest.param(LENGTH[1], marks=pytest.mark.slow), ENTROPY[0]], ids=["short", "long", "entropy"]
+)
 def test_the_error_of_a_prediction_per_token_has_the_term_of_h(case):
     found = repeat(case, 120, 150)
     assert 0.90 <= found.covered <= 0.99
@@ -170,7 +172,11 @@ def test_the_error_of_a_prediction_per_token_has_the_term_of_h(case):
     assert 0.90 <= found.difference_covered <= 0.99
 
 
-@pytest.mark.parametrize("how", [{"kind": "surprisal"}, {"reweighted": True}], ids=["surprisal", "reweighted"])
+@pytest.mark.parametrize(
+    "how",
+    [{"kind": "surprisal"}, pytest.param({"reweighted": True}, marks=pytest.mark.slow)],
+    ids=["surprisal", "reweighted"],
+)
 def test_also_with_surprisals_and_in_a_reweighted_batch(how):
     found = repeat(LENGTH[0], 120, 150, **how)
     assert 0.90 <= found.covered <= 0.99

@@ -131,7 +131,7 @@ def test_a_gradient_of_another_loss_is_told():
     assert agreement.cosine == pytest.approx(float(torch.cosine_similarity(*flat, dim=0)))
 
 
-@pytest.mark.parametrize("norm", ["token", "sequence"])
+@pytest.mark.parametrize("norm", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_unbiased_and_covering(norm):
     """Against the exact slope of the entropy along the step, which the evaluation rollouts do not enter."""
     model = TinyPolicy()

@@ -131,7 +131,7 @@ def reported_over_true(name: str, repeats: int, lr: float = 1e-3, **settings: ob
     return (torch.tensor(errors).square().mean() / torch.tensor(values).var()).item()
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "adafactor"])
+@pytest.mark.parametrize("name", [pytest.param("rmsprop", marks=pytest.mark.slow), "adafactor"])
 def test_the_jackknife_is_calibrated(name):
     assert 0.6 < reported_over_true(name, 60) < 1.7
 
