@@ -157,7 +157,10 @@ def run_whole_and_sharded(directory: Path, **settings) -> tuple[dict, dict]:
     return numbers(first), numbers(second)
 
 
-@pytest.mark.parametrize("where", ["adapter", pytest.param("full weights", marks=pytest.mark.slow), "DCP"])
+@pytest.mark.parametrize(
+    "where",
+    ["DCP", pytest.param("adapter", marks=pytest.mark.slow), pytest.param("full weights", marks=pytest.mark.slow)],
+)
 def test_checkpoints_are_loaded_in_shards(where, tmp_path, request):
     """Sampling included, which all ranks do together."""
     run = request.getfixturevalue("trained")

@@ -65,7 +65,7 @@ roomy = cache(partial(run, where=None))
 
 # peft reads an attribute that transformers has renamed
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["backward", pytest.param("forward", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("lora", "settings"),
     [(True, {}), (True, {"max_stored_gradient_gib": 0.0}), (False, {}), (False, {"max_stored_gradient_gib": 0.0})],
@@ -91,7 +91,7 @@ def test_microbatches_are_halved_and_the_numbers_stay(lora, settings, where):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["backward", pytest.param("forward", marks=pytest.mark.slow)])
 def test_a_single_sequence_that_does_not_fit_is_one_error(where):
     with pytest.raises(
         MemoryError, match=r"sequence \d+: its tokens alone, 16 with padding, do not fit the device's memory"

@@ -92,8 +92,8 @@ class Repeated:
 
 CASES = [
     (16, 4, "token", 12, {}),
-    (16, 2, "sequence", 500, {"max_grad_norm": 1e-2}),
-    (8, 8, "token", 1, {"loss_type": "dapo"}),
+    pytest.param(16, 2, "sequence", 500, {"max_grad_norm": 1e-2}, marks=pytest.mark.slow),
+    pytest.param(8, 8, "token", 1, {"loss_type": "dapo"}, marks=pytest.mark.slow),
     (8, 8, "sequence", 1, {"optimizer": "sgd", "rate": 0.05}),
 ]
 
