@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.cli.conftest import execute
@@ -22,3 +25,9 @@ def test_a_run_does_not_end_with_its_reward(config, tmp_path, reward, code, said
     assert line.startswith("error: ")
     assert said in line
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_reader_that_stops_early_is_no_error(trained):
+    command = f"{sys.executable} -m entropy_probe inspect {trained.checkpoint} | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

@@ -58,6 +58,8 @@ class ErrorsAsLines(TyperGroup):
             sys.stderr.write(f"interrupted: {printable(kept)}\n")
             sys.exit(INTERRUPTED)
         except SystemExit as error:
+            if isinstance(error.__context__, BrokenPipeError):  # as rich ends where nobody reads on: ... | head
+                raise
             place = extract_tb(error.__traceback__)[-1]
             raise RuntimeError(
                 f"expected the code that the config names to return, got sys.exit({error.code!r}) in {place.filename}, "
