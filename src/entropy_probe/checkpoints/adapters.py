@@ -29,22 +29,6 @@ from entropy_probe.checkpoints.errors import (
 )
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = [
-    "FourBit",
-    "Quantization",
-    "adapters_trained",
-    "find_base",
-    "live_settings",
-    "load_arguments",
-    "quantization_of",
-    "read_adapter_config",
-    "reference_copy",
-    "refuse_unmentioned",
-    "set_precision",
-    "starting_at_zero",
-    "trained_adapter",
-]
-
 _REFERENCE = ("ref", "reference")
 """Names of frozen copies that trainers keep for a KL penalty."""
 

@@ -22,8 +22,6 @@ import torch
 from entropy_probe.checkpoints.errors import DamagedFileError, UnsafeFileError
 from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
 
-__all__ = ["MAKERS", "check_archive", "check_same_reading"]
-
 MAX_DIRECTORY = 2**26
 """Bytes of an archive's directory, which has about a hundred for each tensor."""
 MAX_PICKLE = 2**27

@@ -21,8 +21,6 @@ from entropy_probe.checkpoints.weights import read_weights
 if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Request, StoredModel
 
-__all__ = ["check_never_trained", "check_tied", "movement_status", "movements", "without_untrained"]
-
 
 def check_tied(model: StoredModel, mapping: ParameterMapping) -> None:
     """Names say what trained, so a layer that was tied in training would count as frozen if it is not here."""

@@ -30,8 +30,6 @@ from entropy_probe.checkpoints.errors import (
 )
 from entropy_probe.checkpoints.safe_read import StandIn, read_archived, read_with_stand_ins
 
-__all__ = ["METADATA", "Entry", "Place", "ShardedDirectory"]
-
 METADATA = ".metadata"
 Place = tuple[Any, ...]
 """Where an entry is in the nested dictionary that was saved."""

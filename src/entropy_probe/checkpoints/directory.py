@@ -15,17 +15,6 @@ from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError
 from entropy_probe.checkpoints.formats import CheckpointFormat, optimizer_of, weights_of
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = [
-    "adapters_of",
-    "check_contained",
-    "checkpoints_below",
-    "find_optimizer",
-    "named_step",
-    "open_directory",
-    "read_global_step",
-    "whose_directory",
-]
-
 MAX_ENTRIES = 20_000
 """Files and folders that are looked at below a directory."""
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Examined
     from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 
-__all__ = ["doubts_about", "remarks_on"]
-
 LARGE_LEARNING_RATE = 0.1
 SMALL_LEARNING_RATE = 1e-15
 """No schedule ends so low but at 0, and no weight moves by it."""

@@ -28,8 +28,6 @@ from entropy_probe.checkpoints.errors import (
     shown,
 )
 
-__all__ = ["WRAPPED", "EightBitState", "is_of_bitsandbytes"]
-
 WRAPPED = "__bnb_optimizer_quant_state__"
 BLOCKS = (256, 2048)
 """Elements that share a scale: today, and before version 0.44."""

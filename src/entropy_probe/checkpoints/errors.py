@@ -8,17 +8,6 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-__all__ = [
-    "CheckpointError",
-    "DamagedFileError",
-    "InvalidValueError",
-    "MappingError",
-    "MismatchError",
-    "MissingFileError",
-    "UnsafeFileError",
-    "UnsupportedError",
-]
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line: where, expected, got, remedy.

@@ -29,8 +29,6 @@ from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.weights import unchanged
 from entropy_probe.results.checkpoint import MovementReport
 
-__all__ = ["check_adapter_never_trained", "check_movement", "check_weights_never_trained"]
-
 
 def check_weights_never_trained(
     saved: SavedOptimizer, names: tuple[str, ...], weights: Weights, start: Weights | None

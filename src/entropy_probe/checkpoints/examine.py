@@ -65,8 +65,6 @@ from entropy_probe.checkpoints.weights import (
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["Examined", "Request", "StoredModel", "examine"]
-
 
 @dataclass(frozen=True)
 class Request:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from entropy_probe.checkpoints.pieces import Whole, check_padding, shaped, span
 
-__all__ = ["pieces_of_parameters", "unflattened", "units_of"]
-
 Shapes = Mapping[str, tuple[int, ...]]
 _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 """A member of a list of modules, the outermost: what ``_no_split_modules`` of transformers' models are."""

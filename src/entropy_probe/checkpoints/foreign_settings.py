@@ -21,8 +21,6 @@ import yaml
 from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
 from entropy_probe.checkpoints.trainer_settings import KINDS, TrainerSettings, plain
 
-__all__ = ["DIALECTS", "UNREAD", "find_settings", "read_settings"]
-
 MOST = 2**20
 """Bytes of a file of settings."""
 LEVELS = 3

@@ -17,16 +17,6 @@ from entropy_probe.checkpoints.errors import MappingError
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = [
-    "Moved",
-    "Rule",
-    "grouping_rules",
-    "match_rules",
-    "misfit",
-    "other_rules",
-    "wrong_shape",
-]
-
 Names = tuple[str, ...]
 Moved = Callable[[Names], str]
 """The status of the movement check for an assignment; ``inconclusive`` too where there is nothing to compare."""

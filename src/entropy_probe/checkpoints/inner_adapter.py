@@ -12,8 +12,6 @@ from entropy_probe.checkpoints.adapters import check_adapter_config
 from entropy_probe.checkpoints.errors import InvalidValueError, MappingError, MissingFileError
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
 
-__all__ = ["base_among", "configuration", "name_among", "refuse_adapter", "split_adapter", "written_config"]
-
 _PREFIX = "base_model.model."
 _NAMED = re.compile(r"\.lora_(?:[AB]\.([^.]+)\.weight|embedding_[AB]\.([^.]+))$")
 _OWN = re.compile(r"\.(lora_\w+|modules_to_save)\b")

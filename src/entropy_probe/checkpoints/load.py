@@ -29,8 +29,6 @@ from entropy_probe.results.checkpoint import CheckpointReport
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "load_reference", "report_on"]
-
 DTYPES = ("float32", "bfloat16", "float64")
 
 

@@ -27,24 +27,6 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
 )
 
-__all__ = [
-    "MANIFEST_FILE",
-    "FileRecord",
-    "GroupRecord",
-    "Manifest",
-    "ParameterRecord",
-    "base_record",
-    "check_recorded",
-    "live_groups",
-    "plain_name",
-    "plain_settings",
-    "read_manifest",
-    "record_files",
-    "verify_base",
-    "verify_files",
-    "write_manifest",
-]
-
 MANIFEST_FILE = "entropy-probe-manifest.json"
 NEVER_READ = ("scheduler.pt", "rng_state")
 """Beginnings of the names of files that loading never opens, so that their hashes are recorded but not verified."""

@@ -17,8 +17,6 @@ from entropy_probe.checkpoints.manifest import Manifest, plain_name
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = ["ParameterMapping", "StatedMapping", "map_parameters", "names_in_file", "without_frozen"]
-
 Shape = tuple[int, ...]
 StatedMapping = str | Path | Mapping[str, int]
 """A file with the name of each entry's parameter on a line, or for expressions the group of parameters they match."""

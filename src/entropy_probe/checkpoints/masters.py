@@ -12,8 +12,6 @@ from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, U
 from entropy_probe.checkpoints.formats import StoredTensor, Weights
 from entropy_probe.parallel.shards import local, sharded_as
 
-__all__ = ["Copy", "check_masters", "copy_masters", "described"]
-
 Copy = Literal["masters", "rounded"]
 """Which of the two copies of its weights a model gets."""
 

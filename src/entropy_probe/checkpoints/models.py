@@ -19,20 +19,6 @@ from entropy_probe.checkpoints.parameters import Layout, layout_of, repeat_layer
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.checkpoints.weights import Shape, check_loaded, check_shapes, has_weights, read_weights
 
-__all__ = [
-    "AdapterFiles",
-    "adapter_layout",
-    "attach_adapter",
-    "base_skeleton",
-    "embedding_names",
-    "full_skeleton",
-    "load_full",
-    "load_lora",
-    "read_config",
-    "untouched",
-]
-
-
 MAX_LAYERS = 10_000
 """Bound on the layers of a configuration whose weight files are not there to compare with."""
 

@@ -20,8 +20,6 @@ from entropy_probe.checkpoints.models import AdapterFiles, attach_adapter, read_
 from entropy_probe.checkpoints.weights import read_weights
 from entropy_probe.parallel.shards import count, local, sharded_as
 
-__all__ = ["shard_full", "shard_lora"]
-
 
 def shard_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model with full weights, sharded over all ranks, in eval mode; arguments as of ``load_full``.

@@ -21,8 +21,6 @@ from entropy_probe.checkpoints.archives import check_archive
 from entropy_probe.checkpoints.errors import MismatchError, UnsupportedError
 from entropy_probe.checkpoints.safe_read import StandIn, check_is_archive, one_line
 
-__all__ = ["Names", "read_objects"]
-
 Names = Mapping[tuple[str, str], Any]
 """By module and name what a pickle may name, and what takes its place."""
 

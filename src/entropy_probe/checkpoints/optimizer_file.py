@@ -34,8 +34,6 @@ from entropy_probe.checkpoints.optimizers import (
 from entropy_probe.checkpoints.safe_read import read_archive
 from entropy_probe.results.checkpoint import GroupReport
 
-__all__ = ["SavedOptimizer", "check_entries", "read_optimizer", "saved_optimizer"]
-
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _OTHER_OPTIMIZERS = {

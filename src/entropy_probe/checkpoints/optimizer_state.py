@@ -17,8 +17,6 @@ from entropy_probe.parallel.shards import sharded_as
 from entropy_probe.results.probe import OptimizerStateReport
 from entropy_probe.steps.moments import summarize_moments
 
-__all__ = ["build_optimizer", "summarize"]
-
 
 def summarize(
     saved: SavedOptimizer, mapping: ParameterMapping, layout: Layout

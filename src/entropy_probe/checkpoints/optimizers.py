@@ -19,19 +19,6 @@ from torch import Tensor
 
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, first_line, shown
 
-__all__ = [
-    "ADAM",
-    "ADAMW",
-    "ADAMW_8BIT",
-    "KINDS",
-    "REMEDY",
-    "Content",
-    "OptimizerKind",
-    "check_settings",
-    "number",
-    "recognise",
-]
-
 Shape = tuple[int, ...]
 Settings = Mapping[str, Any]
 

@@ -13,16 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-__all__ = [
-    "Layout",
-    "ParameterFacts",
-    "Stacks",
-    "layout_of",
-    "repeat_layers",
-    "thin_out",
-    "treats_layers_alike",
-]
-
 Value = TypeVar("Value")
 
 Stacks = dict[str, list[int]]

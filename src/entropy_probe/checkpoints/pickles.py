@@ -12,8 +12,6 @@ import pickletools
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["ELEMENT_BYTES", "PLAIN", "check_pickle"]
-
 MAX_VALUES = 1000
 """Values in one tuple, at any depth."""
 MAX_NUMBER = 2**20

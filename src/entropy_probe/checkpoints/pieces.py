@@ -25,8 +25,6 @@ from entropy_probe.checkpoints.objects import Names
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 from entropy_probe.checkpoints.safe_read import StandIn
 
-__all__ = ["DTENSORS", "Part", "Whole", "as_written_by", "check_padding", "joined", "optimizer_of_entries", "span"]
-
 COPY = "copy the checkpoint again"
 
 

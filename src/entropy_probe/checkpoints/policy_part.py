@@ -19,8 +19,6 @@ from entropy_probe.checkpoints.mapping import names_in_file
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = ["HEADS", "entries_of_policy", "weights_of_policy"]
-
 HEADS = re.compile(r"(v_head|value_head|value_model|critic|score|summary)\b")
 """Names of what is beside a policy."""
 

@@ -30,8 +30,6 @@ from entropy_probe.checkpoints.masters import Copy
 from entropy_probe.checkpoints.weights import has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
-__all__ = ["record_checkpoint", "recordable_files"]
-
 
 def recordable_files(directory: Path, *, hashes: bool = True) -> dict[str, FileRecord]:
     """Size and SHA-256 of the files of a checkpoint and its adapters, without the manifest and hidden files."""

@@ -30,18 +30,6 @@ from entropy_probe.checkpoints.errors import (
 )
 from entropy_probe.checkpoints.pickles import ELEMENT_BYTES, check_pickle
 
-__all__ = [
-    "Inert",
-    "StandIn",
-    "check_is_archive",
-    "one_line",
-    "read_archive",
-    "read_archived",
-    "read_inert",
-    "read_json",
-    "read_with_stand_ins",
-]
-
 Built = TypeVar("Built")
 
 MAX_SETTINGS = 2**20

@@ -17,8 +17,6 @@ from entropy_probe.checkpoints.safe_read import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_vocabulary", "load_tokenizer", "tokenizer_directories", "tokenizer_of"]
-
 
 def tokenizer_directories(path: Path, base: str | Path | None) -> list[str]:
     """Where a tokenizer may be, in order: the checkpoint, then the base model; hub names count, empty places do not."""

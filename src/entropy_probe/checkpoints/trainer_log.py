@@ -14,8 +14,6 @@ from typing import Any
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.results.live import logged_numbers
 
-__all__ = ["LOGGED", "LOG_FILE", "TrainerLog", "read_history", "read_log"]
-
 LAST = 20
 """How many of the last records are looked at; settings may change during a run."""
 COMPARED = 5

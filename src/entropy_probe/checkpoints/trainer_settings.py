@@ -17,8 +17,6 @@ from typing import Any
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, shown
 from entropy_probe.checkpoints.safe_read import Inert, read_inert, read_json
 
-__all__ = ["KINDS", "LOSS", "TRAINING_ARGS", "TrainerSettings", "live_settings", "plain", "read_training_args"]
-
 TRAINING_ARGS = "training_args.bin"
 ENTROPY_CONTROL = "entropy_ctrl_state.json"
 

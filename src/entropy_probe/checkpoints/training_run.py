@@ -16,8 +16,6 @@ from entropy_probe.checkpoints.trainer_settings import TrainerSettings
 from entropy_probe.results.checkpoint import ABOVE_ZERO, SettingReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
-__all__ = ["TrainingRun", "other_samples"]
-
 REUSED = NoteKind(
     "reused_rollouts",
     "the next step is number {place} of {steps} that training takes on the same rollouts; batches that are sampled "

@@ -21,18 +21,6 @@ from entropy_probe.checkpoints.errors import (
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = [
-    "Shape",
-    "check_base",
-    "check_finite",
-    "check_loaded",
-    "check_related",
-    "check_shapes",
-    "has_weights",
-    "read_weights",
-    "unchanged",
-]
-
 Shape = tuple[int, ...]
 
 

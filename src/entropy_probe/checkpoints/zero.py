@@ -20,8 +20,6 @@ from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, sh
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.pieces import COPY, Whole, check_padding, shaped, span
 
-__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "frozen_tensors"]
-
 Shapes = dict[str, tuple[int, ...]]
 """Parameters of a group in order."""
 

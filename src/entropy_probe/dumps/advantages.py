@@ -13,8 +13,6 @@ from entropy_probe.dumps.samples import Sample
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.sampling import ScaleRewards, group_advantages
 
-__all__ = ["compared", "recomputed", "rewards_of"]
-
 RECOMPUTED = NoteKind(
     "advantages_recomputed",
     "the dump has no advantages: they are recomputed from its rewards, {rule}",

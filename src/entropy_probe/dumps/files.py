@@ -11,8 +11,6 @@ from entropy_probe.dumps.pickled import archived_record, batch_record
 from entropy_probe.dumps.samples import Sample, read_sample
 from entropy_probe.sampling.records import jsonl_records, parquet_records
 
-__all__ = ["files_of", "read_samples"]
-
 _KINDS = (".jsonl", ".parquet", ".pt", ".pkl")
 _RANK = re.compile(r"rank_\d+\.jsonl")
 

@@ -15,8 +15,6 @@ from entropy_probe.dumps.layouts import Layout
 from entropy_probe.dumps.samples import Sample
 from entropy_probe.sampling import Message, Prompt, encode_prompts
 
-__all__ = ["Encoded", "encode_texts"]
-
 MOST_FAILING = 0.01
 """Share of responses that may not give their text back."""
 _USER, _SYSTEM = "What the user says.", "What the system says."

@@ -23,19 +23,6 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = [
-    "GLOBAL_MEAN",
-    "INERT",
-    "NOT_A_NUMBER",
-    "RATIO_ONE",
-    "Loss",
-    "build_loss",
-    "default_loss",
-    "inert_clip",
-    "require",
-    "trainers",
-]
-
 INERT = NoteKind("inert", "{what} inert: {reason} ({settings})", NOTHING_TO_DO)
 GLOBAL_MEAN = NoteKind(
     "global_mean",

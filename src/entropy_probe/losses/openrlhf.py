@@ -29,8 +29,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["OpenRLHFLoss"]
-
 FIRST, LAST = (0, 9, 0), (0, 11, 0)
 BOUNDED_SINCE, WHOLE_STEP_SINCE = (0, 10, 3), (0, 10, 4)
 

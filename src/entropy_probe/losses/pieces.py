@@ -16,25 +16,6 @@ from torch import Tensor
 
 from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = [
-    "KLKind",
-    "by_max_length",
-    "by_sequence",
-    "by_sequence_sum",
-    "by_token",
-    "check_microbatches",
-    "clipped_slope",
-    "gap",
-    "group_sum",
-    "is_one",
-    "kl_slope",
-    "kl_value",
-    "microbatches",
-    "sequence_mean",
-    "sequence_sum",
-    "top_entropy_mask",
-]
-
 KLKind = Literal["k1", "k2", "k3"]
 
 

@@ -18,8 +18,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["PrimeRLLoss"]
-
 FIRST = ("0.2", "0.3", "0.4")
 """Versions of the loss with bounds on ratios; since then they are on probabilities."""
 PER_PROCESS = (*FIRST, "0.5")

@@ -43,8 +43,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["TRLLoss"]
-
 LossType = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gmpo", "rloo", "per_prompt_max"
 ]

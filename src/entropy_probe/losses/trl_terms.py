@@ -12,17 +12,6 @@ from entropy_probe.losses.pieces import by_sequence, gap, sequence_mean, sequenc
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenScores
 
-__all__ = [
-    "by_longest",
-    "check_balance",
-    "gamma_weights",
-    "geometric_mean",
-    "log_ratio_to_old",
-    "off_policy_mask",
-    "sampler_ratio",
-    "soft_gate_slope",
-]
-
 LOG_LEAST, LOG_MOST = math.log(1e-8), 20.0
 """Where VESPO clamps logarithms of ratios."""
 

@@ -20,8 +20,6 @@ from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["VerlLoss"]
-
 LossMode = Literal[
     "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"
 ]

@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["REJECTIONS", "Rejection", "importance_weights", "rejections", "threshold"]
-
 REJECTIONS = tuple(
     f"{level}_{kind}"
     for level, kinds in (("token", "123"), ("seq_sum", "123"), ("seq_mean", "123"), ("seq_max", "23"))

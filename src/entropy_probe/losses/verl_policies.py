@@ -20,8 +20,6 @@ from entropy_probe.losses.trl_terms import soft_gate_slope
 if TYPE_CHECKING:
     from entropy_probe.losses.verl import VerlLoss
 
-__all__ = ["KL_KINDS", "POLICY_SLOPES", "Tokens", "kl_loss_slope"]
-
 _LOG_BOUND = 20.0
 """verl bounds logarithms of ratios by this; beyond it nothing has a gradient."""
 KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}

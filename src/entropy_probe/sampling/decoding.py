@@ -16,8 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["FAULTS", "HALF", "WAYS", "Decoding", "ModelCall", "Way", "plain_logprobs"]
-
 FAULTS = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, AssertionError)
 """What foreign code raises where a model or a cache does not do what is asked of it."""
 

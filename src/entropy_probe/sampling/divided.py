@@ -15,8 +15,6 @@ from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.results.note import Note, distinct
 from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters
 
-__all__ = ["share_engine"]
-
 T = TypeVar("T")
 Job = tuple[Sequence[Sequence[int]], SamplingParameters, Sequence[int]]
 

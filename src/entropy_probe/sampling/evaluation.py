@@ -26,15 +26,6 @@ from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.responses import completed_rollouts, generate_responses, respond, sequence_seeds
 from entropy_probe.sampling.templates import encode_prompts
 
-__all__ = [
-    "SHARD_SEQUENCES",
-    "EvaluationSettings",
-    "resample_responses",
-    "sample_evaluation",
-    "sample_evaluation_file",
-    "sample_pilot",
-]
-
 SHARD_SEQUENCES = 256
 """Draws per shard. What a draw gives does not depend on it."""
 MIN_PROMPTS = 10

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["call", "import_function", "split_path"]
-
 _LIBRARIES = ("site-packages", sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]))
 
 

@@ -20,8 +20,6 @@ from entropy_probe.sampling.foreign import call
 if TYPE_CHECKING:
     from entropy_probe.sampling.prompts import Prompt
 
-__all__ = ["task_records", "verified"]
-
 TASK = "reasoning_gym"
 """The field of a record with the name and the settings of its task."""
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

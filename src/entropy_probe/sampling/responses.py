@@ -18,8 +18,6 @@ from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.stopping import cut_at_stop
 from entropy_probe.sampling.templates import encode_prompts
 
-__all__ = ["completed_rollouts", "generate_responses", "respond", "sequence_seeds"]
-
 
 def generate_responses(
     engine: Engine,

@@ -24,8 +24,6 @@ from entropy_probe.sampling.foreign import call
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.records import field_of
 
-__all__ = ["CONVENTIONS", "RewardFunction", "Sample", "columns_of"]
-
 CONVENTIONS: dict[str, tuple[str, ...]] = {
     "TRL": ("completions", "completion_ids"),
     "verl": ("solution_str",),

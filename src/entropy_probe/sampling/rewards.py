@@ -20,8 +20,6 @@ from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.reward_calls import RewardFunction, Sample, columns_of
 from entropy_probe.sampling.time_limit import time_limit
 
-__all__ = ["Reward", "Rewards", "exact_match", "gsm8k", "load_reward", "load_rewards", "math", "score_responses"]
-
 Reward = Callable[..., Any]
 """A number or None per response; :mod:`entropy_probe.sampling.reward_calls` says what it is called with."""
 

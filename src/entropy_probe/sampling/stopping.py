@@ -13,8 +13,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["cut_at_stop"]
-
 
 def cut_at_stop(token_ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> int | None:
     """Tokens up to the one that completes a stop text, that one included; None if none is completed.

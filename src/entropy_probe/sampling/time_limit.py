@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["time_limit"]
-
 AGAIN = 1.0
 """Seconds after which code that caught the interruption is interrupted again."""
 

@@ -15,8 +15,6 @@ from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, read_optimi
 from entropy_probe.checkpoints.trainer_settings import TrainerSettings, read_training_args
 from entropy_probe.results.note import Note, NoteKind
 
-__all__ = ["CheckpointFormat", "StoredTensor", "Weights", "doubts_about_files", "named_weights"]
-
 _WHOLE = "Use a checkpoint that was saved to its end, or make sure of this one."
 NO_TRAINER_STATE = NoteKind(
     "no_trainer_state", "trainer_state.json, written last, is missing; the save may be incomplete", _WHOLE

@@ -20,8 +20,6 @@ from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, Uns
 from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights, named_weights
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 
-__all__ = ["FORMAT", "Sharded", "read_sharded_optimizer"]
-
 
 class Sharded(CheckpointFormat):
     """Model and optimizer in one folder or in two, of any names, with or without a schedule's in a third."""

@@ -33,8 +33,6 @@ from entropy_probe.checkpoints.safe_read import StandIn
 from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters, frozen_tensors
 from entropy_probe.results.note import Note
 
-__all__ = ["FORMAT", "DeepSpeed"]
-
 _COPY = "copy the checkpoint again"
 _OTHER = "only DeepSpeed's own state of ZeRO is read; train with its Adam"
 _NAMES: Names = {

@@ -32,8 +32,6 @@ from entropy_probe.checkpoints.pieces import DTENSORS, Part, Whole, as_written_b
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.results.note import Note
 
-__all__ = ["FORMAT", "Verl"]
-
 _COPY = "copy the checkpoint again"
 _OTHER = "only tensors, DTensors and plain values are read; train with plain AdamW in float32 or bfloat16"
 
