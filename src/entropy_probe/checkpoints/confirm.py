@@ -50,11 +50,7 @@ def without_untrained(
 def check_never_trained(
     saved: SavedOptimizer, mapping: ParameterMapping, model: StoredModel, start: Path | None
 ) -> None:
-    """Parameters without state are as training began.
-
-    Raises:
-        MappingError: if that is not so, or does not show.
-    """
+    """Parameters without state are as training began."""
     if not saved.never_trained:
         return
     if model.adapter is None:

@@ -69,11 +69,7 @@ class EightBitState:
     def of(
         cls, path: Path, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]], size: int
     ) -> EightBitState:
-        """Check what a file of some bytes holds.
-
-        Raises:
-            CheckpointError: if it is of another optimizer of the library than Adam, or malformed.
-        """
+        """Check what a file of some bytes holds."""
         stored = {index: _opened(f"{path}: parameter {shown(index)}", entry) for index, entry in state.items()}
         declared = sum(x.nbytes for tensors in stored.values() for key, x in tensors.items() if "qmap" not in key)
         if declared > size:

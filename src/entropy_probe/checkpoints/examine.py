@@ -193,13 +193,8 @@ class Examined:
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
     """Check everything, and stop at the first thing that would keep the checkpoint from loading or being trusted.
 
-    Args:
-        request: the directory.
-        facts: gets the fields of a ``CheckpointReport`` as they are established, for one on a checkpoint that is
-            refused.
-
-    Raises:
-        CheckpointError: what that thing is.
+    ``facts`` gets the fields of a ``CheckpointReport`` as they are established, for one on a checkpoint that is
+    refused.
     """
     path = request.path
     kind = facts["kind"] = _kind(path)

@@ -92,11 +92,7 @@ def other_rules(saved: SavedOptimizer, layout: Layout) -> dict[str, Rule]:
 
 
 def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Names, str]:
-    """The one assignment of entries to parameters that a rule gives, and which rule and evidence it was.
-
-    Raises:
-        MappingError: if there is none, or if more than one fits and the weights' movement does not tell.
-    """
+    """The one assignment of entries to parameters that a rule gives, and which rule and evidence it was."""
     rules = grouping_rules(layout)
     misfits = {name: misfit(saved, rule, layout.shapes) for name, rule in rules.items()}
     fitting = _distinct(rules, misfits)

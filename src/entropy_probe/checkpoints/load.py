@@ -219,19 +219,9 @@ def inspect_checkpoint(
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
-    Everything :func:`load_checkpoint` checks before loading is checked here, on a skeleton of the model that
-    has no storage; of the base model's weights only names and shapes, where they are local and not stored in 4 bits. A
-    checkpoint that would not load gets the verdict ``unusable`` with the reason.
-
-    Args:
-        path: the ``checkpoint-N`` directory.
-        base_model: as in :func:`load_checkpoint`.
-        adapter: as there.
-        quantization: as there.
-        mapping: as there.
-        weights: as there.
-        policy: as there.
-        trainer_config: as there.
+    Everything :func:`load_checkpoint` checks before loading is checked here, with the same arguments, on a skeleton of
+    the model that has no storage; of the base model's weights only names and shapes, where they are local and not
+    stored in 4 bits. A checkpoint that would not load gets the verdict ``unusable`` with the reason.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.

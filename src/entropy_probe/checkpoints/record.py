@@ -49,20 +49,10 @@ def record_checkpoint(
     weights: Copy = "masters",
     policy: str | None = None,
 ) -> tuple[Path, CheckpointReport]:
-    """Examine a checkpoint and write its manifest.
+    """Examine a checkpoint, with the arguments of ``load_checkpoint``, and write its manifest.
 
-    The manifest says that it was recorded by inspection, and by which rule the mapping was established: it proves
-    that the files have not changed since, not that the mapping was right.
-
-    Args:
-        path: the ``checkpoint-N`` directory.
-        base_model: as in :func:`entropy_probe.checkpoints.load_checkpoint`; hashed where it is a local directory.
-        written_by: the program, for the record.
-        adapter: as there; the manifest records it.
-        quantization: as there; the manifest does not record it.
-        mapping: as there.
-        weights: as there.
-        policy: as there.
+    The manifest says that it was recorded by inspection, and by which rule the mapping was established: it proves that
+    the files have not changed since, not that the mapping was right. It does not record the quantization.
 
     Returns:
         The manifest's path, and the report of the examination it rests on.

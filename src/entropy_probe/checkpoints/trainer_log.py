@@ -128,20 +128,12 @@ _OTHER_LOSSES = (
 
 
 def read_log(path: Path) -> TrainerLog:
-    """The end of the log of a checkpoint directory, empty where there is none.
-
-    Raises:
-        DamagedFileError: if the log is not JSON.
-    """
+    """The end of the log of a checkpoint directory, empty where there is none."""
     return TrainerLog(read_history(path)[-LAST:])
 
 
 def read_history(path: Path) -> tuple[dict[str, float], ...]:
-    """All numbers that were logged of training in a checkpoint directory, a record at a time; none without a log.
-
-    Raises:
-        DamagedFileError: if the log is not JSON.
-    """
+    """All numbers that were logged of training in a checkpoint directory, a record at a time; none without a log."""
     file = path / LOG_FILE
     history = read_json(file).get("log_history") if file.is_file() else None
     history = history if isinstance(history, list) else []

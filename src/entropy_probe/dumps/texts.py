@@ -40,11 +40,7 @@ class Encoded:
 def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], longest: int | None) -> Encoded:
     """Token ids of prompts and responses; those that are ids already stay as they are.
 
-    Args:
-        tokenizer: the policy's.
-        layout: whose texts they are.
-        samples: the rollouts.
-        longest: the trainer's limit on response tokens: shorter responses had an end token.
+    Only responses shorter than ``longest``, the trainer's limit on their tokens, had an end token.
 
     Raises:
         ValueError: if a prompt cannot be rebuilt, the limit is not known, or more than 1% of the responses do not give

@@ -142,11 +142,7 @@ class OpenRLHFLoss(Loss, frozen=True):
             require(rollouts, "sampled_logprobs", where, "record OpenRLHF's rollout_log_probs")
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
-        """Those of the policy loss, the KL loss and the entropy bonus.
-
-        Raises:
-            ValueError: if the batch lacks what the loss takes, or the loss is not a number.
-        """
+        """Those of the policy loss, the KL loss and the entropy bonus."""
         self.check(rollouts)
         mask = rollouts.response_mask
         by_token = self._mean(rollouts, by_token=True)

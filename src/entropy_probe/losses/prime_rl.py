@@ -128,11 +128,7 @@ class PrimeRLLoss(Loss, frozen=True):
         require(rollouts, "sampled_logprobs", where, "record prime-rl's inference_logprobs")
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
-        """Those of the policy gradient and the squared log ratio.
-
-        Raises:
-            ValueError: if the batch lacks what the loss takes.
-        """
+        """Those of the policy gradient and the squared log ratio."""
         assert scores is not None
         self.check(rollouts)
         mask, log_ratio = rollouts.response_mask, self._log_ratio(rollouts, scores)

@@ -172,9 +172,7 @@ POLICY_SLOPES: dict[str, Callable[[Tokens, VerlLoss], Tensor]] = {
 def kl_loss_slope(kl_loss_type: str, above: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """The slope of the KL loss of each token in its log-probability; with a ``+`` behind it always that of ``k2``.
 
-    Args:
-        kl_loss_type: verl's name of the estimate.
-        above: how far the log-probabilities are above the reference's, nats.
+    ``above`` is how far the log-probabilities are above the reference's, nats.
     """
     kind = "k2" if kl_loss_type.endswith("+") else KL_KINDS[kl_loss_type]
     if kind == "abs":

@@ -132,14 +132,7 @@ def sample_update(
 ) -> tuple[Rollouts, SamplingReport]:
     """Sample an update batch: prompts with distinct ids, a group of responses each, with rewards and advantages.
 
-    Args:
-        engine: samples the responses.
-        tokenizer: the policy's tokenizer.
-        prompts: to draw from, with distinct ids.
-        reward: scores the responses: a function, or several with weights.
-        settings: size, seed and advantages.
-        parameters: the distribution to sample from.
-        progress: called with sequences done and in all, anew in each round.
+    ``progress`` is called with sequences done and in all, anew in each round.
 
     Returns:
         The batch on the CPU, right-padded, the responses of a prompt contiguous and prompts in draw order;

@@ -98,11 +98,7 @@ class EvaluationSettings(Settings):
         return EvaluationSettings(seed=self.seed, **size)
 
     def pilot(self, prompts: int) -> EvaluationSettings:
-        """What to draw first.
-
-        Args:
-            prompts: those there are to draw from.
-        """
+        """What to draw first, of so many prompts."""
         draws = self.draws_per_prompt
         if draws is None:
             return self.sized(PILOT_SEQUENCES, None)
@@ -258,20 +254,11 @@ def resample_responses(
     seed: int,
     tokenizer: Any = None,
 ) -> Rollouts:
-    """Fresh responses of the policy as it is now, to the prompts of an evaluation batch.
+    """Fresh responses of the policy as it is now, to the prompts of an evaluation batch, in the same order.
 
     With the parameters and the seed of :func:`sample_evaluation` an unchanged policy gives the same batch again. A
-    changed one meets the same random numbers, so that responses that the change does not reach stay the same.
-
-    Args:
-        engine: samples the responses.
-        rollouts: the batch; the prompt of a sequence is everything before its first response token.
-        parameters: the distribution to sample from.
-        seed: of the responses.
-        tokenizer: the policy's; needed for stop texts.
-
-    Returns:
-        One sequence per prompt, in the same order.
+    changed one meets the same random numbers, so that responses that the change does not reach stay the same. The
+    prompt of a sequence is everything before its first response token; stop texts need the tokenizer.
 
     Raises:
         ValueError: if generation is not possible; see :func:`generate_responses`.

@@ -29,14 +29,7 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 def task_records(task: str, size: int, seed: int, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The problems of a task: fields ``question``, ``answer`` and ``metadata``, and what verifies them.
 
-    Args:
-        task: its name, such as ``chain_sum``.
-        size: how many problems.
-        seed: of the generator; the same seed gives the same problems.
-        config: further settings of the task.
-
-    Yields:
-        Each record after a description of where it is.
+    The same seed gives the same problems. Each record comes after a description of where it is.
 
     Raises:
         ValueError: if the package is missing, there is no such task, or it does not take these settings.

@@ -144,11 +144,7 @@ class RewardFunction:
         }
 
     def _bind(self, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments.
-
-        Raises:
-            ValueError: if a parameter without default is not among the values.
-        """
+        """Positional and keyword arguments: every parameter without default has to be among the values."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         missing = []

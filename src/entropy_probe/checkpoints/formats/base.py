@@ -56,15 +56,7 @@ class Weights:
 
 
 def named_weights(file: Path, stored: Mapping[str, StoredTensor]) -> Weights:
-    """Weights by the names that parameters have in the unwrapped model.
-
-    Args:
-        file: where they are, for messages.
-        stored: by the names in the file, which ``torch.compile``, FSDP and activation checkpointing may lengthen.
-
-    Raises:
-        MismatchError: if two are of one parameter.
-    """
+    """Weights by the unwrapped model's names, to which ``torch.compile``, FSDP and checkpointing of activations add."""
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         plain = plain_name(name)
@@ -118,9 +110,6 @@ class CheckpointFormat(Protocol):
 
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """Full-precision copies of the trained weights that the optimizer keeps and steps, by parameter; often none.
-
-        Args:
-            place: of the optimizer's state.
 
         Raises:
             CheckpointError: if they cannot be read.

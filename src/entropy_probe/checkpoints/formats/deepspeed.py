@@ -232,11 +232,7 @@ def _read_of(saved: _Saved, read: Callable[[], Tensor]) -> Tensor:
 
 
 def _files(place: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The files of model and optimizer, by rank.
-
-    Raises:
-        CheckpointError: if there are those of tensor, pipeline or expert parallelism, or none.
-    """
+    """The files of model and optimizer, by rank."""
     found: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
     for file in sorted(place.glob("*.pt")):
         match = _RANK_FILE.fullmatch(file.name)
