@@ -57,7 +57,7 @@ def check_never_trained(
         before = read_weights(start, "model") if start is not None else None
         check_weights_never_trained(saved, mapping.names, model.weights, before)
     else:
-        starting = starting_at_zero(model.adapter_config, mapping.names, model.adapter)
+        starting = starting_at_zero(model.adapter.config, mapping.names, model.adapter.name)
         check_adapter_never_trained(saved, mapping.names, model.weights, starting)
 
 
@@ -77,9 +77,9 @@ def movements(
         return {}, f"it goes by Adam's moments, {saved.kind.name} keeps others"
     tensors = model.weights.tensors
     if model.adapter is not None:
-        inside = starting_at_zero(model.adapter_config, names, model.adapter)
+        inside = starting_at_zero(model.adapter.config, names, model.adapter.name)
         moved = {name: masters.get(name, tensors[key]).read for name, key in inside.items() if key in tensors}
-        how = model.adapter_config.get("init_lora_weights")
+        how = model.adapter.config.get("init_lora_weights")
         unknown = f"init_lora_weights is {how!r:.60}, so where the adapter started is not known"
         return moved, "0, where lora_B starts" if moved else unknown
     if start is None:

@@ -135,7 +135,8 @@ def load_checkpoint(
         )
         examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
-        tokenizer = load_tokenizer(request.tokenizer_home, examined.model.base or base_model)
+        files = examined.model.adapter
+        tokenizer = load_tokenizer(request.tokenizer_home, base_model if files is None else files.base)
         parameters = _trained(model, examined)
         if examined.masters:
             copy_masters(examined.masters, parameters)
@@ -160,11 +161,11 @@ def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
 
 
 def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
-    stored, adapter = examined.model, examined.model.adapter_files
+    stored, adapter = examined.model, examined.model.adapter
     if adapter is None:
         load = shard_full if shard else load_full
         return load(stored.configuration, stored.weights, dtype, device)
-    if shard and stored.quantization is not None:
+    if shard and adapter.quantization is not None:
         raise UnsupportedError(f"{adapter.base}: not supported: a quantised base in shards; load it on one device")
     if examined.manifest is not None:
         verify_base(Path(adapter.base), examined.manifest)

@@ -79,8 +79,6 @@ def _fill(weights: Weights, parameters: Mapping[str, Parameter]) -> None:
     """Write every tensor into the shards; ``parameters`` by the names of the files, tied ones by each."""
     filled: set[int] = set()
     where = weights.files[0]
-    where = weights.files[0]
-    where = weights.files[0]
     for name, stored in weights.tensors.items():
         if name not in parameters:
             raise MismatchError(

@@ -90,6 +90,7 @@ def record_checkpoint(
 
 def _manifest(examined: Examined, request: Request, written_by: str) -> Manifest:
     saved, names, facts = examined.saved, examined.mapping.names, examined.model.layout.parameters
+    adapter = examined.model.adapter
     groups = tuple(
         GroupRecord(
             parameters=tuple(
@@ -99,7 +100,7 @@ def _manifest(examined: Examined, request: Request, written_by: str) -> Manifest
         )
         for group in saved.groups
     )
-    base = examined.model.base or (str(request.base_model) if request.base_model else None)
+    base = adapter.base if adapter is not None else str(request.base_model) if request.base_model else None
     local = base is not None and has_weights(Path(base), "model")
     return Manifest(
         recorded="inspection",
@@ -107,7 +108,7 @@ def _manifest(examined: Examined, request: Request, written_by: str) -> Manifest
         written_by=written_by,
         global_step=examined.global_step,
         optimizer=saved.kind.name,
-        adapter=examined.model.adapter,
+        adapter=None if adapter is None else adapter.name,
         groups=groups,
         files=recordable_files(examined.path),
         base_model=base_record(base, read_weights(Path(base), "model").files if local else None) if base else None,
