@@ -90,7 +90,7 @@ class Request:
     weights: Copy = "masters"
     policy: str | None = None
     any_trainer: bool = False
-    trainer_config: Path | None = None
+    trainer_config: str | Path | None = None
 
     @property
     def tokenizer_home(self) -> Path:

@@ -38,16 +38,12 @@ class ParameterMapping:
     others_frozen: bool = False
 
 
-def _nothing_moved(_: tuple[str, ...]) -> str:
-    return "inconclusive"
-
-
 def map_parameters(
     saved: SavedOptimizer,
     layout: Layout,
     manifest: Manifest | None = None,
     stated: StatedMapping | None = None,
-    moved: Moved = _nothing_moved,
+    moved: Moved = lambda _: "inconclusive",
 ) -> ParameterMapping:
     """Match saved indices to the model's parameters, with what its manifest or the user (``stated``) says.
 

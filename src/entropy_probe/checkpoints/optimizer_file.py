@@ -69,10 +69,6 @@ class SavedOptimizer:
     read: Callable[[int, str], Tensor] | None = None
     lists_frozen: bool = False
 
-    def listing_frozen(self) -> SavedOptimizer:
-        """The same of a trainer that gives its optimizer all parameters, frozen ones too."""
-        return replace(self, lists_frozen=True)
-
     def loaded(self) -> SavedOptimizer:
         """The same with every tensor read that was left in its files until it was known to fit."""
         if self.read is None:
@@ -271,7 +267,9 @@ def check_entries(saved: SavedOptimizer) -> None:
     """
     path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
-    missing, extra = sorted(saved.never_trained), list(_strangers(saved, expected))
+    missing = sorted(saved.never_trained)
+    # an entry that holds nothing is none
+    extra = [i for i in saved.state.keys() - expected if any(x is not None for x in saved.state[i].values())]
     if extra or (missing and not (saved.is_adam and expected)):
         raise saved.refusal_of(missing, f" and {len(extra)} entries that belong to no parameter ({shown(extra)})")
     for index in sorted(expected):
@@ -282,11 +280,6 @@ def check_entries(saved: SavedOptimizer) -> None:
             f"{path}: expected moments of at most the file's {size:,} bytes, got {declared:,} bytes declared by "
             "tensors that share their data; save the optimizer again"
         )
-
-
-def _strangers(saved: SavedOptimizer, expected: set[int]) -> set[Any]:
-    """Entries of no parameter, or of one of which nothing is kept; one that holds nothing is none."""
-    return {i for i in saved.state.keys() - expected if any(x is not None for x in saved.state[i].values())}
 
 
 def _check_entry(where: str, saved: SavedOptimizer, index: int, size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -265,11 +264,7 @@ def span(pieces: Sequence[Tensor], start: int, stop: int) -> Tensor:
 
 def shaped(pieces: Sequence[Tensor], start: int, shape: tuple[int, ...]) -> Whole:
     """A tensor whose elements are in a flat buffer from ``start`` on."""
-    return Whole(shape, pieces[0].dtype, partial(_shaped, tuple(pieces), start, shape))
-
-
-def _shaped(pieces: Sequence[Tensor], start: int, shape: tuple[int, ...]) -> Tensor:
-    return span(pieces, start, start + prod(shape)).reshape(shape)
+    return Whole(shape, pieces[0].dtype, lambda: span(pieces, start, start + prod(shape)).reshape(shape))
 
 
 def check_padding(where: str, padding: Tensor) -> None:

@@ -116,13 +116,18 @@ def _settings(
     file: Path, named: str, state: Mapping[str, Any], control: Callable[[], Mapping[str, Any]], remedy: str
 ) -> TrainerSettings:
     values = {name: plain(state[name]) for name in (*LOSS, *OTHERS) if name in state}
-    for name, value in values.items():
-        wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
-        if value is not None and not fits(value):
-            raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {shown(state[name])}; {remedy}")
+    check_kinds(file, values, state, remedy)
     kind = _kind(named, values)
     loss = None if kind is None else _loss(kind, values, state, control)
     return TrainerSettings(file, named, values, loss, kind is None and not _is_a_loop(named))
+
+
+def check_kinds(file: Path, values: Mapping[str, Any], told: Mapping[str, Any], remedy: str) -> None:
+    """Check that settings are plain, and those that more is done with of their kind; ``told`` is what stood there."""
+    for name, value in values.items():
+        wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
+        if value is not None and not fits(value):
+            raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {shown(told[name])}; {remedy}")
 
 
 def plain(value: Any, depth: int = 0) -> Any:

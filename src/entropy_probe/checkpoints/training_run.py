@@ -68,7 +68,7 @@ class TrainingRun:
 
     @classmethod
     def of(
-        cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: Path | None = None
+        cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: str | Path | None = None
     ) -> TrainingRun:
         """That of a directory; ``settings`` is the trainer's own config, where it is not beside the checkpoint."""
         beside = member.settings(path)
@@ -78,7 +78,7 @@ class TrainingRun:
                     f"{settings}: expected no trainer's config beside {beside.file}, which tells the settings; leave "
                     "it out"
                 )
-            return cls(path, read_settings(settings), read_log(path), global_step)
+            return cls(path, read_settings(Path(settings)), read_log(path), global_step)
         return cls(path, find_settings(path) if beside is None else beside, read_log(path), global_step)
 
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -166,9 +165,5 @@ def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set
             parts, shape = [own[name] for own in pieces], tuple(size)
             if not 0 <= sum(map(len, parts)) - prod(shape) < len(parts):
                 raise DamagedFileError(f"{file}: {name}: expected pieces of {list(shape)}, got other sizes; {COPY}")
-            frozen[plain_name(name)] = Whole(shape, parts[0].dtype, partial(_cut, parts, shape))
+            frozen[plain_name(name)] = shaped(parts, 0, shape)
     return frozen
-
-
-def _cut(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    return torch.cat(list(parts))[: prod(shape)].reshape(shape)

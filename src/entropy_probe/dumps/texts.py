@@ -68,7 +68,11 @@ def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], long
         if _decoded(tokenizer, ids) != sample.response or (longest is not None and len(ids) > longest):
             failing.append(sample.where)
         restored += not cut
-        responses.append(ids if cut else (*ids, _end(tokenizer)))
+        if not cut and tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer: expected an end token, which texts have lost, got none; set tokenizer.eos_token"
+            )
+        responses.append(ids if cut else (*ids, tokenizer.eos_token_id))
     if len(failing) > MOST_FAILING * len(samples):
         raise ValueError(
             f"{failing[0]}: expected responses that give their text back when they are tokenized again, got "
@@ -76,12 +80,6 @@ def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], long
             "or texts were changed: record token ids in training"
         )
     return Encoded([prompts[repr(sample.prompt)] for sample in samples], responses, len(failing), restored)
-
-
-def _end(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: expected an end token, which texts have lost, got none; set tokenizer.eos_token")
-    return tokenizer.eos_token_id
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int], *, marked: bool = False) -> str:

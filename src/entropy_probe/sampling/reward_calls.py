@@ -136,7 +136,10 @@ class RewardFunction:
             return of_records | {"prompts": prompts, "responses": [sample.text for sample in samples]}
         return of_records | {
             "prompts": [_own(prompt.prompt) for prompt in prompts],
-            "completions": [_completion(sample) for sample in samples],
+            "completions": [
+                s.text if isinstance(s.prompt.prompt, str) else [{"role": "assistant", "content": s.text}]
+                for s in samples
+            ],
             "completion_ids": [list(sample.token_ids) for sample in samples],
             **({} if state is None else {"trainer_state": state}),
             "log_extra": _log,
@@ -221,10 +224,6 @@ def _own(value: Any) -> Any:
 
 def _column(prompt: Prompt, name: str) -> Any:
     return _own(prompt.answer if name == "answer" and name not in prompt.columns else prompt.columns.get(name))
-
-
-def _completion(sample: Sample) -> Any:
-    return sample.text if isinstance(sample.prompt.prompt, str) else [{"role": "assistant", "content": sample.text}]
 
 
 def _ground_truth(prompt: Prompt) -> Any:

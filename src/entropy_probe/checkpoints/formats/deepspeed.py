@@ -29,7 +29,7 @@ from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import Names, read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.pieces import DTENSORS, Whole, as_written_by, optimizer_of_entries
-from entropy_probe.checkpoints.safe_read import StandIn
+from entropy_probe.checkpoints.safe_read import StandIn, is_file_name
 from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters, frozen_tensors
 from entropy_probe.results.note import Note
 
@@ -118,9 +118,7 @@ def _folder(path: Path) -> Path | None:
         )
         return folders[-1] if folders else None
     name = latest.read_bytes()[:300].decode("utf-8", "replace").strip()
-    if not name.isprintable() or Path(name).name != name or name in ("", ".", ".."):
-        return None  # not a folder beside it
-    return path / name if any((path / name).glob("*_states.pt")) else None
+    return path / name if is_file_name(name) and any((path / name).glob("*_states.pt")) else None
 
 
 @dataclass(frozen=True)
