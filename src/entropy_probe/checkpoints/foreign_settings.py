@@ -31,22 +31,16 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one trainer calls its settings.
+    """How one trainer calls its settings."""
 
-    Attributes:
-        name: of the trainer, for people.
-        loss_of: whose losses in ``ProbeConfig(loss=...)`` its loss is one of; None: none that is read from its files.
-        marks: settings of which a file of this trainer has one, and of no other.
-        loss: by the names of the loss where each setting is; the first that is there counts.
-        others: likewise of what else is used.
-        derive: what is said in other ways: given all settings and what was taken, what to add or change.
-    """
-
-    name: str
+    name: str  # of the trainer, for people
+    # whose losses in ``ProbeConfig(loss=...)`` its loss is one of; None: none that is read from its files
     loss_of: str | None
-    marks: tuple[str, ...]
+    marks: tuple[str, ...]  # settings of which a file of this trainer has one, and of no other
+    # by the names of the loss where each setting is; the first that is there counts
     loss: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # likewise of what else is used
+    # what is said in other ways: given all settings and what was taken, what to add or change
     derive: Callable[[Settings, dict[str, Any], dict[str, Any]], None] = lambda settings, loss, others: None
 
 

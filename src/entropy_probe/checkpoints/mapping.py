@@ -24,17 +24,11 @@ StatedMapping = str | Path | Mapping[str, int]
 
 @dataclass(frozen=True)
 class ParameterMapping:
-    """Which parameter each saved index belongs to.
+    """Which parameter each saved index belongs to."""
 
-    Attributes:
-        names: parameter names, in index order.
-        how: where the names came from and what confirmed them.
-        others_frozen: whether parameters of the model that are not among the names were frozen, as where names were
-            recorded.
-    """
-
-    names: tuple[str, ...]
-    how: str
+    names: tuple[str, ...]  # parameter names, in index order
+    how: str  # where the names came from and what confirmed them
+    # whether parameters of the model that are not among the names were frozen, as where names were recorded
     others_frozen: bool = False
 
 

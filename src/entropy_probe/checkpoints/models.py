@@ -198,25 +198,16 @@ def _filled(name: str, weights: Weights, dtype: torch.dtype, device: torch.devic
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter that can be loaded, and what it is put on.
+    """An adapter that can be loaded, and what it is put on."""
 
-    Attributes:
-        directory: where it is.
-        name: its name.
-        config: its configuration.
-        weights: its tensors, by their names in a file of peft.
-        base: the base model's directory or hub name.
-        base_weights: the base model's weights, where they are beside the adapter's and not in ``base``.
-        quantization: how the base model is quantised; None for plain weights.
-    """
-
-    directory: Path
-    name: str
-    config: dict[str, Any]
-    weights: Weights
-    base: str
+    directory: Path  # where it is
+    name: str  # its name
+    config: dict[str, Any]  # its configuration
+    weights: Weights  # its tensors, by their names in a file of peft
+    base: str  # the base model's directory or hub name
+    # the base model's weights, where they are beside the adapter's and not in ``base``
     base_weights: Weights | None = None
-    quantization: FourBit | None = None
+    quantization: FourBit | None = None  # how the base model is quantised; None for plain weights
 
 
 def load_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -263,12 +254,7 @@ def attach_adapter(base: Any, adapter: AdapterFiles, dtype: torch.dtype, device:
 
 
 def _from_pretrained(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    complete: bool = False,
-    quantization: FourBit | None = None,
+    name: str, dtype: torch.dtype, device: torch.device, *, complete: bool = False, quantization: FourBit | None = None
 ) -> Any:
     """A causal language model whose every parameter came from the files; on ``meta`` without their values.
 

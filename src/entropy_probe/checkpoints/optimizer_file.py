@@ -49,25 +49,17 @@ _OTHER_OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """An optimizer file after its structure was checked; ``state[i]`` belongs to the i-th parameter.
+    """An optimizer file after its structure was checked; ``state[i]`` belongs to the i-th parameter."""
 
-    Attributes:
-        path: the file, for messages.
-        kind: the class of optimizer that it is of.
-        groups: the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order.
-        state: what is kept for each parameter by index, as stored.
-        size: bytes of the file, or of the files that it is in.
-        read: how to read a tensor that is without storage yet, by index and key; None where there are none.
-        lists_frozen: whether the groups may hold parameters that were frozen, of which nothing is kept.
-    """
-
-    path: Path
-    kind: OptimizerKind
+    path: Path  # the file, for messages
+    kind: OptimizerKind  # the class of optimizer that it is of
+    # the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order
     groups: tuple[dict[str, Any], ...]
-    state: dict[int, dict[str, Any]]
-    size: int
+    state: dict[int, dict[str, Any]]  # what is kept for each parameter by index, as stored
+    size: int  # bytes of the file, or of the files that it is in
+    # how to read a tensor that is without storage yet, by index and key; None where there are none
     read: Callable[[int, str], Tensor] | None = None
-    lists_frozen: bool = False
+    lists_frozen: bool = False  # whether the groups may hold parameters that were frozen, of which nothing is kept
 
     def loaded(self) -> SavedOptimizer:
         """The same with every tensor read that was left in its files until it was known to fit."""

@@ -24,16 +24,12 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Content:
-    """What a key of a parameter's state holds.
+    """What a key of a parameter's state holds."""
 
-    Attributes:
-        form: a tensor with an element for each of the parameter's (``whole``), its factors over rows or columns, a
-            step count, or one number.
-        low: the smallest value it can have.
-    """
-
+    # a tensor with an element for each of the parameter's (``whole``), its factors over rows or columns, a step count,
+    # or one number
     form: Literal["whole", "rows", "columns", "count", "number"]
-    low: float = -math.inf
+    low: float = -math.inf  # the smallest value it can have
 
 
 SIGNED, SQUARES = Content("whole"), Content("whole", 0.0)
@@ -44,29 +40,18 @@ Contents = dict[str, Content]
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One class of optimizers.
+    """One class of optimizers."""
 
-    Attributes:
-        name: what reports call it.
-        place: its module and name.
-        settings: what every group has.
-        optional: what a group may have besides, as versions differ.
-        contents: what is kept for a parameter of a shape, by its group's settings.
-        keeps_ones: whether factors over rows and columns keep the dimension they were averaged over, of size 1.
-        matrices_only: whether every parameter must have two dimensions.
-        plain_counts: whether step counts are plain numbers, not tensors.
-        eps: how many numbers ``eps`` has, and of those how many, from the first, may be absent.
-    """
-
-    name: str
-    place: tuple[str, str]
-    settings: frozenset[str]
-    optional: frozenset[str]
-    contents: Callable[[Settings, Shape], Contents]
+    name: str  # what reports call it
+    place: tuple[str, str]  # its module and name
+    settings: frozenset[str]  # what every group has
+    optional: frozenset[str]  # what a group may have besides, as versions differ
+    contents: Callable[[Settings, Shape], Contents]  # what is kept for a parameter of a shape, by its group's settings
+    # whether factors over rows and columns keep the dimension they were averaged over, of size 1
     keeps_ones: bool = False
-    matrices_only: bool = False
-    plain_counts: bool = False
-    eps: tuple[int, int] = (1, 0)
+    matrices_only: bool = False  # whether every parameter must have two dimensions
+    plain_counts: bool = False  # whether step counts are plain numbers, not tensors
+    eps: tuple[int, int] = (1, 0)  # how many numbers ``eps`` has, and of those how many, from the first, may be absent
 
     @property
     def public_name(self) -> str:

@@ -92,20 +92,14 @@ class _DTensor(StandIn):
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank has of a ``DTensor``.
+    """What one rank has of a ``DTensor``."""
 
-    Attributes:
-        local: its part.
-        shape: of the whole.
-        dimensions: for each dimension of the mesh of ranks the dimension of the tensor that is divided over it; None
-            where each rank has a copy.
-        coordinate: where in the mesh the rank is; None where the file does not say.
-    """
-
-    local: Tensor
-    shape: tuple[int, ...]
+    local: Tensor  # its part
+    shape: tuple[int, ...]  # of the whole
+    # for each dimension of the mesh of ranks the dimension of the tensor that is divided over it; None where each rank
+    # has a copy
     dimensions: tuple[int | None, ...]
-    coordinate: tuple[int, ...] | None
+    coordinate: tuple[int, ...] | None  # where in the mesh the rank is; None where the file does not say
 
 
 class _ShardedTensor(StandIn):

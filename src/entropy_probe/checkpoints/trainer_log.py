@@ -27,13 +27,9 @@ LOG_FILE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class TrainerLog:
-    """The last training records of a log, the numbers in them.
+    """The last training records of a log, the numbers in them."""
 
-    Attributes:
-        records: by key, in order.
-    """
-
-    records: tuple[dict[str, float], ...]
+    records: tuple[dict[str, float], ...]  # by key, in order
 
     @cached_property
     def keys(self) -> set[str]:

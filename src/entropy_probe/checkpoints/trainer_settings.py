@@ -73,21 +73,15 @@ MOST_TEXT = 200
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What a trainer says of its loss and step.
+    """What a trainer says of its loss and step."""
 
-    Attributes:
-        file: where it says so.
-        trainer: the class that the file is of, or the trainer.
-        values: settings by the trainer's own names: numbers, words, None, and lists and mappings of these.
-        loss: those of the loss, as ``ProbeConfig(loss=...)`` takes them; None where the class does not tell the loss.
-        other_loss: whether the class tells one that is not modelled.
-    """
-
-    file: Path
-    trainer: str
+    file: Path  # where it says so
+    trainer: str  # the class that the file is of, or the trainer
+    # settings by the trainer's own names: numbers, words, None, and lists and mappings of these
     values: Mapping[str, Any]
+    # those of the loss, as ``ProbeConfig(loss=...)`` takes them; None where the class does not tell the loss
     loss: Mapping[str, Any] | None
-    other_loss: bool
+    other_loss: bool  # whether the class tells one that is not modelled
 
 
 def read_training_args(path: Path) -> TrainerSettings | None:

@@ -52,19 +52,12 @@ _OFF: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The settings and the log of the trainer that wrote a checkpoint.
+    """The settings and the log of the trainer that wrote a checkpoint."""
 
-    Attributes:
-        path: the checkpoint directory.
-        settings: what the trainer wrote down; None where it left no file that is read.
-        log: what it logged.
-        global_step: optimizer steps taken.
-    """
-
-    path: Path
-    settings: TrainerSettings | None
-    log: TrainerLog
-    global_step: int | None
+    path: Path  # the checkpoint directory
+    settings: TrainerSettings | None  # what the trainer wrote down; None where it left no file that is read
+    log: TrainerLog  # what it logged
+    global_step: int | None  # optimizer steps taken
 
     @classmethod
     def of(

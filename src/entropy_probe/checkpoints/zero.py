@@ -25,18 +25,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Buffers:
-    """What the ranks hold of one parameter group.
+    """What the ranks hold of one parameter group."""
 
-    Attributes:
-        kept: by key of the optimizer's state, each rank's flat buffer.
-        masters: each rank's flat float32 weights.
-        numbers: by key, what all have alike, as step counts.
-        slices: for each rank the parameters it has elements of: (number, start) in its buffers. Empty in stage 3.
-    """
-
-    kept: dict[str, list[Tensor]]
-    masters: list[Tensor]
-    numbers: dict[str, Any]
+    kept: dict[str, list[Tensor]]  # by key of the optimizer's state, each rank's flat buffer
+    masters: list[Tensor]  # each rank's flat float32 weights
+    numbers: dict[str, Any]  # by key, what all have alike, as step counts
+    # for each rank the parameters it has elements of: (number, start) in its buffers. Empty in stage 3
     slices: list[dict[str, tuple[int, int]]]
 
     @classmethod

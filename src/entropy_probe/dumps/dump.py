@@ -219,21 +219,13 @@ def _mask(sample: Sample, ids: Sequence[int], longest: int | None, end: int | No
 
 @dataclass(frozen=True, eq=False)
 class _Padded:
-    """Sequences side by side, padded on the right.
+    """Sequences side by side, padded on the right."""
 
-    Attributes:
-        input_ids: prompts and responses.
-        attention_mask: where they are.
-        responses: where the responses are.
-        response_mask: which of their tokens count.
-        lengths: of the responses.
-    """
-
-    input_ids: Int[Tensor, "N L"]
-    attention_mask: Bool[Tensor, "N L"]
-    responses: Bool[Tensor, "N L"]
-    response_mask: Bool[Tensor, "N L"]
-    lengths: tuple[int, ...]
+    input_ids: Int[Tensor, "N L"]  # prompts and responses
+    attention_mask: Bool[Tensor, "N L"]  # where they are
+    responses: Bool[Tensor, "N L"]  # where the responses are
+    response_mask: Bool[Tensor, "N L"]  # which of their tokens count
+    lengths: tuple[int, ...]  # of the responses
 
     @classmethod
     def of(

@@ -22,19 +22,12 @@ _USER, _SYSTEM = "What the user says.", "What the system says."
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples with token ids.
+    """Samples with token ids."""
 
-    Attributes:
-        prompts: of each.
-        responses: of each, end tokens restored.
-        failing: responses that do not give their text back.
-        restored: responses that were given their end token back.
-    """
-
-    prompts: list[tuple[int, ...]]
-    responses: list[tuple[int, ...]]
-    failing: int
-    restored: int
+    prompts: list[tuple[int, ...]]  # of each
+    responses: list[tuple[int, ...]]  # of each, end tokens restored
+    failing: int  # responses that do not give their text back
+    restored: int  # responses that were given their end token back
 
 
 def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], longest: int | None) -> Encoded:

@@ -222,12 +222,7 @@ def _note_of_whole(file: Path, on_damaged: Callable[[str], None] | None) -> dict
 
 
 def resample_responses(
-    engine: Engine,
-    rollouts: Rollouts,
-    parameters: SamplingParameters,
-    *,
-    seed: int,
-    tokenizer: Any = None,
+    engine: Engine, rollouts: Rollouts, parameters: SamplingParameters, *, seed: int, tokenizer: Any = None
 ) -> Rollouts:
     """Fresh responses of the policy as it is now, to the prompts of an evaluation batch, in the same order.
 

@@ -13,13 +13,7 @@ from typing import Any, TypedDict, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entropy_probe.sampling.generated import task_records
-from entropy_probe.sampling.records import (
-    callable_records,
-    dataset_records,
-    field_of,
-    jsonl_records,
-    parquet_records,
-)
+from entropy_probe.sampling.records import callable_records, dataset_records, field_of, jsonl_records, parquet_records
 
 
 class Message(TypedDict, total=False):

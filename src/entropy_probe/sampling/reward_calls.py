@@ -58,21 +58,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A reward function and how it is called.
+    """A reward function and how it is called."""
 
-    Attributes:
-        name: for messages.
-        function: the function itself.
-        convention: a key of :data:`CONVENTIONS`.
-        parameters: the parameters that are filled by name.
-        takes_any: whether it takes keywords that no parameter names.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    convention: str
-    parameters: tuple[inspect.Parameter, ...]
-    takes_any: bool
+    name: str  # for messages
+    function: Callable[..., Any]  # the function itself
+    convention: str  # a key of :data:`CONVENTIONS`
+    parameters: tuple[inspect.Parameter, ...]  # the parameters that are filled by name
+    takes_any: bool  # whether it takes keywords that no parameter names
 
     @classmethod
     def of(cls, name: str, function: Callable[..., Any]) -> RewardFunction:

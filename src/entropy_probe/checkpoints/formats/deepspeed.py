@@ -17,13 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import (
-    DamagedFileError,
-    MismatchError,
-    MissingFileError,
-    UnsupportedError,
-    shown,
-)
+from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, MissingFileError, UnsupportedError, shown
 from entropy_probe.checkpoints.formats.base import NO_TRAINER_STATE, CheckpointFormat, StoredTensor, Weights
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import Names, read_objects
@@ -123,31 +117,18 @@ def _folder(path: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class _Saved:
-    """All files of one save.
+    """All files of one save."""
 
-    Attributes:
-        files: of the optimizer, by rank.
-        model_files: of the model, by rank where there are several.
-        size: bytes of all.
-        groups: the optimizer's groups, without parameters.
-        shapes: the trained parameters of each group, in order.
-        buffers: for each group what the ranks hold for it.
-        by_slices: whether the ranks say which part of each parameter they have (ZeRO 1 and 2).
-        dtype: of the weights that the model computes with.
-        frozen: the tensors that were not trained, as far as they were saved.
-        tied: by their second name the first of tensors that have two.
-    """
-
-    files: tuple[Path, ...]
-    model_files: tuple[Path, ...]
-    size: int
-    groups: list[dict[str, Any]]
-    shapes: list[Shapes]
-    buffers: list[Buffers]
-    by_slices: bool
-    dtype: torch.dtype
-    frozen: dict[str, Whole]
-    tied: dict[str, str]
+    files: tuple[Path, ...]  # of the optimizer, by rank
+    model_files: tuple[Path, ...]  # of the model, by rank where there are several
+    size: int  # bytes of all
+    groups: list[dict[str, Any]]  # the optimizer's groups, without parameters
+    shapes: list[Shapes]  # the trained parameters of each group, in order
+    buffers: list[Buffers]  # for each group what the ranks hold for it
+    by_slices: bool  # whether the ranks say which part of each parameter they have (ZeRO 1 and 2)
+    dtype: torch.dtype  # of the weights that the model computes with
+    frozen: dict[str, Whole]  # the tensors that were not trained, as far as they were saved
+    tied: dict[str, str]  # by their second name the first of tensors that have two
 
     @classmethod
     def of(cls, place: Path) -> _Saved:

@@ -118,19 +118,12 @@ def _rank_files(place: Path, kind: str) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class _Model:
-    """The model's files.
+    """The model's files."""
 
-    Attributes:
-        files: by rank.
-        tensors: in the model's own order.
-        tied: those of another name before.
-        copies: how many ranks have the same part.
-    """
-
-    files: tuple[Path, ...]
-    tensors: dict[str, Whole]
-    tied: frozenset[str]
-    copies: int
+    files: tuple[Path, ...]  # by rank
+    tensors: dict[str, Whole]  # in the model's own order
+    tied: frozenset[str]  # those of another name before
+    copies: int  # how many ranks have the same part
 
     @classmethod
     def read(cls, place: Path) -> _Model:
