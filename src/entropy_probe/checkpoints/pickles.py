@@ -52,7 +52,7 @@ def whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
     """
     numbers = tuple(values)
     if len(numbers) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in numbers):
-        raise ValueError(f"it has sizes that are none: {shown(numbers)}")
+        raise ValueError(f"sizes {shown(numbers)}")
     return numbers
 
 
