@@ -97,16 +97,13 @@ class ShardedDirectory:
         directory._check_files()
         return directory
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Bytes of the files with data."""
-        names = {shard.file for entry in self.entries.values() for shard in entry.shards}
-        return sum((self.path / name).stat().st_size for name in names)
+        return sum(self._file_sizes.values())
 
     def _check_files(self) -> None:
-        where = self.path / METADATA
-        sizes = self._file_sizes()
-        declared = 0
+        where, sizes, declared = self.path / METADATA, self._file_sizes, 0
         for entry in self.entries.values():
             for shard in entry.shards:
                 claimed = 0 if entry.dtype is None else math.prod(shard.sizes) * entry.dtype.itemsize
@@ -116,14 +113,15 @@ class ShardedDirectory:
                         f"{where}: {entry.name}: expected {claimed:,} bytes within the {sizes[shard.file]:,} of "
                         f"{shard.file}, got {shard.length:,} from {shard.start:,}; {_COPY}"
                     )
-        if declared > sum(sizes.values()):
+        if declared > self.size:
             raise DamagedFileError(
-                f"{where}: expected tensors of at most the files' {sum(sizes.values()):,} bytes, got {declared:,} "
+                f"{where}: expected tensors of at most the files' {self.size:,} bytes, got {declared:,} "
                 f"declared by tensors that share their data; {_COPY}"
             )
         for entry in self.entries.values():
             _check_cover(f"{where}: {entry.name}", entry)
 
+    @cached_property
     def _file_sizes(self) -> dict[str, int]:
         """Bytes of each file that the index names, all of them files beside it."""
         sizes: dict[str, int] = {}
