@@ -108,7 +108,14 @@ def differentiate(
 
 
 def update_gradient(
-    policy: Policy, update: UpdateBatch, loss: TokenCoefficients, *, store: bool, hooks: Hooks | None, scored: bool
+    policy: Policy,
+    update: UpdateBatch,
+    loss: TokenCoefficients,
+    *,
+    store: bool,
+    hooks: Hooks | None,
+    scored: bool,
+    check: bool = True,
 ) -> SampleGradients:
     """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits.
 
@@ -118,7 +125,8 @@ def update_gradient(
         loss: coefficients of this rank's rows.
         store: keep the shares.
         hooks: where per-sample gradients can be read off the layers.
-        scored: whether the batch was scored and checked before; else it is now, by the scores of this pass.
+        scored: whether the batch was scored before; else it is now, by this pass, and the scores are kept.
+        check: compare the batch with the policy by these.
     """
     fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
     if store and not fits:
@@ -131,6 +139,7 @@ def update_gradient(
         )
     if sheet is not None:
         with policy.on_rank(update.local):
-            scores = sheet.read()
-        policy.check_rollouts("update", scores, update.local, update.rollouts)
+            scores = policy.keep_scores(update.rollouts, update.local, sheet.read())
+        if check:
+            policy.check_rollouts("update", scores, update.local, update.rollouts)
     return gradient

@@ -109,18 +109,23 @@ def plan(
     update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
     # first, since it refuses batches that lack what the loss takes
     loss, scores = update_loss(policy, update, checked=evaluation.is_update)
-    before = before_step(policy, evaluation)
-    if not evaluation.is_update:
+    own = evaluation.is_update
+    if not own:
+        before = before_step(policy, evaluation)
         _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares, scored=scores is not None)
+    gradient = update_gradient(
+        policy, update, loss, store=shares, hooks=hooks, scored=scores is not None, check=not own
+    )
+    if own:  # the update gradient's pass has scored it
+        before = before_step(policy, evaluation)
     if clipped is None:
         source = BatchGradient(update, loss, scores, gradient)
         return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
-    own = clip_gradient(gradient.total, policy.config.max_grad_norm)
-    source = BatchGradient(update, loss, scores, gradient, _agreed(policy, clipped, own.values))
+    ours = clip_gradient(gradient.total, policy.config.max_grad_norm)
+    source = BatchGradient(update, loss, scores, gradient, _agreed(policy, clipped, ours.values))
     step = _step(policy, clipped, clip=False)
-    return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(own, values=clipped)))
+    return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(ours, values=clipped)))
 
 
 def plan_given(
@@ -158,7 +163,8 @@ def plan_given(
     source = GivenGradient(None, None)
     if update is not None and loss is not None:
         coefficients, scores = loss
-        own = _update_gradient(policy, update, evaluation, coefficients, None, shares=False, scored=scores is not None)
+        scored = evaluation.is_update or scores is not None
+        own = update_gradient(policy, update, coefficients, store=False, hooks=None, scored=scored)
         source = GivenGradient(update.rollouts, _agreed(policy, gradient, own.total))
     return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient, clip=clip))
 
@@ -168,20 +174,6 @@ def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement
     if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
         policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
     return agreed
-
-
-def _update_gradient(
-    policy: Policy,
-    update: UpdateBatch,
-    evaluation: EvaluationBatch,
-    loss: TokenCoefficients,
-    hooks: Hooks | None,
-    *,
-    shares: bool,
-    scored: bool,
-) -> SampleGradients:
-    checked = evaluation.is_update or scored
-    return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
 
 
 def _step(policy: Policy, gradient: Gradient, *, clip: bool = True) -> PlannedStep:
