@@ -84,11 +84,7 @@ OTHER_LOSS = NoteKind(
 
 
 def alarms(records: Sequence[StepRecord]) -> tuple[Alarm, ...]:
-    """Every warning of a run, one of each kind, by the step that it was first given at.
-
-    Args:
-        records: of the run, by step.
-    """
+    """Every warning of a run, one of each kind, by the step that it was first given at."""
     given: dict[str, list[tuple[int, Note]]] = {}
     for end, record in enumerate(records, 1):
         for note in alarms_now(records[:end]):
@@ -100,11 +96,7 @@ def alarms(records: Sequence[StepRecord]) -> tuple[Alarm, ...]:
 
 
 def alarms_now(records: Sequence[StepRecord]) -> tuple[Note, ...]:
-    """What the last of these steps, with those before it, warns of.
-
-    Args:
-        records: of the run until now, by step.
-    """
+    """What the last of these steps, with those before it, warns of."""
     return tuple(note for check in CHECKS for note in check(records))
 
 

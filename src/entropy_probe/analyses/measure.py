@@ -68,12 +68,6 @@ def measure(plan: Plan) -> Measured:
 def measure_at(plan: Plan, learning_rate: float | None, phase: str, floor: float | None = None) -> Measured:
     """The realized change of the step at another rate; ``None`` for each group's own.
 
-    Args:
-        plan: the step.
-        learning_rate: of every group.
-        phase: what to report progress under.
-        floor: what rounding does to the change.
-
     Raises:
         ValueError: if the policy after the step gives numbers that are not finite, or the step is not linear in the
             rate.

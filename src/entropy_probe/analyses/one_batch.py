@@ -207,17 +207,7 @@ def _length_slope(
     right_total: dict[str, Tensor],
     relative: dict[str, Tensor],
 ) -> float:
-    """How the statistic changes per nat of H: some clusters' length gradients along ``P mean Y`` of all others.
-
-    Args:
-        policy: what is differentiated.
-        whole: the batch.
-        before: scores of this rank's rows.
-        positions: sums over the whole batch.
-        right: coefficients of ``Y``.
-        right_total: ``sum Y``.
-        relative: P.
-    """
+    """How the statistic changes per nat of H: some clusters' length gradients along ``P mean Y`` of all others."""
     if policy.config.normalization != "token":
         return 0.0
     count, local = whole.clusters.count, whole.local

@@ -92,13 +92,9 @@ def plan(
 ) -> Plan:
     """Score the evaluation batch, differentiate the loss, and plan the step.
 
-    Args:
-        policy: whose step it is.
-        update: the batch it is taken on.
-        evaluation: the batch that entropy is taken on.
-        shares: keep each update prompt's share of the gradient, if they fit.
-        clipped: the trainer's own gradient of this batch, which the step is then taken with as it is. The batch's own
-            says how it divides over prompts, and what clipping multiplied them by.
+    With ``shares`` each update prompt's share of the gradient is kept, if they fit. With ``clipped``, the trainer's own
+    gradient of this batch, the step is taken as it is; the batch's own says how it divides over prompts, and what
+    clipping multiplied them by.
 
     Raises:
         ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
@@ -132,15 +128,10 @@ def plan_given(
     shares: bool = True,
     clip: bool = True,
 ) -> Plan:
-    """Score the evaluation batch, and plan the step of a gradient from outside.
+    """Score the evaluation batch, and plan the step of a checked gradient from outside.
 
-    Args:
-        policy: whose step it is.
-        gradient: as :func:`~entropy_probe.analyses.given.checked_gradient` returns it.
-        update: a batch whose gradient to compare it with, if any.
-        evaluation: the batch that entropy is taken on.
-        shares: prepare to differentiate the entropy cluster by cluster.
-        clip: whether the trainer has still to clip it.
+    That of ``update`` is compared with it. ``shares`` prepares to differentiate the entropy cluster by cluster, and
+    ``clip`` says whether the trainer has still to clip.
 
     Raises:
         ValueError: as :func:`plan`.

@@ -354,7 +354,7 @@ def load_config(
     Args:
         path: the YAML file; None for no settings but those below.
         overrides: dotted ``key=value`` replacements, in order.
-        options: values of command-line options by dotted key, applied last; None leaves a key alone.
+        options: values of command-line options by dotted key, applied last; None and False leave a key alone.
         kind: the class of the config: :class:`RunConfig`, or one that adds a section to it.
         allow_code: whether it may name any function; otherwise those of packages that the user has allowed.
 
@@ -363,7 +363,8 @@ def load_config(
             with the code that it names and may not.
     """
     # JSON values are YAML values, whatever characters they hold.
-    given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
+    chosen = {key: value for key, value in (options or {}).items() if value is not None and value is not False}
+    given = [f"{key}={json.dumps(value, default=str)}" for key, value in chosen.items()]
     settings = {} if path is None else load_yaml(path)
     place = "settings" if path is None else str(path)
     if settings.get("overwrite") not in (None, False):

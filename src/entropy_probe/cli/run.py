@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
-from entropy_probe.cli.options import AllowCode, TrustConfig
+from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, Overwrite, TrustConfig
 from entropy_probe.cli.output import Output, locked, open_output
 from entropy_probe.results.probe import ProbeResult
 
@@ -37,11 +37,8 @@ def run(
             metavar="CONFIG.yaml", help="Settings; relative paths in it are relative to the current directory."
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
     at: Annotated[
         str | None,
         typer.Option(
@@ -51,9 +48,7 @@ def run(
         ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the checkpoint's learning rate.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
-    ] = False,
+    overwrite: Overwrite = False,
     trust_config: TrustConfig = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -65,12 +60,8 @@ def run(
     from entropy_probe.cli.ranks import launched_ranks
     from entropy_probe.cli.report import print_run
 
-    options = {
-        "output_dir": None if output_dir is None else str(output_dir),
-        "probe.learning_rate": learning_rate,
-        "overwrite": overwrite or None,
-        "trust_config": trust_config or None,
-    }
+    options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
+    options["probe.learning_rate"] = learning_rate
     if config is None and at is None:
         raise ValueError("run: expected CONFIG.yaml, or --at RUN_DIR:STEP for a recorded step, got neither; give one")
     if config is not None and at is not None and "=" in str(config):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
-from entropy_probe.cli.options import AllowCode, TrustConfig
+from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, TrustConfig
 from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, locked, open_output
 from entropy_probe.results.record import Kept, SavedRecord, write_atomically
 from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
@@ -32,11 +32,8 @@ def sweep(
         Path,
         typer.Argument(metavar="CONFIG.yaml", help="A run's settings with a section sweep; relative paths as for run."),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as sweep.num=12."),
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier sweep in the output directory and start afresh.")
     ] = False,
@@ -54,11 +51,7 @@ def sweep(
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.report import print_files, print_sections, sweep_sections
 
-    options = {
-        "output_dir": None if output_dir is None else str(output_dir),
-        "overwrite": overwrite or None,
-        "trust_config": trust_config or None,
-    }
+    options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options, SweepConfig, allow_code=allow_code)
         assert isinstance(settings, SweepConfig)

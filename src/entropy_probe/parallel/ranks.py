@@ -213,9 +213,6 @@ class SameWork:
 
     What there is per sequence or cluster is whole on each of them, and gradients come summed from the model. Rank 0's
     numbers count, so that rounding cannot make the ranks decide differently.
-
-    Args:
-        ranks: all of them.
     """
 
     rank, size = 0, 1
