@@ -66,7 +66,7 @@ def measured_noise_floor(
 
     def change_at(draw: int, sign: int) -> Change:
         with ranks.agreeing(), parameters_at(parameters, _moved(parameters, config.autocast, draw, sign)):
-            again = scorer.score_again(few_rollouts)
+            again = scorer.score(few_rollouts, share=False)
         change = measure_change(few_before, again, few, positions, uncut, ranks).change
         if change is None:
             raise ValueError(

@@ -101,20 +101,15 @@ def plan(
     """
     policy.config.loss.check_model(getattr(policy.model, "config", None))
     policy.log.not_modelled += of_model(policy.model)
-    policy.prepare(update.rollouts, evaluation.rollouts)
-    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    # first, since it refuses batches that lack what the loss takes
-    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
-    before = before_step(policy, evaluation)
-    if not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
+    scored = _scored(policy, update, evaluation)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares, scored=scores is not None)
+    gradient = scored.gradient(policy, store=shares, hooks=hooks)
+    before, given = scored.before, (scored.update, scored.loss, scored.scores, gradient)
     if clipped is None:
-        source = BatchGradient(update, loss, scores, gradient)
+        source = BatchGradient(*given)
         return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
     own = clip_gradient(gradient.total, policy.config.max_grad_norm)
-    source = BatchGradient(update, loss, scores, gradient, _agreed(policy, clipped, own.values))
+    source = BatchGradient(*given, _agreed(policy, clipped, own.values))
     step = _step(policy, clipped, clip=False)
     return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(own, values=clipped)))
 
@@ -136,22 +131,44 @@ def plan_given(
     Raises:
         ValueError: as :func:`plan`.
     """
-    batches = (evaluation,) if update is None else (update, evaluation)
-    policy.prepare(*(batch.rollouts for batch in batches))
-    if update is not None:
-        update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
-    before = before_step(policy, evaluation)
-    if update is not None and not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
+    scored, source = None, GivenGradient(None, None)
+    if update is None:
+        policy.prepare(evaluation.rollouts)
+        before = before_step(policy, evaluation)
+    else:
+        scored = _scored(policy, update, evaluation)
+        before = scored.before
     hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
     policy.log.notes.append(GRADIENT_GIVEN())
-    source = GivenGradient(None, None)
-    if update is not None and loss is not None:
-        coefficients, scores = loss
-        own = _update_gradient(policy, update, evaluation, coefficients, None, shares=False, scored=scores is not None)
-        source = GivenGradient(update.rollouts, _agreed(policy, gradient, own.total))
+    if scored is not None:
+        own = scored.gradient(policy, store=False, hooks=None)
+        source = GivenGradient(scored.update.rollouts, _agreed(policy, gradient, own.total))
     return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient, clip=clip))
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """Both batches before the step: the update batch with its reference, its loss, and the evaluation batch."""
+
+    update: UpdateBatch
+    loss: TokenCoefficients
+    scores: TokenScores | None
+    before: Before
+    checked: bool  # whether the update batch has been held against the policy
+
+    def gradient(self, policy: Policy, *, store: bool, hooks: Hooks | None) -> SampleGradients:
+        return update_gradient(policy, self.update, self.loss, store=store, hooks=hooks, scored=self.checked)
+
+
+def _scored(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) -> _Scored:
+    policy.prepare(update.rollouts, evaluation.rollouts)
+    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    # first, since it refuses batches that lack what the loss takes
+    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
+    before = before_step(policy, evaluation)
+    if not evaluation.is_update:
+        _note_shared_sequences(policy, update, evaluation, before)
+    return _Scored(update, loss, scores, before, evaluation.is_update or scores is not None)
 
 
 def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement:
@@ -159,20 +176,6 @@ def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement
     if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
         policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
     return agreed
-
-
-def _update_gradient(
-    policy: Policy,
-    update: UpdateBatch,
-    evaluation: EvaluationBatch,
-    loss: TokenCoefficients,
-    hooks: Hooks | None,
-    *,
-    shares: bool,
-    scored: bool,
-) -> SampleGradients:
-    checked = evaluation.is_update or scored
-    return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
 
 
 def _step(policy: Policy, gradient: Gradient, *, clip: bool = True) -> PlannedStep:
