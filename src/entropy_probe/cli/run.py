@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,12 +52,10 @@ def run(
     allow_code: AllowCode = False,
 ) -> None:
     """Probe a checkpoint: predict the next step's entropy change, and measure it."""
-    from rich.console import Console
-
     from entropy_probe.cli.at import recorded_step
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
-    from entropy_probe.cli.report import print_run
+    from entropy_probe.cli.report import run_report
 
     options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
     options["probe.learning_rate"] = learning_rate
@@ -73,7 +70,7 @@ def run(
         settings = load_config(config, overrides or (), options, allow_code=allow_code)
         result = probe_checkpoint(settings, ranks, step=step)
         if ranks.rank == 0:
-            print_run(settings.output_dir, result, Console())
+            run_report(settings.output_dir, result).show()
 
 
 def open_checkpoint(config: RunConfig) -> CheckpointState:
@@ -168,7 +165,7 @@ def probe_checkpoint(
     from entropy_probe.analyses.validate import check_halves
     from entropy_probe.cli.from_checkpoint import with_trainer_settings
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.report import write_run_report
+    from entropy_probe.cli.report import run_report
 
     config, of_config = with_trainer_settings(config)
     writing = ranks.rank == 0
@@ -187,7 +184,7 @@ def probe_checkpoint(
         else:
             sources = replace(sources, notes=(*of_config, *sources.notes))
             result = _probe_into(output, sources, ranks, progress, halves, step)
-        output.finish(partial(write_run_report, output.path, result))
+        output.finish(lambda: run_report(output.path, result).write())
     return result
 
 
@@ -202,7 +199,7 @@ def _probe_into(
     """Load, sample, probe and validate; rank 0 writes what comes of it."""
     from entropy_probe.analyses.log_check import against_log
     from entropy_probe.analyses.provenance import Clock
-    from entropy_probe.cli.report import write_run_report
+    from entropy_probe.cli.report import run_report
 
     config, clock = output.config, Clock(progress)
     probe, state = open_probe(config, sources, ranks, clock)
@@ -235,7 +232,7 @@ def _probe_into(
             )
         except BaseException:
             if output.writes:
-                write_run_report(output.path, result)
+                run_report(output.path, result).write()
             raise
         if output.writes:
             validation.save(output.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -44,12 +43,10 @@ def sweep(
 
     A sweep that was interrupted resumes where it stopped when the same command is given again.
     """
-    from rich.console import Console
-
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
+    from entropy_probe.cli.report import sweep_report
     from entropy_probe.cli.sweep_config import SweepConfig
-    from entropy_probe.report import print_files, print_sections, sweep_sections
 
     options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
     with launched_ranks() as ranks:
@@ -57,9 +54,7 @@ def sweep(
         assert isinstance(settings, SweepConfig)
         sweeps = sweep_checkpoints(settings, ranks)
         if ranks.rank == 0:
-            console = Console()
-            print_sections(sweep_sections(sweeps), console)
-            print_files(settings.output_dir, console)
+            sweep_report(settings.output_dir, sweeps).show()
 
 
 def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
@@ -76,7 +71,7 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
 
 def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) -> dict[str, Sweep]:
     """A sweep for each of several checkpoints, and what compares them."""
-    from entropy_probe.cli.report import write_sweep_report
+    from entropy_probe.cli.report import sweep_report
 
     writing = ranks.rank == 0
     if writing:
@@ -87,7 +82,7 @@ def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) 
         with locked(one.output_dir) if writing else nullcontext():
             sweeps[one.output_dir.name] = sweep_checkpoint(one, ranks)
     if writing:
-        write_sweep_report(config.output_dir, sweeps)
+        sweep_report(config.output_dir, sweeps).write()
     return sweeps
 
 
@@ -99,7 +94,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     from entropy_probe.cli.batches import read_sources
     from entropy_probe.cli.from_checkpoint import with_trainer_settings
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.report import write_sweep_report
+    from entropy_probe.cli.report import sweep_report
 
     settings, of_config = with_trainer_settings(config)
     assert isinstance(settings, type(config))
@@ -112,7 +107,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
         else:
             sources = replace(sources, notes=(*of_config, *sources.notes))
             sweep = _sweep_into(output, config, sources, ranks, progress)
-    output.finish(partial(write_sweep_report, output.path, {"": sweep}))
+    output.finish(lambda: sweep_report(output.path, {"": sweep}).write())
     return sweep
 
 

@@ -26,11 +26,9 @@ def validate(
 
     Writes what a run writes, then validation.json beside it.
     """
-    from rich.console import Console
-
     from entropy_probe.cli.config import ValidateConfig, load_config
     from entropy_probe.cli.ranks import launched_ranks
-    from entropy_probe.cli.report import print_run
+    from entropy_probe.cli.report import run_report
     from entropy_probe.cli.run import probe_checkpoint
 
     options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
@@ -38,4 +36,4 @@ def validate(
         settings = load_config(config, overrides or (), options, ValidateConfig, allow_code=allow_code)
         result = probe_checkpoint(settings, ranks, (subsets, seed))
         if ranks.rank == 0:
-            print_run(settings.output_dir, result, Console())
+            run_report(settings.output_dir, result).show()
