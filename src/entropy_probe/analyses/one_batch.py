@@ -211,18 +211,7 @@ def _length_slope(
     relative: dict[str, Tensor],
     hooks: Hooks | None,
 ) -> float:
-    """How the statistic changes per nat of H: some clusters' length gradients along ``P mean Y`` of all others.
-
-    Args:
-        policy: what is differentiated.
-        whole: the batch.
-        before: scores of this rank's rows.
-        positions: sums over the whole batch.
-        right: coefficients of ``Y``.
-        products: ``sum Y``, and all of them where they were kept.
-        relative: P.
-        hooks: where per-sample gradients can be read off the layers.
-    """
+    """How the statistic changes per nat of H: some clusters' length gradients along ``P mean Y`` of all others."""
     if policy.config.normalization != "token":
         return 0.0
     count, local = whole.clusters.count, whole.local
