@@ -190,7 +190,7 @@ def _of_policy(
     moved = partial(movement_status, model=model, request=request, start=start)
     own = entries_of_policy(saved, model.layout, request.policy, moved)
     others = saved.num_parameters - own.num_parameters
-    told = request.policy is not None or any("param_names" in group for group in saved.groups)
+    told = request.policy is not None or saved.has_names
     by = "" if told else " + movement"
     return own, others, f"{by}; {others} entries of another model are set aside" if others else ""
 
@@ -304,7 +304,7 @@ def _map(
     are as in the model that training started from are taken as frozen.
     """
     moved = partial(movement_status, saved, model=model, request=request, start=start)
-    recorded = manifest is not None or any("param_names" in group for group in saved.groups)
+    recorded = manifest is not None or saved.has_names
     known = recorded or request.mapping is not None
     if known or start is None or saved.num_parameters >= len(model.layout.parameters):
         return map_parameters(saved, model.layout, manifest, request.mapping, moved)

@@ -48,7 +48,7 @@ def map_parameters(
         raise MappingError(f"{saved.path}: expected at least one trained parameter, got none; nothing would step")
     shapes = layout.shapes
     recorded: list[tuple[tuple[str, ...], str]] = []
-    if any("param_names" in group for group in saved.groups):
+    if saved.has_names:
         by = "the model's files, in order" if saved.lists_frozen else "names"
         recorded.append((names_in_file(saved), f"{by} ({saved.num_parameters} tensors)"))
     if manifest is not None:
@@ -127,7 +127,7 @@ def without_frozen(saved: SavedOptimizer, layout: Layout) -> SavedOptimizer:
     """
     if len(layout.names) == len(layout.parameters):
         return saved
-    if any("param_names" in group for group in saved.groups):
+    if saved.has_names:
         frozen = set(layout.names) - layout.parameters.keys()
         kept = [i for i, name in enumerate(names_in_file(saved)) if i in saved.state or name not in frozen]
     else:

@@ -100,6 +100,11 @@ class SavedOptimizer:
         return tuple(len(group["params"]) for group in self.groups)
 
     @property
+    def has_names(self) -> bool:
+        """Whether its groups name their parameters."""
+        return any("param_names" in group for group in self.groups)
+
+    @property
     def is_adam(self) -> bool:
         """Whether it is of ``torch.optim.Adam`` or ``AdamW``, whose step is known in parts."""
         return self.kind in (ADAM, ADAMW, ADAMW_8BIT)

@@ -138,16 +138,17 @@ class VerlLoss(Loss, frozen=True):
         early = {
             "use_legacy_worker_impl": (
                 self.use_legacy_worker_impl == "enable" and self.version >= "0.8.0",
-                "0.7.1",
-                "up",
+                "up to verl 0.7.1",
             ),
-            "kl_loss_type": (self.kl_loss_type.endswith("+") and self.version < "0.8.0", "0.8.0", "from"),
-            "rollout_is_threshold": ("_" in str(self.rollout_is_threshold) and self.version < "0.8.0", "0.8.0", "from"),
-            "rollout_rs": (self.rollout_rs is not None and self.version < "0.7.1", "0.7.1", "from"),
+            "kl_loss_type": (self.kl_loss_type.endswith("+") and self.version < "0.8.0", "from verl 0.8.0 on"),
+            "rollout_is_threshold": (
+                "_" in str(self.rollout_is_threshold) and self.version < "0.8.0",
+                "from verl 0.8.0 on",
+            ),
+            "rollout_rs": (self.rollout_rs is not None and self.version < "0.7.1", "from verl 0.7.1 on"),
         }
-        for name, (wrong, bound, side) in early.items():
+        for name, (wrong, range_) in early.items():
             if wrong:
-                range_ = f"up to verl {bound}" if side == "up" else f"from verl {bound} on"
                 raise ValueError(f"loss.{name}: {getattr(self, name)} is known {range_}, got version {self.version}")
         return self
 
