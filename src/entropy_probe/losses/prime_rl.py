@@ -21,17 +21,9 @@ from entropy_probe.types import TokenCoefficients, TokenScores
 FIRST = ("0.2", "0.3", "0.4")
 """Versions of the loss with bounds on ratios; since then they are on probabilities."""
 PER_PROCESS = (*FIRST, "0.5")
-OF_FIRST = tuple(
-    [
-        "ratio_type",
-        "token_mask_low",
-        "token_mask_high",
-        "geo_mask_low",
-        "geo_mask_high",
-        "sequence_mask_low",
-        "sequence_mask_high",
-        "sequence_clip_high",
-    ]
+OF_FIRST = (
+    *("ratio_type", "token_mask_low", "token_mask_high", "geo_mask_low", "geo_mask_high"),
+    *("sequence_mask_low", "sequence_mask_high", "sequence_clip_high"),
 )
 OF_SECOND = ("ipo_mask_low", "ipo_mask_high")
 OF_PRESENT = ("type", "dppo_mask_low", "dppo_mask_high", "ipo_threshold")

@@ -135,19 +135,14 @@ class VerlLoss(Loss, frozen=True):
         for name in (self.loss_mode, self.loss_agg_mode):
             if self.version < SINCE.get(name, ""):
                 raise ValueError(f"{name} came with verl {SINCE[name]}, got version {self.version}; set the right one")
-        early = {
-            "use_legacy_worker_impl": (
-                self.use_legacy_worker_impl == "enable" and self.version >= "0.8.0",
-                "up to verl 0.7.1",
-            ),
-            "kl_loss_type": (self.kl_loss_type.endswith("+") and self.version < "0.8.0", "from verl 0.8.0 on"),
-            "rollout_is_threshold": (
-                "_" in str(self.rollout_is_threshold) and self.version < "0.8.0",
-                "from verl 0.8.0 on",
-            ),
+        early, since_08 = self.version < "0.8.0", "from verl 0.8.0 on"
+        misplaced = {
+            "use_legacy_worker_impl": (self.use_legacy_worker_impl == "enable" and not early, "up to verl 0.7.1"),
+            "kl_loss_type": (self.kl_loss_type.endswith("+") and early, since_08),
+            "rollout_is_threshold": ("_" in str(self.rollout_is_threshold) and early, since_08),
             "rollout_rs": (self.rollout_rs is not None and self.version < "0.7.1", "from verl 0.7.1 on"),
         }
-        for name, (wrong, range_) in early.items():
+        for name, (wrong, range_) in misplaced.items():
             if wrong:
                 raise ValueError(f"loss.{name}: {getattr(self, name)} is known {range_}, got version {self.version}")
         return self
