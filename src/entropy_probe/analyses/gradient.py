@@ -97,11 +97,19 @@ def differentiate(
 
 
 def update_gradient(
-    policy: Policy, update: UpdateBatch, loss: TokenCoefficients, *, store: bool, hooks: Hooks | None, scored: bool
+    policy: Policy,
+    update: UpdateBatch,
+    loss: TokenCoefficients,
+    *,
+    store: bool,
+    hooks: Hooks | None,
+    scored: bool,
+    check: bool = True,
 ) -> SampleGradients:
     """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits.
 
-    A batch that was not scored and checked before is now, by the scores of this pass.
+    A batch that was not scored before is now, by this pass, and the scores are kept; ``check`` holds it against the
+    policy by these.
     """
     fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
     if store and not fits:
@@ -114,6 +122,7 @@ def update_gradient(
         )
     if sheet is not None:
         with policy.on_rank(update.local):
-            scores = sheet.read()
-        policy.check_rollouts("update", scores, update.local, update.rollouts)
+            scores = policy.keep_scores(update.rollouts, update.local, sheet.read())
+        if check:
+            policy.check_rollouts("update", scores, update.local, update.rollouts)
     return gradient

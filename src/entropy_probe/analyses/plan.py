@@ -101,17 +101,27 @@ def plan(
     """
     policy.config.loss.check_model(getattr(policy.model, "config", None))
     policy.log.not_modelled += of_model(policy.model)
-    scored = _scored(policy, update, evaluation)
+    policy.prepare(update.rollouts, evaluation.rollouts)
+    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    # first, since it refuses batches that lack what the loss takes
+    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
+    own = evaluation.is_update
+    if not own:
+        before = before_step(policy, evaluation)
+        _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    gradient = scored.gradient(policy, store=shares, hooks=hooks)
-    before, given = scored.before, (scored.update, scored.loss, scored.scores, gradient)
+    gradient = update_gradient(
+        policy, update, loss, store=shares, hooks=hooks, scored=scores is not None, check=not own
+    )
+    if own:  # the update gradient's pass has scored it
+        before = before_step(policy, evaluation)
     if clipped is None:
-        source = BatchGradient(*given)
+        source = BatchGradient(update, loss, scores, gradient)
         return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
-    own = clip_gradient(gradient.total, policy.config.max_grad_norm)
-    source = BatchGradient(*given, _agreed(policy, clipped, own.values))
+    ours = clip_gradient(gradient.total, policy.config.max_grad_norm)
+    source = BatchGradient(update, loss, scores, gradient, _agreed(policy, clipped, ours.values))
     step = _step(policy, clipped, clip=False)
-    return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(own, values=clipped)))
+    return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(ours, values=clipped)))
 
 
 def plan_given(
@@ -126,49 +136,28 @@ def plan_given(
     """Score the evaluation batch, and plan the step of a checked gradient from outside.
 
     That of ``update`` is compared with it. ``shares`` prepares to differentiate the entropy cluster by cluster, and
-    ``clip`` says whether the trainer has still to clip.
+    ``clip`` says whether the trainer has still to clip it.
 
     Raises:
         ValueError: as :func:`plan`.
     """
-    scored, source = None, GivenGradient(None, None)
-    if update is None:
-        policy.prepare(evaluation.rollouts)
-        before = before_step(policy, evaluation)
-    else:
-        scored = _scored(policy, update, evaluation)
-        before = scored.before
+    batches = (evaluation,) if update is None else (update, evaluation)
+    policy.prepare(*(batch.rollouts for batch in batches))
+    if update is not None:
+        update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
+    before = before_step(policy, evaluation)
+    if update is not None and not evaluation.is_update:
+        _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
     policy.log.notes.append(GRADIENT_GIVEN())
-    if scored is not None:
-        own = scored.gradient(policy, store=False, hooks=None)
-        source = GivenGradient(scored.update.rollouts, _agreed(policy, gradient, own.total))
+    source = GivenGradient(None, None)
+    if update is not None and loss is not None:
+        coefficients, scores = loss
+        scored = evaluation.is_update or scores is not None
+        own = update_gradient(policy, update, coefficients, store=False, hooks=None, scored=scored)
+        source = GivenGradient(update.rollouts, _agreed(policy, gradient, own.total))
     return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient, clip=clip))
-
-
-@dataclass(frozen=True, eq=False)
-class _Scored:
-    """Both batches before the step: the update batch with its reference, its loss, and the evaluation batch."""
-
-    update: UpdateBatch
-    loss: TokenCoefficients
-    scores: TokenScores | None
-    before: Before
-    checked: bool  # whether the update batch has been held against the policy
-
-    def gradient(self, policy: Policy, *, store: bool, hooks: Hooks | None) -> SampleGradients:
-        return update_gradient(policy, self.update, self.loss, store=store, hooks=hooks, scored=self.checked)
-
-
-def _scored(policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch) -> _Scored:
-    policy.prepare(update.rollouts, evaluation.rollouts)
-    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    # first, since it refuses batches that lack what the loss takes
-    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
-    before = before_step(policy, evaluation)
-    if not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
-    return _Scored(update, loss, scores, before, evaluation.is_update or scores is not None)
 
 
 def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement:

@@ -204,21 +204,28 @@ class Policy:
                 raise
 
     def reference_scores(self, batch: Rollouts, local: LocalRows, phase: str) -> TokenScores:
-        """Scores of some rows of a batch at the policy as it is; computed once for the same policy and rows.
+        """Scores of some rows of a batch at the policy as it is; computed once for the same policy and rows."""
+        own = local.select(batch)
+        with self.clock.phase(phase) as progress, self.on_rank(local):
+            return self.cache.get(self._key(batch, own), lambda: self.scorer.score(own, progress))
+
+    def keep_scores(self, batch: Rollouts, local: LocalRows, scores: TokenScores) -> TokenScores:
+        """Keep scores that another pass came by, as :meth:`reference_scores` keeps its own; returns what is kept."""
+        return self.cache.get(self._key(batch, local.select(batch)), lambda: scores)
+
+    def _key(self, batch: Rollouts, own: Rollouts) -> str:
+        """What the scores of some rows of a batch are found again by.
 
         Not all that makes a policy is in its parameters and buffers (which adapter is active, say), so what it makes of
         the shortest sequence is part of what it is recognised by.
         """
         scorer, model = self.scorer, self.model
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
-        own = local.select(batch)
-        with self.clock.phase(phase) as progress, self.on_rank(local):
-            seen = scorer.shortest_scores(batch)
-            state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
-            if scorer.sharded:
-                state = " ".join(self.ranks.gather(state))  # all score, or none does
-            key = f"{state} {rollouts_fingerprint(own)} {how}"
-            return self.cache.get(key, lambda: scorer.score(own, progress))
+        seen = scorer.shortest_scores(batch)
+        state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
+        if scorer.sharded:
+            state = " ".join(self.ranks.gather(state))  # all score, or none does
+        return f"{state} {rollouts_fingerprint(own)} {how}"
 
     def check_rollouts(self, role: Role, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> TokenScores:
         """Compare a batch with the policy: its tokens, and the sampler's own log-probabilities if there are any.
