@@ -25,8 +25,6 @@ from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.plan import PlannedStep, plan_step
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["BatchGradient", "Plan", "before_step", "plan", "plan_given"]
-
 
 @dataclass(frozen=True, eq=False)
 class BatchGradient:
