@@ -40,8 +40,6 @@ from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import Clusters, TokenCoefficients
 
-__all__ = ["Folds", "attribute", "check_divides", "check_folds"]
-
 Folds = int | Literal["auto"] | None
 USUAL_FOLDS = 8
 """Their errors are themselves known to a quarter."""

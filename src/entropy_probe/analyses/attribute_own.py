@@ -19,8 +19,6 @@ from entropy_probe.scoring.slopes import SlopeMethod
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["OwnTerms", "own_terms", "token_contributions"]
-
 
 @dataclass(frozen=True, eq=False)
 class OwnTerms:

@@ -22,8 +22,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient, is_adam
 from entropy_probe.types import Clusters
 
-__all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admit_evaluation", "admitted"]
-
 
 @dataclass(frozen=True, eq=False)
 class UpdateBatch:

@@ -18,8 +18,6 @@ from entropy_probe.results.probe import GradientAgreement
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient
 
-__all__ = ["GRADIENTS_DIFFER", "GRADIENT_GIVEN", "GivenGradient", "agreement", "checked_gradient"]
-
 TAKE = (
     "take it after the backward pass, before clipping, as {name: p.grad for name, p in model.named_parameters() if "
     "p.requires_grad}"

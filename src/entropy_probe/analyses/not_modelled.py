@@ -17,8 +17,6 @@ from entropy_probe.parallel.shards import count
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.steps.precision import MIN_SHARE, NARROW, exact_share, fits, step_dtypes, trained
 
-__all__ = ["MASTER_WEIGHTS", "PRECISION_UNKNOWN", "of_frozen_geometry", "of_model", "of_rounding", "unrounded"]
-
 MASTER_WEIGHTS = NoteKind(
     "master_weights",
     "the trained weights are numbers of {kind}, and the optimizer's state is wider, as where a trainer adds its steps "

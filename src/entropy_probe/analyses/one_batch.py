@@ -32,8 +32,6 @@ from entropy_probe.results.probe import CrossPrompt, PreconditionerReport, Probe
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
-__all__ = ["one_batch"]
-
 MAX_CLUSTERS = 128
 """More prompts than this are put into blocks, unless asked otherwise."""
 MIN_BLOCKS = 16

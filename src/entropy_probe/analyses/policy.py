@@ -34,8 +34,6 @@ from entropy_probe.scoring.precision import precisions
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
 
-__all__ = ["Log", "Policy", "Resample", "check_device", "check_dtype", "open_policy"]
-
 LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 LOW = (
     "computed in {precision}: log-probabilities are quantised; measured on small models, that costs the realized "

@@ -36,8 +36,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenScores
 
-__all__ = ["Checked", "PolicyCheck", "StaleRolloutsError"]
-
 FEW = 96
 """Sequences that are scored at other temperatures, once something is wrong."""
 NEWTON_STEPS = 5

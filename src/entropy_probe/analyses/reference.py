@@ -18,8 +18,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 
-__all__ = ["check_reference", "with_reference"]
-
 COPY = "ref"
 """The adapter in which TRL keeps a copy of the one that training started from."""
 ADAPTER_OFF = NoteKind(

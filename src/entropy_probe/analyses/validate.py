@@ -40,8 +40,6 @@ from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import PlannedStep
 
-__all__ = ["check_halves", "distinct_halves", "validate"]
-
 MIN_PROMPTS = 4
 MIN_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
 ROUNDING = 1e-9

@@ -16,8 +16,6 @@ from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yam
 from entropy_probe.config import ProbeConfig
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
-__all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config", "with_paths"]
-
 
 class SavedRollouts(BaseModel):
     """Rollouts that are read instead of sampled: Parquet of ours, or what a trainer left of its own.

@@ -8,23 +8,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = [
-    "Adapter",
-    "AllowCode",
-    "BaseModel",
-    "Copy",
-    "Mapping",
-    "OutputDir",
-    "Overrides",
-    "Overwrite",
-    "Policy",
-    "Quantization",
-    "TrainerConfig",
-    "TrustConfig",
-    "parse_mapping",
-    "parse_quantization",
-]
-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.results.sweep import Sweep
 
-__all__ = ["Report", "report", "run_report", "sweep_report"]
-
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="RESULT_DIR", help="A run's or a sweep's output directory.")],

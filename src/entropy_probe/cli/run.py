@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from entropy_probe.results.note import Note
     from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = ["open_checkpoint", "open_probe", "probe_checkpoint", "run"]
-
 
 def run(
     config: Annotated[

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.parallel.ranks import Ranks
 
-__all__ = ["load_sweeps", "open_index", "sweep"]
-
 INDEX_FILE = "sweeps.json"
 
 

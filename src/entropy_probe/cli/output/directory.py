@@ -25,19 +25,6 @@ if TYPE_CHECKING:
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.results.note import Note
 
-__all__ = [
-    "ANSWERS",
-    "CONFIG_FILE",
-    "FIGURES",
-    "OWN_FILES",
-    "POINTS",
-    "Output",
-    "check_new",
-    "open_output",
-    "say",
-    "unfinished",
-]
-
 CONFIG_FILE = "config.yaml"
 FIGURES, POINTS, SHARDS, ANSWERS = "figures", "points", "evaluation", "answers"
 FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS)
