@@ -260,7 +260,7 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
 def check_entries(saved: SavedOptimizer) -> None:
     """Check that every parameter has what its optimizer keeps: tensors that fit one shape, and a step count.
 
-    Adam's may lack entries, which the weights then have to explain (``Examination``); not all of them.
+    Adam's may lack entries, which the weights then have to explain; not all of them.
     """
     path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
