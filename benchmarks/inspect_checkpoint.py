@@ -18,8 +18,9 @@ from statistics import median
 import torch
 
 from entropy_probe.checkpoints import inspect_checkpoint
+from entropy_probe.checkpoints.grouping import grouping_rules
 from entropy_probe.checkpoints.libraries import quiet
-from entropy_probe.checkpoints.parameters import grouping_rules, layout_of
+from entropy_probe.checkpoints.parameters import layout_of
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.demo.policy import build_model
 
