@@ -37,7 +37,7 @@ def make(directory: Path, *, lora: bool, layers: int, width: int) -> Path:
         model.name_or_path = str(directory / "base")
         model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS))
     parameters = dict(model.named_parameters())
-    decay, no_decay = grouping_rules(layout_of(model))["hf-trainer-patterns"]
+    decay, no_decay = grouping_rules(layout_of(model))["hf-trainer-patterns"].groups
     groups = [{"params": [parameters[n] for n in names], "weight_decay": 0.0} for names in (decay, no_decay)]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     for _ in range(3):
