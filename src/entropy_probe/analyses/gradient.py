@@ -106,8 +106,8 @@ def update_gradient(
 ) -> SampleGradients:
     """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits.
 
-    A batch that was not scored before is now, by this pass, and the scores are kept; ``check`` holds it against the
-    policy by these.
+    A batch that was not scored before is now, by this pass, and the scores are kept; with ``check`` the batch is held
+    against the policy by these.
     """
     fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
     if store and not fits:

@@ -99,27 +99,14 @@ def plan(
     """
     policy.config.loss.check_model(getattr(policy.model, "config", None))
     policy.log.not_modelled += of_model(policy.model)
-    policy.prepare(update.rollouts, evaluation.rollouts)
-    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    # first, since it refuses batches that lack what the loss takes
-    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
-    own = evaluation.is_update
-    if not own:
-        before = before_step(policy, evaluation)
-        _note_shared_sequences(policy, update, evaluation, before)
-    hooks = policy.choose_hooks(update.rollouts) if shares else None
-    gradient = update_gradient(
-        policy, update, loss, store=shares, hooks=hooks, scored=scores is not None, check=not own
-    )
-    if own:  # the update gradient's pass has scored it
-        before = before_step(policy, evaluation)
+    source, before, hooks = _differentiated(policy, update, evaluation, shares=shares)
+    total = source.gradient.total
     if clipped is None:
-        source = BatchGradient(update, loss, scores, gradient)
-        return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
-    ours = clip_gradient(gradient.total, policy.config.max_grad_norm)
-    source = BatchGradient(update, loss, scores, gradient, _agreed(policy, clipped, ours.values))
+        return Plan(policy, evaluation, before, hooks, source, _step(policy, total))
+    own = clip_gradient(total, policy.config.max_grad_norm)
+    source = replace(source, agreement=_agreed(policy, clipped, own.values))
     step = _step(policy, clipped, clip=False)
-    return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(ours, values=clipped)))
+    return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(own, values=clipped)))
 
 
 def plan_given(
@@ -139,23 +126,33 @@ def plan_given(
     Raises:
         ValueError: as :func:`plan`.
     """
-    batches = (evaluation,) if update is None else (update, evaluation)
-    policy.prepare(*(batch.rollouts for batch in batches))
-    if update is not None:
-        update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
-    before = before_step(policy, evaluation)
-    if update is not None and not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
-    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
-    policy.log.notes.append(GRADIENT_GIVEN())
     source = GivenGradient(None, None)
-    if update is not None and loss is not None:
-        coefficients, scores = loss
-        scored = evaluation.is_update or scores is not None
-        own = update_gradient(policy, update, coefficients, store=False, hooks=None, scored=scored)
-        source = GivenGradient(update.rollouts, _agreed(policy, gradient, own.total))
+    policy.log.notes.append(GRADIENT_GIVEN())
+    if update is None:
+        policy.prepare(evaluation.rollouts)
+        before = before_step(policy, evaluation)
+    else:
+        batch, before, _ = _differentiated(policy, update, evaluation, shares=False)
+        source = GivenGradient(update.rollouts, _agreed(policy, gradient, batch.gradient.total))
+    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
     return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient, clip=clip))
+
+
+def _differentiated(
+    policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool
+) -> tuple[BatchGradient, Before, Hooks | None]:
+    """The gradient of the loss, and the evaluation batch before the step; a step's own batch is scored on the way."""
+    policy.prepare(update.rollouts, evaluation.rollouts)
+    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    # first, since it refuses batches that lack what the loss takes
+    own, (loss, scores) = evaluation.is_update, update_loss(policy, update, checked=evaluation.is_update)
+    before = None if own else before_step(policy, evaluation)
+    if before is not None:
+        _note_shared_sequences(policy, update, evaluation, before)
+    hooks = policy.choose_hooks(update.rollouts) if shares else None
+    scored = scores is not None
+    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=scored, check=not own)
+    return BatchGradient(update, loss, scores, gradient), before or before_step(policy, evaluation), hooks
 
 
 def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement:

@@ -24,22 +24,12 @@ StatedMapping = str | Path | Mapping[str, int]
 
 @dataclass(frozen=True)
 class ParameterMapping:
-    """Which parameter each saved index belongs to.
+    """Which parameter each saved index belongs to."""
 
-    Attributes:
-        names: parameter names, in index order.
-        how: where the names came from and what confirmed them.
-        others_frozen: whether parameters of the model that are not among the names were frozen, as where names were
-            recorded.
-    """
-
-    names: tuple[str, ...]
-    how: str
+    names: tuple[str, ...]  # parameter names, in index order
+    how: str  # where the names came from and what confirmed them
+    # whether parameters of the model that are not among the names were frozen, as where names were recorded
     others_frozen: bool = False
-
-
-def _nothing_moved(_: tuple[str, ...]) -> str:
-    return "inconclusive"
 
 
 def map_parameters(
@@ -47,7 +37,7 @@ def map_parameters(
     layout: Layout,
     manifest: Manifest | None = None,
     stated: StatedMapping | None = None,
-    moved: Moved = _nothing_moved,
+    moved: Moved = lambda _: "inconclusive",
 ) -> ParameterMapping:
     """Match saved indices to the model's parameters, with what its manifest or the user (``stated``) says.
 

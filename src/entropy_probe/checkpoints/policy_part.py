@@ -37,10 +37,7 @@ def weights_of_policy(weights: Weights, policy: str | None) -> Weights:
 
 
 def entries_of_policy(
-    saved: SavedOptimizer,
-    layout: Layout,
-    policy: str | None,
-    moved: Callable[[SavedOptimizer, tuple[str, ...]], str],
+    saved: SavedOptimizer, layout: Layout, policy: str | None, moved: Callable[[SavedOptimizer, tuple[str, ...]], str]
 ) -> SavedOptimizer:
     """The policy's entries without those of another model that the optimizer steps too.
 

@@ -268,8 +268,10 @@ class VerlLoss(Loss, frozen=True):
         what = [name for name, there in per_microbatch.items() if there]
         if what and rollouts.microbatch_ids is None:
             notes.append(GLOBAL_MEAN(what=what[0], unit="microbatch"))
-        if self._by_microbatch and self._has_empty(rollouts, scores):
-            notes.append(NOT_A_NUMBER(why="a microbatch has no response token, or none that is not rejected"))
+        if self._by_microbatch:
+            left = group_sum(self._correction(rollouts, scores)[1].sum(1).double(), microbatches(rollouts))
+            if bool((left == 0).any()):
+                notes.append(NOT_A_NUMBER(why="a microbatch has no response token, or none that is not rejected"))
         if rollouts.old_logprobs is None and not self.bypass_mode and self._mini_batches is None:
             notes.append(RATIO_ONE(settings="train_batch_size and ppo_mini_batch_size"))
         if self._policy == "clip_cov":
@@ -345,11 +347,6 @@ class VerlLoss(Loss, frozen=True):
                 beyond, mask, self.rollout_is, bounds, normalize=self.rollout_is_batch_normalize
             )
         return weights, kept
-
-    def _has_empty(self, rollouts: Rollouts, scores: TokenScores | None) -> bool:
-        """Whether a microbatch has no token left."""
-        kept = self._correction(rollouts, scores)[1]
-        return bool((group_sum(kept.sum(1).double(), microbatches(rollouts)) == 0).any())
 
     def _aggregate(
         self,

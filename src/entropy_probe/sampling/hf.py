@@ -65,13 +65,7 @@ class HFGenerator:
         ValueError: if the model cannot generate, no token ends a response, or the batch size is not positive.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        batch_size: int = 64,
-        agreed: Agreed | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 64, agreed: Agreed | None = None) -> None:
         if not callable(getattr(model, "generate", None)):
             raise ValueError(
                 "model: expected a Hugging Face causal language model with generate, got "

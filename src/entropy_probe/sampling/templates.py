@@ -150,11 +150,7 @@ def _apply(tokenizer: Any, prompt: Prompt, messages: list[dict[str, Any]], **how
 
     try:
         return tokenizer.apply_chat_template(
-            messages,
-            tools=list(prompt.tools) or None,
-            add_generation_prompt=True,
-            **how,
-            **prompt.chat_template_kwargs,
+            messages, tools=list(prompt.tools) or None, add_generation_prompt=True, **how, **prompt.chat_template_kwargs
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
