@@ -104,11 +104,7 @@ def admit_batches(
 
 
 def admit_evaluation(policy: Policy, evaluation: Rollouts, *, is_update: bool = False) -> EvaluationBatch:
-    """The evaluation batch as this run counts it.
-
-    Raises:
-        ValueError: for unusable rollouts.
-    """
+    """The evaluation batch as this run counts it."""
     evaluation = evaluation.cpu()
     grouped = in_groups(evaluation)
     evaluation = admitted(policy, evaluation, "batch" if is_update else "evaluation")

@@ -92,11 +92,7 @@ def of_rounding(
 
 
 def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
-    """The 16-bit type that most weights are exact in, if any, and the share of what moves that rounding to it undoes.
-
-    Returns:
-        ``None`` where most of the weights are not exact in any.
-    """
+    """The 16-bit type that most weights are exact in, if any, and the share of what moves that it undoes."""
     for dtype in NARROW:
         if not parameters or exact_share(parameters, dtype) < MIN_SHARE:
             continue

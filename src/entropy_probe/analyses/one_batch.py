@@ -61,11 +61,7 @@ class _Batch:
 
 
 def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
-    """The U-statistic of a batch of prompts with a group of responses each, with H and the diagnostics.
-
-    Raises:
-        ValueError: see :meth:`entropy_probe.EntropyProbe.cross_prompt`.
-    """
+    """The U-statistic of a batch of prompts with a group of responses each, with H and the diagnostics."""
     config, ranks, whole = policy.config, policy.ranks, _admitted(policy, batch)
     clusters, local, own = whole.clusters, whole.local, whole.local.select(whole.rollouts)
     policy.prepare(whole.rollouts)
@@ -114,11 +110,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
 
 
 def _loss(policy: Policy, whole: _Batch, before: TokenScores) -> TokenCoefficients:
-    """Coefficients of this rank's rows, of a step that is the first on these rollouts.
-
-    Raises:
-        ValueError: if the batch was used before.
-    """
+    """Coefficients of this rank's rows, of a step that must be the first on these rollouts."""
     loss, given, local = policy.config.loss, whole.given, whole.local
     scores = None
     if loss.needs_scores(given):

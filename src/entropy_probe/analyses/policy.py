@@ -162,11 +162,7 @@ class Policy:
                 check_gradient(self.scorer, self.parameters, batches[0])
 
     def check_ranks_agree(self, gradient: Mapping[str, Tensor | None] | None = None, **batches: Rollouts) -> None:
-        """Make sure that all ranks probe the same policy with the same settings and batches.
-
-        Raises:
-            ValueError: if a rank does not.
-        """
+        """Make sure that all ranks probe the same policy with the same settings and batches."""
         if self.ranks is ALONE:
             return
         model, state = self.model, self.optimizer.state

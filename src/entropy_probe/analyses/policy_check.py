@@ -210,10 +210,7 @@ class PolicyCheck:
         return _root_mean_square(self._sum(local, squared_gaps(scores, rounded.logprobs)))
 
     def _temperature_of_tokens(self, few: Rollouts, local: LocalRows) -> tuple[float, float] | None:
-        """The temperature at which the tokens are likeliest, with its error, if there is one.
-
-        It is where surprisal minus entropy sums to 0.
-        """
+        """The temperature at which the tokens are likeliest, surprisal minus entropy sums to 0, with its error."""
 
         def sums(scores: TokenScores) -> Tensor:
             return self._sum(local, excess_sums(scores)).sum(1)

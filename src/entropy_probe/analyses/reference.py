@@ -28,11 +28,7 @@ ADAPTER_OFF = NoteKind(
 
 
 def check_reference(loss: Loss, update: Rollouts | None, model: nn.Module, reference: nn.Module | None) -> None:
-    """Make sure that a loss has the reference that it takes.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Make sure that a loss has the reference that it takes."""
     given = (update is not None and update.reference_logprobs is not None) or reference is not None
     if loss.needs_reference and not given and not _has_adapter(model):
         raise ValueError(
@@ -46,9 +42,6 @@ def with_reference(policy: Policy, given: Rollouts, rollouts: Rollouts, local: L
     """The update batch with the reference's log-probabilities, where the loss takes them and it has none.
 
     ``rollouts`` is the batch as it is counted.
-
-    Raises:
-        ValueError: if there is no reference.
     """
     check_reference(policy.config.loss, given, policy.model, policy.reference)
     if given.reference_logprobs is not None or not policy.config.loss.needs_reference:

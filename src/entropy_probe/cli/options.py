@@ -76,11 +76,7 @@ def parse_mapping(text: str | None) -> str | dict[str, int] | None:
 
 
 def parse_quantization(text: str | None) -> dict[str, Any] | None:
-    """The settings given on the command line.
-
-    Raises:
-        ValueError: if they are not a JSON object.
-    """
+    """The settings given on the command line, a JSON object."""
     return None if text is None else _parse_object("--quantization", '{"load_in_4bit": true}', text)
 
 

@@ -162,11 +162,7 @@ class SweepIndex(SavedRecord):
 
 
 def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> None:
-    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same.
-
-    Raises:
-        ValueError: if it holds something else.
-    """
+    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same."""
     index = SweepIndex(checkpoints=tuple(checkpoints))
     if not (directory / INDEX_FILE).is_file():
         check_new(directory, overwrite, "no sweeps of several checkpoints")

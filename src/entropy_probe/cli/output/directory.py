@@ -182,11 +182,7 @@ def open_output(
 
 
 def resume(config: RunConfig, inputs: Inputs) -> Output:
-    """Compare what a directory holds with what is to be computed. Nothing is written or deleted.
-
-    Raises:
-        ValueError: as :func:`open_output`.
-    """
+    """Compare what a directory holds with what is to be computed. Nothing is written or deleted."""
     path, new = config.output_dir, Output(config, inputs)
     if config.overwrite and _is_ours(path):
         return new
@@ -220,9 +216,6 @@ def check_new(directory: Path, overwrite: bool, lacks: str, given: Collection[Pa
         overwrite: whether there may be files, but none with names that the commands give.
         lacks: what it would hold if it were the command's, in words.
         given: files that it may hold, whatever they are called, where there may be files.
-
-    Raises:
-        ValueError: if it does.
     """
     own = [file for file in _own_files(directory) if file.resolve() not in given]
     if overwrite and own:
