@@ -123,7 +123,7 @@ def load_checkpoint(
             "torchrun"
         )
     facts: dict[str, Any] = {}
-    with random_state_kept():
+    with random_state_kept(), torch.device("cpu"):  # whatever default device the caller has set
         request = Request(
             open_directory(Path(path)),
             base_model,
