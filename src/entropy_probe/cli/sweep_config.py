@@ -12,8 +12,6 @@ from entropy_probe.analyses.sweep import check_learning_rates
 from entropy_probe.cli.config import RunConfig
 from entropy_probe.results.record import Settings
 
-__all__ = ["SweepConfig", "SweepSettings"]
-
 
 class SweepSettings(Settings):
     """The rates of a sweep: a list, or ``num`` of them evenly spaced by their logarithm.

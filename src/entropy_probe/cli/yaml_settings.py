@@ -9,9 +9,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["apply_overrides", "dump_yaml", "load_yaml"]
-
-
 MOST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 50
 """Of a file of settings: beyond these it is something else, which takes minutes or more to read."""
 

@@ -10,8 +10,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-__all__ = ["Kept", "Record", "SavedRecord", "Settings", "read_record", "whole_file", "write_atomically"]
-
 
 class Record(BaseModel):
     """Plain data: frozen, every key known, no number that is not finite."""

@@ -18,18 +18,6 @@ from torch import Tensor
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Settings
 
-__all__ = [
-    "ENGINES",
-    "MOST_SEQUENCES",
-    "Agreed",
-    "Completion",
-    "Engine",
-    "GenerationSettings",
-    "Progress",
-    "SamplingParameters",
-    "ServerSettings",
-]
-
 Progress = Callable[[int, int], None]
 """Called with the sequences done and the sequences in all."""
 
