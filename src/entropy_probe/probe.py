@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ from entropy_probe.scoring.cache import ScoreCache
 from entropy_probe.scoring.isolation import untrained
 from entropy_probe.steps.adamw import Gradient, is_adam, learning_rates, optimizer_parameters
 from entropy_probe.steps.copied import check_optimizer, optimizer_name
+from entropy_probe.steps.moments import check_moments
 
 __all__ = ["EntropyProbe"]
 
@@ -85,6 +86,9 @@ class EntropyProbe:
         stop_texts: bool = False,
     ) -> None:
         config = config or ProbeConfig()
+        for name, value, kind in (("model", model, nn.Module), ("config", config, ProbeConfig)):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}; pass one")
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
@@ -116,15 +120,19 @@ class EntropyProbe:
                 "model: expected one that can be differentiated, got torch.inference_mode, which it was made or is "
                 "probed under; leave that block"
             )
-        policy = self._policy(**settings)
-        with untrained(policy.parameters.values(), self._optimizer), policy.isolated():
-            yield policy
+        # what is made without a device belongs in host memory, whatever default device the caller has set
+        other = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if other else nullcontext():
+            policy = self._policy(**settings)
+            with untrained(policy.parameters.values(), self._optimizer), policy.isolated():
+                yield policy
 
     def _policy(self, **settings: Any) -> Policy:
         """The policy and its optimizer as they are now: a scheduler may have changed the rates since the last call."""
         model, optimizer, config = self._model, self._optimizer, self._config.model_copy(update=settings)
         reshard(model)
         parameters = optimizer_parameters(model, optimizer)
+        check_moments(parameters, optimizer)
         check_shards(model, parameters.items())
         if is_sharded(model) and not (is_adam(optimizer) or config.geometry == "frozen"):
             raise ValueError(

@@ -90,6 +90,11 @@ def admit_batches(
     Raises:
         ValueError: for unusable rollouts, or ranks that were given different ones.
     """
+    for name, batch in (("update", update), ("evaluation", evaluation)):
+        if not isinstance(batch, Rollouts):
+            raise ValueError(
+                f"{name}: expected Rollouts, got {type(batch).__name__}; read a file with Rollouts.from_parquet"
+            )
     given, evaluation = update.cpu(), evaluation.cpu()
     same = Contents.of(given).same_as(Contents.of(evaluation))
     update = admitted(policy, given, "update")

@@ -121,7 +121,7 @@ def load_checkpoint(
             "torchrun"
         )
     facts: dict[str, Any] = {}
-    with random_state_kept():
+    with random_state_kept(), torch.device("cpu"):  # whatever default device the caller has set
         place = open_directory(Path(path))
         request = Request(
             place, base_model, adapter, quantization, mapping, weights, policy, any_trainer, trainer_config

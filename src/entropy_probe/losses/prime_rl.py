@@ -29,7 +29,7 @@ OF_SECOND = ("ipo_mask_low", "ipo_mask_high")
 OF_PRESENT = ("type", "dppo_mask_low", "dppo_mask_high", "ipo_threshold")
 
 
-class PrimeRLLoss(Loss, frozen=True):
+class PrimeRLLoss(Loss):
     """prime-rl's loss, with the names and defaults of ``trainer.loss``.
 
     Ratios are taken to ``sampled_logprobs``, those of its inference servers.

@@ -39,7 +39,7 @@ OWN_DRAW = NoteKind(
 )
 
 
-class VerlLoss(Loss, frozen=True):
+class VerlLoss(Loss):
     """verl's actor loss, with the names and defaults of ``actor_rollout_ref.actor`` and of the sections named.
 
     Ratios are taken to ``old_logprobs``; without them to the policy as it is, as verl does where a batch is one

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from entropy_probe.results.record import Settings
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.rollouts.parquet import merge_rollouts, read_note, read_rollouts, write_rollouts
 from entropy_probe.sampling.collect import (
@@ -21,7 +22,7 @@ from entropy_probe.sampling.collect import (
     check_prompts,
     numpy_generator,
 )
-from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters, Settings
+from entropy_probe.sampling.engine import MOST_SEQUENCES, Completion, Engine, Progress, SamplingParameters
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.responses import completed_rollouts, generate_responses, respond, sequence_seeds
 from entropy_probe.sampling.templates import encode_prompts
@@ -49,11 +50,11 @@ class EvaluationSettings(Settings):
             same.
     """
 
-    total_sequences: int | None = Field(default=None, ge=2)
+    total_sequences: int | None = Field(default=None, ge=2, le=MOST_SEQUENCES)
     num_prompts: int | None = Field(default=None, ge=MIN_PROMPTS)
-    draws_per_prompt: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    draws_per_prompt: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] | None = None
     relative_error: float | None = Field(default=None, gt=0, lt=1)
-    max_minutes: float | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0, le=1e6)
     seed: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
@@ -67,6 +68,11 @@ class EvaluationSettings(Settings):
                 f"{got}"
             )
         draws = self.draws_per_prompt
+        if self.num_prompts is not None and isinstance(draws, int) and self.num_prompts * draws > MOST_SEQUENCES:
+            raise ValueError(
+                f"evaluation: expected at most {MOST_SEQUENCES} sequences, got {self.num_prompts} prompts with {draws} "
+                "draws each; lower one of them"
+            )
         if self.num_prompts is not None and draws is None:
             raise ValueError("evaluation: expected draws_per_prompt beside num_prompts, got none; set it, or auto")
         total = self.total_sequences

@@ -10,8 +10,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from entropy_probe.results.record import Settings
 from entropy_probe.sampling.generated import task_records
 from entropy_probe.sampling.records import callable_records, dataset_records, field_of, jsonl_records, parquet_records
 
@@ -83,7 +84,7 @@ _OWN_ARGUMENTS = frozenset(
 )
 
 
-class PromptSource(BaseModel):
+class PromptSource(Settings):
     """Where prompts come from: one of ``jsonl``, ``parquet``, ``dataset``, ``callable`` and ``reasoning_gym``.
 
     Attributes:
@@ -112,8 +113,6 @@ class PromptSource(BaseModel):
         ignore: fields of the records that look as if they changed the prompt, and did not in training.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     jsonl: Path | None = None
     parquet: Path | None = None
     dataset: str | None = None
@@ -130,7 +129,7 @@ class PromptSource(BaseModel):
     system: str | None = Field(None, min_length=1)
     system_field: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_special_tokens: bool | None = None
     ignore: tuple[str, ...] = ()
 
@@ -219,7 +218,7 @@ def _to_prompt(number: int, record: Any, where: str, source: PromptSource) -> Pr
         raise ValueError(f"{where}: expected an object with field {prompt_field!r}, got {type(record).__name__}")
     for name in (prompt_field, source.answer_field):
         if name is not None and field_of(record, name) is None:
-            got = ", ".join(map(str, record)) or "none"
+            got = f"{', '.join(map(str, islice(record, 20))) or 'none':.200}"
             raise ValueError(
                 f"{where}: expected field {name!r}, got "
                 + ("null; drop the record" if name in record else f"fields {got}; set prompt_field or answer_field")
@@ -328,6 +327,10 @@ def _text_or_messages(value: Any, where: str, *, fill: bool) -> str | tuple[Mess
     if isinstance(value, str):
         if not value:
             raise ValueError(f"{where}: expected a prompt, got empty text; drop the record")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(
+                f"{where}: expected Unicode text, got half of a pair of surrogates; correct the record or drop it"
+            )
         return value
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(
