@@ -112,10 +112,10 @@ def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> t
         delta: the step, by name.
 
     Returns:
-        ``None`` where most of the weights are not exact in any.
+        ``None`` where most of the weights are not exact in any, or all are 0.
     """
     for dtype in NARROW:
-        if not parameters or exact_share(parameters, dtype) < MIN_SHARE:
+        if (exact_share(parameters, dtype) or 0.0) < MIN_SHARE:
             continue
         narrow = {name: p for name, p in parameters.items() if fits(p, dtype)}
         moving = sum(count(delta[name] != 0) for name in narrow)
