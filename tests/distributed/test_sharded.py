@@ -34,6 +34,8 @@ CASES = {
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "question": {"what": "question", "kind": "lora", "config": WIDE},
     "gradient": {"what": "gradient", "kind": "lora", "config": WIDE},
+    "live step": {"what": "ahead", "own": False, "kind": "full", "config": WIDE},
+    "live step, own batch": {"what": "ahead", "own": True, "kind": "lora", "config": WIDE},
     "kept in bfloat16": {
         "what": "gradient",
         "kind": "full",
