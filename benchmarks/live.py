@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from entropy_probe import ProbeConfig
@@ -221,19 +222,20 @@ def beside_the_log(seen: Seen) -> dict[str, float]:
     both = [(step, value) for step, value in zip(steps, realized, strict=False) if value is not None]
     distances = [r.diagnostics.gradient_agreement for r in seen.own]
     return {
-        "correlation of the logged entropy's steps with the realized changes": correlation(*zip(*both, strict=True)),
+        "correlation of the logged entropy's steps with the realized changes": correlation(
+            [step for step, _ in both], [value for _, value in both]
+        ),
         "largest loss distance": max(a.relative_distance or 0.0 for a in distances if a is not None),
     }
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    mx, my = fmean(x), fmean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / ((len(x) - 1) * stdev(x) * stdev(y))
+    return statistics.correlation(x, y) if len(x) > 2 else math.nan
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Of realized over predicted."""
-    return correlation(x, y) * stdev(y) / stdev(x)
+    return statistics.linear_regression(x, y).slope if len(x) > 2 else math.nan
 
 
 def against_held_out(seen: Seen) -> dict[str, dict[str, float]]:
