@@ -2,10 +2,12 @@
 
 The demo's base policy is trained with TRL's GRPO on a LoRA adapter as the demo trains it. Every step is predicted from
 the trainer's own ``.grad`` and measured after the optimizer's step, both on its own batch; some steps also on 1,024
-fresh held-out responses. CPU times are those of one process, in training gradients: the forward and backward passes of
-the same step. A second run has the callback with a budget of time and a policy of 4 layers, 256 wide.
+fresh held-out responses, there also backwards and by halves, which tells the curvature from a wrong slope. CPU times
+are those of one process, in training gradients: the forward and backward passes of the same step. Another run has the
+callback with a budget of time and a policy of 4 layers, 256 wide. ``smollm2`` is the same on SmolLM2-135M-Instruct.
 
-Run ``python benchmarks/live.py`` (half an hour), or with ``--quick`` at sizes that only show that it works.
+Run ``python benchmarks/live.py`` (ten minutes on an idle core), ``--quick`` at sizes that only show that it works, or
+some ``--parts``; ``--parts smollm2 --minutes 20`` takes as many steps of it as fit.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from entropy_probe import ProbeConfig
 from entropy_probe.analyses.ahead import StepAhead
+from entropy_probe.analyses.measure import difference, measure_taken
+from entropy_probe.cli.demo import DEMOS, Model
 from entropy_probe.demo.policy import build_model, build_tokenizer
 from entropy_probe.demo.train import CPU_ARGUMENTS, LORA_TARGETS, MAX_COMPLETION_LENGTH, quiet_single_thread
 from entropy_probe.integrations.held_out import HeldOut, HeldOutSampler
@@ -32,6 +37,8 @@ from entropy_probe.integrations.trl_batch import Watch, calling_trainer
 from entropy_probe.parallel.ranks import ALONE
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.probe import ProbeResult
+from entropy_probe.sampling import PromptSource, load_prompts, load_rewards, score_responses
+from entropy_probe.scoring.isolation import parameters_at
 
 DEMO = Path(__file__).parents[1] / "examples" / "tiny"
 
@@ -43,18 +50,20 @@ class Seen:
     Attributes:
         own: results of every step on its own batch.
         held_out: results of some steps on held-out rollouts, by step.
+        scaled: on the same rollouts by factor, the changes by so many times the step minus as many times the predicted.
         costs: CPU seconds by what they were spent on, step by step.
         logged: the entropy that the trainer logged.
     """
 
     own: list[ProbeResult] = field(default_factory=list)
     held_out: dict[int, ProbeResult] = field(default_factory=dict)
+    scaled: dict[float, list[float]] = field(default_factory=dict)
     costs: dict[str, list[float]] = field(default_factory=dict)
     logged: list[float] = field(default_factory=list)
 
 
-def watching(seen: Seen, held_out: HeldOut, *, every: int, quarter: HeldOut) -> Any:
-    """A callback that probes every step on its own batch, and every few on held-out rollouts."""
+def watching(seen: Seen, held_out: tuple[HeldOut, HeldOut] | None, *, every: int, minutes: float = math.inf) -> Any:
+    """A callback that probes every step on its own batch, and every few on held-out rollouts, once all and once few."""
     from transformers import TrainerCallback
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -67,7 +76,8 @@ def watching(seen: Seen, held_out: HeldOut, *, every: int, quarter: HeldOut) -> 
         def on_train_begin(self, args, state, control, **_):
             self.trainer = calling_trainer(self)
             self.watch = Watch(self.trainer)
-            self.samplers = [HeldOutSampler(which, self.trainer, ALONE) for which in (held_out, quarter)]
+            self.samplers = [HeldOutSampler(which, self.trainer, ALONE) for which in held_out or ()]
+            self.begun = time.monotonic()
             step, prepare = self.trainer.training_step, self.trainer._prepare_inputs
             self.trainer.training_step = lambda *args, **kwargs: timed("step", lambda: step(*args, **kwargs))
             self.trainer._prepare_inputs = lambda *args: timed("sampling", lambda: prepare(*args))
@@ -87,17 +97,20 @@ def watching(seen: Seen, held_out: HeldOut, *, every: int, quarter: HeldOut) -> 
 
             self.own = timed("predicted", lambda: ahead(batch.rollouts, None))
             self.held = None
-            if state.global_step % every == every - 1:
+            if self.samplers and state.global_step % every == every - 1:
                 whole, quarter = (sampler.rollouts(model, config)[0] for sampler in self.samplers)
                 for sampler in self.samplers:
                     sampler.forget()
                 self.held = ahead(None, whole)
+                for factor, gap in scaled_gaps(self.held):
+                    seen.scaled.setdefault(factor, []).append(gap)
                 timed("held out, a quarter", lambda: ahead(None, quarter))
 
         def on_optimizer_step(self, args, state, control, **_):
             seen.own.append(timed("realized", self.own.taken))
             if self.held is not None:
                 seen.held_out[state.global_step] = self.held.taken()
+            control.should_training_stop |= time.monotonic() - self.begun > 60 * minutes
 
         def on_log(self, args, state, control, logs, **_):
             if "entropy" in logs:
@@ -106,23 +119,62 @@ def watching(seen: Seen, held_out: HeldOut, *, every: int, quarter: HeldOut) -> 
     return Watching()
 
 
-def train(callbacks: Sequence[Any], *, steps: int, prompts: int, model: Any, tokenizer: Any) -> Any:
-    """A run as the demo's, from the start; the trainer."""
+def scaled_gaps(held: StepAhead) -> Iterator[tuple[float, float]]:
+    """The step backwards and its halves before it is taken: factors, and changes minus so many times the predicted."""
+    plan = held.prediction.plan
+    with plan.policy.isolated():
+        for factor in (-1.0, -0.5, 0.5):
+            moved = {name: p.detach() + factor * plan.step.delta[name] for name, p in plan.policy.parameters.items()}
+            with parameters_at(plan.policy.parameters, moved):
+                gap = difference(held.prediction, measure_taken(plan).measurement, factor)
+            yield factor, math.nan if gap is None else gap.value
+
+
+def curvature(seen: Seen) -> dict[str, float]:
+    """What is left of the changes without the prediction, summed over the steps on held-out rollouts.
+
+    The odd part of a step and its opposite is the slope and its third order, an eighth of it at the halves.
+    """
+    gaps = seen.scaled | {
+        1.0: [math.nan if r.difference is None else r.difference.value for r in seen.held_out.values()]
+    }
+    steps = [k for k in range(len(gaps[1.0])) if not any(math.isnan(of[k]) for of in gaps.values())]
+    total = {factor: sum(of[k] for k in steps) for factor, of in gaps.items()}
+    predicted = [p.value for p in (r.predicted for r in seen.held_out.values()) if p]
+    return {
+        "steps": len(steps), "predicted": sum(predicted[k] for k in steps),
+        "whole step": total[1.0], "half of it": total[0.5],
+        "odd part, whole step": (total[1.0] - total[-1.0]) / 2, "half of it ": (total[0.5] - total[-0.5]) / 2,
+    }  # fmt: skip
+
+
+def train(
+    callbacks: Sequence[Any], *, model: Any, tokenizer: Any, task: tuple[Any, Any] | None = None, **settings: Any
+) -> Any:
+    """A run as the demo's, from the start; the trainer.
+
+    Args:
+        callbacks: beside it.
+        model: the base.
+        tokenizer: its.
+        task: records and reward; the demo's by default.
+        settings: of ``GRPOConfig``.
+    """
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    records = [json.loads(line) for line in (DEMO / "prompts.jsonl").read_text().splitlines()]
+    records, reward = task or (_prompts(), _exact)
     arguments = {
-        "max_steps": steps, "save_strategy": "no", "per_device_train_batch_size": prompts * 8, "num_generations": 8,
-        "learning_rate": 3e-4, "max_completion_length": MAX_COMPLETION_LENGTH, "seed": 0,
+        "save_strategy": "no", "per_device_train_batch_size": 128, "num_generations": 8, "learning_rate": 3e-4,
+        "max_completion_length": MAX_COMPLETION_LENGTH, "seed": 0,
     }  # fmt: skip
     with quiet_single_thread(), tempfile.TemporaryDirectory() as directory:
         trainer = GRPOTrainer(
             model=model,
-            reward_funcs=_exact,
-            args=GRPOConfig(directory, **(CPU_ARGUMENTS | arguments)),
+            reward_funcs=reward,
+            args=GRPOConfig(directory, **(CPU_ARGUMENTS | arguments | settings)),
             train_dataset=Dataset.from_list(records),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"),
@@ -133,8 +185,17 @@ def train(callbacks: Sequence[Any], *, steps: int, prompts: int, model: Any, tok
     return trainer
 
 
+def _prompts() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DEMO / "prompts.jsonl").read_text().splitlines()]
+
+
 def _exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
+
+
+def _odd(completions: list[str], **_: Any) -> list[float]:
+    """A reward that random weights get some of, so that there is a step."""
+    return [sum(character in "13579" for character in text) / max(1, len(text)) for text in completions]
 
 
 def agreement(results: Sequence[ProbeResult]) -> dict[str, float]:
@@ -161,19 +222,20 @@ def beside_the_log(seen: Seen) -> dict[str, float]:
     both = [(step, value) for step, value in zip(steps, realized, strict=False) if value is not None]
     distances = [r.diagnostics.gradient_agreement for r in seen.own]
     return {
-        "correlation of the logged entropy's steps with the realized changes": correlation(*zip(*both, strict=True)),
+        "correlation of the logged entropy's steps with the realized changes": correlation(
+            [step for step, _ in both], [value for _, value in both]
+        ),
         "largest loss distance": max(a.relative_distance or 0.0 for a in distances if a is not None),
     }
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    mx, my = fmean(x), fmean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / ((len(x) - 1) * stdev(x) * stdev(y))
+    return statistics.correlation(x, y) if len(x) > 2 else math.nan
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Of realized over predicted."""
-    return correlation(x, y) * stdev(y) / stdev(x)
+    return statistics.linear_regression(x, y).slope if len(x) > 2 else math.nan
 
 
 def against_held_out(seen: Seen) -> dict[str, dict[str, float]]:
@@ -224,7 +286,7 @@ def with_budget(share: float, steps: int) -> dict[str, float]:
 
         setattr(callback, event, counted)
     start = time.process_time()
-    train([callback], steps=steps, prompts=16, model=_wide(), tokenizer=build_tokenizer())
+    train([callback], max_steps=steps, model=_wide(), tokenizer=build_tokenizer(), task=(_prompts(), _odd))
     whole = time.process_time() - start
     return {"budget": share, "steps": steps, "probes": probes, "share of the training time": spent / (whole - spent)}
 
@@ -233,27 +295,57 @@ def _wide() -> Any:
     return build_model(num_layers=4, hidden_size=256, num_heads=4, intermediate_size=1024, initializer_range=0.05)
 
 
+def smollm2_task() -> tuple[Any, Any]:
+    """Records and reward of ``make demo-real``."""
+    settings = DEMOS[Model.smollm2]().settings
+    prompts, rewards = load_prompts(PromptSource(**settings["prompts"])), load_rewards(settings["reward"])
+
+    def reward(completions: list[Any], number: list[int], **_: Any) -> list[float | None]:
+        texts = [completion[0]["content"] for completion in completions]
+        return score_responses(rewards, [prompts[k] for k in number], texts).tolist()
+
+    return [{"prompt": list(prompt.prompt), "number": prompt.id} for prompt in prompts], reward
+
+
+def show(**figures: Any) -> None:
+    print(json.dumps(figures, indent=2), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--parts", nargs="+", choices=("cost", "demo", "budget", "smollm2"))
+    parser.add_argument("--base", type=Path, default=DEMO.parent / "smollm2" / "base")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    given = parser.parse_args()
+    quick, parts = given.quick, given.parts or ("cost", "demo", "budget")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(DEMO / "base"), AutoTokenizer.from_pretrained(DEMO / "base")
-
-    def show(**figures: Any) -> None:
-        print(json.dumps(figures, indent=2), flush=True)
-
-    wide, of_32 = Seen(), HeldOut(size=32, min_ess=1.0)
-    watcher = watching(wide, of_32, every=2, quarter=of_32)
-    train([watcher], steps=4 if quick else 12, prompts=16, model=_wide(), tokenizer=tokenizer)
-    show(cost_of_4_layers_256_wide=costs(wide))
-    seen = Seen()
-    watcher = watching(seen, HeldOut(size=128 if quick else 1024, min_ess=1.0), every=3, quarter=of_32)
-    train([watcher], steps=6 if quick else 60, prompts=16, model=model, tokenizer=tokenizer)
-    show(own_batch=agreement(seen.own) | beside_the_log(seen), held_out=agreement([*seen.held_out.values()]))
-    show(own_batch_against_held_out=against_held_out(seen), cost_of_the_demo=costs(seen))
-    show(with_a_budget=with_budget(0.05, 10 if quick else 120))
+    tokenizer, few = AutoTokenizer.from_pretrained(DEMO / "base"), HeldOut(size=32, min_ess=1.0)
+    if "cost" in parts:
+        seen = Seen()
+        watcher = watching(seen, (few, few), every=2)
+        train([watcher], max_steps=4 if quick else 12, model=_wide(), tokenizer=tokenizer, task=(_prompts(), _odd))
+        show(cost_of_4_layers_256_wide=costs(seen))
+    if "demo" in parts:
+        seen = Seen()
+        watcher = watching(seen, (HeldOut(size=128 if quick else 1024, min_ess=1.0), few), every=3)
+        model = AutoModelForCausalLM.from_pretrained(DEMO / "base")
+        train([watcher], max_steps=6 if quick else 60, model=model, tokenizer=tokenizer)
+        show(own_batch=agreement(seen.own) | beside_the_log(seen), held_out=agreement([*seen.held_out.values()]))
+        show(curvature=curvature(seen))
+        show(own_batch_against_held_out=against_held_out(seen), cost_of_the_demo=costs(seen))
+    if "budget" in parts:
+        show(with_a_budget=with_budget(0.05, 10 if quick else 120))
+    if "smollm2" in parts:
+        seen = Seen()
+        model, tokenizer = (kind.from_pretrained(given.base) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        train(
+            [watching(seen, None, every=1, minutes=given.minutes)], model=model, tokenizer=tokenizer,
+            task=smollm2_task(), max_steps=2 if quick else 20, per_device_train_batch_size=16,
+            gradient_accumulation_steps=2, learning_rate=3e-5, max_completion_length=40,
+        )  # fmt: skip
+        show(smollm2=agreement(seen.own) | beside_the_log(seen), cost_of_smollm2=costs(seen))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from entropy_probe.scoring.isolation import untrained
 from entropy_probe.steps.adamw import Gradient, is_adam, learning_rates, optimizer_parameters
 from entropy_probe.steps.copied import check_optimizer, optimizer_name
 from entropy_probe.steps.moments import check_moments
+from entropy_probe.steps.precision import NARROW
 
 __all__ = ["EntropyProbe"]
 
@@ -204,6 +205,9 @@ class EntropyProbe:
     ) -> StepAhead:
         """Predict a step right before the optimizer takes it; :meth:`StepAhead.taken` measures it right after.
 
+        The parameters are what the optimizer writes to, so a step of ``float32`` ones is not rounded, whatever they
+        hold, unless ``step_dtype`` names another type.
+
         Args:
             gradient: as the optimizer gets it, after clipping; its step is predicted as it is.
             batch: the rollouts it is of.
@@ -212,7 +216,9 @@ class EntropyProbe:
         Raises:
             ValueError: as :meth:`run` and :meth:`one_batch`.
         """
-        with self._opened() as policy:
+        parameters = optimizer_parameters(self._model, self._optimizer).values()
+        wide = self._config.step_dtype == "auto" and not any(p.dtype in NARROW for p in parameters)
+        with self._opened(**({"step_dtype": "float32"} if wide else {})) as policy:
             return look_ahead(policy, gradient, batch, evaluation)
 
     def attribute(

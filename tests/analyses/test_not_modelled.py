@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model, of_rounding
+from entropy_probe.analyses.not_modelled import of_frozen_geometry, of_model, of_rounding, unrounded
 
 
 class Attention(nn.Module):
@@ -59,6 +59,20 @@ def test_weights_in_float32_are_not_rounded():
         p.data = p.data.bfloat16().float()
     assert of_rounding(parameters, torch.optim.AdamW(parameters.values()), delta) == []
     assert "float16" in of_rounding(*trained(torch.float16, 1e-3), delta)[0]
+
+
+def test_zeros_are_no_evidence_of_a_precision():
+    """A LoRA adapter before its first step: most of it is a ``lora_B`` of zeros."""
+    parameters = {"lora_A": nn.Parameter(torch.randn(4, 8)), "lora_B": nn.Parameter(torch.zeros(32, 4))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    delta = {name: torch.full_like(p, 1e-5) for name, p in parameters.items()}
+    assert unrounded(parameters, optimizer, delta, "auto") == ([], [])
+    assert unrounded({"lora_B": parameters["lora_B"]}, optimizer, delta, "auto") == ([], [])
+    parameters["lora_A"].data = parameters["lora_A"].data.bfloat16().float()
+    assert [note.code for note in unrounded(parameters, optimizer, delta, "auto")[1]] == ["precision_unknown"]
+    optimizer = torch.optim.AdamW([parameters["lora_A"]])
+    optimizer.state[parameters["lora_A"]] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 8)}
+    assert [note.code for note in unrounded(parameters, optimizer, delta, "auto")[1]] == ["master_weights"]
 
 
 def test_what_the_frozen_geometry_leaves_out():

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from entropy_probe import EntropyProbe, ProbeConfig
+from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.integrations.live import probe_actor
 from tests.invariants.hf_problems import policy, rollouts
 
 RATES = (1e-4, 1e-3)
@@ -31,6 +32,8 @@ def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
         if case.get("gathered_gradient"):
             given["gradient"] = {name: torch.ones(p.shape) for name, p in trained.items()}
         return subject.run(update=update, **given).model_dump(mode="json")
+    if case["what"] == "ahead":
+        return ahead(case, model, optimizer, update, None if case["own"] else evaluation)
     if case["what"] == "one_batch":
         return subject.one_batch(update).model_dump(mode="json")
     if case["what"] == "sweep":
@@ -44,6 +47,24 @@ def probe(case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimiz
         answer = subject.ask("without_prompts", update=update, evaluation=evaluation, **asked)
         return answer.model_dump(mode="json")
     return subject.attribute(update=update, evaluation=evaluation)
+
+
+def ahead(
+    case: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, batch: Rollouts, evaluation: Any
+) -> Any:
+    """A live step with ones in ``.grad``, predicted, taken and measured; then undone."""
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    config = ProbeConfig(**case["config"])
+    step = probe_actor(model, optimizer, batch if evaluation is None else None, config, evaluation=evaluation)
+    states = [x for state in optimizer.state.values() for x in state.values()]
+    kept = [(x, x.detach().clone()) for x in (*model.parameters(), *states)]
+    optimizer.step()
+    result = step.taken()
+    with torch.no_grad():
+        for x, before in kept:
+            x.copy_(before)
+    return result.model_dump(mode="json")
 
 
 def subject_of(case: dict[str, Any]) -> tuple[nn.Module, torch.optim.AdamW]:

@@ -33,6 +33,8 @@ CASES = {
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
     "question": {"what": "question", "kind": "lora", "config": WIDE},
     "gradient": {"what": "gradient", "kind": "lora", "config": WIDE},
+    "live step": {"what": "ahead", "own": False, "kind": "full", "config": WIDE},
+    "live step, own batch": {"what": "ahead", "own": True, "kind": "lora", "config": WIDE},
     "kept in bfloat16": {
         "what": "gradient",
         "kind": "full",

@@ -149,3 +149,17 @@ def test_a_record_has_the_errors_of_this_very_step():
     assert keys["entropy_probe/ess"] == record.ess
     assert "entropy_probe/committed" not in keys  # its moments have seen the batch
     assert logged_keys(step_record(8, None)) == {}
+
+
+def test_a_live_step_of_float32_weights_is_not_rounded_whatever_they_hold():
+    """As of a base that was released in bfloat16, before its first step; of a checkpoint they would tell nothing."""
+    update = batches()[0]
+    model, optimizer = with_gradient(update, None)
+    for p in model.parameters():
+        p.data = p.data.bfloat16().to(p.dtype)
+        optimizer.state[p] = {}
+    ahead = probe_actor(model, optimizer, update, CONFIG)
+    codes = {note.code for note in ahead.result.diagnostics.notes}
+    assert not codes & {"precision_unknown", "master_weights"}
+    stored = EntropyProbe(model, optimizer, CONFIG).one_batch(update)
+    assert "precision_unknown" in {note.code for note in stored.diagnostics.notes}

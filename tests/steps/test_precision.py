@@ -169,6 +169,12 @@ def test_what_tells_the_precision_of_training():
     assert dtypes("bfloat16", weights=torch.float32, state=torch.float32) == bf16
     with pytest.raises(ValueError, match=r"numbers of bfloat16, as a trainer .* got 0% of the trained elements"):
         dtypes("bfloat16", dtype=torch.float32)
+    # zeros are numbers of every type: no evidence of one, and none against one
+    model = nn.ParameterDict({"A": nn.Parameter(torch.randn(2, 3)), "B": nn.Parameter(torch.zeros(9, 2))})
+    optimizer = torch.optim.AdamW(model.values())
+    with pytest.raises(ValueError, match=r"got 0% of the trained elements"):
+        step_dtypes(dict(model.items()), optimizer, "bfloat16")
+    assert step_dtypes({"B": model["B"]}, optimizer, "bfloat16") == {"B": torch.bfloat16}
 
 
 def test_weights_that_were_not_all_kept_in_16_bits_are_told_apart():

@@ -94,7 +94,7 @@ def of_rounding(
 def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
     """The 16-bit type that most weights are exact in, if any, and the share of what moves that it undoes."""
     for dtype in NARROW:
-        if not parameters or exact_share(parameters, dtype) < MIN_SHARE:
+        if (exact_share(parameters, dtype) or 0.0) < MIN_SHARE:
             continue
         narrow = {name: p for name, p in parameters.items() if fits(p, dtype)}
         moving = sum(count(delta[name] != 0) for name in narrow)

@@ -20,6 +20,7 @@ from entropy_probe.integrations.live import logged_keys, probe_actor, prompt_sha
 from entropy_probe.integrations.recorder import Recorder, drop_records_after
 from entropy_probe.integrations.trl_batch import StepBatch, Watch
 from entropy_probe.parallel.ranks import ALONE, Ranks, joined_ranks
+from entropy_probe.parallel.shards import is_sharded
 from entropy_probe.results.live import StepRecord, logged_numbers
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.memory import fitting_tokens
@@ -136,6 +137,10 @@ class LiveRun:
 
     def before_step(self, model: Any, optimizer: Any) -> None:
         """Predict the step, if it is due, and take down what is to be recorded."""
+        if self._keeps_gradients and is_sharded(model):  # said by all ranks, of which one has the recorder
+            raise ValueError(
+                "keep_gradients: expected whole gradients, got those of a model that FSDP2 shards; set it to 0"
+            )
         number, budget = self._trainer.state.global_step + 1, self._budget
         budget.steps += 1
         self._step = step = _Step(number)

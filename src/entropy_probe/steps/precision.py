@@ -23,7 +23,7 @@ __all__ = ["NARROW", "clipped_as_kept", "exact_share", "fits", "state_dtypes", "
 
 NARROW = (torch.bfloat16, torch.float16)
 MIN_SHARE = 0.5
-"""Of the trained elements; single tensors may fit a narrow type because they never moved."""
+"""Of the trained elements that are not 0; single tensors may fit a narrow type because they never moved."""
 
 
 def step_dtypes(
@@ -65,7 +65,7 @@ def _asked_for(
     parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
     share = exact_share(trained(parameters, optimizer) or parameters, dtype)
-    if share < MIN_SHARE:
+    if share is not None and share < MIN_SHARE:
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(
             f"step_dtype: expected weights that are numbers of {kind}, as a trainer that keeps them in it leaves them, "
@@ -79,10 +79,15 @@ def trained(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimize
     return {name: p for name, p in parameters.items() if optimizer.state.get(p)}
 
 
-def exact_share(parameters: Mapping[str, Parameter], dtype: torch.dtype) -> float:
-    """The share of elements in tensors that a type holds exactly."""
-    sizes = {name: p.numel() for name, p in parameters.items()}
-    return sum(sizes[name] for name, p in parameters.items() if fits(p, dtype)) / sum(sizes.values())
+def exact_share(parameters: Mapping[str, Parameter], dtype: torch.dtype) -> float | None:
+    """The share of elements in tensors that a type holds exactly.
+
+    Zeros, as of a ``lora_B`` before its first step, are exact in every type and evidence of none: they do not count.
+    ``None`` where there is nothing else.
+    """
+    sizes = {name: count(p.detach() != 0) for name, p in parameters.items()}
+    total = sum(sizes.values())
+    return sum(sizes[name] for name, p in parameters.items() if fits(p, dtype)) / total if total else None
 
 
 def state_dtypes(state: Mapping[str, Any], parameter: Tensor) -> set[torch.dtype]:
