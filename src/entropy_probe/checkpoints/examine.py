@@ -26,6 +26,7 @@ from entropy_probe.checkpoints.confirm import (
     without_untrained,
 )
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, read_global_step
+from entropy_probe.checkpoints.embeddings import SavedAlong, resize_embeddings, saved_along
 from entropy_probe.checkpoints.errors import MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.evidence import check_movement
 from entropy_probe.checkpoints.formats import CheckpointFormat, StoredTensor, Weights, home_of
@@ -40,13 +41,7 @@ from entropy_probe.checkpoints.inner_adapter import (
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
 from entropy_probe.checkpoints.mapping import ParameterMapping, StatedMapping, map_parameters, without_frozen
 from entropy_probe.checkpoints.masters import Copy, check_masters, described
-from entropy_probe.checkpoints.models import (
-    AdapterFiles,
-    adapter_layout,
-    base_skeleton,
-    embedding_names,
-    full_skeleton,
-)
+from entropy_probe.checkpoints.models import AdapterFiles, adapter_layout, base_skeleton, embedding_names, full_skeleton
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.parameters import Layout, layout_of
@@ -130,6 +125,7 @@ class StoredModel:
         adapter_config: its configuration.
         quantization: how the base model is quantised; None for plain weights.
         base_weights: the base model's weights where they are taken from those with the adapter's.
+        along: the embeddings that are taken from the adapter's file though it did not train them.
     """
 
     directory: Path
@@ -142,6 +138,7 @@ class StoredModel:
     adapter_config: dict[str, Any] = field(default_factory=dict)
     quantization: FourBit | None = None
     base_weights: Weights | None = None
+    along: SavedAlong | None = None
 
     @property
     def adapter_files(self) -> AdapterFiles | None:
@@ -295,15 +292,18 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
         adapter = name_among(weights, request.adapter)
     base, skeleton, quantization, under = _base(request, manifest, directory, config, weights, facts)
     refuse_unmentioned(directory, quantization)
+    base_names, base_rows = set(skeleton.state_dict()), skeleton.get_input_embeddings().weight.shape[0]
+    resized = resize_embeddings(skeleton, weights)
     check_vocabulary(request.tokenizer_home, base, skeleton)
-    base_names = set(skeleton.state_dict())
-    layout, expected = adapter_layout(skeleton, directory, adapter, config)
+    layout, expected = adapter_layout(skeleton, directory, adapter, config, weights, resized)
+    of_base = read_weights(Path(base), "model") if quantization is None and has_weights(Path(base), "model") else None
     if not weights.pretrained:
         weights, frozen = split_adapter(weights, expected, adapter, base_names)
-        if quantization is None and has_weights(Path(base), "model"):
-            check_base(frozen, read_weights(Path(base), "model"))
+        if of_base is not None:
+            check_base(frozen, of_base)
     check_shapes(weights.files[0], weights.shapes, expected)
-    return StoredModel(directory, weights, layout, "", frozenset(), base, adapter, config, quantization, under)
+    along = saved_along(weights, set(layout.names) - layout.parameters.keys(), base_rows, of_base)
+    return StoredModel(directory, weights, layout, "", frozenset(), base, adapter, config, quantization, under, along)
 
 
 def _base(
