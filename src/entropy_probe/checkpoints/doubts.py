@@ -97,15 +97,15 @@ OTHER_MODEL = NoteKind(
 )
 EMBEDDINGS_ALONG = NoteKind(
     "embeddings_along",
-    "the embeddings ({rows:.0f} rows) are those that were saved with the adapter, not the base model's ({base_rows:.0f} "
-    "rows)",
+    "the embeddings ({rows:.0f} rows) are those that were saved with the adapter, not the base model's "
+    "({base_rows:.0f} rows)",
     NOTHING_TO_DO,
 )
 EMBEDDINGS_CHANGED = NoteKind(
     "embeddings_changed",
     "the embeddings that were saved with the adapter, which did not train them, differ from the base model's in "
-    "{changed:.0f} of {rows:.0f} rows that both have: another base model, one that was resized once more, or embeddings "
-    "that were trained before",
+    "{changed:.0f} of {rows:.0f} rows that both have: another base model, one that was resized once more, or "
+    "embeddings that were trained before",
     "Give the base model that the adapter was trained on; with another one every number is wrong.",
 )
 EIGHT_BIT = NoteKind(

@@ -17,7 +17,7 @@ from torch import nn
 from entropy_probe.checkpoints.errors import MismatchError
 from entropy_probe.checkpoints.formats import Weights
 
-__all__ = ["SavedAlong", "check_covered", "resize_embeddings", "saved_along"]
+__all__ = ["SavedAlong", "check_covered", "embedding_rows", "resize_embeddings", "saved_along"]
 
 _PREFIX = "base_model.model."
 _INSIDE = re.compile(r"\.(?:base_layer|original_module|token_adapter\.base_layer)(?=\.)")
@@ -37,6 +37,11 @@ class SavedAlong:
     rows: int
     base_rows: int
     changed: int
+
+
+def embedding_rows(model: Any) -> int:
+    """The rows of a model's embedding."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def resize_embeddings(model: Any, weights: Weights) -> frozenset[int]:
@@ -68,7 +73,7 @@ def resize_embeddings(model: Any, weights: Weights) -> frozenset[int]:
             f"{weights.files[0]}: expected embeddings of one number of rows, got {some} in {one} and {others} in "
             f"{other}; copy the checkpoint again"
         )
-    before = model.get_input_embeddings().weight.shape[0]
+    before = embedding_rows(model)
     if rows.keys() <= {before}:
         return frozenset()
     model.resize_token_embeddings(next(iter(rows)), mean_resizing=False)

@@ -26,7 +26,7 @@ from entropy_probe.checkpoints.confirm import (
     without_untrained,
 )
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, read_global_step
-from entropy_probe.checkpoints.embeddings import SavedAlong, resize_embeddings, saved_along
+from entropy_probe.checkpoints.embeddings import SavedAlong, embedding_rows, resize_embeddings, saved_along
 from entropy_probe.checkpoints.errors import MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.evidence import check_movement
 from entropy_probe.checkpoints.formats import CheckpointFormat, StoredTensor, Weights, home_of
@@ -292,7 +292,7 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
         adapter = name_among(weights, request.adapter)
     base, skeleton, quantization, under = _base(request, manifest, directory, config, weights, facts)
     refuse_unmentioned(directory, quantization)
-    base_names, base_rows = set(skeleton.state_dict()), skeleton.get_input_embeddings().weight.shape[0]
+    base_names, base_rows = set(skeleton.state_dict()), embedding_rows(skeleton)
     resized = resize_embeddings(skeleton, weights)
     check_vocabulary(request.tokenizer_home, base, skeleton)
     layout, expected = adapter_layout(skeleton, directory, adapter, config, weights, resized)

@@ -9,6 +9,7 @@ from torch import nn
 
 from entropy_probe.checkpoints.adapters import find_base, read_adapter_config
 from entropy_probe.checkpoints.directory import adapters_of
+from entropy_probe.checkpoints.embeddings import embedding_rows
 from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError
 from entropy_probe.checkpoints.formats import home_of
 from entropy_probe.checkpoints.libraries import one_line_errors
@@ -82,7 +83,7 @@ def check_vocabulary(path: Path, base: str | Path | None, model: nn.Module) -> N
         if not file.is_file():
             return
         largest = _largest_token_id(file)
-        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        rows = embedding_rows(model)
         if largest >= rows:
             raise MismatchError(
                 f"{file}: expected token ids below the {rows} rows of the embedding, got {largest}; the vocabulary was "
