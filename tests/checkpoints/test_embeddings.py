@@ -68,7 +68,7 @@ def assert_policy(state: Any, trained: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("rows", [107, pytest.param(98, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)]
+@pytest.mark.parametrize("rows", [107, *(pytest.param(n, marks=pytest.mark.slow) for n in (98, None))])
 @pytest.mark.parametrize(
     ("adapter", "saving"),
     [

@@ -127,8 +127,8 @@ def test_trained_biases_that_peft_does_not_save_are_refused(tmp_path, monkeypatc
     LoraConfig(r=4, target_modules=LINEAR, bias="lora_only").save_pretrained(str(tmp_path))
     with torch.device("meta"):
         base = _qwen2()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     with pytest.raises(UnsupportedError, match=r"installed peft does not save .*q_proj\.base_layer\.bias"):
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
         models.adapter_layout(base, tmp_path, "default", config, NO_FILE)
 
 
