@@ -149,3 +149,31 @@ def test_other_files_are_not_taken_for_a_trainers(tmp_path):
     file = written(tmp_path / "v.yaml", {"actor_rollout_ref": {"rollout": {"temperature": "hot"}}})
     with pytest.raises(CheckpointError, match="temperature: expected a number, got 'hot'"):
         read_settings(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"gradient_clipping": 0.5}, {"max_grad_norm": 0.5}),
+        ({"gradient_clipping": "auto"}, {}),
+        ({}, {"max_grad_norm": 0.0}),
+        (
+            {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto", "gradient_clipping": 1},
+            {"max_grad_norm": 1, "per_device_train_batch_size": 2},
+        ),
+    ],
+)
+def test_what_deepspeed_is_configured_to_do(tmp_path, config, told):
+    """It does not clip unless it is told to."""
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **config}))
+    assert read_settings(file).values == told
+    assert find_settings(tmp_path / "checkpoint-3").values == told
+
+
+@pytest.mark.parametrize("value", ["much", [1.0]])
+def test_clipping_that_is_no_number_is_refused(tmp_path, value):
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": value}))
+    with pytest.raises(CheckpointError, match="max_grad_norm: expected a number, got .*; give it in the config"):
+        read_settings(file)

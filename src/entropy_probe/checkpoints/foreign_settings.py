@@ -21,7 +21,7 @@ import yaml
 from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
 from entropy_probe.checkpoints.trainer_settings import KINDS, TrainerSettings, plain
 
-__all__ = ["DIALECTS", "UNREAD", "find_settings", "read_settings"]
+__all__ = ["DIALECTS", "UNREAD", "find_settings", "read_settings", "settings_of_deepspeed"]
 
 MOST = 2**20
 """Bytes of a file of settings."""
@@ -84,6 +84,14 @@ def _of_prime_rl(settings: Settings, loss: dict[str, Any], others: dict[str, Any
         loss["version"] = "0.5"
 
 
+def _of_deepspeed(settings: Settings, loss: dict[str, Any], others: dict[str, Any]) -> None:
+    """Without ``gradient_clipping`` it does not clip, whatever the trainer's arguments say; ``auto`` says nothing."""
+    others.setdefault("max_grad_norm", 0.0)
+    for name in [name for name, value in others.items() if value == "auto"]:
+        del others[name]
+
+
+DEEPSPEED = "DeepSpeed"
 _ACTOR, _SAMPLING = "actor_rollout_ref.actor", ("orchestrator.train.sampling", "orchestrator.sampling", "sampling")
 DIALECTS = (
     Dialect(
@@ -204,12 +212,23 @@ DIALECTS = (
             **_under("gconfig", "temperature top_p top_k"),
         },
     ),
+    Dialect(
+        DEEPSPEED,
+        None,
+        ("zero_optimization", "train_micro_batch_size_per_gpu"),
+        others={
+            "max_grad_norm": ("gradient_clipping",),
+            "per_device_train_batch_size": ("train_micro_batch_size_per_gpu",),
+            "gradient_accumulation_steps": ("gradient_accumulation_steps",),
+        },
+        derive=_of_deepspeed,
+    ),
 )
-UNREAD = tuple(dialect.name for dialect in DIALECTS if dialect.loss_of is None)
+UNREAD = tuple(dialect.name for dialect in DIALECTS if dialect.loss_of is None and dialect.name != DEEPSPEED)
 """Trainers whose loss is none that is read from their files."""
 _PLACES = (
     *(".hydra/config.yaml", "configs/trainer.json", "configs/trainer.toml", "configs/rl.json", "configs/rl.toml"),
-    "config.yaml",
+    *("config.yaml", "ds_config.json", "deepspeed.json", "deepspeed_config.json"),
 )
 
 
@@ -247,6 +266,15 @@ def read_settings(file: Path) -> TrainerSettings:
             f"{', '.join(map(str, settings))[:120] or 'nothing'}; give loss, temperature and clipping under probe"
         )
     return _settings(file, dialect, settings)
+
+
+def settings_of_deepspeed(file: Path, config: Settings) -> TrainerSettings:
+    """The settings in a configuration of DeepSpeed's, of which ``file`` has a copy.
+
+    Raises:
+        CheckpointError: if one is no plain value.
+    """
+    return _settings(file, next(dialect for dialect in DIALECTS if dialect.name == DEEPSPEED), _nested(config))
 
 
 def _may_be_a_trainers(file: Path) -> bool:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, shown
+from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, UnsupportedError, shown
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.pieces import COPY, Whole, check_padding, shaped, span
 
-__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "frozen_tensors"]
+__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "frozen_tensors", "settings_of_group"]
 
 Shapes = dict[str, tuple[int, ...]]
 """Parameters of a group in order."""
@@ -194,3 +194,26 @@ def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set
 
 def _cut(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     return torch.cat(list(parts))[: prod(shape)].reshape(shape)
+
+
+def settings_of_group(file: Path, group: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A group as torch's Adam has it; DeepSpeed's own have the same step, and other settings that say so.
+
+    Args:
+        file: for messages.
+        group: of the optimizer's.
+        config: DeepSpeed's own.
+
+    Raises:
+        UnsupportedError: if it is Adam without bias correction.
+    """
+    own = {key: value for key, value in group.items() if key not in ("step", "bias_correction")}
+    if not group.get("bias_correction", True):
+        raise UnsupportedError(f"{file}: not supported: Adam without bias correction; train with it")
+    if "bias_correction" in group:
+        own.setdefault("amsgrad", False)
+        made = (config or {}).get("optimizer") or {}  # by DeepSpeed from its configuration, else by the trainer
+        kind, decoupled = str(made.get("type")).lower(), (made.get("params") or {}).get("adam_w_mode", True)
+        if kind in ("adam", "adamw"):
+            own.setdefault("decoupled_weight_decay", kind == "adamw" or bool(decoupled))
+    return own

@@ -24,13 +24,22 @@ from entropy_probe.checkpoints.errors import (
     UnsupportedError,
     shown,
 )
+from entropy_probe.checkpoints.foreign_settings import settings_of_deepspeed
 from entropy_probe.checkpoints.formats.base import NO_TRAINER_STATE, CheckpointFormat, StoredTensor, Weights
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import Names, read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.pieces import DTENSORS, Whole, as_written_by, optimizer_of_entries
-from entropy_probe.checkpoints.safe_read import StandIn
-from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters, frozen_tensors
+from entropy_probe.checkpoints.safe_read import StandIn, read_json
+from entropy_probe.checkpoints.trainer_settings import TrainerSettings
+from entropy_probe.checkpoints.zero import (
+    Buffers,
+    Shapes,
+    by_mappings,
+    by_parameters,
+    frozen_tensors,
+    settings_of_group,
+)
 from entropy_probe.results.note import Note
 
 __all__ = ["FORMAT", "DeepSpeed"]
@@ -72,6 +81,13 @@ class DeepSpeed(CheckpointFormat):
         names = [group | {"params": list(own)} for group, own in zip(saved.groups, saved.shapes, strict=True)]
         return optimizer_of_entries(saved.files[0], names, entries, saved.size)
 
+    def engine_settings(self, path: Path) -> TrainerSettings | None:
+        """Its configuration, which is in each of its files."""
+        folder = _folder(path)
+        files = sorted(folder.glob("*_states.pt"), key=lambda file: file.stat().st_size) if folder else []
+        config = _part(files[0]).get("ds_config") if files else None
+        return settings_of_deepspeed(files[0], config) if isinstance(config, dict) else None
+
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """The float32 masters, one for each trained parameter."""
         with as_written_by("DeepSpeed", place):
@@ -91,6 +107,15 @@ class DeepSpeed(CheckpointFormat):
             tensors[name] = Whole(whole.shape, saved.dtype, partial(_rounded, whole, saved.dtype))
         tensors |= {name: tensors[first] for name, first in saved.tied.items() if first in tensors}
         return Weights((file,), {name: _stored(file, whole) for name, whole in tensors.items()})
+
+    def configuration_at(self, path: Path) -> Path:
+        """The directory with ``latest``, where the trainer puts what is not DeepSpeed's."""
+        return path.parent if _folder(path) == path else path
+
+    def adapter_config(self, path: Path) -> dict[str, Any] | None:
+        """That beside ``latest``, of a folder below it."""
+        file = self.configuration_at(path) / "adapter_config.json"
+        return read_json(file) if file.is_file() else None
 
     def doubts(self, path: Path) -> Iterator[Note]:
         """The Trainer's log is written last; the schedule is in DeepSpeed's own files."""
@@ -360,22 +385,8 @@ def _zero_state(file: Path, saved: Any, config: Any) -> _ZeroState:
         for i, (entry, master) in enumerate(zip(entries, masters, strict=True))
     ]
     return _ZeroState(
-        [_settings(file, group, config) for group in state["param_groups"]], partitions, slices is not None
+        [settings_of_group(file, group, config) for group in state["param_groups"]], partitions, slices is not None
     )
-
-
-def _settings(file: Path, group: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A group as torch's Adam has it; DeepSpeed's own have the same step, and other settings that say so."""
-    own = {key: value for key, value in group.items() if key not in ("step", "bias_correction")}
-    if not group.get("bias_correction", True):
-        raise UnsupportedError(f"{file}: not supported: Adam without bias correction; train with it")
-    if "bias_correction" in group:
-        own.setdefault("amsgrad", False)
-        made = (config or {}).get("optimizer") or {}  # by DeepSpeed from its configuration, else by the trainer
-        kind, decoupled = str(made.get("type")).lower(), (made.get("params") or {}).get("adam_w_mode", True)
-        if kind in ("adam", "adamw"):
-            own.setdefault("decoupled_weight_decay", kind == "adamw" or bool(decoupled))
-    return own
 
 
 def _check_steps(file: Path, model: Mapping[str, Any], buffers: Sequence[Buffers]) -> None:
