@@ -85,8 +85,7 @@ def _of_prime_rl(settings: Settings, loss: dict[str, Any], others: dict[str, Any
 
 
 def _of_deepspeed(settings: Settings, loss: dict[str, Any], others: dict[str, Any]) -> None:
-    """Without ``gradient_clipping`` it does not clip, whatever the trainer's arguments say; ``auto`` says nothing."""
-    others.setdefault("max_grad_norm", 0.0)
+    """``auto`` says nothing."""
     for name in [name for name, value in others.items() if value == "auto"]:
         del others[name]
 

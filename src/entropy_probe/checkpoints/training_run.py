@@ -51,6 +51,12 @@ ENGINE_CLIPS = NoteKind(
     "that clips, so its own counts",
     f"{NOTHING_TO_DO[:-1]}; but the trainer's setting has no effect.",
 )
+CLIP_NOT_TOLD = NoteKind(
+    "engine_clip_not_told",
+    "{engine}'s own configuration does not say gradient_clipping: by its version it clips at 1 (since June 2026) or not "
+    "at all, whatever the trainer's settings say",
+    "Set probe.max_grad_norm to what the training log shows.",
+)
 CLIP = "max_grad_norm"
 
 _OFF: dict[str, tuple[float, ...]] = {
@@ -214,6 +220,8 @@ class TrainingRun:
         asked, done = (None if told is None else told.values.get(CLIP) for told in (settings, self.engine))
         if settings is not None and self.engine is not None and None not in (asked, done) and asked != done:
             yield ENGINE_CLIPS(trainer=settings.file.name, asked=asked, engine=self.engine.trainer, done=done)
+        if self.engine is not None and CLIP not in self.engine.values:
+            yield CLIP_NOT_TOLD(engine=self.engine.trainer)
         place = self.place
         if place is not None and place[0] > 1:
             yield REUSED(place=place[0], steps=place[1])

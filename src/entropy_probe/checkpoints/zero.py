@@ -20,7 +20,7 @@ from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, Un
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.pieces import COPY, Whole, check_padding, shaped, span
 
-__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "frozen_tensors", "settings_of_group"]
+__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "check_steps", "frozen_tensors", "settings_of_group"]
 
 Shapes = dict[str, tuple[int, ...]]
 """Parameters of a group in order."""
@@ -217,3 +217,23 @@ def settings_of_group(file: Path, group: dict[str, Any], config: Any) -> dict[st
         if kind in ("adam", "adamw"):
             own.setdefault("decoupled_weight_decay", kind == "adamw" or bool(decoupled))
     return own
+
+
+def check_steps(file: Path, model: Mapping[str, Any], buffers: Sequence[Buffers]) -> None:
+    """Check that the optimizer has taken the steps that the model's files count.
+
+    Args:
+        file: of the optimizer, for messages.
+        model: a file of the model.
+        buffers: of the optimizer.
+
+    Raises:
+        MismatchError: if not.
+    """
+    taken = {int(own.numbers["step"]) for own in buffers if "step" in own.numbers}
+    counted = (model.get("global_steps"), model.get("skipped_steps") or 0)
+    if all(type(x) is int for x in counted) and taken and taken != {counted[0] - counted[1]}:  # type: ignore[operator]
+        raise MismatchError(
+            f"{file}: expected state after {counted[0]} steps ({counted[1]} skipped), as the model's file counts, got "
+            f"after {sorted(taken)}; files of two saves, {COPY}"
+        )

@@ -37,6 +37,7 @@ from entropy_probe.checkpoints.zero import (
     Shapes,
     by_mappings,
     by_parameters,
+    check_steps,
     frozen_tensors,
     settings_of_group,
 )
@@ -82,11 +83,18 @@ class DeepSpeed(CheckpointFormat):
         return optimizer_of_entries(saved.files[0], names, entries, saved.size)
 
     def engine_settings(self, path: Path) -> TrainerSettings | None:
-        """Its configuration, which is in each of its files."""
+        """Its configuration, which is in each of its files; ZeRO 1 and 2 also say where they clip."""
         folder = _folder(path)
-        files = sorted(folder.glob("*_states.pt"), key=lambda file: file.stat().st_size) if folder else []
-        config = _part(files[0]).get("ds_config") if files else None
-        return settings_of_deepspeed(files[0], config) if isinstance(config, dict) else None
+        files = sorted(folder.glob("*_optim_states.pt"), key=lambda file: file.stat().st_size) if folder else []
+        if not files:
+            return None
+        with as_written_by("DeepSpeed", path):
+            part = _part(files[0], "optimizer_state_dict")
+        config, saved = part.get("ds_config"), part["optimizer_state_dict"]
+        told = dict(config) if isinstance(config, dict) else {}
+        if isinstance(saved, dict) and "clip_grad" in saved:
+            told["gradient_clipping"] = saved["clip_grad"]
+        return settings_of_deepspeed(files[0], told)
 
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """The float32 masters, one for each trained parameter."""
@@ -216,7 +224,7 @@ class _Saved:
         buffers = [
             Buffers.of_ranks(files, [[state.partitions[i] for i in inside] for state in states]) for inside in members
         ]
-        _check_steps(files[0], first, buffers)
+        check_steps(files[0], first, buffers)
         dtype = next((x.dtype for x in first["module"].values() if x.is_floating_point()), torch.float32)
         frozen = frozen_tensors(model_files[0], models, {name for own in shapes for name in own})
         tied = {plain_name(name): plain_name(other) for name, other in (first.get("shared_params") or {}).items()}
@@ -387,14 +395,3 @@ def _zero_state(file: Path, saved: Any, config: Any) -> _ZeroState:
     return _ZeroState(
         [settings_of_group(file, group, config) for group in state["param_groups"]], partitions, slices is not None
     )
-
-
-def _check_steps(file: Path, model: Mapping[str, Any], buffers: Sequence[Buffers]) -> None:
-    """The optimizer has taken the steps that the model's files count."""
-    taken = {int(own.numbers["step"]) for own in buffers if "step" in own.numbers}
-    counted = (model.get("global_steps"), model.get("skipped_steps") or 0)
-    if all(type(x) is int for x in counted) and taken and taken != {counted[0] - counted[1]}:  # type: ignore[operator]
-        raise MismatchError(
-            f"{file}: expected state after {counted[0]} steps ({counted[1]} skipped), as the model's file counts, got "
-            f"after {sorted(taken)}; files of two saves, {_COPY}"
-        )
