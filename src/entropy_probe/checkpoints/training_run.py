@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropy_probe.checkpoints.dialects import UNREAD
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, open_directory, read_global_step
 from entropy_probe.checkpoints.errors import UnsupportedError
-from entropy_probe.checkpoints.foreign_settings import UNREAD, find_settings, read_settings
+from entropy_probe.checkpoints.foreign_settings import find_settings, read_settings
 from entropy_probe.checkpoints.formats import CheckpointFormat
 from entropy_probe.checkpoints.trainer_log import LOG_FILE, TrainerLog, read_log
 from entropy_probe.checkpoints.trainer_settings import TrainerSettings
@@ -53,8 +54,8 @@ ENGINE_CLIPS = NoteKind(
 )
 CLIP_NOT_TOLD = NoteKind(
     "engine_clip_not_told",
-    "{engine}'s own configuration does not say gradient_clipping: by its version it clips at 1 (since June 2026) or not "
-    "at all, whatever the trainer's settings say",
+    "{engine}'s own configuration does not say gradient_clipping: by its version it clips at 1 (since June 2026) or "
+    "not at all, whatever the trainer's settings say",
     "Set probe.max_grad_norm to what the training log shows.",
 )
 CLIP = "max_grad_norm"

@@ -41,6 +41,8 @@ class Layout:
         rewards_by_name: whether other fields that are numbers are rewards, one a reward function.
         rendered: whether prompts of text have gone through the chat template, with (``marked``) or without special
             tokens (``plain``); ``None``: text as the data set has it, or either.
+        whole: whether responses of text have their special tokens, the end token too, and ``prompt_length`` and
+            ``response_length`` say of how many tokens both are.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Layout:
     step_in_name: str | None = None
     rewards_by_name: bool = False
     rendered: Literal["marked", "plain"] | None = None
+    whole: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(sorted(self.needs))})"
@@ -122,6 +125,15 @@ def _rows_of_batch(batch: Record) -> Iterator[Record]:
             "reward": None if rewards is None else sum(rewards),
             "uid": None if uids is None else uids[i],
         }
+
+
+def _of_version(record: Record) -> Iterator[Record]:
+    """AReaL: rollouts of the policy after so many updates are those of the next one, where training waits for them."""
+    counts = record.get("tail_version"), record.get("seqlen"), record.get("prompt_len")
+    if not all(type(count) is int for count in counts):
+        raise ValueError(f"tail_version, seqlen, prompt_len: expected whole numbers, got {counts!r:.60}")
+    version, length, prompt = counts
+    yield {**record, "step": version + 1, "response_length": length - prompt}
 
 
 def _fields(text: str) -> Mapping[str, str]:
@@ -201,6 +213,15 @@ LAYOUTS = (
         ),
         prepare=_rows_of_batch,
         step_in_name=r"global_step_(\d+)",
+    ),
+    Layout(
+        "AReaL",
+        frozenset({"task_id", "seqlen", "prompt_len", "tail_version"}),
+        _fields("step prompt response=completion group=task_id reward prompt_length=prompt_len response_length"),
+        epsilon=1e-5,
+        prepare=_of_version,
+        rendered="marked",
+        whole=True,
     ),
     Layout(
         "verifiers",

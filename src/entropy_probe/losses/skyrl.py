@@ -1,7 +1,7 @@
 """SkyRL's policy losses: PPO's with and without dual clip, GSPO's, SAPO's, with a KL loss and an entropy bonus.
 
-Sources: ``skyrl/backends/skyrl_train/utils/ppo_utils.py`` and ``workers/worker.py``. Advantage estimators and a KL in the
-reward are in the advantages, not in the loss.
+Sources: ``skyrl/backends/skyrl_train/utils/ppo_utils.py`` and ``workers/worker.py``. Advantage estimators and a KL in
+the reward are in the advantages, not in the loss.
 """
 
 from __future__ import annotations
