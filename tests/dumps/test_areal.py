@@ -36,7 +36,8 @@ def test_texts_are_their_tokens_again_and_nothing_is_put_back(tmp_path):
     assert dump.alignment(3).code == "other_step"
     converted = dump.convert(TOKENIZER)
     batch = converted.rollouts
-    ends = [row[mask].tolist()[-1] == TOKENIZER.eos_token_id for row, mask in zip(batch.input_ids, batch.response_mask)]
+    rows = zip(batch.input_ids, batch.response_mask, strict=True)
+    ends = [row[mask].tolist()[-1] == TOKENIZER.eos_token_id for row, mask in rows]
     assert ends == [True, False, True, False]
     assert batch.prompt_ids.tolist() == [0, 0, 1, 1]
     assert batch.advantages.tolist() == pytest.approx([-0.7071, 0.7071] * 2, abs=1e-4)

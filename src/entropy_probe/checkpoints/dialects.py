@@ -19,7 +19,7 @@ class Dialect:
     Attributes:
         name: of the trainer, for people.
         loss_of: whose losses in ``ProbeConfig(loss=...)`` its loss is one of; None: none that is read from its files.
-        marks: settings of which a file of this trainer has one, and of no other.
+        marks: settings of which a file of this trainer has one, and none of those below it does.
         loss: by the names of the loss where each setting is; the first that is there counts.
         others: likewise of what else is used.
         derive: what is said in other ways: given all settings and what was taken, what to add or change.
@@ -133,6 +133,24 @@ DIALECTS = (
         _of_verl,
     ),
     Dialect(
+        "AReaL",
+        "areal",
+        ("gconfig", "actor.ppo_n_minibatches"),
+        _under(
+            "actor",
+            "eps_clip eps_clip_higher c_clip use_decoupled_loss recompute_logprob prox_logp_method "
+            "importance_sampling_level rejection_sampling use_sapo_loss sapo_tau_pos sapo_tau_neg m2_threshold "
+            "ppo_n_minibatches",
+        ),
+        {
+            "max_grad_norm": ("actor.optimizer.gradient_clipping",),
+            "max_completion_length": ("gconfig.max_new_tokens",),
+            "num_generations": ("gconfig.n_samples",),
+            **_under("gconfig", "temperature top_p top_k"),
+        },
+        _of_areal,
+    ),
+    Dialect(
         "OpenRLHF",
         "openrlhf",
         ("actor.eps_clip", "eps_clip", "actor.policy_loss_type", "policy_loss_type", "algo.kl", "init_kl_coef"),
@@ -219,24 +237,6 @@ DIALECTS = (
             "num_generations": ("grpo.num_generations_per_prompt",),
             **_under("policy.generation", "temperature top_p top_k"),
         },
-    ),
-    Dialect(
-        "AReaL",
-        "areal",
-        ("gconfig", "actor.ppo_n_minibatches"),
-        _under(
-            "actor",
-            "eps_clip eps_clip_higher c_clip use_decoupled_loss recompute_logprob prox_logp_method "
-            "importance_sampling_level rejection_sampling use_sapo_loss sapo_tau_pos sapo_tau_neg m2_threshold "
-            "ppo_n_minibatches",
-        ),
-        {
-            "max_grad_norm": ("actor.optimizer.gradient_clipping",),
-            "max_completion_length": ("gconfig.max_new_tokens",),
-            "num_generations": ("gconfig.n_samples",),
-            **_under("gconfig", "temperature top_p top_k"),
-        },
-        _of_areal,
     ),
     Dialect(
         DEEPSPEED,
