@@ -135,7 +135,7 @@ def test_other_files_are_not_taken_for_a_trainers(tmp_path):
     (tmp_path / "step_3/config.yaml").write_text("a: !include [b")
     assert find_settings(tmp_path / "step_3") is None
     with pytest.raises(
-        CheckpointError, match=r"expected the config of verl, OpenRLHF, prime-rl, .*, got settings called"
+        CheckpointError, match=r"expected the config of verl, AReaL, OpenRLHF, prime-rl, .*, got settings called"
     ):
         read_settings(tmp_path / "config.yaml")
     with pytest.raises(CheckpointError, match="found no such file"):

@@ -18,8 +18,6 @@ from entropy_probe.results.probe import ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenScores
 
-__all__ = ["Attribution", "LayerShare"]
-
 
 @dataclass(frozen=True)
 class LayerShare:

@@ -22,8 +22,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient, is_adam
 from entropy_probe.types import Clusters
 
-__all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admit_evaluation", "admitted"]
-
 
 @dataclass(frozen=True, eq=False)
 class UpdateBatch:
@@ -107,11 +105,6 @@ def admit_batches(
 
 def admit_evaluation(policy: Policy, evaluation: Rollouts, *, is_update: bool = False) -> EvaluationBatch:
     """The evaluation batch as this run counts it.
-
-    Args:
-        policy: what it is evaluated at.
-        evaluation: as given.
-        is_update: whether it is the update batch itself.
 
     Raises:
         ValueError: for unusable rollouts.

@@ -13,8 +13,6 @@ from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["MIN_CLUSTERS", "EvaluationHalf", "halved"]
-
 MIN_CLUSTERS = 4
 """Two for each half: the least that a standard error takes."""
 
@@ -37,14 +35,7 @@ class EvaluationHalf:
 
 
 def halved(clusters: Clusters, local: LocalRows, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
-    """Two random halves of a batch.
-
-    Args:
-        clusters: of the whole batch.
-        local: this rank's rows of it.
-        scores: of those rows.
-        ranks: the ranks that have the others.
-        seed: of the choice.
+    """Two random halves of a batch, of whose scores this rank has those of ``local``.
 
     Raises:
         ValueError: with fewer than four clusters.

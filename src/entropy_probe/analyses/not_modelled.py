@@ -17,8 +17,6 @@ from entropy_probe.parallel.shards import count
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.steps.precision import MIN_SHARE, NARROW, exact_share, fits, step_dtypes, trained
 
-__all__ = ["MASTER_WEIGHTS", "PRECISION_UNKNOWN", "of_frozen_geometry", "of_model", "of_rounding", "unrounded"]
-
 MASTER_WEIGHTS = NoteKind(
     "master_weights",
     "the trained weights are numbers of {kind}, and the optimizer's state is wider, as where a trainer adds its steps "
@@ -63,12 +61,6 @@ def unrounded(
 ) -> tuple[list[str], list[Note]]:
     """What to say of a step that is not rounded, where something suggests that it is in training.
 
-    Args:
-        parameters: what is trained.
-        optimizer: whose state says what has been.
-        delta: the step, by name.
-        setting: ``step_dtype``.
-
     Returns:
         What is not modelled, and notes on what is not known.
     """
@@ -88,11 +80,6 @@ def of_rounding(
 
     Weights that have been trained and still fit a narrow type, each of them, are kept in it: after a single step in
     float32 they would not.
-
-    Args:
-        parameters: what is trained.
-        optimizer: whose state says what has been.
-        delta: the step, by name.
     """
     lost = _lost(trained(parameters, optimizer), delta)
     if lost is None:
@@ -105,11 +92,7 @@ def of_rounding(
 
 
 def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
-    """The 16-bit type that weights are exact in, and the share of what moves that rounding to it undoes.
-
-    Args:
-        parameters: some of what is trained, by name.
-        delta: the step, by name.
+    """The 16-bit type that most weights are exact in, if any, and the share of what moves that rounding to it undoes.
 
     Returns:
         ``None`` where most of the weights are not exact in any.
@@ -131,14 +114,7 @@ def _vanishes(values: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
 def of_frozen_geometry(
     parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, norm: float, max_norm: float | None
 ) -> list[str]:
-    """Momentum, weight decay and clipping, where the optimizer and the gradient have any.
-
-    Args:
-        parameters: what is trained.
-        optimizer: theirs.
-        norm: of the update gradient.
-        max_norm: what the trainer clips it to.
-    """
+    """Momentum, weight decay and clipping, where the optimizer and a gradient of this norm have any."""
     states = [optimizer.state.get(p, {}) for p in parameters.values()]
     momentum = ("exp_avg", "momentum_buffer")
     parts = {

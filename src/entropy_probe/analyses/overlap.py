@@ -18,8 +18,6 @@ from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest, sequence_digests
 
-__all__ = ["COPIES", "SHARED", "Contents", "Overlap", "copies", "shared"]
-
 RARE = 0.05
 """A response counts where chance repeats it less often than this in the other batch."""
 MIN_SHARE = 0.05
@@ -81,18 +79,12 @@ class Overlap:
 
 
 def shared(batch: Contents, logprobs: Float[Tensor, " N"], other: Contents) -> Overlap:
-    """Which sequences of a batch are in another one too.
-
-    Args:
-        batch: the batch.
-        logprobs: of its responses, nats.
-        other: the other batch.
-    """
+    """Which sequences of a batch are in another one too; ``logprobs`` are of its responses, nats."""
     return _overlap(batch, logprobs, Counter(other.sequences), Counter(other.prompts), 0)
 
 
 def copies(batch: Contents, logprobs: Float[Tensor, " N"]) -> Overlap:
-    """Which sequences of a batch are copies of others in it; arguments as for :func:`shared`."""
+    """Which sequences of a batch are copies of others in it."""
     return _overlap(batch, logprobs, Counter(batch.sequences), Counter(batch.prompts), 1)
 
 

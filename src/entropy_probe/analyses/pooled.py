@@ -20,15 +20,9 @@ from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.results.probe import Estimate, Pooled, Predicted
 from entropy_probe.results.student import combined_degrees
 
-__all__ = ["own_of", "pooled", "pooled_prediction"]
-
 
 def pooled(prediction: Prediction, measured: Measured | None = None) -> Pooled:
     """The changes by the batch of the step, and by both.
-
-    Args:
-        prediction: by the evaluation rollouts, of the step of an update batch.
-        measured: the realized change by them, if it is wanted.
 
     Raises:
         ValueError: as :func:`~entropy_probe.analyses.own_batch.predict_own`; if the two are one batch, or the step is

@@ -33,8 +33,6 @@ from entropy_probe.results.sweep import (
 )
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 
-__all__ = ["check_finished", "check_learning_rates", "sweep"]
-
 SLOPE_TOLERANCE = 1e-3
 """How far the forward-mode slope may be from the backward one, relative to the sum of absolute contributions."""
 NO_FORWARD_MODE = NoteKind(

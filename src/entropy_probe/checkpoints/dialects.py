@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DEEPSPEED", "DIALECTS", "UNREAD", "Dialect", "Settings", "at", "has"]
-
 Settings = Mapping[str, Any]
 """Of any depth, by name."""
 
@@ -254,23 +252,10 @@ UNREAD = tuple(dialect.name for dialect in DIALECTS if dialect.loss_of is None a
 """Trainers whose loss is none that is read from their files."""
 
 
-_MISSING = object()
-
-
-def at(settings: Settings, path: str) -> Any:
-    """The value of a dotted name; None where there is none."""
-    value = _find(settings, path)
-    return None if value is _MISSING else value
-
-
-def has(settings: Settings, path: str) -> bool:
-    """Whether there is a value under a dotted name, None too."""
-    return _find(settings, path) is not _MISSING
-
-
-def _find(settings: Any, path: str) -> Any:
+def at(settings: Any, path: str, missing: Any = None) -> Any:
+    """The value of a dotted name."""
     for part in path.split("."):
         if not isinstance(settings, Mapping) or part not in settings:
-            return _MISSING
+            return missing
         settings = settings[part]
     return settings

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from entropy_probe.checkpoints.optimizers import ADAMW_8BIT
-from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
 if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Examined
     from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
-
-__all__ = ["doubts_about", "remarks_on"]
 
 LARGE_LEARNING_RATE = 0.1
 SMALL_LEARNING_RATE = 1e-15
@@ -128,8 +125,9 @@ def remarks_on(examined: Examined) -> Iterator[Note]:
 def doubts_about(examined: Examined) -> Iterator[Note]:
     """A note for each doubt, the gravest first."""
     saved, state = examined.saved, examined.state
-    if examined.movement is not None and examined.movement.exchanged:
-        yield _exchange(examined.movement)
+    if examined.movement is not None and (cycles := examined.movement.exchanged):
+        names = " and ".join(cycles[0][:2]) + (f" and {len(cycles[0]) - 2} others" if len(cycles[0]) > 2 else "")
+        yield EXCHANGED(parameters=names, more=f" and {len(cycles) - 1} more" if len(cycles) > 1 else "")
     if examined.num_others:
         yield OTHER_MODEL(count=examined.num_others)
     rates = [group["lr"] for group in saved.groups if group["params"]]
@@ -185,20 +183,13 @@ def _any(values: Tensor) -> bool:
 
 def _doubts_about_base(examined: Examined) -> Iterator[Note]:
     """Another base model of the same shapes loads without an error and gives wrong numbers."""
-    base, manifest = examined.model.base, examined.manifest
+    adapter, manifest = examined.model.adapter, examined.manifest
     proven = manifest is not None and manifest.base_model is not None and manifest.base_model.files
-    recorded = examined.model.adapter_config.get("base_model_name_or_path")
     along = examined.model.along
     if along is not None and along.changed:
         yield EMBEDDINGS_CHANGED(changed=along.changed, rows=min(along.rows, along.base_rows))
-    if base is None or proven or not isinstance(recorded, str):
+    if adapter is None or proven:
         return
-    if Path(recorded).name.lower() != Path(base).name.lower():
-        yield OTHER_BASE(recorded=recorded, given=base)
-
-
-def _exchange(movement: MovementReport) -> Note:
-    first = movement.exchanged[0]
-    more = f" and {len(movement.exchanged) - 1} more" if len(movement.exchanged) > 1 else ""
-    shown = " and ".join(first[:2]) + (f" and {len(first) - 2} others" if len(first) > 2 else "")
-    return EXCHANGED(parameters=shown, more=more)
+    recorded = adapter.config.get("base_model_name_or_path")
+    if isinstance(recorded, str) and Path(recorded).name.lower() != Path(adapter.base).name.lower():
+        yield OTHER_BASE(recorded=recorded, given=adapter.base)

@@ -20,15 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import (
-    DamagedFileError,
-    InvalidValueError,
-    MismatchError,
-    UnsupportedError,
-    shown,
-)
-
-__all__ = ["WRAPPED", "EightBitState", "is_of_bitsandbytes"]
+from entropy_probe.checkpoints.errors import DamagedFileError, InvalidValueError, MismatchError, UnsupportedError, shown
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 BLOCKS = (256, 2048)
@@ -55,27 +47,17 @@ def is_of_bitsandbytes(groups: list[dict[str, Any]], state: Mapping[Any, dict[st
 
 @dataclass(frozen=True)
 class EightBitState:
-    """What bitsandbytes' ``state_dict`` holds, as torch's AdamW would have it.
+    """What bitsandbytes' ``state_dict`` holds, as torch's AdamW would have it."""
 
-    Attributes:
-        groups: the parameter groups.
-        state: entries by index; a moment in 8 bits is without storage until it is read.
-        stored: the tensors of the file by index.
-    """
-
-    groups: list[dict[str, Any]]
-    state: dict[Any, dict[str, Any]]
-    stored: dict[Any, dict[str, Tensor]]
+    groups: list[dict[str, Any]]  # the parameter groups
+    state: dict[Any, dict[str, Any]]  # entries by index; a moment in 8 bits is without storage until it is read
+    stored: dict[Any, dict[str, Tensor]]  # the tensors of the file by index
 
     @classmethod
     def of(
         cls, path: Path, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]], size: int
     ) -> EightBitState:
-        """Check what a file of some bytes holds.
-
-        Raises:
-            CheckpointError: if it is of another optimizer of the library than Adam, or malformed.
-        """
+        """Check what a file of some bytes holds."""
         stored = {index: _opened(f"{path}: parameter {shown(index)}", entry) for index, entry in state.items()}
         declared = sum(x.nbytes for tensors in stored.values() for key, x in tensors.items() if "qmap" not in key)
         if declared > size:

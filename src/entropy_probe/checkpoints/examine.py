@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -60,34 +60,21 @@ from entropy_probe.checkpoints.weights import (
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["Examined", "Request", "StoredModel", "examine"]
-
 
 @dataclass(frozen=True)
 class Request:
-    """A checkpoint directory, already found to be one, and what the user said of it.
+    """A checkpoint directory, already found to be one, and what the user said of it."""
 
-    Attributes:
-        path: the directory.
-        base_model: the base model, or the one that full weights started from.
-        adapter: the name of the trained adapter.
-        quantization: how training quantised the base model.
-        mapping: which parameters the entries of a file without names belong to.
-        weights: which copy of the weights to take where the optimizer keeps another.
-        policy: the policy's name in the module that the optimizer is over, where there is a value model beside it.
-        any_trainer: whether the loss may be one that is not modelled.
-        trainer_config: the trainer's own config, where it is not beside the checkpoint.
-    """
-
-    path: Path
-    base_model: str | Path | None = None
-    adapter: str | None = None
-    quantization: Quantization | None = None
-    mapping: StatedMapping | None = None
-    weights: Copy = "masters"
+    path: Path  # the directory
+    base_model: str | Path | None = None  # the base model, or the one that full weights started from
+    adapter: str | None = None  # the name of the trained adapter
+    quantization: Quantization | None = None  # how training quantised the base model
+    mapping: StatedMapping | None = None  # which parameters the entries of a file without names belong to
+    weights: Copy = "masters"  # which copy of the weights to take where the optimizer keeps another
+    # the policy's name in the module that the optimizer is over, where there is a value model beside it
     policy: str | None = None
-    any_trainer: bool = False
-    trainer_config: Path | None = None
+    any_trainer: bool = False  # whether the loss may be one that is not modelled
+    trainer_config: str | Path | None = None  # the trainer's own config, where it is not beside the checkpoint
 
     @property
     def tokenizer_home(self) -> Path:
@@ -112,93 +99,41 @@ class Request:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What the files say of the model, checked against a skeleton without storage.
+    """What the files say of the model, checked against a skeleton without storage."""
 
-    Attributes:
-        directory: where the weights are: the checkpoint, or the adapter's folder in it.
-        weights: the adapter's, or the full weights.
-        layout: the parameters that train.
-        configuration: the directory of the configuration of full weights; empty for an adapter.
-        embeddings: the names of the embedding and output layer of full weights.
-        base: the base model's directory or hub name; None for full weights.
-        adapter: the adapter's name; None for full weights.
-        adapter_config: its configuration.
-        quantization: how the base model is quantised; None for plain weights.
-        base_weights: the base model's weights where they are taken from those with the adapter's.
-        along: the embeddings that are taken from the adapter's file though it did not train them.
-    """
-
-    directory: Path
-    weights: Weights
-    layout: Layout
-    configuration: str = ""
-    embeddings: frozenset[str] = frozenset()
-    base: str | None = None
-    adapter: str | None = None
-    adapter_config: dict[str, Any] = field(default_factory=dict)
-    quantization: FourBit | None = None
-    base_weights: Weights | None = None
-    along: SavedAlong | None = None
-
-    @property
-    def adapter_files(self) -> AdapterFiles | None:
-        """The adapter and what it is put on; None for full weights."""
-        if self.base is None or self.adapter is None:
-            return None
-        return AdapterFiles(
-            self.directory,
-            self.adapter,
-            self.adapter_config,
-            self.weights,
-            self.base,
-            self.base_weights,
-            self.quantization,
-        )
+    directory: Path  # where the weights are: the checkpoint, or the adapter's folder in it
+    weights: Weights  # the adapter's, or the full weights
+    layout: Layout  # the parameters that train
+    adapter: AdapterFiles | None = None  # the adapter, and what it is put on; None for full weights
+    configuration: str = ""  # the directory of the configuration of full weights
+    embeddings: frozenset[str] = frozenset()  # the names of the embedding and output layer of full weights
+    along: SavedAlong | None = None  # embeddings that are taken from the adapter's file though it did not train them
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A checkpoint that can be loaded, and all that was established about it.
+    """A checkpoint that can be loaded, and all that was established about it."""
 
-    Attributes:
-        path: the directory.
-        format: the format of its optimizer's state.
-        manifest: the manifest, its hashes verified.
-        global_step: optimizer steps taken.
-        model: what the files say of the model.
-        saved: the optimizer's state.
-        mapping: which parameter each of its entries belongs to.
-        state: what the moments cover.
-        movement: the check of entries of equal shape, where the weights' starting point is known.
-        run: the trainer's settings and log.
-        masters: the optimizer's own copy of the trained weights, where it has one that is to be taken.
-        num_others: the optimizer's entries of another model, which were set aside.
-    """
-
-    path: Path
-    format: CheckpointFormat
-    manifest: Manifest | None
-    global_step: int | None
-    model: StoredModel
-    saved: SavedOptimizer
-    mapping: ParameterMapping
-    state: OptimizerStateReport
-    movement: MovementReport | None
-    run: TrainingRun
+    path: Path  # the directory
+    format: CheckpointFormat  # the format of its optimizer's state
+    manifest: Manifest | None  # the manifest, its hashes verified
+    global_step: int | None  # optimizer steps taken
+    model: StoredModel  # what the files say of the model
+    saved: SavedOptimizer  # the optimizer's state
+    mapping: ParameterMapping  # which parameter each of its entries belongs to
+    state: OptimizerStateReport  # what the moments cover
+    movement: MovementReport | None  # the check of entries of equal shape, where the weights' starting point is known
+    run: TrainingRun  # the trainer's settings and log
+    # the optimizer's own copy of the trained weights, where it has one that is to be taken
     masters: Mapping[str, StoredTensor]
-    num_others: int
+    num_others: int  # the optimizer's entries of another model, which were set aside
 
 
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
     """Check everything, and stop at the first thing that would keep the checkpoint from loading or being trusted.
 
-    Args:
-        request: the directory.
-        facts: gets the fields of a ``CheckpointReport`` as they are established, for one on a checkpoint that is
-            refused.
-
-    Raises:
-        CheckpointError: what that thing is.
+    ``facts`` gets the fields of a ``CheckpointReport`` as they are established, for one on a checkpoint that is
+    refused.
     """
     path = request.path
     kind = facts["kind"] = _kind(path)
@@ -303,7 +238,8 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
             check_base(frozen, of_base)
     check_shapes(weights.files[0], weights.shapes, expected)
     along = saved_along(weights, set(layout.names) - layout.parameters.keys(), base_rows, of_base)
-    return StoredModel(directory, weights, layout, "", frozenset(), base, adapter, config, quantization, under, along)
+    files = AdapterFiles(directory, adapter, config, weights, base, under, quantization)
+    return StoredModel(directory, weights, layout, files, along=along)
 
 
 def _base(
@@ -347,7 +283,8 @@ def _full_weights(request: Request) -> StoredModel:
     home = _configuration(path, request.base_model)
     skeleton = full_skeleton(home, weights)
     check_vocabulary(request.tokenizer_home, request.base_model, skeleton)
-    return StoredModel(path, weights, layout_of(skeleton), home, frozenset(embedding_names(skeleton)))
+    embeddings = frozenset(embedding_names(skeleton))
+    return StoredModel(path, weights, layout_of(skeleton), configuration=home, embeddings=embeddings)
 
 
 def _configuration(path: Path, base_model: str | Path | None) -> str:
@@ -389,7 +326,7 @@ def _masters(
     masters = member.masters(place)
     rounded = None
     if masters:
-        shapes = model.layout.shapes
-        rounded = check_masters(str(place), masters, mapping.names, shapes, model.weights, model.adapter)
+        shapes, adapter = model.layout.shapes, None if model.adapter is None else model.adapter.name
+        rounded = check_masters(str(place), masters, mapping.names, shapes, model.weights, adapter)
     copy = described(str(request.path), rounded, request.weights, there=bool(masters))
     return masters if request.weights == "masters" and rounded is not None else {}, copy

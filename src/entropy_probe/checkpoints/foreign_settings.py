@@ -1,8 +1,8 @@
-"""What trainers other than TRL's wrote down of their settings, in files of their own.
+"""What trainers other than TRL's wrote down of their settings: verl, OpenRLHF and prime-rl, in files of their own.
 
 verl's are composed by Hydra (``.hydra/config.yaml``), prime-rl's lie in ``configs/``, OpenRLHF's are arguments of a
 command. They are found around a checkpoint, or given: YAML (W&B's ``config.yaml`` too), JSON, TOML, or the script with
-the command. Where in them each setting is, is in :mod:`~entropy_probe.checkpoints.dialects`.
+the command. A trainer is an entry of :data:`DIALECTS`: by our names where its settings are.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from typing import Any
 
 import yaml
 
-from entropy_probe.checkpoints.dialects import DEEPSPEED, DIALECTS, Dialect, Settings, at, has
+from entropy_probe.checkpoints.dialects import DEEPSPEED, DIALECTS, Dialect, Settings, at
 from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
-from entropy_probe.checkpoints.trainer_settings import KINDS, TrainerSettings, plain
-
-__all__ = ["find_settings", "read_settings", "settings_of_deepspeed"]
+from entropy_probe.checkpoints.trainer_settings import TrainerSettings, check_kinds, plain
 
 MOST = 2**20
 """Bytes of a file of settings."""
 LEVELS = 3
 """How far above a checkpoint its run's files may be."""
+_WANDB = {"value", "desc"}
 _PLACES = (
     *(".hydra/config.yaml", "configs/trainer.json", "configs/trainer.toml", "configs/rl.json", "configs/rl.toml"),
     *("config.yaml", "ds_config.json", "deepspeed.json", "deepspeed_config.json"),
@@ -34,11 +33,7 @@ _PLACES = (
 
 
 def find_settings(path: Path) -> TrainerSettings | None:
-    """The settings that a trainer left in a checkpoint's directory or a few levels above; None where there are none.
-
-    Raises:
-        CheckpointError: if a file of a trainer's is damaged, or a setting is no plain value.
-    """
+    """The settings that a trainer left in a checkpoint's directory or a few levels above; None where there are none."""
     above = (path.absolute(), *path.absolute().parents[:LEVELS])
     for file in (place / name for place in above for name in _PLACES):
         if file.is_file() and file.stat().st_size <= MOST and _may_be_a_trainers(file):
@@ -50,11 +45,7 @@ def find_settings(path: Path) -> TrainerSettings | None:
 
 
 def read_settings(file: Path) -> TrainerSettings:
-    """The settings in a file that was given.
-
-    Raises:
-        CheckpointError: if it is missing, cannot be read, or is of no known trainer.
-    """
+    """The settings in a file that was given."""
     if not file.is_file():
         raise MissingFileError(f"{file}: expected a trainer's own config, found no such file; check the path")
     if file.stat().st_size > MOST:
@@ -92,23 +83,20 @@ def _dialect(settings: Settings) -> Dialect | None:
 def _settings(file: Path, dialect: Dialect, settings: Settings) -> TrainerSettings:
     loss, others = (dict(_taken(file, settings, places)) for places in (dialect.loss, dialect.others))
     dialect.derive(settings, loss, others)
-    for name, value in others.items():
-        wanted, fits = KINDS.get(name, ("a plain value", lambda value: value is not ...))
-        if value is not None and not fits(value):
-            raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {value!r:.60}; give it in the config")
+    check_kinds(file, others, others, "give it in the config")
     told = None if dialect.loss_of is None else {"trainer": dialect.loss_of, **loss}
     return TrainerSettings(file, dialect.name, others, told, other_loss=False)
 
 
 def _taken(file: Path, settings: Settings, places: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Any]]:
     for name, paths in places.items():
-        there = [path for path in paths if has(settings, path)]
-        if there:
-            value = plain(at(settings, there[0]))
+        path = next((path for path in paths if at(settings, path, ...) is not ...), None)
+        if path is not None:
+            told = at(settings, path)
+            value = plain(told)
             if value is ... or (isinstance(value, str) and "$" in value):
-                got = f"{at(settings, there[0])!r:.60}"
                 raise InvalidValueError(
-                    f"{file}: {there[0]}: expected a plain value, got {got}; write it out, or give it in the config"
+                    f"{file}: {path}: expected a plain value, got {told!r:.60}; write it out, or give it in the config"
                 )
             yield name, value
 
@@ -145,15 +133,12 @@ def _read(file: Path) -> Settings:
         ) from error
     if not isinstance(content, Mapping):
         return {}
-    content = _nested({name: x["value"] if _of_wandb(x) else x for name, x in content.items()})
+    of_wandb = {name for name, x in content.items() if isinstance(x, Mapping) and {"value"} <= x.keys() <= _WANDB}
+    content = _nested({name: x["value"] if name in of_wandb else x for name, x in content.items()})
     beside = file.with_name(file.name.replace("trainer", "orchestrator"))
     if file.stem == "trainer" and beside.is_file() and beside.stat().st_size <= MOST:  # prime-rl's two halves
         return {"trainer": content, "orchestrator": _read(beside)}
     return content
-
-
-def _of_wandb(value: Any) -> bool:
-    return isinstance(value, Mapping) and "value" in value and value.keys() <= {"value", "desc"}
 
 
 def _arguments(text: str) -> Iterator[tuple[str, Any]]:

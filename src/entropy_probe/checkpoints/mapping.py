@@ -17,8 +17,6 @@ from entropy_probe.checkpoints.manifest import Manifest, plain_name
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = ["ParameterMapping", "StatedMapping", "map_parameters", "names_in_file", "without_frozen"]
-
 Shape = tuple[int, ...]
 StatedMapping = str | Path | Mapping[str, int]
 """A file with the name of each entry's parameter on a line, or for expressions the group of parameters they match."""
@@ -26,22 +24,12 @@ StatedMapping = str | Path | Mapping[str, int]
 
 @dataclass(frozen=True)
 class ParameterMapping:
-    """Which parameter each saved index belongs to.
+    """Which parameter each saved index belongs to."""
 
-    Attributes:
-        names: parameter names, in index order.
-        how: where the names came from and what confirmed them.
-        others_frozen: whether parameters of the model that are not among the names were frozen, as where names were
-            recorded.
-    """
-
-    names: tuple[str, ...]
-    how: str
+    names: tuple[str, ...]  # parameter names, in index order
+    how: str  # where the names came from and what confirmed them
+    # whether parameters of the model that are not among the names were frozen, as where names were recorded
     others_frozen: bool = False
-
-
-def _nothing_moved(_: tuple[str, ...]) -> str:
-    return "inconclusive"
 
 
 def map_parameters(
@@ -49,20 +37,12 @@ def map_parameters(
     layout: Layout,
     manifest: Manifest | None = None,
     stated: StatedMapping | None = None,
-    moved: Moved = _nothing_moved,
+    moved: Moved = lambda _: "inconclusive",
 ) -> ParameterMapping:
-    """Match saved indices to the model's parameters.
+    """Match saved indices to the model's parameters, with what its manifest or the user (``stated``) says.
 
-    Args:
-        saved: the optimizer file, entries checked.
-        layout: the model's parameters that train.
-        manifest: the checkpoint's manifest, if it has one.
-        stated: what the user says of a file without names.
-        moved: the status of the movement check for an assignment.
-
-    Raises:
-        MappingError: if recorded or stated names do not fit the file or the model, or the weights have moved along the
-            moments of others; without any, unless exactly one distinct assignment of the known rules fits.
+    ``moved`` gives the status of the movement check for an assignment. Without names exactly one has to fit by the
+    rules.
     """
     if saved.num_parameters == 0:
         raise MappingError(f"{saved.path}: expected at least one trained parameter, got none; nothing would step")
@@ -158,11 +138,7 @@ def without_frozen(saved: SavedOptimizer, layout: Layout) -> SavedOptimizer:
 
 
 def names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
-    """The parameter of each entry, by the names in the groups.
-
-    Raises:
-        MappingError: if a group has not one for each of its parameters.
-    """
+    """The parameter of each entry, by the names in the groups."""
     names: list[str] = []
     for i, group in enumerate(saved.groups):
         group_names = group.get("param_names")

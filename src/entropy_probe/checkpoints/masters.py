@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.formats import StoredTensor, Weights
 from entropy_probe.parallel.shards import local, sharded_as
-
-__all__ = ["Copy", "check_masters", "copy_masters", "described"]
 
 Copy = Literal["masters", "rounded"]
 """Which of the two copies of its weights a model gets."""
@@ -28,19 +26,8 @@ def check_masters(
 ) -> torch.dtype | None:
     """Check that there is a finite master of every trained parameter, which the stored weights are rounded from.
 
-    Args:
-        where: the files, for messages.
-        masters: by parameter.
-        names: the trained parameters.
-        shapes: theirs.
-        weights: the stored weights.
-        adapter: the name of the trained adapter, which is not in its file; None for full weights.
-
     Returns:
         The type that the model's weights are rounded to; None where they are the masters themselves.
-
-    Raises:
-        CheckpointError: if that is not so.
     """
     kinds: set[torch.dtype] = set()
     for name in names:
@@ -59,27 +46,21 @@ def check_masters(
         if stored is None or torch.equal(stored, master.to(stored.dtype)):
             kinds |= set() if stored is None else {stored.dtype}
             continue
-        rounded = next((kind for kind in (torch.bfloat16, torch.float16) if _is_rounded(stored, master, kind)), None)
-        if rounded is None:
+        for kind in (torch.bfloat16, torch.float16):
+            if torch.equal(stored, master.to(kind).to(stored.dtype)):
+                kinds.add(kind)
+                break
+        else:
             raise MismatchError(
                 f"{weights.files[0]}: {key}: expected the optimizer's float32 weights rounded, got others; files of "
                 "ranks were swapped, or are of two saves; copy the checkpoint again"
             )
-        kinds.add(rounded)
     kinds -= {torch.float32}
     return min(kinds, key=str) if kinds else None
 
 
-def _is_rounded(stored: Tensor, master: Tensor, kind: torch.dtype) -> bool:
-    return torch.equal(stored, master.to(kind).to(stored.dtype))
-
-
 def described(where: str, kind: torch.dtype | None, copy: Copy, *, there: bool) -> str:
-    """Which copy the model has, for the result; empty where there is only one.
-
-    Raises:
-        UnsupportedError: if the rounded one was asked for and there is only one.
-    """
+    """Which copy the model has, for the result; empty where there is only one."""
     if kind is None:
         if copy == "rounded" and not there:
             raise UnsupportedError(

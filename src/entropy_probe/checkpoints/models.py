@@ -20,35 +20,12 @@ from entropy_probe.checkpoints.parameters import Layout, layout_of, repeat_layer
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.checkpoints.weights import Shape, check_loaded, check_shapes, has_weights, read_weights
 
-__all__ = [
-    "AdapterFiles",
-    "adapter_layout",
-    "attach_adapter",
-    "base_skeleton",
-    "embedding_names",
-    "full_skeleton",
-    "load_full",
-    "load_lora",
-    "read_config",
-    "untouched",
-]
-
-
 MAX_LAYERS = 10_000
 """Bound on the layers of a configuration whose weight files are not there to compare with."""
 
 
 def full_skeleton(name: str, weights: Weights) -> nn.Module:
-    """The model of full weights, on the meta device, the weights' names and shapes checked against it.
-
-    Args:
-        name: the directory of its configuration.
-        weights: its weights.
-
-    Raises:
-        CheckpointError: if the configuration cannot be used, is of quantised weights, which do not train, or the files
-            have not exactly its tensors.
-    """
+    """The model of full weights, on the meta device, the weights' names and shapes checked against it."""
     shapes = weights.shapes
     config = read_config(name, shapes)
     if getattr(config, "quantization_config", None) is not None:
@@ -77,15 +54,6 @@ def base_skeleton(
 
     Its weight files are checked against it where they are local, except 4-bit ones: codes have other names and shapes,
     and are checked when they are loaded.
-
-    Args:
-        name: directory or hub name.
-        given: the quantization with which training loaded plain weights, if any.
-        trained: the same as the manifest has it.
-
-    Raises:
-        CheckpointError: if the configuration cannot be used, the weights are sharded, or the files miss a tensor or
-            hold one of another shape.
     """
     weights = read_weights(Path(name), "model") if has_weights(Path(name), "model") else None
     if weights is not None and not weights.pretrained:
@@ -109,23 +77,16 @@ def read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
 
     file = Path(name) / "config.json"
     if file.is_file():
-        _refuse_remote_code(file, CONFIG_MAPPING)
-        _check_layers(file, len(shapes) if shapes else MAX_LAYERS)
+        _check_config(file, CONFIG_MAPPING, len(shapes) if shapes else MAX_LAYERS)
     with one_line_errors(name), quiet():
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def _refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
-    """Refuse a ``config.json`` whose model needs code from its directory or the hub.
+def _check_config(file: Path, known_types: Container[Any], most: int) -> None:
+    """Refuse a ``config.json`` whose model needs code from its directory or the hub, or has too many layers.
 
-    Where the library knows the model type itself, ``auto_map`` is ignored: its own class is used.
-
-    Args:
-        file: the configuration.
-        known_types: the model types that the library implements.
-
-    Raises:
-        CheckpointError: if the file needs such code, or is not JSON.
+    Where the library knows the model type itself, it uses its own class and not ``auto_map``. A model of more layers
+    than its weight files have tensors (``most``) could take forever to build.
     """
     config = read_json(file)
     if "auto_map" in config and config.get("model_type") not in known_types:
@@ -134,29 +95,15 @@ def _refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
             f"{config.get('model_type')!r:.60} with code of its own; remote code is never run"
         )
     for key, value in _items(config):
-        if key.removesuffix("_internal").endswith("_implementation"):
-            names = value.values() if isinstance(value, dict) else [value]
-            if any(isinstance(name, str) and "/" in name for name in names):
-                raise UnsafeFileError(
-                    f"{file}: {key}: expected a built-in implementation, got {value!r:.80}, code to be fetched "
-                    "from the hub; remove the key"
-                )
-
-
-def _check_layers(file: Path, most: int) -> None:
-    """Refuse a configuration of more layers than its weight files have tensors: building it could take forever.
-
-    Args:
-        file: the configuration.
-        most: the number of tensors, or some bound.
-
-    Raises:
-        CheckpointError: if a number of layers anywhere in the file is larger, or it is not JSON.
-    """
-    for key, value in _items(read_json(file)):
-        if key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and not (
-            value is None or (type(value) is int and 0 < value <= most)
-        ):
+        names = value.values() if isinstance(value, dict) else [value]
+        code = key.removesuffix("_internal").endswith("_implementation")
+        if code and any(isinstance(name, str) and "/" in name for name in names):
+            raise UnsafeFileError(
+                f"{file}: {key}: expected a built-in implementation, got {value!r:.80}, code to be fetched "
+                "from the hub; remove the key"
+            )
+        layers = key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and value is not None
+        if layers and not (type(value) is int and 0 < value <= most):
             raise MismatchError(
                 f"{file}: {key}: expected a number up to {most}, the tensors of the weights, got {str(value)[:60]}; "
                 "pass intact weights with their own configuration"
@@ -187,16 +134,10 @@ def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, comple
     """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
     with torch.device("meta"):
         model = untouched(name, config, torch.float32)
-    if shapes is not None and not _has_exactly(model, shapes):
+    if shapes is not None and shapes != {name: tuple(p.shape) for name, p in model.named_parameters()}:
         # The library knows names that changed between versions; what it still misses is an error.
         model = _from_pretrained(name, torch.float32, torch.device("meta"), complete=complete)
     return model
-
-
-def _has_exactly(model: nn.Module, shapes: dict[str, Shape]) -> bool:
-    """Whether files with these tensors are the model's own, name by name and shape by shape, tied ones once."""
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return expected == shapes
 
 
 def adapter_layout(
@@ -209,18 +150,9 @@ def adapter_layout(
 ) -> tuple[Layout, dict[str, Shape]]:
     """What trains with the adapter of a directory under its name, and the tensors that its file must hold.
 
-    peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart.
-
-    Args:
-        base: the skeleton of the base model; it is changed.
-        directory: where the adapter is, for messages.
-        name: its name.
-        config: its configuration.
-        weights: those of its file, where peft may have saved embeddings along.
-        resized: the base's parameters that were resized for these, by their ``id``.
-
-    Raises:
-        CheckpointError: if peft refuses to build it, does not save all that trains, or the file lacks an embedding.
+    peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart; the
+    skeleton of the base model is changed. ``weights`` are those of the adapter's file, where peft may have saved
+    embeddings along; ``resized`` the base's parameters that were resized for these, by their ``id``.
     """
     from peft import PeftConfig, PeftModel
 
@@ -257,14 +189,7 @@ def _adapter_state(model: nn.Module, name: str, embeddings: bool) -> dict[str, t
 
 
 def load_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A model with full weights, in eval mode, checked to hold every tensor of its files.
-
-    Args:
-        name: the directory of its configuration, and of its safetensors.
-        weights: its weights.
-        dtype: its precision.
-        device: where it goes.
-    """
+    """A model with full weights, in eval mode, checked to hold every tensor of its files."""
     if not weights.pretrained:
         return _filled(name, weights, dtype, device).eval()
     model = _from_pretrained(name, dtype, device, complete=True)
@@ -285,25 +210,16 @@ def _filled(name: str, weights: Weights, dtype: torch.dtype, device: torch.devic
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter that can be loaded, and what it is put on.
+    """An adapter that can be loaded, and what it is put on."""
 
-    Attributes:
-        directory: where it is.
-        name: its name.
-        config: its configuration.
-        weights: its tensors, by their names in a file of peft.
-        base: the base model's directory or hub name.
-        base_weights: the base model's weights, where they are beside the adapter's and not in ``base``.
-        quantization: how the base model is quantised; None for plain weights.
-    """
-
-    directory: Path
-    name: str
-    config: dict[str, Any]
-    weights: Weights
-    base: str
+    directory: Path  # where it is
+    name: str  # its name
+    config: dict[str, Any]  # its configuration
+    weights: Weights  # its tensors, by their names in a file of peft
+    base: str  # the base model's directory or hub name
+    # the base model's weights, where they are beside the adapter's and not in ``base``
     base_weights: Weights | None = None
-    quantization: FourBit | None = None
+    quantization: FourBit | None = None  # how the base model is quantised; None for plain weights
 
 
 def load_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -351,12 +267,7 @@ def attach_adapter(base: Any, adapter: AdapterFiles, dtype: torch.dtype, device:
 
 
 def _from_pretrained(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    complete: bool = False,
-    quantization: FourBit | None = None,
+    name: str, dtype: torch.dtype, device: torch.device, *, complete: bool = False, quantization: FourBit | None = None
 ) -> Any:
     """A causal language model whose every parameter came from the files; on ``meta`` without their values.
 

@@ -34,8 +34,6 @@ from entropy_probe.checkpoints.optimizers import (
 from entropy_probe.checkpoints.safe_read import read_archive
 from entropy_probe.results.checkpoint import GroupReport
 
-__all__ = ["SavedOptimizer", "check_entries", "read_optimizer", "saved_optimizer"]
-
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _OTHER_OPTIMIZERS = {
@@ -51,36 +49,20 @@ _OTHER_OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """An optimizer file after its structure was checked; ``state[i]`` belongs to the i-th parameter.
+    """An optimizer file after its structure was checked; ``state[i]`` belongs to the i-th parameter."""
 
-    Attributes:
-        path: the file, for messages.
-        kind: the class of optimizer that it is of.
-        groups: the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order.
-        state: what is kept for each parameter by index, as stored.
-        size: bytes of the file, or of the files that it is in.
-        read: how to read a tensor that is without storage yet, by index and key; None where there are none.
-        lists_frozen: whether the groups may hold parameters that were frozen, of which nothing is kept.
-    """
-
-    path: Path
-    kind: OptimizerKind
+    path: Path  # the file, for messages
+    kind: OptimizerKind  # the class of optimizer that it is of
+    # the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order
     groups: tuple[dict[str, Any], ...]
-    state: dict[int, dict[str, Any]]
-    size: int
+    state: dict[int, dict[str, Any]]  # what is kept for each parameter by index, as stored
+    size: int  # bytes of the file, or of the files that it is in
+    # how to read a tensor that is without storage yet, by index and key; None where there are none
     read: Callable[[int, str], Tensor] | None = None
-    lists_frozen: bool = False
-
-    def listing_frozen(self) -> SavedOptimizer:
-        """The same of a trainer that gives its optimizer all parameters, frozen ones too."""
-        return replace(self, lists_frozen=True)
+    lists_frozen: bool = False  # whether the groups may hold parameters that were frozen, of which nothing is kept
 
     def loaded(self) -> SavedOptimizer:
-        """The same with every tensor read that was left in its files until it was known to fit.
-
-        Raises:
-            CheckpointError: if a file is damaged.
-        """
+        """The same with every tensor read that was left in its files until it was known to fit."""
         if self.read is None:
             return self
         state = {
@@ -190,10 +172,6 @@ def read_optimizer(path: Path) -> SavedOptimizer:
     """Read an optimizer file without running anything in it, and check groups and hyperparameters.
 
     Tensors stay in the file, mapped into memory, until they are used.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, holds anything but tensors and plain values, or its
-            groups are not those of one of the optimizers that are rebuilt, minimising a loss.
     """
     return saved_optimizer(path, read_archive(path), path.stat().st_size)
 
@@ -201,17 +179,7 @@ def read_optimizer(path: Path) -> SavedOptimizer:
 def saved_optimizer(
     path: Path, saved: Any, size: int, read: Callable[[int, str], Tensor] | None = None
 ) -> SavedOptimizer:
-    """Check groups and hyperparameters of what an optimizer's ``state_dict`` saved.
-
-    Args:
-        path: the file, for messages.
-        saved: what is in it; tensors may be without storage.
-        size: bytes of the file or files.
-        read: as :class:`SavedOptimizer` has it.
-
-    Raises:
-        CheckpointError: as :func:`read_optimizer`.
-    """
+    """Check groups and hyperparameters of what an optimizer's ``state_dict`` saved; tensors may be without storage."""
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
         got = shown(list(saved)) if isinstance(saved, dict) else type(saved).__name__
         raise UnsupportedError(f"{path}: expected 'state' and 'param_groups', got {got}; pass a Trainer's checkpoint")
@@ -288,14 +256,12 @@ def check_entries(saved: SavedOptimizer) -> None:
     """Check that every parameter has what its optimizer keeps: tensors that fit one shape, and a step count.
 
     Adam's may lack entries, which the weights then have to explain (``Examination``); not all of them.
-
-    Raises:
-        CheckpointError: if an entry is missing, extra, of another optimizer, or malformed, or if tensors claim more
-            data than the file has.
     """
     path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
-    missing, extra = sorted(saved.never_trained), list(_strangers(saved, expected))
+    missing = sorted(saved.never_trained)
+    # an entry that holds nothing is none
+    extra = [i for i in saved.state.keys() - expected if any(x is not None for x in saved.state[i].values())]
     if extra or (missing and not (saved.is_adam and expected)):
         raise saved.refusal_of(missing, f" and {len(extra)} entries that belong to no parameter ({shown(extra)})")
     for index in sorted(expected):
@@ -306,11 +272,6 @@ def check_entries(saved: SavedOptimizer) -> None:
             f"{path}: expected moments of at most the file's {size:,} bytes, got {declared:,} bytes declared by "
             "tensors that share their data; save the optimizer again"
         )
-
-
-def _strangers(saved: SavedOptimizer, expected: set[int]) -> set[Any]:
-    """Entries of no parameter, or of one of which nothing is kept; one that holds nothing is none."""
-    return {i for i in saved.state.keys() - expected if any(x is not None for x in saved.state[i].values())}
 
 
 def _check_entry(where: str, saved: SavedOptimizer, index: int, size: int) -> None:

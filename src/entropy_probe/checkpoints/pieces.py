@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +24,6 @@ from entropy_probe.checkpoints.objects import Names
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 from entropy_probe.checkpoints.safe_read import StandIn
 
-__all__ = ["DTENSORS", "Part", "Whole", "as_written_by", "check_padding", "joined", "optimizer_of_entries", "span"]
-
 COPY = "copy the checkpoint again"
 
 
@@ -35,11 +32,7 @@ _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, 
 
 @contextmanager
 def as_written_by(maker: str, place: Path) -> Iterator[None]:
-    """Turn what malformed values raise into one line, for files of several ranks that can each be read.
-
-    Raises:
-        DamagedFileError: with what was raised.
-    """
+    """Turn what malformed values raise into one line, for files of several ranks that can each be read."""
     try:
         yield
     except CheckpointError:
@@ -64,17 +57,7 @@ Entries = Mapping[Any, Mapping[str, Any]]
 
 
 def optimizer_of_entries(path: Path, groups: list[dict[str, Any]], entries: Entries, size: int) -> SavedOptimizer:
-    """An optimizer whose state was worked out, parameters by name or by number.
-
-    Args:
-        path: a file, for messages.
-        groups: the parameter groups, ``params`` as ``entries`` has them.
-        entries: what is kept for each parameter.
-        size: bytes of all files.
-
-    Raises:
-        CheckpointError: as ``saved_optimizer``.
-    """
+    """An optimizer whose state was worked out, parameters by name or by number, as in ``params`` of the groups."""
     order = [parameter for group in groups for parameter in group["params"]]
     state = {
         parameter: {
@@ -109,20 +92,14 @@ class _DTensor(StandIn):
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank has of a ``DTensor``.
+    """What one rank has of a ``DTensor``."""
 
-    Attributes:
-        local: its part.
-        shape: of the whole.
-        dimensions: for each dimension of the mesh of ranks the dimension of the tensor that is divided over it; None
-            where each rank has a copy.
-        coordinate: where in the mesh the rank is; None where the file does not say.
-    """
-
-    local: Tensor
-    shape: tuple[int, ...]
+    local: Tensor  # its part
+    shape: tuple[int, ...]  # of the whole
+    # for each dimension of the mesh of ranks the dimension of the tensor that is divided over it; None where each rank
+    # has a copy
     dimensions: tuple[int | None, ...]
-    coordinate: tuple[int, ...] | None
+    coordinate: tuple[int, ...] | None  # where in the mesh the rank is; None where the file does not say
 
 
 class _ShardedTensor(StandIn):
@@ -196,15 +173,7 @@ DTENSORS: Names = {
 
 
 def joined(where: str, values: Sequence[Any]) -> Whole:
-    """A tensor from what each rank has of it, in the order of ranks: parts of a ``DTensor``, or copies.
-
-    Args:
-        where: the tensor, for messages.
-        values: of each rank.
-
-    Raises:
-        CheckpointError: if they do not make up one tensor, or a rank has the part of another.
-    """
+    """A tensor from what each rank has of it, in the order of ranks: parts of a ``DTensor``, or copies."""
     if all(type(x) is Tensor for x in values):
         return _copies(where, values)
     if (
@@ -289,19 +258,11 @@ def span(pieces: Sequence[Tensor], start: int, stop: int) -> Tensor:
 
 def shaped(pieces: Sequence[Tensor], start: int, shape: tuple[int, ...]) -> Whole:
     """A tensor whose elements are in a flat buffer from ``start`` on."""
-    return Whole(shape, pieces[0].dtype, partial(_shaped, tuple(pieces), start, shape))
-
-
-def _shaped(pieces: Sequence[Tensor], start: int, shape: tuple[int, ...]) -> Tensor:
-    return span(pieces, start, start + prod(shape)).reshape(shape)
+    return Whole(shape, pieces[0].dtype, lambda: span(pieces, start, start + prod(shape)).reshape(shape))
 
 
 def check_padding(where: str, padding: Tensor) -> None:
-    """Check that what fills a buffer up is 0, as it always is: else parameters or ranks are in another order.
-
-    Raises:
-        DamagedFileError: if it is not.
-    """
+    """Check that what fills a buffer up is 0, as it always is: else parameters or ranks are in another order."""
     if padding.count_nonzero():
         raise DamagedFileError(
             f"{where}: expected {len(padding)} zeros behind the parameters, got other numbers; files of ranks were "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import os
 import pickle
 import re
 import struct
@@ -28,19 +29,7 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     first_line,
 )
-from entropy_probe.checkpoints.pickles import ELEMENT_BYTES, check_pickle
-
-__all__ = [
-    "Inert",
-    "StandIn",
-    "check_is_archive",
-    "one_line",
-    "read_archive",
-    "read_archived",
-    "read_inert",
-    "read_json",
-    "read_with_stand_ins",
-]
+from entropy_probe.checkpoints.pickles import STORAGES, check_pickle
 
 Built = TypeVar("Built")
 
@@ -49,11 +38,7 @@ MAX_SETTINGS = 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint.
-
-    Raises:
-        DamagedFileError: if the file is not a JSON object.
-    """
+    """A JSON object from a file of the checkpoint."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -61,6 +46,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path}: expected a JSON object, got {type(value).__name__}; copy the checkpoint again")
     return value
+
+
+def is_file_name(value: str) -> bool:
+    """Whether a name in a file can be that of an entry beside it, and nothing else."""
+    if not value.isprintable() or value in ("", ".", ".."):
+        return False
+    return Path(value).name == value and len(os.fsencode(value)) <= 255
 
 
 _REMEDY = "train with save_only_model=False, or copy the whole checkpoint again"
@@ -81,12 +73,7 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
     it finds the same. Tensors stay in the file, mapped into memory, until they are used. ``weights_only=True`` is
     passed explicitly, which the environment variable ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` does not override.
 
-    Args:
-        path: the file.
-        instead: what to do about one that holds something else, for messages.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, or holds anything but tensors and plain values.
+    ``instead`` is the remedy for one that holds something else.
     """
     check_is_archive(path)
     with one_line(str(path), instead):
@@ -98,11 +85,7 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
 
 
 def check_is_archive(path: Path) -> None:
-    """Check that there is a file, and that it begins and ends as an archive.
-
-    Raises:
-        CheckpointError: if not.
-    """
+    """Check that there is a file, and that it begins and ends as an archive."""
     if not path.is_file():
         raise MissingFileError(f"{path}: expected the optimizer's state, found no such file; {_REMEDY}")
     size = path.stat().st_size
@@ -114,15 +97,7 @@ def check_is_archive(path: Path) -> None:
 
 
 def read_archived(data: bytes, where: str) -> Any:
-    """The same from an archive that is a part of a file.
-
-    Args:
-        data: the archive.
-        where: file and part, for messages.
-
-    Raises:
-        CheckpointError: as :func:`read_archive`.
-    """
+    """The same from an archive that is a part of a file."""
     with one_line(where):
         contents = check_archive(where, io.BytesIO(data), data)
         check_same_reading(where, data, contents)
@@ -172,11 +147,12 @@ class Inert:
     def append(self, value: Any) -> None:
         """The same."""
 
-    def extend(self, values: Any) -> None:
-        """The same."""
+    extend = append
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """In place of every class that a pickle names it takes what ``stand_in`` gives for module and name."""
+
     def __init__(self, data: bytes, stand_in: Callable[[str, str], Any]) -> None:
         super().__init__(io.BytesIO(data))
         self._stand_in = stand_in
@@ -186,7 +162,7 @@ class _Unpickler(pickle.Unpickler):
         return self._stand_in(module, name)
 
 
-class _Sizes(_Unpickler):
+class _Sizes(Unpickler):
     """Of what a checked pickle has, only how long it takes each storage to be."""
 
     def __init__(self, data: bytes) -> None:
@@ -197,7 +173,7 @@ class _Sizes(_Unpickler):
         """The key of a storage, and its bytes."""
         _, kind, key, _, numel = pid
         element = kind.named.removeprefix("torch.").removesuffix("Storage")
-        self.sizes.add((key, numel * ELEMENT_BYTES.get(element, 1)))
+        self.sizes.add((key, numel * STORAGES.get(element, torch.uint8).itemsize))
 
 
 def _check_storages(data: bytes | mmap.mmap, contents: Mapping[str, range]) -> None:
@@ -224,38 +200,26 @@ def _inert(module: str, name: str) -> type[Inert]:
 def read_with_stand_ins(
     path: Path, stand_ins: Mapping[tuple[str, str], Any], what: str, build: Callable[[Any], Built]
 ) -> Built:
-    """What is made of a bare pickle, in which every class is replaced by one that does nothing.
+    """What is made of a bare pickle, in which every class is replaced by its stand-in, which does nothing.
 
-    Args:
-        path: the file.
-        stand_ins: by module and name what the pickle may name, and what takes its place.
-        what: the kind of file, and of what, for messages.
-        build: makes the result of what was unpickled; it may raise whatever malformed values give.
-
-    Raises:
-        CheckpointError: if the file names anything else, is damaged, or ``build`` refuses it.
+    ``build`` makes the result of what was unpickled; it may raise whatever malformed values give.
     """
+    return _unpickled(path, Path.read_bytes, one_of(stand_ins), what, build, "copy the checkpoint again")
+
+
+def one_of(stand_ins: Mapping[tuple[str, str], Any]) -> Callable[[str, str], Any]:
+    """For an unpickler that takes names which are listed with their stand-ins, and no others."""
 
     def stand_in(module: str, name: str) -> Any:
         if (module, name) not in stand_ins:
             raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
         return stand_ins[module, name]
 
-    return _unpickled(path, Path.read_bytes, stand_in, what, build, "copy the checkpoint again")
+    return stand_in
 
 
 def read_inert(path: Path, what: str, build: Callable[[Any], Built], remedy: str) -> Built:
-    """What is made of the pickle in an archive of ``torch.save``, with :class:`Inert` for whatever it names.
-
-    Args:
-        path: the file.
-        what: the kind of file, and of what, for messages.
-        build: makes the result of what was unpickled; it may raise whatever malformed values give.
-        remedy: what to do about a file that cannot be read.
-
-    Raises:
-        CheckpointError: if the file is damaged, larger than settings are, or ``build`` refuses it.
-    """
+    """The same of the pickle in an archive of ``torch.save``, with :class:`Inert` for whatever it names."""
     return _unpickled(path, _archived_pickle, _inert, what, build, remedy)
 
 
@@ -283,7 +247,7 @@ def _unpickled(
     try:
         data = read(path)
         check_pickle(data)
-        return build(_Unpickler(data, stand_in).load())
+        return build(Unpickler(data, stand_in).load())
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{path}: expected an {what}, got a pickle that is none ({first_line(error, 100)}); nothing in it was run; "

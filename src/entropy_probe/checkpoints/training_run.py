@@ -17,8 +17,6 @@ from entropy_probe.checkpoints.trainer_settings import TrainerSettings
 from entropy_probe.results.checkpoint import ABOVE_ZERO, SettingReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
-__all__ = ["TrainingRun", "other_samples"]
-
 REUSED = NoteKind(
     "reused_rollouts",
     "the next step is number {place} of {steps} that training takes on the same rollouts; batches that are sampled "
@@ -68,37 +66,20 @@ _OFF: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The settings and the log of the trainer that wrote a checkpoint.
+    """The settings and the log of the trainer that wrote a checkpoint."""
 
-    Attributes:
-        path: the checkpoint directory.
-        settings: what the trainer wrote down; None where it left no file that is read.
-        log: what it logged.
-        global_step: optimizer steps taken.
-        engine: what the engine below the trainer (DeepSpeed) wrote down, which goes before what the trainer asked for.
-    """
-
-    path: Path
-    settings: TrainerSettings | None
-    log: TrainerLog
-    global_step: int | None
+    path: Path  # the checkpoint directory
+    settings: TrainerSettings | None  # what the trainer wrote down; None where it left no file that is read
+    log: TrainerLog  # what it logged
+    global_step: int | None  # optimizer steps taken
+    # what the engine below the trainer (DeepSpeed) wrote down, which goes before what the trainer asked for
     engine: TrainerSettings | None
 
     @classmethod
     def of(
-        cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: Path | None = None
+        cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: str | Path | None = None
     ) -> TrainingRun:
-        """That of a directory.
-
-        Args:
-            path: the directory.
-            member: the format of its optimizer's state.
-            global_step: optimizer steps taken.
-            settings: the trainer's own config, where it is not beside the checkpoint.
-
-        Raises:
-            CheckpointError: if one of the files is damaged, or the settings are in the directory and given too.
-        """
+        """That of a directory; ``settings`` is the trainer's own config, where it is not beside the checkpoint."""
         beside, engine = member.settings(path), member.engine_settings(path)
         if settings is not None:
             if beside is not None and beside.loss is not None:
@@ -106,20 +87,12 @@ class TrainingRun:
                     f"{settings}: expected no trainer's config beside {beside.file}, which tells the settings; leave "
                     "it out"
                 )
-            beside = read_settings(settings)
+            beside = read_settings(Path(settings))
         return cls(path, find_settings(path) if beside is None else beside, read_log(path), global_step, engine)
 
     @classmethod
     def read(cls, path: Path, settings: Path | None = None) -> TrainingRun:
-        """That of a directory of which nothing is known yet.
-
-        Args:
-            path: the directory.
-            settings: as in :meth:`of`.
-
-        Raises:
-            CheckpointError: if it is no checkpoint, an entry leads outside of it, or one of the files is damaged.
-        """
+        """That of a directory of which nothing is known yet."""
         directory = open_directory(path)
         check_contained(directory)
         member, _ = find_optimizer(directory)
@@ -149,11 +122,7 @@ class TrainingRun:
         return self.log.other_loss() if self.loss is None else None
 
     def refuse_other_loss(self) -> None:
-        """Make sure that the loss may be one of those that are modelled.
-
-        Raises:
-            UnsupportedError: if it is another trainer's.
-        """
+        """Make sure that the loss may be one of those that are modelled."""
         whose = self.other_loss()
         if whose is not None:
             raise UnsupportedError(

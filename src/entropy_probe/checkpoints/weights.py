@@ -18,19 +18,7 @@ from entropy_probe.checkpoints.errors import (
     UnsupportedError,
 )
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
-from entropy_probe.checkpoints.safe_read import read_json
-
-__all__ = [
-    "Shape",
-    "check_base",
-    "check_finite",
-    "check_loaded",
-    "check_related",
-    "check_shapes",
-    "has_weights",
-    "read_weights",
-    "unchanged",
-]
+from entropy_probe.checkpoints.safe_read import is_file_name, read_json
 
 Shape = tuple[int, ...]
 
@@ -42,11 +30,7 @@ def has_weights(directory: Path, stem: str) -> bool:
 
 
 def read_weights(directory: Path, stem: str) -> Weights:
-    """The tensors of ``{stem}.safetensors`` or of its index, or those of another format.
-
-    Raises:
-        CheckpointError: if there are none, one that the index names is missing, or a file is damaged.
-    """
+    """The tensors of ``{stem}.safetensors`` or of its index, or those of another format."""
     whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if whole.is_file():
         return safetensors(whole)
@@ -66,23 +50,19 @@ def _shards(directory: Path, index: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
         raise DamagedFileError(f"{index}: expected a 'weight_map' of tensor names to files; copy the checkpoint again")
-    files = [directory / name for name in sorted(set(shards.values()))]
-    for path in files:
-        if path.parent != directory or path.name in ("", ".."):
-            raise UnsafeFileError(
-                f"{index}: expected files beside it, got {str(path)!r}, which is outside; it was not read"
+    names = sorted(set(shards.values()))
+    for name in names:
+        if not is_file_name(name):
+            raise UnsafeFileError(f"{index}: expected files beside it, got {name!r}, which is outside; it was not read")
+        if not (directory / name).is_file():
+            raise MissingFileError(
+                f"{directory / name}: expected the shard that {index.name} names; copy the checkpoint again"
             )
-        if not path.is_file():
-            raise MissingFileError(f"{path}: expected the shard that {index.name} names; copy the checkpoint again")
-    return files
+    return [directory / name for name in names]
 
 
 def safetensors(*files: Path) -> Weights:
-    """The tensors of safetensors files, from their headers.
-
-    Raises:
-        DamagedFileError: if one is none.
-    """
+    """The tensors of safetensors files, from their headers."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, StoredTensor] = {}
@@ -98,11 +78,7 @@ def safetensors(*files: Path) -> Weights:
 
 
 def check_base(frozen: Weights, base: Weights) -> None:
-    """Check that the frozen tensors beside an adapter are the base model's, in the lower precision of the two.
-
-    Raises:
-        MismatchError: naming the first that is not.
-    """
+    """Check that the frozen tensors beside an adapter are the base model's, in the lower precision of the two."""
     for path, name, tensor in _tensors(frozen):
         if name not in base.tensors:  # tied
             continue
@@ -122,11 +98,7 @@ def _tensors(weights: Weights) -> Iterator[tuple[Path, str, Tensor]]:
 
 
 def check_shapes(path: Path, stored: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-    """Check that a file holds exactly the expected tensors, with their shapes.
-
-    Raises:
-        CheckpointError: naming what is missing, unknown or of another shape.
-    """
+    """Check that a file holds exactly the expected tensors, with their shapes."""
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
         raise MismatchError(
@@ -142,16 +114,7 @@ def check_shapes(path: Path, stored: Mapping[str, Shape], expected: Mapping[str,
 
 
 def check_finite(weights: Weights, parameters: Collection[str] = ()) -> None:
-    """Check every floating-point tensor, one at a time.
-
-    Args:
-        weights: the tensors.
-        parameters: names of those that must be floating point.
-
-    Raises:
-        CheckpointError: naming the first tensor with NaN or infinity, of complex numbers, of less than 16 bits, or of
-            whole numbers where a parameter is expected.
-    """
+    """Check every floating-point tensor, one at a time; those of ``parameters`` must be floating point."""
     for path, name, tensor in _tensors(weights):
         whole = name in parameters and not tensor.is_floating_point()
         if whole or tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
@@ -178,11 +141,7 @@ SAMPLED = 2**16
 
 
 def check_related(weights: Weights, before: Weights, start: str) -> None:
-    """Check that weights are near those that training started from, over all matrices.
-
-    Raises:
-        MismatchError: if they are about as far from them as any others of their size.
-    """
+    """Check that weights are near those that training started from, over all matrices."""
     product = own = other = 0.0
     for _, name, tensor in _tensors(weights):
         if name in before.tensors and before.tensors[name].shape == tuple(tensor.shape) and tensor.dim() > 1:
@@ -198,16 +157,7 @@ def check_related(weights: Weights, before: Weights, start: str) -> None:
 
 
 def check_loaded(weights: Weights, loaded: Mapping[str, Tensor], *, all_names: bool) -> None:
-    """Check that a model holds the values of the files, cast to its own precision.
-
-    Args:
-        weights: the files' tensors.
-        loaded: the model's tensors by their name in the files.
-        all_names: whether every tensor of the files must be in ``loaded``.
-
-    Raises:
-        CheckpointError: naming the first tensor that is absent from the model or differs in it.
-    """
+    """Check that a model holds the files' values, by their names there, cast to its own precision."""
     for path, name, tensor in _tensors(weights):
         if name not in loaded:
             if all_names:

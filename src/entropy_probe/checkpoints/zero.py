@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,39 +19,23 @@ from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, Un
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.pieces import COPY, Whole, check_padding, shaped, span
 
-__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "check_steps", "frozen_tensors", "settings_of_group"]
-
 Shapes = dict[str, tuple[int, ...]]
 """Parameters of a group in order."""
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """What the ranks hold of one parameter group.
+    """What the ranks hold of one parameter group."""
 
-    Attributes:
-        kept: by key of the optimizer's state, each rank's flat buffer.
-        masters: each rank's flat float32 weights.
-        numbers: by key, what all have alike, as step counts.
-        slices: for each rank the parameters it has elements of: (number, start) in its buffers. Empty in stage 3.
-    """
-
-    kept: dict[str, list[Tensor]]
-    masters: list[Tensor]
-    numbers: dict[str, Any]
+    kept: dict[str, list[Tensor]]  # by key of the optimizer's state, each rank's flat buffer
+    masters: list[Tensor]  # each rank's flat float32 weights
+    numbers: dict[str, Any]  # by key, what all have alike, as step counts
+    # for each rank the parameters it has elements of: (number, start) in its buffers. Empty in stage 3
     slices: list[dict[str, tuple[int, int]]]
 
     @classmethod
     def of_ranks(cls, files: Sequence[Path], ranks: Sequence[Sequence[Mapping[str, Any]]]) -> Buffers:
-        """Those of a group, its sub-groups joined.
-
-        Args:
-            files: of the ranks.
-            ranks: what each holds of each sub-group.
-
-        Raises:
-            CheckpointError: if ranks disagree.
-        """
+        """Those of a group, its sub-groups joined, from what each rank holds of each sub-group."""
         keys = {key for key in ranks[0][0] if key not in ("master", "slices")}
         numbers: dict[str, Any] = {}
         for file, own in zip(files, ranks, strict=True):
@@ -101,11 +84,7 @@ def _slices(file: Path, saved: Any) -> dict[str, tuple[int, int]]:
 
 
 def by_mappings(file: Path, own: Buffers, key: str, shapes: Shapes) -> dict[str, Whole]:
-    """Stages 1 and 2: each parameter from the slices that the ranks say they have, in the order of ranks.
-
-    Raises:
-        CheckpointError: if they do not make it up, or what belongs to none is not 0.
-    """
+    """Stages 1 and 2: each parameter from the slices that the ranks say they have, in the order of ranks."""
     pieces = own.pieces(key)
     strangers = sorted({name for mapping in own.slices for name in mapping} - shapes.keys())
     if strangers:
@@ -145,11 +124,7 @@ def _check_rest(where: str, piece: Tensor, used: Sequence[tuple[int, int]]) -> N
 
 
 def by_parameters(file: Path, own: Buffers, key: str, shapes: Shapes) -> dict[str, Whole]:
-    """Stage 3: each parameter from the ranks' equal pieces of it.
-
-    Raises:
-        CheckpointError: if sizes differ, or what fills the last piece up is not 0.
-    """
+    """Stage 3: each parameter from the ranks' equal pieces of it."""
     pieces, whole, at = own.pieces(key), {}, 0
     for name, shape in shapes.items():
         number = prod(shape)
@@ -169,11 +144,7 @@ def by_parameters(file: Path, own: Buffers, key: str, shapes: Shapes) -> dict[st
 
 
 def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set[str]) -> dict[str, Whole]:
-    """Tensors of the model that were not trained: whole in one file, or with ZeRO 3 in pieces in all.
-
-    Raises:
-        DamagedFileError: if pieces are missing, or do not make up their tensors.
-    """
+    """Tensors of the model that were not trained: whole in one file, or with ZeRO 3 in pieces in all."""
     frozen = {
         plain_name(name): Whole(tuple(tensor.shape), tensor.dtype, tensor.clone)
         for name, tensor in models[0]["module"].items()
@@ -188,12 +159,8 @@ def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set
             parts, shape = [own[name] for own in pieces], tuple(size)
             if not 0 <= sum(map(len, parts)) - prod(shape) < len(parts):
                 raise DamagedFileError(f"{file}: {name}: expected pieces of {list(shape)}, got other sizes; {COPY}")
-            frozen[plain_name(name)] = Whole(shape, parts[0].dtype, partial(_cut, parts, shape))
+            frozen[plain_name(name)] = shaped(parts, 0, shape)
     return frozen
-
-
-def _cut(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    return torch.cat(list(parts))[: prod(shape)].reshape(shape)
 
 
 def settings_of_group(file: Path, group: dict[str, Any], config: Any) -> dict[str, Any]:

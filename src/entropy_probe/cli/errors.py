@@ -15,8 +15,6 @@ from typer.core import TyperGroup
 
 from entropy_probe.report.text import printable
 
-__all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "leave_threads", "one_line_excepthook"]
-
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
 BAD_INPUT = 2
 FAILURE = 1

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints.training_run import TrainingRun
     from entropy_probe.cli.config import RunConfig
 
-__all__ = ["with_trainer_settings"]
-
 TRUSTED = NoteKind(
     "config_trusted",
     "{key} is {own}, {source} says {told}; the config is trusted",

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import EvaluationSettings
 
-__all__ = ["decide"]
-
 SIZED = NoteKind(
     "sized_by_pilot",
     "evaluation: by a pilot of {pilot} sequences {said}; {drawn}",
@@ -31,14 +29,7 @@ SIZED = NoteKind(
 
 
 def decide(settings: EvaluationSettings, source: int, result: ProbeResult, pilot: Rollouts, seconds: float) -> Pilot:
-    """What to draw.
-
-    Args:
-        settings: the wish.
-        source: prompts there are to draw from.
-        result: the probe of the pilot.
-        pilot: the pilot.
-        seconds: that sampling it took.
+    """What to draw of ``source`` prompts, by the probe of a pilot that took so many seconds to sample.
 
     Raises:
         ValueError: if the pilot does not say what is asked of it.

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from entropy_probe.analyses.sweep import check_learning_rates
 from entropy_probe.cli.config import RunConfig
 
-__all__ = ["SweepConfig", "SweepSettings"]
-
 
 class SweepSettings(BaseModel):
     """The rates of a sweep: a list, or ``num`` of them evenly spaced by their logarithm.

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from entropy_probe.results.live import PromptShare, StepRecord, Timeline
     from entropy_probe.results.probe import ProbeResult
 
-__all__ = ["read_timelines", "show_timelines", "timeline"]
-
 TIMELINE_FILE = "timeline.html"
 _NUMBER = re.compile(r"(\d+)$")
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["apply_overrides", "dump_yaml", "load_yaml"]
-
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core types. PyYAML's own 1.1 types read ``8e-7`` as text and ``no`` as false."""

@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["REJECTIONS", "Rejection", "importance_weights", "rejections", "threshold"]
-
 REJECTIONS = tuple(
     f"{level}_{kind}"
     for level, kinds in (("token", "123"), ("seq_sum", "123"), ("seq_mean", "123"), ("seq_max", "23"))
@@ -26,17 +24,11 @@ _LOG_BOUND = 20.0
 
 @dataclass(frozen=True)
 class Rejection:
-    """One option of ``rollout_rs``: what is outside the bounds is rejected.
+    """One option of ``rollout_rs``: what is outside the bounds is rejected."""
 
-    Attributes:
-        level: ``token``, or ``seq_sum``, ``seq_mean``, ``seq_max`` of the tokens.
-        kind: ``k1``, ``k2`` or ``k3``, the estimate of the divergence.
-        bounds: of it, in nats.
-    """
-
-    level: str
-    kind: str
-    bounds: tuple[float, float]
+    level: str  # ``token``, or ``seq_sum``, ``seq_mean``, ``seq_max`` of the tokens
+    kind: str  # ``k1``, ``k2`` or ``k3``, the estimate of the divergence
+    bounds: tuple[float, float]  # of it, in nats
 
     def kept(self, log_ratio: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:
         """Which tokens are not rejected."""
@@ -52,11 +44,7 @@ class Rejection:
 
 
 def threshold(name: str, text: float | str) -> tuple[float | None, float]:
-    """The lower bound, if any, and the upper one.
-
-    Raises:
-        ValueError: if they are not positive numbers in their order.
-    """
+    """The lower bound, if any, and the upper one: positive numbers in their order."""
     low, _, high = str(text).strip().rpartition("_")
     try:
         bounds = (float(low) if low else None, float(high))
@@ -68,11 +56,7 @@ def threshold(name: str, text: float | str) -> tuple[float | None, float]:
 
 
 def rejections(options: str, thresholds: float | str | None) -> tuple[Rejection, ...]:
-    """What ``rollout_rs`` and ``rollout_rs_threshold`` say.
-
-    Raises:
-        ValueError: for an option that verl does not have, or thresholds that do not fit.
-    """
+    """What ``rollout_rs`` and ``rollout_rs_threshold`` say."""
     names = list(dict.fromkeys(option.strip() for option in options.split(",") if option.strip()))
     unknown = [name for name in names if name not in REJECTIONS]
     if unknown or not names:

@@ -20,8 +20,6 @@ from entropy_probe.losses.trl_terms import soft_gate_slope
 if TYPE_CHECKING:
     from entropy_probe.losses.verl import VerlLoss
 
-__all__ = ["KL_KINDS", "POLICY_SLOPES", "Tokens", "kl_loss_slope"]
-
 _LOG_BOUND = 20.0
 """verl bounds logarithms of ratios by this; beyond it nothing has a gradient."""
 KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
@@ -30,21 +28,13 @@ KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a policy loss depends on.
+    """What a policy loss depends on."""
 
-    Attributes:
-        logprobs: at the policy as it is, nats.
-        log_ratio: to the policy that the ratio is taken to, nats.
-        advantages: of every token.
-        mask: the response tokens that count.
-        microbatch: of each sequence, 0 to the number of them less 1.
-    """
-
-    logprobs: Float[Tensor, "N L"]
-    log_ratio: Float[Tensor, "N L"]
-    advantages: Float[Tensor, "N L"]
-    mask: Bool[Tensor, "N L"]
-    microbatch: Int[Tensor, " N"]
+    logprobs: Float[Tensor, "N L"]  # at the policy as it is, nats
+    log_ratio: Float[Tensor, "N L"]  # to the policy that the ratio is taken to, nats
+    advantages: Float[Tensor, "N L"]  # of every token
+    mask: Bool[Tensor, "N L"]  # the response tokens that count
+    microbatch: Int[Tensor, " N"]  # of each sequence, 0 to the number of them less 1
 
     @property
     def ratio(self) -> Float[Tensor, "N L"]:
@@ -174,9 +164,7 @@ POLICY_SLOPES: dict[str, Callable[[Tokens, VerlLoss], Tensor]] = {
 def kl_loss_slope(kl_loss_type: str, above: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """The slope of the KL loss of each token in its log-probability; with a ``+`` behind it always that of ``k2``.
 
-    Args:
-        kl_loss_type: verl's name of the estimate.
-        above: how far the log-probabilities are above the reference's, nats.
+    ``above`` is how far the log-probabilities are above the reference's, nats.
     """
     kind = "k2" if kl_loss_type.endswith("+") else KL_KINDS[kl_loss_type]
     if kind == "abs":

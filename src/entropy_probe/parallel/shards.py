@@ -12,19 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "check_shards",
-    "count",
-    "extremes",
-    "from_shard",
-    "is_sharded",
-    "local",
-    "reshard",
-    "same_shards",
-    "sharded_as",
-    "sum_of_shards",
-]
-
 
 def _is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
@@ -133,10 +120,6 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 
 def check_shards(model: nn.Module, trained: Iterable[tuple[str, Tensor]]) -> None:
     """Make sure that a model is whole, or sharded in a way whose numbers are the model's.
-
-    Args:
-        model: in which nothing is gathered.
-        trained: its trained parameters.
 
     Raises:
         ValueError: for FSDP of the first version, tensor parallelism, a part of the trained parameters sharded, or

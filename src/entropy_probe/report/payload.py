@@ -14,8 +14,6 @@ from markupsafe import Markup
 from entropy_probe.report.tables import Tables
 from entropy_probe.report.text import visible_parts
 
-__all__ = ["MAX_TOKENS", "responses_payload", "script_json"]
-
 MAX_TOKENS = 300_000
 """Tokens that a page holds: about 10 MB of JSON. Of a larger batch it shows the responses that contribute most."""
 DIGITS = 4
@@ -26,10 +24,6 @@ _ROLE = re.compile(r"(?:system|developer|user|assistant|model|tool|function|ipyt
 
 def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
     """Everything that the page shows of the responses.
-
-    Args:
-        tables: of the run.
-        unit: of the contributions.
 
     Returns:
         ``texts``: each distinct token as :func:`visible_parts` (a plain string where that is all); ``special``: rows

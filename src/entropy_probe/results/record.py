@@ -10,8 +10,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Kept", "Record", "SavedRecord", "read_record", "whole_file", "write_atomically"]
-
 
 class Record(BaseModel):
     """Plain data: frozen, every key known, no number that is not finite."""

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 else:
     Ids = Any  # given as a tensor, an array or a list, of integers or strings; kept as a tensor
 
-__all__ = ["LOGPROBS", "Rollouts"]
-
 LOGPROBS = ("sampled_logprobs", "old_logprobs", "reference_logprobs")
 """Log-probabilities that other policies give the response tokens."""
 

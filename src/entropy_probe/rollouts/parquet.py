@@ -39,16 +39,6 @@ from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "is_rollouts",
-    "merge_rollouts",
-    "read_note",
-    "read_rollouts",
-    "unused_columns",
-    "write_rollouts",
-]
-
 SCHEMA_VERSION = 3
 """Version 1 had no ``trajectory_id`` and no responses without tokens, version 2 no ``old_logprobs`` and no
 ``microbatch_id``; both are read as before."""

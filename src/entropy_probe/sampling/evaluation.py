@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,15 +25,6 @@ from entropy_probe.sampling.engine import Completion, Engine, Progress, Sampling
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.responses import completed_rollouts, generate_responses, respond, sequence_seeds
 from entropy_probe.sampling.templates import encode_prompts
-
-__all__ = [
-    "SHARD_SEQUENCES",
-    "EvaluationSettings",
-    "resample_responses",
-    "sample_evaluation",
-    "sample_evaluation_file",
-    "sample_pilot",
-]
 
 SHARD_SEQUENCES = 256
 """Draws per shard. What a draw gives does not depend on it."""
@@ -107,11 +98,7 @@ class EvaluationSettings(Settings):
         return EvaluationSettings(seed=self.seed, **size)
 
     def pilot(self, prompts: int) -> EvaluationSettings:
-        """What to draw first.
-
-        Args:
-            prompts: those there are to draw from.
-        """
+        """What to draw first, of so many prompts."""
         draws = self.draws_per_prompt
         if draws is None:
             return self.sized(PILOT_SEQUENCES, None)
@@ -127,6 +114,7 @@ def sample_evaluation(
     settings: EvaluationSettings,
     parameters: SamplingParameters,
     progress: Progress | None = None,
+    stream: int = EVALUATION_STREAM,
 ) -> tuple[Rollouts, SamplingReport]:
     """Sample an evaluation batch.
 
@@ -140,6 +128,7 @@ def sample_evaluation(
         settings: size and seed, without a wish that a pilot has to answer first.
         parameters: the distribution to sample from.
         progress: called with sequences done and in all.
+        stream: of the seed's random numbers; batches of other streams are independent of this one.
 
     Returns:
         The batch on the CPU, right-padded, in draw order; and how it came about.
@@ -147,7 +136,13 @@ def sample_evaluation(
     Raises:
         ValueError: if there are too few prompts or generation is not possible; see :func:`generate_responses`.
     """
-    return _sample(engine, tokenizer, prompts, settings, parameters, progress, EVALUATION_STREAM)
+    drawn = _draw(prompts, settings, stream)
+    seeds = sequence_seeds(settings.seed, stream, 0, range(len(drawn)))
+    began = time.perf_counter()
+    completions = respond(engine, tokenizer, drawn, parameters, seeds, progress)
+    seconds = time.perf_counter() - began
+    rollouts = completed_rollouts([prompt.id for prompt in drawn], completions)
+    return rollouts, _report(drawn, [_counts(completions)], engine, seconds)
 
 
 def sample_pilot(
@@ -160,25 +155,7 @@ def sample_pilot(
 ) -> tuple[Rollouts, SamplingReport]:
     """A small batch, independent of the evaluation batch, to find out how much of that to draw, and how."""
     pilot = settings.pilot(len(prompts))
-    return _sample(engine, tokenizer, prompts, pilot, parameters, progress, PILOT_STREAM)
-
-
-def _sample(
-    engine: Engine,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    settings: EvaluationSettings,
-    parameters: SamplingParameters,
-    progress: Progress | None,
-    stream: int,
-) -> tuple[Rollouts, SamplingReport]:
-    drawn = _draw(prompts, settings, stream)
-    seeds = sequence_seeds(settings.seed, stream, 0, range(len(drawn)))
-    began = time.perf_counter()
-    completions = respond(engine, tokenizer, drawn, parameters, seeds, progress)
-    seconds = time.perf_counter() - began
-    rollouts = completed_rollouts([prompt.id for prompt in drawn], completions)
-    return rollouts, replace(_report(drawn, [_counts(completions)], engine), seconds=seconds)
+    return sample_evaluation(engine, tokenizer, prompts, pilot, parameters, progress, PILOT_STREAM)
 
 
 def sample_evaluation_file(
@@ -201,23 +178,8 @@ def sample_evaluation_file(
     settings and parameters, are kept: a sampling run that was killed goes on with the shard that it was killed in. At
     the end they are copied into one file, a row group each; they stay until the caller needs them no more.
 
-    Args:
-        engine: samples the responses.
-        tokenizer: the policy's tokenizer.
-        prompts: to draw from, with distinct ids.
-        settings: size and seed.
-        parameters: the distribution to sample from.
-        path: the file to write.
-        shards: the directory for shards.
-        policy: identifies the policy that the engine samples from, weights included.
-        progress: called with sequences done and in all.
-        on_damaged: called with what is wrong with a shard that cannot be read, which is sampled again.
-
-    Returns:
-        How the batch came about.
-
-    Raises:
-        ValueError: as of :func:`sample_evaluation`.
+    ``policy`` identifies the policy that the engine samples from, weights included; ``on_damaged`` is called with what
+    is wrong with a shard that cannot be read, which is sampled again.
     """
     drawn = _draw(prompts, settings, EVALUATION_STREAM)
     what = json.dumps([policy, settings.model_dump(mode="json"), asdict(parameters), SHARD_SEQUENCES])
@@ -242,7 +204,7 @@ def sample_evaluation_file(
         if progress is not None:
             progress(start + len(of_shard), len(drawn))
     merge_rollouts(files, path)
-    return replace(_report(drawn, counts, engine), seconds=seconds)
+    return _report(drawn, counts, engine, seconds)
 
 
 def _note_of_whole(file: Path, on_damaged: Callable[[str], None] | None) -> dict[str, Any]:
@@ -260,27 +222,13 @@ def _note_of_whole(file: Path, on_damaged: Callable[[str], None] | None) -> dict
 
 
 def resample_responses(
-    engine: Engine,
-    rollouts: Rollouts,
-    parameters: SamplingParameters,
-    *,
-    seed: int,
-    tokenizer: Any = None,
+    engine: Engine, rollouts: Rollouts, parameters: SamplingParameters, *, seed: int, tokenizer: Any = None
 ) -> Rollouts:
-    """Fresh responses of the policy as it is now, to the prompts of an evaluation batch.
+    """Fresh responses of the policy as it is now, to the prompts of an evaluation batch, in the same order.
 
     With the parameters and the seed of :func:`sample_evaluation` an unchanged policy gives the same batch again. A
-    changed one meets the same random numbers, so that responses that the change does not reach stay the same.
-
-    Args:
-        engine: samples the responses.
-        rollouts: the batch; the prompt of a sequence is everything before its first response token.
-        parameters: the distribution to sample from.
-        seed: of the responses.
-        tokenizer: the policy's; needed for stop texts.
-
-    Returns:
-        One sequence per prompt, in the same order.
+    changed one meets the same random numbers, so that responses that the change does not reach stay the same. The
+    prompt of a sequence is everything before its first response token; stop texts need the tokenizer.
 
     Raises:
         ValueError: if generation is not possible; see :func:`generate_responses`.
@@ -316,7 +264,9 @@ def _counts(completions: Sequence[Completion]) -> tuple[int, int, int]:
     return sum(c.truncated for c in completions), tokens, sum(c.stopped for c in completions)
 
 
-def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], engine: Engine) -> SamplingReport:
+def _report(
+    drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], engine: Engine, seconds: float
+) -> SamplingReport:
     distinct = len({prompt.id for prompt in drawn})
     truncated, tokens, stopped = map(sum, zip(*counts, strict=True))
     return SamplingReport(
@@ -329,5 +279,6 @@ def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], eng
         truncated_fraction=truncated / len(drawn),
         mean_response_length=tokens / len(drawn),
         stopped_fraction=stopped / len(drawn),
+        seconds=seconds,
         notes=engine.notes,
     )

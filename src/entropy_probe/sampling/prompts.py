@@ -13,15 +13,7 @@ from typing import Any, TypedDict, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entropy_probe.sampling.generated import task_records
-from entropy_probe.sampling.records import (
-    callable_records,
-    dataset_records,
-    field_of,
-    jsonl_records,
-    parquet_records,
-)
-
-__all__ = ["Message", "Prompt", "PromptSource", "load_prompts"]
+from entropy_probe.sampling.records import callable_records, dataset_records, field_of, jsonl_records, parquet_records
 
 
 class Message(TypedDict, total=False):
@@ -66,10 +58,10 @@ class Prompt:
 @dataclass(frozen=True)
 class _KnownDataset:
     hub_id: str
-    config: str
-    split: str
-    prompt_field: str
-    answer_field: str
+    config: str | None = None
+    split: str | None = None
+    prompt_field: str | None = None
+    answer_field: str | None = None
 
 
 _MATH = _KnownDataset("DigitalLearningGmbH/MATH-lighteval", "default", "train", "problem", "solution")
@@ -189,16 +181,15 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
     Raises:
         ValueError: if the source is missing, empty, or a record has no usable prompt; says which record.
     """
-    known = _KNOWN_DATASETS.get(source.dataset or "")
+    known = _KNOWN_DATASETS.get(source.dataset or "", _KnownDataset(source.dataset or ""))
     if source.jsonl is not None:
         records, what = jsonl_records(source.jsonl), str(source.jsonl)
     elif source.parquet is not None:
         records, what = parquet_records(source.parquet), str(source.parquet)
     elif source.dataset is not None:
         what = f"dataset {source.dataset}"
-        config = cast(str | None, source.config) or (known.config if known else None)
-        split = source.split or (known.split if known else None)
-        records = dataset_records(source.dataset, known.hub_id if known else source.dataset, config, split)
+        config = cast(str | None, source.config) or known.config
+        records = dataset_records(source.dataset, known.hub_id, config, source.split or known.split)
     elif source.reasoning_gym is not None:
         what, config = f"reasoning_gym {source.reasoning_gym}", cast(dict[str, Any], source.config or {})
         records = task_records(source.reasoning_gym, source.size or 500, source.seed or 0, config)
@@ -206,8 +197,8 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
         records, what = callable_records(str(source.callable)), f"callable {source.callable}"
     asked = "question" if source.reasoning_gym is not None else "prompt"
     fields = {
-        "prompt_field": source.prompt_field or (known.prompt_field if known else asked),
-        "answer_field": source.answer_field or (known.answer_field if known else None),
+        "prompt_field": source.prompt_field or known.prompt_field or asked,
+        "answer_field": source.answer_field or known.answer_field,
     }
     source = source.model_copy(update=fields)
     prompts = [

@@ -10,8 +10,6 @@ from typing import Any
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.sampling.prompts import Prompt
 
-__all__ = ["encode_prompts", "last_user_message", "prompt_notes"]
-
 _PRINTED = ("'type': 'text'", '"type": "text"')
 """What a list of text parts looks like when a template prints it as it stands."""
 
@@ -152,11 +150,7 @@ def _apply(tokenizer: Any, prompt: Prompt, messages: list[dict[str, Any]], **how
 
     try:
         return tokenizer.apply_chat_template(
-            messages,
-            tools=list(prompt.tools) or None,
-            add_generation_prompt=True,
-            **how,
-            **prompt.chat_template_kwargs,
+            messages, tools=list(prompt.tools) or None, add_generation_prompt=True, **how, **prompt.chat_template_kwargs
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)

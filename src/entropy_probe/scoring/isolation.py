@@ -16,19 +16,6 @@ from torch.nn import Parameter
 
 from entropy_probe.parallel.shards import local
 
-__all__ = [
-    "as_a_function",
-    "differs_in_training",
-    "evaluating",
-    "hooked_parameters",
-    "lookups_masked",
-    "of_this_thread",
-    "parameters_at",
-    "substituted",
-    "untrained",
-    "without_gradient_hooks",
-]
-
 
 @contextmanager
 def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
@@ -176,11 +163,6 @@ def substituted(model: nn.Module, parameters: Mapping[str, Parameter], values: M
 
     Unlike ``torch.func.functional_call`` this goes by the identity of modules and parameters, not by their names, of
     which a shared module has several: there each name would put back what it found, which is the other's tensor.
-
-    Args:
-        model: the modules.
-        parameters: what to replace, by name.
-        values: what to put in their place, with the same names.
     """
     by_identity = {id(parameter): values[name] for name, parameter in parameters.items()}
     held = [

@@ -38,8 +38,6 @@ from entropy_probe.scoring.sample import (
     words_of,
 )
 
-__all__ = ["Trials"]
-
 
 @dataclass(frozen=True, eq=False)
 class Trials:

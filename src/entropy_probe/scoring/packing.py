@@ -16,19 +16,6 @@ from torch import Tensor
 
 from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = [
-    "Microbatch",
-    "bounded_groups",
-    "pack",
-    "pack_shared",
-    "padded",
-    "row_tokens",
-    "shared_groups",
-    "shared_prompts",
-    "shared_rows",
-]
-
-
 ROW_MULTIPLE = 16
 """Rows are padded to a multiple of this many tokens. Sums over tokens inside the model are then taken in the same order
 however long the other rows are: on the CPU a sequence's scores then do not depend on what else is in its microbatch, to
@@ -79,10 +66,6 @@ def bounded_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Group items of similar length so that each group padded to its longest holds at most ``max_tokens``.
 
     An item longer than the bound gets a group of its own.
-
-    Args:
-        lengths: tokens of every item.
-        max_tokens: the bound.
     """
     groups: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -96,12 +79,8 @@ def bounded_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
 def pack(rollouts: Rollouts, rows: Tensor, device: torch.device, context: int | None = None) -> Microbatch:
     """Pack sequences one to a row.
 
-    Args:
-        rollouts: the batch.
-        rows: which sequences.
-        device: where they go.
-        context: how many positions the model has; rows are padded to a multiple of 16 tokens where it is known, and no
-            further than that.
+    Where it is known how many positions the model has (``context``), rows are padded to a multiple of 16 tokens, and no
+    further than that.
     """
     attention = rollouts.attention_mask[rows]
     lengths = attention.sum(1)

@@ -25,19 +25,6 @@ if TYPE_CHECKING:
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.results.note import Note
 
-__all__ = [
-    "ANSWERS",
-    "CONFIG_FILE",
-    "FIGURES",
-    "OWN_FILES",
-    "POINTS",
-    "Output",
-    "check_new",
-    "open_output",
-    "say",
-    "unfinished",
-]
-
 CONFIG_FILE = "config.yaml"
 FIGURES, POINTS, SHARDS, ANSWERS = "figures", "points", "evaluation", "answers"
 FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS)
@@ -181,12 +168,7 @@ def open_output(
 ) -> Output:
     """The output directory of a command, locked by rank 0, which compares what it holds with what is to be computed.
 
-    Args:
-        config: the resolved settings.
-        command: the command.
-        sources: what its batches come from.
-        ranks: the processes that share the work.
-        options: settings of the command that are not in the config.
+    ``options`` are settings of the command that are not in the config.
 
     Raises:
         ValueError: if the directory holds something else, or work of other inputs, unless it may be overwritten.

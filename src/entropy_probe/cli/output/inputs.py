@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.config import RunConfig
 
-__all__ = ["INPUTS_FILE", "Batch", "Command", "Inputs", "Pilot", "Recorded", "hash_directory", "hash_file", "inputs_of"]
-
 INPUTS_FILE = "inputs.json"
 Batch = Literal["update", "evaluation"]
 Command = Literal["run", "validate", "sweep"]
@@ -99,13 +97,7 @@ class Inputs(SavedRecord):
 
 
 def inputs_of(config: RunConfig, command: Command, sources: Sources, options: Mapping[str, Any]) -> Inputs:
-    """What a command would compute from.
-
-    Args:
-        config: the resolved settings.
-        command: the command.
-        sources: what its batches come from.
-        options: its settings that are not in the config.
+    """What a command would compute from; ``options`` are its settings that are not in the config.
 
     Raises:
         ValueError: if the checkpoint is not a directory.
