@@ -41,6 +41,7 @@ class ScriptedServer:
         before: called with a request; changes what is sampled.
         after: called with a request and its answer; changes what is said.
         instead: called with the route; a reply that takes the place of the answer, if there is one.
+        key: what it asks for, and gives back in its answer to anything else.
         short: bytes that are missing at the end of a reply, by the number of the request.
     """
 
@@ -52,6 +53,7 @@ class ScriptedServer:
         self.before: Callable[[dict[str, Any]], dict[str, Any]] = lambda request: request
         self.after: Callable[[dict[str, Any], dict[str, Any]], Any] = lambda request, answer: answer
         self.instead: Callable[[str], Reply | None] = lambda route: None
+        self.key: str | None = None
         self.short: dict[int, int] = {}
         self.url = ""
 
@@ -105,7 +107,11 @@ def serving(draw: Draw) -> Iterator[ScriptedServer]:
             self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def answer(self, body: dict[str, Any]) -> None:
-            status, content = script.reply(self.path, body)
+            given = self.headers.get("Authorization")
+            if script.key is not None and given != f"Bearer {script.key}":
+                status, content = 401, f"Incorrect API key provided: {given}".encode()
+            else:
+                status, content = script.reply(self.path, body)
             missing = script.short.pop(len(script.requests), 0)
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))

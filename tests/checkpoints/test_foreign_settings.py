@@ -135,7 +135,7 @@ def test_other_files_are_not_taken_for_a_trainers(tmp_path):
     (tmp_path / "step_3/config.yaml").write_text("a: !include [b")
     assert find_settings(tmp_path / "step_3") is None
     with pytest.raises(
-        CheckpointError, match=r"expected the config of verl, OpenRLHF, prime-rl, .*, got settings called"
+        CheckpointError, match=r"expected the config of verl, AReaL, OpenRLHF, prime-rl, .*, got settings called"
     ):
         read_settings(tmp_path / "config.yaml")
     with pytest.raises(CheckpointError, match="found no such file"):
@@ -149,3 +149,96 @@ def test_other_files_are_not_taken_for_a_trainers(tmp_path):
     file = written(tmp_path / "v.yaml", {"actor_rollout_ref": {"rollout": {"temperature": "hot"}}})
     with pytest.raises(CheckpointError, match="temperature: expected a number, got 'hot'"):
         read_settings(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"gradient_clipping": 0.5}, {"max_grad_norm": 0.5}),
+        ({"gradient_clipping": "auto"}, {}),
+        ({}, {}),
+        (
+            {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto", "gradient_clipping": 1},
+            {"max_grad_norm": 1, "per_device_train_batch_size": 2},
+        ),
+    ],
+)
+def test_what_deepspeed_is_configured_to_do(tmp_path, config, told):
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **config}))
+    assert read_settings(file).values == told
+    assert find_settings(tmp_path / "checkpoint-3").values == told
+
+
+@pytest.mark.parametrize("value", ["much", [1.0]])
+def test_clipping_that_is_no_number_is_refused(tmp_path, value):
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": value}))
+    with pytest.raises(CheckpointError, match=r"max_grad_norm: expected a number, got .*; give it in the config"):
+        read_settings(file)
+
+
+SKYRL = (
+    "uv run -m skyrl.train.entrypoints.main_base trainer.algorithm.policy_loss_type=dual_clip "
+    "trainer.algorithm.loss_reduction=sequence_mean trainer.algorithm.use_kl_loss=false trainer.train_batch_size=8 "
+    "trainer.policy_mini_batch_size=8 trainer.algorithm.sapo.tau_pos=0.5 trainer.algorithm.grpo_norm_by_std=false "
+    "trainer.policy.optimizer_config.max_grad_norm=0.5 generator.sampling_params.temperature=0.7"
+)
+
+
+def test_skyrl_by_its_command(tmp_path):
+    file = tmp_path / "run.sh"
+    file.write_text(SKYRL)
+    told = read_settings(file)
+    loss = build_loss(told.loss)
+    assert (loss.trainer, loss.policy_loss_type, loss.loss_reduction) == ("skyrl", "dual_clip", "sequence_mean")
+    assert (loss.use_kl_loss, loss.needs_old, loss.tau_pos) == (False, False, 0.5)
+    assert told.values == {"max_grad_norm": 0.5, "temperature": 0.7, "scale_rewards": "none"}
+
+
+@pytest.mark.parametrize(
+    "correction", ["off_policy_correction.tis_ratio_type=token", "use_tis=true",
+                   "off_policy_correction.token_mask_is_threshold_high=2.0"],
+)  # fmt: skip
+def test_what_skyrl_corrects_and_is_not_modelled_is_refused(tmp_path, correction):
+    file = tmp_path / "run.sh"
+    file.write_text(f"{SKYRL} trainer.algorithm.{correction}")
+    with pytest.raises(ValueError, match=r"loss\.off_policy_correction: input should be None, got"):
+        build_loss(read_settings(file).loss)
+
+
+AREAL = {
+    "gconfig": {"n_samples": 4, "temperature": 0.9, "max_new_tokens": 64},
+    "actor": {
+        "eps_clip": 0.4, "use_decoupled_loss": True, "ppo_n_minibatches": 1, "kl_ctl": 0.0, "c_clip": None,
+        "rejection_sampling": {"metric": "ratio", "upper": 5.0}, "optimizer": {"gradient_clipping": 0.5},
+        "reward_norm": {"mean_level": "group", "std_level": "group", "group_size": "${gconfig.n_samples}"},
+        "adv_norm": None, "temperature": "${gconfig.temperature}",
+    },
+}  # fmt: skip
+
+
+def test_areal_by_its_config(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(AREAL))
+    told = find_settings(tmp_path / "checkpoint")
+    loss = build_loss(told.loss)
+    assert (loss.trainer, loss.eps_clip, loss.needs_old, loss.weighs_sampler) == ("areal", 0.4, False, True)
+    assert loss.rejection_sampling.upper == 5.0
+    assert told.values == {
+        "max_grad_norm": 0.5, "max_completion_length": 64, "num_generations": 4, "temperature": 0.9,
+        "use_kl_in_reward": False, "adv_estimator": "grpo", "scale_rewards": "group",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("actor", "estimator"),
+    [
+        ({"adv_norm": {"mean_level": "batch"}}, "a norm over the batch (adv_norm)"),
+        ({"reward_norm": None}, "its own norm of rewards (reward_norm)"),
+        ({"reward_norm": {"mean_level": "group", "std_level": None, "mean_leave1out": True}}, "its own norm of rewards "
+         "(reward_norm)"),
+    ],
+)  # fmt: skip
+def test_advantages_of_areal_that_are_not_computed_here_are_said(tmp_path, actor, estimator):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**AREAL, "actor": {**AREAL["actor"], **actor}}))
+    assert find_settings(tmp_path).values["adv_estimator"] == estimator

@@ -12,6 +12,7 @@ from torch import nn
 
 from entropy_probe.checkpoints import UnsupportedError, models
 from entropy_probe.checkpoints import parameters as layout_module
+from entropy_probe.checkpoints.formats import Weights
 from entropy_probe.checkpoints.parameters import layout_of, repeat_layers, thin_out, treats_layers_alike
 from tests.tiny import tiny_policy
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*did not match any.*:RuntimeWarning",
     "ignore:.lora_bias=True. was passed|.*LoRA tensor.s. have invalid shape:UserWarning",  # said of every lora_bias
 )
+NO_FILE = Weights((), {})
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -81,9 +83,9 @@ def both_ways(tmp_path, build, settings, adapter):
     expected = layout_of(model), {name: tuple(x.shape) for name, x in stored.items()}
     if any(key.endswith("base_layer.bias") and key not in stored for key in expected[0].parameters):
         with pytest.raises(UnsupportedError, match="biases that the installed peft does not save"):
-            models.adapter_layout(base, tmp_path, adapter, config)
+            models.adapter_layout(base, tmp_path, adapter, config, NO_FILE)
         pytest.skip("refused: this peft does not save the trained biases")
-    return models.adapter_layout(base, tmp_path, adapter, config), expected, config
+    return models.adapter_layout(base, tmp_path, adapter, config, NO_FILE), expected, config
 
 
 @pytest.mark.parametrize("settings", [*ALIKE.values(), *APART.values()], ids=[*ALIKE, *APART])
@@ -125,8 +127,9 @@ def test_trained_biases_that_peft_does_not_save_are_refused(tmp_path, monkeypatc
     LoraConfig(r=4, target_modules=LINEAR, bias="lora_only").save_pretrained(str(tmp_path))
     with torch.device("meta"):
         base = _qwen2()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     with pytest.raises(UnsupportedError, match=r"installed peft does not save .*q_proj\.base_layer\.bias"):
-        models.adapter_layout(base, tmp_path, "default", json.loads((tmp_path / "adapter_config.json").read_text()))
+        models.adapter_layout(base, tmp_path, "default", config, NO_FILE)
 
 
 def test_kinds_are_told_by_structure():

@@ -136,15 +136,3 @@ def test_a_value_head_beside_the_policy_is_named(copy_of):
     edit_tensors(checkpoint / "model.safetensors", lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 8)}))
     with pytest.raises(CheckpointError, match=r"not supported: a value head \(v_head.weight\) beside the policy"):
         load_checkpoint(checkpoint)
-
-
-def test_embeddings_saved_along_with_an_adapter_are_named(copy_of):
-    checkpoint = copy_of("lora")
-    edit_tensors(
-        checkpoint / "adapter_model.safetensors",
-        lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(120, 64)}),
-    )
-    with pytest.raises(
-        CheckpointError, match=r"peft saved the embeddings along \(120 rows\).*take the unknown tensors out"
-    ):
-        load_checkpoint(checkpoint)

@@ -87,11 +87,15 @@ def asking(server: ScriptedServer) -> tuple[str, ...]:
     return ("generation.engine=vllm", "generation.batch_size=4", *where)
 
 
-def test_a_server_samples_the_batches_of_a_run(trained, config, tmp_path):
+def test_a_server_samples_the_batches_of_a_run(trained, config, tmp_path, monkeypatch):
     state = load_checkpoint(trained.checkpoint)
+    monkeypatch.setenv("A_KEY", "sk-secret")
     with serving(draws_of(HFGenerator(state.model, state.tokenizer, 1))) as server:
-        done = invoke("run", config, *asking(server))
+        server.key = "sk-secret"
+        done = invoke("run", config, *asking(server), "generation.server.api_key_env=A_KEY")
         assert done.exit_code == 0, done.output
+        assert "sk-secret" not in done.output
+        assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"sk-secret" in file.read_bytes()]
         count = len(server.requests)
     elsewhere = invoke("run", config, *asking(server), "generation.server.url=http://127.0.0.1:1")
     assert elsewhere.exit_code == 0, elsewhere.output  # where the server listens makes no other run

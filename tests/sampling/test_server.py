@@ -211,6 +211,42 @@ def test_a_server_that_does_not_answer_is_one_line(script, status, tries, match)
     assert routes.count("/v1/completions") in (tries, 2 * tries)  # the next may be on its way
 
 
+def test_a_key_comes_from_the_environment(script, policy, monkeypatch):
+    monkeypatch.setenv("A_KEY", "sk-right")
+    script.key = "sk-right"
+    assert sample(engine(script, api_key_env="A_KEY")) == sample(policy)
+    with pytest.raises(ValueError, match=r"status 401: .*; set generation\.server\.api_key_env to the environment"):
+        sample(engine(script))
+
+
+def test_no_message_has_the_key(script, monkeypatch):
+    """Not even where the server gives it back."""
+    monkeypatch.setenv("A_KEY", "sk-wrong")
+    script.key = "sk-right"
+    with pytest.raises(ValueError, match=r"Incorrect API key provided: Bearer \(the key\)") as caught:
+        sample(engine(script, api_key_env="A_KEY"))
+    assert "sk-wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize("held", [None, "", "two words", "line\n", "schlüssel"])
+def test_a_key_that_cannot_be_sent_is_one_line_without_it(script, monkeypatch, held):
+    monkeypatch.delenv("A_KEY", raising=False)
+    if held is not None:
+        monkeypatch.setenv("A_KEY", held)
+    got = "one with spaces" if held else "none"
+    with pytest.raises(ValueError, match=rf"the server's key in the environment variable A_KEY, got {got}") as caught:
+        engine(script, api_key_env="A_KEY")
+    assert not held or held not in str(caught.value)
+    assert script.requests == []
+
+
+@pytest.mark.parametrize("given", ["sk-live-123", "sk_live_abc", 123456, ["sk-abc"], "A KEY"])
+def test_a_key_in_the_place_of_a_variables_name_is_not_shown(given):
+    with pytest.raises(ValidationError, match=r"name of an environment variable .*, got something else") as caught:
+        ServerSettings(url="http://localhost:8000", api_key_env=given)
+    assert str(given) not in str(caught.value)
+
+
 def test_a_body_that_breaks_off_is_asked_for_again(script, policy):
     script.short = {3: 40, 9: 1}
     assert sample(engine(script, at_once=1)) == sample(policy)

@@ -44,7 +44,7 @@ def adapters_of(path: Path) -> dict[str, Path]:
     """Adapters by name: ``default`` in the checkpoint itself, every other in a folder of its name."""
     adapters = {"default": path} if (path / "adapter_config.json").is_file() else {}
     folders = [file.parent for file in sorted(path.glob("*/adapter_config.json"))]
-    return adapters | {folder.name: folder for folder in folders if not (folder / "optimizer.pt").is_file()}
+    return adapters | {folder.name: folder for folder in folders if optimizer_of(folder) is None}
 
 
 def find_optimizer(path: Path) -> tuple[CheckpointFormat, Path]:

@@ -92,6 +92,19 @@ OTHER_MODEL = NoteKind(
     "are set aside, and so is their gradient, which the trainer clips together with the policy's",
     "Where clipping was active, set probe.max_grad_norm to what it left of the policy's gradient.",
 )
+EMBEDDINGS_ALONG = NoteKind(
+    "embeddings_along",
+    "the embeddings ({rows:.0f} rows) are those that were saved with the adapter, not the base model's "
+    "({base_rows:.0f} rows)",
+    NOTHING_TO_DO,
+)
+EMBEDDINGS_CHANGED = NoteKind(
+    "embeddings_changed",
+    "the embeddings that were saved with the adapter, which did not train them, differ from the base model's in "
+    "{changed:.0f} of {rows:.0f} rows that both have: another base model, one that was resized once more, or "
+    "embeddings that were trained before",
+    "Give the base model that the adapter was trained on; with another one every number is wrong.",
+)
 EIGHT_BIT = NoteKind(
     "eight_bit_state",
     "the moments are stored in 8 bits: the step is AdamW's from the dequantised ones, which is the step that "
@@ -104,6 +117,9 @@ def remarks_on(examined: Examined) -> Iterator[Note]:
     """A note for what should be known though nothing speaks against the checkpoint."""
     if examined.saved.kind is ADAMW_8BIT:
         yield EIGHT_BIT()
+    along = examined.model.along
+    if along is not None and not along.changed:
+        yield EMBEDDINGS_ALONG(rows=along.rows, base_rows=along.base_rows)
 
 
 def doubts_about(examined: Examined) -> Iterator[Note]:
@@ -169,6 +185,9 @@ def _doubts_about_base(examined: Examined) -> Iterator[Note]:
     """Another base model of the same shapes loads without an error and gives wrong numbers."""
     adapter, manifest = examined.model.adapter, examined.manifest
     proven = manifest is not None and manifest.base_model is not None and manifest.base_model.files
+    along = examined.model.along
+    if along is not None and along.changed:
+        yield EMBEDDINGS_CHANGED(changed=along.changed, rows=min(along.rows, along.base_rows))
     if adapter is None or proven:
         return
     recorded = adapter.config.get("base_model_name_or_path")

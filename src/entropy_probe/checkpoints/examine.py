@@ -26,6 +26,7 @@ from entropy_probe.checkpoints.confirm import (
     without_untrained,
 )
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, read_global_step
+from entropy_probe.checkpoints.embeddings import SavedAlong, embedding_rows, resize_embeddings, saved_along
 from entropy_probe.checkpoints.errors import MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.evidence import check_movement
 from entropy_probe.checkpoints.formats import CheckpointFormat, StoredTensor, Weights, home_of
@@ -106,6 +107,7 @@ class StoredModel:
     adapter: AdapterFiles | None = None  # the adapter, and what it is put on; None for full weights
     configuration: str = ""  # the directory of the configuration of full weights
     embeddings: frozenset[str] = frozenset()  # the names of the embedding and output layer of full weights
+    along: SavedAlong | None = None  # embeddings that are taken from the adapter's file though it did not train them
 
 
 @dataclass(frozen=True)
@@ -225,16 +227,19 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
         adapter = name_among(weights, request.adapter)
     base, skeleton, quantization, under = _base(request, manifest, directory, config, weights, facts)
     refuse_unmentioned(directory, quantization)
+    base_names, base_rows = set(skeleton.state_dict()), embedding_rows(skeleton)
+    resized = resize_embeddings(skeleton, weights)
     check_vocabulary(request.tokenizer_home, base, skeleton)
-    base_names = set(skeleton.state_dict())
-    layout, expected = adapter_layout(skeleton, directory, adapter, config)
+    layout, expected = adapter_layout(skeleton, directory, adapter, config, weights, resized)
+    of_base = read_weights(Path(base), "model") if quantization is None and has_weights(Path(base), "model") else None
     if not weights.pretrained:
         weights, frozen = split_adapter(weights, expected, adapter, base_names)
-        if quantization is None and has_weights(Path(base), "model"):
-            check_base(frozen, read_weights(Path(base), "model"))
+        if of_base is not None:
+            check_base(frozen, of_base)
     check_shapes(weights.files[0], weights.shapes, expected)
+    along = saved_along(weights, set(layout.names) - layout.parameters.keys(), base_rows, of_base)
     files = AdapterFiles(directory, adapter, config, weights, base, under, quantization)
-    return StoredModel(directory, weights, layout, files)
+    return StoredModel(directory, weights, layout, files, along=along)
 
 
 def _base(

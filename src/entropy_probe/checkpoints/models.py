@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from entropy_probe.checkpoints.adapters import FourBit, Quantization, load_arguments, quantization_of, set_precision
+from entropy_probe.checkpoints.embeddings import check_covered, resize_embeddings
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsafeFileError, UnsupportedError
 from entropy_probe.checkpoints.formats import Weights
 from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
@@ -140,12 +141,18 @@ def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, comple
 
 
 def adapter_layout(
-    base: nn.Module, directory: Path, name: str, config: dict[str, Any]
+    base: nn.Module,
+    directory: Path,
+    name: str,
+    config: dict[str, Any],
+    weights: Weights,
+    resized: Collection[int] = (),
 ) -> tuple[Layout, dict[str, Shape]]:
     """What trains with the adapter of a directory under its name, and the tensors that its file must hold.
 
     peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart; the
-    skeleton of the base model is changed.
+    skeleton of the base model is changed. ``weights`` are those of the adapter's file, where peft may have saved
+    embeddings along; ``resized`` the base's parameters that were resized for these, by their ``id``.
     """
     from peft import PeftConfig, PeftModel
 
@@ -154,7 +161,11 @@ def adapter_layout(
         adapter = PeftConfig.from_peft_type(**config)
         adapter.inference_mode = False
         model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    in_file = {key: tuple(x.shape) for key, x in _adapter_state(model, name).items()}
+    in_file = {key: tuple(x.shape) for key, x in _adapter_state(model, name, False).items()}
+    if weights.pretrained:
+        check_covered(model, resized, weights)
+        along = {key: x for key, x in _adapter_state(model, name, True).items() if key in weights.tensors}
+        in_file |= {key: tuple(x.shape) for key, x in along.items()}
     layout = layout_of(model)
     trained = layout.parameters
     lost = [key for key in trained if key.endswith(".base_layer.bias") and key not in in_file]
@@ -170,10 +181,11 @@ def adapter_layout(
     return whole, repeat_layers(in_file, stacks, prefix)
 
 
-def _adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+def _adapter_state(model: nn.Module, name: str, embeddings: bool) -> dict[str, torch.Tensor]:
+    """What peft saves of an adapter, with or without the embeddings that it can save along."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
 
 
 def load_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -235,6 +247,7 @@ def attach_adapter(base: Any, adapter: AdapterFiles, dtype: torch.dtype, device:
 
     weights, where = adapter.weights, str(adapter.directory)
     with one_line_errors(where), quiet():
+        resize_embeddings(base, weights)
         if weights.pretrained:
             model = PeftModel.from_pretrained(
                 base, where, adapter_name=adapter.name, is_trainable=True, torch_device=str(device)
@@ -249,7 +262,7 @@ def attach_adapter(base: Any, adapter: AdapterFiles, dtype: torch.dtype, device:
         for parameter in model.parameters():  # peft made float32 of what was trained in bfloat16
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    check_loaded(weights, _adapter_state(model, adapter.name), all_names=True)
+    check_loaded(weights, _adapter_state(model, adapter.name, True), all_names=True)
     return model
 
 

@@ -7,6 +7,7 @@ ever holds more than its shards, one layer and one tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from entropy_probe.checkpoints.embeddings import resize_embeddings
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.formats import Weights
 from entropy_probe.checkpoints.models import AdapterFiles, attach_adapter, read_config, untouched
@@ -34,6 +36,7 @@ def shard_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) 
     base_name, directory = adapter.base, adapter.directory
     base_weights = adapter.base_weights or read_weights(Path(base_name), "model")
     base: Any = _host_model(base_name, base_weights, dtype)
+    resize_embeddings(base, adapter.weights)
     names = {id(p): name for name, p in base.named_parameters()}
     everywhere = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
     model = attach_adapter(base, adapter, dtype, torch.device("cpu"))
@@ -46,7 +49,10 @@ def shard_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) 
     in_model = {names[id(p)]: name for name, p in model.named_parameters() if id(p) in names}
     _shard(model, base, device)
     parameters = dict(model.named_parameters())
-    _fill(base_weights, {name: parameters[in_model[names[key]]] for name, key in everywhere.items()})
+    own = adapter.weights.tensors  # embeddings among them are the adapter's already
+    places = {name: in_model[names[key]] for name, key in everywhere.items() if in_model[names[key]] not in own}
+    others = {name: x for name, x in base_weights.tensors.items() if name in places or name not in everywhere}
+    _fill(replace(base_weights, tensors=others), {name: parameters[place] for name, place in places.items()})
     bad = [name for name, p in model.named_parameters() if count(~torch.isfinite(p.detach()))]
     if bad:
         raise InvalidValueError(

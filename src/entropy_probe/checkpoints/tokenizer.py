@@ -9,8 +9,10 @@ from torch import nn
 
 from entropy_probe.checkpoints.adapters import find_base, read_adapter_config
 from entropy_probe.checkpoints.directory import adapters_of
+from entropy_probe.checkpoints.embeddings import embedding_rows
 from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError
 from entropy_probe.checkpoints.formats import home_of
+from entropy_probe.checkpoints.inner_adapter import written_config
 from entropy_probe.checkpoints.libraries import one_line_errors
 from entropy_probe.checkpoints.safe_read import read_json
 
@@ -37,9 +39,10 @@ def tokenizer_of(path: Path, base_model: str | Path | None) -> PreTrainedTokeniz
     home, base = path, base_model
     if base_model is None:
         home, adapters = home_of(path), adapters_of(path)
-        if adapters:
-            place = next(iter(adapters.values()))
-            base = find_base(path, place, None, read_adapter_config(place).get("base_model_name_or_path"))
+        place = next(iter(adapters.values()), path)
+        config = read_adapter_config(place) if adapters else written_config(path) or {}
+        if adapters or "base_model_name_or_path" in config:
+            base = find_base(path, place, None, config.get("base_model_name_or_path"))
     return load_tokenizer(home, base)
 
 
@@ -63,7 +66,7 @@ def check_vocabulary(path: Path, base: str | Path | None, model: nn.Module) -> N
     if file is None or not file.is_file():
         return
     largest = _largest_token_id(file)
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows = embedding_rows(model)
     if largest >= rows:
         raise MismatchError(
             f"{file}: expected token ids below the {rows} rows of the embedding, got {largest}; the vocabulary was "

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropy_probe.checkpoints.dialects import UNREAD
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, open_directory, read_global_step
 from entropy_probe.checkpoints.errors import UnsupportedError
-from entropy_probe.checkpoints.foreign_settings import UNREAD, find_settings, read_settings
+from entropy_probe.checkpoints.foreign_settings import find_settings, read_settings
 from entropy_probe.checkpoints.formats import CheckpointFormat
 from entropy_probe.checkpoints.trainer_log import LOG_FILE, TrainerLog, read_log
 from entropy_probe.checkpoints.trainer_settings import TrainerSettings
@@ -43,6 +44,19 @@ LOSS_NOT_TOLD = NoteKind(
     "{trainer} does not say which loss was trained; probe.loss says which one is probed",
     f"{NOTHING_TO_DO[:-1]} if probe.loss, temperature and clipping are those of training.",
 )
+ENGINE_CLIPS = NoteKind(
+    "engine_clips",
+    "{trainer} says max_grad_norm {asked:g}, {engine}'s own configuration {done:g} (0: no clipping); it is {engine} "
+    "that clips, so its own counts",
+    f"{NOTHING_TO_DO[:-1]}; but the trainer's setting has no effect.",
+)
+CLIP_NOT_TOLD = NoteKind(
+    "engine_clip_not_told",
+    "{engine}'s own configuration does not say gradient_clipping: by its version it clips at 1 (since June 2026) or "
+    "not at all, whatever the trainer's settings say",
+    "Set probe.max_grad_norm to what the training log shows.",
+)
+CLIP = "max_grad_norm"
 
 _OFF: dict[str, tuple[float, ...]] = {
     "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,), "repetition_penalty": (1.0,),
@@ -58,21 +72,23 @@ class TrainingRun:
     settings: TrainerSettings | None  # what the trainer wrote down; None where it left no file that is read
     log: TrainerLog  # what it logged
     global_step: int | None  # optimizer steps taken
+    # what the engine below the trainer (DeepSpeed) wrote down, which goes before what the trainer asked for
+    engine: TrainerSettings | None
 
     @classmethod
     def of(
         cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: str | Path | None = None
     ) -> TrainingRun:
         """That of a directory; ``settings`` is the trainer's own config, where it is not beside the checkpoint."""
-        beside = member.settings(path)
+        beside, engine = member.settings(path), member.engine_settings(path)
         if settings is not None:
             if beside is not None and beside.loss is not None:
                 raise UnsupportedError(
                     f"{settings}: expected no trainer's config beside {beside.file}, which tells the settings; leave "
                     "it out"
                 )
-            return cls(path, read_settings(Path(settings)), read_log(path), global_step)
-        return cls(path, find_settings(path) if beside is None else beside, read_log(path), global_step)
+            beside = read_settings(Path(settings))
+        return cls(path, find_settings(path) if beside is None else beside, read_log(path), global_step, engine)
 
     @classmethod
     def read(cls, path: Path, settings: Path | None = None) -> TrainingRun:
@@ -96,7 +112,8 @@ class TrainingRun:
     @property
     def values(self) -> Mapping[str, Any]:
         """Settings by the trainer's own names; empty where there is no file of them."""
-        return {} if self.settings is None else self.settings.values
+        told = [settings.values for settings in (self.settings, self.engine) if settings is not None]
+        return {name: value for values in told for name, value in values.items()}
 
     def other_loss(self) -> str | None:
         """Which trainer it is, and where that stands, if its loss is none that is modelled."""
@@ -117,7 +134,7 @@ class TrainingRun:
     def facts(self) -> dict[str, Any]:
         """The fields of a ``CheckpointReport`` that are about the run."""
         return {
-            "trainer": None if self.settings is None else self.settings.trainer,
+            "trainer": next((told.trainer for told in (self.settings, self.engine) if told is not None), None),
             "settings": self.reports(),
             "logged": self.log.numbers,
             "not_modelled": self.log.not_modelled(),
@@ -126,18 +143,23 @@ class TrainingRun:
     def reports(self) -> tuple[SettingReport, ...]:
         """Every setting that is told, with where it stands: in the trainer's own file, else in its log."""
         reports: list[SettingReport] = []
+        of_engine = {} if self.engine is None else dict(self.engine.values)
         if self.settings is not None:
             told = {**self.settings.values, **(self.loss or {})}
-            told.pop("trainer", None)
-            file = self.settings.file
-            file = file.name if file.parent == self.path else str(file)
-            reports += [SettingReport(name=name, value=value, source=file) for name, value in told.items()]
+            told = {name: value for name, value in told.items() if name != "trainer" and name not in of_engine}
+            reports += self._from(self.settings.file, told)
+        if self.engine is not None:
+            reports += self._from(self.engine.file, of_engine)
         if self.loss is None:
             reports += [
                 SettingReport(name=name, value=ABOVE_ZERO if value is None else value, source=f"{LOG_FILE} ({key})")
                 for name, value, key in self.log.settings()
             ]
         return tuple(reports)
+
+    def _from(self, file: Path, told: Mapping[str, Any]) -> list[SettingReport]:
+        source = str(file.relative_to(self.path) if file.is_relative_to(self.path) else file)
+        return [SettingReport(name=name, value=value, source=source) for name, value in told.items()]
 
     @property
     def place(self) -> tuple[int, int] | None:
@@ -165,6 +187,11 @@ class TrainingRun:
             yield DERIVED(trainer=settings.trainer)
         if settings is not None and self.loss is None and not settings.other_loss:
             yield LOSS_NOT_TOLD(trainer=settings.trainer)
+        asked, done = (None if told is None else told.values.get(CLIP) for told in (settings, self.engine))
+        if settings is not None and self.engine is not None and None not in (asked, done) and asked != done:
+            yield ENGINE_CLIPS(trainer=settings.file.name, asked=asked, engine=self.engine.trainer, done=done)
+        if self.engine is not None and CLIP not in self.engine.values:
+            yield CLIP_NOT_TOLD(engine=self.engine.trainer)
         place = self.place
         if place is not None and place[0] > 1:
             yield REUSED(place=place[0], steps=place[1])

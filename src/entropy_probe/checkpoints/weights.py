@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -102,18 +101,9 @@ def check_shapes(path: Path, stored: Mapping[str, Shape], expected: Mapping[str,
     """Check that a file holds exactly the expected tensors, with their shapes."""
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
-        remedy = "pass intact weights with their own configuration and base model"
-        embeddings = [name for name in unknown if re.search(r"embed|lm_head|wte", name)]
-        if not missing and embeddings == unknown:
-            rows = ", ".join(f"{stored[name][0]} rows" for name in embeddings[:1])
-            remedy = (
-                f"peft saved the embeddings along ({rows}), as where the vocabulary was resized, which is not put "
-                "back: copy them into the base model resized to as many rows, save that as base_model, and take the "
-                "unknown tensors out of this file"
-            )
         raise MismatchError(
             f"{path}: expected {len(expected)} tensors, {len(missing)} missing {missing[:2]}, {len(unknown)} "
-            f"unknown {unknown[:2]}; {remedy}"
+            f"unknown {unknown[:2]}; pass intact weights with their own configuration and base model"
         )
     wrong = [name for name in expected if stored[name] != expected[name]]
     if wrong:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, shown
+from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, UnsupportedError, shown
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.pieces import COPY, Whole, check_padding, shaped, span
 
@@ -161,3 +161,46 @@ def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set
                 raise DamagedFileError(f"{file}: {name}: expected pieces of {list(shape)}, got other sizes; {COPY}")
             frozen[plain_name(name)] = shaped(parts, 0, shape)
     return frozen
+
+
+def settings_of_group(file: Path, group: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A group as torch's Adam has it; DeepSpeed's own have the same step, and other settings that say so.
+
+    Args:
+        file: for messages.
+        group: of the optimizer's.
+        config: DeepSpeed's own.
+
+    Raises:
+        UnsupportedError: if it is Adam without bias correction.
+    """
+    own = {key: value for key, value in group.items() if key not in ("step", "bias_correction")}
+    if not group.get("bias_correction", True):
+        raise UnsupportedError(f"{file}: not supported: Adam without bias correction; train with it")
+    if "bias_correction" in group:
+        own.setdefault("amsgrad", False)
+        made = (config or {}).get("optimizer") or {}  # by DeepSpeed from its configuration, else by the trainer
+        kind, decoupled = str(made.get("type")).lower(), (made.get("params") or {}).get("adam_w_mode", True)
+        if kind in ("adam", "adamw"):
+            own.setdefault("decoupled_weight_decay", kind == "adamw" or bool(decoupled))
+    return own
+
+
+def check_steps(file: Path, model: Mapping[str, Any], buffers: Sequence[Buffers]) -> None:
+    """Check that the optimizer has taken the steps that the model's files count.
+
+    Args:
+        file: of the optimizer, for messages.
+        model: a file of the model.
+        buffers: of the optimizer.
+
+    Raises:
+        MismatchError: if not.
+    """
+    taken = {int(own.numbers["step"]) for own in buffers if "step" in own.numbers}
+    counted = (model.get("global_steps"), model.get("skipped_steps") or 0)
+    if all(type(x) is int for x in counted) and taken and taken != {counted[0] - counted[1]}:  # type: ignore[operator]
+        raise MismatchError(
+            f"{file}: expected state after {counted[0]} steps ({counted[1]} skipped), as the model's file counts, got "
+            f"after {sorted(taken)}; files of two saves, {COPY}"
+        )

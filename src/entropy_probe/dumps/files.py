@@ -28,6 +28,9 @@ def files_of(path: Path, step: int | None) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path}: expected a dump of rollouts, found no such file; check the path")
     ranks = sorted(file for file in path.iterdir() if _RANK.fullmatch(file.name))
+    tasks = sorted(path.glob("*.jsonl")) if path.name.isdigit() and not ranks else []
+    if tasks:  # AReaL: a folder for each version of the policy, a file for each task
+        return tasks
     if ranks:
         if not (path / "STABLE").is_file():
             raise ValueError(
@@ -38,11 +41,14 @@ def files_of(path: Path, step: int | None) -> list[Path]:
     steps: dict[int, Path] = {}
     for place in sorted(path.iterdir()):
         match = re.search(r"(\d+)$", place.stem)
-        if match is None or not (place.suffix in _KINDS or (place.is_dir() and place.name.startswith("step_"))):
+        version = place.is_dir() and place.name.isdigit()
+        folder = version or (place.is_dir() and place.name.startswith("step_"))
+        if match is None or not (place.suffix in _KINDS or folder):
             continue
-        if int(match[1]) in steps:
+        number = int(match[1]) + version  # what the policy after so many updates sampled is for the next one
+        if number in steps:
             raise ValueError(f"{path}: expected one file for each step, got two of {match[1]}; pass a file")
-        steps[int(match[1])] = place
+        steps[number] = place
     if not steps:
         raise ValueError(f"{path}: expected files of rollouts ({', '.join(_KINDS)}), found none; pass a dump")
     if step is None and len(steps) == 1:

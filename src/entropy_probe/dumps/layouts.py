@@ -42,6 +42,9 @@ class Layout:
     # whether prompts of text have gone through the chat template, with (``marked``) or without special tokens
     # (``plain``); ``None``: text as the data set has it, or either
     rendered: Literal["marked", "plain"] | None = None
+    # whether responses of text have their special tokens, the end token too, and ``prompt_length`` and
+    # ``response_length`` say of how many tokens both are
+    whole: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(sorted(self.needs))})"
@@ -111,6 +114,15 @@ def _rows_of_batch(batch: Record) -> Iterator[Record]:
             "reward": None if rewards is None else sum(rewards),
             "uid": None if uids is None else uids[i],
         }
+
+
+def _of_version(record: Record) -> Iterator[Record]:
+    """AReaL: rollouts of the policy after so many updates are those of the next one, where training waits for them."""
+    counts = record.get("tail_version"), record.get("seqlen"), record.get("prompt_len")
+    if not all(type(count) is int for count in counts):
+        raise ValueError(f"tail_version, seqlen, prompt_len: expected whole numbers, got {counts!r:.60}")
+    version, length, prompt = counts
+    yield {**record, "step": version + 1, "response_length": length - prompt}
 
 
 def _fields(text: str) -> Mapping[str, str]:
@@ -190,6 +202,15 @@ LAYOUTS = (
         ),
         prepare=_rows_of_batch,
         step_in_name=r"global_step_(\d+)",
+    ),
+    Layout(
+        "AReaL",
+        frozenset({"task_id", "seqlen", "prompt_len", "tail_version"}),
+        _fields("step prompt response=completion group=task_id reward prompt_length=prompt_len response_length"),
+        epsilon=1e-5,
+        prepare=_of_version,
+        rendered="marked",
+        whole=True,
     ),
     Layout(
         "verifiers",

@@ -29,6 +29,7 @@ class Sample:
         truncated: whether it was cut off at the largest length.
         entropy: the mean over its tokens that the trainer logged, in nats.
         microbatch: in which forward pass it was.
+        lengths: tokens of prompt and response, where they are texts and the dump counted.
         sampled: log-probabilities of the sampler, in nats.
         old: of the policy that importance ratios are taken to.
         reference: of the reference policy.
@@ -47,6 +48,7 @@ class Sample:
     truncated: bool | None = None
     entropy: float | None = None
     microbatch: str | None = None
+    lengths: tuple[int, int] | None = None
     sampled: tuple[float, ...] | None = None
     old: tuple[float, ...] | None = None
     reference: tuple[float, ...] | None = None
@@ -98,6 +100,7 @@ def read_sample(layout: Layout, record: Record, where: str) -> Sample:
             truncated=told.get("truncated"),
             entropy=_number(name("entropy"), told["entropy"]) if "entropy" in told else None,
             microbatch=told.get("microbatch"),
+            lengths=(told["prompt_length"], told["response_length"]) if layout.whole else None,
             **lists,
         )
     except ValueError as error:

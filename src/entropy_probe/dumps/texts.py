@@ -49,6 +49,12 @@ def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], long
             responses.append(sample.response)
             continue
         ids = tuple(tokenizer(sample.response, add_special_tokens=False)["input_ids"])
+        if sample.lengths is not None:  # with its end token, and counted
+            told = (len(prompts[repr(sample.prompt)]), len(ids)) == sample.lengths
+            if _decoded(tokenizer, ids, marked=True) != sample.response or not told:
+                failing.append(sample.where)
+            responses.append(ids)
+            continue
         cut = sample.truncated
         if cut is None:
             if longest is None:

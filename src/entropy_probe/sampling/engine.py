@@ -6,6 +6,7 @@ responses again with the policy itself, and compares with the log-probabilities 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +33,30 @@ class ServerSettings(Settings):
         url: where it listens, such as ``http://localhost:8000``.
         model: the name that it serves the policy under; by default the only model that it serves.
         adapter: the directory of a LoRA adapter that it is told to load by this path, and to sample with.
+        api_key_env: the name of the environment variable with the key that it asks for; the key itself is in no file.
         timeout: seconds to wait for an answer, which is a whole response.
         retries: how often a request is repeated, after longer and longer waits, where the server is busy (429, 502,
             503, 504), the connection fails or the time is over.
     """
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # which may be a key
+
     url: str
     model: str | None = Field(default=None, min_length=1)
     adapter: Path | None = None
+    api_key_env: str | None = None
     timeout: float = Field(default=600.0, gt=0, le=1e6)
     retries: int = Field(default=8, ge=0)
+
+    @field_validator("api_key_env", mode="before")
+    @classmethod
+    def _name_of_a_variable(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Z_][A-Z0-9_]*", value)):
+            raise ValueError(
+                "expected the name of an environment variable (capitals, digits and _), got something else; export "
+                "the key in a variable such as VLLM_API_KEY and give that name"
+            )
+        return value
 
     @field_validator("url")
     @classmethod

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -38,6 +40,7 @@ BUSY = (
     HTTPStatus.SERVICE_UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT,
 )
+UNKNOWN = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 BACKOFF, LONGEST_WAIT = 0.5, 30.0
 """Seconds before a request is repeated: doubled each time, up to the longest."""
 FIRST_RETRIES = 3
@@ -109,7 +112,7 @@ class ServerEngine:
         at_once: requests at a time.
 
     Raises:
-        ValueError: if the adapter is not a directory of one.
+        ValueError: if the adapter is not a directory of one, or the key is not there.
     """
 
     notes: tuple[Note, ...] = ()
@@ -117,6 +120,7 @@ class ServerEngine:
     def __init__(self, settings: ServerSettings, end_tokens: Sequence[int], at_once: int = 64) -> None:
         self._settings, self._end_tokens, self._at_once = settings, frozenset(end_tokens), at_once
         self._adapter = None if settings.adapter is None else _adapter_name(settings.adapter)
+        self._key = None if settings.api_key_env is None else _key_in(settings.api_key_env)
         self._checked: set[float] = set()
 
     @property
@@ -304,6 +308,8 @@ class ServerEngine:
             )
         if response.status != HTTPStatus.OK:
             said = " ".join(response.data.decode(errors="replace").split())[:300]
+            if response.status in UNKNOWN:
+                remedy = "set generation.server.api_key_env to the environment variable with the server's key"
             self._refuse(f"an answer to {route}, got status {response.status}: {said}", remedy)
         return response.data
 
@@ -312,7 +318,8 @@ class ServerEngine:
         from urllib3 import PoolManager, Timeout
 
         timeout = Timeout(connect=min(CONNECT, self._settings.timeout), read=self._settings.timeout)
-        return PoolManager(maxsize=self._at_once, timeout=timeout)
+        headers = None if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        return PoolManager(maxsize=self._at_once, timeout=timeout, headers=headers)
 
     def _parse(self, kind: type[T], body: bytes) -> T:
         try:
@@ -327,7 +334,24 @@ class ServerEngine:
             )
 
     def _refuse(self, expected: str, remedy: str) -> NoReturn:
-        raise ValueError(f"generation.server {self._settings.url}: expected {expected}; {remedy}")
+        message = f"generation.server {self._settings.url}: expected {expected}; {remedy}"
+        raise ValueError(message if self._key is None else message.replace(self._key, "(the key)"))  # a server echoes
+
+
+def _key_in(variable: str) -> str:
+    """The key in an environment variable; it is never shown.
+
+    Raises:
+        ValueError: if there is none that can be sent.
+    """
+    key = os.environ.get(variable, "")
+    if not re.fullmatch(r"[!-~]+", key):
+        got = "one with spaces or other characters that no request may have" if key else "none"
+        raise ValueError(
+            f"generation.server.api_key_env: expected the server's key in the environment variable {variable}, got "
+            f"{got}; export {variable}=..."
+        )
+    return key
 
 
 def _listed(tokens: frozenset[int]) -> str:

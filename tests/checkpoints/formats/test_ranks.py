@@ -77,7 +77,8 @@ def test_deepspeeds_files_are_opened_once(unpacked, monkeypatch, case):
     monkeypatch.setattr(deepspeed, "read_objects", lambda file, *more: opened.append(file) or read(file, *more))
     directory = unpacked(case)
     assert load(directory).report.verdict == "healthy"
-    assert sorted(opened) == sorted(place(directory, 2).glob("*_states.pt"))
+    assert opened[0].name.endswith("optim_states.pt")  # for its settings
+    assert sorted(opened[1:]) == sorted(place(directory, 2).glob("*_states.pt"))
     gc.collect()
     assert len(deepspeed._OPEN) == 0
 
@@ -435,6 +436,49 @@ def test_an_adapter_of_deepspeeds_needs_its_configuration(unpacked, tmp_path):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no file says its lora_alpha; write one with peft, .*: LoraConfig"):
         load_checkpoint(folder, base_model=directory / "base")
+
+
+def test_an_adapters_configuration_beside_latest_is_that_of_every_folder_below(unpacked, tmp_path):
+    """OpenRLHF: ``_actor`` has it, given as such, by one of its saves, or by what is above."""
+    directory = unpacked("zero2-lora")
+    actor = tmp_path / "ckpt" / "_actor"
+    for step in (2, 3):
+        shutil.copytree(place(directory, step), actor / f"global_step{step}")
+        (actor / f"global_step{step}" / "adapter_config.json").rename(actor / "adapter_config.json")
+    (actor / "latest").write_text("global_step3")
+    config = actor / "adapter_config.json"
+    told = json.loads(config.read_text()) | {"base_model_name_or_path": str(directory / "base")}
+    config.write_text(json.dumps(told))
+    for given, step in ((actor, 3), (actor / "global_step2", 2), (actor / "global_step3", 3)):
+        state, expected = load_checkpoint(given), load(directory, step)
+        assert_equal_states(state, expected)
+    with pytest.raises(CheckpointError, match=r"a directory of checkpoints; pass one of _actor inside it"):
+        load_checkpoint(actor.parent)
+    with pytest.raises(CheckpointError, match=r"a directory of checkpoints; pass one of ckpt/_actor inside it"):
+        load_checkpoint(tmp_path)
+
+
+def assert_equal_states(state: CheckpointState, expected: CheckpointState) -> None:
+    for (name, p), (other, q) in zip(state.model.named_parameters(), expected.model.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(p, q)
+        for key, value in expected.optimizer.state.get(q, {}).items():
+            assert torch.equal(torch.as_tensor(state.optimizer.state[p][key]), torch.as_tensor(value))
+
+
+def test_what_shapes_the_step_is_read_from_deepspeeds_own_configuration(unpacked, tmp_path):
+    state = load(unpacked("zero2-full"))
+    assert state.settings == {"max_grad_norm": 1e9, "per_device_train_batch_size": 4}
+    told = {setting.name: (setting.value, setting.source) for setting in state.report.settings}
+    assert told["max_grad_norm"][0] == 1e9
+    assert told["max_grad_norm"][1].endswith("_optim_states.pt")
+    assert state.report.trainer == "DeepSpeed"
+    script = tmp_path / "train.sh"
+    script.write_text("python -m openrlhf.cli.train_ppo_ray --max_norm 0.5 --eps_clip 0.3\n")
+    state = load(unpacked("zero2-full"), trainer_config=script)
+    assert (state.settings["max_grad_norm"], state.loss["eps_clip"]) == (1e9, 0.3)
+    (note,) = [note for note in state.report.notes if note.code == "engine_clips"]
+    assert "max_grad_norm 0.5, DeepSpeed's own configuration 1e+09" in note.text
 
 
 def test_a_swap_shows_by_the_place_in_the_mesh_too(unpacked, tmp_path):

@@ -103,6 +103,14 @@ class CheckpointFormat(Protocol):
         """
         return read_training_args(path)
 
+    def engine_settings(self, path: Path) -> TrainerSettings | None:
+        """What the engine below the trainer wrote down of the step, which is what it did; often nothing.
+
+        Raises:
+            CheckpointError: as :meth:`settings`.
+        """
+        return None
+
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """Full-precision copies of the trained weights that the optimizer keeps and steps, by parameter; often none.
 

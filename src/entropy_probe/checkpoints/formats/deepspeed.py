@@ -18,13 +18,23 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, MissingFileError, UnsupportedError, shown
+from entropy_probe.checkpoints.foreign_settings import settings_of_deepspeed
 from entropy_probe.checkpoints.formats.base import NO_TRAINER_STATE, CheckpointFormat, StoredTensor, Weights
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import Names, read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.pieces import DTENSORS, Whole, as_written_by, optimizer_of_entries
-from entropy_probe.checkpoints.safe_read import StandIn, is_file_name
-from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters, frozen_tensors
+from entropy_probe.checkpoints.safe_read import StandIn, is_file_name, read_json
+from entropy_probe.checkpoints.trainer_settings import TrainerSettings
+from entropy_probe.checkpoints.zero import (
+    Buffers,
+    Shapes,
+    by_mappings,
+    by_parameters,
+    check_steps,
+    frozen_tensors,
+    settings_of_group,
+)
 from entropy_probe.results.note import Note
 
 _COPY = "copy the checkpoint again"
@@ -64,6 +74,20 @@ class DeepSpeed(CheckpointFormat):
         names = [group | {"params": list(own)} for group, own in zip(saved.groups, saved.shapes, strict=True)]
         return optimizer_of_entries(saved.files[0], names, entries, saved.size)
 
+    def engine_settings(self, path: Path) -> TrainerSettings | None:
+        """Its configuration, which is in each of its files; ZeRO 1 and 2 also say where they clip."""
+        folder = _folder(path)
+        files = sorted(folder.glob("*_optim_states.pt"), key=lambda file: file.stat().st_size) if folder else []
+        if not files:
+            return None
+        with as_written_by("DeepSpeed", path):
+            part = _part(files[0], "optimizer_state_dict")
+        config, saved = part.get("ds_config"), part["optimizer_state_dict"]
+        told = dict(config) if isinstance(config, dict) else {}
+        if isinstance(saved, dict) and "clip_grad" in saved:
+            told["gradient_clipping"] = saved["clip_grad"]
+        return settings_of_deepspeed(files[0], told)
+
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """The float32 masters, one for each trained parameter."""
         with as_written_by("DeepSpeed", place):
@@ -83,6 +107,15 @@ class DeepSpeed(CheckpointFormat):
             tensors[name] = Whole(whole.shape, saved.dtype, partial(_rounded, whole, saved.dtype))
         tensors |= {name: tensors[first] for name, first in saved.tied.items() if first in tensors}
         return Weights((file,), {name: _stored(file, whole) for name, whole in tensors.items()})
+
+    def configuration_at(self, path: Path) -> Path:
+        """The directory with ``latest``, where the trainer puts what is not DeepSpeed's."""
+        return path.parent if _folder(path) == path else path
+
+    def adapter_config(self, path: Path) -> dict[str, Any] | None:
+        """That beside ``latest``, of a folder below it."""
+        file = self.configuration_at(path) / "adapter_config.json"
+        return read_json(file) if file.is_file() else None
 
     def doubts(self, path: Path) -> Iterator[Note]:
         """The Trainer's log is written last; the schedule is in DeepSpeed's own files."""
@@ -168,7 +201,7 @@ class _Saved:
         buffers = [
             Buffers.of_ranks(files, [[state.partitions[i] for i in inside] for state in states]) for inside in members
         ]
-        _check_steps(files[0], first, buffers)
+        check_steps(files[0], first, buffers)
         dtype = next((x.dtype for x in first["module"].values() if x.is_floating_point()), torch.float32)
         frozen = frozen_tensors(model_files[0], models, {name for own in shapes for name in own})
         tied = {plain_name(name): plain_name(other) for name, other in (first.get("shared_params") or {}).items()}
@@ -333,30 +366,5 @@ def _zero_state(file: Path, saved: Any, config: Any) -> _ZeroState:
         for i, (entry, master) in enumerate(zip(entries, masters, strict=True))
     ]
     return _ZeroState(
-        [_settings(file, group, config) for group in state["param_groups"]], partitions, slices is not None
+        [settings_of_group(file, group, config) for group in state["param_groups"]], partitions, slices is not None
     )
-
-
-def _settings(file: Path, group: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A group as torch's Adam has it; DeepSpeed's own have the same step, and other settings that say so."""
-    own = {key: value for key, value in group.items() if key not in ("step", "bias_correction")}
-    if not group.get("bias_correction", True):
-        raise UnsupportedError(f"{file}: not supported: Adam without bias correction; train with it")
-    if "bias_correction" in group:
-        own.setdefault("amsgrad", False)
-        made = (config or {}).get("optimizer") or {}  # by DeepSpeed from its configuration, else by the trainer
-        kind, decoupled = str(made.get("type")).lower(), (made.get("params") or {}).get("adam_w_mode", True)
-        if kind in ("adam", "adamw"):
-            own.setdefault("decoupled_weight_decay", kind == "adamw" or bool(decoupled))
-    return own
-
-
-def _check_steps(file: Path, model: Mapping[str, Any], buffers: Sequence[Buffers]) -> None:
-    """The optimizer has taken the steps that the model's files count."""
-    taken = {int(own.numbers["step"]) for own in buffers if "step" in own.numbers}
-    counted = (model.get("global_steps"), model.get("skipped_steps") or 0)
-    if all(type(x) is int for x in counted) and taken and taken != {counted[0] - counted[1]}:  # type: ignore[operator]
-        raise MismatchError(
-            f"{file}: expected state after {counted[0]} steps ({counted[1]} skipped), as the model's file counts, got "
-            f"after {sorted(taken)}; files of two saves, {_COPY}"
-        )

@@ -28,7 +28,7 @@ _PATHS: dict[str, Any] = {
     **dict.fromkeys(("overwrite", "output_dir", "checkpoint", "base_model", "rollouts", "trainer_config"), True),
     "reward_time_limit": True,
     "prompts": {"jsonl", "parquet"},
-    "generation": {"server": {"url", "timeout", "retries"}},
+    "generation": {"server": {"url", "api_key_env", "timeout", "retries"}},
 }
 
 
