@@ -47,6 +47,8 @@ class ProbeConfig(BaseModel):
             this many tokens. A number is the horizon of attribution and sweeps too; by default attribution takes the
             shortest whose contributions correlate at least 0.99 with the whole response's. ``None`` is the whole
             response everywhere, and leaves the profile out, which saves one scoring of the evaluation batch.
+        coast: also measure what momentum alone will still do, by steps with zero gradients on copies of parameters and
+            optimizer until they end. Costs one more scoring of the evaluation batch, and another with weight decay.
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in
@@ -110,6 +112,7 @@ class ProbeConfig(BaseModel):
     entropy: EntropyKind = "rao_blackwell"
     realized: Literal["per_decision", "snis"] = "per_decision"
     horizon: Annotated[int, Field(ge=0)] | Literal["auto"] | None = "auto"
+    coast: bool = False
     evaluation_unit: Literal["auto", "sequence", "prompt"] = "auto"
     merge_equal_prompts: bool = True
     is_mode: ImportanceMode = "snis"
@@ -164,6 +167,21 @@ class ProbeConfig(BaseModel):
         said = {LONGEST} if self.max_completion_length is not None else set()
         return loss.model_dump(mode="json", exclude=said)
 
+    def check_coasts(self, *, evaluation: bool) -> None:
+        """Make sure that momentum alone is measured on rollouts that it has nothing of, at a checkpoint.
+
+        Args:
+            evaluation: whether there are evaluation rollouts.
+
+        Raises:
+            ValueError: if it is asked for without them.
+        """
+        if self.coast and not evaluation:
+            raise ValueError(
+                "coast: expected evaluation rollouts, got none but those of the step, whose gradient is in the "
+                "momentum; give others, or set probe.coast to false"
+            )
+
     @model_validator(mode="after")
     def _check_weight_options(self) -> ProbeConfig:
         for name in ("is_mode", "log_weight_clamp"):
@@ -172,6 +190,10 @@ class ProbeConfig(BaseModel):
                 raise ValueError(
                     f"{name}: expected realized: snis beside it, got {self.realized}; it changes nothing else"
                 )
+        if self.coast and self.geometry == "frozen":
+            raise ValueError(
+                "coast: expected geometry: adamw beside it, got frozen, which has no momentum; leave it out"
+            )
         if self.weight_clip is not None and self.is_mode != "clip":
             raise ValueError(f"weight_clip: expected is_mode: clip beside it, got {self.is_mode}")
         return self

@@ -13,6 +13,7 @@ from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides
 from entropy_probe.analyses.attribution import Attribution
+from entropy_probe.analyses.coast import measure_coasting
 from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
@@ -172,8 +173,12 @@ class EntropyProbe:
             planned = plan_asked(policy, update, evaluation, gradient, asked=asked)
             prediction, measured = predict(planned), measure_step(planned)
             answers, horizons = answer_all(prediction, asked), measure_horizons(prediction, measured)
-            both = pooled(prediction, measured) if pool else None
-            return result_of(planned, prediction, measured, horizons=horizons, answers=answers, pooled=both)
+            both, onward = (
+                pooled(prediction, measured) if pool else None,
+                measure_coasting(planned, measured, prediction),
+            )
+            fields = {"horizons": horizons, "answers": answers, "pooled": both, "coasted": onward}
+            return result_of(planned, prediction, measured, **fields)
 
     def predict(
         self, *, update: Rollouts | None = None, evaluation: Rollouts, gradient: Gradient | None = None
@@ -189,7 +194,8 @@ class EntropyProbe:
         """The realized part of :meth:`run` only."""
         with self._opened() as policy:
             planned = plan_asked(policy, update, evaluation, gradient, shares=False)
-            return result_of(planned, measured=measure_step(planned))
+            measured = measure_step(planned)
+            return result_of(planned, measured=measured, coasted=measure_coasting(planned, measured))
 
     def ahead(
         self, *, gradient: Gradient, batch: Rollouts | None = None, evaluation: Rollouts | None = None
@@ -252,9 +258,14 @@ class EntropyProbe:
                 return attribute(own, None, measure_own(own) if measure else None)
             prediction = predict(plan_asked(policy, update, evaluation, asked=asked, folds=folds))
             measured = measure_step(prediction.plan) if measure else None
-            horizons = None if measured is None else measure_horizons(prediction, measured)
-            answers, both = answer_all(prediction, asked), pooled(prediction, measured) if pool else None
-            return attribute(prediction, folds, measured, horizons=horizons, answers=answers, pooled=both)
+            fields = {
+                "answers": answer_all(prediction, asked),
+                "pooled": pooled(prediction, measured) if pool else None,
+            }
+            if measured is not None:
+                onward = measure_coasting(prediction.plan, measured, prediction)
+                fields |= {"horizons": measure_horizons(prediction, measured), "coasted": onward}
+            return attribute(prediction, folds, measured, **fields)
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0

@@ -98,6 +98,7 @@ def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None
         ValueError: for fewer than three prompts, rollouts of another policy that would have to be reweighted, or as
             :func:`~entropy_probe.analyses.predict.plan`.
     """
+    policy.config.check_coasts(evaluation=False)
     return own_prediction(plan(policy, *admit_own(policy, batch, clipped), clipped=clipped))
 
 

@@ -24,7 +24,8 @@ from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import NamedVector
 from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import is_adam
-from entropy_probe.steps.afterlife import coasting
+from entropy_probe.steps.afterlife import coasted, coasting
+from entropy_probe.steps.copied import moved
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
@@ -70,8 +71,8 @@ class Prediction:
         by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise, and for a gradient
             from outside.
         se_update: the error from the update batch; ``None`` for a gradient from outside.
-        committed: the change that the moments alone will still make after the step; ``None`` where they have no closed
-            form, in the frozen geometry, and within a horizon.
+        committed: the change that the moments alone will still make after the step; ``None`` in the frozen geometry,
+            within a horizon, and where they have no closed form, unless coasting is asked for and comes to an end.
         horizon: how many tokens after a changed one count; ``None`` for the whole response.
     """
 
@@ -123,12 +124,17 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
 
 
 def _later(planned: Plan) -> list[NamedVector]:
-    """What the moments alone will still do after the step, where they are Adam's."""
-    policy = planned.policy
-    if policy.config.geometry == "frozen" or not is_adam(policy.optimizer):
+    """What the moments alone will still do after the step: in closed form for Adam, or taken where it is asked for."""
+    policy, step = planned.policy, planned.step
+    if policy.config.geometry == "frozen":
         return []
-    given = (policy.parameters, policy.optimizer, planned.step.gradient.values, policy.config.learning_rate)
-    return [coasting(*given)]
+    rate = policy.config.learning_rate
+    if is_adam(policy.optimizer):
+        return [coasting(policy.parameters, policy.optimizer, step.gradient.values, rate)]
+    if not policy.config.coast or step.stepped is None:
+        return []
+    alone = coasted(policy.parameters, policy.optimizer, step.taken_with, rate, step.kept)
+    return [] if not alone.steps or alone.parameters is None else [moved(step.stepped, alone.parameters)]
 
 
 def entropy_surrogate(planned: Plan, horizon: int | None = None) -> TokenCoefficients:

@@ -205,6 +205,7 @@ class RunConfig(BaseModel):
                 f"{what}: expected evaluation rollouts where it is set beside attribution, got mode one_batch; change "
                 "the mode, or leave it out"
             )
+        self.probe.check_coasts(evaluation=not self.needs_no_evaluation)
         if folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
         drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None

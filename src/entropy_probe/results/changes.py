@@ -9,7 +9,7 @@ from pydantic import Field
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.record import Record
 
-__all__ = ["Pooled", "Predicted", "Realized"]
+__all__ = ["Coasted", "Pooled", "Predicted", "Realized"]
 
 
 class Predicted(Estimate):
@@ -113,3 +113,21 @@ class Pooled(Record):
     z: float
     own_realized: Realized | None = None
     realized: Estimate | None = None
+
+
+class Coasted(Record):
+    """What momentum alone does after this step: measured after steps with zero gradients, on copies.
+
+    Attributes:
+        steps: how many were taken, until they move nothing more.
+        change: by these steps, on the same rollouts; weight decay is off. Its weights are those of all steps together,
+            this one included.
+        difference: ``change`` minus ``committed``, with the standard error of the paired difference; null where one of
+            the two is.
+        weight_decay: what weight decay adds in as many steps; null without it, or where it cannot be measured.
+    """
+
+    steps: int
+    change: Realized
+    difference: Estimate | None = None
+    weight_decay: Estimate | None = None

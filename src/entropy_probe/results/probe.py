@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
-from entropy_probe.results.changes import Pooled, Predicted, Realized
+from entropy_probe.results.changes import Coasted, Pooled, Predicted, Realized
 from entropy_probe.results.draws import Draws
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.horizons import Horizons
@@ -21,6 +21,7 @@ from entropy_probe.results.step import StepVectors
 
 __all__ = [
     "BatchFit",
+    "Coasted",
     "CrossPrompt",
     "Diagnostics",
     "Estimate",
@@ -254,7 +255,9 @@ class ProbeResult(SavedRecord):
         lifetime: what the gradient does to first order over its life in the momentum, this step included, with the
             step's denominators held; null without a closed form.
         committed: what the moments alone will do to first order after this step if every later gradient is zero; null
-            without a closed form, and for one batch, whose responses are in them.
+            for one batch, whose responses are in them, and without a closed form unless ``coasted`` was asked for.
+        coasted: the same measured, for any optimizer whose momentum comes to an end; null unless asked for
+            (``config.coast``).
         horizons: both changes within 0, 1, 2, 4, ... tokens; null unless the step was predicted and measured.
         draws: what several draws per evaluation prompt have in common; null for single draws, and without a change that
             per-decision weights measure.
@@ -286,6 +289,7 @@ class ProbeResult(SavedRecord):
     realized: Realized | None = None
     lifetime: Estimate | None = None
     committed: Estimate | None = None
+    coasted: Coasted | None = None
     horizons: Horizons | None = None
     draws: Draws | None = None
     difference: Estimate | None = None
