@@ -14,6 +14,7 @@ from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides
 from entropy_probe.analyses.attribution import Attribution
 from entropy_probe.analyses.coast import measure_coasting
+from entropy_probe.analyses.given import checked_past
 from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
@@ -64,6 +65,9 @@ class EntropyProbe:
         end_token_ids: tokens that end a response, besides those of the model's generation config (or its config).
             Rollouts are checked against them.
         stop_texts: whether responses may end at a stop text instead.
+        past_gradients: of the last steps, the latest first, as the optimizer got them (clipped): two-batch predictions
+            then divide the momentum part over them (``result.origins``). Each is one more direction to take the
+            entropy's slope along, in the memory of the parameters.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
@@ -84,6 +88,7 @@ class EntropyProbe:
         distributed: bool = False,
         end_token_ids: Sequence[int] = (),
         stop_texts: bool = False,
+        past_gradients: Sequence[Gradient] = (),
     ) -> None:
         config = config or ProbeConfig()
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
@@ -107,7 +112,9 @@ class EntropyProbe:
             "end_ids": tuple(end_token_ids),
             "stop_texts": stop_texts,
         }
-        self._policy()
+        parameters = self._policy().parameters
+        if past_gradients:
+            self._shared["past"] = checked_past(parameters, optimizer, past_gradients)
 
     @contextmanager
     def _opened(self, **settings: Any) -> Iterator[Policy]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,7 @@ from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.afterlife import coasted, coasting
 from entropy_probe.steps.copied import moved
+from entropy_probe.steps.origins import momentum_by_origin
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
@@ -73,6 +75,8 @@ class Prediction:
         se_update: the error from the update batch; ``None`` for a gradient from outside.
         committed: the change that the moments alone will still make after the step; ``None`` in the frozen geometry,
             within a horizon, and where they have no closed form, unless coasting is asked for and comes to an end.
+        origins: parts of the momentum part by the gradients they come from, that of the last step first; none within a
+            horizon, and but for Adam with recorded gradients.
         horizon: how many tokens after a changed one count; ``None`` for the whole response.
     """
 
@@ -84,6 +88,7 @@ class Prediction:
     by_prompt: Float[Tensor, " B"] | None
     se_update: float | None
     committed: fo.FirstOrder | None
+    origins: tuple[fo.FirstOrder, ...] = field(default=(), kw_only=True)
     horizon: int | None = field(default=None, kw_only=True)
 
 
@@ -95,24 +100,30 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
         horizon: how many tokens after a changed one count (``docs/theory.md``, "A horizon"); all by default.
     """
     step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
-    directions = [*step.components.values(), *(_later(planned) if horizon is None else ())]
+    directions, own = [*step.components.values()], len(step.components)
+    past = policy.past if horizon is None and "momentum" in step.components else ()
+    if past and step.gradient_scale is not None:
+        directions += momentum_by_origin(policy.parameters, policy.optimizer, step.gradient_scale, past)
+    if horizon is None:
+        directions += _later(planned)
     slope = _entropy_slope(planned, directions, horizon)
     dots = over_clusters(policy, planned.evaluation.local, slope.dots)
     length_slope, lengths = length_changes(planned, directions, horizon)
-    own = len(step.components)
-    later = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(own, len(directions))]
-    committed = later[0] if later else None
+    beside = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(own, len(directions))]
+    origins = tuple(beside[: len(past)])
+    committed = beside[len(past)] if len(beside) > len(past) else None
     change = fo.first_order(dots[:own].sum(0), sizes, before.entropy, float(lengths[:own].sum()))
     parts = {
         name: fo.first_order(dots[k], sizes, before.entropy, float(lengths[k]))
         for k, name in enumerate(step.components)
         if step.gradient_scale is not None
     }
+    fields: dict[str, Any] = {"committed": committed, "origins": origins, "horizon": horizon}
     if isinstance(planned.source, GivenGradient):
-        return Prediction(planned, slope, length_slope, change, parts, None, None, committed, horizon=horizon)
+        return Prediction(planned, slope, length_slope, change, parts, None, None, **fields)
     if step.gradient_scale is None:
         se_update = jackknife(planned, slope, sizes.sum().item())
-        return Prediction(planned, slope, length_slope, change, parts, None, se_update, committed, horizon=horizon)
+        return Prediction(planned, slope, length_slope, change, parts, None, se_update, **fields)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     if planned.batch.agreement is None:  # else the step is that of another gradient
         coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
@@ -120,7 +131,7 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
     if horizon is None:
         _note_what_the_update_error_holds_fixed(planned)
     se_update = fo.update_standard_error(by_prompt)
-    return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, committed, horizon=horizon)
+    return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, **fields)
 
 
 def _later(planned: Plan) -> list[NamedVector]:

@@ -72,6 +72,8 @@ class RunConfig(BaseModel):
         attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
         attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch;
             ``auto`` takes 8 where that costs no pass over the update batch, ``null`` leaves the errors out.
+        origins: divide the momentum part over the steps whose gradients it comes from, as far as the run recorded them
+            beside its checkpoints (``EntropyProbeCallback(keep_gradients=N)``).
         questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
         trainer_config: the trainer's own config (verl, OpenRLHF, prime-rl: YAML, JSON, TOML, or the script with its
             command), where it does not lie beside the checkpoint.
@@ -108,6 +110,7 @@ class RunConfig(BaseModel):
     attribution: bool = False
     attribution_folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None = "auto"
     questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    origins: bool = False
     trainer_config: Path | None = None
     trust_config: bool = False
     probe: ProbeConfig = ProbeConfig()
@@ -206,6 +209,8 @@ class RunConfig(BaseModel):
                 "the mode, or leave it out"
             )
         self.probe.check_coasts(evaluation=not self.needs_no_evaluation)
+        if self.origins and self.needs_no_evaluation:
+            raise ValueError("origins: expected evaluation rollouts beside it, got mode one_batch; change the mode")
         if folds is not None and not self.attribution:
             raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
         drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None

@@ -9,7 +9,7 @@ from pydantic import Field
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.record import Record
 
-__all__ = ["Coasted", "Pooled", "Predicted", "Realized"]
+__all__ = ["Coasted", "Origins", "Pooled", "Predicted", "Realized"]
 
 
 class Predicted(Estimate):
@@ -131,3 +131,15 @@ class Coasted(Record):
     change: Realized
     difference: Estimate | None = None
     weight_decay: Estimate | None = None
+
+
+class Origins(Record):
+    """The momentum part by the steps whose gradients it comes from; with ``older`` they sum to it.
+
+    Attributes:
+        steps: what the gradient of each of the last steps adds, the latest first.
+        older: what is left for all steps before them, and of weight decay where it is part of the moments (``Adam``).
+    """
+
+    steps: tuple[Estimate, ...] = Field(min_length=1)
+    older: Estimate

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
-from entropy_probe.results.changes import Coasted, Pooled, Predicted, Realized
+from entropy_probe.results.changes import Coasted, Origins, Pooled, Predicted, Realized
 from entropy_probe.results.draws import Draws
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.horizons import Horizons
@@ -27,6 +27,7 @@ __all__ = [
     "Estimate",
     "GradientAgreement",
     "OptimizerStateReport",
+    "Origins",
     "PolicyFit",
     "Pooled",
     "PreconditionerReport",
@@ -252,6 +253,7 @@ class ProbeResult(SavedRecord):
         components: the gradient, momentum and weight-decay parts of ``predicted``, and what rounding adds where
             training keeps its weights in 16 bits; they sum to it. Empty for optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
+        origins: the momentum part by step of origin; null unless gradients of the last steps are given.
         lifetime: what the gradient does to first order over its life in the momentum, this step included, with the
             step's denominators held; null without a closed form.
         committed: what the moments alone will do to first order after this step if every later gradient is zero; null
@@ -287,6 +289,7 @@ class ProbeResult(SavedRecord):
     predicted: Predicted | None = None
     components: dict[StepPart, Predicted | Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
+    origins: Origins | None = None
     lifetime: Estimate | None = None
     committed: Estimate | None = None
     coasted: Coasted | None = None

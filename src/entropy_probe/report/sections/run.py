@@ -127,6 +127,7 @@ def step_section(result: ProbeResult) -> Section:
         *bar_charts("Where it comes from", parts, unit, beginning, "parts"),
         *horizon_blocks(result.horizons, unit),
         Rows(tuple(rows), unit),
+        *_origin_blocks(result),
     )
     sentences = tuple(filter(None, [story(result), _two_questions(result), _committed_story(result), proposal(result)]))
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
@@ -168,6 +169,22 @@ def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
         bars.append(Bar(row, part.value, part.margin, start, linked=bool(bars)))
         start += part.value
     return bars
+
+
+def _origin_blocks(result: ProbeResult) -> tuple[Block, ...]:
+    """The momentum part by step of origin."""
+    momentum = result.components.get("momentum")
+    if result.origins is None or momentum is None:
+        return ()
+    names = [
+        *(f"{k} steps ago" if k > 1 else "the last step" for k in range(1, len(result.origins.steps) + 1)),
+        "older",
+    ]
+    rows = tuple(
+        (name, written(part), format_percent(part.value / momentum.value, 0) if momentum.value else "–")
+        for name, part in zip(names, (*result.origins.steps, result.origins.older), strict=True)
+    )
+    return (Table("Momentum by step of origin", ("momentum from", "adds", "share of it"), rows),)
 
 
 def _coasted_rows(coasted: Coasted | None, exponent: int | None) -> list[Row]:
