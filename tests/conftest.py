@@ -24,8 +24,16 @@ os.environ["XDG_CONFIG_HOME"] = USER.name
 
 
 def jaxtyped(typechecker, decorate=jaxtyping.jaxtyped):
-    """As the import hook uses it, but for functions within functions: making their check anew takes milliseconds."""
-    return lambda f: f if "<locals>" in getattr(f, "__qualname__", "") else decorate(f, typechecker=typechecker)
+    """As the import hook uses it, but only where annotations have shapes, which are the strings in them.
+
+    Making a check takes milliseconds, so none is made anew for functions within functions.
+    """
+
+    def decorated(f):
+        shapes = any('"' in str(annotation) for annotation in f.__annotations__.values())
+        return decorate(f, typechecker=typechecker) if shapes and "<locals>" not in f.__qualname__ else f
+
+    return decorated
 
 
 jaxtyping.jaxtyped = jaxtyped

@@ -178,7 +178,7 @@ def test_a_manifest_knows_how_training_quantised_the_base(trained, tmp_path):
     expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 
     def examined(given=None):
-        return examine(Request(checkpoint, trained / "base", None, given), {}).model.quantization.settings
+        return examine(Request(checkpoint, trained / "base", None, given), {}).model.adapter.quantization.settings
 
     assert examined() == expected
     assert examined(expected | {"bnb_4bit_use_double_quant": True})["bnb_4bit_use_double_quant"]

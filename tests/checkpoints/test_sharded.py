@@ -283,7 +283,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "index",
     ),
     "index nested deeply": (
-        lambda c: (c / METADATA).write_bytes(b"\x80\x04" + b"]" * 10 + b"(" * 10**6 + b"."),
+        lambda c: (c / METADATA).write_bytes(b"\x80\x04" + b"]" * 10 + b"(" * 10**5 + b"."),
         "UnsafeFileError|DamagedFileError",
         "index",
     ),

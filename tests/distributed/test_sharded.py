@@ -31,7 +31,6 @@ CASES = {
         "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9},
     },
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
-    "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "question": {"what": "question", "kind": "lora", "config": WIDE},
     "gradient": {"what": "gradient", "kind": "lora", "config": WIDE},
     "kept in bfloat16": {
@@ -43,6 +42,7 @@ CASES = {
     "sweep": {"what": "sweep", "kind": "lora", "config": WIDE},
 }  # fmt: skip
 MORE = {
+    "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "gathered before": {"what": "run", "kind": "full", "config": WIDE, "gathered": True, "reshard": False},
     "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
     "question, kept nothing": {"what": "question", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": 0.0}},

@@ -169,7 +169,7 @@ def to_float64(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None
         state |= {name: x.double() for name, x in state.items() if name != "step"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
 @pytest.mark.parametrize(("kind", "config"), KINDS, ids=IDS)
 def test_hooks_equal_one_backward_per_cluster(kind, config, dtype, monkeypatch):
     model, optimizer = policy(kind, **config)

@@ -175,12 +175,7 @@ def admit(
 
 
 def joined(ids: Int[Tensor, " N"], keys: Iterable[Hashable | None]) -> Int[Tensor, " N"]:
-    """The ids, with the smallest one in place of all that are connected by keys.
-
-    Args:
-        ids: of each sequence.
-        keys: of each sequence; equal ones connect ids, ``None`` connects nothing.
-    """
+    """The ids, with the smallest one in place of all that equal keys connect; a key ``None`` connects nothing."""
     distinct, index = ids.unique(return_inverse=True)
     root = list(range(len(distinct)))
 
@@ -233,11 +228,8 @@ def evaluation_clusters(
 ) -> tuple[ClusterName, Clusters, list[Note]]:
     """What is independent in an admitted evaluation batch, and what a reader should know of the choice.
 
-    Args:
-        evaluation: the batch.
-        asked: what the config says.
-        grouped: whether it was sampled in groups (:func:`in_groups`), which a batch no longer shows once two groups of
-            one prompt are merged or responses are left out.
+    ``grouped`` says whether it was sampled in groups (:func:`in_groups`), which a batch no longer shows once two groups
+    of one prompt are merged or responses are left out.
     """
     ids, draws, notes = evaluation.prompt_ids, draws_of(evaluation), []
     unit = asked
@@ -276,10 +268,6 @@ def after_end(batch: Rollouts, end_ids: Sequence[int]) -> Bool[Tensor, "N L"]:
     """Response tokens behind an end token of the same run of sampled tokens.
 
     Where a tool or the next turn comes in between (a gap in the mask), the policy was asked anew.
-
-    Args:
-        batch: the batch.
-        end_ids: the tokens that end a response.
     """
     mask = batch.response_mask
     ends = mask & torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype))

@@ -49,14 +49,10 @@ class StepAhead:
 
 
 def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evaluation: Rollouts | None) -> StepAhead:
-    """Predict the step that the optimizer takes with a gradient as it is.
+    """Predict the step that the optimizer takes with a gradient as it is, after clipping.
 
-    Args:
-        policy: whose step it is.
-        gradient: as the optimizer gets it, after clipping.
-        batch: the batch that the gradient is of; needed where there is no evaluation batch. With one it costs a
-            gradient, and the prediction then divides over its prompts.
-        evaluation: the batch that entropy is taken on; ``None`` for the batch of the step.
+    The entropy is that of ``evaluation``, or without it of ``batch``, which the gradient is of. With both it
+    costs a gradient, and the prediction divides over its prompts.
 
     Raises:
         ValueError: for no batch at all, unusable rollouts or an unusable gradient.

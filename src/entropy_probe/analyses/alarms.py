@@ -84,11 +84,7 @@ OTHER_LOSS = NoteKind(
 
 
 def alarms(records: Sequence[StepRecord]) -> tuple[Alarm, ...]:
-    """Every warning of a run, one of each kind, by the step that it was first given at.
-
-    Args:
-        records: of the run, by step.
-    """
+    """Every warning of a run, one of each kind, by the step that it was first given at."""
     given: dict[str, list[tuple[int, Note]]] = {}
     for end, record in enumerate(records, 1):
         for note in alarms_now(records[:end]):
@@ -100,11 +96,7 @@ def alarms(records: Sequence[StepRecord]) -> tuple[Alarm, ...]:
 
 
 def alarms_now(records: Sequence[StepRecord]) -> tuple[Note, ...]:
-    """What the last of these steps, with those before it, warns of.
-
-    Args:
-        records: of the run until now, by step.
-    """
+    """What the last of these steps, with those before it, warns of."""
     return tuple(note for check in CHECKS for note in check(records))
 
 
@@ -163,14 +155,10 @@ def _step_size(records: Sequence[StepRecord]) -> Iterator[Note]:
     last = records[-1]
     if last.ess is not None and last.ess < LEAST_ESS:
         yield TOO_FAR(step=last.step, ess=last.ess)
-    *norms, now = _last(records, LOGGED_WINDOW, _norm) or [0.0]
+    *norms, now = _last(records, LOGGED_WINDOW, lambda record: record.number("gradient_norm")) or [0.0]
     usual = median(norms) if len(norms) >= SEVERAL else 0.0
-    if usual and now > NORM_FACTOR * usual and _norm(last) is not None:
+    if usual and now > NORM_FACTOR * usual and last.number("gradient_norm") is not None:
         yield NORM(step=last.step, norm=now, times=now / usual)
-
-
-def _norm(record: StepRecord) -> float | None:
-    return record.gradient_norm if record.gradient_norm is not None else record.logged("gradient_norm")
 
 
 def _optimizer(records: Sequence[StepRecord]) -> Iterator[Note]:
@@ -188,8 +176,8 @@ def _optimizer(records: Sequence[StepRecord]) -> Iterator[Note]:
 
 def _sampler(records: Sequence[StepRecord]) -> Iterator[Note]:
     """A sampler that goes away from the policy, by its own log-probabilities or by the responses themselves."""
-    last, now = records[-1], _mismatch(records[-1])
-    first = list(islice((m for record in records[:-1] if (m := _mismatch(record)) is not None), SEVERAL))
+    last, now = records[-1], records[-1].number("mismatch")
+    first = list(islice((m for record in records[:-1] if (m := record.number("mismatch")) is not None), SEVERAL))
     if now is not None and len(first) == SEVERAL:
         before = median(first)
         if now > max(MISMATCH_FACTOR * before, before + LEAST_MISMATCH):
@@ -205,10 +193,6 @@ def _sampler(records: Sequence[StepRecord]) -> Iterator[Note]:
 def _own_fit(record: StepRecord) -> BatchFit | None:
     """That of a batch which the policy as it is should have drawn."""
     return None if record.fit is None or record.fit.status == "selected" else record.fit
-
-
-def _mismatch(record: StepRecord) -> float | None:
-    return record.mismatch.mean if record.mismatch is not None else record.logged("mismatch")
 
 
 def _loss(records: Sequence[StepRecord]) -> Iterator[Note]:

@@ -93,13 +93,7 @@ def predicted_record(prediction: Prediction) -> Predicted:
 
 
 def _of_update(prediction: Prediction, change: Sampled, own: Tensor | None) -> Predicted:
-    """The record of a change that the update batch has a part in.
-
-    Args:
-        prediction: of the step.
-        change: what the step, or its gradient part, does.
-        own: the influence of the evaluation clusters with their part in the step, where they are the update batch too.
-    """
+    """The record of a change that the update batch has a part in; ``own`` is the influence of a batch in both roles."""
     policy, clusters = prediction.plan.policy, prediction.plan.evaluation.clusters
     if own is not None:
         fields, method = estimate_fields(policy, Sampled(change.value, own), clusters), "pairs"
@@ -178,13 +172,9 @@ def _realized_fields(plan: Plan, prediction: Prediction | None, measured: Measur
 def estimate_fields(
     policy: Policy, sampled: Sampled, clusters: Clusters, update: tuple[float, int] | None = None
 ) -> dict[str, Any]:
-    """What every estimate over evaluation clusters has, with the update batch's error added in quadrature.
+    """What every estimate over evaluation clusters has.
 
-    Args:
-        policy: whose unit it has.
-        sampled: the estimate.
-        clusters: the evaluation clusters.
-        update: error from the update batch, and how many units of it that is from.
+    ``update`` is the update batch's error, added in quadrature, and how many units of that batch it is from.
     """
     own, degrees = sampled.standard_error, degrees_of(clusters.count, sampled.skewness)
     if update is not None:
@@ -240,18 +230,7 @@ def assemble(
     unit: ClusterName,
     **fields: Any,
 ) -> ProbeResult:
-    """The result: what every run reports, and the fields of this one.
-
-    Args:
-        policy: what was probed.
-        entropy: H.
-        clusters: the evaluation clusters.
-        evaluation: the evaluation batch.
-        update: the update batch, if there is one.
-        taken: the diagnostics of the step, such as its ``step_norm``.
-        unit: what an evaluation cluster is.
-        fields: everything else.
-    """
+    """The result: what every run reports, the diagnostics of the step (``taken``), and the fields of this one."""
     optimizer_state = _optimizer_report(policy)
     checked = policy.log.checked  # a batch that is both has a role of its own
     judged, given = (checked.get(role, checked.get("batch")) for role in ("evaluation", "update"))

@@ -243,12 +243,6 @@ def _reconciled(tokens: Tensor, prompts: Clusters, by_prompt: Tensor, tolerance:
     """Tokens that sum to what backward passes say of each prompt, once it is sure that only rounding is in between.
 
     The rest is spread over the prompt's tokens in proportion to their size, below each one's own rounding.
-
-    Args:
-        tokens: contributions by forward mode, ``[N, L]``.
-        prompts: the prompt of each sequence.
-        by_prompt: each prompt's contribution by backward passes, ``[B]``.
-        tolerance: what rounding may do, relative to the sum of a prompt's absolute contributions.
     """
     sums, sizes = prompts.total(tokens.sum(1)), prompts.total(tokens.abs().sum(1))
     rest = by_prompt - sums

@@ -55,12 +55,7 @@ def token_contributions(loss: TokenCoefficients, slopes: TokenCoefficients) -> F
 
 
 def own_terms(prediction: OwnPrediction, method: SlopeMethod) -> OwnTerms:
-    """Prompt by prompt: its entropy gradient, and the slopes of its own tokens along that.
-
-    Args:
-        prediction: of a step in closed form, by its own batch.
-        method: how slopes are computed.
-    """
+    """Prompt by prompt: its entropy gradient, and the slopes of its own tokens along that."""
     plan, policy, step = prediction.plan, prediction.plan.policy, prediction.plan.step
     local, loss, own = plan.batch.update.local, plan.batch.loss, plan.evaluation.own
     assert step.gradient_scale is not None

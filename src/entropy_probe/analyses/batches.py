@@ -108,11 +108,6 @@ def admit_batches(
 def admit_evaluation(policy: Policy, evaluation: Rollouts, *, is_update: bool = False) -> EvaluationBatch:
     """The evaluation batch as this run counts it.
 
-    Args:
-        policy: what it is evaluated at.
-        evaluation: as given.
-        is_update: whether it is the update batch itself.
-
     Raises:
         ValueError: for unusable rollouts.
     """

@@ -97,27 +97,14 @@ class LengthSample:
         return fo.length_coefficients(self.before, self.local.clusters, self.positions, horizon)
 
     def along(self, steps: Sequence[NamedVector], gradients: SampleGradients, ranks: Ranks) -> Float[Tensor, " K"]:
-        """The relative first-order change of the mean length by each of some steps.
-
-        Args:
-            steps: the steps.
-            gradients: of the surrogate, of this rank's share.
-            ranks: the ranks that have the others.
-        """
+        """The relative first-order change of the mean length by each of some steps."""
         reached = {name: x for name, x in gradients.total.items() if x is not None}
         dots = [dot(reached, {name: step[name] for name in reached}) for step in steps]
         *sums, tokens = ranks.sum(torch.tensor([*dots, self.tokens], dtype=torch.float64))
         return torch.stack(sums) / tokens
 
     def beyond(self, after: TokenScores, first_order: float, ranks: Ranks, horizon: int | None = None) -> float:
-        """By how much more than to first order their mean length changes, relative, by per-decision weights.
-
-        Args:
-            after: scores of the rank's rows of the batch after the step.
-            first_order: what :meth:`along` says of the step.
-            ranks: the ranks that have the others.
-            horizon: of both; the whole response by default.
-        """
+        """By how much more than to first order their mean length changes, relative, by per-decision weights."""
         given = (self.before, after.select(self.rows), self.local.clusters, self.positions)
         new = per_decision(*given, horizon=horizon)
         size, tokens = ranks.sum(torch.tensor([new.size.sum().item(), self.tokens], dtype=torch.float64)).tolist()
@@ -152,16 +139,9 @@ def entropy_coefficients(
     config: ProbeConfig,
     horizon: int | None = None,
 ) -> TokenCoefficients:
-    """The entropy-gradient surrogate of some sequences of a batch, a chunk of them at a time.
+    """The entropy-gradient surrogate of sequences that are whole clusters and prompts, a chunk of them at a time.
 
-    Args:
-        scores: of the sequences, whole clusters and prompts.
-        prompt_ids: their prompts.
-        clusters: the cluster of each of these sequences.
-        draws: which of them were sampled together.
-        positions: sums over the whole batch.
-        config: the estimator.
-        horizon: how many later tokens count; all by default.
+    ``positions`` are sums over the whole batch; ``horizon`` is how many later tokens count, all by default.
     """
     of_logprobs, of_entropies = torch.zeros(2, *scores.response_mask.shape, dtype=torch.float64)
     for rows in in_chunks(Clusters.prompts(prompt_ids)):

@@ -37,14 +37,7 @@ class EvaluationHalf:
 
 
 def halved(clusters: Clusters, local: LocalRows, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
-    """Two random halves of a batch.
-
-    Args:
-        clusters: of the whole batch.
-        local: this rank's rows of it.
-        scores: of those rows.
-        ranks: the ranks that have the others.
-        seed: of the choice.
+    """Two random halves of a batch, of whose scores this rank has those of ``local``.
 
     Raises:
         ValueError: with fewer than four clusters.

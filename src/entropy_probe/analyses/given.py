@@ -59,9 +59,7 @@ class GivenGradient:
 def checked_gradient(parameters: Mapping[str, Tensor], gradient: Gradient) -> dict[str, Tensor | None]:
     """A gradient from outside, as a copy in at least float32 beside the parameters.
 
-    Args:
-        parameters: what is trained, by name.
-        gradient: with the same names; ``None`` where the loss does not reach a parameter.
+    ``None`` stands where the loss does not reach a parameter.
 
     Raises:
         ValueError: for names, shapes, kinds of tensors or values that are not those of a gradient.
@@ -120,12 +118,7 @@ def _checked(name: str, parameter: Tensor, g: Tensor | None) -> Tensor | None:
 
 
 def agreement(given: Gradient, own: Gradient) -> GradientAgreement:
-    """How far the gradient of the update rollouts is from the one given, over all parameters.
-
-    Args:
-        given: the gradient from outside.
-        own: that of the loss on the update rollouts, with the same names.
-    """
+    """How far the gradient of the update rollouts is from the one given, over all parameters."""
     a, b = _filled(given, own), _filled(own, given)
     lengths, product = (norm(a), norm(b)), dot(a, b)
     distance = max(0.0, lengths[0] ** 2 - 2 * product + lengths[1] ** 2) ** 0.5

@@ -31,10 +31,7 @@ PASSED_OVER_TWICE = NoteKind(
 def update_loss(policy: Policy, update: UpdateBatch, *, checked: bool) -> tuple[TokenCoefficients, TokenScores | None]:
     """The loss of the step, of this rank's rows of the update batch, and the whole batch's scores if it takes any.
 
-    Args:
-        policy: whose loss it is.
-        update: the batch; scored first where the loss takes that.
-        checked: whether the batch has been checked against the policy; else its scores are.
+    The scores are checked against the policy unless the batch has been (``checked``).
     """
     loss, local, scores = policy.config.loss, update.local, None
     if loss.needs_scores(update.given):
@@ -80,15 +77,7 @@ def differentiate(
 ) -> SampleGradients:
     """The gradient of a surrogate: its total over the whole batch, everything else of this rank's clusters.
 
-    Args:
-        policy: what is differentiated.
-        own: this rank's sequences.
-        local: which these are.
-        side: the surrogate, and what is wanted of its gradient.
-        progress: where progress is reported.
-        hooks: where per-sample gradients can be read off the layers.
-        total: add up the total over ranks.
-        sheet: gets the scores of the pass.
+    Without ``total`` that is not added up over ranks. A ``sheet`` gets the scores of the pass.
     """
     parameters, ranks = policy.parameters, policy.ranks
     with policy.on_rank(local):
@@ -108,17 +97,19 @@ def differentiate(
 
 
 def update_gradient(
-    policy: Policy, update: UpdateBatch, loss: TokenCoefficients, *, store: bool, hooks: Hooks | None, scored: bool
+    policy: Policy,
+    update: UpdateBatch,
+    loss: TokenCoefficients,
+    *,
+    store: bool,
+    hooks: Hooks | None,
+    scored: bool,
+    check: bool = True,
 ) -> SampleGradients:
     """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits.
 
-    Args:
-        policy: what is differentiated.
-        update: the batch.
-        loss: coefficients of this rank's rows.
-        store: keep the shares.
-        hooks: where per-sample gradients can be read off the layers.
-        scored: whether the batch was scored and checked before; else it is now, by the scores of this pass.
+    A batch that was not scored before is now, by this pass, and the scores are kept; with ``check`` the batch is held
+    against the policy by these.
     """
     fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
     if store and not fits:
@@ -131,6 +122,7 @@ def update_gradient(
         )
     if sheet is not None:
         with policy.on_rank(update.local):
-            scores = sheet.read()
-        policy.check_rollouts("update", scores, update.local, update.rollouts)
+            scores = policy.keep_scores(update.rollouts, update.local, sheet.read())
+        if check:
+            policy.check_rollouts("update", scores, update.local, update.rollouts)
     return gradient

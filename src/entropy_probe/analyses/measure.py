@@ -68,20 +68,12 @@ def measure(plan: Plan) -> Measured:
 def measure_at(plan: Plan, learning_rate: float | None, phase: str, floor: float | None = None) -> Measured:
     """The realized change of the step at another rate; ``None`` for each group's own.
 
-    Args:
-        plan: the step.
-        learning_rate: of every group.
-        phase: what to report progress under.
-        floor: what rounding does to the change.
-
     Raises:
         ValueError: if the policy after the step gives numbers that are not finite, or the step is not linear in the
             rate.
     """
-    policy, before, local = plan.policy, plan.before, plan.evaluation.local
     with after_step(plan, plan.step, learning_rate, phase) as (after, rounding):
-        given = (before.scores, after, local, before.positions, policy.config, policy.ranks)
-        return Measured(measure_change(*given, lambda: fresh_scores(plan)), rounding, floor)
+        return Measured(_measurement(plan, after), rounding, floor)
 
 
 def measure_taken(plan: Plan) -> Measured:
@@ -90,15 +82,19 @@ def measure_taken(plan: Plan) -> Measured:
     Raises:
         ValueError: if the policy after the step gives numbers that are not finite.
     """
-    policy, before, local = plan.policy, plan.before, plan.evaluation.local
-    with policy.clock.phase("score after step") as progress, policy.on_rank(local):
+    policy = plan.policy
+    with policy.clock.phase("score after step") as progress, policy.on_rank(plan.evaluation.local):
         after = policy.scorer.score(plan.evaluation.own, progress)
-    measurement = measure_change(
-        before.scores, after, local, before.positions, policy.config, policy.ranks, lambda: fresh_scores(plan)
-    )
+    measurement = _measurement(plan, after)
     if measurement.note:
         policy.log.notes.append(measurement.note)
     return Measured(measurement, 0.0, None)
+
+
+def _measurement(plan: Plan, after: TokenScores) -> Measurement:
+    policy, before = plan.policy, plan.before
+    given = (before.scores, after, plan.evaluation.local, before.positions, policy.config, policy.ranks)
+    return measure_change(*given, lambda: fresh_scores(plan))
 
 
 @contextmanager

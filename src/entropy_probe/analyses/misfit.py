@@ -138,12 +138,7 @@ class Misfit:
 
 
 def beside_two_batches(note: Note, fit: BatchFit | None) -> Note | None:
-    """A note of a one-batch prediction beside those of two batches, of which the update batch's says the same in full.
-
-    Args:
-        note: of the prediction.
-        fit: of its batch to the policy.
-    """
+    """A note of a one-batch prediction beside those of two batches, where the update batch's says the same in full."""
     if note.code not in _AS_IT_IS or fit is None:
         return note
     if note.code == LOGPROBS_AMISS.code and fit.status != "off_policy":

@@ -50,15 +50,6 @@ def measured_noise_floor(
     Some sequences are scored again in another layout, with every trained parameter moved a little, and moved as much
     the other way: the two changes cancel but for rounding. Source: ``docs/theory.md``, "Rounding".
 
-    Args:
-        scorer: the policy.
-        parameters: what is trained, by name.
-        rollouts: the whole evaluation batch.
-        local: this rank's rows of it.
-        before: scores of those rows.
-        config: the settings.
-        ranks: the ranks that have the other rows.
-
     Raises:
         ValueError: if rounding changes log-probabilities beyond what importance sampling can bridge.
     """
@@ -75,7 +66,7 @@ def measured_noise_floor(
 
     def change_at(draw: int, sign: int) -> Change:
         with ranks.agreeing(), parameters_at(parameters, _moved(parameters, config.autocast, draw, sign)):
-            again = scorer.score_again(few_rollouts)
+            again = scorer.score(few_rollouts, share=False)
         change = measure_change(few_before, again, few, positions, uncut, ranks).change
         if change is None:
             raise ValueError(

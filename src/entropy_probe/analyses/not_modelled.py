@@ -63,12 +63,6 @@ def unrounded(
 ) -> tuple[list[str], list[Note]]:
     """What to say of a step that is not rounded, where something suggests that it is in training.
 
-    Args:
-        parameters: what is trained.
-        optimizer: whose state says what has been.
-        delta: the step, by name.
-        setting: ``step_dtype``.
-
     Returns:
         What is not modelled, and notes on what is not known.
     """
@@ -88,11 +82,6 @@ def of_rounding(
 
     Weights that have been trained and still fit a narrow type, each of them, are kept in it: after a single step in
     float32 they would not.
-
-    Args:
-        parameters: what is trained.
-        optimizer: whose state says what has been.
-        delta: the step, by name.
     """
     lost = _lost(trained(parameters, optimizer), delta)
     if lost is None:
@@ -105,11 +94,7 @@ def of_rounding(
 
 
 def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
-    """The 16-bit type that weights are exact in, and the share of what moves that rounding to it undoes.
-
-    Args:
-        parameters: some of what is trained, by name.
-        delta: the step, by name.
+    """The 16-bit type that most weights are exact in, if any, and the share of what moves that rounding to it undoes.
 
     Returns:
         ``None`` where most of the weights are not exact in any.
@@ -131,14 +116,7 @@ def _vanishes(values: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
 def of_frozen_geometry(
     parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, norm: float, max_norm: float | None
 ) -> list[str]:
-    """Momentum, weight decay and clipping, where the optimizer and the gradient have any.
-
-    Args:
-        parameters: what is trained.
-        optimizer: theirs.
-        norm: of the update gradient.
-        max_norm: what the trainer clips it to.
-    """
+    """Momentum, weight decay and clipping, where the optimizer and a gradient of this norm have any."""
     states = [optimizer.state.get(p, {}) for p in parameters.values()]
     momentum = ("exp_avg", "momentum_buffer")
     parts = {

@@ -64,13 +64,8 @@ def old_policy(
 ) -> OldPolicy | None:
     """Check a batch against the older policy that it is from; ``None`` if it is the policy's as it is.
 
-    Args:
-        role: what it is used for.
-        scores: of some of its rows, by the policy.
-        local: which sequences these are.
-        rollouts: the whole batch.
-        add_up: numbers of these sequences, with those of all others in their places.
-        largest: mean difference of log-probabilities that is allowed, nats per token.
+    ``add_up`` joins numbers of this rank's sequences with those of all others; ``largest`` is the mean difference of
+    log-probabilities that is allowed, nats per token.
     """
     old, sampled = rollouts.old_logprobs, rollouts.sampled_logprobs
     if old is None or role != "update":  # entropy is that of the policy's own responses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.u_statistic import CrossStatistic, cross_statistic, influence_of_sums
-from entropy_probe.gradients.cross import CrossProducts, cross_products, gradient_pair
+from entropy_probe.gradients.cross import CrossProducts, cross_products, own_products
+from entropy_probe.gradients.hooks import Hooks
+from entropy_probe.gradients.per_sample import Side, sample_gradients
 from entropy_probe.losses.pieces import gap, is_one
-from entropy_probe.named import dot, norm
+from entropy_probe.named import NamedVector, norm
 from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import CrossPrompt, PreconditionerReport, ProbeResult
@@ -35,7 +38,7 @@ MAX_CLUSTERS = 128
 """More prompts than this are put into blocks, unless asked otherwise."""
 MIN_BLOCKS = 16
 """Fewer blocks than this would give a poor standard error; a number of prompts that allows no more is left whole."""
-SHARE_FOR_LENGTH, MIN_FOR_LENGTH = 1 / 16, 8
+SHARE_FOR_LENGTH, MIN_FOR_LENGTH = 1 / 16, 4
 """The clusters, half of them at most, that the change of the mean length is taken from; it multiplies an error only."""
 SUSPICIOUS_RATIO = 1e3
 """P should change the scale of the statistic by no more than this."""
@@ -98,7 +101,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
             progress=progress,
             ranks=ranks,
         )
-    slope = _length_slope(policy, whole, before, positions, right, products.right_total, relative)
+    slope = _length_slope(policy, whole, before, positions, right, products, relative, hooks)
     by_cluster = local.by_cluster(torch.stack([products.left, products.right, products.diagonal]))
     x_side, y_side, diagonal = ranks.sum(by_cluster)
     statistic = cross_statistic(x_side, y_side, diagonal, _of_sums(policy, whole, before, slope))
@@ -204,39 +207,41 @@ def _length_slope(
     before: TokenScores,
     positions: PositionSums,
     right: TokenCoefficients,
-    right_total: dict[str, Tensor],
+    products: CrossProducts,
     relative: dict[str, Tensor],
+    hooks: Hooks | None,
 ) -> float:
-    """How the statistic changes per nat of H: some clusters' length gradients along ``P mean Y`` of all others.
-
-    Args:
-        policy: what is differentiated.
-        whole: the batch.
-        before: scores of this rank's rows.
-        positions: sums over the whole batch.
-        right: coefficients of ``Y``.
-        right_total: ``sum Y``.
-        relative: P.
-    """
+    """How the statistic changes per nat of H: some clusters' length gradients along ``P mean Y`` of all others."""
     if policy.config.normalization != "token":
         return 0.0
     count, local = whole.clusters.count, whole.local
     number = min(count // 2, max(MIN_FOR_LENGTH, round(SHARE_FOR_LENGTH * count)))
     some = chosen_clusters(whole.rollouts, whole.clusters, number)
     rows = torch.isin(local.clusters.index, some).nonzero()[:, 0]
-    chosen, clusters = before.select(rows), local.clusters.select(rows)
-    sides = [fo.length_coefficients(chosen, clusters, positions), right.select(rows)]
-    own, present, along = local.select(whole.rollouts).select(rows), clusters.index.unique().tolist(), 0.0
+    chosen, own = before.select(rows), local.select(whole.rollouts).select(rows)
+    here, clusters = local.local_clusters[rows].unique(return_inverse=True)
+    lengths = fo.length_coefficients(chosen, local.clusters.select(rows), positions)
+    toward = {name: relative[name] * y for name, y in products.right_total.items()}
+    given = (policy.scorer, policy.parameters, own)
     with policy.clock.phase("length gradient") as progress, policy.on_rank(local):
-        for done, unit in enumerate(present, start=1):
-            members = (clusters.index == unit).nonzero()[:, 0]
-            lengths, loss = gradient_pair(policy.scorer, policy.parameters, own, members, *sides)
-            others = {name: right_total[name] - loss[name] if name in loss else right_total[name] for name in lengths}
-            along += dot(lengths, {name: relative[name] * y for name, y in others.items()})
-            progress(done, len(present))
-    tokens = fo.sequence_weights(chosen, "token").sum().item()
-    along, tokens = policy.ranks.sum(torch.tensor([along, tokens], dtype=torch.float64)).tolist()
+        if not len(rows):
+            along = torch.zeros((), dtype=torch.float64)
+        elif products.right_stored is not None:
+            side = Side(lengths, directions=[toward], pair_with=products.right_stored[here][None])
+            (of_length,) = sample_gradients(*given, clusters, [side], hooks=hooks, progress=progress)
+            along = (of_length.dots - of_length.paired).sum()
+        else:
+            to_others = partial(_less_own, toward, relative)
+            pairs, _ = own_products(*given, clusters, lengths, right.select(rows), {}, to_others)
+            along = pairs.sum()
+    tokens = fo.sequence_weights(chosen, "token").sum()
+    along, tokens = policy.ranks.sum(torch.stack([along, tokens.double()])).tolist()
     return along / tokens / (count - 1)
+
+
+def _less_own(toward: NamedVector, scale: NamedVector, _unit: int, own: NamedVector) -> list[NamedVector]:
+    """``P sum Y`` without a cluster's own."""
+    return [{name: t - scale[name] * own[name] if name in own else t for name, t in toward.items()}]
 
 
 def _block_size(count: int, config: ProbeConfig) -> int:

@@ -81,18 +81,12 @@ class Overlap:
 
 
 def shared(batch: Contents, logprobs: Float[Tensor, " N"], other: Contents) -> Overlap:
-    """Which sequences of a batch are in another one too.
-
-    Args:
-        batch: the batch.
-        logprobs: of its responses, nats.
-        other: the other batch.
-    """
+    """Which sequences of a batch are in another one too; ``logprobs`` are of its responses, nats."""
     return _overlap(batch, logprobs, Counter(other.sequences), Counter(other.prompts), 0)
 
 
 def copies(batch: Contents, logprobs: Float[Tensor, " N"]) -> Overlap:
-    """Which sequences of a batch are copies of others in it; arguments as for :func:`shared`."""
+    """Which sequences of a batch are copies of others in it."""
     return _overlap(batch, logprobs, Counter(batch.sequences), Counter(batch.prompts), 1)
 
 

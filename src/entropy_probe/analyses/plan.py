@@ -92,33 +92,21 @@ def plan(
 ) -> Plan:
     """Score the evaluation batch, differentiate the loss, and plan the step.
 
-    Args:
-        policy: whose step it is.
-        update: the batch it is taken on.
-        evaluation: the batch that entropy is taken on.
-        shares: keep each update prompt's share of the gradient, if they fit.
-        clipped: the trainer's own gradient of this batch, which the step is then taken with as it is. The batch's own
-            says how it divides over prompts, and what clipping multiplied them by.
+    With ``shares`` each update prompt's share of the gradient is kept, if they fit. With ``clipped``, the trainer's own
+    gradient of this batch, the step is taken as it is; the batch's own says how it divides over prompts, and what
+    clipping multiplied them by.
 
     Raises:
         ValueError: for rollouts that the policy or the settings refuse, or numbers that are not finite.
     """
     policy.config.loss.check_model(getattr(policy.model, "config", None))
     policy.log.not_modelled += of_model(policy.model)
-    policy.prepare(update.rollouts, evaluation.rollouts)
-    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    # first, since it refuses batches that lack what the loss takes
-    loss, scores = update_loss(policy, update, checked=evaluation.is_update)
-    before = before_step(policy, evaluation)
-    if not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
-    hooks = policy.choose_hooks(update.rollouts) if shares else None
-    gradient = _update_gradient(policy, update, evaluation, loss, hooks, shares=shares, scored=scores is not None)
+    source, before, hooks = _differentiated(policy, update, evaluation, shares=shares)
+    total = source.gradient.total
     if clipped is None:
-        source = BatchGradient(update, loss, scores, gradient)
-        return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient.total))
-    own = clip_gradient(gradient.total, policy.config.max_grad_norm)
-    source = BatchGradient(update, loss, scores, gradient, _agreed(policy, clipped, own.values))
+        return Plan(policy, evaluation, before, hooks, source, _step(policy, total))
+    own = clip_gradient(total, policy.config.max_grad_norm)
+    source = replace(source, agreement=_agreed(policy, clipped, own.values))
     step = _step(policy, clipped, clip=False)
     return Plan(policy, evaluation, before, hooks, source, replace(step, gradient=replace(own, values=clipped)))
 
@@ -132,35 +120,41 @@ def plan_given(
     shares: bool = True,
     clip: bool = True,
 ) -> Plan:
-    """Score the evaluation batch, and plan the step of a gradient from outside.
+    """Score the evaluation batch, and plan the step of a checked gradient from outside.
 
-    Args:
-        policy: whose step it is.
-        gradient: as :func:`~entropy_probe.analyses.given.checked_gradient` returns it.
-        update: a batch whose gradient to compare it with, if any.
-        evaluation: the batch that entropy is taken on.
-        shares: prepare to differentiate the entropy cluster by cluster.
-        clip: whether the trainer has still to clip it.
+    That of ``update`` is compared with it. ``shares`` prepares to differentiate the entropy cluster by cluster, and
+    ``clip`` says whether the trainer has still to clip.
 
     Raises:
         ValueError: as :func:`plan`.
     """
-    batches = (evaluation,) if update is None else (update, evaluation)
-    policy.prepare(*(batch.rollouts for batch in batches))
-    if update is not None:
-        update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
-    loss = None if update is None else update_loss(policy, update, checked=evaluation.is_update)
-    before = before_step(policy, evaluation)
-    if update is not None and not evaluation.is_update:
-        _note_shared_sequences(policy, update, evaluation, before)
-    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
-    policy.log.notes.append(GRADIENT_GIVEN())
     source = GivenGradient(None, None)
-    if update is not None and loss is not None:
-        coefficients, scores = loss
-        own = _update_gradient(policy, update, evaluation, coefficients, None, shares=False, scored=scores is not None)
-        source = GivenGradient(update.rollouts, _agreed(policy, gradient, own.total))
+    policy.log.notes.append(GRADIENT_GIVEN())
+    if update is None:
+        policy.prepare(evaluation.rollouts)
+        before = before_step(policy, evaluation)
+    else:
+        batch, before, _ = _differentiated(policy, update, evaluation, shares=False)
+        source = GivenGradient(update.rollouts, _agreed(policy, gradient, batch.gradient.total))
+    hooks = policy.choose_hooks(evaluation.rollouts) if shares else None
     return Plan(policy, evaluation, before, hooks, source, _step(policy, gradient, clip=clip))
+
+
+def _differentiated(
+    policy: Policy, update: UpdateBatch, evaluation: EvaluationBatch, *, shares: bool
+) -> tuple[BatchGradient, Before, Hooks | None]:
+    """The gradient of the loss, and the evaluation batch before the step; a step's own batch is scored on the way."""
+    policy.prepare(update.rollouts, evaluation.rollouts)
+    update = replace(update, given=with_reference(policy, update.given, update.rollouts, update.local))
+    # first, since it refuses batches that lack what the loss takes
+    own, (loss, scores) = evaluation.is_update, update_loss(policy, update, checked=evaluation.is_update)
+    before = None if own else before_step(policy, evaluation)
+    if before is not None:
+        _note_shared_sequences(policy, update, evaluation, before)
+    hooks = policy.choose_hooks(update.rollouts) if shares else None
+    scored = scores is not None
+    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=scored, check=not own)
+    return BatchGradient(update, loss, scores, gradient), before or before_step(policy, evaluation), hooks
 
 
 def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement:
@@ -168,20 +162,6 @@ def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement
     if (distance := agreed.relative_distance or 0.0) > NOTABLE_DISTANCE:
         policy.log.notes.append(GRADIENTS_DIFFER(distance=distance, cosine=agreed.cosine or 0.0))
     return agreed
-
-
-def _update_gradient(
-    policy: Policy,
-    update: UpdateBatch,
-    evaluation: EvaluationBatch,
-    loss: TokenCoefficients,
-    hooks: Hooks | None,
-    *,
-    shares: bool,
-    scored: bool,
-) -> SampleGradients:
-    checked = evaluation.is_update or scored
-    return update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=checked)
 
 
 def _step(policy: Policy, gradient: Gradient, *, clip: bool = True) -> PlannedStep:

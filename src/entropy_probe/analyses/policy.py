@@ -169,10 +169,6 @@ class Policy:
     def check_ranks_agree(self, gradient: Mapping[str, Tensor | None] | None = None, **batches: Rollouts) -> None:
         """Make sure that all ranks probe the same policy with the same settings and batches.
 
-        Args:
-            gradient: that they were given, if any.
-            batches: by what they are used for.
-
         Raises:
             ValueError: if a rank does not.
         """
@@ -211,35 +207,31 @@ class Policy:
                 raise
 
     def reference_scores(self, batch: Rollouts, local: LocalRows, phase: str) -> TokenScores:
-        """Scores of some rows of a batch at the policy as it is; computed once for the same policy and rows.
+        """Scores of some rows of a batch at the policy as it is; computed once for the same policy and rows."""
+        own = local.select(batch)
+        with self.clock.phase(phase) as progress, self.on_rank(local):
+            return self.cache.get(self._key(batch, own), lambda: self.scorer.score(own, progress))
+
+    def keep_scores(self, batch: Rollouts, local: LocalRows, scores: TokenScores) -> TokenScores:
+        """Keep scores that another pass came by, as :meth:`reference_scores` keeps its own; returns what is kept."""
+        return self.cache.get(self._key(batch, local.select(batch)), lambda: scores)
+
+    def _key(self, batch: Rollouts, own: Rollouts) -> str:
+        """What the scores of some rows of a batch are found again by.
 
         Not all that makes a policy is in its parameters and buffers (which adapter is active, say), so what it makes of
         the shortest sequence is part of what it is recognised by.
-
-        Args:
-            batch: the whole batch; the scorer must have been prepared.
-            local: which sequences to score.
-            phase: what to report progress under.
         """
         scorer, model = self.scorer, self.model
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
-        own = local.select(batch)
-        with self.clock.phase(phase) as progress, self.on_rank(local):
-            seen = scorer.shortest_scores(batch)
-            state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
-            if scorer.sharded:
-                state = " ".join(self.ranks.gather(state))  # all score, or none does
-            key = f"{state} {rollouts_fingerprint(own)} {how}"
-            return self.cache.get(key, lambda: scorer.score(own, progress))
+        seen = scorer.shortest_scores(batch)
+        state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
+        if scorer.sharded:
+            state = " ".join(self.ranks.gather(state))  # all score, or none does
+        return f"{state} {rollouts_fingerprint(own)} {how}"
 
     def check_rollouts(self, role: Role, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> TokenScores:
         """Compare a batch with the policy: its tokens, and the sampler's own log-probabilities if there are any.
-
-        Args:
-            role: what the batch is used for; ``batch`` where it is both.
-            scores: of some of its rows.
-            local: which sequences these are.
-            rollouts: the whole batch.
 
         Returns:
             The scores, with weights where another policy sampled the batch and the config says to reweight it.
@@ -304,16 +296,7 @@ def open_policy(
     progress: Phase | None = None,
     **more: Any,
 ) -> Policy:
-    """The policy for one run, with what can be said before a batch is seen.
-
-    Args:
-        model: the policy.
-        optimizer: holds the moments.
-        parameters: what the optimizer steps, by name.
-        config: the settings.
-        progress: where progress is reported.
-        more: the other fields of :class:`Policy`.
-    """
+    """The policy for one run, with what can be said before a batch is seen."""
     notes: list[Note] = []
     narrow = ", ".join(sorted({str(dtype) for _, dtype in precisions(model) if dtype in LOW_PRECISIONS}))
     if config.autocast != "off":

@@ -78,25 +78,13 @@ class Checked:
 
 
 class PolicyCheck:
-    """Checks of batches against the policy as it is.
-
-    Args:
-        scorer: the policy.
-        config: how far apart they may be, and what to do then.
-        ranks: the ranks that have the other rows of a batch.
-    """
+    """Checks of batches against the policy as it is."""
 
     def __init__(self, scorer: Scorer, config: ProbeConfig, ranks: Ranks) -> None:
         self.scorer, self.config, self.ranks = scorer, config, ranks
 
     def __call__(self, role: Role, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> Checked:
-        """Check one batch.
-
-        Args:
-            role: what it is used for; ``batch`` where it is both.
-            scores: of some of its rows.
-            local: which sequences these are.
-            rollouts: the whole batch.
+        """Check one batch by the scores of this rank's rows of it.
 
         Raises:
             ValueError: if it does not fit and the config refuses that, or it cannot be reweighted.

@@ -26,10 +26,6 @@ __all__ = ["own_of", "pooled", "pooled_prediction"]
 def pooled(prediction: Prediction, measured: Measured | None = None) -> Pooled:
     """The changes by the batch of the step, and by both.
 
-    Args:
-        prediction: by the evaluation rollouts, of the step of an update batch.
-        measured: the realized change by them, if it is wanted.
-
     Raises:
         ValueError: as :func:`~entropy_probe.analyses.own_batch.predict_own`; if the two are one batch, or the step is
             that of a gradient from outside.

@@ -93,12 +93,7 @@ class Prediction:
 
 
 def predict(planned: Plan, horizon: int | None = None) -> Prediction:
-    """The first-order change of the entropy by a step.
-
-    Args:
-        planned: the step.
-        horizon: how many tokens after a changed one count (``docs/theory.md``, "A horizon"); all by default.
-    """
+    """The first-order change of the entropy by a step, of the whole response or within a horizon."""
     step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
     directions, own = [*step.components.values()], len(step.components)
     past = policy.past if horizon is None and "momentum" in step.components else ()
@@ -184,12 +179,9 @@ def length_changes(
 
 
 def prompt_contributions(planned: Plan, slope: SampleGradients, total_weight: float) -> Float[Tensor, " B"]:
-    """What each update prompt adds, through the gradient part of the step, to a mean that has this slope.
+    """What each update prompt adds, through the gradient part of a step in closed form, to a mean over some batch.
 
-    Args:
-        planned: the step, in closed form.
-        slope: the gradient of a sum over some batch.
-        total_weight: the batch's weight, which the sum is divided by.
+    ``slope`` is the gradient of the sum that ``total_weight`` makes the mean.
     """
     policy, step, update, gradient = planned.policy, planned.step, planned.batch.update, planned.batch.gradient
     assert step.gradient_scale is not None

@@ -73,15 +73,7 @@ class Measurement:
         batch: Literal["evaluation", "update", "own"] = "evaluation",
         step_rounding: float = 0.0,
     ) -> Realized:
-        """The result's record of it.
-
-        Args:
-            clusters: the clusters.
-            unit: of the change.
-            floor: what rounding does to the change.
-            batch: which rollouts it was measured on.
-            step_rounding: what rounding of the parameters adds to the step, relative to its length.
-        """
+        """The result's record of it."""
         change, status = self.change, "ok"
         if change is None:
             status = self.diagnosis
@@ -115,16 +107,10 @@ def measure_change(
     ranks: Ranks = ALONE,
     resample: Callable[[], TokenScores] | None = None,
 ) -> Measurement:
-    """The realized change from scores of the same responses before and after the step.
+    """The realized change from scores of this rank's rows of a batch before and after the step.
 
-    Args:
-        before: scores of this rank's rows of the batch before the step.
-        after: scores of the same after it.
-        local: which sequences these are, and their clusters.
-        batch: sums over the whole batch of scores before the step.
-        config: the estimator, its options, and what to do when the weights are not trusted.
-        ranks: the ranks that have the other rows.
-        resample: scores, after the step, of fresh responses to the same prompts; needed for that fallback only.
+    ``batch`` has the sums over the whole batch before it; ``resample`` scores fresh responses to the same prompts after
+    it, where the config falls back to these.
     """
     clusters, normalization, kind = local.clusters, config.normalization, config.entropy
 

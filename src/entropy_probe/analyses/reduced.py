@@ -26,12 +26,9 @@ __all__ = ["jackknife", "step_by", "step_on", "step_without"]
 
 
 def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> PlannedStep:
-    """The step on some prompts of the update batch, in the geometry of the planned one.
+    """The step on some prompts, numbered by increasing id, in the geometry of the planned one.
 
-    Args:
-        planned: the step on all of them, in closed form.
-        kept: which prompts, numbered by increasing id.
-        factor: of every token's weight in the loss of the whole batch.
+    ``factor`` multiplies every token's weight in the loss of the whole batch.
     """
     policy, batch, local = planned.policy, planned.batch, planned.batch.update.local
     own = torch.isin(local.present_clusters, kept).nonzero()[:, 0]
@@ -44,12 +41,7 @@ def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> Plan
 
 
 def step_without(planned: Plan, dropped: Int[Tensor, " D"]) -> PlannedStep:
-    """The step on the update batch without some of its prompts, with the loss normalised over the others.
-
-    Args:
-        planned: the step on all of them, in closed form.
-        dropped: which prompts, numbered by increasing id.
-    """
+    """The step without some prompts, numbered by increasing id, with the loss normalised over the others."""
     policy, update, local = planned.policy, planned.batch.update, planned.batch.update.local
     left = ~torch.isin(torch.arange(update.prompts.count), dropped)
     rows = left[update.prompts.index]

@@ -32,12 +32,6 @@ ADAPTER_OFF = NoteKind(
 def check_reference(loss: Loss, update: Rollouts | None, model: nn.Module, reference: nn.Module | None) -> None:
     """Make sure that a loss has the reference that it takes.
 
-    Args:
-        loss: the trainer's loss.
-        update: the update batch; ``None`` where it is yet to be sampled.
-        model: the policy.
-        reference: a model of its own.
-
     Raises:
         ValueError: if not.
     """
@@ -53,11 +47,7 @@ def check_reference(loss: Loss, update: Rollouts | None, model: nn.Module, refer
 def with_reference(policy: Policy, given: Rollouts, rollouts: Rollouts, local: LocalRows) -> Rollouts:
     """The update batch with the reference's log-probabilities, where the loss takes them and it has none.
 
-    Args:
-        policy: whose loss it is, prepared for the batch.
-        given: the batch.
-        rollouts: the same as it is counted.
-        local: this rank's rows of it.
+    ``rollouts`` is the batch as it is counted.
 
     Raises:
         ValueError: if there is no reference.

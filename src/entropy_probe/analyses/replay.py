@@ -19,10 +19,6 @@ __all__ = ["batch_gradient", "take_step"]
 def batch_gradient(policy: Policy, batch: Rollouts) -> ClippedGradient:
     """The gradient of the policy's loss on a batch, clipped as training does.
 
-    Args:
-        policy: whose loss it is.
-        batch: any, of this policy or with what the loss needs of an older one.
-
     Raises:
         ValueError: for unusable rollouts, or a gradient that is not finite.
     """
@@ -35,13 +31,7 @@ def batch_gradient(policy: Policy, batch: Rollouts) -> ClippedGradient:
 
 
 def take_step(policy: Policy, gradient: ClippedGradient, rate_factor: float) -> None:
-    """Step the policy's parameters and its optimizer's state with a gradient, for good.
-
-    Args:
-        policy: what is stepped.
-        gradient: of the step.
-        rate_factor: what the optimizer's rates are multiplied by first, and stay at.
-    """
+    """Step the policy and its optimizer for good, at the optimizer's rates times a factor, which they stay at."""
     for group in policy.optimizer.param_groups:
         group["lr"] *= rate_factor
     for name, parameter in policy.parameters.items():

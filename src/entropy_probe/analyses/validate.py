@@ -79,10 +79,6 @@ LOW_RELIABILITY = NoteKind(
 def check_halves(prompts: int, subsets: int) -> None:
     """Make sure that there is something to take halves of, and that enough are asked for.
 
-    Args:
-        prompts: of the update batch.
-        subsets: how many halves.
-
     Raises:
         ValueError: if not.
     """
@@ -98,12 +94,8 @@ def check_halves(prompts: int, subsets: int) -> None:
 def distinct_halves(moving: Bool[Tensor, " B"], subsets: int, seed: int) -> list[Tensor]:
     """Random halves of the prompts, rounded down, whose steps all differ.
 
-    Halves that differ only in prompts without a gradient give the same step and count as one.
-
-    Args:
-        moving: which prompts have a token with a coefficient other than 0 in the loss.
-        subsets: how many halves.
-        seed: of the draws.
+    Halves that differ only in prompts without a gradient, those that are not ``moving``, give the same step and count
+    as one.
 
     Returns:
         The kept prompts of each half in increasing order, ``[B // 2]``; all different halves where there are fewer

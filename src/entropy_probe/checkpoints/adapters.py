@@ -29,22 +29,6 @@ from entropy_probe.checkpoints.errors import (
 )
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = [
-    "FourBit",
-    "Quantization",
-    "adapters_trained",
-    "find_base",
-    "live_settings",
-    "load_arguments",
-    "quantization_of",
-    "read_adapter_config",
-    "reference_copy",
-    "refuse_unmentioned",
-    "set_precision",
-    "starting_at_zero",
-    "trained_adapter",
-]
-
 _REFERENCE = ("ref", "reference")
 """Names of frozen copies that trainers keep for a KL penalty."""
 
@@ -58,15 +42,8 @@ def adapters_trained(names: Iterable[str], adapters: Iterable[str]) -> tuple[str
 def trained_adapter(path: Path, asked: str | None = None, recorded: str | None = None) -> tuple[str, Path]:
     """Name and directory of the adapter that was trained; frozen reference copies are left out.
 
-    Args:
-        path: the checkpoint.
-        asked: its name, as the user gave it.
-        recorded: its name in the manifest. Where several could be meant one of the two is needed, since the other files
-            do not say which one was trained.
-
-    Raises:
-        CheckpointError: if there is none of that name, the two names differ, or several could be meant and none is
-            named.
+    Where several could be meant, the user (``asked``) or the manifest (``recorded``) has to name one: other files do
+    not.
     """
     adapters = adapters_of(path)
     if asked is not None and recorded is not None and asked != recorded:
@@ -98,11 +75,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """The configuration of the LoRA adapter in a directory.
-
-    Raises:
-        CheckpointError: if it is damaged, not LoRA, asks for a module to be imported, or has an impossible scale.
-    """
+    """The configuration of the LoRA adapter in a directory."""
     file = path / "adapter_config.json"
     return check_adapter_config(file, read_json(file))
 
@@ -138,11 +111,6 @@ def starting_at_zero(config: dict[str, Any], names: tuple[str, ...], adapter: st
 
     ``lora_B``, and ``lora_embedding_A`` in an embedding, unless the adapter was initialised from the base's weights.
     The magnitudes of DoRA, ``modules_to_save`` and biases start from the base's weights and are not among them.
-
-    Args:
-        config: the adapter's configuration.
-        names: the trained parameters.
-        adapter: the adapter's name, which is a part of theirs.
     """
     if config.get("init_lora_weights", True) not in (True, "gaussian"):
         return {}
@@ -155,17 +123,9 @@ def starting_at_zero(config: dict[str, Any], names: tuple[str, ...], adapter: st
 def find_base(path: Path, directory: Path, given: str | Path | None, recorded: Any) -> str:
     """The base model's directory, or its name when it looks like one of the hub's.
 
-    A name that the checkpoint records may be absolute, as peft writes it, or relative to the working directory, the
-    checkpoint and its parents; but it may not climb with ``..``, which only the user may.
-
-    Args:
-        path: the checkpoint.
-        directory: where in it the adapter is.
-        given: what the user passed.
-        recorded: what ``adapter_config.json`` says.
-
-    Raises:
-        CheckpointError: if there is no name, no model at it, or it climbs.
+    The name that the adapter's configuration has (``recorded``) may be absolute, as peft writes it, or relative to the
+    working directory, the checkpoint and its parents; it may not climb with ``..``, which only the user's (``given``)
+    may.
     """
     file = directory / "adapter_config.json"
     name = given or recorded
@@ -236,16 +196,10 @@ def _plain(settings: Any) -> dict[str, Any]:
 def quantization_of(
     base: str, recorded: Any, given: Quantization | None, trained: Quantization | None = None
 ) -> FourBit | None:
-    """The 4-bit settings of a base model: those in its configuration, else those given; None for plain weights.
+    """The 4-bit settings of a base model; None for plain weights.
 
-    Args:
-        base: the base model, for messages.
-        recorded: ``quantization_config`` of its ``config.json``.
-        given: what training passed when it quantised the base model while loading it.
-        trained: the same as the manifest has it.
-
-    Raises:
-        CheckpointError: for another method than 4-bit bitsandbytes, both sources at once, or unknown settings.
+    Those ``recorded`` in its ``config.json``, else those with which training quantised it while loading: as ``given``
+    by the user, or ``trained`` with by the manifest.
     """
     if given is not None and trained is not None:
         ours, theirs = _plain(given), _plain(trained)
@@ -280,9 +234,6 @@ def refuse_unmentioned(directory: Path, quantization: FourBit | None) -> None:
     """Refuse to put an adapter on plain weights if its model card says that the base model was quantised.
 
     Of the card only one sentence is looked for; nothing in it is run or followed.
-
-    Raises:
-        MismatchError: with what to pass.
     """
     card = directory / "README.md"
     if quantization is None and card.is_file() and _CARD in card.read_text(encoding="utf-8", errors="replace"):
@@ -293,16 +244,7 @@ def refuse_unmentioned(directory: Path, quantization: FourBit | None) -> None:
 
 
 def load_arguments(base: str, quantization: FourBit | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``from_pretrained`` needs besides, with the arithmetic in ``dtype``.
-
-    Args:
-        base: the base model, for messages.
-        quantization: its settings; None for plain weights.
-        dtype: precision of everything that is not quantised.
-
-    Raises:
-        CheckpointError: if bitsandbytes is missing, or does not compute in ``dtype``.
-    """
+    """What ``from_pretrained`` needs besides, with the arithmetic in ``dtype``."""
     if quantization is None:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -22,8 +22,6 @@ import torch
 from entropy_probe.checkpoints.errors import DamagedFileError, UnsafeFileError
 from entropy_probe.checkpoints.pickles import PLAIN, check_pickle
 
-__all__ = ["MAKERS", "check_archive", "check_same_reading"]
-
 MAX_DIRECTORY = 2**26
 """Bytes of an archive's directory, which has about a hundred for each tensor."""
 MAX_PICKLE = 2**27
@@ -50,16 +48,9 @@ _END, _END64, _LOCATOR64 = 22, 56, 20  # bytes of the records after the director
 def check_archive(
     where: str, file: io.BufferedIOBase, data: bytes | mmap.mmap, names: Collection[str] | None = frozenset(PLAIN)
 ) -> dict[str, range]:
-    """One directory, of entries that are stored as they are, apart from each other, each with its checksum.
+    """By name the place of each entry's content: stored as it is, apart from the others, with the right checksum.
 
-    Args:
-        where: the file, for messages.
-        file: the archive.
-        data: its bytes.
-        names: what its pickle may name, as in :func:`~entropy_probe.checkpoints.pickles.check_pickle`.
-
-    Returns:
-        By the name of each entry the place of its content.
+    ``names`` are what its pickle may name, as in ``check_pickle``.
 
     Raises:
         CheckpointError: if it is none of that.
@@ -89,16 +80,7 @@ def check_archive(
 
 
 def check_same_reading(where: str, source: Path | bytes, contents: Mapping[str, range]) -> None:
-    """That torch finds the entries that were checked, all of them, at the same places.
-
-    Args:
-        where: the file, for messages.
-        source: the archive, as torch will read it.
-        contents: the entries that were checked.
-
-    Raises:
-        CheckpointError: if not.
-    """
+    """That torch finds the entries that were checked, all of them, at the same places."""
     reader: Any = torch._C.PyTorchFileReader(str(source) if isinstance(source, Path) else io.BytesIO(source))
     folder = next(iter(contents), "").partition("/")[0]
     places = {f"{folder}/{name}": reader.get_record_offset(name) for name in reader.get_all_records()}

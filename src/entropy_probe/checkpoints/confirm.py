@@ -21,8 +21,6 @@ from entropy_probe.checkpoints.weights import read_weights
 if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Request, StoredModel
 
-__all__ = ["check_never_trained", "check_tied", "movement_status", "movements", "without_untrained"]
-
 
 def check_tied(model: StoredModel, mapping: ParameterMapping) -> None:
     """Names say what trained, so a layer that was tied in training would count as frozen if it is not here."""
@@ -52,18 +50,14 @@ def without_untrained(
 def check_never_trained(
     saved: SavedOptimizer, mapping: ParameterMapping, model: StoredModel, start: Path | None
 ) -> None:
-    """Parameters without state are as training began.
-
-    Raises:
-        MappingError: if that is not so, or does not show.
-    """
+    """Parameters without state are as training began."""
     if not saved.never_trained:
         return
     if model.adapter is None:
         before = read_weights(start, "model") if start is not None else None
         check_weights_never_trained(saved, mapping.names, model.weights, before)
     else:
-        starting = starting_at_zero(model.adapter_config, mapping.names, model.adapter)
+        starting = starting_at_zero(model.adapter.config, mapping.names, model.adapter.name)
         check_adapter_never_trained(saved, mapping.names, model.weights, starting)
 
 
@@ -83,9 +77,9 @@ def movements(
         return {}, f"it goes by Adam's moments, {saved.kind.name} keeps others"
     tensors = model.weights.tensors
     if model.adapter is not None:
-        inside = starting_at_zero(model.adapter_config, names, model.adapter)
+        inside = starting_at_zero(model.adapter.config, names, model.adapter.name)
         moved = {name: masters.get(name, tensors[key]).read for name, key in inside.items() if key in tensors}
-        how = model.adapter_config.get("init_lora_weights")
+        how = model.adapter.config.get("init_lora_weights")
         unknown = f"init_lora_weights is {how!r:.60}, so where the adapter started is not known"
         return moved, "0, where lora_B starts" if moved else unknown
     if start is None:

@@ -30,8 +30,6 @@ from entropy_probe.checkpoints.errors import (
 )
 from entropy_probe.checkpoints.safe_read import StandIn, read_archived, read_with_stand_ins
 
-__all__ = ["METADATA", "Entry", "Place", "ShardedDirectory"]
-
 METADATA = ".metadata"
 Place = tuple[Any, ...]
 """Where an entry is in the nested dictionary that was saved."""
@@ -99,11 +97,7 @@ class ShardedDirectory:
 
     @classmethod
     def open(cls, path: Path) -> ShardedDirectory:
-        """Read and check the index; of the files with data only their sizes are looked at.
-
-        Raises:
-            CheckpointError: if it is missing, damaged, names anything but its own classes, or does not fit the files.
-        """
+        """Read and check the index; of the files with data only their sizes are looked at."""
         file = path / METADATA
         if not file.is_file():
             raise MissingFileError(f"{file}: expected the index of a sharded checkpoint, found none; {_COPY}")
@@ -157,11 +151,7 @@ class ShardedDirectory:
         return sizes
 
     def read(self, entry: Entry) -> Any:
-        """A tensor put together from its shards, or a plain value.
-
-        Raises:
-            CheckpointError: if a shard is damaged, or not what the index says.
-        """
+        """A tensor put together from its shards, or a plain value."""
         if entry.dtype is None:
             return self._stored(entry, entry.shards[0])
         whole = torch.empty(entry.shape, dtype=entry.dtype)

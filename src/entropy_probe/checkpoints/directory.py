@@ -15,27 +15,12 @@ from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError
 from entropy_probe.checkpoints.formats import CheckpointFormat, optimizer_of, weights_of
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = [
-    "adapters_of",
-    "check_contained",
-    "checkpoints_below",
-    "find_optimizer",
-    "named_step",
-    "open_directory",
-    "read_global_step",
-    "whose_directory",
-]
-
 MAX_ENTRIES = 20_000
 """Files and folders that are looked at below a directory."""
 
 
 def open_directory(path: Path) -> Path:
-    """The checkpoint directory, of which nothing is known yet but that it is one.
-
-    Raises:
-        MissingFileError: if it is not.
-    """
+    """The checkpoint directory, of which nothing is known yet but that it is one."""
     if not path.is_dir():
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
     if any((path / name).is_file() for name in ("config.json", "model.safetensors")):
@@ -63,11 +48,7 @@ def adapters_of(path: Path) -> dict[str, Path]:
 
 
 def find_optimizer(path: Path) -> tuple[CheckpointFormat, Path]:
-    """The format of the optimizer's state, and its place.
-
-    Raises:
-        CheckpointError: if there is none; where another trainer wrote the directory, its name.
-    """
+    """The format of the optimizer's state, and its place."""
     optimizer = optimizer_of(path)
     if optimizer is None:
         _refuse_other_trainers(path, "optimizer.pt")
@@ -88,9 +69,6 @@ def check_contained(path: Path) -> None:
     """Check that no entry of a directory leads outside or could block.
 
     A link may point within the directory, or into ``blobs/`` of the Hugging Face cache the directory is in.
-
-    Raises:
-        UnsafeFileError: if an entry leads outside, or is neither a file nor a directory.
     """
     allowed = [path.resolve(), *_cache_blobs(path)]
     for entry in sorted(path.rglob("*")):
@@ -112,11 +90,7 @@ def _cache_blobs(path: Path) -> Iterator[Path]:
 
 
 def read_global_step(path: Path) -> int | None:
-    """Optimizer steps taken, from ``trainer_state.json``; None when the file is not there.
-
-    Raises:
-        CheckpointError: if the file is damaged or its step is no count.
-    """
+    """Optimizer steps taken, from ``trainer_state.json``; None when the file is not there."""
     file = path / "trainer_state.json"
     if not file.is_file():
         return None
@@ -135,9 +109,6 @@ def named_step(path: Path) -> int | None:
     """The trainer's step: of ``trainer_state.json``, else of the name of the directory, or of one around it.
 
     Other than the optimizer's where a trainer takes several optimizer steps on the rollouts of one.
-
-    Raises:
-        CheckpointError: as :func:`read_global_step`.
     """
     told = read_global_step(path)
     if told is not None:
@@ -205,11 +176,7 @@ _TRACES = (
 
 
 def whose_directory(path: Path) -> str | None:
-    """Who wrote a directory that is not read, and what to do; None if no name in it tells.
-
-    Args:
-        path: the directory, or one above or right below it.
-    """
+    """Who wrote a directory, or one above or right below it, and what to do; None if no name in it tells."""
     for place in (path, path.parent):
         names = list(_below(place, 5 if place == path else 1))
         for trace in _TRACES:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Examined
     from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 
-__all__ = ["doubts_about", "remarks_on"]
-
 LARGE_LEARNING_RATE = 0.1
 SMALL_LEARNING_RATE = 1e-15
 """No schedule ends so low but at 0, and no weight moves by it."""
@@ -169,13 +167,13 @@ def _any(values: Tensor) -> bool:
 
 def _doubts_about_base(examined: Examined) -> Iterator[Note]:
     """Another base model of the same shapes loads without an error and gives wrong numbers."""
-    base, manifest = examined.model.base, examined.manifest
+    adapter, manifest = examined.model.adapter, examined.manifest
     proven = manifest is not None and manifest.base_model is not None and manifest.base_model.files
-    recorded = examined.model.adapter_config.get("base_model_name_or_path")
-    if base is None or proven or not isinstance(recorded, str):
+    if adapter is None or proven:
         return
-    if Path(recorded).name.lower() != Path(base).name.lower():
-        yield OTHER_BASE(recorded=recorded, given=base)
+    recorded = adapter.config.get("base_model_name_or_path")
+    if isinstance(recorded, str) and Path(recorded).name.lower() != Path(adapter.base).name.lower():
+        yield OTHER_BASE(recorded=recorded, given=adapter.base)
 
 
 def _exchange(movement: MovementReport) -> Note:

@@ -28,8 +28,6 @@ from entropy_probe.checkpoints.errors import (
     shown,
 )
 
-__all__ = ["WRAPPED", "EightBitState", "is_of_bitsandbytes"]
-
 WRAPPED = "__bnb_optimizer_quant_state__"
 BLOCKS = (256, 2048)
 """Elements that share a scale: today, and before version 0.44."""
@@ -71,11 +69,7 @@ class EightBitState:
     def of(
         cls, path: Path, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]], size: int
     ) -> EightBitState:
-        """Check what a file of some bytes holds.
-
-        Raises:
-            CheckpointError: if it is of another optimizer of the library than Adam, or malformed.
-        """
+        """Check what a file of some bytes holds."""
         stored = {index: _opened(f"{path}: parameter {shown(index)}", entry) for index, entry in state.items()}
         declared = sum(x.nbytes for tensors in stored.values() for key, x in tensors.items() if "qmap" not in key)
         if declared > size:

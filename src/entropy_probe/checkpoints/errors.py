@@ -1,23 +1,13 @@
 """The errors of everything that reads checkpoints, by what their reader can do about them, and what they quote.
 
-Every message is one line: file, key, expected, got, remedy.
+Whatever reads a file of a checkpoint raises one of these, without saying so again where it is defined. Every message is
+one line: file, key, expected, got, remedy.
 """
 
 from __future__ import annotations
 
 import reprlib
 from typing import Any
-
-__all__ = [
-    "CheckpointError",
-    "DamagedFileError",
-    "InvalidValueError",
-    "MappingError",
-    "MismatchError",
-    "MissingFileError",
-    "UnsafeFileError",
-    "UnsupportedError",
-]
 
 
 class CheckpointError(ValueError):

@@ -29,23 +29,11 @@ from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.weights import unchanged
 from entropy_probe.results.checkpoint import MovementReport
 
-__all__ = ["check_adapter_never_trained", "check_movement", "check_weights_never_trained"]
-
 
 def check_weights_never_trained(
     saved: SavedOptimizer, names: tuple[str, ...], weights: Weights, start: Weights | None
 ) -> None:
-    """Check that full weights without an entry are as in the model that training started from.
-
-    Args:
-        saved: the optimizer's state.
-        names: the parameter of each entry.
-        weights: the weights.
-        start: those of that model; None where they are not known.
-
-    Raises:
-        MappingError: if they are not, or if it would not show that they had trained.
-    """
+    """Check that full weights without an entry are as in the model that training started from."""
     lost = {names[index] for index in saved.never_trained}
     if not lost:
         return
@@ -65,14 +53,7 @@ def check_adapter_never_trained(
 ) -> None:
     """Check that a ``lora_A`` and ``lora_B`` both lack an entry, while ``lora_B`` is still 0, where it starts.
 
-    Args:
-        saved: the optimizer's state.
-        names: the parameter of each entry.
-        weights: the adapter's.
-        inside: the parameters that start at 0, with their names in the files.
-
-    Raises:
-        MappingError: if that is not so, or if it would not show that they had trained.
+    ``inside`` has the parameters that start at 0, with their names in the files.
     """
     lost = {names[index] for index in saved.never_trained}
     if not lost:
@@ -152,11 +133,8 @@ def check_movement(
     closes a cycle, and the mean correlation along the cycle exceeds that of the recorded order by ``MIN_GAIN`` and by
     what the largest of so many comparisons would reach by chance.
 
-    Args:
-        saved: the optimizer file.
-        names: the parameter of each entry.
-        movements: by name, how to get ``W - W0``; only these parameters are looked at.
-        reference: what ``W0`` is, for the report.
+    ``movements`` say how to get ``W - W0`` by name, and only these parameters are looked at; ``reference`` what ``W0``
+    is.
     """
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, name in enumerate(names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,8 +65,6 @@ from entropy_probe.checkpoints.weights import (
 from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["Examined", "Request", "StoredModel", "examine"]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -123,40 +121,17 @@ class StoredModel:
         directory: where the weights are: the checkpoint, or the adapter's folder in it.
         weights: the adapter's, or the full weights.
         layout: the parameters that train.
-        configuration: the directory of the configuration of full weights; empty for an adapter.
+        adapter: the adapter, and what it is put on; None for full weights.
+        configuration: the directory of the configuration of full weights.
         embeddings: the names of the embedding and output layer of full weights.
-        base: the base model's directory or hub name; None for full weights.
-        adapter: the adapter's name; None for full weights.
-        adapter_config: its configuration.
-        quantization: how the base model is quantised; None for plain weights.
-        base_weights: the base model's weights where they are taken from those with the adapter's.
     """
 
     directory: Path
     weights: Weights
     layout: Layout
+    adapter: AdapterFiles | None = None
     configuration: str = ""
     embeddings: frozenset[str] = frozenset()
-    base: str | None = None
-    adapter: str | None = None
-    adapter_config: dict[str, Any] = field(default_factory=dict)
-    quantization: FourBit | None = None
-    base_weights: Weights | None = None
-
-    @property
-    def adapter_files(self) -> AdapterFiles | None:
-        """The adapter and what it is put on; None for full weights."""
-        if self.base is None or self.adapter is None:
-            return None
-        return AdapterFiles(
-            self.directory,
-            self.adapter,
-            self.adapter_config,
-            self.weights,
-            self.base,
-            self.base_weights,
-            self.quantization,
-        )
 
 
 @dataclass(frozen=True)
@@ -195,13 +170,8 @@ class Examined:
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
     """Check everything, and stop at the first thing that would keep the checkpoint from loading or being trusted.
 
-    Args:
-        request: the directory.
-        facts: gets the fields of a ``CheckpointReport`` as they are established, for one on a checkpoint that is
-            refused.
-
-    Raises:
-        CheckpointError: what that thing is.
+    ``facts`` gets the fields of a ``CheckpointReport`` as they are established, for one on a checkpoint that is
+    refused.
     """
     path = request.path
     kind = facts["kind"] = _kind(path)
@@ -303,7 +273,8 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
         if quantization is None and has_weights(Path(base), "model"):
             check_base(frozen, read_weights(Path(base), "model"))
     check_shapes(weights.files[0], weights.shapes, expected)
-    return StoredModel(directory, weights, layout, "", frozenset(), base, adapter, config, quantization, under)
+    files = AdapterFiles(directory, adapter, config, weights, base, under, quantization)
+    return StoredModel(directory, weights, layout, files)
 
 
 def _base(
@@ -347,7 +318,8 @@ def _full_weights(request: Request) -> StoredModel:
     home = _configuration(path, request.base_model)
     skeleton = full_skeleton(home, weights)
     check_vocabulary(request.tokenizer_home, request.base_model, skeleton)
-    return StoredModel(path, weights, layout_of(skeleton), home, frozenset(embedding_names(skeleton)))
+    embeddings = frozenset(embedding_names(skeleton))
+    return StoredModel(path, weights, layout_of(skeleton), configuration=home, embeddings=embeddings)
 
 
 def _configuration(path: Path, base_model: str | Path | None) -> str:
@@ -389,7 +361,7 @@ def _masters(
     masters = member.masters(place)
     rounded = None
     if masters:
-        shapes = model.layout.shapes
-        rounded = check_masters(str(place), masters, mapping.names, shapes, model.weights, model.adapter)
+        shapes, adapter = model.layout.shapes, None if model.adapter is None else model.adapter.name
+        rounded = check_masters(str(place), masters, mapping.names, shapes, model.weights, adapter)
     copy = described(str(request.path), rounded, request.weights, there=bool(masters))
     return masters if request.weights == "masters" and rounded is not None else {}, copy

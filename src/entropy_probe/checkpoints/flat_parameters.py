@@ -15,22 +15,15 @@ from torch import Tensor
 
 from entropy_probe.checkpoints.pieces import Whole, check_padding, shaped, span
 
-__all__ = ["pieces_of_parameters", "unflattened", "units_of"]
-
 Shapes = Mapping[str, tuple[int, ...]]
 _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 """A member of a list of modules, the outermost: what ``_no_split_modules`` of transformers' models are."""
 
 
 def units_of(names: Sequence[str], trained_modules: Sequence[str] = ()) -> list[list[str]]:
-    """Parameters by unit, as FSDP1 wraps a model's layers.
+    """Parameters by unit, as FSDP1 wraps a model's layers, and modules of an adapter by themselves.
 
-    Args:
-        names: the model's parameters, in its own order.
-        trained_modules: modules that are units by themselves, as those of an adapter are.
-
-    Returns:
-        The units in the order of the optimizer: what is in none below, then the others as their modules come.
+    The units are in the order of the optimizer: what is in none below, then the others as their modules come.
     """
     layers = {match[0] for name in names if (match := _LAYER.match(name))}
     modules = layers | set(trained_modules)
@@ -47,20 +40,9 @@ def units_of(names: Sequence[str], trained_modules: Sequence[str] = ()) -> list[
 def unflattened(
     where: str, pieces: Mapping[int, Sequence[Tensor]], units: Sequence[Sequence[str]], shapes: Shapes, count: int
 ) -> dict[str, Whole] | None:
-    """Each parameter's own part of the flat tensors.
+    """Each parameter's own part of the flat tensors; None if these are not the units: their number or a size differs.
 
-    Args:
-        where: the files, for messages.
-        pieces: for the flat parameters of which something is kept, the ranks' pieces in order.
-        units: the parameters of each flat one.
-        shapes: of all parameters.
-        count: how many flat parameters the optimizer has.
-
-    Returns:
-        None if these are not the units: their number or a size differs.
-
-    Raises:
-        DamagedFileError: if all fits but what fills up is not 0.
+    ``pieces`` are those of the ranks in order, of the flat parameters of which something is kept, out of ``count``.
     """
     if len(units) != count or not pieces.keys() <= set(range(count)):
         return None

@@ -21,8 +21,6 @@ import yaml
 from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
 from entropy_probe.checkpoints.trainer_settings import KINDS, TrainerSettings, plain
 
-__all__ = ["DIALECTS", "UNREAD", "find_settings", "read_settings"]
-
 MOST = 2**20
 """Bytes of a file of settings."""
 LEVELS = 3
@@ -214,11 +212,7 @@ _PLACES = (
 
 
 def find_settings(path: Path) -> TrainerSettings | None:
-    """The settings that a trainer left in a checkpoint's directory or a few levels above; None where there are none.
-
-    Raises:
-        CheckpointError: if a file of a trainer's is damaged, or a setting is no plain value.
-    """
+    """The settings that a trainer left in a checkpoint's directory or a few levels above; None where there are none."""
     above = (path.absolute(), *path.absolute().parents[:LEVELS])
     for file in (place / name for place in above for name in _PLACES):
         if file.is_file() and file.stat().st_size <= MOST and _may_be_a_trainers(file):
@@ -230,11 +224,7 @@ def find_settings(path: Path) -> TrainerSettings | None:
 
 
 def read_settings(file: Path) -> TrainerSettings:
-    """The settings in a file that was given.
-
-    Raises:
-        CheckpointError: if it is missing, cannot be read, or is of no known trainer.
-    """
+    """The settings in a file that was given."""
     if not file.is_file():
         raise MissingFileError(f"{file}: expected a trainer's own config, found no such file; check the path")
     if file.stat().st_size > MOST:

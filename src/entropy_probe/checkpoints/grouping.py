@@ -17,16 +17,6 @@ from entropy_probe.checkpoints.errors import MappingError
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = [
-    "Moved",
-    "Rule",
-    "grouping_rules",
-    "match_rules",
-    "misfit",
-    "other_rules",
-    "wrong_shape",
-]
-
 Names = tuple[str, ...]
 Moved = Callable[[Names], str]
 """The status of the movement check for an assignment; ``inconclusive`` too where there is nothing to compare."""
@@ -102,11 +92,7 @@ def other_rules(saved: SavedOptimizer, layout: Layout) -> dict[str, Rule]:
 
 
 def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Names, str]:
-    """The one assignment of entries to parameters that a rule gives, and which rule and evidence it was.
-
-    Raises:
-        MappingError: if there is none, or if more than one fits and the weights' movement does not tell.
-    """
+    """The one assignment of entries to parameters that a rule gives, and which rule and evidence it was."""
     rules = grouping_rules(layout)
     misfits = {name: misfit(saved, rule, layout.shapes) for name, rule in rules.items()}
     fitting = _distinct(rules, misfits)

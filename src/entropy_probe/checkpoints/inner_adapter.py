@@ -12,8 +12,6 @@ from entropy_probe.checkpoints.adapters import check_adapter_config
 from entropy_probe.checkpoints.errors import InvalidValueError, MappingError, MissingFileError
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
 
-__all__ = ["base_among", "configuration", "name_among", "refuse_adapter", "split_adapter", "written_config"]
-
 _PREFIX = "base_model.model."
 _NAMED = re.compile(r"\.lora_(?:[AB]\.([^.]+)\.weight|embedding_[AB]\.([^.]+))$")
 _OWN = re.compile(r"\.(lora_\w+|modules_to_save)\b")
@@ -26,11 +24,7 @@ def written_config(path: Path) -> dict[str, Any] | None:
 
 
 def configuration(path: Path, written: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
-    """The configuration as peft has it: what the trainer wrote, and where that is not all, the modules by the names.
-
-    Raises:
-        CheckpointError: if it is none that can be used, or does not say how the adapter is scaled.
-    """
+    """The configuration as peft has it: what the trainer wrote, and where that is not all, the modules by the names."""
     if written.get("peft_type") is not None:
         return check_adapter_config(path, dict(written))
     if not all(type(written.get(key)) in (int, float) and written[key] > 0 for key in ("r", "lora_alpha")):
@@ -50,11 +44,7 @@ def configuration(path: Path, written: Mapping[str, Any], weights: Weights) -> d
 
 
 def name_among(weights: Weights, asked: str | None) -> str:
-    """The adapter's name in the model that peft built; ``default`` where names do not have it.
-
-    Raises:
-        MappingError: if there are several, or not the one that was asked for.
-    """
+    """The adapter's name in the model that peft built; ``default`` where names do not have it."""
     names = {match[1] or match[2] for name in weights.tensors if (match := _NAMED.search(name))}
     if asked is not None and names:
         names &= {asked}
@@ -83,11 +73,7 @@ def split_adapter(
 ) -> tuple[Weights, Weights]:
     """Weights by a model's own names, as of an adapter's file, and the frozen base's among them by its own names.
 
-    Args:
-        weights: by names in the model with the adapter, that of the adapter in them or not.
-        expected: the names in an adapter's file; a tensor of neither stays with the adapter's, as unknown.
-        adapter: its name.
-        base: the names of the base model's tensors.
+    Of the adapter's are those that are ``expected`` in its file, and those that are not in the ``base`` either.
     """
     own, frozen = dict[str, StoredTensor](), dict[str, StoredTensor]()
     for name, tensor in weights.tensors.items():
@@ -102,11 +88,7 @@ def split_adapter(
 
 
 def refuse_adapter(path: Path, weights: Weights) -> None:
-    """Refuse an adapter whose configuration the trainer did not save, as with FSDP and in OpenRLHF.
-
-    Raises:
-        MissingFileError: with how to write it.
-    """
+    """Refuse an adapter whose configuration the trainer did not save, as with FSDP and in OpenRLHF."""
     ranks = {name.split(".lora_A.")[0]: x.shape[0] for name, x in weights.tensors.items() if ".lora_A." in name}
     if ranks:
         modules = sorted({name.rpartition(".")[2] for name in ranks})

@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from entropy_probe.checkpoints.errors import CheckpointError, first_line
 
-__all__ = ["WithoutInitialization", "one_line_errors", "quiet", "random_state_kept"]
-
 # What the libraries raise about files with impossible contents, besides errors of their own.
 _BAD_FILES = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),

@@ -29,8 +29,6 @@ from entropy_probe.results.checkpoint import CheckpointReport
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointState", "inspect_checkpoint", "load_checkpoint", "load_reference", "report_on"]
-
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -137,7 +135,8 @@ def load_checkpoint(
         )
         examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
-        tokenizer = load_tokenizer(request.tokenizer_home, examined.model.base or base_model)
+        files = examined.model.adapter
+        tokenizer = load_tokenizer(request.tokenizer_home, base_model if files is None else files.base)
         parameters = _trained(model, examined)
         if examined.masters:
             copy_masters(examined.masters, parameters)
@@ -162,11 +161,11 @@ def _trained(model: nn.Module, examined: Examined) -> dict[str, nn.Parameter]:
 
 
 def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *, shard: bool) -> nn.Module:
-    stored, adapter = examined.model, examined.model.adapter_files
+    stored, adapter = examined.model, examined.model.adapter
     if adapter is None:
         load = shard_full if shard else load_full
         return load(stored.configuration, stored.weights, dtype, device)
-    if shard and stored.quantization is not None:
+    if shard and adapter.quantization is not None:
         raise UnsupportedError(f"{adapter.base}: not supported: a quantised base in shards; load it on one device")
     if examined.manifest is not None:
         verify_base(Path(adapter.base), examined.manifest)
@@ -221,19 +220,9 @@ def inspect_checkpoint(
 ) -> CheckpointReport:
     """Examine a checkpoint without loading the base model's weights and without a forward pass.
 
-    Everything :func:`load_checkpoint` checks before loading is checked here, on a skeleton of the model that
-    has no storage; of the base model's weights only names and shapes, where they are local and not stored in 4 bits. A
-    checkpoint that would not load gets the verdict ``unusable`` with the reason.
-
-    Args:
-        path: the ``checkpoint-N`` directory.
-        base_model: as in :func:`load_checkpoint`.
-        adapter: as there.
-        quantization: as there.
-        mapping: as there.
-        weights: as there.
-        policy: as there.
-        trainer_config: as there.
+    Everything :func:`load_checkpoint` checks before loading is checked here, with the same arguments, on a skeleton of
+    the model that has no storage; of the base model's weights only names and shapes, where they are local and not
+    stored in 4 bits. A checkpoint that would not load gets the verdict ``unusable`` with the reason.
 
     Raises:
         CheckpointError: if ``path`` is not a checkpoint directory at all.

@@ -27,24 +27,6 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
 )
 
-__all__ = [
-    "MANIFEST_FILE",
-    "FileRecord",
-    "GroupRecord",
-    "Manifest",
-    "ParameterRecord",
-    "base_record",
-    "check_recorded",
-    "live_groups",
-    "plain_name",
-    "plain_settings",
-    "read_manifest",
-    "record_files",
-    "verify_base",
-    "verify_files",
-    "write_manifest",
-]
-
 MANIFEST_FILE = "entropy-probe-manifest.json"
 NEVER_READ = ("scheduler.pt", "rng_state")
 """Beginnings of the names of files that loading never opens, so that their hashes are recorded but not verified."""
@@ -138,11 +120,7 @@ class Manifest(_Record):
         return f"manifest (by inspection: {self.mapping})"
 
     def check_optimizer(self, path: Path, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Check that an optimizer file has the recorded groups with the recorded settings.
-
-        Raises:
-            MappingError: if sizes or settings differ.
-        """
+        """Check that an optimizer file has the recorded groups with the recorded settings."""
         sizes = [len(group["params"]) for group in groups]
         recorded = [len(group.parameters) for group in self.groups]
         if sizes != recorded:
@@ -160,11 +138,7 @@ class Manifest(_Record):
                     )
 
     def check_shapes(self, path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Check the shapes of parameters against the recorded ones.
-
-        Raises:
-            MismatchError: naming the first that differs.
-        """
+        """Check the shapes of parameters against the recorded ones."""
         for parameter in (p for group in self.groups for p in group.parameters):
             got = list(shapes[parameter.name])
             if got != list(parameter.shape):
@@ -251,12 +225,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> Path:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None when it has none.
-
-    Raises:
-        DamagedFileError: if there is one that cannot be read.
-        UnsafeFileError: if it names a file outside its directory.
-    """
+    """The manifest of a checkpoint; None when it has none."""
     path = directory / MANIFEST_FILE
     if not path.is_file():
         return None
@@ -281,22 +250,14 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Check every recorded file that loading may read against its size and hash.
-
-    Raises:
-        CheckpointError: if a recorded file is missing or differs.
-    """
+    """Check every recorded file that loading may read against its size and hash."""
     for name, record in sorted(manifest.files.items()):
         if not name.rpartition("/")[2].startswith(NEVER_READ):
             _verify(directory / name, record, DamagedFileError)
 
 
 def check_recorded(directory: Path, files: Iterable[Path], manifest: Manifest) -> None:
-    """Check that files of a checkpoint which loading reads are among the recorded ones.
-
-    Raises:
-        MismatchError: if one is not.
-    """
+    """Check that files of a checkpoint which loading reads are among the recorded ones."""
     for path in files:
         if path.relative_to(directory).as_posix() not in manifest.files:
             raise MismatchError(
@@ -306,11 +267,7 @@ def check_recorded(directory: Path, files: Iterable[Path], manifest: Manifest) -
 
 
 def verify_base(base: Path, manifest: Manifest) -> None:
-    """Check a base model's weight files against the recorded ones, where they were recorded.
-
-    Raises:
-        CheckpointError: if it is another base model, which would load without an error where shapes agree.
-    """
+    """Check a base model's weight files against the recorded ones, where they were recorded."""
     if manifest.base_model is not None:
         for name, record in sorted((manifest.base_model.files or {}).items()):
             _verify(base / name, record, MismatchError, "this is not the base model of the manifest; pass that one")

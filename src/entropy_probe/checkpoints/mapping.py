@@ -17,8 +17,6 @@ from entropy_probe.checkpoints.manifest import Manifest, plain_name
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = ["ParameterMapping", "StatedMapping", "map_parameters", "names_in_file", "without_frozen"]
-
 Shape = tuple[int, ...]
 StatedMapping = str | Path | Mapping[str, int]
 """A file with the name of each entry's parameter on a line, or for expressions the group of parameters they match."""
@@ -51,18 +49,10 @@ def map_parameters(
     stated: StatedMapping | None = None,
     moved: Moved = _nothing_moved,
 ) -> ParameterMapping:
-    """Match saved indices to the model's parameters.
+    """Match saved indices to the model's parameters, with what its manifest or the user (``stated``) says.
 
-    Args:
-        saved: the optimizer file, entries checked.
-        layout: the model's parameters that train.
-        manifest: the checkpoint's manifest, if it has one.
-        stated: what the user says of a file without names.
-        moved: the status of the movement check for an assignment.
-
-    Raises:
-        MappingError: if recorded or stated names do not fit the file or the model, or the weights have moved along the
-            moments of others; without any, unless exactly one distinct assignment of the known rules fits.
+    ``moved`` gives the status of the movement check for an assignment. Without names exactly one has to fit by the
+    rules.
     """
     if saved.num_parameters == 0:
         raise MappingError(f"{saved.path}: expected at least one trained parameter, got none; nothing would step")
@@ -158,11 +148,7 @@ def without_frozen(saved: SavedOptimizer, layout: Layout) -> SavedOptimizer:
 
 
 def names_in_file(saved: SavedOptimizer) -> tuple[str, ...]:
-    """The parameter of each entry, by the names in the groups.
-
-    Raises:
-        MappingError: if a group has not one for each of its parameters.
-    """
+    """The parameter of each entry, by the names in the groups."""
     names: list[str] = []
     for i, group in enumerate(saved.groups):
         group_names = group.get("param_names")

@@ -12,8 +12,6 @@ from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, U
 from entropy_probe.checkpoints.formats import StoredTensor, Weights
 from entropy_probe.parallel.shards import local, sharded_as
 
-__all__ = ["Copy", "check_masters", "copy_masters", "described"]
-
 Copy = Literal["masters", "rounded"]
 """Which of the two copies of its weights a model gets."""
 
@@ -28,19 +26,8 @@ def check_masters(
 ) -> torch.dtype | None:
     """Check that there is a finite master of every trained parameter, which the stored weights are rounded from.
 
-    Args:
-        where: the files, for messages.
-        masters: by parameter.
-        names: the trained parameters.
-        shapes: theirs.
-        weights: the stored weights.
-        adapter: the name of the trained adapter, which is not in its file; None for full weights.
-
     Returns:
         The type that the model's weights are rounded to; None where they are the masters themselves.
-
-    Raises:
-        CheckpointError: if that is not so.
     """
     kinds: set[torch.dtype] = set()
     for name in names:
@@ -75,11 +62,7 @@ def _is_rounded(stored: Tensor, master: Tensor, kind: torch.dtype) -> bool:
 
 
 def described(where: str, kind: torch.dtype | None, copy: Copy, *, there: bool) -> str:
-    """Which copy the model has, for the result; empty where there is only one.
-
-    Raises:
-        UnsupportedError: if the rounded one was asked for and there is only one.
-    """
+    """Which copy the model has, for the result; empty where there is only one."""
     if kind is None:
         if copy == "rounded" and not there:
             raise UnsupportedError(

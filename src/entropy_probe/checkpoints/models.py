@@ -19,35 +19,12 @@ from entropy_probe.checkpoints.parameters import Layout, layout_of, repeat_layer
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.checkpoints.weights import Shape, check_loaded, check_shapes, has_weights, read_weights
 
-__all__ = [
-    "AdapterFiles",
-    "adapter_layout",
-    "attach_adapter",
-    "base_skeleton",
-    "embedding_names",
-    "full_skeleton",
-    "load_full",
-    "load_lora",
-    "read_config",
-    "untouched",
-]
-
-
 MAX_LAYERS = 10_000
 """Bound on the layers of a configuration whose weight files are not there to compare with."""
 
 
 def full_skeleton(name: str, weights: Weights) -> nn.Module:
-    """The model of full weights, on the meta device, the weights' names and shapes checked against it.
-
-    Args:
-        name: the directory of its configuration.
-        weights: its weights.
-
-    Raises:
-        CheckpointError: if the configuration cannot be used, is of quantised weights, which do not train, or the files
-            have not exactly its tensors.
-    """
+    """The model of full weights, on the meta device, the weights' names and shapes checked against it."""
     shapes = weights.shapes
     config = read_config(name, shapes)
     if getattr(config, "quantization_config", None) is not None:
@@ -76,15 +53,6 @@ def base_skeleton(
 
     Its weight files are checked against it where they are local, except 4-bit ones: codes have other names and shapes,
     and are checked when they are loaded.
-
-    Args:
-        name: directory or hub name.
-        given: the quantization with which training loaded plain weights, if any.
-        trained: the same as the manifest has it.
-
-    Raises:
-        CheckpointError: if the configuration cannot be used, the weights are sharded, or the files miss a tensor or
-            hold one of another shape.
     """
     weights = read_weights(Path(name), "model") if has_weights(Path(name), "model") else None
     if weights is not None and not weights.pretrained:
@@ -115,17 +83,7 @@ def read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
 
 
 def _refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
-    """Refuse a ``config.json`` whose model needs code from its directory or the hub.
-
-    Where the library knows the model type itself, ``auto_map`` is ignored: its own class is used.
-
-    Args:
-        file: the configuration.
-        known_types: the model types that the library implements.
-
-    Raises:
-        CheckpointError: if the file needs such code, or is not JSON.
-    """
+    """Refuse a ``config.json`` whose model needs code; for types that the library knows ``auto_map`` is ignored."""
     config = read_json(file)
     if "auto_map" in config and config.get("model_type") not in known_types:
         raise UnsafeFileError(
@@ -143,15 +101,7 @@ def _refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
 
 
 def _check_layers(file: Path, most: int) -> None:
-    """Refuse a configuration of more layers than its weight files have tensors: building it could take forever.
-
-    Args:
-        file: the configuration.
-        most: the number of tensors, or some bound.
-
-    Raises:
-        CheckpointError: if a number of layers anywhere in the file is larger, or it is not JSON.
-    """
+    """Refuse a configuration of more layers than its weight files have tensors: building it could take forever."""
     for key, value in _items(read_json(file)):
         if key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and not (
             value is None or (type(value) is int and 0 < value <= most)
@@ -203,16 +153,8 @@ def adapter_layout(
 ) -> tuple[Layout, dict[str, Shape]]:
     """What trains with the adapter of a directory under its name, and the tensors that its file must hold.
 
-    peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart.
-
-    Args:
-        base: the skeleton of the base model; it is changed.
-        directory: where the adapter is, for messages.
-        name: its name.
-        config: its configuration.
-
-    Raises:
-        CheckpointError: if peft refuses to build it, or does not save all that trains.
+    peft builds the adapter, on one layer of each kind where its configuration cannot tell equal layers apart; the
+    skeleton of the base model is changed.
     """
     from peft import PeftConfig, PeftModel
 
@@ -244,14 +186,7 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def load_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A model with full weights, in eval mode, checked to hold every tensor of its files.
-
-    Args:
-        name: the directory of its configuration, and of its safetensors.
-        weights: its weights.
-        dtype: its precision.
-        device: where it goes.
-    """
+    """A model with full weights, in eval mode, checked to hold every tensor of its files."""
     if not weights.pretrained:
         return _filled(name, weights, dtype, device).eval()
     model = _from_pretrained(name, dtype, device, complete=True)

@@ -20,15 +20,9 @@ from entropy_probe.checkpoints.models import AdapterFiles, attach_adapter, read_
 from entropy_probe.checkpoints.weights import read_weights
 from entropy_probe.parallel.shards import count, local, sharded_as
 
-__all__ = ["shard_full", "shard_lora"]
-
 
 def shard_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A model with full weights, sharded over all ranks, in eval mode; arguments as of ``load_full``.
-
-    Raises:
-        CheckpointError: if the files have other names than the model's parameters, or tied tensors that differ.
-    """
+    """A model with full weights, sharded over all ranks, in eval mode; arguments as of ``load_full``."""
     model = _host_model(name, weights, dtype)
     _shard(model, model, device)
     _fill(weights, dict(model.named_parameters(remove_duplicate=False)))
@@ -36,12 +30,7 @@ def shard_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.de
 
 
 def shard_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A base model with a trainable adapter, sharded over all ranks, in eval mode; arguments as of ``load_lora``.
-
-    Raises:
-        CheckpointError: as :func:`shard_full`; or if the base model's weights are not local or not finite, or the
-            adapter is not in the base model's precision.
-    """
+    """A base model with a trainable adapter, sharded over all ranks, in eval mode; arguments as of ``load_lora``."""
     base_name, directory = adapter.base, adapter.directory
     base_weights = adapter.base_weights or read_weights(Path(base_name), "model")
     base: Any = _host_model(base_name, base_weights, dtype)
@@ -89,8 +78,6 @@ def _shard(model: nn.Module, base: Any, device: torch.device) -> None:
 def _fill(weights: Weights, parameters: Mapping[str, Parameter]) -> None:
     """Write every tensor into the shards; ``parameters`` by the names of the files, tied ones by each."""
     filled: set[int] = set()
-    where = weights.files[0]
-    where = weights.files[0]
     where = weights.files[0]
     for name, stored in weights.tensors.items():
         if name not in parameters:

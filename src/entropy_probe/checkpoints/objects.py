@@ -21,8 +21,6 @@ from entropy_probe.checkpoints.archives import check_archive
 from entropy_probe.checkpoints.errors import MismatchError, UnsupportedError
 from entropy_probe.checkpoints.safe_read import StandIn, check_is_archive, one_line
 
-__all__ = ["Names", "read_objects"]
-
 Names = Mapping[tuple[str, str], Any]
 """By module and name what a pickle may name, and what takes its place."""
 
@@ -126,15 +124,8 @@ def read_objects(path: Path, names: Names, instead: str) -> Any:
     """What ``torch.save`` wrote to a file, every class replaced by one that does nothing.
 
     Checksums are verified and the pickle is gone through as by ``read_archive``. Tensors stay in the file, mapped into
-    memory, until they are used.
-
-    Args:
-        path: the file.
-        names: what it may name besides tensors and plain values, with stand-ins.
-        instead: what to do about one that holds something else, for messages.
-
-    Raises:
-        CheckpointError: if it is missing, damaged, names anything else, or was written under the name of another rank.
+    memory, until they are used. ``names`` are those it may name besides tensors and plain values; ``instead`` is the
+    remedy for one that holds something else.
     """
     check_is_archive(path)
     allowed = {**TENSORS, **names}

@@ -34,8 +34,6 @@ from entropy_probe.checkpoints.optimizers import (
 from entropy_probe.checkpoints.safe_read import read_archive
 from entropy_probe.results.checkpoint import GroupReport
 
-__all__ = ["SavedOptimizer", "check_entries", "read_optimizer", "saved_optimizer"]
-
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _OTHER_OPTIMIZERS = {
@@ -76,11 +74,7 @@ class SavedOptimizer:
         return replace(self, lists_frozen=True)
 
     def loaded(self) -> SavedOptimizer:
-        """The same with every tensor read that was left in its files until it was known to fit.
-
-        Raises:
-            CheckpointError: if a file is damaged.
-        """
+        """The same with every tensor read that was left in its files until it was known to fit."""
         if self.read is None:
             return self
         state = {
@@ -190,10 +184,6 @@ def read_optimizer(path: Path) -> SavedOptimizer:
     """Read an optimizer file without running anything in it, and check groups and hyperparameters.
 
     Tensors stay in the file, mapped into memory, until they are used.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, holds anything but tensors and plain values, or its
-            groups are not those of one of the optimizers that are rebuilt, minimising a loss.
     """
     return saved_optimizer(path, read_archive(path), path.stat().st_size)
 
@@ -201,17 +191,7 @@ def read_optimizer(path: Path) -> SavedOptimizer:
 def saved_optimizer(
     path: Path, saved: Any, size: int, read: Callable[[int, str], Tensor] | None = None
 ) -> SavedOptimizer:
-    """Check groups and hyperparameters of what an optimizer's ``state_dict`` saved.
-
-    Args:
-        path: the file, for messages.
-        saved: what is in it; tensors may be without storage.
-        size: bytes of the file or files.
-        read: as :class:`SavedOptimizer` has it.
-
-    Raises:
-        CheckpointError: as :func:`read_optimizer`.
-    """
+    """Check groups and hyperparameters of what an optimizer's ``state_dict`` saved; tensors may be without storage."""
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
         got = shown(list(saved)) if isinstance(saved, dict) else type(saved).__name__
         raise UnsupportedError(f"{path}: expected 'state' and 'param_groups', got {got}; pass a Trainer's checkpoint")
@@ -288,10 +268,6 @@ def check_entries(saved: SavedOptimizer) -> None:
     """Check that every parameter has what its optimizer keeps: tensors that fit one shape, and a step count.
 
     Adam's may lack entries, which the weights then have to explain (``Examination``); not all of them.
-
-    Raises:
-        CheckpointError: if an entry is missing, extra, of another optimizer, or malformed, or if tensors claim more
-            data than the file has.
     """
     path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}

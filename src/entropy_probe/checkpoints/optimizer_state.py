@@ -17,22 +17,14 @@ from entropy_probe.parallel.shards import sharded_as
 from entropy_probe.results.probe import OptimizerStateReport
 from entropy_probe.steps.moments import summarize_moments
 
-__all__ = ["build_optimizer", "summarize"]
-
 
 def summarize(
     saved: SavedOptimizer, mapping: ParameterMapping, layout: Layout
 ) -> tuple[OptimizerStateReport, int | None]:
-    """Read every tensor once: coverage, step counts and, of Adam, the range of its scale.
+    """Read every tensor once: coverage, step counts and, of Adam, the range of its scale, and how many of ``v`` are 0.
 
     The scale is ``1 / (sqrt(v / (1 - beta2^step)) + eps)`` with ``v`` the second moment (for AMSGrad its running
     maximum); it multiplies the gradient. See ``docs/theory.md``, "The step".
-
-    Returns:
-        The report, and the number of elements whose second moment is 0; None for optimizers other than Adam.
-
-    Raises:
-        CheckpointError: if a value is not finite, or negative where it is a mean of squares.
     """
     for index in range(saved.num_parameters):
         for key, content, tensor in saved.tensors(index):
@@ -90,9 +82,6 @@ def build_optimizer(
 
     Tensors keep the precision of the file or of the parameter, whichever is higher; those of 16 bits stay as they are,
     which shows what precision training took its steps in.
-
-    Raises:
-        CheckpointError: if a parameter is missing or has another shape than its state.
     """
     for index, name in enumerate(mapping.names):
         got, shape = parameters[name].shape if name in parameters else None, saved.shape(index)

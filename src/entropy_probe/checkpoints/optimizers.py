@@ -19,19 +19,6 @@ from torch import Tensor
 
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, first_line, shown
 
-__all__ = [
-    "ADAM",
-    "ADAMW",
-    "ADAMW_8BIT",
-    "KINDS",
-    "REMEDY",
-    "Content",
-    "OptimizerKind",
-    "check_settings",
-    "number",
-    "recognise",
-]
-
 Shape = tuple[int, ...]
 Settings = Mapping[str, Any]
 
@@ -229,13 +216,7 @@ REMEDY = (
 def recognise(where: str, groups: Sequence[Settings], entries: Sequence[Mapping[str, Any]]) -> OptimizerKind:
     """The class of optimizers that groups and the entries of parameters belong to.
 
-    Args:
-        where: the file, for messages.
-        groups: the parameter groups as stored.
-        entries: what is kept for each parameter; they decide only between classes with the same settings.
-
-    Raises:
-        UnsupportedError: if no class has these settings, or more than one could have left these entries.
+    The entries decide only between classes with the same settings.
     """
     fitting = [kind for kind in KINDS if kind.fits(groups)]
     if not fitting:
@@ -284,11 +265,7 @@ _FLAGS = _ADAM_OPTIONAL | {"amsgrad", "centered", "nesterov", "scale_parameter",
 
 
 def check_settings(where: str, kind: OptimizerKind, group: Settings) -> dict[str, Any]:
-    """A group with plain numbers.
-
-    Raises:
-        CheckpointError: if a setting has no value that a run could leave, or the class itself refuses it.
-    """
+    """A group with plain numbers."""
     clean = dict(group)
     for key, bounds in _RANGES.items():
         if key in group:
@@ -326,11 +303,7 @@ def _checked(where: str, key: str, value: Any, bounds: tuple[float, float], coun
 
 
 def number(where: str, value: Any) -> float:
-    """A finite number as a float.
-
-    Raises:
-        InvalidValueError: if it is none.
-    """
+    """A finite number as a float."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if type(value) is int and abs(value) < 2**63:

@@ -13,16 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-__all__ = [
-    "Layout",
-    "ParameterFacts",
-    "Stacks",
-    "layout_of",
-    "repeat_layers",
-    "thin_out",
-    "treats_layers_alike",
-]
-
 Value = TypeVar("Value")
 
 Stacks = dict[str, list[int]]
@@ -104,13 +94,10 @@ def treats_layers_alike(config: Mapping[str, Any]) -> bool:
 
 
 def thin_out(model: nn.Module, config: Mapping[str, Any]) -> Stacks:
-    """Leave in each list of layers one layer of each kind, and empty modules in place of the others.
+    """Leave in each list of layers of a model one layer of each kind, and empty modules in place of the others.
 
-    Layers are of one kind if they print alike and have parameters of the same names and shapes.
-
-    Args:
-        model: the base model; it is changed.
-        config: the adapter's configuration, which must treat layers alike.
+    Layers are of one kind if they print alike and have parameters of the same names and shapes; the adapter's
+    configuration must treat them alike.
     """
     stacks: Stacks = {}
     for path, layers in list(model.named_modules()):
@@ -143,13 +130,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 def repeat_layers(named: Mapping[str, Value], stacks: Stacks, prefix: str) -> dict[str, Value]:
     """Entries of a thinned-out model by name, with those of each layer repeated for the layers it stands for.
 
-    Args:
-        named: entries by parameter name, those of one stack next to each other, as in a module's own order.
-        stacks: what :func:`thin_out` returned.
-        prefix: what stands before the stacks' paths in the names.
-
-    Returns:
-        The entries in the order that the whole model has.
+    They are in the order that the whole model has; ``prefix`` is what stands before the stacks' paths in their names.
     """
     starts = {f"{prefix}{path}.": standing for path, standing in stacks.items()}
     inside: dict[str, dict[int, list[tuple[str, Value]]]] = {}

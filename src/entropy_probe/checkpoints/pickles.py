@@ -12,8 +12,6 @@ import pickletools
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["ELEMENT_BYTES", "PLAIN", "check_pickle"]
-
 MAX_VALUES = 1000
 """Values in one tuple, at any depth."""
 MAX_NUMBER = 2**20
@@ -59,9 +57,7 @@ _EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
 def check_pickle(data: bytes, names: Collection[str] | None = None) -> None:
     """Go through a pickle without carrying it out.
 
-    Args:
-        data: the pickle.
-        names: what it may name, as module and name with a space between; None for anything, where the unpickler looks.
+    It may name only ``names``, as module and name with a space between; anything if None, where the unpickler looks.
 
     Raises:
         pickle.UnpicklingError: if it names something else, or anything in the process-wide extension registry, which

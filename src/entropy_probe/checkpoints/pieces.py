@@ -25,8 +25,6 @@ from entropy_probe.checkpoints.objects import Names
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 from entropy_probe.checkpoints.safe_read import StandIn
 
-__all__ = ["DTENSORS", "Part", "Whole", "as_written_by", "check_padding", "joined", "optimizer_of_entries", "span"]
-
 COPY = "copy the checkpoint again"
 
 
@@ -35,11 +33,7 @@ _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RuntimeError, 
 
 @contextmanager
 def as_written_by(maker: str, place: Path) -> Iterator[None]:
-    """Turn what malformed values raise into one line, for files of several ranks that can each be read.
-
-    Raises:
-        DamagedFileError: with what was raised.
-    """
+    """Turn what malformed values raise into one line, for files of several ranks that can each be read."""
     try:
         yield
     except CheckpointError:
@@ -64,17 +58,7 @@ Entries = Mapping[Any, Mapping[str, Any]]
 
 
 def optimizer_of_entries(path: Path, groups: list[dict[str, Any]], entries: Entries, size: int) -> SavedOptimizer:
-    """An optimizer whose state was worked out, parameters by name or by number.
-
-    Args:
-        path: a file, for messages.
-        groups: the parameter groups, ``params`` as ``entries`` has them.
-        entries: what is kept for each parameter.
-        size: bytes of all files.
-
-    Raises:
-        CheckpointError: as ``saved_optimizer``.
-    """
+    """An optimizer whose state was worked out, parameters by name or by number, as in ``params`` of the groups."""
     order = [parameter for group in groups for parameter in group["params"]]
     state = {
         parameter: {
@@ -196,15 +180,7 @@ DTENSORS: Names = {
 
 
 def joined(where: str, values: Sequence[Any]) -> Whole:
-    """A tensor from what each rank has of it, in the order of ranks: parts of a ``DTensor``, or copies.
-
-    Args:
-        where: the tensor, for messages.
-        values: of each rank.
-
-    Raises:
-        CheckpointError: if they do not make up one tensor, or a rank has the part of another.
-    """
+    """A tensor from what each rank has of it, in the order of ranks: parts of a ``DTensor``, or copies."""
     if all(type(x) is Tensor for x in values):
         return _copies(where, values)
     if (
@@ -297,11 +273,7 @@ def _shaped(pieces: Sequence[Tensor], start: int, shape: tuple[int, ...]) -> Ten
 
 
 def check_padding(where: str, padding: Tensor) -> None:
-    """Check that what fills a buffer up is 0, as it always is: else parameters or ranks are in another order.
-
-    Raises:
-        DamagedFileError: if it is not.
-    """
+    """Check that what fills a buffer up is 0, as it always is: else parameters or ranks are in another order."""
     if padding.count_nonzero():
         raise DamagedFileError(
             f"{where}: expected {len(padding)} zeros behind the parameters, got other numbers; files of ranks were "

@@ -19,19 +19,12 @@ from entropy_probe.checkpoints.mapping import names_in_file
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.parameters import Layout
 
-__all__ = ["HEADS", "entries_of_policy", "weights_of_policy"]
-
 HEADS = re.compile(r"(v_head|value_head|value_model|critic|score|summary)\b")
 """Names of what is beside a policy."""
 
 
 def weights_of_policy(weights: Weights, policy: str | None) -> Weights:
-    """Full weights without a value model or head beside them.
-
-    Args:
-        weights: as stored.
-        policy: the policy's name in the module that was saved, where the user said that there is one.
-    """
+    """Full weights without the value model or head beside a policy of some name in the module that was saved."""
     if policy is None:
         return weights
     inside = {
@@ -51,15 +44,8 @@ def entries_of_policy(
 ) -> SavedOptimizer:
     """The policy's entries without those of another model that the optimizer steps too.
 
-    Args:
-        saved: the optimizer's state.
-        layout: the policy's parameters.
-        policy: its name in the module that the optimizer is over. Without it names tell, or how the policy's weights
-            have moved; where neither singles out one part of the entries, all are returned.
-        moved: the status of the movement check for entries and the parameters that they would belong to.
-
-    Raises:
-        MappingError: if it was named, and its entries are not known.
+    Without the policy's name in the module that the optimizer is over, the parameters' names tell, or how the policy's
+    weights have ``moved`` for some entries; where neither singles out one part of the entries, all are returned.
     """
     if any("param_names" in group for group in saved.groups):
         return _by_name(saved, layout, policy)

@@ -30,8 +30,6 @@ from entropy_probe.checkpoints.masters import Copy
 from entropy_probe.checkpoints.weights import has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
 
-__all__ = ["record_checkpoint", "recordable_files"]
-
 
 def recordable_files(directory: Path, *, hashes: bool = True) -> dict[str, FileRecord]:
     """Size and SHA-256 of the files of a checkpoint and its adapters, without the manifest and hidden files."""
@@ -51,20 +49,10 @@ def record_checkpoint(
     weights: Copy = "masters",
     policy: str | None = None,
 ) -> tuple[Path, CheckpointReport]:
-    """Examine a checkpoint and write its manifest.
+    """Examine a checkpoint, with the arguments of ``load_checkpoint``, and write its manifest.
 
-    The manifest says that it was recorded by inspection, and by which rule the mapping was established: it proves
-    that the files have not changed since, not that the mapping was right.
-
-    Args:
-        path: the ``checkpoint-N`` directory.
-        base_model: as in :func:`entropy_probe.checkpoints.load_checkpoint`; hashed where it is a local directory.
-        written_by: the program, for the record.
-        adapter: as there; the manifest records it.
-        quantization: as there; the manifest does not record it.
-        mapping: as there.
-        weights: as there.
-        policy: as there.
+    The manifest says that it was recorded by inspection, and by which rule the mapping was established: it proves that
+    the files have not changed since, not that the mapping was right. It does not record the quantization.
 
     Returns:
         The manifest's path, and the report of the examination it rests on.
@@ -102,6 +90,7 @@ def record_checkpoint(
 
 def _manifest(examined: Examined, request: Request, written_by: str) -> Manifest:
     saved, names, facts = examined.saved, examined.mapping.names, examined.model.layout.parameters
+    adapter = examined.model.adapter
     groups = tuple(
         GroupRecord(
             parameters=tuple(
@@ -111,7 +100,7 @@ def _manifest(examined: Examined, request: Request, written_by: str) -> Manifest
         )
         for group in saved.groups
     )
-    base = examined.model.base or (str(request.base_model) if request.base_model else None)
+    base = adapter.base if adapter is not None else str(request.base_model) if request.base_model else None
     local = base is not None and has_weights(Path(base), "model")
     return Manifest(
         recorded="inspection",
@@ -119,7 +108,7 @@ def _manifest(examined: Examined, request: Request, written_by: str) -> Manifest
         written_by=written_by,
         global_step=examined.global_step,
         optimizer=saved.kind.name,
-        adapter=examined.model.adapter,
+        adapter=None if adapter is None else adapter.name,
         groups=groups,
         files=recordable_files(examined.path),
         base_model=base_record(base, read_weights(Path(base), "model").files if local else None) if base else None,

@@ -30,18 +30,6 @@ from entropy_probe.checkpoints.errors import (
 )
 from entropy_probe.checkpoints.pickles import ELEMENT_BYTES, check_pickle
 
-__all__ = [
-    "Inert",
-    "StandIn",
-    "check_is_archive",
-    "one_line",
-    "read_archive",
-    "read_archived",
-    "read_inert",
-    "read_json",
-    "read_with_stand_ins",
-]
-
 Built = TypeVar("Built")
 
 MAX_SETTINGS = 2**20
@@ -49,11 +37,7 @@ MAX_SETTINGS = 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint.
-
-    Raises:
-        DamagedFileError: if the file is not a JSON object.
-    """
+    """A JSON object from a file of the checkpoint."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -81,12 +65,7 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
     it finds the same. Tensors stay in the file, mapped into memory, until they are used. ``weights_only=True`` is
     passed explicitly, which the environment variable ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` does not override.
 
-    Args:
-        path: the file.
-        instead: what to do about one that holds something else, for messages.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, or holds anything but tensors and plain values.
+    ``instead`` is the remedy for one that holds something else.
     """
     check_is_archive(path)
     with one_line(str(path), instead):
@@ -98,11 +77,7 @@ def read_archive(path: Path, instead: str = _PLAIN_ADAM) -> Any:
 
 
 def check_is_archive(path: Path) -> None:
-    """Check that there is a file, and that it begins and ends as an archive.
-
-    Raises:
-        CheckpointError: if not.
-    """
+    """Check that there is a file, and that it begins and ends as an archive."""
     if not path.is_file():
         raise MissingFileError(f"{path}: expected the optimizer's state, found no such file; {_REMEDY}")
     size = path.stat().st_size
@@ -114,15 +89,7 @@ def check_is_archive(path: Path) -> None:
 
 
 def read_archived(data: bytes, where: str) -> Any:
-    """The same from an archive that is a part of a file.
-
-    Args:
-        data: the archive.
-        where: file and part, for messages.
-
-    Raises:
-        CheckpointError: as :func:`read_archive`.
-    """
+    """The same from an archive that is a part of a file."""
     with one_line(where):
         contents = check_archive(where, io.BytesIO(data), data)
         check_same_reading(where, data, contents)
@@ -224,16 +191,9 @@ def _inert(module: str, name: str) -> type[Inert]:
 def read_with_stand_ins(
     path: Path, stand_ins: Mapping[tuple[str, str], Any], what: str, build: Callable[[Any], Built]
 ) -> Built:
-    """What is made of a bare pickle, in which every class is replaced by one that does nothing.
+    """What is made of a bare pickle, in which every class is replaced by its stand-in, which does nothing.
 
-    Args:
-        path: the file.
-        stand_ins: by module and name what the pickle may name, and what takes its place.
-        what: the kind of file, and of what, for messages.
-        build: makes the result of what was unpickled; it may raise whatever malformed values give.
-
-    Raises:
-        CheckpointError: if the file names anything else, is damaged, or ``build`` refuses it.
+    ``build`` makes the result of what was unpickled; it may raise whatever malformed values give.
     """
 
     def stand_in(module: str, name: str) -> Any:
@@ -245,17 +205,7 @@ def read_with_stand_ins(
 
 
 def read_inert(path: Path, what: str, build: Callable[[Any], Built], remedy: str) -> Built:
-    """What is made of the pickle in an archive of ``torch.save``, with :class:`Inert` for whatever it names.
-
-    Args:
-        path: the file.
-        what: the kind of file, and of what, for messages.
-        build: makes the result of what was unpickled; it may raise whatever malformed values give.
-        remedy: what to do about a file that cannot be read.
-
-    Raises:
-        CheckpointError: if the file is damaged, larger than settings are, or ``build`` refuses it.
-    """
+    """The same of the pickle in an archive of ``torch.save``, with :class:`Inert` for whatever it names."""
     return _unpickled(path, _archived_pickle, _inert, what, build, remedy)
 
 

@@ -17,8 +17,6 @@ from entropy_probe.checkpoints.safe_read import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_vocabulary", "load_tokenizer", "tokenizer_directories", "tokenizer_of"]
-
 
 def tokenizer_directories(path: Path, base: str | Path | None) -> list[str]:
     """Where a tokenizer may be, in order: the checkpoint, then the base model; hub names count, empty places do not."""
@@ -27,11 +25,7 @@ def tokenizer_directories(path: Path, base: str | Path | None) -> list[str]:
 
 
 def load_tokenizer(path: Path, base: str | Path | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the checkpoint, else of the base model; None when neither directory has one.
-
-    Raises:
-        CheckpointError: if its files cannot be used.
-    """
+    """The tokenizer of the checkpoint, else of the base model; None when neither directory has one."""
     for name in tokenizer_directories(path, base):
         with one_line_errors(f"{name}: tokenizer"):
             return _tokenizer_class(Path(name) / "tokenizer_config.json").from_pretrained(name, trust_remote_code=False)
@@ -39,15 +33,7 @@ def load_tokenizer(path: Path, base: str | Path | None) -> PreTrainedTokenizerBa
 
 
 def tokenizer_of(path: Path, base_model: str | Path | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a checkpoint is loaded with, before anything else of it is read.
-
-    Args:
-        path: the checkpoint.
-        base_model: as in :func:`entropy_probe.checkpoints.load_checkpoint`.
-
-    Raises:
-        CheckpointError: if its files, or those that lead to it, cannot be used.
-    """
+    """The tokenizer that a checkpoint is loaded with, before anything else of it is read."""
     home, base = path, base_model
     if base_model is None:
         home, adapters = home_of(path), adapters_of(path)
@@ -72,11 +58,7 @@ def _tokenizer_class(config: Path) -> Any:
 
 
 def check_vocabulary(path: Path, base: str | Path | None, model: nn.Module) -> None:
-    """Check that every token of ``tokenizer.json`` has a row in the embedding; only the file is read.
-
-    Raises:
-        CheckpointError: if a token has none, or the file is damaged.
-    """
+    """Check that every token of ``tokenizer.json`` has a row in the embedding; only the file is read."""
     for name in tokenizer_directories(path, base):
         file = Path(name) / "tokenizer.json"
         if not file.is_file():

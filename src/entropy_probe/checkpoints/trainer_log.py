@@ -14,8 +14,6 @@ from typing import Any
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.results.live import logged_numbers
 
-__all__ = ["LOGGED", "LOG_FILE", "TrainerLog", "read_history", "read_log"]
-
 LAST = 20
 """How many of the last records are looked at; settings may change during a run."""
 COMPARED = 5
@@ -130,20 +128,12 @@ _OTHER_LOSSES = (
 
 
 def read_log(path: Path) -> TrainerLog:
-    """The end of the log of a checkpoint directory, empty where there is none.
-
-    Raises:
-        DamagedFileError: if the log is not JSON.
-    """
+    """The end of the log of a checkpoint directory, empty where there is none."""
     return TrainerLog(read_history(path)[-LAST:])
 
 
 def read_history(path: Path) -> tuple[dict[str, float], ...]:
-    """All numbers that were logged of training in a checkpoint directory, a record at a time; none without a log.
-
-    Raises:
-        DamagedFileError: if the log is not JSON.
-    """
+    """All numbers that were logged of training in a checkpoint directory, a record at a time; none without a log."""
     file = path / LOG_FILE
     history = read_json(file).get("log_history") if file.is_file() else None
     history = history if isinstance(history, list) else []

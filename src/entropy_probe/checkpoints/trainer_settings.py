@@ -17,8 +17,6 @@ from typing import Any
 from entropy_probe.checkpoints.errors import InvalidValueError, UnsupportedError, shown
 from entropy_probe.checkpoints.safe_read import Inert, read_inert, read_json
 
-__all__ = ["KINDS", "LOSS", "TRAINING_ARGS", "TrainerSettings", "live_settings", "plain", "read_training_args"]
-
 TRAINING_ARGS = "training_args.bin"
 ENTROPY_CONTROL = "entropy_ctrl_state.json"
 
@@ -93,11 +91,7 @@ class TrainerSettings:
 
 
 def read_training_args(path: Path) -> TrainerSettings | None:
-    """The settings in a checkpoint directory of the Hugging Face Trainer; None where the file is missing.
-
-    Raises:
-        CheckpointError: if the file is damaged or holds something else. Whatever it holds, nothing in it runs.
-    """
+    """The settings in a checkpoint directory of the Hugging Face Trainer; None where the file is missing."""
     file = path / TRAINING_ARGS
     if not file.is_file():
         return None
@@ -113,15 +107,7 @@ def read_training_args(path: Path) -> TrainerSettings | None:
 
 
 def live_settings(args: Any, entropy_control: Mapping[str, Any]) -> TrainerSettings:
-    """The settings of a trainer that is running.
-
-    Args:
-        args: its arguments.
-        entropy_control: ``entropy_coef`` and ``last_world_entropy`` of an adaptive bonus as they are now.
-
-    Raises:
-        CheckpointError: for arguments that no trainer trains with.
-    """
+    """The settings of a trainer that is running, with ``entropy_coef`` and ``last_world_entropy`` as they are now."""
     named = f"{type(args).__module__}.{type(args).__qualname__}"
     return _settings(Path("trainer.args"), named, vars(args), lambda: entropy_control, "correct it")
 

@@ -16,8 +16,6 @@ from entropy_probe.checkpoints.trainer_settings import TrainerSettings
 from entropy_probe.results.checkpoint import ABOVE_ZERO, SettingReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
-__all__ = ["TrainingRun", "other_samples"]
-
 REUSED = NoteKind(
     "reused_rollouts",
     "the next step is number {place} of {steps} that training takes on the same rollouts; batches that are sampled "
@@ -72,17 +70,7 @@ class TrainingRun:
     def of(
         cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: Path | None = None
     ) -> TrainingRun:
-        """That of a directory.
-
-        Args:
-            path: the directory.
-            member: the format of its optimizer's state.
-            global_step: optimizer steps taken.
-            settings: the trainer's own config, where it is not beside the checkpoint.
-
-        Raises:
-            CheckpointError: if one of the files is damaged, or the settings are in the directory and given too.
-        """
+        """That of a directory; ``settings`` is the trainer's own config, where it is not beside the checkpoint."""
         beside = member.settings(path)
         if settings is not None:
             if beside is not None and beside.loss is not None:
@@ -95,15 +83,7 @@ class TrainingRun:
 
     @classmethod
     def read(cls, path: Path, settings: Path | None = None) -> TrainingRun:
-        """That of a directory of which nothing is known yet.
-
-        Args:
-            path: the directory.
-            settings: as in :meth:`of`.
-
-        Raises:
-            CheckpointError: if it is no checkpoint, an entry leads outside of it, or one of the files is damaged.
-        """
+        """That of a directory of which nothing is known yet."""
         directory = open_directory(path)
         check_contained(directory)
         member, _ = find_optimizer(directory)
@@ -132,11 +112,7 @@ class TrainingRun:
         return self.log.other_loss() if self.loss is None else None
 
     def refuse_other_loss(self) -> None:
-        """Make sure that the loss may be one of those that are modelled.
-
-        Raises:
-            UnsupportedError: if it is another trainer's.
-        """
+        """Make sure that the loss may be one of those that are modelled."""
         whose = self.other_loss()
         if whose is not None:
             raise UnsupportedError(

@@ -21,18 +21,6 @@ from entropy_probe.checkpoints.errors import (
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
 from entropy_probe.checkpoints.safe_read import read_json
 
-__all__ = [
-    "Shape",
-    "check_base",
-    "check_finite",
-    "check_loaded",
-    "check_related",
-    "check_shapes",
-    "has_weights",
-    "read_weights",
-    "unchanged",
-]
-
 Shape = tuple[int, ...]
 
 
@@ -43,11 +31,7 @@ def has_weights(directory: Path, stem: str) -> bool:
 
 
 def read_weights(directory: Path, stem: str) -> Weights:
-    """The tensors of ``{stem}.safetensors`` or of its index, or those of another format.
-
-    Raises:
-        CheckpointError: if there are none, one that the index names is missing, or a file is damaged.
-    """
+    """The tensors of ``{stem}.safetensors`` or of its index, or those of another format."""
     whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if whole.is_file():
         return safetensors(whole)
@@ -79,11 +63,7 @@ def _shards(directory: Path, index: Path) -> list[Path]:
 
 
 def safetensors(*files: Path) -> Weights:
-    """The tensors of safetensors files, from their headers.
-
-    Raises:
-        DamagedFileError: if one is none.
-    """
+    """The tensors of safetensors files, from their headers."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, StoredTensor] = {}
@@ -99,11 +79,7 @@ def safetensors(*files: Path) -> Weights:
 
 
 def check_base(frozen: Weights, base: Weights) -> None:
-    """Check that the frozen tensors beside an adapter are the base model's, in the lower precision of the two.
-
-    Raises:
-        MismatchError: naming the first that is not.
-    """
+    """Check that the frozen tensors beside an adapter are the base model's, in the lower precision of the two."""
     for path, name, tensor in _tensors(frozen):
         if name not in base.tensors:  # tied
             continue
@@ -123,11 +99,7 @@ def _tensors(weights: Weights) -> Iterator[tuple[Path, str, Tensor]]:
 
 
 def check_shapes(path: Path, stored: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-    """Check that a file holds exactly the expected tensors, with their shapes.
-
-    Raises:
-        CheckpointError: naming what is missing, unknown or of another shape.
-    """
+    """Check that a file holds exactly the expected tensors, with their shapes."""
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
         remedy = "pass intact weights with their own configuration and base model"
@@ -152,16 +124,7 @@ def check_shapes(path: Path, stored: Mapping[str, Shape], expected: Mapping[str,
 
 
 def check_finite(weights: Weights, parameters: Collection[str] = ()) -> None:
-    """Check every floating-point tensor, one at a time.
-
-    Args:
-        weights: the tensors.
-        parameters: names of those that must be floating point.
-
-    Raises:
-        CheckpointError: naming the first tensor with NaN or infinity, of complex numbers, of less than 16 bits, or of
-            whole numbers where a parameter is expected.
-    """
+    """Check every floating-point tensor, one at a time; those of ``parameters`` must be floating point."""
     for path, name, tensor in _tensors(weights):
         whole = name in parameters and not tensor.is_floating_point()
         if whole or tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
@@ -188,11 +151,7 @@ SAMPLED = 2**16
 
 
 def check_related(weights: Weights, before: Weights, start: str) -> None:
-    """Check that weights are near those that training started from, over all matrices.
-
-    Raises:
-        MismatchError: if they are about as far from them as any others of their size.
-    """
+    """Check that weights are near those that training started from, over all matrices."""
     product = own = other = 0.0
     for _, name, tensor in _tensors(weights):
         if name in before.tensors and before.tensors[name].shape == tuple(tensor.shape) and tensor.dim() > 1:
@@ -208,16 +167,7 @@ def check_related(weights: Weights, before: Weights, start: str) -> None:
 
 
 def check_loaded(weights: Weights, loaded: Mapping[str, Tensor], *, all_names: bool) -> None:
-    """Check that a model holds the values of the files, cast to its own precision.
-
-    Args:
-        weights: the files' tensors.
-        loaded: the model's tensors by their name in the files.
-        all_names: whether every tensor of the files must be in ``loaded``.
-
-    Raises:
-        CheckpointError: naming the first tensor that is absent from the model or differs in it.
-    """
+    """Check that a model holds the files' values, by their names there, cast to its own precision."""
     for path, name, tensor in _tensors(weights):
         if name not in loaded:
             if all_names:

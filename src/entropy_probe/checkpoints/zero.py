@@ -20,8 +20,6 @@ from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, sh
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.pieces import COPY, Whole, check_padding, shaped, span
 
-__all__ = ["Buffers", "Shapes", "by_mappings", "by_parameters", "frozen_tensors"]
-
 Shapes = dict[str, tuple[int, ...]]
 """Parameters of a group in order."""
 
@@ -44,15 +42,7 @@ class Buffers:
 
     @classmethod
     def of_ranks(cls, files: Sequence[Path], ranks: Sequence[Sequence[Mapping[str, Any]]]) -> Buffers:
-        """Those of a group, its sub-groups joined.
-
-        Args:
-            files: of the ranks.
-            ranks: what each holds of each sub-group.
-
-        Raises:
-            CheckpointError: if ranks disagree.
-        """
+        """Those of a group, its sub-groups joined, from what each rank holds of each sub-group."""
         keys = {key for key in ranks[0][0] if key not in ("master", "slices")}
         numbers: dict[str, Any] = {}
         for file, own in zip(files, ranks, strict=True):
@@ -101,11 +91,7 @@ def _slices(file: Path, saved: Any) -> dict[str, tuple[int, int]]:
 
 
 def by_mappings(file: Path, own: Buffers, key: str, shapes: Shapes) -> dict[str, Whole]:
-    """Stages 1 and 2: each parameter from the slices that the ranks say they have, in the order of ranks.
-
-    Raises:
-        CheckpointError: if they do not make it up, or what belongs to none is not 0.
-    """
+    """Stages 1 and 2: each parameter from the slices that the ranks say they have, in the order of ranks."""
     pieces = own.pieces(key)
     strangers = sorted({name for mapping in own.slices for name in mapping} - shapes.keys())
     if strangers:
@@ -145,11 +131,7 @@ def _check_rest(where: str, piece: Tensor, used: Sequence[tuple[int, int]]) -> N
 
 
 def by_parameters(file: Path, own: Buffers, key: str, shapes: Shapes) -> dict[str, Whole]:
-    """Stage 3: each parameter from the ranks' equal pieces of it.
-
-    Raises:
-        CheckpointError: if sizes differ, or what fills the last piece up is not 0.
-    """
+    """Stage 3: each parameter from the ranks' equal pieces of it."""
     pieces, whole, at = own.pieces(key), {}, 0
     for name, shape in shapes.items():
         number = prod(shape)
@@ -169,11 +151,7 @@ def by_parameters(file: Path, own: Buffers, key: str, shapes: Shapes) -> dict[st
 
 
 def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set[str]) -> dict[str, Whole]:
-    """Tensors of the model that were not trained: whole in one file, or with ZeRO 3 in pieces in all.
-
-    Raises:
-        DamagedFileError: if pieces are missing, or do not make up their tensors.
-    """
+    """Tensors of the model that were not trained: whole in one file, or with ZeRO 3 in pieces in all."""
     frozen = {
         plain_name(name): Whole(tuple(tensor.shape), tensor.dtype, tensor.clone)
         for name, tensor in models[0]["module"].items()

@@ -74,7 +74,7 @@ class RecordedStep:
         probe, off = EntropyProbe(state.model, state.optimizer, config.probe), 0.0
         for record, file in self.between:
             norm = probe.take(Rollouts.from_parquet(file), rate_factor=self._rate_factor(state, record))
-            if (recorded := _norm(record)) is not None:
+            if (recorded := record.number("gradient_norm")) is not None:
                 off = max(off, abs(norm - recorded) / recorded if recorded else norm)
             if off > TOLERANCE:
                 raise ValueError(
@@ -91,8 +91,7 @@ class RecordedStep:
     def _rate_factor(self, state: CheckpointState, record: StepRecord) -> float:
         """A step's learning rate over the optimizer's present one."""
         assert state.optimizer is not None
-        own = record.learning_rate
-        own = record.logged("learning_rate") if own is None else own
+        own = record.number("learning_rate")
         now = max(group["lr"] for group in state.optimizer.param_groups)
         return 1.0 if own is None or not now else own / now
 
@@ -103,13 +102,9 @@ class RecordedStep:
             entropy, predicted = record.entropy, record.predicted
             yield AS_RECORDED(step=record.step, predicted=predicted.value, predicted_se=predicted.standard_error,
                               entropy=entropy.value, entropy_se=entropy.standard_error, unit=entropy.unit)  # fmt: skip
-        own, recorded = result.diagnostics.gradient_norm, _norm(record)
+        own, recorded = result.diagnostics.gradient_norm, record.number("gradient_norm")
         if recorded and abs(own - recorded) > TOLERANCE * recorded:
             yield OTHER_GRADIENT(step=record.step, own=own, recorded=recorded)
-
-
-def _norm(record: StepRecord) -> float | None:
-    return record.gradient_norm if record.gradient_norm is not None else record.logged("gradient_norm")
 
 
 def recorded_step(text: str) -> RecordedStep:

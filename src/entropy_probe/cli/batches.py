@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -174,123 +174,107 @@ def collect_batches(
     What is sampled goes into the output directory, is recorded there, and is read back, so that a command that resumes
     sees the same; what is recorded already is not sampled again.
     """
-    from entropy_probe.rollouts.batch import Rollouts
-    from entropy_probe.sampling import share_engine
-
-    engine, seconds, writes = engine_for(config, state, ranks), {}, output.writes
-
-    def collected(batch: Batch, config: RunConfig, output: Output) -> tuple[Rollouts, Output]:
-        given = getattr(sources, batch)
-        if given is not None:
-            return given, output
-
-        def collect(engine: Engine | None) -> tuple[Rollouts, Output, dict[str, float]]:
-            there, took = output, {}
-            if batch not in there.inputs.rollouts:
-                notes, took = _sample_batch(batch, config, state, sources, there, engine, progress)
-                there = there.record(batch, notes)
-            return Rollouts.from_parquet(there.batch_file(batch)), there, took
-
-        rollouts, there, took = share_engine(ranks, engine, collect, together=config.shard)
-        seconds.update(took)
-        return rollouts, replace(there, writes=writes)
-
-    update, output = collected("update", config, output)
-    evaluation = None
+    sampling = _Sampling(config, sources, state, engine_for(config, state, ranks), ranks, progress)
+    update, output, _ = sampling.collect("update", output)
+    evaluation, seconds = None, {}
     if not config.needs_no_evaluation:
         if sources.evaluation is None and required(config.evaluation).needs_pilot:
             if output.inputs.pilot is None and "evaluation" not in output.inputs.rollouts:
-                output = _pilot(config, output, sources, state, engine, probe, update, ranks, progress)
+                output = sampling.take_pilot(output, probe, update)
             pilot = required(output.inputs.pilot)
             sized = required(config.evaluation).sized(pilot.sequences, pilot.draws)
-            config = config.model_copy(update={"evaluation": sized})
-        evaluation, output = collected("evaluation", config, output)
+            sampling = replace(sampling, config=config.model_copy(update={"evaluation": sized}))
+        evaluation, output, seconds = sampling.collect("evaluation", output)
     said = () if output.inputs.pilot is None else output.inputs.pilot.notes
     notes = [note for recorded in output.inputs.rollouts.values() for note in recorded.notes]
     return Collected(update, evaluation, (*said, *notes), seconds)
 
 
-def _pilot(
-    config: RunConfig,
-    output: Output,
-    sources: Sources,
-    state: CheckpointState,
-    engine: Engine | None,
-    probe: EntropyProbe,
-    update: Rollouts,
-    ranks: Ranks,
-    progress: Phase,
-) -> Output:
-    """Sample a pilot, probe it, and record what to draw."""
-    from entropy_probe.cli.pilot import decide
-    from entropy_probe.sampling import sample_pilot, share_engine
+@dataclass(frozen=True, eq=False)
+class _Sampling:
+    """What the batches of a run are sampled with on this rank."""
 
-    settings = required(config.evaluation)
+    config: RunConfig
+    sources: Sources
+    state: CheckpointState
+    engine: Engine | None
+    ranks: Ranks
+    progress: Phase
 
-    def sample(engine: Engine | None) -> tuple[Rollouts, float]:
-        subject = (_checked(config, engine), state.tokenizer, sources.prompts)
-        rollouts, report = sample_pilot(*subject, settings, _parameters(config), partial(progress, "sample pilot"))
-        return rollouts, report.seconds
+    def _share(self, sample: Callable[[Engine | None], T]) -> T:
+        from entropy_probe.sampling import share_engine
 
-    pilot, seconds = share_engine(ranks, engine, sample, together=config.shard)
-    result = probe.run(update=update, evaluation=pilot)
-    with ranks.agreeing():
-        decided = decide(settings, len(sources.prompts), result, pilot, seconds)
-    (decided,) = ranks.broadcast([decided])  # other ranks have other clocks
-    with ranks.agreeing():
-        return output.record_pilot(decided)
+        return share_engine(self.ranks, self.engine, sample, together=self.config.shard)
 
+    def _subject(self, engine: Engine | None) -> tuple[Engine, Any, list[Prompt]]:
+        """Engine, tokenizer and prompts; a ``ValueError`` where there is no tokenizer."""
+        if engine is None:
+            raise ValueError(
+                f"{self.config.checkpoint}: expected a tokenizer to sample with, found none there or with the base "
+                "model; copy its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved "
+                "batches"
+            )
+        return engine, self.state.tokenizer, self.sources.prompts
 
-def _checked(config: RunConfig, engine: Engine | None) -> Engine:
-    """The engine.
+    def collect(self, batch: Batch, output: Output) -> tuple[Rollouts, Output, dict[str, float]]:
+        """A batch as given or sampled, the output that has it, and the seconds that sampling evaluation took."""
+        from entropy_probe.rollouts.batch import Rollouts
 
-    Raises:
-        ValueError: if there is no tokenizer to sample with.
-    """
-    if engine is None:
-        raise ValueError(
-            f"{config.checkpoint}: expected a tokenizer to sample with, found none there or with the base model; copy "
-            "its files into the checkpoint, or set rollouts.update and rollouts.evaluation to saved batches"
-        )
-    return engine
+        given = getattr(self.sources, batch)
+        if given is not None:
+            return given, output, {}
 
+        def sample(engine: Engine | None) -> tuple[Rollouts, Output, dict[str, float]]:
+            there, seconds = output, {}
+            if batch not in there.inputs.rollouts:
+                notes, seconds = self._sample(batch, there, engine)
+                there = there.record(batch, notes)
+            return Rollouts.from_parquet(there.batch_file(batch)), there, seconds
 
-def _sample_batch(
-    batch: Batch,
-    config: RunConfig,
-    state: CheckpointState,
-    sources: Sources,
-    output: Output,
-    engine: Engine | None,
-    progress: Phase,
-) -> tuple[list[Note], dict[str, float]]:
-    """Sample one of the two batches as configured into its file; notes on how that went, and seconds of evaluation."""
-    from entropy_probe.sampling import prompt_notes, sample_evaluation_file, sample_update
-    from entropy_probe.scoring.cache import fingerprint
+        rollouts, there, seconds = self._share(sample)
+        return rollouts, replace(there, writes=output.writes), seconds
 
-    parameters = _parameters(config)
-    subject = (_checked(config, engine), state.tokenizer, sources.prompts)
-    report_progress = partial(progress, f"sample {batch}")
-    notes = [note.about(batch) for note in prompt_notes(state.tokenizer, sources.prompts)]
-    if batch == "update":
-        reward, settings = required(sources.reward), required(config.update)
-        rollouts, report = sample_update(*subject, reward, settings, parameters, report_progress)
-        if config.probe.loss.needs_old:  # fresh rollouts are the policy's own
-            rollouts = replace(rollouts, old_logprobs=rollouts.sampled_logprobs)
-        rollouts.to_parquet(output.batch_file(batch))
-        return _describe(batch, report, config) + notes, {}
-    policy = fingerprint([*state.model.named_parameters(), *state.model.named_buffers()])
-    report = sample_evaluation_file(
-        *subject,
-        required(config.evaluation),
-        parameters,
-        output.batch_file(batch),
-        shards=output.shards,
-        policy=f"{config.generation.engine} {policy}",
-        progress=report_progress,
-        on_damaged=say,
-    )
-    return _describe(batch, report, config) + notes, {SAMPLING: report.seconds}
+    def take_pilot(self, output: Output, probe: EntropyProbe, update: Rollouts) -> Output:
+        """Sample a pilot, probe it, and record what to draw."""
+        from entropy_probe.cli.pilot import decide
+        from entropy_probe.sampling import sample_pilot
+
+        settings, ranks = required(self.config.evaluation), self.ranks
+
+        def sample(engine: Engine | None) -> tuple[Rollouts, float]:
+            how = (settings, _parameters(self.config), partial(self.progress, "sample pilot"))
+            rollouts, report = sample_pilot(*self._subject(engine), *how)
+            return rollouts, report.seconds
+
+        pilot, seconds = self._share(sample)
+        result = probe.run(update=update, evaluation=pilot)
+        with ranks.agreeing():
+            decided = decide(settings, len(self.sources.prompts), result, pilot, seconds)
+        (decided,) = ranks.broadcast([decided])  # other ranks have other clocks
+        with ranks.agreeing():
+            return output.record_pilot(decided)
+
+    def _sample(self, batch: Batch, output: Output, engine: Engine | None) -> tuple[list[Note], dict[str, float]]:
+        """Sample a batch into its file; notes on how that went, and seconds of evaluation."""
+        from entropy_probe.sampling import prompt_notes, sample_evaluation_file, sample_update
+        from entropy_probe.scoring.cache import fingerprint
+
+        config, model = self.config, self.state.model
+        subject, how = self._subject(engine), (_parameters(config), partial(self.progress, f"sample {batch}"))
+        notes = [note.about(batch) for note in prompt_notes(self.state.tokenizer, self.sources.prompts)]
+        file, seconds = output.batch_file(batch), {}
+        if batch == "update":
+            rollouts, report = sample_update(*subject, required(self.sources.reward), required(config.update), *how)
+            if config.probe.loss.needs_old:  # fresh rollouts are the policy's own
+                rollouts = replace(rollouts, old_logprobs=rollouts.sampled_logprobs)
+            rollouts.to_parquet(file)
+        else:
+            policy = f"{config.generation.engine} {fingerprint([*model.named_parameters(), *model.named_buffers()])}"
+            parameters, progress = how
+            where = {"shards": output.shards, "policy": policy, "progress": progress, "on_damaged": say}
+            report = sample_evaluation_file(*subject, required(config.evaluation), parameters, file, **where)
+            seconds = {SAMPLING: report.seconds}
+        return _describe(batch, report, config) + notes, seconds
 
 
 def required(value: T | None) -> T:

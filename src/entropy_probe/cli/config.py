@@ -137,74 +137,67 @@ class RunConfig(BaseModel):
         return with_paths(settings)
 
     @model_validator(mode="after")
-    def _check_prompts(self) -> RunConfig:
-        if self.update is not None and self.update.num_prompts < 2:
-            raise ValueError("update.num_prompts: expected at least 2, since one prompt has no standard error, got 1")
+    def _check(self) -> RunConfig:
+        problem = next(self._problems(), None)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.questions:
+            from entropy_probe.questions.base import check_questions
+
+            check_questions(self.questions)
         return self
 
-    @model_validator(mode="after")
-    def _check_rewards(self) -> RunConfig:
+    def _problems(self) -> Iterator[str]:
+        """What does not go together, in a line each."""
+        if self.update is not None and self.update.num_prompts < 2:
+            yield "update.num_prompts: expected at least 2, since one prompt has no standard error, got 1"
         count = 0 if self.reward is None else 1 if isinstance(self.reward, str) else len(self.reward)
         if count == 0 and self.reward is not None:
-            raise ValueError("reward: expected at least one, got an empty list; name a reward")
+            yield "reward: expected at least one, got an empty list; name a reward"
         if self.reward_weights is not None and len(self.reward_weights) != count:
-            raise ValueError(
-                f"reward_weights: expected one for each of the {count} rewards, got {len(self.reward_weights)}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_sources(self) -> RunConfig:
-        for batch in ("update",) if self.needs_no_evaluation else ("update", "evaluation"):
-            if getattr(self.rollouts, batch) is not None:
-                continue
-            needed = {
-                batch: getattr(self, batch),
-                "prompts": self.prompts,
-                **({"reward": self.reward} if batch == "update" else {}),
-            }
-            for key, value in needed.items():
-                if value is None:
-                    raise ValueError(
-                        f"{key}: required to sample the {batch} batch, but missing; set it, or set rollouts.{batch} "
-                        "to a saved batch"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _check_places(self) -> RunConfig:
-        for batch, other in (("update", "evaluation"), ("evaluation", "update")):
-            path = getattr(self.rollouts, batch)
-            if path is not None and path.absolute() == self.output_dir.absolute() / f"{other}.parquet":
-                raise ValueError(
-                    f"rollouts.{batch}: lies in output_dir where the {other} batch goes; choose another output_dir"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_reference(self) -> RunConfig:
+            yield f"reward_weights: expected one for each of the {count} rewards, got {len(self.reward_weights)}"
+        yield from self._problems_of_batches()
         if self.reference is not None and self.shard:
-            raise ValueError("reference: expected shard: false beside it, got true; record reference_logprobs instead")
-        return self
-
-    @model_validator(mode="after")
-    def _check_server(self) -> RunConfig:
+            yield "reference: expected shard: false beside it, got true; record reference_logprobs instead"
         if self.generation.server is not None and self.probe.on_low_ess == "resample":
-            raise ValueError(
+            yield (
                 "probe.on_low_ess: expected psis or refuse beside generation.server, which does not have the policy "
                 "after the step, got resample; change it, or use generation.engine: hf"
             )
-        return self
+        yield from self._problems_of_attribution()
+        if self.questions and self.needs_no_evaluation:
+            yield (
+                f"questions: expected mode two_batch or both, whose prediction they are about, got {self.mode}; change "
+                "the mode, or leave them out"
+            )
 
-    @model_validator(mode="after")
-    def _check_attribution(self) -> RunConfig:
+    def _problems_of_batches(self) -> Iterator[str]:
+        for batch in self._sampled:
+            needed = {batch: getattr(self, batch), "prompts": self.prompts}
+            needed |= {"reward": self.reward} if batch == "update" else {}
+            for key in (key for key, value in needed.items() if value is None):
+                yield (
+                    f"{key}: required to sample the {batch} batch, but missing; set it, or set rollouts.{batch} to a "
+                    "saved batch"
+                )
+        for batch, other in (("update", "evaluation"), ("evaluation", "update")):
+            path = getattr(self.rollouts, batch)
+            if path is not None and path.absolute() == self.output_dir.absolute() / f"{other}.parquet":
+                yield f"rollouts.{batch}: lies in output_dir where the {other} batch goes; choose another output_dir"
+
+    @property
+    def _sampled(self) -> list[str]:
+        """The batches that are needed and not given."""
+        batches = ("update",) if self.needs_no_evaluation else ("update", "evaluation")
+        return [batch for batch in batches if getattr(self.rollouts, batch) is None]
+
+    def _problems_of_attribution(self) -> Iterator[str]:
         if self.attribution and self.shard:
-            raise ValueError("attribution: expected shard: false beside it, since it needs whole parameters, got true")
+            yield "attribution: expected shard: false beside it, since it needs whole parameters, got true"
         folds = None if self.attribution_folds == "auto" else self.attribution_folds
-        alone = self.attribution and self.needs_no_evaluation
-        if alone and (self.probe.geometry == "frozen" or folds is not None):
+        if self.attribution and self.needs_no_evaluation and (self.probe.geometry == "frozen" or folds is not None):
             what = "probe.geometry" if folds is None else "attribution_folds"
-            raise ValueError(
+            yield (
                 f"{what}: expected evaluation rollouts where it is set beside attribution, got mode one_batch; change "
                 "the mode, or leave it out"
             )
@@ -212,27 +205,10 @@ class RunConfig(BaseModel):
         if self.origins and self.needs_no_evaluation:
             raise ValueError("origins: expected evaluation rollouts beside it, got mode one_batch; change the mode")
         if folds is not None and not self.attribution:
-            raise ValueError("attribution_folds: expected attribution: true beside it, got false; set it too")
+            yield "attribution_folds: expected attribution: true beside it, got false; set it too"
         drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None
         if folds is not None and drawn is not None and folds > drawn:
-            raise ValueError(
-                f"attribution_folds: expected at most the {drawn} clusters of the evaluation batch, got {folds}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_questions(self) -> RunConfig:
-        if not self.questions:
-            return self
-        from entropy_probe.questions.base import check_questions
-
-        check_questions(self.questions)
-        if self.needs_no_evaluation:
-            raise ValueError(
-                f"questions: expected mode two_batch or both, whose prediction they are about, got {self.mode}; change "
-                "the mode, or leave them out"
-            )
-        return self
+            yield f"attribution_folds: expected at most the {drawn} clusters of the evaluation batch, got {folds}"
 
     def check_filled(self) -> None:
         """Check what the trainer's settings are part of, once they were filled in from the checkpoint.
@@ -241,8 +217,7 @@ class RunConfig(BaseModel):
             ValueError: if responses are to be sampled and neither the config nor the checkpoint has their largest
                 length, or a reference is given that the loss has no use for.
         """
-        batches = ("update",) if self.needs_no_evaluation else ("update", "evaluation")
-        sampled = next((batch for batch in batches if getattr(self.rollouts, batch) is None), None)
+        sampled = next(iter(self._sampled), None)
         missing = "but missing, and the checkpoint does not tell it; set it"
         if self.probe.max_completion_length is None and sampled is not None:
             raise ValueError(
@@ -360,7 +335,7 @@ def load_config(
     Args:
         path: the YAML file; None for no settings but those below.
         overrides: dotted ``key=value`` replacements, in order.
-        options: values of command-line options by dotted key, applied last; None leaves a key alone.
+        options: values of command-line options by dotted key, applied last; None and False leave a key alone.
         kind: the class of the config: :class:`RunConfig`, or one that adds a section to it.
         allow_code: whether it may name any function; otherwise those of packages that the user has allowed.
 
@@ -369,7 +344,8 @@ def load_config(
             with the code that it names and may not.
     """
     # JSON values are YAML values, whatever characters they hold.
-    given = [f"{key}={json.dumps(value)}" for key, value in (options or {}).items() if value is not None]
+    chosen = {key: value for key, value in (options or {}).items() if value is not None and value is not False}
+    given = [f"{key}={json.dumps(value, default=str)}" for key, value in chosen.items()]
     settings = {} if path is None else load_yaml(path)
     place = "settings" if path is None else str(path)
     if settings.get("overwrite") not in (None, False):

@@ -54,10 +54,9 @@ def demo(
     examples/smollm2 and runs/demo-smollm2, and a run that was ended goes on where it was.
     """
     import torch
-    from rich.console import Console
 
     from entropy_probe.cli.config import RunConfig
-    from entropy_probe.cli.report import print_run
+    from entropy_probe.cli.report import run_report
     from entropy_probe.cli.run import probe_checkpoint
     from entropy_probe.cli.timeline import read_timelines, show_timelines
     from entropy_probe.demo.train import quiet
@@ -77,7 +76,7 @@ def demo(
                 **chosen.settings,
             }
         )
-        print_run(chosen.output_dir, probe_checkpoint(config, ALONE), Console())
+        run_report(chosen.output_dir, probe_checkpoint(config, ALONE)).show()
         show_timelines(read_timelines([chosen.directory]), chosen.output_dir)
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands on a checkpoint share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ __all__ = [
     "BaseModel",
     "Copy",
     "Mapping",
+    "OutputDir",
+    "Overrides",
+    "Overwrite",
     "Policy",
     "Quantization",
     "TrainerConfig",
@@ -22,6 +25,12 @@ __all__ = [
     "parse_quantization",
 ]
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
+]
+OutputDir = Annotated[Path | None, typer.Option(help="Where the results go.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")]
 BaseModel = Annotated[
     str | None,
     typer.Option(help="The base model of an adapter; with full weights, the model that training started from."),

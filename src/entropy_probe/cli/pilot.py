@@ -31,14 +31,7 @@ SIZED = NoteKind(
 
 
 def decide(settings: EvaluationSettings, source: int, result: ProbeResult, pilot: Rollouts, seconds: float) -> Pilot:
-    """What to draw.
-
-    Args:
-        settings: the wish.
-        source: prompts there are to draw from.
-        result: the probe of the pilot.
-        pilot: the pilot.
-        seconds: that sampling it took.
+    """What to draw of ``source`` prompts, by the probe of a pilot that took so many seconds to sample.
 
     Raises:
         ValueError: if the pilot does not say what is asked of it.

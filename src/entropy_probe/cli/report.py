@@ -10,64 +10,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from entropy_probe.report import Section
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.results.sweep import Sweep
 
-__all__ = ["print_run", "report", "write_run_report", "write_sweep_report"]
+__all__ = ["Report", "report", "run_report", "sweep_report"]
 
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="RESULT_DIR", help="A run's or a sweep's output directory.")],
 ) -> None:
     """Show a saved result or sweep; write its report.html and its figures again. Needs no model."""
-    from rich.console import Console
-
     from entropy_probe.cli.output import unfinished
     from entropy_probe.cli.sweep import load_sweeps
-    from entropy_probe.report import print_files, print_sections
     from entropy_probe.results.probe import ProbeResult
 
-    where, console = directory if directory.is_dir() else directory.parent, Console()
+    where = directory if directory.is_dir() else directory.parent
     sweeps = load_sweeps(directory)
     if not sweeps and (reason := unfinished(directory)):
         raise ValueError(reason)
-    shown = _of_sweeps(where, sweeps) if sweeps else _of_run(where, ProbeResult.load(directory))
-    # The tables first: they are shown also where nothing can be written.
-    print_sections(shown.sections, console)
-    try:
-        shown.write()
-    except OSError as error:
-        raise ValueError(f"{where}: cannot write the report: {error.strerror}; copy the directory elsewhere") from error
-    print_files(where, console)
-
-
-def print_run(directory: Path, result: ProbeResult, console: Console) -> None:
-    """Show a run, with all that its directory has of it."""
-    from entropy_probe.report import print_files, print_sections
-
-    print_sections(_of_run(directory, result).sections, console)
-    print_files(directory, console)
-
-
-def write_run_report(directory: Path, result: ProbeResult) -> None:
-    """Write ``report.html`` and the figures of a run into its directory, with the attribution and settings found there.
-
-    Raises:
-        ValueError: if the tables of the attribution cannot be used.
-    """
-    _of_run(directory, result).write()
-
-
-def write_sweep_report(directory: Path, sweeps: Mapping[str, Sweep]) -> None:
-    """Write ``report.html`` and the figures of a sweep, or of several, into its directory."""
-    _of_sweeps(directory, sweeps).write()
+    shown = sweep_report(where, sweeps) if sweeps else run_report(where, ProbeResult.load(directory))
+    shown.show(write=True)
 
 
 @dataclass(frozen=True)
-class _Report:
+class Report:
     """What is shown of a directory, the checkpoint's name in it, and where its page and its figures go."""
 
     sections: tuple[Section, ...]
@@ -75,7 +42,29 @@ class _Report:
     directory: Path
     figures: Path
 
+    def show(self, *, write: bool = False) -> None:
+        """Print it, with what the directory holds; the page and the figures are written in between if asked for.
+
+        Raises:
+            ValueError: if they cannot be written, once all but the files is printed.
+        """
+        from rich.console import Console
+
+        from entropy_probe.report import print_files, print_sections
+
+        console = Console()
+        print_sections(self.sections, console)
+        try:
+            if write:
+                self.write()
+        except OSError as error:
+            raise ValueError(
+                f"{self.directory}: cannot write the report: {error.strerror}; copy the directory elsewhere"
+            ) from error
+        print_files(self.directory, console)
+
     def write(self) -> None:
+        """Write ``report.html`` and the figures."""
         from entropy_probe.report import REPORT_FILE, figure_files, page
         from entropy_probe.results.record import write_atomically
 
@@ -85,7 +74,12 @@ class _Report:
         write_atomically(self.directory / REPORT_FILE, page(self.sections, name=self.name).encode())
 
 
-def _of_run(directory: Path, result: ProbeResult) -> _Report:
+def run_report(directory: Path, result: ProbeResult) -> Report:
+    """A run, with the attribution, the validation, the answers and the settings that its directory has.
+
+    Raises:
+        ValueError: if one of them cannot be used.
+    """
     from entropy_probe.cli.output import FIGURES
     from entropy_probe.report import read_tables, run_sections
     from entropy_probe.results.validation import VALIDATION_FILE, Validation
@@ -93,7 +87,7 @@ def _of_run(directory: Path, result: ProbeResult) -> _Report:
     validation = Validation.load(directory) if (directory / VALIDATION_FILE).is_file() else None
     config, name = _settings(directory)
     sections = run_sections(result, read_tables(directory), validation, config, _answers(directory))
-    return _Report(sections, name, directory, directory / FIGURES)
+    return Report(sections, name, directory, directory / FIGURES)
 
 
 def _answers(directory: Path) -> tuple[Section, ...]:
@@ -108,12 +102,13 @@ def _answers(directory: Path) -> tuple[Section, ...]:
     return tuple(asked.section(asked.Answer.load(directory)) for asked in there)
 
 
-def _of_sweeps(directory: Path, sweeps: Mapping[str, Sweep]) -> _Report:
+def sweep_report(directory: Path, sweeps: Mapping[str, Sweep]) -> Report:
+    """A sweep, or several by the checkpoint's name, in their directory."""
     from entropy_probe.report import sweep_sections
 
     config, name = _settings(directory)
     name = name if "" in sweeps else directory.absolute().name
-    return _Report(sweep_sections(sweeps, config), name, directory, directory)
+    return Report(sweep_sections(sweeps, config), name, directory, directory)
 
 
 def _settings(directory: Path) -> tuple[str | None, str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
-from entropy_probe.cli.options import AllowCode, TrustConfig
+from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, Overwrite, TrustConfig
 from entropy_probe.cli.output import Output, locked, open_output
 from entropy_probe.results.probe import ProbeResult
 
@@ -37,11 +36,8 @@ def run(
             metavar="CONFIG.yaml", help="Settings; relative paths in it are relative to the current directory."
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
     at: Annotated[
         str | None,
         typer.Option(
@@ -51,26 +47,18 @@ def run(
         ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the checkpoint's learning rate.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
-    ] = False,
+    overwrite: Overwrite = False,
     trust_config: TrustConfig = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Probe a checkpoint: predict the next step's entropy change, and measure it."""
-    from rich.console import Console
-
     from entropy_probe.cli.at import recorded_step
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
-    from entropy_probe.cli.report import print_run
+    from entropy_probe.cli.report import run_report
 
-    options = {
-        "output_dir": None if output_dir is None else str(output_dir),
-        "probe.learning_rate": learning_rate,
-        "overwrite": overwrite or None,
-        "trust_config": trust_config or None,
-    }
+    options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
+    options["probe.learning_rate"] = learning_rate
     if config is None and at is None:
         raise ValueError("run: expected CONFIG.yaml, or --at RUN_DIR:STEP for a recorded step, got neither; give one")
     if config is not None and at is not None and "=" in str(config):
@@ -82,7 +70,7 @@ def run(
         settings = load_config(config, overrides or (), options, allow_code=allow_code)
         result = probe_checkpoint(settings, ranks, step=step)
         if ranks.rank == 0:
-            print_run(settings.output_dir, result, Console())
+            run_report(settings.output_dir, result).show()
 
 
 def open_checkpoint(config: RunConfig) -> CheckpointState:
@@ -185,7 +173,7 @@ def probe_checkpoint(
     from entropy_probe.analyses.validate import check_halves
     from entropy_probe.cli.from_checkpoint import with_trainer_settings
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.report import write_run_report
+    from entropy_probe.cli.report import run_report
 
     config, of_config = with_trainer_settings(config)
     writing = ranks.rank == 0
@@ -204,7 +192,7 @@ def probe_checkpoint(
         else:
             sources = replace(sources, notes=(*of_config, *sources.notes))
             result = _probe_into(output, sources, ranks, progress, halves, step)
-        output.finish(partial(write_run_report, output.path, result))
+        output.finish(lambda: run_report(output.path, result).write())
     return result
 
 
@@ -219,7 +207,7 @@ def _probe_into(
     """Load, sample, probe and validate; rank 0 writes what comes of it."""
     from entropy_probe.analyses.log_check import against_log
     from entropy_probe.analyses.provenance import Clock
-    from entropy_probe.cli.report import write_run_report
+    from entropy_probe.cli.report import run_report
 
     config, clock = output.config, Clock(progress)
     if config.origins and step is not None and step.between:
@@ -257,7 +245,7 @@ def _probe_into(
             )
         except BaseException:
             if output.writes:
-                write_run_report(output.path, result)
+                run_report(output.path, result).write()
             raise
         if output.writes:
             validation.save(output.path)

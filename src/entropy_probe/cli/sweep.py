@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
-from entropy_probe.cli.options import AllowCode, TrustConfig
+from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, TrustConfig
 from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, locked, open_output
 from entropy_probe.results.record import Kept, SavedRecord, write_atomically
 from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
@@ -32,11 +31,8 @@ def sweep(
         Path,
         typer.Argument(metavar="CONFIG.yaml", help="A run's settings with a section sweep; relative paths as for run."),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as sweep.num=12."),
-    ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier sweep in the output directory and start afresh.")
     ] = False,
@@ -47,26 +43,18 @@ def sweep(
 
     A sweep that was interrupted resumes where it stopped when the same command is given again.
     """
-    from rich.console import Console
-
     from entropy_probe.cli.config import load_config
     from entropy_probe.cli.ranks import launched_ranks
+    from entropy_probe.cli.report import sweep_report
     from entropy_probe.cli.sweep_config import SweepConfig
-    from entropy_probe.report import print_files, print_sections, sweep_sections
 
-    options = {
-        "output_dir": None if output_dir is None else str(output_dir),
-        "overwrite": overwrite or None,
-        "trust_config": trust_config or None,
-    }
+    options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options, SweepConfig, allow_code=allow_code)
         assert isinstance(settings, SweepConfig)
         sweeps = sweep_checkpoints(settings, ranks)
         if ranks.rank == 0:
-            console = Console()
-            print_sections(sweep_sections(sweeps), console)
-            print_files(settings.output_dir, console)
+            sweep_report(settings.output_dir, sweeps).show()
 
 
 def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
@@ -83,7 +71,7 @@ def sweep_checkpoints(config: SweepConfig, ranks: Ranks) -> dict[str, Sweep]:
 
 def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) -> dict[str, Sweep]:
     """A sweep for each of several checkpoints, and what compares them."""
-    from entropy_probe.cli.report import write_sweep_report
+    from entropy_probe.cli.report import sweep_report
 
     writing = ranks.rank == 0
     if writing:
@@ -94,7 +82,7 @@ def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) 
         with locked(one.output_dir) if writing else nullcontext():
             sweeps[one.output_dir.name] = sweep_checkpoint(one, ranks)
     if writing:
-        write_sweep_report(config.output_dir, sweeps)
+        sweep_report(config.output_dir, sweeps).write()
     return sweeps
 
 
@@ -106,7 +94,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
     from entropy_probe.cli.batches import read_sources
     from entropy_probe.cli.from_checkpoint import with_trainer_settings
     from entropy_probe.cli.progress import show_progress
-    from entropy_probe.cli.report import write_sweep_report
+    from entropy_probe.cli.report import sweep_report
 
     settings, of_config = with_trainer_settings(config)
     assert isinstance(settings, type(config))
@@ -119,7 +107,7 @@ def sweep_checkpoint(config: SweepConfig, ranks: Ranks) -> Sweep:
         else:
             sources = replace(sources, notes=(*of_config, *sources.notes))
             sweep = _sweep_into(output, config, sources, ranks, progress)
-    output.finish(partial(write_sweep_report, output.path, {"": sweep}))
+    output.finish(lambda: sweep_report(output.path, {"": sweep}).write())
     return sweep
 
 

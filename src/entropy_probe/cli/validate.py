@@ -7,23 +7,18 @@ from typing import Annotated
 
 import typer
 
-from entropy_probe.cli.options import AllowCode, TrustConfig
+from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, Overwrite, TrustConfig
 
 __all__ = ["validate"]
 
 
 def validate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A run's settings; relative paths as for run.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
-    ] = None,
+    overrides: Overrides = None,
     subsets: Annotated[int, typer.Option(min=4, help="How many random halves of the update prompts.")] = 40,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random halves.")] = 0,
-    output_dir: Annotated[Path | None, typer.Option(help="Where the results go.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")
-    ] = False,
+    output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
     trust_config: TrustConfig = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -31,20 +26,14 @@ def validate(
 
     Writes what a run writes, then validation.json beside it.
     """
-    from rich.console import Console
-
     from entropy_probe.cli.config import ValidateConfig, load_config
     from entropy_probe.cli.ranks import launched_ranks
-    from entropy_probe.cli.report import print_run
+    from entropy_probe.cli.report import run_report
     from entropy_probe.cli.run import probe_checkpoint
 
-    options = {
-        "output_dir": None if output_dir is None else str(output_dir),
-        "overwrite": overwrite or None,
-        "trust_config": trust_config or None,
-    }
+    options = {"output_dir": output_dir, "overwrite": overwrite, "trust_config": trust_config}
     with launched_ranks() as ranks:
         settings = load_config(config, overrides or (), options, ValidateConfig, allow_code=allow_code)
         result = probe_checkpoint(settings, ranks, (subsets, seed))
         if ranks.rank == 0:
-            print_run(settings.output_dir, result, Console())
+            run_report(settings.output_dir, result).show()

@@ -13,8 +13,6 @@ from entropy_probe.dumps.samples import Sample
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.sampling import ScaleRewards, group_advantages
 
-__all__ = ["compared", "recomputed", "rewards_of"]
-
 RECOMPUTED = NoteKind(
     "advantages_recomputed",
     "the dump has no advantages: they are recomputed from its rewards, {rule}",
@@ -43,15 +41,7 @@ TOLERANCE = 2e-3
 
 
 def rewards_of(samples: Sequence[Sample], weights: Sequence[float] | None) -> Float[Tensor, " N"] | None:
-    """The reward of each rollout, the weighted sum where there are several; None where one has none.
-
-    Args:
-        samples: the rollouts.
-        weights: of several rewards, in their order; 1 each by default.
-
-    Raises:
-        ValueError: if there are as many weights as there are no rewards.
-    """
+    """The reward of each rollout, the weighted sum where there are several; None where one has none."""
     if all(sample.reward is not None for sample in samples):
         return torch.tensor([sample.reward for sample in samples])
     names = list(dict.fromkeys(name for sample in samples for name in sample.rewards or ()))
@@ -68,11 +58,7 @@ def recomputed(
 ) -> tuple[Float[Tensor, " N"], str, tuple[Note, ...]]:
     """Advantages by the trainer's default rule, what that is, and what to say of it.
 
-    Args:
-        layout: whose rewards.
-        rewards: of each rollout.
-        prompt_ids: which rollouts are compared.
-        grouped: whether the dump says that.
+    ``grouped`` is whether the dump says which rollouts are compared.
     """
     rule = next(name for name, (scale, _) in RULES.items() if scale == layout.scale)
     rule = rule if layout.scale == "none" else f"{rule} + {layout.epsilon:g}"
@@ -86,13 +72,9 @@ def recomputed(
 def compared(
     layout: Layout, own: Float[Tensor, " N"], rewards: Float[Tensor, " N"], prompt_ids: Int[Tensor, " N"]
 ) -> tuple[str | None, Note | None]:
-    """By which rule rewards give a dump's advantages; None, with a note, where no known one does.
+    """By which rule rewards give a dump's own advantages; None, with a note, where no known one does.
 
-    Args:
-        layout: whose they are.
-        own: the dump's.
-        rewards: of each rollout.
-        prompt_ids: which rollouts are compared; at least two of each.
+    Of each prompt there are at least two.
     """
     _, group, counts = prompt_ids.unique(return_inverse=True, return_counts=True)
     n = counts[group].double()

@@ -21,8 +21,6 @@ from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 from entropy_probe.rollouts.parquet import is_rollouts
 
-__all__ = ["Converted", "Dump", "describe_batch", "read_dump"]
-
 RESTORED = NoteKind(
     "end_tokens_restored",
     "{restored} of {sequences} responses of text, all that are not cut off at the largest length, were given back the "

@@ -11,8 +11,6 @@ from entropy_probe.dumps.pickled import archived_record, batch_record
 from entropy_probe.dumps.samples import Sample, read_sample
 from entropy_probe.sampling.records import jsonl_records, parquet_records
 
-__all__ = ["files_of", "read_samples"]
-
 _KINDS = (".jsonl", ".parquet", ".pt", ".pkl")
 _RANK = re.compile(r"rank_\d+\.jsonl")
 
@@ -20,9 +18,7 @@ _RANK = re.compile(r"rank_\d+\.jsonl")
 def files_of(path: Path, step: int | None) -> list[Path]:
     """The files with the rollouts of a step.
 
-    Args:
-        path: a file; one of several ranks' stands for all. Or a folder with those of one step, or one for every step.
-        step: which step, where the folder has several.
+    A file of one of several ranks stands for all; a folder has those of one step, or one for every step.
 
     Raises:
         ValueError: if there are none, those of several steps and none is asked for, or ranks still write.
@@ -66,12 +62,7 @@ def _listed(steps: dict[int, Path] | set[int]) -> str:
 
 
 def read_samples(files: list[Path], step: int | None, after: int | None) -> tuple[Layout, int | None, list[Sample]]:
-    """The layout of files, the step, and the rollouts of that step.
-
-    Args:
-        files: those of one step, or of several.
-        step: which step, where there are several.
-        after: a checkpoint's step; where there are several and none is asked for, the one after it.
+    """The layout of files, the step, and the rollouts of that step; as in ``read_dump`` where there are several.
 
     Raises:
         ValueError: if the layout is not known, a record is not of it, or the step is not there or not known.

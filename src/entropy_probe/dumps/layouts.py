@@ -14,8 +14,6 @@ from torch import Tensor
 
 from entropy_probe.sampling import ScaleRewards
 
-__all__ = ["LAYOUTS", "LISTS", "Layout", "Record", "recognised"]
-
 Record = Mapping[str, Any]
 LISTS = ("mask", "advantage", "sampled", "old", "reference")
 """Our names of what a layout may have for every token."""

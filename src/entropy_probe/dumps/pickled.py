@@ -13,8 +13,6 @@ from entropy_probe.checkpoints.errors import UnsupportedError
 from entropy_probe.checkpoints.objects import read_objects
 from entropy_probe.checkpoints.safe_read import StandIn, read_archived, read_with_stand_ins
 
-__all__ = ["archived_record", "batch_record"]
-
 _OTHER = "expected a dump of plain values and tensors; write the batch with Rollouts.to_parquet"
 _NUMPY = {
     **{

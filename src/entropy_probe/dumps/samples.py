@@ -10,8 +10,6 @@ from typing import Any
 
 from entropy_probe.dumps.layouts import LISTS, Layout, Record
 
-__all__ = ["Sample", "read_sample"]
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -15,8 +15,6 @@ from entropy_probe.dumps.layouts import Layout
 from entropy_probe.dumps.samples import Sample
 from entropy_probe.sampling import Message, Prompt, encode_prompts
 
-__all__ = ["Encoded", "encode_texts"]
-
 MOST_FAILING = 0.01
 """Share of responses that may not give their text back."""
 _USER, _SYSTEM = "What the user says.", "What the system says."
@@ -42,11 +40,7 @@ class Encoded:
 def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], longest: int | None) -> Encoded:
     """Token ids of prompts and responses; those that are ids already stay as they are.
 
-    Args:
-        tokenizer: the policy's.
-        layout: whose texts they are.
-        samples: the rollouts.
-        longest: the trainer's limit on response tokens: shorter responses had an end token.
+    Only responses shorter than ``longest``, the trainer's limit on their tokens, had an end token.
 
     Raises:
         ValueError: if a prompt cannot be rebuilt, the limit is not known, or more than 1% of the responses do not give

@@ -43,6 +43,7 @@ class CrossProducts:
         diagonal: ``<X_u, P Y_u>``, ``[u]``, float64.
         unscaled_total: ``<sum X, sum Y>``, without P.
         right_total: ``sum Y`` by parameter name.
+        right_stored: ``P Y_u`` for the clusters of this rank, ``[u, P]``, where all of them were kept.
         how: how per-sample gradients were held.
     """
 
@@ -51,6 +52,7 @@ class CrossProducts:
     diagonal: Float[Tensor, " u"]
     unscaled_total: float
     right_total: dict[str, Tensor]
+    right_stored: Float[Tensor, "u P"] | None
     how: str
 
 
@@ -124,7 +126,14 @@ def _from_stored(x: SampleGradients, y: SampleGradients, scale: NamedVector, how
 
     sums = sum_over_columns(products, x.stored, y.stored, p, x_sum, y_sum)
     left, right, diagonal = sum_of_shards(sums, scale.values())
-    return CrossProducts(left, right, diagonal, dot(x_total, y_total), y_total, how)
+    return CrossProducts(left, right, diagonal, dot(x_total, y_total), y_total, _scaled(y.stored, p), how)
+
+
+def _scaled(rows: Float[Tensor, "u P"], scale: Float[Tensor, " P"]) -> Float[Tensor, "u P"]:
+    """Each row times ``P``, in place, a row at a time."""
+    for row in rows:
+        row *= scale
+    return rows
 
 
 def _one_side_stored(
@@ -138,14 +147,13 @@ def _one_side_stored(
     """With all ``P Y_u`` at hand, each ``X_u`` is multiplied where it arises and dropped."""
     (right,) = differentiate([Side(y, is_loss=True, store=True)])
     assert right.stored is not None
-    p = flat(scale, right.total).to(right.stored)
-    for row in right.stored:
-        row *= p
+    stored = _scaled(right.stored, flat(scale, right.total).to(right.stored))
     y_total = _added(right.total, scale, ranks)
     toward_y = {name: scale[name] * t for name, t in y_total.items()}
-    (left,) = differentiate([Side(x, directions=[toward_y], pair_with=right.stored[None])])
+    (left,) = differentiate([Side(x, directions=[toward_y], pair_with=stored[None])])
     x_total = _added(left.total, scale, ranks)
-    return CrossProducts(left.dots[0], right.dot_stored(x_total), left.paired[0], dot(x_total, y_total), y_total, how)
+    unscaled = dot(x_total, y_total)
+    return CrossProducts(left.dots[0], right.dot_stored(x_total), left.paired[0], unscaled, y_total, stored, how)
 
 
 def _totals(
@@ -248,4 +256,4 @@ def _two_passes(
     left, right = differentiate([Side(x, directions=[toward_y]), Side(y, is_loss=True, directions=[toward_x])])
     unscaled = dot(x_total, y_total)
     how = "two passes, since the gradients of all clusters exceed max_stored_gradient_gib"
-    return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, how)
+    return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, None, how)

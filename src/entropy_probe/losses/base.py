@@ -23,19 +23,6 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = [
-    "GLOBAL_MEAN",
-    "INERT",
-    "NOT_A_NUMBER",
-    "RATIO_ONE",
-    "Loss",
-    "build_loss",
-    "default_loss",
-    "inert_clip",
-    "require",
-    "trainers",
-]
-
 INERT = NoteKind("inert", "{what} inert: {reason} ({settings})", NOTHING_TO_DO)
 GLOBAL_MEAN = NoteKind(
     "global_mean",
@@ -110,10 +97,7 @@ class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
         return
 
     def check_model(self, config: object) -> None:
-        """Make sure that the loss of a model with this configuration is coefficients of tokens alone.
-
-        Args:
-            config: the model's ``config``; ``None`` where it has none.
+        """Make sure that the loss of a model with this ``config``, if it has one, is coefficients of tokens alone.
 
         Raises:
             ValueError: if it has a term that is none, such as one that balances experts.
@@ -143,11 +127,7 @@ class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 def require(rollouts: Rollouts, name: str, where: str, remedy: str) -> None:
-    """Make sure that an update batch has a column of log-probabilities.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Make sure that an update batch has a column of log-probabilities."""
     if getattr(rollouts, name) is None:
         raise ValueError(f"{name}: expected [N, L] on an update batch {where}, got None; {remedy}")
 

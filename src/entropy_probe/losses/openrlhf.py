@@ -29,8 +29,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["OpenRLHFLoss"]
-
 FIRST, LAST = (0, 9, 0), (0, 11, 0)
 BOUNDED_SINCE, WHOLE_STEP_SINCE = (0, 10, 3), (0, 10, 4)
 
@@ -144,11 +142,7 @@ class OpenRLHFLoss(Loss, frozen=True):
             require(rollouts, "sampled_logprobs", where, "record OpenRLHF's rollout_log_probs")
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
-        """Those of the policy loss, the KL loss and the entropy bonus.
-
-        Raises:
-            ValueError: if the batch lacks what the loss takes, or the loss is not a number.
-        """
+        """Those of the policy loss, the KL loss and the entropy bonus."""
         self.check(rollouts)
         mask = rollouts.response_mask
         by_token = self._mean(rollouts, by_token=True)

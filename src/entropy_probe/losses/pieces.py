@@ -16,25 +16,6 @@ from torch import Tensor
 
 from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = [
-    "KLKind",
-    "by_max_length",
-    "by_sequence",
-    "by_sequence_sum",
-    "by_token",
-    "check_microbatches",
-    "clipped_slope",
-    "gap",
-    "group_sum",
-    "is_one",
-    "kl_slope",
-    "kl_value",
-    "microbatches",
-    "sequence_mean",
-    "sequence_sum",
-    "top_entropy_mask",
-]
-
 KLKind = Literal["k1", "k2", "k3"]
 
 
@@ -54,12 +35,7 @@ def by_max_length(mask: Bool[Tensor, "N L"], longest: int) -> Float[Tensor, "N L
 
 
 def by_token(mask: Bool[Tensor, "N L"], groups: Int[Tensor, " N"] | None = None) -> Float[Tensor, "N L"]:
-    """Weights of the mean over all tokens, or of the mean over groups of each one's mean over tokens.
-
-    Args:
-        mask: the tokens that count.
-        groups: the group of each sequence, such as its microbatch; by default all are one.
-    """
+    """Weights of the mean over all tokens of a mask, or of the mean over groups of each one's mean over its tokens."""
     if groups is None:
         groups = torch.zeros(len(mask), dtype=torch.long)
     distinct, index = groups.unique(return_inverse=True)
@@ -74,11 +50,7 @@ def microbatches(rollouts: Rollouts) -> Int[Tensor, " N"]:
 
 
 def check_microbatches(rollouts: Rollouts, gradient_accumulation_steps: int, num_processes: int) -> None:
-    """Make sure that a batch has no more microbatches than a step.
-
-    Raises:
-        ValueError: if it has.
-    """
+    """Make sure that a batch has no more microbatches than a step."""
     most, ids = gradient_accumulation_steps * num_processes, rollouts.microbatch_ids
     if ids is not None and (count := ids.unique().numel()) > most:
         raise ValueError(
@@ -173,14 +145,7 @@ def kl_slope(kind: KLKind, above_reference: Float[Tensor, "N L"]) -> Float[Tenso
 def top_entropy_mask(
     entropies: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"], share: float, groups: Int[Tensor, " N"]
 ) -> Bool[Tensor, "N L"]:
-    """Tokens whose entropy is at least the ``1 - share`` quantile of their group's (Wang et al., 2025).
-
-    Args:
-        entropies: of each token, nats.
-        mask: the tokens that count.
-        share: of tokens that are kept.
-        groups: the group of each sequence.
-    """
+    """Tokens whose entropy is at least the ``1 - share`` quantile of their group's (Wang et al., 2025)."""
     keep = torch.zeros_like(mask)
     for group in groups.unique():
         own = mask & (groups == group)[:, None]

@@ -18,8 +18,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["PrimeRLLoss"]
-
 FIRST = ("0.2", "0.3", "0.4")
 """Versions of the loss with bounds on ratios; since then they are on probabilities."""
 PER_PROCESS = (*FIRST, "0.5")
@@ -130,11 +128,7 @@ class PrimeRLLoss(Loss, frozen=True):
         require(rollouts, "sampled_logprobs", where, "record prime-rl's inference_logprobs")
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
-        """Those of the policy gradient and the squared log ratio.
-
-        Raises:
-            ValueError: if the batch lacks what the loss takes.
-        """
+        """Those of the policy gradient and the squared log ratio."""
         assert scores is not None
         self.check(rollouts)
         mask, log_ratio = rollouts.response_mask, self._log_ratio(rollouts, scores)

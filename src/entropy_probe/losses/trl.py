@@ -43,8 +43,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["TRLLoss"]
-
 LossType = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gmpo", "rloo", "per_prompt_max"
 ]
@@ -176,11 +174,7 @@ class TRLLoss(Loss, frozen=True):
         return tuple(line for line, modelled in there.items() if modelled)
 
     def check_model(self, config: object) -> None:
-        """Refuse a mixture of experts that TRL balances by an auxiliary loss.
-
-        Raises:
-            ValueError: if the coefficient, here or the model's own, is not 0.
-        """
+        """Refuse a mixture of experts that TRL balances by an auxiliary loss."""
         check_balance(self.router_aux_loss_coef, config)
 
     def needs_scores(self, rollouts: Rollouts) -> bool:
@@ -189,11 +183,7 @@ class TRLLoss(Loss, frozen=True):
         return given or (self.top_entropy_quantile < 1 and self.loss_type != "rloo")
 
     def weights(self, rollouts: Rollouts) -> Float[Tensor, "N L"]:
-        """The weight ``omega_it`` of every response token in the policy and KL terms, 0 elsewhere.
-
-        Raises:
-            ValueError: if the trainer's largest length is needed and missing.
-        """
+        """The weight ``omega_it`` of every response token in the policy and KL terms, 0 elsewhere."""
         mask = rollouts.response_mask
         match self.loss_type:
             case "grpo" | "sapo" | "gmpo":
@@ -215,11 +205,7 @@ class TRLLoss(Loss, frozen=True):
                 return self._by_generation(rollouts)
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
-        """Those of the policy term and the KL term, and of the entropy bonus.
-
-        Raises:
-            ValueError: if the batch lacks what the loss takes.
-        """
+        """Those of the policy term and the KL term, and of the entropy bonus."""
         self.check(rollouts)
         if self.needs_reference:
             require(rollouts, "reference_logprobs", "of a loss with a KL term", "record the reference's")

@@ -12,17 +12,6 @@ from entropy_probe.losses.pieces import by_sequence, gap, sequence_mean, sequenc
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenScores
 
-__all__ = [
-    "by_longest",
-    "check_balance",
-    "gamma_weights",
-    "geometric_mean",
-    "log_ratio_to_old",
-    "off_policy_mask",
-    "sampler_ratio",
-    "soft_gate_slope",
-]
-
 LOG_LEAST, LOG_MOST = math.log(1e-8), 20.0
 """Where VESPO clamps logarithms of ratios."""
 
@@ -86,10 +75,7 @@ def geometric_mean(
 def off_policy_mask(fallen: Float[Tensor, "N L"], rollouts: Rollouts, threshold: float) -> Bool[Tensor, "N L"]:
     """Tokens that stay: of an advantage of at least 0, or in sequences whose mean log-probability fell little.
 
-    Args:
-        fallen: by how much each log-probability fell, nats.
-        rollouts: the batch.
-        threshold: how much is little, nats per token.
+    ``fallen`` is by how much each log-probability fell, nats; little is the threshold, nats per token.
     """
     return (rollouts.token_advantages >= 0) | (sequence_mean(fallen, rollouts.response_mask) <= threshold)
 
@@ -97,14 +83,9 @@ def off_policy_mask(fallen: Float[Tensor, "N L"], rollouts: Rollouts, threshold:
 def sampler_ratio(
     old: Float[Tensor, "N L"], rollouts: Rollouts, mode: str, least: float | None, most: float | None
 ) -> Float[Tensor, "N _"]:
-    """The importance sampling correction for vLLM: old over sampled probabilities, held within bounds.
+    """The importance sampling correction for vLLM: ``old`` over sampled probabilities, held within bounds.
 
-    Args:
-        old: log-probabilities of the policy that the trainer's ratios are taken to.
-        rollouts: with the sampler's.
-        mode: ``token`` or ``sequence``, ``_truncate`` to the bounds or ``_mask`` what is beyond.
-        least: the lower bound.
-        most: the upper one.
+    The mode is ``token`` or ``sequence``, with ``_truncate`` to the bounds or ``_mask`` of what is beyond.
     """
     beyond = gap(old, rollouts.sampled_logprobs, rollouts.response_mask)
     if mode.startswith("sequence"):
@@ -126,12 +107,7 @@ def by_longest(rollouts: Rollouts) -> Float[Tensor, "N L"]:
 def check_balance(own: float | None, config: object) -> None:
     """Refuse a mixture of experts that TRL balances by a loss of its own, which is no sum over tokens.
 
-    Args:
-        own: ``router_aux_loss_coef`` of the loss; ``None`` for the model's.
-        config: the model's.
-
-    Raises:
-        ValueError: if the coefficient is not 0.
+    ``own`` is ``router_aux_loss_coef`` of the loss; ``None`` for that of the model's configuration.
     """
     config = getattr(config, "text_config", config)
     if not hasattr(config, "output_router_logits"):

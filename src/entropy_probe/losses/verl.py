@@ -20,8 +20,6 @@ from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["VerlLoss"]
-
 LossMode = Literal[
     "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"
 ]
@@ -236,11 +234,7 @@ class VerlLoss(Loss, frozen=True):
             require(rollouts, "sampled_logprobs", where, "record verl's rollout_log_probs")
 
     def coefficients(self, rollouts: Rollouts, scores: TokenScores | None = None) -> TokenCoefficients:
-        """Those of the policy loss, the KL loss and the entropy bonus.
-
-        Raises:
-            ValueError: if the batch lacks what the loss takes.
-        """
+        """Those of the policy loss, the KL loss and the entropy bonus."""
         self.check(rollouts)
         mask = rollouts.response_mask
         weights, kept = self._correction(rollouts, scores)
@@ -365,15 +359,7 @@ class VerlLoss(Loss, frozen=True):
         counted: Bool[Tensor, "N L"],
         geo_mean: bool = False,
     ) -> Float[Tensor, "N L"]:
-        """The weight of each token's loss.
-
-        Args:
-            rollouts: the batch.
-            aggregation: as ``loss_agg_mode``.
-            mask: the tokens whose losses are aggregated.
-            counted: the tokens of the mini-batch that its normaliser counts.
-            geo_mean: whether it is that policy loss, a mean over the sequences of a microbatch with any worker.
-        """
+        """The weight of each token's loss; ``counted`` are the tokens of the mini-batch that its normaliser counts."""
         groups, ones = microbatches(rollouts), torch.ones(len(mask), dtype=torch.float64)
         rows, lengths = group_sum(ones, groups), mask.sum(1).double()
         if self._by_microbatch:

@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["REJECTIONS", "Rejection", "importance_weights", "rejections", "threshold"]
-
 REJECTIONS = tuple(
     f"{level}_{kind}"
     for level, kinds in (("token", "123"), ("seq_sum", "123"), ("seq_mean", "123"), ("seq_max", "23"))
@@ -52,11 +50,7 @@ class Rejection:
 
 
 def threshold(name: str, text: float | str) -> tuple[float | None, float]:
-    """The lower bound, if any, and the upper one.
-
-    Raises:
-        ValueError: if they are not positive numbers in their order.
-    """
+    """The lower bound, if any, and the upper one: positive numbers in their order."""
     low, _, high = str(text).strip().rpartition("_")
     try:
         bounds = (float(low) if low else None, float(high))
@@ -68,11 +62,7 @@ def threshold(name: str, text: float | str) -> tuple[float | None, float]:
 
 
 def rejections(options: str, thresholds: float | str | None) -> tuple[Rejection, ...]:
-    """What ``rollout_rs`` and ``rollout_rs_threshold`` say.
-
-    Raises:
-        ValueError: for an option that verl does not have, or thresholds that do not fit.
-    """
+    """What ``rollout_rs`` and ``rollout_rs_threshold`` say."""
     names = list(dict.fromkeys(option.strip() for option in options.split(",") if option.strip()))
     unknown = [name for name in names if name not in REJECTIONS]
     if unknown or not names:

@@ -20,8 +20,6 @@ from entropy_probe.losses.trl_terms import soft_gate_slope
 if TYPE_CHECKING:
     from entropy_probe.losses.verl import VerlLoss
 
-__all__ = ["KL_KINDS", "POLICY_SLOPES", "Tokens", "kl_loss_slope"]
-
 _LOG_BOUND = 20.0
 """verl bounds logarithms of ratios by this; beyond it nothing has a gradient."""
 KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
@@ -174,9 +172,7 @@ POLICY_SLOPES: dict[str, Callable[[Tokens, VerlLoss], Tensor]] = {
 def kl_loss_slope(kl_loss_type: str, above: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """The slope of the KL loss of each token in its log-probability; with a ``+`` behind it always that of ``k2``.
 
-    Args:
-        kl_loss_type: verl's name of the estimate.
-        above: how far the log-probabilities are above the reference's, nats.
+    ``above`` is how far the log-probabilities are above the reference's, nats.
     """
     kind = "k2" if kl_loss_type.endswith("+") else KL_KINDS[kl_loss_type]
     if kind == "abs":

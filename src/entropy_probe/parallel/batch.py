@@ -44,11 +44,7 @@ class LocalRows:
     def of(cls, rollouts: Rollouts, uncut: Clusters, clusters: Clusters, ranks: Ranks) -> LocalRows:
         """This rank's rows, such that all ranks have about as many tokens.
 
-        Args:
-            rollouts: the batch, the same on all ranks.
-            uncut: what is never spread over several ranks; no prompt may have sequences in two of these.
-            clusters: the clusters.
-            ranks: the ranks.
+        What is ``uncut`` is never spread over several ranks; no prompt may have sequences in two of these.
         """
         tokens = uncut.total(rollouts.attention_mask.sum(1).double())
         rank_of = torch.tensor(balanced(tokens.tolist(), ranks.size))

@@ -213,39 +213,17 @@ class SameWork:
 
     What there is per sequence or cluster is whole on each of them, and gradients come summed from the model. Rank 0's
     numbers count, so that rounding cannot make the ranks decide differently.
-
-    Args:
-        ranks: all of them.
     """
 
     rank, size = 0, 1
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def sum(self, values: Tensor) -> Tensor:
-        """What rank 0 gave."""
-        return self._ranks.of_first(values)
+        self.sum = self.of_first = ranks.of_first
+        self.agreeing, self.broadcast, self.gather = ranks.agreeing, ranks.broadcast, ranks.gather
 
     def sum_vector(self, vector: Mapping[str, Tensor | None], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """What was given."""
         return dict(vector)
-
-    def agreeing(self) -> AbstractContextManager[None]:
-        """See :class:`Ranks`."""
-        return self._ranks.agreeing()
-
-    def of_first(self, values: Tensor) -> Tensor:
-        """See :class:`Ranks`."""
-        return self._ranks.of_first(values)
-
-    def broadcast(self, value: T) -> T:
-        """See :class:`Ranks`."""
-        return self._ranks.broadcast(value)
-
-    def gather(self, value: T) -> list[T]:
-        """See :class:`Ranks`."""
-        return self._ranks.gather(value)
 
 
 def _fits(bucket: list[tuple[str, Tensor]], x: Tensor) -> bool:

@@ -134,10 +134,6 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 def check_shards(model: nn.Module, trained: Iterable[tuple[str, Tensor]]) -> None:
     """Make sure that a model is whole, or sharded in a way whose numbers are the model's.
 
-    Args:
-        model: in which nothing is gathered.
-        trained: its trained parameters.
-
     Raises:
         ValueError: for FSDP of the first version, tensor parallelism, a part of the trained parameters sharded, or
             shards kept in host memory.

@@ -39,12 +39,7 @@ __all__ = ["page"]
 
 
 def page(sections: Sequence[Section], *, name: str = "") -> str:
-    """The report of a record: the first section at its head, then all that the sections hold.
-
-    Args:
-        sections: in order.
-        name: of the checkpoint, or of the directory.
-    """
+    """The report of a record: the first section at its head, then all that the sections hold."""
     style, script = (Markup(_asset(name)) for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; "
@@ -128,9 +123,7 @@ def said(text: str, sentence: bool = False) -> Markup:
 def visible(text: str, keep_lines: bool = False) -> Markup:
     """Text with names in place of what would not show, marked as such; see :func:`visible_parts`.
 
-    Args:
-        text: any.
-        keep_lines: leave line breaks as they are, without a symbol.
+    With ``keep_lines`` line breaks stay as they are, without a symbol.
     """
     if keep_lines:
         return Markup("\n").join(visible(line) for line in text.split("\n"))

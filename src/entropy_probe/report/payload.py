@@ -27,10 +27,6 @@ _ROLE = re.compile(r"(?:system|developer|user|assistant|model|tool|function|ipyt
 def responses_payload(tables: Tables, unit: str) -> dict[str, Any]:
     """Everything that the page shows of the responses.
 
-    Args:
-        tables: of the run.
-        unit: of the contributions.
-
     Returns:
         ``texts``: each distinct token as :func:`visible_parts` (a plain string where that is all); ``special``: rows
         of those that are special; ``prompts``: ``id`` of each, ``name`` (the last user message) and ``text``, in pieces

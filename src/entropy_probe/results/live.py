@@ -24,7 +24,7 @@ __all__ = [
     "RECORD_FILE",
     "ROLLOUTS_FILE",
     "Alarm",
-    "Logged",
+    "Number",
     "PromptShare",
     "StepRecord",
     "Timeline",
@@ -39,8 +39,10 @@ RECORDS = "entropy_probe"
 RECORD_FILE, ROLLOUTS_FILE, GRADIENT_FILE = "record.json", "rollouts.parquet", "gradient.safetensors"
 _STEP = re.compile(r"step-(\d+)")
 
-Logged = Literal["entropy", "reward", "length", "gradient_norm", "learning_rate", "mismatch", "kl"]
-LOGGED: Mapping[Logged, tuple[str, ...]] = {
+Number = Literal[
+    "entropy", "reward", "length", "gradient_norm", "learning_rate", "mismatch", "kl", "clip_factor", "ess"
+]
+LOGGED: Mapping[str, tuple[str, ...]] = {
     "entropy": ("entropy", "actor/entropy", "policy/entropy"),
     "reward": ("reward", "critic/rewards/mean", "reward/mean"),
     "length": ("completions/mean_length", "completion_length", "response_length/mean", "response_length"),
@@ -50,6 +52,8 @@ LOGGED: Mapping[Logged, tuple[str, ...]] = {
     "kl": ("kl", "actor/kl_loss"),
 }
 """Keys of TRL's trainers, and of others."""
+OWN = ("gradient_norm", "clip_factor", "learning_rate", "ess")
+"""What the probe has of it too."""
 
 
 class PromptShare(Record):
@@ -119,9 +123,16 @@ class StepRecord(Record):
     notes: tuple[Note, ...] = ()
     seconds: NonNegativeFloat | None = None
 
-    def logged(self, what: Logged) -> float | None:
+    def logged(self, what: Number) -> float | None:
         """What the trainer logged of something, by whichever key it does; None if it did not."""
-        return next((self.log[key] for key in LOGGED[what] if key in self.log), None)
+        return next((self.log[key] for key in LOGGED.get(what, ()) if key in self.log), None)
+
+    def number(self, what: Number) -> float | None:
+        """A number of the step: as the probe has it, else as the trainer logged it."""
+        own = (
+            getattr(self, what) if what in OWN else self.mismatch and self.mismatch.mean if what == "mismatch" else None
+        )
+        return self.logged(what) if own is None else own
 
     @property
     def change(self) -> Estimate | None:

@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["ScaleRewards", "group_advantages"]
-
 ScaleRewards = Literal["group", "batch", "none"]
 
 TRL_EPSILON = 1e-4

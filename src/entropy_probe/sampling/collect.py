@@ -22,12 +22,6 @@ from entropy_probe.sampling.responses import completed_rollouts, respond, sequen
 from entropy_probe.sampling.reward_calls import Sample
 from entropy_probe.sampling.rewards import Reward, Rewards
 
-__all__ = [
-    "SamplingReport",
-    "UpdateSettings",
-    "sample_update",
-]
-
 UPDATE_STREAM, EVALUATION_STREAM, PILOT_STREAM = 0, 1, 2
 
 _NOTHING_TO_LEARN = "Compare the rewards with the responses: a reward that finds nothing to tell apart teaches nothing."
@@ -138,14 +132,7 @@ def sample_update(
 ) -> tuple[Rollouts, SamplingReport]:
     """Sample an update batch: prompts with distinct ids, a group of responses each, with rewards and advantages.
 
-    Args:
-        engine: samples the responses.
-        tokenizer: the policy's tokenizer.
-        prompts: to draw from, with distinct ids.
-        reward: scores the responses: a function, or several with weights.
-        settings: size, seed and advantages.
-        parameters: the distribution to sample from.
-        progress: called with sequences done and in all, anew in each round.
+    ``progress`` is called with sequences done and in all, anew in each round.
 
     Returns:
         The batch on the CPU, right-padded, the responses of a prompt contiguous and prompts in draw order;
@@ -272,6 +259,7 @@ def repeated_prompts(prompts: Sequence[Prompt]) -> tuple[Note, ...]:
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Make sure that there are prompts, with distinct ids."""
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
     ids = [prompt.id for prompt in prompts]
@@ -280,4 +268,5 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def numpy_generator(seed: int, stream: int) -> np.random.Generator:
+    """The random numbers of draws; streams of one seed are independent."""
     return np.random.default_rng(np.random.SeedSequence([seed, stream]))

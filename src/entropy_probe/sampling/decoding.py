@@ -16,8 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["FAULTS", "HALF", "WAYS", "Decoding", "ModelCall", "Way", "plain_logprobs"]
-
 FAULTS = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, AssertionError)
 """What foreign code raises where a model or a cache does not do what is asked of it."""
 
@@ -87,10 +85,7 @@ class ModelCall:
     def __call__(self, input_ids: Int[Tensor, "n l"], keep: int, **more: Any) -> Any:
         """The model's output; its logits are of the last ``keep`` tokens if it can leave the others out.
 
-        Args:
-            input_ids: the tokens.
-            keep: how many logits of each sequence are needed.
-            more: given where the signature has the name.
+        ``more`` is given where the signature has the name.
         """
         more["logits_to_keep"] = keep
         return self.model(input_ids=input_ids, **{name: x for name, x in more.items() if name in self._takes})
@@ -166,13 +161,6 @@ def plain_logprobs(
     call: ModelCall, prompt: Sequence[int], response: Sequence[int], temperature: float, most: int
 ) -> tuple[Float[Tensor, " t"], torch.dtype]:
     """Log-probabilities of a response's last tokens as the scorer has them: one call on the sequence alone, no cache.
-
-    Args:
-        call: the model.
-        prompt: its tokens.
-        response: its tokens.
-        temperature: of the policy.
-        most: how many tokens at most, which bounds the logits held.
 
     Returns:
         Those of the last ``min(most, len(response))`` tokens, in nats, and the type that the model gives logits in.

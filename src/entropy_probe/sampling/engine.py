@@ -17,18 +17,6 @@ from torch import Tensor
 
 from entropy_probe.results.note import Note
 
-__all__ = [
-    "ENGINES",
-    "Agreed",
-    "Completion",
-    "Engine",
-    "GenerationSettings",
-    "Progress",
-    "SamplingParameters",
-    "ServerSettings",
-    "Settings",
-]
-
 Progress = Callable[[int, int], None]
 """Called with the sequences done and the sequences in all."""
 

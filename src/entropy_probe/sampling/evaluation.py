@@ -26,15 +26,6 @@ from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.responses import completed_rollouts, generate_responses, respond, sequence_seeds
 from entropy_probe.sampling.templates import encode_prompts
 
-__all__ = [
-    "SHARD_SEQUENCES",
-    "EvaluationSettings",
-    "resample_responses",
-    "sample_evaluation",
-    "sample_evaluation_file",
-    "sample_pilot",
-]
-
 SHARD_SEQUENCES = 256
 """Draws per shard. What a draw gives does not depend on it."""
 MIN_PROMPTS = 10
@@ -107,11 +98,7 @@ class EvaluationSettings(Settings):
         return EvaluationSettings(seed=self.seed, **size)
 
     def pilot(self, prompts: int) -> EvaluationSettings:
-        """What to draw first.
-
-        Args:
-            prompts: those there are to draw from.
-        """
+        """What to draw first, of so many prompts."""
         draws = self.draws_per_prompt
         if draws is None:
             return self.sized(PILOT_SEQUENCES, None)
@@ -267,20 +254,11 @@ def resample_responses(
     seed: int,
     tokenizer: Any = None,
 ) -> Rollouts:
-    """Fresh responses of the policy as it is now, to the prompts of an evaluation batch.
+    """Fresh responses of the policy as it is now, to the prompts of an evaluation batch, in the same order.
 
     With the parameters and the seed of :func:`sample_evaluation` an unchanged policy gives the same batch again. A
-    changed one meets the same random numbers, so that responses that the change does not reach stay the same.
-
-    Args:
-        engine: samples the responses.
-        rollouts: the batch; the prompt of a sequence is everything before its first response token.
-        parameters: the distribution to sample from.
-        seed: of the responses.
-        tokenizer: the policy's; needed for stop texts.
-
-    Returns:
-        One sequence per prompt, in the same order.
+    changed one meets the same random numbers, so that responses that the change does not reach stay the same. The
+    prompt of a sequence is everything before its first response token; stop texts need the tokenizer.
 
     Raises:
         ValueError: if generation is not possible; see :func:`generate_responses`.

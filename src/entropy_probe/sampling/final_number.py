@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-__all__ = ["final_number"]
-
 # an optional sign (not the hyphen of 10-5) and $, and a number whose thousands may be set off by commas
 _NUMBER = re.compile(r"(?<![\d.])(?:(?<!\w)-)?(?:\$\s*-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 

@@ -12,17 +12,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["call", "import_function", "split_path"]
-
 _LIBRARIES = ("site-packages", sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]))
 
 
 def split_path(path: str, what: str) -> tuple[str, str]:
-    """Module and function of ``package.module:function``, neither of which need exist.
-
-    Raises:
-        ValueError: if the path is malformed.
-    """
+    """Module and function of ``package.module:function``, neither of which need exist."""
     module_name, _, name = path.rpartition(":")
     if module_name.endswith(".py") or "/" in module_name:
         file = Path(module_name)
@@ -36,11 +30,7 @@ def split_path(path: str, what: str) -> tuple[str, str]:
 
 
 def import_function(path: str, what: str) -> Callable[..., Any]:
-    """The function named by ``package.module:function``; ``function`` may be dotted.
-
-    Args:
-        path: where the function is.
-        what: which setting names it, for error messages.
+    """The function named by ``package.module:function``; ``function`` may be dotted. ``what`` is the setting with it.
 
     Raises:
         ValueError: if the path is malformed, or the module or the function does not exist or raises an error.
@@ -64,13 +54,7 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
 
 
 def call(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function that is not ours.
-
-    Args:
-        what: the function and how it is called, for the error message.
-        function: the function.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+    """Call a function that is not ours; ``what`` it is and how it is called is for the error message.
 
     Raises:
         ValueError: if it raises anything; says what and where.

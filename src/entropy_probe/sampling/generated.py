@@ -20,8 +20,6 @@ from entropy_probe.sampling.foreign import call
 if TYPE_CHECKING:
     from entropy_probe.sampling.prompts import Prompt
 
-__all__ = ["task_records", "verified"]
-
 TASK = "reasoning_gym"
 """The field of a record with the name and the settings of its task."""
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -31,14 +29,7 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 def task_records(task: str, size: int, seed: int, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The problems of a task: fields ``question``, ``answer`` and ``metadata``, and what verifies them.
 
-    Args:
-        task: its name, such as ``chain_sum``.
-        size: how many problems.
-        seed: of the generator; the same seed gives the same problems.
-        config: further settings of the task.
-
-    Yields:
-        Each record after a description of where it is.
+    The same seed gives the same problems. Each record comes after a description of where it is.
 
     Raises:
         ValueError: if the package is missing, there is no such task, or it does not take these settings.

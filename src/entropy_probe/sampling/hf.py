@@ -25,8 +25,6 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
 from entropy_probe.sampling.engine import ENGINES, Agreed, Completion, GenerationSettings, Progress, SamplingParameters
 
-__all__ = ["HFGenerator", "draw_tokens", "end_tokens"]
-
 _DIFFER = "log-probabilities differ from a plain call's"
 _COMPARED = 512
 """Tokens of a response that are compared with a plain call, which bounds the logits that it holds."""

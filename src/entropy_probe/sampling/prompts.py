@@ -21,8 +21,6 @@ from entropy_probe.sampling.records import (
     parquet_records,
 )
 
-__all__ = ["Message", "Prompt", "PromptSource", "load_prompts"]
-
 
 class Message(TypedDict, total=False):
     """One turn of a chat, with ``role`` and further fields as the tokenizer's chat template reads them.

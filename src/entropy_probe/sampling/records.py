@@ -11,14 +11,6 @@ from typing import Any
 
 from entropy_probe.sampling.foreign import call, import_function
 
-__all__ = [
-    "callable_records",
-    "dataset_records",
-    "field_of",
-    "jsonl_records",
-    "parquet_records",
-]
-
 Records = Iterator[tuple[str, Any]]
 """Each record after a description of where it is."""
 

@@ -18,8 +18,6 @@ from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.stopping import cut_at_stop
 from entropy_probe.sampling.templates import encode_prompts
 
-__all__ = ["completed_rollouts", "generate_responses", "respond", "sequence_seeds"]
-
 
 def generate_responses(
     engine: Engine,
@@ -32,17 +30,7 @@ def generate_responses(
 ) -> list[Completion]:
     """Sample one response to each prompt with any engine, check what it gives back, and end it at a stop text.
 
-    Args:
-        engine: samples.
-        token_ids: the tokens of each prompt, without padding.
-        prompt_ids: the id of each prompt, for messages.
-        parameters: the distribution to sample from.
-        seeds: a seed for each sequence.
-        progress: called with sequences done and in all.
-        tokenizer: the policy's; needed for stop texts.
-
-    Returns:
-        One completion per prompt, in their order.
+    ``prompt_ids`` are for messages; stop texts need the tokenizer.
 
     Raises:
         ValueError: if a prompt and the longest response do not fit the engine's context, or the engine returns

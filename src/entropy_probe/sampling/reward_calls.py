@@ -24,8 +24,6 @@ from entropy_probe.sampling.foreign import call
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.records import field_of
 
-__all__ = ["CONVENTIONS", "RewardFunction", "Sample", "columns_of"]
-
 CONVENTIONS: dict[str, tuple[str, ...]] = {
     "TRL": ("completions", "completion_ids"),
     "verl": ("solution_str",),
@@ -146,11 +144,7 @@ class RewardFunction:
         }
 
     def _bind(self, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments.
-
-        Raises:
-            ValueError: if a parameter without default is not among the values.
-        """
+        """Positional and keyword arguments: every parameter without default has to be among the values."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         missing = []

@@ -20,8 +20,6 @@ from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.reward_calls import RewardFunction, Sample, columns_of
 from entropy_probe.sampling.time_limit import time_limit
 
-__all__ = ["Reward", "Rewards", "exact_match", "gsm8k", "load_reward", "load_rewards", "math", "score_responses"]
-
 Reward = Callable[..., Any]
 """A number or None per response; :mod:`entropy_probe.sampling.reward_calls` says what it is called with."""
 
@@ -66,9 +64,7 @@ class Rewards:
     def score(self, samples: Sequence[Sample], prompts: Sequence[Prompt]) -> Float[Tensor, " N"]:
         """``sum_k w_k r_k`` over the functions that apply to a response, summed in float64 (TRL's rule).
 
-        Args:
-            samples: the responses to score.
-            prompts: all prompts of the source: a field of one is a column of all.
+        ``prompts`` are all of the source: a field of one is a column of all.
 
         Raises:
             ValueError: if a function fails or takes longer than it may, or none applies to a response.
@@ -120,13 +116,7 @@ def load_rewards(
     trainer_state: SimpleNamespace | None = None,
     time_limit: float | None = None,
 ) -> Rewards:
-    """The rewards of these names; see :func:`load_reward`.
-
-    Args:
-        names: one or several.
-        weights: one for each, 1 by default.
-        trainer_state: see :class:`Rewards`.
-        time_limit: see :class:`Rewards`.
+    """The rewards of these names, with weights of 1 by default; see :func:`load_reward`.
 
     Raises:
         ValueError: if one of them cannot be used.
@@ -147,13 +137,9 @@ def score_responses(
     responses: Sequence[str],
     token_ids: Sequence[Sequence[int]] | None = None,
 ) -> Float[Tensor, " N"]:
-    """Call a reward, or several, and check what is returned.
+    """Call a reward, or several, on responses without special tokens, and check what is returned.
 
-    Args:
-        reward: what scores.
-        prompts: prompt ``i`` is the one that response ``i`` answers.
-        responses: without special tokens.
-        token_ids: of the responses, for functions that ask for ``completion_ids``; empty by default.
+    Functions that ask for ``completion_ids`` are given ``token_ids``, empty by default.
 
     Raises:
         ValueError: if there is not exactly one finite number per response.

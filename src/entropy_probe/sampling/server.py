@@ -32,8 +32,6 @@ from entropy_probe.sampling.engine import (
 )
 from entropy_probe.sampling.hf import end_tokens
 
-__all__ = ["ServerEngine"]
-
 BUSY = (
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.BAD_GATEWAY,

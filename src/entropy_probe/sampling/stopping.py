@@ -13,18 +13,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["cut_at_stop"]
-
 
 def cut_at_stop(token_ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> int | None:
     """Tokens up to the one that completes a stop text, that one included; None if none is completed.
 
     Special tokens count with their text, so that a stop text may be one of them.
-
-    Args:
-        token_ids: of the response.
-        stop: the stop texts, not empty.
-        tokenizer: the policy's.
     """
 
     def is_complete(length: int) -> bool:

@@ -10,8 +10,6 @@ from typing import Any
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.sampling.prompts import Prompt
 
-__all__ = ["encode_prompts", "last_user_message", "prompt_notes"]
-
 _PRINTED = ("'type': 'text'", '"type": "text"')
 """What a list of text parts looks like when a template prints it as it stands."""
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["time_limit"]
-
 AGAIN = 1.0
 """Seconds after which code that caught the interruption is interrupted again."""
 
@@ -24,13 +22,9 @@ class _TimeIsUp(BaseException):
 
 @contextmanager
 def time_limit(seconds: float | None, what: str) -> Iterator[None]:
-    """Interrupt what is done within the context after a time.
+    """Interrupt what is done within the context after a time; ``what`` it is is for the message.
 
     Threads that it started go on; they end with the process if they are daemons.
-
-    Args:
-        seconds: the limit; None for no limit.
-        what: the code, for the error message.
 
     Raises:
         ValueError: if it takes longer, even if it returned in the end; or there are no signals here to interrupt it by.

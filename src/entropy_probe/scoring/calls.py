@@ -138,13 +138,7 @@ class PolicyCalls:
     def microbatches(
         self, rollouts: Rollouts, rows: Tensor | None = None, *, share: bool = True
     ) -> Iterator[Microbatch]:
-        """The batch, or some rows of it, cut into microbatches, one at a time; sequences without response are left out.
-
-        Args:
-            rollouts: the batch.
-            rows: which sequences; all by default.
-            share: whether responses to one prompt may share a row.
-        """
+        """The batch, or some rows of it, in microbatches, one at a time; sequences without response are left out."""
         rows = torch.arange(len(rollouts)) if rows is None else rows
         rows = rows[rollouts.response_mask[rows].any(1)]
         if self._alone:
@@ -172,14 +166,8 @@ class PolicyCalls:
     ) -> Iterator[tuple[Microbatch, T]]:
         """Work on the batch, or some rows of it, microbatch by microbatch; on none without response tokens.
 
-        A microbatch that does not fit the device's memory is cut again, with half its size as the bound from there
-        on. Nothing but the size of microbatches changes, and they are free to choose.
-
-        Args:
-            rollouts: the batch.
-            work: what to do. It must change nothing before it returns, since it may be given its rows again.
-            rows: which sequences; all by default.
-            share: whether responses to one prompt may share a row.
+        A microbatch that does not fit the device's memory is cut again, with half its size as the bound from there on.
+        So ``work`` must change nothing before it returns, since it may be given its rows again.
 
         Raises:
             MemoryError: if a single sequence does not fit.

@@ -92,12 +92,6 @@ def why_not_forward_mode(
 
     Tried on a few short sequences: the second derivative has to match differences of first derivatives, because an
     operation without a rule raises an error but one with a wrong rule does not.
-
-    Args:
-        scorer: prepared for the batch.
-        rollouts: the batch.
-        parameters: what the direction moves, by name.
-        direction: with the same names.
     """
     if scorer.sharded:
         return "its parameters are sharded"
@@ -134,13 +128,6 @@ def directional_derivatives(
     """First and second derivatives at ``eta = 0`` of the scores at ``theta + eta v``, token by token.
 
     Responses never share a prompt here, and attention takes torch's plain path, which has forward-mode rules.
-
-    Args:
-        scorer: prepared for the batch.
-        rollouts: the batch.
-        parameters: what the direction moves, by name.
-        direction: ``v``, with the same names.
-        progress: called as the work goes on.
 
     Returns:
         Derivatives of log-probabilities and entropies in the caller's layout, ``[N, L]``, nats per (squared) unit of

@@ -53,12 +53,9 @@ class Scorer(PolicyCalls):
         trials = Trials.of(self, batches, gradients=True)
         split, self.head_path, alone = trials.head()
         self.lay_out(split, alone=alone is not None)
-        unshared = f"one sequence per call: {alone}" if alone else self._why_not_shared(trials)
+        unshared = f"one sequence per call: {alone}" if alone else trials.why_not_shared()
         self.prefix_sharing = "on" if unshared is None else f"off ({unshared})"
         self.lay_out(split, alone=alone is not None, width=None if unshared else trials.width)
-
-    def _why_not_shared(self, trials: Trials) -> str | None:
-        return trials.why_not_shared()
 
     def check_also(self, rollouts: Rollouts) -> None:
         """Check one more batch, once prepared, against the model and the way in which it is called.
@@ -99,25 +96,20 @@ class Scorer(PolicyCalls):
                 "were they tokenized for another model?"
             )
 
-    def score_again(self, rollouts: Rollouts) -> TokenScores:
-        """:meth:`score` in another layout, without shared prompts: the two differ by rounding only."""
-        return self._score(rollouts, share=False)
-
-    def score(self, rollouts: Rollouts, progress: Progress | None = None) -> TokenScores:
-        """Log-probabilities and entropies of every response token, in nats, in the caller's layout, on the CPU.
-
-        Raises:
-            ValueError: if a score is not finite.
-        """
-        return self._score(rollouts, progress=progress)
-
     @torch.no_grad()
     def shortest_scores(self, rollouts: Rollouts) -> list[tuple[str, Tensor]]:
         """What the policy makes of the shortest sequence, unchecked: each of its scores, ``[T]``."""
         return list(self.scores(self.pack(rollouts, rollouts.shortest_first[:1]))._asdict().items())
 
     @torch.no_grad()
-    def _score(self, rollouts: Rollouts, *, share: bool = True, progress: Progress | None = None) -> TokenScores:
+    def score(self, rollouts: Rollouts, progress: Progress | None = None, *, share: bool = True) -> TokenScores:
+        """Log-probabilities and entropies of every response token, in nats, in the caller's layout, on the CPU.
+
+        Without ``share`` no prompts are shared: that layout's scores differ by rounding only.
+
+        Raises:
+            ValueError: if a score is not finite.
+        """
         sheet, done = ScoreSheet(rollouts, self.model), 0
         for batch, scores in self.each(rollouts, self.scores, share=share):
             sheet.write(batch, scores)

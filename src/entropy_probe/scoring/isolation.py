@@ -176,11 +176,6 @@ def substituted(model: nn.Module, parameters: Mapping[str, Parameter], values: M
 
     Unlike ``torch.func.functional_call`` this goes by the identity of modules and parameters, not by their names, of
     which a shared module has several: there each name would put back what it found, which is the other's tensor.
-
-    Args:
-        model: the modules.
-        parameters: what to replace, by name.
-        values: what to put in their place, with the same names.
     """
     by_identity = {id(parameter): values[name] for name, parameter in parameters.items()}
     held = [

@@ -79,10 +79,6 @@ def bounded_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Group items of similar length so that each group padded to its longest holds at most ``max_tokens``.
 
     An item longer than the bound gets a group of its own.
-
-    Args:
-        lengths: tokens of every item.
-        max_tokens: the bound.
     """
     groups: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -96,12 +92,8 @@ def bounded_groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
 def pack(rollouts: Rollouts, rows: Tensor, device: torch.device, context: int | None = None) -> Microbatch:
     """Pack sequences one to a row.
 
-    Args:
-        rollouts: the batch.
-        rows: which sequences.
-        device: where they go.
-        context: how many positions the model has; rows are padded to a multiple of 16 tokens where it is known, and no
-            further than that.
+    Where it is known how many positions the model has (``context``), rows are padded to a multiple of 16 tokens, and no
+    further than that.
     """
     attention = rollouts.attention_mask[rows]
     lengths = attention.sum(1)

@@ -87,19 +87,14 @@ def _token_by_token(
 ) -> _FlatSlopes:
     s, h = scorer.token_scores(batch)
     of_logprobs, of_entropies = (
-        torch.tensor([_slope(value, parameters, direction) for value in x], dtype=x.dtype, device=x.device)
+        torch.tensor([sum(_slope_terms(value, parameters, direction)) for value in x], dtype=x.dtype, device=x.device)
         for x in (s, h)
     )
     return s.detach(), h.detach(), of_logprobs, of_entropies
 
 
-def _slope(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> float:
-    """The inner product of a scalar's gradient with the direction, by one backward pass."""
-    return sum(_slope_terms(value, parameters, direction))
-
-
 def _slope_terms(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> list[float]:
-    """The same, parameter by parameter."""
+    """The inner product of a scalar's gradient with the direction by parameter, by one backward pass."""
     gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
     return [
         dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, gradients, strict=True) if g is not None

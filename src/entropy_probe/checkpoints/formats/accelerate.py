@@ -16,8 +16,6 @@ from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTenso
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, read_optimizer
 from entropy_probe.checkpoints.safe_read import read_archive
 
-__all__ = ["FORMAT", "Accelerate"]
-
 
 class Accelerate(CheckpointFormat):
     """Two files in the directory; the weights are more often safetensors."""

@@ -15,8 +15,6 @@ from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, read_optimi
 from entropy_probe.checkpoints.trainer_settings import TrainerSettings, read_training_args
 from entropy_probe.results.note import Note, NoteKind
 
-__all__ = ["CheckpointFormat", "StoredTensor", "Weights", "doubts_about_files", "named_weights"]
-
 _WHOLE = "Use a checkpoint that was saved to its end, or make sure of this one."
 NO_TRAINER_STATE = NoteKind(
     "no_trainer_state", "trainer_state.json, written last, is missing; the save may be incomplete", _WHOLE
@@ -58,15 +56,7 @@ class Weights:
 
 
 def named_weights(file: Path, stored: Mapping[str, StoredTensor]) -> Weights:
-    """Weights by the names that parameters have in the unwrapped model.
-
-    Args:
-        file: where they are, for messages.
-        stored: by the names in the file, which ``torch.compile``, FSDP and activation checkpointing may lengthen.
-
-    Raises:
-        MismatchError: if two are of one parameter.
-    """
+    """Weights by the unwrapped model's names, to which ``torch.compile``, FSDP and checkpointing of activations add."""
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         plain = plain_name(name)
@@ -120,9 +110,6 @@ class CheckpointFormat(Protocol):
 
     def masters(self, place: Path) -> dict[str, StoredTensor]:
         """Full-precision copies of the trained weights that the optimizer keeps and steps, by parameter; often none.
-
-        Args:
-            place: of the optimizer's state.
 
         Raises:
             CheckpointError: if they cannot be read.

@@ -20,8 +20,6 @@ from entropy_probe.checkpoints.errors import DamagedFileError, MappingError, Uns
 from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights, named_weights
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, saved_optimizer
 
-__all__ = ["FORMAT", "Sharded", "read_sharded_optimizer"]
-
 
 class Sharded(CheckpointFormat):
     """Model and optimizer in one folder or in two, of any names, with or without a schedule's in a third."""
@@ -118,11 +116,7 @@ def _refuse_several(place: Path) -> None:
 
 
 def read_sharded_weights(directory: ShardedDirectory) -> Weights:
-    """The model's tensors by name: those under ``model``, or the only ones by names of parameters.
-
-    Raises:
-        UnsupportedError: if there are none, or several models.
-    """
+    """The model's tensors by name: those under ``model``, or the only ones by names of parameters."""
     parents = _models(directory)
     if len(parents) != 1:
         where = ", ".join(sorted(".".join(map(str, parent)) or "the top" for parent in parents)[:5])
@@ -142,12 +136,7 @@ def read_sharded_weights(directory: ShardedDirectory) -> Weights:
 
 
 def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
-    """The optimizer of a directory: groups and counts as they are, tensors without storage.
-
-    Raises:
-        CheckpointError: if there is none or several, a name is in two groups or in none, or the groups are not those
-            of one of the optimizers that are rebuilt.
-    """
+    """The optimizer of a directory: groups and counts as they are, tensors without storage."""
     where = directory.path / METADATA
     parent = _parent(directory)
     flat = parent in _flattened(directory)

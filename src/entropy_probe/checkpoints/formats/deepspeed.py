@@ -33,8 +33,6 @@ from entropy_probe.checkpoints.safe_read import StandIn
 from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters, frozen_tensors
 from entropy_probe.results.note import Note
 
-__all__ = ["FORMAT", "DeepSpeed"]
-
 _COPY = "copy the checkpoint again"
 _OTHER = "only DeepSpeed's own state of ZeRO is read; train with its Adam"
 _NAMES: Names = {
@@ -234,11 +232,7 @@ def _read_of(saved: _Saved, read: Callable[[], Tensor]) -> Tensor:
 
 
 def _files(place: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The files of model and optimizer, by rank.
-
-    Raises:
-        CheckpointError: if there are those of tensor, pipeline or expert parallelism, or none.
-    """
+    """The files of model and optimizer, by rank."""
     found: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
     for file in sorted(place.glob("*.pt")):
         match = _RANK_FILE.fullmatch(file.name)

@@ -32,8 +32,6 @@ from entropy_probe.checkpoints.pieces import DTENSORS, Part, Whole, as_written_b
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.results.note import Note
 
-__all__ = ["FORMAT", "Verl"]
-
 _COPY = "copy the checkpoint again"
 _OTHER = "only tensors, DTensors and plain values are read; train with plain AdamW in float32 or bfloat16"
 
@@ -95,11 +93,7 @@ FORMAT = Verl()
 
 
 def _rank_files(place: Path, kind: str) -> tuple[Path, ...]:
-    """The files of all ranks in order.
-
-    Raises:
-        CheckpointError: if one is missing, or they are of several numbers of ranks.
-    """
+    """The files of all ranks in order."""
     pattern = re.compile(rf"{kind}_world_size_(\d+)_rank_(\d+)\.pt")
     matches = [match for file in sorted(place.iterdir()) if (match := pattern.fullmatch(file.name))]
     sizes = {int(match[1]) for match in matches}

@@ -181,12 +181,7 @@ def open_output(
 ) -> Output:
     """The output directory of a command, locked by rank 0, which compares what it holds with what is to be computed.
 
-    Args:
-        config: the resolved settings.
-        command: the command.
-        sources: what its batches come from.
-        ranks: the processes that share the work.
-        options: settings of the command that are not in the config.
+    ``options`` are settings of the command that are not in the config.
 
     Raises:
         ValueError: if the directory holds something else, or work of other inputs, unless it may be overwritten.

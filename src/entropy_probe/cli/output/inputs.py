@@ -99,13 +99,7 @@ class Inputs(SavedRecord):
 
 
 def inputs_of(config: RunConfig, command: Command, sources: Sources, options: Mapping[str, Any]) -> Inputs:
-    """What a command would compute from.
-
-    Args:
-        config: the resolved settings.
-        command: the command.
-        sources: what its batches come from.
-        options: its settings that are not in the config.
+    """What a command would compute from; ``options`` are its settings that are not in the config.
 
     Raises:
         ValueError: if the checkpoint is not a directory.

@@ -55,14 +55,7 @@ def attribution_sections(result: ProbeResult, tables: Tables | None) -> tuple[Se
 
 
 def prompts_section(prompts: Columns, unit: str, folds: int | None, horizon: str = "") -> Section:
-    """What each prompt adds, from the most negative to the most positive; drawn, of many, only at the two ends.
-
-    Args:
-        prompts: the table.
-        unit: of the contributions.
-        folds: how many folds the standard errors are from, if there are any.
-        horizon: what to say of the horizon that contributions are taken at.
-    """
+    """What each prompt adds, from the most negative to the most positive; drawn, of many, only at the two ends."""
     contributions = prompts["contribution"].tolist()
     exponent = common_exponent(*contributions)
     order = np.argsort(prompts["contribution"], kind="stable").tolist()
@@ -150,10 +143,6 @@ def culprits(contributions: np.ndarray, share: float = ENOUGH) -> tuple[list[int
     """The fewest prompts that together give at least a share of all that pushes the way the batch goes.
 
     Prompts that push the other way do not count against it, so the share is at most 1.
-
-    Args:
-        contributions: of each prompt, ``[B]``.
-        share: to reach.
 
     Returns:
         Rows of ``contributions``, largest first, and the share that they reach; none and 0 where all is 0.

@@ -54,13 +54,6 @@ def run_sections(
 ) -> tuple[Section, ...]:
     """Everything that is shown of a run.
 
-    Args:
-        result: what to show.
-        tables: its attribution, if there is one.
-        validation: the attribution's validation by real steps, if there is one.
-        config: the resolved settings as text; those in the result if None.
-        answers: to further questions.
-
     Raises:
         ValueError: if the result holds no change at all, or the tables are of another run.
     """
@@ -319,12 +312,7 @@ def cautions(result: ProbeResult) -> tuple[str, ...]:
 
 
 def settings_sections(config: str | None, result: ProbeResult | None = None) -> tuple[Section, ...]:
-    """What the numbers were computed with, if anything is known of it.
-
-    Args:
-        config: the resolved settings as text; those in the result if None.
-        result: whose time, memory and versions to list.
-    """
+    """What the numbers were computed with, if anything is known of it; without a config file what the result says."""
     blocks: list[Block] = []
     if config is not None:
         blocks.append(Listing("Resolved configuration (config.yaml)", config))

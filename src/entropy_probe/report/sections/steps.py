@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from entropy_probe.report.sections.base import Axis, Curve, LineChart, Point
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.live import StepRecord
+from entropy_probe.results.live import Number, StepRecord
 
-__all__ = ["Steps", "chart_of", "cumulated", "logged_points", "number", "points_of", "thinned"]
+__all__ = ["Steps", "chart_of", "cumulated", "logged_points", "points_of", "thinned"]
 
 DRAWN = 600
 """Steps in a chart."""
@@ -66,16 +66,10 @@ def points_of(records: Steps, pick: Callable[[StepRecord], Estimate | None]) -> 
     return tuple(Point(float(step), one.value, one.margin) for step, one in thinned(picked, DRAWN))
 
 
-def logged_points(records: Steps, what: str) -> tuple[Point, ...]:
+def logged_points(records: Steps, what: Number) -> tuple[Point, ...]:
     """What the trainer logged, or recorded of the step, of something."""
-    picked = [(record.step, x) for record in records if (x := number(record, what)) is not None]
+    picked = [(record.step, x) for record in records if (x := record.number(what)) is not None]
     return tuple(Point(float(step), x) for step, x in thinned(picked, DRAWN))
-
-
-def number(record: StepRecord, what: str) -> float | None:
-    """A number of a step by name: as the probe has it, else as the trainer logged it."""
-    own = getattr(record, what, None) if what in ("gradient_norm", "clip_factor", "learning_rate", "ess") else None
-    return own if own is not None or what in ("clip_factor", "ess") else record.logged(what)  # type: ignore[arg-type]
 
 
 def thinned(items: Sequence, most: int) -> Sequence:

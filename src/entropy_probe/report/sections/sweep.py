@@ -36,12 +36,7 @@ Points: TypeAlias = tuple[Point, ...]
 
 
 def sweep_sections(sweeps: Mapping[str, Sweep], config: str | None = None) -> tuple[Section, ...]:
-    """Everything that is shown of a sweep, or of several.
-
-    Args:
-        sweeps: by the checkpoint's name; a single one has the name "".
-        config: the resolved settings as text.
-    """
+    """Everything that is shown of a sweep, or of several by the checkpoint's name; a single one has the name ""."""
     if len(sweeps) > 1 or "" not in sweeps:
         each = (_one_of_several(sweep, name, k) for k, (name, sweep) in enumerate(sweeps.items()))
         return _summary(sweeps), *each, *settings_sections(config)

@@ -23,9 +23,9 @@ from entropy_probe.report.sections.base import (
     Verdict,
     written,
 )
-from entropy_probe.report.sections.steps import Steps, chart_of, cumulated, logged_points, number, points_of, thinned
+from entropy_probe.report.sections.steps import Steps, chart_of, cumulated, logged_points, points_of, thinned
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.live import StepRecord, Timeline
+from entropy_probe.results.live import Number, StepRecord, Timeline
 from entropy_probe.results.note import Note
 
 __all__ = ["timeline_sections"]
@@ -187,7 +187,7 @@ def _printed_row(record: StepRecord, power: int) -> tuple[str, ...]:
         short(record.realized),
         "" if share is None else f"{share:.0%}",
         short(record.lifetime),
-        *(_cell(number(record, what)) for what in ("reward", "length", "gradient_norm")),
+        *(_cell(record.number(what)) for what in ("reward", "length", "gradient_norm")),
     )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def _cell(value: float | None) -> str:
 
 
 ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
-NUMBERS = ("reward", "length", "kl", "gradient_norm", "clip_factor", "learning_rate", "ess")
+NUMBERS: tuple[Number, ...] = ("reward", "length", "kl", "gradient_norm", "clip_factor", "learning_rate", "ess")
 
 
 def _listed(timeline: Timeline) -> Table:
@@ -207,7 +207,7 @@ def _listed(timeline: Timeline) -> Table:
         (
             str(record.step),
             *("" if (one := getattr(record, name)) is None else written(one) for name in ESTIMATES),
-            *(_cell(number(record, what)) for what in ("entropy", *NUMBERS)),
+            *(_cell(record.number(what)) for what in ("entropy", *NUMBERS)),
             _cell(record.loss_distance),
             _cell(record.seconds),
         )
@@ -245,7 +245,7 @@ def _sources(probed: Steps) -> Part:
 
 def _training(records: Steps) -> Part:
     """What the trainer logs beside it."""
-    wanted = (
+    wanted: tuple[tuple[str, Number, str], ...] = (
         ("Reward", "reward", ""),
         ("Response length", "length", "tokens"),
         ("Gradient norm before clipping", "gradient_norm", ""),

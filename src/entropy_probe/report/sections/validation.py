@@ -28,9 +28,7 @@ OVER_TOKENS = (
 def validation_section(validation: Validation, said: Collection[Note] = ()) -> Section:
     """Rank correlations of forecasts with real steps on halves of the update prompts.
 
-    Args:
-        validation: what to show.
-        said: notes that need not be repeated, such as those of the result.
+    Notes that were ``said`` elsewhere, such as those of the result, are not repeated.
     """
     kept, count = len(validation.steps[0].kept), validation.num_measured
     rows = tuple(
