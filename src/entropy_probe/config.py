@@ -167,21 +167,6 @@ class ProbeConfig(BaseModel):
         said = {LONGEST} if self.max_completion_length is not None else set()
         return loss.model_dump(mode="json", exclude=said)
 
-    def check_coasts(self, *, evaluation: bool) -> None:
-        """Make sure that momentum alone is measured on rollouts that it has nothing of, at a checkpoint.
-
-        Args:
-            evaluation: whether there are evaluation rollouts.
-
-        Raises:
-            ValueError: if it is asked for without them.
-        """
-        if self.coast and not evaluation:
-            raise ValueError(
-                "coast: expected evaluation rollouts, got none but those of the step, whose gradient is in the "
-                "momentum; give others, or set probe.coast to false"
-            )
-
     @model_validator(mode="after")
     def _check_weight_options(self) -> ProbeConfig:
         for name in ("is_mode", "log_weight_clamp"):

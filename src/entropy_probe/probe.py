@@ -237,7 +237,7 @@ class EntropyProbe:
         Args:
             update: the batch the step is taken on.
             evaluation: the batch whose entropy is explained; by default ``update`` itself, as :meth:`one_batch` has it:
-                of every prompt what it adds to the entropy of the others. Then without folds, questions and pooling.
+                of every prompt what it adds to the entropy of the others. Then without questions and pooling.
             folds: standard errors of the prompts' contributions from this many folds of the evaluation batch. Costs
                 one more gradient over the evaluation batch, and one more over the update batch for each fold where
                 its per-prompt gradients are not kept (``max_stored_gradient_gib``); ``auto`` takes 8 where they are.
@@ -255,14 +255,14 @@ class EntropyProbe:
             )
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
-        if evaluation is None and (folds is not None or asked or pool or self._config.geometry == "frozen"):
+        if evaluation is None and (asked or pool or self._config.geometry == "frozen"):
             raise ValueError(
-                "evaluation: expected rollouts beside folds, questions, pool or geometry 'frozen', got none; pass them"
+                "evaluation: expected rollouts beside questions, pool or geometry 'frozen', got none; pass them"
             )
         with self._opened() as policy:
             if evaluation is None:
                 own = predict_own(policy, update)
-                return attribute(own, None, measure_own(own) if measure else None)
+                return attribute(own, folds, measure_own(own) if measure else None)
             prediction = predict(plan_asked(policy, update, evaluation, asked=asked, folds=folds))
             measured = measure_step(prediction.plan) if measure else None
             fields = {

@@ -108,7 +108,7 @@ def test_a_policy_that_coasts_too_far_for_the_rollouts_is_refused():
 def test_where_it_cannot_be_measured_it_is_refused_at_once():
     with pytest.raises(ValueError, match="coast: expected geometry: adamw"):
         ProbeConfig(coast=True, geometry="frozen")
-    with pytest.raises(ValueError, match="coast: expected evaluation rollouts, got none"):
+    with pytest.raises(ValueError, match=r"probe\.coast: expected evaluation rollouts beside it, got mode one_batch"):
         RunConfig.model_validate(
             {"checkpoint": "c", "output_dir": "o", "mode": "one_batch", "probe": {"coast": True}}
             | {"rollouts": {"update": "u.parquet"}}

@@ -195,15 +195,13 @@ class RunConfig(BaseModel):
         if self.attribution and self.shard:
             yield "attribution: expected shard: false beside it, since it needs whole parameters, got true"
         folds = None if self.attribution_folds == "auto" else self.attribution_folds
-        if self.attribution and self.needs_no_evaluation and (self.probe.geometry == "frozen" or folds is not None):
-            what = "probe.geometry" if folds is None else "attribution_folds"
-            yield (
-                f"{what}: expected evaluation rollouts where it is set beside attribution, got mode one_batch; change "
-                "the mode, or leave it out"
-            )
-        self.probe.check_coasts(evaluation=not self.needs_no_evaluation)
-        if self.origins and self.needs_no_evaluation:
-            raise ValueError("origins: expected evaluation rollouts beside it, got mode one_batch; change the mode")
+        asked = {
+            "probe.geometry: frozen": self.attribution and self.probe.geometry == "frozen",
+            "probe.coast": self.probe.coast,
+            "origins": self.origins,
+        }
+        for what in (key for key, set_so in asked.items() if set_so and self.needs_no_evaluation):
+            yield f"{what}: expected evaluation rollouts beside it, got mode one_batch; change one of them"
         if folds is not None and not self.attribution:
             yield "attribution_folds: expected attribution: true beside it, got false; set it too"
         drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None

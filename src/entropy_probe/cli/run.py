@@ -266,7 +266,7 @@ def _run_mode(
     if config.mode == "one_batch":
         if not config.attribution:
             return probe.one_batch(update), None
-        attribution = probe.attribute(update=update, measure=True)
+        attribution = probe.attribute(update=update, folds=config.attribution_folds, measure=True)
         return attribution.result, attribution
     if config.attribution:
         attribution = probe.attribute(
