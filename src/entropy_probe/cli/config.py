@@ -204,9 +204,14 @@ class RunConfig(BaseModel):
             yield f"{what}: expected evaluation rollouts beside it, got mode one_batch; change one of them"
         if folds is not None and not self.attribution:
             yield "attribution_folds: expected attribution: true beside it, got false; set it too"
-        drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None
-        if folds is not None and drawn is not None and folds > drawn:
-            yield f"attribution_folds: expected at most the {drawn} clusters of the evaluation batch, got {folds}"
+        drawn, of, batch = None, "the {} clusters of the evaluation batch", "evaluation"
+        if self.needs_no_evaluation:
+            of, batch = "{}, half the prompts of the update batch", "update"
+            drawn = self.update.num_prompts // 2 if self.update else None
+        elif self.evaluation:
+            drawn = self.evaluation.num_clusters
+        if folds is not None and drawn is not None and folds > drawn and batch in self._sampled:
+            yield f"attribution_folds: expected at most {of.format(drawn)}, got {folds}"
 
     def check_filled(self) -> None:
         """Check what the trainer's settings are part of, once they were filled in from the checkpoint.
