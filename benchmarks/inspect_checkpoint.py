@@ -18,8 +18,9 @@ from statistics import median
 import torch
 
 from entropy_probe.checkpoints import inspect_checkpoint
+from entropy_probe.checkpoints.grouping import grouping_rules
 from entropy_probe.checkpoints.libraries import quiet
-from entropy_probe.checkpoints.parameters import grouping_rules, layout_of
+from entropy_probe.checkpoints.parameters import layout_of
 from entropy_probe.checkpoints.record import record_checkpoint
 from entropy_probe.demo.policy import build_model
 
@@ -36,7 +37,7 @@ def make(directory: Path, *, lora: bool, layers: int, width: int) -> Path:
         model.name_or_path = str(directory / "base")
         model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS))
     parameters = dict(model.named_parameters())
-    decay, no_decay = grouping_rules(layout_of(model))["hf-trainer-patterns"]
+    decay, no_decay = grouping_rules(layout_of(model))["hf-trainer-patterns"].groups
     groups = [{"params": [parameters[n] for n in names], "weight_decay": 0.0} for names in (decay, no_decay)]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     for _ in range(3):

@@ -30,7 +30,7 @@ def jaxtyped(typechecker, decorate=jaxtyping.jaxtyped):
     """
 
     def decorated(f):
-        shapes = any('"' in str(annotation) for annotation in f.__annotations__.values())
+        shapes = any("'" in str(annotation) for annotation in f.__annotations__.values())
         return decorate(f, typechecker=typechecker) if shapes and "<locals>" not in f.__qualname__ else f
 
     return decorated

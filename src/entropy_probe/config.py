@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializeAsAny,
     field_serializer,
@@ -17,7 +15,7 @@ from pydantic import (
 from entropy_probe.estimators.baselines import EntropyKind
 from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.importance import ImportanceMode
-from entropy_probe.losses import Loss, build_loss, default_loss
+from entropy_probe.losses import Loss, Settings, build_loss, default_loss
 
 __all__ = ["ProbeConfig", "StepDtype"]
 
@@ -26,7 +24,7 @@ StepDtype = Literal["auto", "float32", "bfloat16", "float16"]
 LONGEST = "max_completion_length"
 
 
-class ProbeConfig(BaseModel):
+class ProbeConfig(Settings):
     """How to probe. All fields are keyword arguments and validated; unknown ones are errors.
 
     Attributes:
@@ -98,8 +96,6 @@ class ProbeConfig(BaseModel):
         measure_noise_floor: score some evaluation sequences again after tiny opposite moves, to learn what rounding
             does to the realized change.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(default=1.0, gt=0)
     loss: SerializeAsAny[Loss] = Field(default_factory=default_loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,8 @@ from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides
 from entropy_probe.analyses.attribution import Attribution
-from entropy_probe.analyses.coast import measure_coasting
+from entropy_probe.analyses.coast import measure_coasting, measured_beside
 from entropy_probe.analyses.given import checked_past
-from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.own_batch import measure_own, predict_own
@@ -39,6 +38,7 @@ from entropy_probe.scoring.cache import ScoreCache
 from entropy_probe.scoring.isolation import untrained
 from entropy_probe.steps.adamw import Gradient, is_adam, learning_rates, optimizer_parameters
 from entropy_probe.steps.copied import check_optimizer, optimizer_name
+from entropy_probe.steps.moments import check_moments
 
 __all__ = ["EntropyProbe"]
 
@@ -91,6 +91,9 @@ class EntropyProbe:
         past_gradients: Sequence[Gradient] = (),
     ) -> None:
         config = config or ProbeConfig()
+        for name, value, kind in (("model", model, nn.Module), ("config", config, ProbeConfig)):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}; pass one")
         if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
             optimizer = getattr(optimizer, "optimizer", optimizer)
         check_optimizer(optimizer)
@@ -124,15 +127,19 @@ class EntropyProbe:
                 "model: expected one that can be differentiated, got torch.inference_mode, which it was made or is "
                 "probed under; leave that block"
             )
-        policy = self._policy(**settings)
-        with untrained(policy.parameters.values(), self._optimizer), policy.isolated():
-            yield policy
+        # what is made without a device belongs in host memory, whatever default device the caller has set
+        other = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if other else nullcontext():
+            policy = self._policy(**settings)
+            with untrained(policy.parameters.values(), self._optimizer), policy.isolated():
+                yield policy
 
     def _policy(self, **settings: Any) -> Policy:
         """The policy and its optimizer as they are now: a scheduler may have changed the rates since the last call."""
         model, optimizer, config = self._model, self._optimizer, self._config.model_copy(update=settings)
         reshard(model)
         parameters = optimizer_parameters(model, optimizer)
+        check_moments(parameters, optimizer)
         check_shards(model, parameters.items())
         if is_sharded(model) and not (is_adam(optimizer) or config.geometry == "frozen"):
             raise ValueError(
@@ -179,13 +186,9 @@ class EntropyProbe:
         with self._opened() as policy:
             planned = plan_asked(policy, update, evaluation, gradient, asked=asked)
             prediction, measured = predict(planned), measure_step(planned)
-            answers, horizons = answer_all(prediction, asked), measure_horizons(prediction, measured)
-            both, onward = (
-                pooled(prediction, measured) if pool else None,
-                measure_coasting(planned, measured, prediction),
-            )
-            fields = {"horizons": horizons, "answers": answers, "pooled": both, "coasted": onward}
-            return result_of(planned, prediction, measured, **fields)
+            both = pooled(prediction, measured) if pool else None
+            fields = {"answers": answer_all(prediction, asked), "pooled": both}
+            return result_of(planned, prediction, measured, **fields, **measured_beside(prediction, measured))
 
     def predict(
         self, *, update: Rollouts | None = None, evaluation: Rollouts, gradient: Gradient | None = None
@@ -265,14 +268,9 @@ class EntropyProbe:
                 return attribute(own, folds, measure_own(own) if measure else None)
             prediction = predict(plan_asked(policy, update, evaluation, asked=asked, folds=folds))
             measured = measure_step(prediction.plan) if measure else None
-            fields = {
-                "answers": answer_all(prediction, asked),
-                "pooled": pooled(prediction, measured) if pool else None,
-            }
-            if measured is not None:
-                onward = measure_coasting(prediction.plan, measured, prediction)
-                fields |= {"horizons": measure_horizons(prediction, measured), "coasted": onward}
-            return attribute(prediction, folds, measured, **fields)
+            beside = {} if measured is None else measured_beside(prediction, measured)
+            both = pooled(prediction, measured) if pool else None
+            return attribute(prediction, folds, measured, answers=answer_all(prediction, asked), pooled=both, **beside)
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0

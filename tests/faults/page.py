@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.checkpoints.crafted import CRAFTED
+from tests.faults.inputs import INPUT_FAULTS, PATH_FAULTS
 from tests.faults.table import FAULTS, Fault
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -26,7 +27,10 @@ def outcome(fault: Fault) -> tuple[str, str]:
 def rows() -> list[Row]:
     """Every fault: where it is, what it is, and what comes of it."""
     of_files = [(f"checkpoint ({fault.run})", fault.name, *outcome(fault)) for fault in FAULTS]
-    return of_files + [("archive", name, "refused", "before it is opened") for name in CRAFTED]
+    of_archives = [("archive", name, "refused", "before it is opened") for name in CRAFTED]
+    of_inputs = [(fault.where, fault.name, "refused", "one line") for fault in INPUT_FAULTS]
+    of_paths = [(f"path of a {where}", way, "refused", "one line") for where, way in PATH_FAULTS]
+    return of_files + of_archives + of_inputs + of_paths
 
 
 def table() -> str:

@@ -20,21 +20,6 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import Clusters
 
-__all__ = [
-    "SAME_BATCH",
-    "Admitted",
-    "ClusterName",
-    "Role",
-    "admit",
-    "after_end",
-    "draws_of",
-    "end_tokens",
-    "evaluation_clusters",
-    "in_groups",
-    "joined",
-]
-
-
 Role = Literal["update", "evaluation", "batch"]
 ClusterName = Literal["sequence", "prompt", "trajectory"]
 

@@ -19,8 +19,6 @@ from entropy_probe.results.probe import ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient
 
-__all__ = ["StepAhead", "look_ahead"]
-
 
 @dataclass(frozen=True, eq=False)
 class StepAhead:

@@ -16,8 +16,6 @@ from entropy_probe.results.live import Alarm, StepRecord
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import BatchFit
 
-__all__ = ["alarms", "alarms_now"]
-
 Picked = TypeVar("Picked")
 
 WINDOW = 3

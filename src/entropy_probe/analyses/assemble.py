@@ -38,8 +38,6 @@ from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import summarize_moments
 from entropy_probe.types import Clusters
 
-__all__ = ["assemble", "estimate_fields", "predicted_record", "realized_record", "result_of", "with_realized"]
-
 NO_SECOND_MOMENT = NoteKind(
     "no_second_moment",
     "{share:.1%} of the trained elements have no usable second moment (missing, not finite, or all zero)",

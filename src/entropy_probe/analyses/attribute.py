@@ -38,9 +38,7 @@ from entropy_probe.scoring.slopes import TokenSlopes, slope_method
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import Clusters, TokenCoefficients
-
-__all__ = ["Folds", "attribute", "check_divides", "check_folds"]
+from entropy_probe.types import Clusters
 
 Folds = int | Literal["auto"] | None
 USUAL_FOLDS = 8
@@ -55,11 +53,7 @@ TRIAL_TOLERANCE = 1e-4
 
 
 def check_divides(optimizer: torch.optim.Optimizer, config: ProbeConfig) -> None:
-    """Make sure that the step of an optimizer divides over gradient, momentum and tokens.
-
-    Raises:
-        ValueError: if it does not.
-    """
+    """Make sure that the step of an optimizer divides over gradient, momentum and tokens."""
     if config.geometry != "frozen" and not is_adam(optimizer):
         raise ValueError(
             "attribution: expected torch.optim.AdamW or Adam, whose step divides over gradient, momentum and tokens, "
@@ -146,10 +140,7 @@ def _rounding(policy: Policy, dtypes: Iterable[torch.dtype]) -> float:
 
 
 def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor, OwnTerms | None]:
-    """Slopes of the update batch's scores along the entropy gradient, and tokens' contributions.
-
-    By one batch the last is what was left out of them.
-    """
+    """Slopes along the entropy gradient, contributions of tokens, and, by one batch, what was left out of these."""
     plan, policy, update = prediction.plan, prediction.plan.policy, prediction.plan.batch.update
     step, total_weight, local = plan.step, plan.before.sums.size.sum().item(), update.local
     assert step.gradient_scale is not None
@@ -161,8 +152,7 @@ def _tokens(prediction: Prediction) -> tuple[TokenSlopes, Tensor, OwnTerms | Non
     with policy.clock.phase("attribution") as progress, policy.on_rank(local):
         method = slope_method(policy.scorer, update.rollouts, policy.parameters, direction, trial)
         own = method.along(direction, update.own, progress)
-    along = TokenCoefficients(own.slopes.logprobs, own.slopes.entropies)
-    own_tokens, left_out = token_contributions(plan.batch.loss, along), None
+    own_tokens, left_out = token_contributions(plan.batch.loss, own.slopes), None
     if isinstance(prediction, OwnPrediction):
         left_out = own_terms(prediction, method)
         own_tokens = left_out.others(own_tokens)

@@ -17,9 +17,7 @@ from entropy_probe.gradients.cross import gradient_pair
 from entropy_probe.named import dot
 from entropy_probe.scoring.slopes import SlopeMethod
 from entropy_probe.steps.plan import scaled
-from entropy_probe.types import TokenCoefficients
-
-__all__ = ["OwnTerms", "own_terms", "token_contributions"]
+from entropy_probe.types import TokenCoefficients, TokenScores
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +43,11 @@ class OwnTerms:
         return self.prompts / (self.prompts - 1) * (whole - self.by_parameter.get(name, 0.0))
 
 
-def token_contributions(loss: TokenCoefficients, slopes: TokenCoefficients) -> Float[Tensor, "n L"]:
+def token_contributions(loss: TokenCoefficients, slopes: TokenScores) -> Float[Tensor, "n L"]:
     """Tokens' contributions from the slopes of their scores along the entropy gradient, as the step scales it."""
     # adding 0 turns the -0 of a token without an advantage into 0
     tokens = loss.logprobs.double() * slopes.logprobs.double() + 0.0
-    if loss.entropies is not None and slopes.entropies is not None:
+    if loss.entropies is not None:
         tokens += loss.entropies.double() * slopes.entropies.double()
     return tokens
 
@@ -71,9 +69,7 @@ def own_terms(prediction: OwnPrediction, method: SlopeMethod) -> OwnTerms:
             direction = scaled({name: x.get(name) for name in policy.parameters}, step.gradient_scale, factor)
             for name in x.keys() & y.keys():
                 products[name] += dot({name: direction[name]}, {name: y[name]})
-            slopes = method.along(direction, own.select(rows)).slopes
-            along = TokenCoefficients(slopes.logprobs, slopes.entropies)
-            tokens[rows] = token_contributions(loss.select(rows), along)
+            tokens[rows] = token_contributions(loss.select(rows), method.along(direction, own.select(rows)).slopes)
             progress(unit + 1, len(local.present_clusters))
     summed = policy.ranks.sum(torch.tensor([products[name] for name in policy.parameters], dtype=torch.float64))
     by_parameter = dict(zip(policy.parameters, summed.tolist(), strict=True))

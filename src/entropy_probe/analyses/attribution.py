@@ -18,8 +18,6 @@ from entropy_probe.results.probe import ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenScores
 
-__all__ = ["Attribution", "LayerShare"]
-
 
 @dataclass(frozen=True)
 class LayerShare:
@@ -175,10 +173,7 @@ def _prompt_text(attribution: Attribution, row: int, tokenizer: Any) -> str:
 
 
 def _token_texts(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Each token as it reads inside a text.
-
-    Decoded behind another token, because some tokenizers drop the space that a first token starts with.
-    """
+    """Each token as it reads inside a text: some tokenizers drop the space that a first token starts with."""
     if tokenizer is None:
         return [f"<{token}>" for token in token_ids]
     anchor = tokenizer.encode("a", add_special_tokens=False)

@@ -10,8 +10,6 @@ from entropy_probe.analyses.predict import Prediction, predict
 from entropy_probe.estimators.attribution import correlation
 from entropy_probe.estimators.horizon import horizons
 
-__all__ = ["at_own_horizon"]
-
 ENOUGH_ALIKE = 0.99
 """Correlation of the prompts' contributions with those to the whole response, on the same rollouts."""
 MIN_PROMPTS = 4

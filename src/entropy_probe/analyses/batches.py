@@ -22,8 +22,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient, is_adam
 from entropy_probe.types import Clusters
 
-__all__ = ["EvaluationBatch", "UpdateBatch", "admit_batches", "admit_evaluation", "admitted"]
-
 
 @dataclass(frozen=True, eq=False)
 class UpdateBatch:
@@ -92,6 +90,11 @@ def admit_batches(
     Raises:
         ValueError: for unusable rollouts, or ranks that were given different ones.
     """
+    for name, batch in (("update", update), ("evaluation", evaluation)):
+        if not isinstance(batch, Rollouts):
+            raise ValueError(
+                f"{name}: expected Rollouts, got {type(batch).__name__}; read a file with Rollouts.from_parquet"
+            )
     given, evaluation = update.cpu(), evaluation.cpu()
     same = Contents.of(given).same_as(Contents.of(evaluation))
     update = admitted(policy, given, "update")
@@ -106,11 +109,7 @@ def admit_batches(
 
 
 def admit_evaluation(policy: Policy, evaluation: Rollouts, *, is_update: bool = False) -> EvaluationBatch:
-    """The evaluation batch as this run counts it.
-
-    Raises:
-        ValueError: for unusable rollouts.
-    """
+    """The evaluation batch as this run counts it."""
     evaluation = evaluation.cpu()
     grouped = in_groups(evaluation)
     evaluation = admitted(policy, evaluation, "batch" if is_update else "evaluation")

@@ -27,8 +27,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest, sequence_digests
 from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
-__all__ = ["Before", "LengthSample", "chosen_clusters", "chosen_sequences", "entropy_coefficients"]
-
 SHARE, LEAST = 1 / 16, 8
 """A gradient over that share costs a sixteenth of the evaluation gradient at most; see the theory for its error."""
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-__all__ = ["UserTurn", "markup_tokens", "user_turn"]
-
 _FIRST, _ANSWER, _LAST = "Pangolin", "Quetzal", "Wombat"
 """Messages whose places in a rendered conversation are looked up: words that no template has, and none trims."""
 _SHAPE = rf"(.*){_FIRST}(.*){_ANSWER}(.*){_LAST}(.*)"

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields
+from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import Measured, difference, fresh_scores
 from entropy_probe.analyses.plan import Plan
 from entropy_probe.analyses.predict import Prediction
@@ -23,8 +25,6 @@ from entropy_probe.results.note import NoteKind
 from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.afterlife import DECAYS, coasted
 from entropy_probe.steps.copied import optimizer_name
-
-__all__ = ["measure_coasting"]
 
 NO_END = NoteKind(
     "coasting_has_no_end",
@@ -83,6 +83,12 @@ def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | No
         difference=_estimate(plan, gap),
         weight_decay=_estimate(plan, decayed),
     )
+
+
+def measured_beside(prediction: Prediction, measured: Measured) -> dict[str, Any]:
+    """The fields of a result for what is measured beside the step itself: the profile over horizons, and coasting."""
+    coasting = measure_coasting(prediction.plan, measured, prediction)
+    return {"horizons": measure_horizons(prediction, measured), "coasted": coasting}
 
 
 def _measured_at(plan: Plan, parameters: Mapping[str, Tensor], phase: str) -> Measurement:

@@ -17,8 +17,6 @@ from entropy_probe.parallel.batch import add_up
 from entropy_probe.results.draws import Draws
 from entropy_probe.types import Clusters
 
-__all__ = ["measured_draws"]
-
 
 def measured_draws(plan: Plan, measured: Measured) -> Draws | None:
     """The between-prompt share and the design effect, where prompts are clusters of several draws.

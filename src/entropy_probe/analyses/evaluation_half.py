@@ -13,8 +13,6 @@ from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["MIN_CLUSTERS", "EvaluationHalf", "halved"]
-
 MIN_CLUSTERS = 4
 """Two for each half: the least that a standard error takes."""
 

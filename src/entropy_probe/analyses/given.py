@@ -21,8 +21,6 @@ from entropy_probe.steps.adamw import Gradient, is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.origins import check_past
 
-__all__ = ["GRADIENTS_DIFFER", "GRADIENT_GIVEN", "GivenGradient", "agreement", "checked_gradient", "checked_past"]
-
 TAKE = (
     "take it after the backward pass, before clipping, as {name: p.grad for name, p in model.named_parameters() if "
     "p.requires_grad}"

@@ -19,8 +19,6 @@ from entropy_probe.scoring.forward import Progress
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["differentiate", "over_clusters", "over_tokens", "update_gradient", "update_loss", "whole_scores"]
-
 PASSED_OVER_TWICE = NoteKind(
     "passed_over_twice",
     "per-prompt update gradients exceed max_stored_gradient_gib: the update batch is passed over twice",

@@ -26,8 +26,6 @@ from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.types import TokenScores
 
-__all__ = ["measure_horizons", "measured_within", "stated"]
-
 SLOPE_TOLERANCE = 1e-3
 """How far forward mode may be off on a sequence, relative to what parameters add; wrong rules are by percents."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["layer_and_module"]
-
 _ADAPTER_PREFIX = "base_model.model."
 _WRAPPERS = ("base_layer", "modules_to_save", "original_module")
 

@@ -17,8 +17,6 @@ from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = ["against_log"]
-
 FACTOR = 4.0
 """Between the norm of the update gradient and the nearest of the logged ones."""
 ERRORS, SHARE = 4.0, 0.1

@@ -18,17 +18,6 @@ from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.plan import PlannedStep, stepped_parameters
 from entropy_probe.types import TokenScores
 
-__all__ = [
-    "Measured",
-    "after_step",
-    "difference",
-    "fresh_scores",
-    "measure",
-    "measure_at",
-    "measure_taken",
-    "noise_floor",
-]
-
 NOTABLE_ROUNDING = 0.01
 STEP_ROUNDED = NoteKind(
     "step_rounded",

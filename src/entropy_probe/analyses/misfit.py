@@ -10,8 +10,6 @@ from entropy_probe.estimators.sampler import Mismatch
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import BatchFit
 
-__all__ = ["Misfit", "beside_two_batches"]
-
 FOREIGN = 1.0
 """Nats per token above the entropy, beyond which ids are more likely another tokenizer's than another policy's."""
 REWEIGHTED = NoteKind(

@@ -21,8 +21,6 @@ from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["measured_noise_floor"]
-
 NOISE_SEQUENCES, NOISE_PAIRS = 24, 2
 """Enough for the size of rounding errors; more would cost time. And fewer than a Pareto tail is fitted to, which would
 refuse changes that are not to be trusted by themselves, but whose size is all that is asked here."""

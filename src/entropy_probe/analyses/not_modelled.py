@@ -17,8 +17,6 @@ from entropy_probe.parallel.shards import count
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.steps.precision import MIN_SHARE, NARROW, exact_share, fits, step_dtypes, trained
 
-__all__ = ["MASTER_WEIGHTS", "PRECISION_UNKNOWN", "of_frozen_geometry", "of_model", "of_rounding", "unrounded"]
-
 MASTER_WEIGHTS = NoteKind(
     "master_weights",
     "the trained weights are numbers of {kind}, and the optimizer's state is wider, as where a trainer adds its steps "
@@ -94,11 +92,7 @@ def of_rounding(
 
 
 def _lost(parameters: Mapping[str, Parameter], delta: Mapping[str, Tensor]) -> tuple[str, float] | None:
-    """The 16-bit type that most weights are exact in, if any, and the share of what moves that rounding to it undoes.
-
-    Returns:
-        ``None`` where most of the weights are not exact in any.
-    """
+    """The 16-bit type that most weights are exact in, if any, and the share of what moves that it undoes."""
     for dtype in NARROW:
         if not parameters or exact_share(parameters, dtype) < MIN_SHARE:
             continue

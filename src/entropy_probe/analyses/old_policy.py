@@ -22,8 +22,6 @@ from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenScores
 
-__all__ = ["OldPolicy", "old_policy"]
-
 OLD_AMISS = NoteKind(
     "old_logprobs_amiss",
     "{role}: old_logprobs are not those that the responses were drawn with: the tokens are likelier under the policy "

@@ -32,8 +32,6 @@ from entropy_probe.results.probe import CrossPrompt, PreconditionerReport, Probe
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
-__all__ = ["one_batch"]
-
 MAX_CLUSTERS = 128
 """More prompts than this are put into blocks, unless asked otherwise."""
 MIN_BLOCKS = 16
@@ -63,11 +61,7 @@ class _Batch:
 
 
 def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
-    """The U-statistic of a batch of prompts with a group of responses each, with H and the diagnostics.
-
-    Raises:
-        ValueError: see :meth:`entropy_probe.EntropyProbe.cross_prompt`.
-    """
+    """The U-statistic of a batch of prompts with a group of responses each, with H and the diagnostics."""
     config, ranks, whole = policy.config, policy.ranks, _admitted(policy, batch)
     clusters, local, own = whole.clusters, whole.local, whole.local.select(whole.rollouts)
     policy.prepare(whole.rollouts)
@@ -116,11 +110,7 @@ def one_batch(policy: Policy, batch: Rollouts) -> ProbeResult:
 
 
 def _loss(policy: Policy, whole: _Batch, before: TokenScores) -> TokenCoefficients:
-    """Coefficients of this rank's rows, of a step that is the first on these rollouts.
-
-    Raises:
-        ValueError: if the batch was used before.
-    """
+    """Coefficients of this rank's rows, of a step that must be the first on these rollouts."""
     loss, given, local = policy.config.loss, whole.given, whole.local
     scores = None
     if loss.needs_scores(given):

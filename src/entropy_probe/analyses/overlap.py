@@ -18,8 +18,6 @@ from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest, sequence_digests
 
-__all__ = ["COPIES", "SHARED", "Contents", "Overlap", "copies", "shared"]
-
 RARE = 0.05
 """A response counts where chance repeats it less often than this in the other batch."""
 MIN_SHARE = 0.05

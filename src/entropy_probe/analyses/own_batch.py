@@ -36,8 +36,6 @@ from entropy_probe.steps.copied import STEP_ON_COPIES, optimizer_name
 from entropy_probe.steps.plan import scaled, unrounded_step
 from entropy_probe.types import Clusters
 
-__all__ = ["OwnPrediction", "admit_own", "measure_own", "own_prediction", "predict_own", "without_own"]
-
 USED_BEFORE = NoteKind(
     "used_before",
     "the policy has moved since these responses were sampled, by {gap:.2g} nats per token: where earlier steps were "

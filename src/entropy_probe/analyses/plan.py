@@ -25,8 +25,6 @@ from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.plan import PlannedStep, plan_step
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["BatchGradient", "Plan", "before_step", "plan", "plan_given"]
-
 
 @dataclass(frozen=True, eq=False)
 class BatchGradient:
@@ -123,7 +121,7 @@ def plan_given(
     """Score the evaluation batch, and plan the step of a checked gradient from outside.
 
     That of ``update`` is compared with it. ``shares`` prepares to differentiate the entropy cluster by cluster, and
-    ``clip`` says whether the trainer has still to clip.
+    ``clip`` says whether the trainer has still to clip it.
 
     Raises:
         ValueError: as :func:`plan`.

@@ -35,8 +35,6 @@ from entropy_probe.steps.adamw import Gradient
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
 
-__all__ = ["Log", "Policy", "Resample", "check_device", "check_dtype", "open_policy"]
-
 LOW_PRECISIONS = (torch.bfloat16, torch.float16)
 LOW = (
     "computed in {precision}: log-probabilities are quantised; measured on small models, that costs the realized "
@@ -167,11 +165,7 @@ class Policy:
                 check_gradient(self.scorer, self.parameters, batches[0])
 
     def check_ranks_agree(self, gradient: Mapping[str, Tensor | None] | None = None, **batches: Rollouts) -> None:
-        """Make sure that all ranks probe the same policy with the same settings and batches.
-
-        Raises:
-            ValueError: if a rank does not.
-        """
+        """Make sure that all ranks probe the same policy with the same settings and batches."""
         if self.ranks is ALONE:
             return
         model, state = self.model, self.optimizer.state

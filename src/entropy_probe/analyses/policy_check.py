@@ -36,8 +36,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenScores
 
-__all__ = ["Checked", "PolicyCheck", "StaleRolloutsError"]
-
 FEW = 96
 """Sequences that are scored at other temperatures, once something is wrong."""
 NEWTON_STEPS = 5
@@ -212,10 +210,7 @@ class PolicyCheck:
         return _root_mean_square(self._sum(local, squared_gaps(scores, rounded.logprobs)))
 
     def _temperature_of_tokens(self, few: Rollouts, local: LocalRows) -> tuple[float, float] | None:
-        """The temperature at which the tokens are likeliest, with its error, if there is one.
-
-        It is where surprisal minus entropy sums to 0.
-        """
+        """The temperature at which the tokens are likeliest, surprisal minus entropy sums to 0, with its error."""
 
         def sums(scores: TokenScores) -> Tensor:
             return self._sum(local, excess_sums(scores)).sum(1)

@@ -20,8 +20,6 @@ from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.results.probe import Estimate, Pooled, Predicted
 from entropy_probe.results.student import combined_degrees
 
-__all__ = ["own_of", "pooled", "pooled_prediction"]
-
 
 def pooled(prediction: Prediction, measured: Measured | None = None) -> Pooled:
     """The changes by the batch of the step, and by both.

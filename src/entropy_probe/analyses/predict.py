@@ -31,9 +31,6 @@ from entropy_probe.steps.origins import momentum_by_origin
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Prediction", "entropy_surrogate", "length_changes", "predict", "prompt_contributions"]
-
-
 NO_HISTORY = NoteKind(
     "no_history",
     "se_update holds Adam's denominators fixed, but for parameters without a history the update batch itself sets "

@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-__all__ = ["Clock", "Phase", "library_versions", "peak_memory"]
-
 Phase = Callable[[str, int, int], None]
 """Progress: the name of the phase, sequences done, sequences in all."""
 

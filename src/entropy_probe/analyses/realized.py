@@ -21,8 +21,6 @@ from entropy_probe.results.probe import Realized, Unit
 from entropy_probe.results.student import degrees_of
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["Measurement", "measure_change", "per_decision_sums"]
-
 TOO_FAR = NoteKind(
     "policy_moves_too_far",
     "the step moves the policy too far for these rollouts: effective sample size {ess:.0f} of {sequences}{tail}; "

@@ -22,8 +22,6 @@ from entropy_probe.results.probe import PreconditionerReport
 from entropy_probe.steps.copied import STEP_ON_COPIES, optimizer_name
 from entropy_probe.steps.plan import PlannedStep, plan_step, unrounded_step
 
-__all__ = ["jackknife", "step_by", "step_on", "step_without"]
-
 
 def step_on(planned: Plan, kept: Int[Tensor, " K"], factor: float = 1.0) -> PlannedStep:
     """The step on some prompts, numbered by increasing id, in the geometry of the planned one.

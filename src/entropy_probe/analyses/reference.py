@@ -18,8 +18,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 
-__all__ = ["check_reference", "with_reference"]
-
 COPY = "ref"
 """The adapter in which TRL keeps a copy of the one that training started from."""
 ADAPTER_OFF = NoteKind(
@@ -30,11 +28,7 @@ ADAPTER_OFF = NoteKind(
 
 
 def check_reference(loss: Loss, update: Rollouts | None, model: nn.Module, reference: nn.Module | None) -> None:
-    """Make sure that a loss has the reference that it takes.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Make sure that a loss has the reference that it takes."""
     given = (update is not None and update.reference_logprobs is not None) or reference is not None
     if loss.needs_reference and not given and not _has_adapter(model):
         raise ValueError(
@@ -48,9 +42,6 @@ def with_reference(policy: Policy, given: Rollouts, rollouts: Rollouts, local: L
     """The update batch with the reference's log-probabilities, where the loss takes them and it has none.
 
     ``rollouts`` is the batch as it is counted.
-
-    Raises:
-        ValueError: if there is no reference.
     """
     check_reference(policy.config.loss, given, policy.model, policy.reference)
     if given.reference_logprobs is not None or not policy.config.loss.needs_reference:

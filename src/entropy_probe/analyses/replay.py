@@ -13,8 +13,6 @@ from entropy_probe.analyses.reference import with_reference
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import ClippedGradient, clip_gradient
 
-__all__ = ["batch_gradient", "take_step"]
-
 
 def batch_gradient(policy: Policy, batch: Rollouts) -> ClippedGradient:
     """The gradient of the policy's loss on a batch, clipped as training does.

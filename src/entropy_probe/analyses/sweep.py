@@ -33,8 +33,6 @@ from entropy_probe.results.sweep import (
 )
 from entropy_probe.scoring.directional import directional_derivatives, why_not_forward_mode
 
-__all__ = ["check_finished", "check_learning_rates", "sweep"]
-
 SLOPE_TOLERANCE = 1e-3
 """How far the forward-mode slope may be from the backward one, relative to the sum of absolute contributions."""
 NO_FORWARD_MODE = NoteKind(
@@ -91,11 +89,7 @@ def check_learning_rates(learning_rates: Sequence[float]) -> tuple[float, ...]:
 
 
 def check_finished(finished: Sequence[SweepPoint], rates: Sequence[float]) -> None:
-    """Make sure that points of an interrupted sweep are of this one.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Make sure that points of an interrupted sweep are of this one."""
     known = {point.learning_rate for point in finished} <= set(rates)
     if not known or any(p.estimate and p.influence is None for p in finished):
         raise ValueError("finished: expected points at rates of this sweep, with their influences; sweep them again")

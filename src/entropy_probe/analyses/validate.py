@@ -40,8 +40,6 @@ from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.plan import PlannedStep
 
-__all__ = ["check_halves", "distinct_halves", "validate"]
-
 MIN_PROMPTS = 4
 MIN_RELIABILITY, WANTED_RELIABILITY = 0.8, 0.9
 ROUNDING = 1e-9
@@ -77,11 +75,7 @@ LOW_RELIABILITY = NoteKind(
 
 
 def check_halves(prompts: int, subsets: int) -> None:
-    """Make sure that there is something to take halves of, and that enough are asked for.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Make sure that there is something to take halves of, and that enough are asked for."""
     if prompts < MIN_PROMPTS:
         raise ValueError(
             f"validate: expected at least {MIN_PROMPTS} update prompts to take halves of, got {prompts}; use a "
@@ -122,25 +116,12 @@ class _Measured:
 
 @dataclass(frozen=True, eq=False)
 class _Question:
-    """The attribution in question, and what its contributions are compared with.
-
-    Attributes:
-        attribution: of the update batch.
-        plan: the step on the whole update batch.
-        crossed: whether the evaluation batch is the attribution's own or holds sequences of it, so that half of it
-            judges the other half.
-        by_token: what else is said to forecast the change, of each response token, ``[N, L]``, by name.
-    """
+    """The attribution in question, and what its contributions are compared with."""
 
     attribution: Attribution
     plan: Plan
-    crossed: bool
-    by_token: dict[str, Tensor]
-
-    @property
-    def policy(self) -> Policy:
-        """Whose steps are taken."""
-        return self.plan.policy
+    crossed: bool  # whether half of the evaluation batch judges the other half, as where the attribution has it too
+    by_token: dict[str, Tensor]  # what else is said to forecast the change, of each response token, [N, L], by name
 
 
 def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, subsets: int, seed: int) -> Validation:
@@ -241,7 +222,7 @@ def _judged(
     question: _Question, kept_prompts: list[Tensor], results: list[_Measured | str], by_half: Tensor, seed: int
 ) -> Validation:
     """The rank correlations over the steps that were measured, and what to know about the others."""
-    policy, update, evaluation = question.policy, question.plan.batch.update, question.plan.evaluation.rollouts
+    policy, update, evaluation = question.plan.policy, question.plan.batch.update, question.plan.evaluation.rollouts
     forecasts, notes = _forecasts(question, seed), policy.log.notes
     kept = torch.stack([torch.isin(torch.arange(update.prompts.count), rows) for rows in kept_prompts]).double()
     summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}

@@ -162,15 +162,10 @@ _CARD = "The following `bitsandbytes` quantization config was used during traini
 
 @dataclass(frozen=True)
 class FourBit:
-    """How a base model is quantised.
+    """How a base model is quantised."""
 
-    Attributes:
-        settings: those of its ``BitsAndBytesConfig``.
-        stored: whether its files hold 4-bit weights; else plain ones are quantised while they are loaded.
-    """
-
-    settings: dict[str, Any]
-    stored: bool
+    settings: dict[str, Any]  # those of its ``BitsAndBytesConfig``
+    stored: bool  # whether its files hold 4-bit weights; else plain ones are quantised while they are loaded
 
 
 def live_settings(model: nn.Module) -> dict[str, Any] | None:

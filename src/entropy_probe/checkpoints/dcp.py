@@ -9,7 +9,6 @@ claims more data than the file has. No process group is needed. Format: ``torch.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from entropy_probe.checkpoints.errors import (
     UnsupportedError,
     shown,
 )
-from entropy_probe.checkpoints.safe_read import StandIn, read_archived, read_with_stand_ins
+from entropy_probe.checkpoints.pickles import DTYPES, whole_numbers
+from entropy_probe.checkpoints.safe_read import StandIn, is_file_name, read_archived, read_with_stand_ins
 
 METADATA = ".metadata"
 Place = tuple[Any, ...]
@@ -39,17 +39,6 @@ _Box = tuple[tuple[int, ...], tuple[int, ...]]
 _COPY = "copy the checkpoint again"
 _MAX_CORNERS = 10**7
 """Corners of all shards of one tensor."""
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-
-
-def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
-    """Offsets or sizes, with any error that others give."""
-    numbers = tuple(values)
-    if len(numbers) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in numbers):
-        raise ValueError(f"sizes {shown(numbers)}")
-    return numbers
-
-
 _CLASSES = (
     *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex"),
     *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
@@ -58,11 +47,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch.distributed.checkpoint.metadata", name): type(name, (StandIn,), {}) for name in _CLASSES},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StandIn,
     ("torch.serialization", "_get_layout"): StandIn,
-    ("torch", "Size"): _whole_numbers,
+    ("torch", "Size"): whole_numbers,
     **{("pathlib", name): StandIn for name in ("PosixPath", "WindowsPath", "PurePosixPath", "Path")},
     **{("pathlib._local", name): StandIn for name in ("PosixPath", "WindowsPath")},
     ("collections", "OrderedDict"): dict,
-    **{("torch", name): getattr(torch, name) for name in _DTYPES},
+    **{("torch", name): dtype for name, dtype in DTYPES.items()},
 }
 
 
@@ -108,16 +97,13 @@ class ShardedDirectory:
         directory._check_files()
         return directory
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Bytes of the files with data."""
-        names = {shard.file for entry in self.entries.values() for shard in entry.shards}
-        return sum((self.path / name).stat().st_size for name in names)
+        return sum(self._file_sizes.values())
 
     def _check_files(self) -> None:
-        where = self.path / METADATA
-        sizes = self._file_sizes()
-        declared = 0
+        where, sizes, declared = self.path / METADATA, self._file_sizes, 0
         for entry in self.entries.values():
             for shard in entry.shards:
                 claimed = 0 if entry.dtype is None else math.prod(shard.sizes) * entry.dtype.itemsize
@@ -127,19 +113,20 @@ class ShardedDirectory:
                         f"{where}: {entry.name}: expected {claimed:,} bytes within the {sizes[shard.file]:,} of "
                         f"{shard.file}, got {shard.length:,} from {shard.start:,}; {_COPY}"
                     )
-        if declared > sum(sizes.values()):
+        if declared > self.size:
             raise DamagedFileError(
-                f"{where}: expected tensors of at most the files' {sum(sizes.values()):,} bytes, got {declared:,} "
+                f"{where}: expected tensors of at most the files' {self.size:,} bytes, got {declared:,} "
                 f"declared by tensors that share their data; {_COPY}"
             )
         for entry in self.entries.values():
             _check_cover(f"{where}: {entry.name}", entry)
 
+    @cached_property
     def _file_sizes(self) -> dict[str, int]:
         """Bytes of each file that the index names, all of them files beside it."""
         sizes: dict[str, int] = {}
         for shard in (shard for entry in self.entries.values() for shard in entry.shards):
-            if not _is_file_name(shard.file):
+            if not is_file_name(shard.file):
                 raise UnsafeFileError(
                     f"{self.path / METADATA}: expected files beside it, got {shown(shard.file, 100)}; it was not read"
                 )
@@ -179,7 +166,7 @@ def _entries(file: Path, index: Any) -> Iterator[Entry]:
     stored: dict[tuple[str, tuple[int, ...] | None], Any] = {}
     for key, info in index.storage_data.items():
         name, offset = _name(key.fqn), getattr(key, "offset", None)  # a value has none
-        at = None if offset is None else _whole_numbers(offset)
+        at = None if offset is None else whole_numbers(offset)
         if (name, at) in stored:
             raise ValueError(f"two places for {name}")
         if getattr(info, "transform_descriptors", None):
@@ -196,10 +183,10 @@ def _entries(file: Path, index: Any) -> Iterator[Entry]:
         if type(meta).__name__ == "BytesStorageMetadata":
             yield Entry(name, place, None, (), (_shard((), (), stored[name, None]),))
             continue
-        dtype, shape = meta.properties.state[0], _whole_numbers(meta.size)
+        dtype, shape = meta.properties.state[0], whole_numbers(meta.size)
         if not isinstance(dtype, torch.dtype) or math.prod(max(n, 1) for n in shape) >= 2**60:
             raise TypeError(f"dtype or size of {name}")
-        chunks = [(_whole_numbers(c.offsets), _whole_numbers(c.sizes)) for c in meta.chunks]
+        chunks = [(whole_numbers(c.offsets), whole_numbers(c.sizes)) for c in meta.chunks]
         shards = tuple(_shard(offsets, sizes, stored[name, offsets]) for offsets, sizes in chunks)
         yield Entry(name, place, dtype, shape, shards)
 
@@ -211,17 +198,10 @@ def _name(value: Any) -> str:
 
 
 def _shard(offsets: tuple[int, ...], sizes: tuple[int, ...], info: Any) -> _Shard:
-    start, length = _whole_numbers((info.offset, info.length))
+    start, length = whole_numbers((info.offset, info.length))
     if type(info.relative_path) is not str:
         raise TypeError(f"the file {shown(info.relative_path)}")
     return _Shard(offsets, sizes, info.relative_path, start, length)
-
-
-def _is_file_name(value: str) -> bool:
-    """Whether it can be that of a file in the directory, and nothing else."""
-    if not value.isprintable() or value in ("", ".", ".."):
-        return False
-    return Path(value).name == value and len(os.fsencode(value)) <= 255
 
 
 def _check_cover(where: str, entry: Entry) -> None:

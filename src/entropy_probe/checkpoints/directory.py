@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
 from entropy_probe.checkpoints.formats import CheckpointFormat, optimizer_of, weights_of
@@ -119,15 +119,8 @@ def named_step(path: Path) -> int | None:
     return next((int(match[1] or match[2]) for match in matches), None)
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """Files that give a trainer away.
-
-    Attributes:
-        files: patterns, one of which has to match below the directory.
-        what: who wrote it, and what its optimizer's state is kept in.
-        remedy: what can be done.
-    """
+class _Trace(NamedTuple):
+    """Patterns of files, of which one below a directory gives a trainer away; who wrote it, and what can be done."""
 
     files: tuple[str, ...]
     what: str

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from entropy_probe.checkpoints.optimizers import ADAMW_8BIT
-from entropy_probe.results.checkpoint import MovementReport
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 
 if TYPE_CHECKING:
@@ -110,8 +109,9 @@ def remarks_on(examined: Examined) -> Iterator[Note]:
 def doubts_about(examined: Examined) -> Iterator[Note]:
     """A note for each doubt, the gravest first."""
     saved, state = examined.saved, examined.state
-    if examined.movement is not None and examined.movement.exchanged:
-        yield _exchange(examined.movement)
+    if examined.movement is not None and (cycles := examined.movement.exchanged):
+        names = " and ".join(cycles[0][:2]) + (f" and {len(cycles[0]) - 2} others" if len(cycles[0]) > 2 else "")
+        yield EXCHANGED(parameters=names, more=f" and {len(cycles) - 1} more" if len(cycles) > 1 else "")
     if examined.num_others:
         yield OTHER_MODEL(count=examined.num_others)
     rates = [group["lr"] for group in saved.groups if group["params"]]
@@ -174,10 +174,3 @@ def _doubts_about_base(examined: Examined) -> Iterator[Note]:
     recorded = adapter.config.get("base_model_name_or_path")
     if isinstance(recorded, str) and Path(recorded).name.lower() != Path(adapter.base).name.lower():
         yield OTHER_BASE(recorded=recorded, given=adapter.base)
-
-
-def _exchange(movement: MovementReport) -> Note:
-    first = movement.exchanged[0]
-    more = f" and {len(movement.exchanged) - 1} more" if len(movement.exchanged) > 1 else ""
-    shown = " and ".join(first[:2]) + (f" and {len(first) - 2} others" if len(first) > 2 else "")
-    return EXCHANGED(parameters=shown, more=more)

@@ -20,13 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import (
-    DamagedFileError,
-    InvalidValueError,
-    MismatchError,
-    UnsupportedError,
-    shown,
-)
+from entropy_probe.checkpoints.errors import DamagedFileError, InvalidValueError, MismatchError, UnsupportedError, shown
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 BLOCKS = (256, 2048)
@@ -53,17 +47,11 @@ def is_of_bitsandbytes(groups: list[dict[str, Any]], state: Mapping[Any, dict[st
 
 @dataclass(frozen=True)
 class EightBitState:
-    """What bitsandbytes' ``state_dict`` holds, as torch's AdamW would have it.
+    """What bitsandbytes' ``state_dict`` holds, as torch's AdamW would have it."""
 
-    Attributes:
-        groups: the parameter groups.
-        state: entries by index; a moment in 8 bits is without storage until it is read.
-        stored: the tensors of the file by index.
-    """
-
-    groups: list[dict[str, Any]]
-    state: dict[Any, dict[str, Any]]
-    stored: dict[Any, dict[str, Tensor]]
+    groups: list[dict[str, Any]]  # the parameter groups
+    state: dict[Any, dict[str, Any]]  # entries by index; a moment in 8 bits is without storage until it is read
+    stored: dict[Any, dict[str, Tensor]]  # the tensors of the file by index
 
     @classmethod
     def of(

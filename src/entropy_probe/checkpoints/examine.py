@@ -40,13 +40,7 @@ from entropy_probe.checkpoints.inner_adapter import (
 from entropy_probe.checkpoints.manifest import Manifest, check_recorded, read_manifest, verify_files
 from entropy_probe.checkpoints.mapping import ParameterMapping, StatedMapping, map_parameters, without_frozen
 from entropy_probe.checkpoints.masters import Copy, check_masters, described
-from entropy_probe.checkpoints.models import (
-    AdapterFiles,
-    adapter_layout,
-    base_skeleton,
-    embedding_names,
-    full_skeleton,
-)
+from entropy_probe.checkpoints.models import AdapterFiles, adapter_layout, base_skeleton, embedding_names, full_skeleton
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer, check_entries
 from entropy_probe.checkpoints.optimizer_state import summarize
 from entropy_probe.checkpoints.parameters import Layout, layout_of
@@ -68,29 +62,18 @@ from entropy_probe.results.probe import OptimizerStateReport
 
 @dataclass(frozen=True)
 class Request:
-    """A checkpoint directory, already found to be one, and what the user said of it.
+    """A checkpoint directory, already found to be one, and what the user said of it."""
 
-    Attributes:
-        path: the directory.
-        base_model: the base model, or the one that full weights started from.
-        adapter: the name of the trained adapter.
-        quantization: how training quantised the base model.
-        mapping: which parameters the entries of a file without names belong to.
-        weights: which copy of the weights to take where the optimizer keeps another.
-        policy: the policy's name in the module that the optimizer is over, where there is a value model beside it.
-        any_trainer: whether the loss may be one that is not modelled.
-        trainer_config: the trainer's own config, where it is not beside the checkpoint.
-    """
-
-    path: Path
-    base_model: str | Path | None = None
-    adapter: str | None = None
-    quantization: Quantization | None = None
-    mapping: StatedMapping | None = None
-    weights: Copy = "masters"
+    path: Path  # the directory
+    base_model: str | Path | None = None  # the base model, or the one that full weights started from
+    adapter: str | None = None  # the name of the trained adapter
+    quantization: Quantization | None = None  # how training quantised the base model
+    mapping: StatedMapping | None = None  # which parameters the entries of a file without names belong to
+    weights: Copy = "masters"  # which copy of the weights to take where the optimizer keeps another
+    # the policy's name in the module that the optimizer is over, where there is a value model beside it
     policy: str | None = None
-    any_trainer: bool = False
-    trainer_config: Path | None = None
+    any_trainer: bool = False  # whether the loss may be one that is not modelled
+    trainer_config: str | Path | None = None  # the trainer's own config, where it is not beside the checkpoint
 
     @property
     def tokenizer_home(self) -> Path:
@@ -115,56 +98,33 @@ class Request:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What the files say of the model, checked against a skeleton without storage.
+    """What the files say of the model, checked against a skeleton without storage."""
 
-    Attributes:
-        directory: where the weights are: the checkpoint, or the adapter's folder in it.
-        weights: the adapter's, or the full weights.
-        layout: the parameters that train.
-        adapter: the adapter, and what it is put on; None for full weights.
-        configuration: the directory of the configuration of full weights.
-        embeddings: the names of the embedding and output layer of full weights.
-    """
-
-    directory: Path
-    weights: Weights
-    layout: Layout
-    adapter: AdapterFiles | None = None
-    configuration: str = ""
-    embeddings: frozenset[str] = frozenset()
+    directory: Path  # where the weights are: the checkpoint, or the adapter's folder in it
+    weights: Weights  # the adapter's, or the full weights
+    layout: Layout  # the parameters that train
+    adapter: AdapterFiles | None = None  # the adapter, and what it is put on; None for full weights
+    configuration: str = ""  # the directory of the configuration of full weights
+    embeddings: frozenset[str] = frozenset()  # the names of the embedding and output layer of full weights
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A checkpoint that can be loaded, and all that was established about it.
+    """A checkpoint that can be loaded, and all that was established about it."""
 
-    Attributes:
-        path: the directory.
-        format: the format of its optimizer's state.
-        manifest: the manifest, its hashes verified.
-        global_step: optimizer steps taken.
-        model: what the files say of the model.
-        saved: the optimizer's state.
-        mapping: which parameter each of its entries belongs to.
-        state: what the moments cover.
-        movement: the check of entries of equal shape, where the weights' starting point is known.
-        run: the trainer's settings and log.
-        masters: the optimizer's own copy of the trained weights, where it has one that is to be taken.
-        num_others: the optimizer's entries of another model, which were set aside.
-    """
-
-    path: Path
-    format: CheckpointFormat
-    manifest: Manifest | None
-    global_step: int | None
-    model: StoredModel
-    saved: SavedOptimizer
-    mapping: ParameterMapping
-    state: OptimizerStateReport
-    movement: MovementReport | None
-    run: TrainingRun
+    path: Path  # the directory
+    format: CheckpointFormat  # the format of its optimizer's state
+    manifest: Manifest | None  # the manifest, its hashes verified
+    global_step: int | None  # optimizer steps taken
+    model: StoredModel  # what the files say of the model
+    saved: SavedOptimizer  # the optimizer's state
+    mapping: ParameterMapping  # which parameter each of its entries belongs to
+    state: OptimizerStateReport  # what the moments cover
+    movement: MovementReport | None  # the check of entries of equal shape, where the weights' starting point is known
+    run: TrainingRun  # the trainer's settings and log
+    # the optimizer's own copy of the trained weights, where it has one that is to be taken
     masters: Mapping[str, StoredTensor]
-    num_others: int
+    num_others: int  # the optimizer's entries of another model, which were set aside
 
 
 def examine(request: Request, facts: dict[str, Any]) -> Examined:
@@ -230,7 +190,7 @@ def _of_policy(
     moved = partial(movement_status, model=model, request=request, start=start)
     own = entries_of_policy(saved, model.layout, request.policy, moved)
     others = saved.num_parameters - own.num_parameters
-    told = request.policy is not None or any("param_names" in group for group in saved.groups)
+    told = request.policy is not None or saved.has_names
     by = "" if told else " + movement"
     return own, others, f"{by}; {others} entries of another model are set aside" if others else ""
 
@@ -344,7 +304,7 @@ def _map(
     are as in the model that training started from are taken as frozen.
     """
     moved = partial(movement_status, saved, model=model, request=request, start=start)
-    recorded = manifest is not None or any("param_names" in group for group in saved.groups)
+    recorded = manifest is not None or saved.has_names
     known = recorded or request.mapping is not None
     if known or start is None or saved.num_parameters >= len(model.layout.parameters):
         return map_parameters(saved, model.layout, manifest, request.mapping, moved)

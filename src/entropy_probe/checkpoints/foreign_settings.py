@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
-from entropy_probe.checkpoints.trainer_settings import KINDS, TrainerSettings, plain
+from entropy_probe.checkpoints.trainer_settings import TrainerSettings, check_kinds, plain
 
 MOST = 2**20
 """Bytes of a file of settings."""
@@ -31,27 +31,27 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one trainer calls its settings.
+    """How one trainer calls its settings."""
 
-    Attributes:
-        name: of the trainer, for people.
-        loss_of: whose losses in ``ProbeConfig(loss=...)`` its loss is one of; None: none that is read from its files.
-        marks: settings of which a file of this trainer has one, and of no other.
-        loss: by the names of the loss where each setting is; the first that is there counts.
-        others: likewise of what else is used.
-        derive: what is said in other ways: given all settings and what was taken, what to add or change.
-    """
-
-    name: str
+    name: str  # of the trainer, for people
+    # whose losses in ``ProbeConfig(loss=...)`` its loss is one of; None: none that is read from its files
     loss_of: str | None
-    marks: tuple[str, ...]
+    marks: tuple[str, ...]  # settings of which a file of this trainer has one, and of no other
+    # by the names of the loss where each setting is; the first that is there counts
     loss: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # likewise of what else is used
+    # what is said in other ways: given all settings and what was taken, what to add or change
     derive: Callable[[Settings, dict[str, Any], dict[str, Any]], None] = lambda settings, loss, others: None
 
 
 def _under(place: str, names: str) -> dict[str, tuple[str, ...]]:
     return {name: (f"{place}.{name}",) for name in names.split()}
+
+
+def _since_sections(text: str) -> dict[str, tuple[str, ...]]:
+    """``name=place``: where OpenRLHF has it since its settings are in sections; before that under the name itself."""
+    pairs = (pair.split("=") for pair in text.split())
+    return {name: (place, name) for name, place in pairs}
 
 
 def _of_verl(settings: Settings, loss: dict[str, Any], others: dict[str, Any]) -> None:
@@ -119,31 +119,22 @@ DIALECTS = (
         "OpenRLHF",
         "openrlhf",
         ("actor.eps_clip", "eps_clip", "actor.policy_loss_type", "policy_loss_type", "algo.kl", "init_kl_coef"),
-        {
-            "policy_loss_type": ("actor.policy_loss_type", "policy_loss_type"),
-            "eps_clip": ("actor.eps_clip", "eps_clip"),
-            "eps_clip_low_high": ("actor.eps_clip_low_high", "eps_clip_low_high"),
-            "dual_clip": ("actor.dual_clip", "dual_clip"),
-            "use_kl_loss": ("algo.kl.use_loss", "use_kl_loss"),
-            "init_kl_coef": ("algo.kl.init_coef", "init_kl_coef"),
-            "kl_estimator": ("algo.kl.estimator", "kl_estimator"),
-            "entropy_loss_coef": ("actor.entropy_coef", "entropy_loss_coef"),
-            "enable_vllm_is_correction": ("algo.advantage.is_correction_enable", "enable_vllm_is_correction"),
-            "vllm_is_truncated_threshold": ("algo.advantage.is_correction_threshold", "vllm_is_truncated_threshold"),
-            "vllm_is_correction_type": ("algo.advantage.is_correction_type", "vllm_is_correction_type"),
-            "max_epochs": ("train.max_epochs", "max_epochs"),
-            "rollout_batch_size": ("rollout.batch_size", "rollout_batch_size"),
-            "n_samples_per_prompt": ("rollout.n_samples_per_prompt", "n_samples_per_prompt"),
-            "train_batch_size": ("train.batch_size", "train_batch_size"),
-            "use_dynamic_batch": ("train.dynamic_batch_enable", "use_dynamic_batch"),
-        },
+        _since_sections(
+            "policy_loss_type=actor.policy_loss_type eps_clip=actor.eps_clip dual_clip=actor.dual_clip "
+            "eps_clip_low_high=actor.eps_clip_low_high entropy_loss_coef=actor.entropy_coef "
+            "use_kl_loss=algo.kl.use_loss init_kl_coef=algo.kl.init_coef kl_estimator=algo.kl.estimator "
+            "enable_vllm_is_correction=algo.advantage.is_correction_enable "
+            "vllm_is_truncated_threshold=algo.advantage.is_correction_threshold "
+            "vllm_is_correction_type=algo.advantage.is_correction_type max_epochs=train.max_epochs "
+            "rollout_batch_size=rollout.batch_size n_samples_per_prompt=rollout.n_samples_per_prompt "
+            "train_batch_size=train.batch_size use_dynamic_batch=train.dynamic_batch_enable"
+        ),
         {
             "max_grad_norm": ("actor.max_norm", "max_norm"),
             "max_completion_length": ("rollout.max_new_tokens", "generate_max_len"),
             "num_generations": ("rollout.n_samples_per_prompt", "n_samples_per_prompt"),
-            "temperature": ("rollout.temperature", "temperature"),
-            "top_p": ("rollout.top_p", "top_p"),
             "adv_estimator": ("algo.advantage.estimator", "advantage_estimator"),
+            **_since_sections("temperature=rollout.temperature top_p=rollout.top_p"),
         },
         _of_openrlhf,
     ),
@@ -203,6 +194,7 @@ DIALECTS = (
         },
     ),
 )
+_WANDB = {"value", "desc"}
 UNREAD = tuple(dialect.name for dialect in DIALECTS if dialect.loss_of is None)
 """Trainers whose loss is none that is read from their files."""
 _PLACES = (
@@ -253,44 +245,29 @@ def _dialect(settings: Settings) -> Dialect | None:
 def _settings(file: Path, dialect: Dialect, settings: Settings) -> TrainerSettings:
     loss, others = (dict(_taken(file, settings, places)) for places in (dialect.loss, dialect.others))
     dialect.derive(settings, loss, others)
-    for name, value in others.items():
-        wanted, fits = KINDS.get(name, ("a plain value", lambda value: value is not ...))
-        if value is not None and not fits(value):
-            raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {value!r:.60}; give it in the config")
+    check_kinds(file, others, others, "give it in the config")
     told = None if dialect.loss_of is None else {"trainer": dialect.loss_of, **loss}
     return TrainerSettings(file, dialect.name, others, told, other_loss=False)
 
 
 def _taken(file: Path, settings: Settings, places: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Any]]:
     for name, paths in places.items():
-        there = [path for path in paths if _has(settings, path)]
-        if there:
-            value = plain(_at(settings, there[0]))
+        path = next((path for path in paths if _at(settings, path, ...) is not ...), None)
+        if path is not None:
+            told = _at(settings, path)
+            value = plain(told)
             if value is ... or (isinstance(value, str) and "$" in value):
-                got = f"{_at(settings, there[0])!r:.60}"
                 raise InvalidValueError(
-                    f"{file}: {there[0]}: expected a plain value, got {got}; write it out, or give it in the config"
+                    f"{file}: {path}: expected a plain value, got {told!r:.60}; write it out, or give it in the config"
                 )
             yield name, value
 
 
-_MISSING = object()
-
-
-def _at(settings: Settings, path: str) -> Any:
-    """The value of a dotted name; None where there is none."""
-    value = _find(settings, path)
-    return None if value is _MISSING else value
-
-
-def _has(settings: Settings, path: str) -> bool:
-    return _find(settings, path) is not _MISSING
-
-
-def _find(settings: Any, path: str) -> Any:
+def _at(settings: Any, path: str, missing: Any = None) -> Any:
+    """The value of a dotted name."""
     for part in path.split("."):
         if not isinstance(settings, Mapping) or part not in settings:
-            return _MISSING
+            return missing
         settings = settings[part]
     return settings
 
@@ -327,15 +304,12 @@ def _read(file: Path) -> Settings:
         ) from error
     if not isinstance(content, Mapping):
         return {}
-    content = _nested({name: x["value"] if _of_wandb(x) else x for name, x in content.items()})
+    of_wandb = {name for name, x in content.items() if isinstance(x, Mapping) and {"value"} <= x.keys() <= _WANDB}
+    content = _nested({name: x["value"] if name in of_wandb else x for name, x in content.items()})
     beside = file.with_name(file.name.replace("trainer", "orchestrator"))
     if file.stem == "trainer" and beside.is_file() and beside.stat().st_size <= MOST:  # prime-rl's two halves
         return {"trainer": content, "orchestrator": _read(beside)}
     return content
-
-
-def _of_wandb(value: Any) -> bool:
-    return isinstance(value, Mapping) and "value" in value and value.keys() <= {"value", "desc"}
 
 
 def _arguments(text: str) -> Iterator[tuple[str, Any]]:

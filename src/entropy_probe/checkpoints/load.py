@@ -121,17 +121,10 @@ def load_checkpoint(
             "torchrun"
         )
     facts: dict[str, Any] = {}
-    with random_state_kept():
+    with random_state_kept(), torch.device("cpu"):  # whatever default device the caller has set
+        place = open_directory(Path(path))
         request = Request(
-            open_directory(Path(path)),
-            base_model,
-            adapter,
-            quantization,
-            mapping,
-            weights,
-            policy,
-            any_trainer,
-            None if trainer_config is None else Path(trainer_config),
+            place, base_model, adapter, quantization, mapping, weights, policy, any_trainer, trainer_config
         )
         examined = examine(request, facts)
         model = _load_model(examined, getattr(torch, dtype), torch.device(device), shard=shard)
@@ -231,9 +224,8 @@ def inspect_checkpoint(
     facts: dict[str, Any] = {}
     try:
         with random_state_kept():
-            own = None if trainer_config is None else Path(trainer_config)
             request = Request(
-                directory, base_model, adapter, quantization, mapping, weights, policy, trainer_config=own
+                directory, base_model, adapter, quantization, mapping, weights, policy, False, trainer_config
             )
             examined = examine(request, facts)
     except CheckpointError as error:

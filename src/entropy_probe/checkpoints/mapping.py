@@ -24,22 +24,12 @@ StatedMapping = str | Path | Mapping[str, int]
 
 @dataclass(frozen=True)
 class ParameterMapping:
-    """Which parameter each saved index belongs to.
+    """Which parameter each saved index belongs to."""
 
-    Attributes:
-        names: parameter names, in index order.
-        how: where the names came from and what confirmed them.
-        others_frozen: whether parameters of the model that are not among the names were frozen, as where names were
-            recorded.
-    """
-
-    names: tuple[str, ...]
-    how: str
+    names: tuple[str, ...]  # parameter names, in index order
+    how: str  # where the names came from and what confirmed them
+    # whether parameters of the model that are not among the names were frozen, as where names were recorded
     others_frozen: bool = False
-
-
-def _nothing_moved(_: tuple[str, ...]) -> str:
-    return "inconclusive"
 
 
 def map_parameters(
@@ -47,7 +37,7 @@ def map_parameters(
     layout: Layout,
     manifest: Manifest | None = None,
     stated: StatedMapping | None = None,
-    moved: Moved = _nothing_moved,
+    moved: Moved = lambda _: "inconclusive",
 ) -> ParameterMapping:
     """Match saved indices to the model's parameters, with what its manifest or the user (``stated``) says.
 
@@ -58,7 +48,7 @@ def map_parameters(
         raise MappingError(f"{saved.path}: expected at least one trained parameter, got none; nothing would step")
     shapes = layout.shapes
     recorded: list[tuple[tuple[str, ...], str]] = []
-    if any("param_names" in group for group in saved.groups):
+    if saved.has_names:
         by = "the model's files, in order" if saved.lists_frozen else "names"
         recorded.append((names_in_file(saved), f"{by} ({saved.num_parameters} tensors)"))
     if manifest is not None:
@@ -137,7 +127,7 @@ def without_frozen(saved: SavedOptimizer, layout: Layout) -> SavedOptimizer:
     """
     if len(layout.names) == len(layout.parameters):
         return saved
-    if any("param_names" in group for group in saved.groups):
+    if saved.has_names:
         frozen = set(layout.names) - layout.parameters.keys()
         kept = [i for i, name in enumerate(names_in_file(saved)) if i in saved.state or name not in frozen]
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.formats import StoredTensor, Weights
@@ -46,19 +46,17 @@ def check_masters(
         if stored is None or torch.equal(stored, master.to(stored.dtype)):
             kinds |= set() if stored is None else {stored.dtype}
             continue
-        rounded = next((kind for kind in (torch.bfloat16, torch.float16) if _is_rounded(stored, master, kind)), None)
-        if rounded is None:
+        for kind in (torch.bfloat16, torch.float16):
+            if torch.equal(stored, master.to(kind).to(stored.dtype)):
+                kinds.add(kind)
+                break
+        else:
             raise MismatchError(
                 f"{weights.files[0]}: {key}: expected the optimizer's float32 weights rounded, got others; files of "
                 "ranks were swapped, or are of two saves; copy the checkpoint again"
             )
-        kinds.add(rounded)
     kinds -= {torch.float32}
     return min(kinds, key=str) if kinds else None
-
-
-def _is_rounded(stored: Tensor, master: Tensor, kind: torch.dtype) -> bool:
-    return torch.equal(stored, master.to(kind).to(stored.dtype))
 
 
 def described(where: str, kind: torch.dtype | None, copy: Copy, *, there: bool) -> str:

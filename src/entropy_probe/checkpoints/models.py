@@ -76,14 +76,17 @@ def read_config(name: str, shapes: dict[str, Shape] | None) -> Any:
 
     file = Path(name) / "config.json"
     if file.is_file():
-        _refuse_remote_code(file, CONFIG_MAPPING)
-        _check_layers(file, len(shapes) if shapes else MAX_LAYERS)
+        _check_config(file, CONFIG_MAPPING, len(shapes) if shapes else MAX_LAYERS)
     with one_line_errors(name), quiet():
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def _refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
-    """Refuse a ``config.json`` whose model needs code; for types that the library knows ``auto_map`` is ignored."""
+def _check_config(file: Path, known_types: Container[Any], most: int) -> None:
+    """Refuse a ``config.json`` whose model needs code from its directory or the hub, or has too many layers.
+
+    Where the library knows the model type itself, it uses its own class and not ``auto_map``. A model of more layers
+    than its weight files have tensors (``most``) could take forever to build.
+    """
     config = read_json(file)
     if "auto_map" in config and config.get("model_type") not in known_types:
         raise UnsafeFileError(
@@ -91,21 +94,15 @@ def _refuse_remote_code(file: Path, known_types: Container[Any]) -> None:
             f"{config.get('model_type')!r:.60} with code of its own; remote code is never run"
         )
     for key, value in _items(config):
-        if key.removesuffix("_internal").endswith("_implementation"):
-            names = value.values() if isinstance(value, dict) else [value]
-            if any(isinstance(name, str) and "/" in name for name in names):
-                raise UnsafeFileError(
-                    f"{file}: {key}: expected a built-in implementation, got {value!r:.80}, code to be fetched "
-                    "from the hub; remove the key"
-                )
-
-
-def _check_layers(file: Path, most: int) -> None:
-    """Refuse a configuration of more layers than its weight files have tensors: building it could take forever."""
-    for key, value in _items(read_json(file)):
-        if key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and not (
-            value is None or (type(value) is int and 0 < value <= most)
-        ):
+        names = value.values() if isinstance(value, dict) else [value]
+        code = key.removesuffix("_internal").endswith("_implementation")
+        if code and any(isinstance(name, str) and "/" in name for name in names):
+            raise UnsafeFileError(
+                f"{file}: {key}: expected a built-in implementation, got {value!r:.80}, code to be fetched "
+                "from the hub; remove the key"
+            )
+        layers = key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and value is not None
+        if layers and not (type(value) is int and 0 < value <= most):
             raise MismatchError(
                 f"{file}: {key}: expected a number up to {most}, the tensors of the weights, got {str(value)[:60]}; "
                 "pass intact weights with their own configuration"
@@ -136,16 +133,10 @@ def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, comple
     """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
     with torch.device("meta"):
         model = untouched(name, config, torch.float32)
-    if shapes is not None and not _has_exactly(model, shapes):
+    if shapes is not None and shapes != {name: tuple(p.shape) for name, p in model.named_parameters()}:
         # The library knows names that changed between versions; what it still misses is an error.
         model = _from_pretrained(name, torch.float32, torch.device("meta"), complete=complete)
     return model
-
-
-def _has_exactly(model: nn.Module, shapes: dict[str, Shape]) -> bool:
-    """Whether files with these tensors are the model's own, name by name and shape by shape, tied ones once."""
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return expected == shapes
 
 
 def adapter_layout(
@@ -207,25 +198,16 @@ def _filled(name: str, weights: Weights, dtype: torch.dtype, device: torch.devic
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter that can be loaded, and what it is put on.
+    """An adapter that can be loaded, and what it is put on."""
 
-    Attributes:
-        directory: where it is.
-        name: its name.
-        config: its configuration.
-        weights: its tensors, by their names in a file of peft.
-        base: the base model's directory or hub name.
-        base_weights: the base model's weights, where they are beside the adapter's and not in ``base``.
-        quantization: how the base model is quantised; None for plain weights.
-    """
-
-    directory: Path
-    name: str
-    config: dict[str, Any]
-    weights: Weights
-    base: str
+    directory: Path  # where it is
+    name: str  # its name
+    config: dict[str, Any]  # its configuration
+    weights: Weights  # its tensors, by their names in a file of peft
+    base: str  # the base model's directory or hub name
+    # the base model's weights, where they are beside the adapter's and not in ``base``
     base_weights: Weights | None = None
-    quantization: FourBit | None = None
+    quantization: FourBit | None = None  # how the base model is quantised; None for plain weights
 
 
 def load_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -272,12 +254,7 @@ def attach_adapter(base: Any, adapter: AdapterFiles, dtype: torch.dtype, device:
 
 
 def _from_pretrained(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    complete: bool = False,
-    quantization: FourBit | None = None,
+    name: str, dtype: torch.dtype, device: torch.device, *, complete: bool = False, quantization: FourBit | None = None
 ) -> Any:
     """A causal language model whose every parameter came from the files; on ``meta`` without their values.
 

@@ -6,7 +6,6 @@ that a format lists has a stand-in of ours and any other is refused; nothing of 
 
 from __future__ import annotations
 
-import io
 import mmap
 import pickle
 import re
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from entropy_probe.checkpoints.archives import check_archive
 from entropy_probe.checkpoints.errors import MismatchError, UnsupportedError
-from entropy_probe.checkpoints.safe_read import StandIn, check_is_archive, one_line
+from entropy_probe.checkpoints.pickles import DTYPES, STORAGES, whole_numbers
+from entropy_probe.checkpoints.safe_read import StandIn, Unpickler, check_is_archive, one_line, one_of
 
 Names = Mapping[tuple[str, str], Any]
 """By module and name what a pickle may name, and what takes its place."""
@@ -39,21 +39,14 @@ class _Plain(dict[Any, Any]):
         """Nothing."""
 
 
-def _whole_numbers(values: Any) -> tuple[int, ...]:
-    sizes = tuple(values)
-    if len(sizes) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in sizes):
-        raise pickle.UnpicklingError("it has sizes that are none")
-    return sizes
-
-
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     """A view of the data of a storage, in which no element is twice."""
-    shape, strides = _whole_numbers(size), _whole_numbers(stride)
+    shape, strides = whole_numbers(size), whole_numbers(stride)
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
         raise pickle.UnpicklingError("it has a tensor without a storage of its own")
     if 0 in shape:
         return torch.empty(shape, dtype=storage.dtype)
-    (offset,) = _whole_numbers((offset,))
+    (offset,) = whole_numbers((offset,))
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if last >= len(storage.data):
         raise pickle.UnpicklingError("it has a tensor larger than its data")
@@ -66,27 +59,11 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
-
-
-_STORAGES = {
-    "Double": "float64",
-    "Float": "float32",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-}
 TENSORS: Names = {
-    **{("torch", f"{kind}Storage"): _dtype(name) for kind, name in _STORAGES.items()},
-    **{("torch", name): _dtype(name) for name in _STORAGES.values()},
+    **{("torch", f"{kind}Storage"): dtype for kind, dtype in STORAGES.items()},
+    **{("torch", name): dtype for name, dtype in DTYPES.items()},
     ("torch.storage", "UntypedStorage"): torch.uint8,
-    ("torch", "Size"): _whole_numbers,
+    ("torch", "Size"): whole_numbers,
     ("torch", "device"): StandIn,
     ("torch.serialization", "_get_layout"): StandIn,
     **{("torch._utils", name): _tensor for name in ("_rebuild_tensor", "_rebuild_tensor_v2")},
@@ -96,16 +73,10 @@ TENSORS: Names = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(Unpickler):
     def __init__(self, data: bytes, names: Names, storages: Mapping[str, Tensor]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._names, self._storages = names, storages
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name, if it is one of those listed."""
-        if (module, name) not in self._names:
-            raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
-        return self._names[module, name]
+        super().__init__(data, one_of(names))
+        self._storages = storages
 
     def persistent_load(self, pid: Any) -> _Storage:
         """The data of a storage, which are in an entry of their own."""

@@ -49,29 +49,17 @@ _OTHER_OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """An optimizer file after its structure was checked; ``state[i]`` belongs to the i-th parameter.
+    """An optimizer file after its structure was checked; ``state[i]`` belongs to the i-th parameter."""
 
-    Attributes:
-        path: the file, for messages.
-        kind: the class of optimizer that it is of.
-        groups: the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order.
-        state: what is kept for each parameter by index, as stored.
-        size: bytes of the file, or of the files that it is in.
-        read: how to read a tensor that is without storage yet, by index and key; None where there are none.
-        lists_frozen: whether the groups may hold parameters that were frozen, of which nothing is kept.
-    """
-
-    path: Path
-    kind: OptimizerKind
+    path: Path  # the file, for messages
+    kind: OptimizerKind  # the class of optimizer that it is of
+    # the parameter groups, numbers as floats; ``params`` are indices ``0 … n-1`` in order
     groups: tuple[dict[str, Any], ...]
-    state: dict[int, dict[str, Any]]
-    size: int
+    state: dict[int, dict[str, Any]]  # what is kept for each parameter by index, as stored
+    size: int  # bytes of the file, or of the files that it is in
+    # how to read a tensor that is without storage yet, by index and key; None where there are none
     read: Callable[[int, str], Tensor] | None = None
-    lists_frozen: bool = False
-
-    def listing_frozen(self) -> SavedOptimizer:
-        """The same of a trainer that gives its optimizer all parameters, frozen ones too."""
-        return replace(self, lists_frozen=True)
+    lists_frozen: bool = False  # whether the groups may hold parameters that were frozen, of which nothing is kept
 
     def loaded(self) -> SavedOptimizer:
         """The same with every tensor read that was left in its files until it was known to fit."""
@@ -110,6 +98,11 @@ class SavedOptimizer:
     def sizes(self) -> tuple[int, ...]:
         """Parameter tensors of each group."""
         return tuple(len(group["params"]) for group in self.groups)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether its groups name their parameters."""
+        return any("param_names" in group for group in self.groups)
 
     @property
     def is_adam(self) -> bool:
@@ -267,11 +260,13 @@ def _refuse_others(path: Path, groups: list[dict[str, Any]], state: dict[Any, di
 def check_entries(saved: SavedOptimizer) -> None:
     """Check that every parameter has what its optimizer keeps: tensors that fit one shape, and a step count.
 
-    Adam's may lack entries, which the weights then have to explain (``Examination``); not all of them.
+    Adam's may lack entries, which the weights then have to explain; not all of them.
     """
     path, size = saved.path, saved.size
     expected = {index for index in range(saved.num_parameters) if saved.contents(index)}
-    missing, extra = sorted(saved.never_trained), list(_strangers(saved, expected))
+    missing = sorted(saved.never_trained)
+    # an entry that holds nothing is none
+    extra = [i for i in saved.state.keys() - expected if any(x is not None for x in saved.state[i].values())]
     if extra or (missing and not (saved.is_adam and expected)):
         raise saved.refusal_of(missing, f" and {len(extra)} entries that belong to no parameter ({shown(extra)})")
     for index in sorted(expected):
@@ -282,11 +277,6 @@ def check_entries(saved: SavedOptimizer) -> None:
             f"{path}: expected moments of at most the file's {size:,} bytes, got {declared:,} bytes declared by "
             "tensors that share their data; save the optimizer again"
         )
-
-
-def _strangers(saved: SavedOptimizer, expected: set[int]) -> set[Any]:
-    """Entries of no parameter, or of one of which nothing is kept; one that holds nothing is none."""
-    return {i for i in saved.state.keys() - expected if any(x is not None for x in saved.state[i].values())}
 
 
 def _check_entry(where: str, saved: SavedOptimizer, index: int, size: int) -> None:

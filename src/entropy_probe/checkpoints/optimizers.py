@@ -11,7 +11,6 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,16 +24,12 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Content:
-    """What a key of a parameter's state holds.
+    """What a key of a parameter's state holds."""
 
-    Attributes:
-        form: a tensor with an element for each of the parameter's (``whole``), its factors over rows or columns, a
-            step count, or one number.
-        low: the smallest value it can have.
-    """
-
+    # a tensor with an element for each of the parameter's (``whole``), its factors over rows or columns, a step count,
+    # or one number
     form: Literal["whole", "rows", "columns", "count", "number"]
-    low: float = -math.inf
+    low: float = -math.inf  # the smallest value it can have
 
 
 SIGNED, SQUARES = Content("whole"), Content("whole", 0.0)
@@ -45,29 +40,18 @@ Contents = dict[str, Content]
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One class of optimizers.
+    """One class of optimizers."""
 
-    Attributes:
-        name: what reports call it.
-        place: its module and name.
-        settings: what every group has.
-        optional: what a group may have besides, as versions differ.
-        contents: what is kept for a parameter of a shape, by its group's settings.
-        keeps_ones: whether factors over rows and columns keep the dimension they were averaged over, of size 1.
-        matrices_only: whether every parameter must have two dimensions.
-        plain_counts: whether step counts are plain numbers, not tensors.
-        eps: how many numbers ``eps`` has, and of those how many, from the first, may be absent.
-    """
-
-    name: str
-    place: tuple[str, str]
-    settings: frozenset[str]
-    optional: frozenset[str]
-    contents: Callable[[Settings, Shape], Contents]
+    name: str  # what reports call it
+    place: tuple[str, str]  # its module and name
+    settings: frozenset[str]  # what every group has
+    optional: frozenset[str]  # what a group may have besides, as versions differ
+    contents: Callable[[Settings, Shape], Contents]  # what is kept for a parameter of a shape, by its group's settings
+    # whether factors over rows and columns keep the dimension they were averaged over, of size 1
     keeps_ones: bool = False
-    matrices_only: bool = False
-    plain_counts: bool = False
-    eps: tuple[int, int] = (1, 0)
+    matrices_only: bool = False  # whether every parameter must have two dimensions
+    plain_counts: bool = False  # whether step counts are plain numbers, not tensors
+    eps: tuple[int, int] = (1, 0)  # how many numbers ``eps`` has, and of those how many, from the first, may be absent
 
     @property
     def public_name(self) -> str:
@@ -111,8 +95,7 @@ _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
 
 
 def _adam(group: Settings, _: Shape) -> Contents:
-    maximum = {"max_exp_avg_sq": SQUARES} if group["amsgrad"] else {}
-    return {"step": COUNT, "exp_avg": SIGNED, "exp_avg_sq": SQUARES, **maximum}
+    return {**_MOMENTS, **({"max_exp_avg_sq": SQUARES} if group["amsgrad"] else {})}
 
 
 def _sgd(group: Settings, _: Shape) -> Contents:
@@ -136,74 +119,68 @@ def _adafactor_of_transformers(group: Settings, shape: Shape) -> Contents:
     return {"step": COUNT, "RMS": NUMBER, **moment, **(factored if len(shape) > 1 else {"exp_avg_sq": SQUARES})}
 
 
-def _always(contents: Contents) -> Callable[[Settings, Shape], Contents]:
-    return lambda group, shape: contents
+def _kind(
+    name: str, settings: str, optional: str, contents: Contents | Callable[[Settings, Shape], Contents], **more: Any
+) -> OptimizerKind:
+    """A class of torch's, with the words of its settings; contents that depend on none may be given as they are."""
+    of = contents if callable(contents) else lambda group, shape: contents
+    return OptimizerKind(
+        name, ("torch.optim", name), frozenset(settings.split()), frozenset(optional.split()), of, **more
+    )
 
 
-_torch = partial(lambda name, *rest, **more: OptimizerKind(name, ("torch.optim", name), *rest, **more))
-_BASE = frozenset({"lr", "weight_decay", "maximize", "foreach"})
-_CAPTURE = frozenset({"capturable"})
-_OLDER = _CAPTURE | {"decoupled_weight_decay"}
-_ADAM_SETTINGS = frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad"})
-_ADAM_OPTIONAL = frozenset({"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"})
+_BASE = "lr weight_decay maximize foreach"
+_ADAM_SETTINGS = "lr betas eps weight_decay amsgrad"
+_ADAM_OPTIONAL = "foreach maximize capturable differentiable fused decoupled_weight_decay"
+_OLDER = "capturable decoupled_weight_decay"
+_MOMENTS = {"step": COUNT, "exp_avg": SIGNED, "exp_avg_sq": SQUARES}
 
-ADAMW = _torch("AdamW", _ADAM_SETTINGS, _ADAM_OPTIONAL, _adam)
+ADAMW = _kind("AdamW", _ADAM_SETTINGS, _ADAM_OPTIONAL, _adam)
 ADAMW_8BIT = replace(ADAMW, name="AdamW, 8-bit state")
-ADAM = _torch("Adam", _ADAM_SETTINGS, _ADAM_OPTIONAL, _adam)
+ADAM = _kind("Adam", _ADAM_SETTINGS, _ADAM_OPTIONAL, _adam)
 
 KINDS = (
     ADAMW,
-    _torch("SGD", _BASE | {"momentum", "dampening", "nesterov", "differentiable"}, frozenset({"fused"}), _sgd),
-    _torch("RMSprop", _BASE | {"momentum", "alpha", "eps", "centered", "differentiable"}, _CAPTURE, _rmsprop),
-    _torch(
-        "NAdam",
-        _BASE | {"betas", "eps", "momentum_decay", "differentiable"},
-        _OLDER,
-        _always({"step": COUNT, "mu_product": NUMBER, "exp_avg": SIGNED, "exp_avg_sq": SQUARES}),
-    ),
-    _torch(
-        "RAdam",
-        _BASE | {"betas", "eps", "differentiable"},
-        _OLDER,
-        _always({"step": COUNT, "exp_avg": SIGNED, "exp_avg_sq": SQUARES}),
-    ),
-    _torch(
+    _kind("SGD", f"{_BASE} momentum dampening nesterov differentiable", "fused", _sgd),
+    _kind("RMSprop", f"{_BASE} momentum alpha eps centered differentiable", "capturable", _rmsprop),
+    _kind("NAdam", f"{_BASE} betas eps momentum_decay differentiable", _OLDER, {**_MOMENTS, "mu_product": NUMBER}),
+    _kind("RAdam", f"{_BASE} betas eps differentiable", _OLDER, _MOMENTS),
+    _kind(
         "Adamax",
-        _BASE | {"betas", "eps", "differentiable"},
-        _CAPTURE,
-        _always({"step": COUNT, "exp_avg": SIGNED, "exp_inf": SQUARES}),
+        f"{_BASE} betas eps differentiable",
+        "capturable",
+        {"step": COUNT, "exp_avg": SIGNED, "exp_inf": SQUARES},
     ),
-    _torch(
+    _kind(
         "Adagrad",
-        _BASE | {"lr_decay", "eps", "initial_accumulator_value", "differentiable"},
-        frozenset({"fused"}),
-        _always({"step": COUNT, "sum": SQUARES}),
+        f"{_BASE} lr_decay eps initial_accumulator_value differentiable",
+        "fused",
+        {"step": COUNT, "sum": SQUARES},
     ),
-    _torch(
+    _kind(
         "Adadelta",
-        _BASE | {"rho", "eps", "differentiable"},
-        _CAPTURE,
-        _always({"step": COUNT, "square_avg": SQUARES, "acc_delta": SQUARES}),
+        f"{_BASE} rho eps differentiable",
+        "capturable",
+        {"step": COUNT, "square_avg": SQUARES, "acc_delta": SQUARES},
     ),
-    _torch("Adafactor", _BASE | {"beta2_decay", "eps", "d"}, frozenset(), _adafactor, keeps_ones=True, eps=(2, 1)),
-    _torch(
+    _kind("Adafactor", f"{_BASE} beta2_decay eps d", "", _adafactor, keeps_ones=True, eps=(2, 1)),
+    _kind(
         "Muon",
-        frozenset({"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"}),
-        frozenset(),
-        _always({"momentum_buffer": SIGNED}),
+        "lr weight_decay momentum nesterov ns_coefficients eps ns_steps adjust_lr_fn",
+        "",
+        {"momentum_buffer": SIGNED},
         matrices_only=True,
     ),
-    OptimizerKind(
-        "Adafactor of transformers",
-        ("transformers.optimization", "Adafactor"),
-        frozenset(
-            {"lr", "eps", "clip_threshold", "decay_rate", "beta1", "weight_decay", "scale_parameter", "relative_step"}
-        )
-        | {"warmup_init"},
-        frozenset(),
-        _adafactor_of_transformers,
-        plain_counts=True,
-        eps=(2, 0),
+    replace(
+        _kind(
+            "Adafactor of transformers",
+            "lr eps clip_threshold decay_rate beta1 weight_decay scale_parameter relative_step warmup_init",
+            "",
+            _adafactor_of_transformers,
+            plain_counts=True,
+            eps=(2, 0),
+        ),
+        place=("transformers.optimization", "Adafactor"),
     ),
 )
 
@@ -261,7 +238,14 @@ _RANGES = {
 _SEVERAL = {"betas": 2, "ns_coefficients": 3}
 """Settings that have several numbers; ``eps`` has as many as the class says, every other one."""
 _WORDS = {1: "one number", 2: "two numbers", 3: "three numbers"}
-_FLAGS = _ADAM_OPTIONAL | {"amsgrad", "centered", "nesterov", "scale_parameter", "relative_step", "warmup_init"}
+_FLAGS = {*_ADAM_OPTIONAL.split()} | {
+    "amsgrad",
+    "centered",
+    "nesterov",
+    "scale_parameter",
+    "relative_step",
+    "warmup_init",
+}
 
 
 def check_settings(where: str, kind: OptimizerKind, group: Settings) -> dict[str, Any]:

@@ -32,15 +32,10 @@ class ParameterFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A model's parameters in ``named_parameters()`` order.
+    """A model's parameters in ``named_parameters()`` order."""
 
-    Attributes:
-        parameters: those that train, by name.
-        names: all, the frozen ones too.
-    """
-
-    parameters: dict[str, ParameterFacts]
-    names: tuple[str, ...]
+    parameters: dict[str, ParameterFacts]  # those that train, by name
+    names: tuple[str, ...]  # all, the frozen ones too
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

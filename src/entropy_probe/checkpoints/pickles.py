@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import pickle
 import pickletools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
+
+import torch
+
+from entropy_probe.checkpoints.errors import shown
 
 MAX_VALUES = 1000
 """Values in one tuple, at any depth."""
@@ -19,28 +23,37 @@ MAX_NUMBER = 2**20
 MAX_INSTRUCTIONS = 2**24
 """What takes an unpickler some ten seconds; an entry of an optimizer has about a hundred."""
 
-ELEMENT_BYTES = {
-    "Double": 8,
-    "Float": 4,
-    "Half": 2,
-    "BFloat16": 2,
-    "Long": 8,
-    "Int": 4,
-    "Short": 2,
-    **dict.fromkeys(("Char", "Byte", "Bool"), 1),
-}
-"""Bytes of an element, by what torch calls the storage."""
+STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool,
+}  # fmt: skip
+"""The type of an element, by what torch calls the storage."""
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
+"""By name."""
 PLAIN = {
-    *(f"torch {kind}Storage" for kind in ELEMENT_BYTES),
+    *(f"torch {kind}Storage" for kind in STORAGES),
     *("torch.storage UntypedStorage", "torch Size", "torch device", "torch.serialization _get_layout"),
     *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
     *("torch.nn.parameter Parameter", "collections OrderedDict"),
-    *(f"torch {name}" for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")),
+    *(f"torch {name}" for name in DTYPES),
 }
 """What ``torch.save`` names for dense tensors and plain values."""
 
 _MADE_OF_OTHERS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 _PUT, _GET = ("BINPUT", "LONG_BINPUT", "MEMOIZE", "PUT"), ("BINGET", "LONG_BINGET", "GET")
+
+
+def whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
+    """Sizes or offsets of a tensor.
+
+    Raises:
+        ValueError, TypeError: if they are none.
+    """
+    numbers = tuple(values)
+    if len(numbers) > 64 or not all(type(x) is int and 0 <= x < 2**48 for x in numbers):
+        raise ValueError(f"sizes {shown(numbers)}")
+    return numbers
 
 
 def _effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, bool, bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,20 +92,14 @@ class _DTensor(StandIn):
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank has of a ``DTensor``.
+    """What one rank has of a ``DTensor``."""
 
-    Attributes:
-        local: its part.
-        shape: of the whole.
-        dimensions: for each dimension of the mesh of ranks the dimension of the tensor that is divided over it; None
-            where each rank has a copy.
-        coordinate: where in the mesh the rank is; None where the file does not say.
-    """
-
-    local: Tensor
-    shape: tuple[int, ...]
+    local: Tensor  # its part
+    shape: tuple[int, ...]  # of the whole
+    # for each dimension of the mesh of ranks the dimension of the tensor that is divided over it; None where each rank
+    # has a copy
     dimensions: tuple[int | None, ...]
-    coordinate: tuple[int, ...] | None
+    coordinate: tuple[int, ...] | None  # where in the mesh the rank is; None where the file does not say
 
 
 class _ShardedTensor(StandIn):
@@ -265,11 +258,7 @@ def span(pieces: Sequence[Tensor], start: int, stop: int) -> Tensor:
 
 def shaped(pieces: Sequence[Tensor], start: int, shape: tuple[int, ...]) -> Whole:
     """A tensor whose elements are in a flat buffer from ``start`` on."""
-    return Whole(shape, pieces[0].dtype, partial(_shaped, tuple(pieces), start, shape))
-
-
-def _shaped(pieces: Sequence[Tensor], start: int, shape: tuple[int, ...]) -> Tensor:
-    return span(pieces, start, start + prod(shape)).reshape(shape)
+    return Whole(shape, pieces[0].dtype, lambda: span(pieces, start, start + prod(shape)).reshape(shape))
 
 
 def check_padding(where: str, padding: Tensor) -> None:

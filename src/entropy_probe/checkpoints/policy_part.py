@@ -37,17 +37,14 @@ def weights_of_policy(weights: Weights, policy: str | None) -> Weights:
 
 
 def entries_of_policy(
-    saved: SavedOptimizer,
-    layout: Layout,
-    policy: str | None,
-    moved: Callable[[SavedOptimizer, tuple[str, ...]], str],
+    saved: SavedOptimizer, layout: Layout, policy: str | None, moved: Callable[[SavedOptimizer, tuple[str, ...]], str]
 ) -> SavedOptimizer:
     """The policy's entries without those of another model that the optimizer steps too.
 
     Without the policy's name in the module that the optimizer is over, the parameters' names tell, or how the policy's
     weights have ``moved`` for some entries; where neither singles out one part of the entries, all are returned.
     """
-    if any("param_names" in group for group in saved.groups):
+    if saved.has_names:
         return _by_name(saved, layout, policy)
     if saved.num_parameters <= len(layout.parameters):
         return saved

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import os
 import pickle
 import re
 import struct
@@ -28,7 +29,7 @@ from entropy_probe.checkpoints.errors import (
     UnsafeFileError,
     first_line,
 )
-from entropy_probe.checkpoints.pickles import ELEMENT_BYTES, check_pickle
+from entropy_probe.checkpoints.pickles import STORAGES, check_pickle
 
 Built = TypeVar("Built")
 
@@ -45,6 +46,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path}: expected a JSON object, got {type(value).__name__}; copy the checkpoint again")
     return value
+
+
+def is_file_name(value: str) -> bool:
+    """Whether a name in a file can be that of an entry beside it, and nothing else."""
+    if not value.isprintable() or value in ("", ".", ".."):
+        return False
+    return Path(value).name == value and len(os.fsencode(value)) <= 255
 
 
 _REMEDY = "train with save_only_model=False, or copy the whole checkpoint again"
@@ -139,11 +147,12 @@ class Inert:
     def append(self, value: Any) -> None:
         """The same."""
 
-    def extend(self, values: Any) -> None:
-        """The same."""
+    extend = append
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """In place of every class that a pickle names it takes what ``stand_in`` gives for module and name."""
+
     def __init__(self, data: bytes, stand_in: Callable[[str, str], Any]) -> None:
         super().__init__(io.BytesIO(data))
         self._stand_in = stand_in
@@ -153,7 +162,7 @@ class _Unpickler(pickle.Unpickler):
         return self._stand_in(module, name)
 
 
-class _Sizes(_Unpickler):
+class _Sizes(Unpickler):
     """Of what a checked pickle has, only how long it takes each storage to be."""
 
     def __init__(self, data: bytes) -> None:
@@ -164,7 +173,7 @@ class _Sizes(_Unpickler):
         """The key of a storage, and its bytes."""
         _, kind, key, _, numel = pid
         element = kind.named.removeprefix("torch.").removesuffix("Storage")
-        self.sizes.add((key, numel * ELEMENT_BYTES.get(element, 1)))
+        self.sizes.add((key, numel * STORAGES.get(element, torch.uint8).itemsize))
 
 
 def _check_storages(data: bytes | mmap.mmap, contents: Mapping[str, range]) -> None:
@@ -195,13 +204,18 @@ def read_with_stand_ins(
 
     ``build`` makes the result of what was unpickled; it may raise whatever malformed values give.
     """
+    return _unpickled(path, Path.read_bytes, one_of(stand_ins), what, build, "copy the checkpoint again")
+
+
+def one_of(stand_ins: Mapping[tuple[str, str], Any]) -> Callable[[str, str], Any]:
+    """For an unpickler that takes names which are listed with their stand-ins, and no others."""
 
     def stand_in(module: str, name: str) -> Any:
         if (module, name) not in stand_ins:
             raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
         return stand_ins[module, name]
 
-    return _unpickled(path, Path.read_bytes, stand_in, what, build, "copy the checkpoint again")
+    return stand_in
 
 
 def read_inert(path: Path, what: str, build: Callable[[Any], Built], remedy: str) -> Built:
@@ -233,7 +247,7 @@ def _unpickled(
     try:
         data = read(path)
         check_pickle(data)
-        return build(_Unpickler(data, stand_in).load())
+        return build(Unpickler(data, stand_in).load())
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{path}: expected an {what}, got a pickle that is none ({first_line(error, 100)}); nothing in it was run; "

@@ -59,18 +59,16 @@ def _tokenizer_class(config: Path) -> Any:
 
 def check_vocabulary(path: Path, base: str | Path | None, model: nn.Module) -> None:
     """Check that every token of ``tokenizer.json`` has a row in the embedding; only the file is read."""
-    for name in tokenizer_directories(path, base):
-        file = Path(name) / "tokenizer.json"
-        if not file.is_file():
-            return
-        largest = _largest_token_id(file)
-        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        if largest >= rows:
-            raise MismatchError(
-                f"{file}: expected token ids below the {rows} rows of the embedding, got {largest}; the vocabulary was "
-                "resized after one of the two was saved, pass the model and tokenizer that belong together"
-            )
+    file = next((Path(name) / "tokenizer.json" for name in tokenizer_directories(path, base)), None)
+    if file is None or not file.is_file():
         return
+    largest = _largest_token_id(file)
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if largest >= rows:
+        raise MismatchError(
+            f"{file}: expected token ids below the {rows} rows of the embedding, got {largest}; the vocabulary was "
+            "resized after one of the two was saved, pass the model and tokenizer that belong together"
+        )
 
 
 def _largest_token_id(file: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ LOG_FILE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class TrainerLog:
-    """The last training records of a log, the numbers in them.
+    """The last training records of a log, the numbers in them."""
 
-    Attributes:
-        records: by key, in order.
-    """
+    records: tuple[dict[str, float], ...]  # by key, in order
 
-    records: tuple[dict[str, float], ...]
+    @cached_property
+    def keys(self) -> set[str]:
+        """What is logged."""
+        return {key for record in self.records for key in record}
 
     def last(self, key: str) -> float | None:
         """The last number under a key."""
@@ -56,12 +58,11 @@ class TrainerLog:
 
     def other_loss(self) -> str | None:
         """Which trainer it is, and what shows it, where its loss is no policy gradient that is modelled."""
-        keys = {key for record in self.records for key in record}
         for shown, but, name in _OTHER_LOSSES:
-            if shown in keys and but not in keys:
+            if shown in self.keys and but not in self.keys:
                 return f"{name} ({LOG_FILE} logs {shown})"
-        trains, samples = keys & {"loss", "grad_norm"}, ("reward", "clip_ratio", "cispo_", "vespo/", "objective/")
-        if trains and not any(key.startswith(samples) for key in keys):
+        trains, samples = self.keys & {"loss", "grad_norm"}, ("reward", "clip_ratio", "cispo_", "vespo/", "objective/")
+        if trains and not any(key.startswith(samples) for key in self.keys):
             return f"a trainer without rewards ({LOG_FILE} logs neither reward nor clip_ratio)"
         return None
 
@@ -80,37 +81,30 @@ class TrainerLog:
 
         How a line begins says which term it is: see :attr:`entropy_probe.losses.Loss.models`.
         """
-        lines = (self._kl(), self._bonus(), self._experts(), self._ratios(), self._sampler())
-        return tuple(line for line in lines if line)
-
-    def _kl(self) -> str:
-        key = next((key for key in ("kl", "objective/kl", "kl_loss") if self.last(key) is not None), None)
-        return f"the KL term to a reference policy (the log has {key}, {self.last(key):.3g} last)" if key else ""
-
-    def _bonus(self) -> str:
-        key = next((key for key in ("entropy_coef", "entropy_loss") if self.largest(key)), None)
-        return f"the entropy bonus (the log has {key}, {self.last(key):.3g} last)" if key else ""
-
-    def _experts(self) -> str:
-        last = self.last("aux_loss") if self.largest("aux_loss") else None
-        what = "the auxiliary loss that balances the experts"
-        return "" if last is None else f"{what} (the log has aux_loss, {last:.3g} last)"
-
-    def _ratios(self) -> str:
-        keys = {key for record in self.records for key in record if key.startswith("clip_ratio") or "clipfrac" in key}
-        key = max(sorted(keys), key=self.largest, default=None)
-        if key is None or not self.largest(key):
-            return ""
+        kl = [key for key in ("kl", "objective/kl", "kl_loss") if self.last(key) is not None]
+        bonus = [key for key in ("entropy_coef", "entropy_loss") if self.largest(key)]
+        experts = ["aux_loss"] if self.largest("aux_loss") else []
+        sampler = sorted(key for key in self.keys if key.startswith("sampling/importance_sampling_ratio"))
         return (
-            f"importance ratios other than 1 and their clipping: the log has {key} up to {self.largest(key):.3g}, so "
-            "the trainer takes several steps on the same rollouts; the step here is the first of them"
+            *self._told("the KL term to a reference policy", kl),
+            *self._told("the entropy bonus", bonus),
+            *self._told("the auxiliary loss that balances the experts", experts),
+            *self._ratios(),
+            *self._told("the weights that correct for the sampler", sampler),
         )
 
-    def _sampler(self) -> str:
-        keys = {key for record in self.records for key in record}
-        key = next((key for key in sorted(keys) if key.startswith("sampling/importance_sampling_ratio")), None)
-        what = "the weights that correct for the sampler"
-        return f"{what} (the log has {key}, {self.last(key):.3g} last)" if key else ""
+    def _told(self, what: str, keys: list[str]) -> list[str]:
+        return [f"{what} (the log has {key}, {self.last(key):.3g} last)" for key in keys[:1]]
+
+    def _ratios(self) -> list[str]:
+        keys = sorted(key for key in self.keys if key.startswith("clip_ratio") or "clipfrac" in key)
+        key = max(keys, key=self.largest, default=None)
+        if key is None or not self.largest(key):
+            return []
+        return [
+            f"importance ratios other than 1 and their clipping: the log has {key} up to {self.largest(key):.3g}, so "
+            "the trainer takes several steps on the same rollouts; the step here is the first of them"
+        ]
 
 
 _OTHER_LOSSES = (

@@ -73,21 +73,15 @@ MOST_TEXT = 200
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What a trainer says of its loss and step.
+    """What a trainer says of its loss and step."""
 
-    Attributes:
-        file: where it says so.
-        trainer: the class that the file is of, or the trainer.
-        values: settings by the trainer's own names: numbers, words, None, and lists and mappings of these.
-        loss: those of the loss, as ``ProbeConfig(loss=...)`` takes them; None where the class does not tell the loss.
-        other_loss: whether the class tells one that is not modelled.
-    """
-
-    file: Path
-    trainer: str
+    file: Path  # where it says so
+    trainer: str  # the class that the file is of, or the trainer
+    # settings by the trainer's own names: numbers, words, None, and lists and mappings of these
     values: Mapping[str, Any]
+    # those of the loss, as ``ProbeConfig(loss=...)`` takes them; None where the class does not tell the loss
     loss: Mapping[str, Any] | None
-    other_loss: bool
+    other_loss: bool  # whether the class tells one that is not modelled
 
 
 def read_training_args(path: Path) -> TrainerSettings | None:
@@ -116,13 +110,18 @@ def _settings(
     file: Path, named: str, state: Mapping[str, Any], control: Callable[[], Mapping[str, Any]], remedy: str
 ) -> TrainerSettings:
     values = {name: plain(state[name]) for name in (*LOSS, *OTHERS) if name in state}
-    for name, value in values.items():
-        wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
-        if value is not None and not fits(value):
-            raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {shown(state[name])}; {remedy}")
+    check_kinds(file, values, state, remedy)
     kind = _kind(named, values)
     loss = None if kind is None else _loss(kind, values, state, control)
     return TrainerSettings(file, named, values, loss, kind is None and not _is_a_loop(named))
+
+
+def check_kinds(file: Path, values: Mapping[str, Any], told: Mapping[str, Any], remedy: str) -> None:
+    """Check that settings are plain, and those that more is done with of their kind; ``told`` is what stood there."""
+    for name, value in values.items():
+        wanted, fits = KINDS.get(name, ("a finite number or a word", lambda value: value is not ...))
+        if value is not None and not fits(value):
+            raise InvalidValueError(f"{file}: {name}: expected {wanted}, got {shown(told[name])}; {remedy}")
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -52,23 +52,16 @@ _OFF: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The settings and the log of the trainer that wrote a checkpoint.
+    """The settings and the log of the trainer that wrote a checkpoint."""
 
-    Attributes:
-        path: the checkpoint directory.
-        settings: what the trainer wrote down; None where it left no file that is read.
-        log: what it logged.
-        global_step: optimizer steps taken.
-    """
-
-    path: Path
-    settings: TrainerSettings | None
-    log: TrainerLog
-    global_step: int | None
+    path: Path  # the checkpoint directory
+    settings: TrainerSettings | None  # what the trainer wrote down; None where it left no file that is read
+    log: TrainerLog  # what it logged
+    global_step: int | None  # optimizer steps taken
 
     @classmethod
     def of(
-        cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: Path | None = None
+        cls, path: Path, member: CheckpointFormat, global_step: int | None, settings: str | Path | None = None
     ) -> TrainingRun:
         """That of a directory; ``settings`` is the trainer's own config, where it is not beside the checkpoint."""
         beside = member.settings(path)
@@ -78,7 +71,7 @@ class TrainingRun:
                     f"{settings}: expected no trainer's config beside {beside.file}, which tells the settings; leave "
                     "it out"
                 )
-            return cls(path, read_settings(settings), read_log(path), global_step)
+            return cls(path, read_settings(Path(settings)), read_log(path), global_step)
         return cls(path, find_settings(path) if beside is None else beside, read_log(path), global_step)
 
     @classmethod

@@ -19,7 +19,7 @@ from entropy_probe.checkpoints.errors import (
     UnsupportedError,
 )
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
-from entropy_probe.checkpoints.safe_read import read_json
+from entropy_probe.checkpoints.safe_read import is_file_name, read_json
 
 Shape = tuple[int, ...]
 
@@ -51,15 +51,15 @@ def _shards(directory: Path, index: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
         raise DamagedFileError(f"{index}: expected a 'weight_map' of tensor names to files; copy the checkpoint again")
-    files = [directory / name for name in sorted(set(shards.values()))]
-    for path in files:
-        if path.parent != directory or path.name in ("", ".."):
-            raise UnsafeFileError(
-                f"{index}: expected files beside it, got {str(path)!r}, which is outside; it was not read"
+    names = sorted(set(shards.values()))
+    for name in names:
+        if not is_file_name(name):
+            raise UnsafeFileError(f"{index}: expected files beside it, got {name!r}, which is outside; it was not read")
+        if not (directory / name).is_file():
+            raise MissingFileError(
+                f"{directory / name}: expected the shard that {index.name} names; copy the checkpoint again"
             )
-        if not path.is_file():
-            raise MissingFileError(f"{path}: expected the shard that {index.name} names; copy the checkpoint again")
-    return files
+    return [directory / name for name in names]
 
 
 def safetensors(*files: Path) -> Weights:

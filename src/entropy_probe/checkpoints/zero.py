@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Buffers:
-    """What the ranks hold of one parameter group.
+    """What the ranks hold of one parameter group."""
 
-    Attributes:
-        kept: by key of the optimizer's state, each rank's flat buffer.
-        masters: each rank's flat float32 weights.
-        numbers: by key, what all have alike, as step counts.
-        slices: for each rank the parameters it has elements of: (number, start) in its buffers. Empty in stage 3.
-    """
-
-    kept: dict[str, list[Tensor]]
-    masters: list[Tensor]
-    numbers: dict[str, Any]
+    kept: dict[str, list[Tensor]]  # by key of the optimizer's state, each rank's flat buffer
+    masters: list[Tensor]  # each rank's flat float32 weights
+    numbers: dict[str, Any]  # by key, what all have alike, as step counts
+    # for each rank the parameters it has elements of: (number, start) in its buffers. Empty in stage 3
     slices: list[dict[str, tuple[int, int]]]
 
     @classmethod
@@ -166,9 +159,5 @@ def frozen_tensors(file: Path, models: Sequence[Mapping[str, Any]], trained: set
             parts, shape = [own[name] for own in pieces], tuple(size)
             if not 0 <= sum(map(len, parts)) - prod(shape) < len(parts):
                 raise DamagedFileError(f"{file}: {name}: expected pieces of {list(shape)}, got other sizes; {COPY}")
-            frozen[plain_name(name)] = Whole(shape, parts[0].dtype, partial(_cut, parts, shape))
+            frozen[plain_name(name)] = shaped(parts, 0, shape)
     return frozen
-
-
-def _cut(parts: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-    return torch.cat(list(parts))[: prod(shape)].reshape(shape)

@@ -13,8 +13,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["allowed_file", "check_code", "forget_current_directory"]
-
 OWN = ("entropy_probe.sampling.rewards", "entropy_probe.sampling.generated")
 """This package's modules of rewards. Its others are no less dangerous to call than the standard library's."""
 _PACKAGE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")

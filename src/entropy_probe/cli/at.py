@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from entropy_probe.results.live import StepRecord
     from entropy_probe.results.probe import ProbeResult
 
-__all__ = ["RecordedStep", "recorded_step"]
-
 REPLAYED = NoteKind(
     "steps_replayed",
     "{checkpoint} is {steps} steps before step {step}, so the steps in between were taken again on their recorded "

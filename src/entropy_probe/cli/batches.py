@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import Engine, Prompt, Rewards, SamplingParameters, SamplingReport
 
-__all__ = ["Collected", "Sources", "collect_batches", "end_ids", "read_sources", "required", "resampler"]
-
 T = TypeVar("T")
 
 DROPPED = NoteKind(

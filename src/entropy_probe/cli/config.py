@@ -7,19 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from entropy_probe.cli.allowed import check_code
 from entropy_probe.cli.errors import describe
 from entropy_probe.cli.known_keys import suggestion, unknown_keys
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
+from entropy_probe.results.record import Settings
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
-__all__ = ["RunConfig", "SavedRollouts", "ValidateConfig", "load_config", "with_paths"]
+MOST_SECONDS = 1e6
 
 
-class SavedRollouts(BaseModel):
+class SavedRollouts(Settings):
     """Rollouts that are read instead of sampled: Parquet of ours, or what a trainer left of its own.
 
     Attributes:
@@ -28,13 +29,11 @@ class SavedRollouts(BaseModel):
         evaluation: the evaluation batch; takes the place of the ``evaluation`` settings, likewise.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     update: Path | None = None
     evaluation: Path | None = None
 
 
-class RunConfig(BaseModel):
+class RunConfig(Settings):
     """One probe of one checkpoint. Relative paths are relative to the current directory.
 
     Attributes:
@@ -83,8 +82,6 @@ class RunConfig(BaseModel):
             them and the config does not.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     checkpoint: Path
     base_model: str | None = None
     adapter: str | None = None
@@ -101,7 +98,7 @@ class RunConfig(BaseModel):
     mode: Literal["two_batch", "one_batch", "both", "pooled"] = "two_batch"
     reward: str | tuple[str, ...] | None = None
     reward_weights: tuple[float, ...] | None = None
-    reward_time_limit: float | None = Field(default=None, gt=0)
+    reward_time_limit: float | None = Field(default=None, gt=0, le=MOST_SECONDS)
     generation: GenerationSettings = GenerationSettings()
     update: UpdateSettings | None = None
     evaluation: EvaluationSettings | None = None

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["demo"]
-
 
 class Model(StrEnum):
     """The policies that there is a demo of."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from entropy_probe.dumps import Converted, Dump
     from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = ["Given", "TrainersBatch", "given_batch"]
-
 UNUSED_COLUMNS = NoteKind(
     "unused_columns",
     "{batch}: of the file's columns, {columns} are not used",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -15,8 +16,6 @@ from typer.core import TyperGroup
 
 from entropy_probe.report.text import printable
 
-__all__ = ["DEBUG_VARIABLE", "ErrorsAsLines", "describe", "leave_threads", "one_line_excepthook"]
-
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
 BAD_INPUT = 2
 FAILURE = 1
@@ -25,6 +24,15 @@ INTERRUPTED = 130
 
 # Typer carries its own click in some versions and imports it in others; this is click's UsageError in both.
 _UsageError: Any = typer.BadParameter.__base__
+
+_REMEDIES = {
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room and give the same command again",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EROFS: "choose a path on a file system that can be written",
+}
+_SHOWN = 100
+"""Characters of a value that are shown."""
 
 
 class ErrorsAsLines(TyperGroup):
@@ -41,6 +49,10 @@ class ErrorsAsLines(TyperGroup):
             _fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", error)
         except ValueError as error:
             _fail(describe(error), error)
+        except OSError as error:
+            if error.errno is None or isinstance(error, ConnectionError):
+                raise
+            _fail(describe_file(error), error, BAD_INPUT if error.filename is not None else FAILURE)
         sys.exit(code or 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -75,16 +87,24 @@ def describe(error: BaseException) -> str:
     return " ".join("; ".join([str(error) or type(error).__name__, *notes]).split())
 
 
+def describe_file(error: OSError) -> str:
+    """What the system says of a file, its path first, and what helps."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "a file"
+    remedy = _REMEDIES.get(error.errno or 0, "check the path")
+    kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    return f"{path:.{3 * _SHOWN}}: the system says {error.strerror}; {remedy}{kept}"
+
+
 def describe_validation(error: ValidationError) -> str:
     """The first of pydantic's errors as ``key: problem, got value (and N more)``."""
     problems = error.errors()
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(f"{part!s:.{_SHOWN}}" for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if first["type"] == "missing":
         message = "required, but missing"
     elif first["type"] not in ("value_error", "extra_forbidden"):
-        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, got {first['input']!r:.{_SHOWN}}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return " ".join(f"{key}: {message}{more}".removeprefix(": ").split())
 
@@ -108,8 +128,8 @@ def one_line_excepthook(kind: type[BaseException], error: BaseException, traceba
     leave_threads(FAILURE)
 
 
-def _fail(message: str, error: BaseException) -> NoReturn:
+def _fail(message: str, error: BaseException, code: int = BAD_INPUT) -> NoReturn:
     if os.environ.get(DEBUG_VARIABLE):
         sys.__excepthook__(type(error), error, error.__traceback__)
     sys.stderr.write(f"error: {printable(message)}\n")
-    sys.exit(BAD_INPUT)
+    sys.exit(code)

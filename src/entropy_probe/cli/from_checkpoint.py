@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints.training_run import TrainingRun
     from entropy_probe.cli.config import RunConfig
 
-__all__ = ["with_trainer_settings"]
-
 TRUSTED = NoteKind(
     "config_trusted",
     "{key} is {own}, {source} says {told}; the config is trusted",
@@ -192,11 +190,7 @@ def _about_version(config: RunConfig, filled: RunConfig, run: TrainingRun) -> It
 
 
 def _about_sampling(config: RunConfig, update: UpdateSettings, run: TrainingRun) -> Iterator[Note]:
-    """What differs from training in a batch that is sampled here.
-
-    Raises:
-        ValueError: if training has other advantages than are computed here.
-    """
+    """What differs from training in a batch that is sampled here; a ``ValueError`` where advantages do."""
     weighted = isinstance(config.reward, tuple) and len(config.reward) > 1
     if run.values.get("multi_objective_aggregation") == "normalize_then_sum" and weighted:
         raise ValueError(_OTHER_ADVANTAGES.format("normalises each reward before it adds them up"))

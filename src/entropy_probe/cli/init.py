@@ -15,8 +15,6 @@ from entropy_probe.cli.options import BaseModel, TrainerConfig
 if TYPE_CHECKING:
     from entropy_probe.results.checkpoint import CheckpointReport
 
-__all__ = ["init"]
-
 DEFAULT_PROMPTS, DEFAULT_GROUP = 16, 8
 SHOWN = (
     *("loss_type", "loss_mode", "loss_agg_mode", "policy_loss_type", "type", "beta", "use_kl_loss", "kl_tau"),

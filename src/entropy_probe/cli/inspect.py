@@ -20,8 +20,6 @@ from entropy_probe.cli.options import (
     parse_quantization,
 )
 
-__all__ = ["inspect"]
-
 EXIT_CODES = {"healthy": 0, "suspicious": 1, "unusable": 2}
 
 

@@ -11,8 +11,6 @@ from pydantic import BaseModel
 
 from entropy_probe.losses import Loss
 
-__all__ = ["suggestion", "unknown_keys"]
-
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     """The keys of a section, with the model of those that are sections themselves; a loss knows its own keys."""

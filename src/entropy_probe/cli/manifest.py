@@ -18,8 +18,6 @@ from entropy_probe.cli.options import (
     parse_quantization,
 )
 
-__all__ = ["manifest"]
-
 
 def manifest(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory.")],

@@ -8,23 +8,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = [
-    "Adapter",
-    "AllowCode",
-    "BaseModel",
-    "Copy",
-    "Mapping",
-    "OutputDir",
-    "Overrides",
-    "Overwrite",
-    "Policy",
-    "Quantization",
-    "TrainerConfig",
-    "TrustConfig",
-    "parse_mapping",
-    "parse_quantization",
-]
-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Replace single settings, such as update.group_size=4."),
@@ -93,11 +76,7 @@ def parse_mapping(text: str | None) -> str | dict[str, int] | None:
 
 
 def parse_quantization(text: str | None) -> dict[str, Any] | None:
-    """The settings given on the command line.
-
-    Raises:
-        ValueError: if they are not a JSON object.
-    """
+    """The settings given on the command line, a JSON object."""
     return None if text is None else _parse_object("--quantization", '{"load_in_4bit": true}', text)
 
 

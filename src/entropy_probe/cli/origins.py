@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["recorded_gradients"]
-
 
 def recorded_gradients(checkpoint: Path, names: Sequence[str]) -> list[dict[str, Tensor | None]]:
     """The gradients of the steps up to a checkpoint, the last one first, as far back as none is missing.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from entropy_probe.rollouts.batch import Rollouts
     from entropy_probe.sampling import EvaluationSettings
 
-__all__ = ["decide"]
-
 SIZED = NoteKind(
     "sized_by_pilot",
     "evaluation: by a pilot of {pilot} sequences {said}; {drawn}",

@@ -10,8 +10,6 @@ from datetime import timedelta
 
 from entropy_probe.analyses.provenance import Phase
 
-__all__ = ["show_progress"]
-
 
 @contextmanager
 def show_progress(*, visible: bool = True) -> Iterator[Phase]:

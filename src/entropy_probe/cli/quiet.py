@@ -7,8 +7,6 @@ import os
 
 from entropy_probe.cli.errors import DEBUG_VARIABLE
 
-__all__ = ["quiet_libraries"]
-
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers follows it
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

@@ -14,8 +14,6 @@ from entropy_probe.cli.errors import BAD_INPUT, FAILURE
 if TYPE_CHECKING:
     from entropy_probe.parallel.ranks import Ranks
 
-__all__ = ["launched_ranks"]
-
 SECONDS_TO_SPEAK = 1.0
 """What a rank that follows leaves the first to say its error."""
 LOST = (

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from entropy_probe.results.probe import ProbeResult
     from entropy_probe.results.sweep import Sweep
 
-__all__ = ["Report", "report", "run_report", "sweep_report"]
-
 
 def report(
     directory: Annotated[Path, typer.Argument(metavar="RESULT_DIR", help="A run's or a sweep's output directory.")],
@@ -75,11 +73,7 @@ class Report:
 
 
 def run_report(directory: Path, result: ProbeResult) -> Report:
-    """A run, with the attribution, the validation, the answers and the settings that its directory has.
-
-    Raises:
-        ValueError: if one of them cannot be used.
-    """
+    """A run, with the attribution, the validation, the answers and the settings that its directory has."""
     from entropy_probe.cli.output import FIGURES
     from entropy_probe.report import read_tables, run_sections
     from entropy_probe.results.validation import VALIDATION_FILE, Validation

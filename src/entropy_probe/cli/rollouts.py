@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from entropy_probe.dumps import Dump
     from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = ["rollouts"]
-
 UNLIKELY = -12.0
 """Log-probability, in nats, that a policy's own tokens hardly ever fall below."""
 NOT_THE_POLICYS = NoteKind(

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from entropy_probe.results.note import Note
     from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = ["open_checkpoint", "open_probe", "probe_checkpoint", "run"]
-
 
 def run(
     config: Annotated[
@@ -74,11 +72,7 @@ def run(
 
 
 def open_checkpoint(config: RunConfig) -> CheckpointState:
-    """The checkpoint of a configuration, loaded as it says.
-
-    Raises:
-        ValueError: if it cannot be used.
-    """
+    """The checkpoint of a configuration, loaded as it says."""
     from entropy_probe.checkpoints import load_checkpoint
 
     return load_checkpoint(
@@ -98,11 +92,7 @@ def open_checkpoint(config: RunConfig) -> CheckpointState:
 
 
 def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) -> tuple[EntropyProbe, CheckpointState]:
-    """A probe of the checkpoint of a configuration, of which its optimizer and loss have what they take.
-
-    Raises:
-        ValueError: if the checkpoint cannot be used, or not as configured.
-    """
+    """A probe of the checkpoint of a configuration, of which its optimizer and loss have what they take."""
     from entropy_probe.analyses.attribute import check_divides
     from entropy_probe.analyses.reference import check_reference
     from entropy_probe.checkpoints import load_reference
@@ -255,10 +245,7 @@ def _probe_into(
 def _run_mode(
     probe: EntropyProbe, config: RunConfig, update: Rollouts, evaluation: Rollouts | None
 ) -> tuple[ProbeResult, Attribution | None]:
-    """The probe's result in the configured mode, and its attribution if there is one.
-
-    The one-batch prediction joins a two-batch result or measurement.
-    """
+    """The probe's result in the configured mode, the one-batch prediction beside if asked for, and its attribution."""
     from entropy_probe.analyses.misfit import beside_two_batches
     from entropy_probe.results.note import distinct
 

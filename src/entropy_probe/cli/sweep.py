@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from entropy_probe.cli.sweep_config import SweepConfig
     from entropy_probe.parallel.ranks import Ranks
 
-__all__ = ["load_sweeps", "open_index", "sweep"]
-
 INDEX_FILE = "sweeps.json"
 
 
@@ -164,11 +162,7 @@ class SweepIndex(SavedRecord):
 
 
 def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> None:
-    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same.
-
-    Raises:
-        ValueError: if it holds something else.
-    """
+    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same."""
     index = SweepIndex(checkpoints=tuple(checkpoints))
     if not (directory / INDEX_FILE).is_file():
         check_new(directory, overwrite, "no sweeps of several checkpoints")

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from entropy_probe.analyses.sweep import check_learning_rates
 from entropy_probe.cli.config import RunConfig
+from entropy_probe.results.record import Settings
 
-__all__ = ["SweepConfig", "SweepSettings"]
 
-
-class SweepSettings(BaseModel):
+class SweepSettings(Settings):
     """The rates of a sweep: a list, or ``num`` of them evenly spaced by their logarithm.
 
     Attributes:
@@ -25,8 +24,6 @@ class SweepSettings(BaseModel):
         checkpoints: checkpoint directories to sweep one after the other; takes the place of ``checkpoint``.
         direct_curvature: whether to differentiate every score twice along the step as well.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     learning_rates: tuple[float, ...] | None = None
     smallest: float | None = Field(default=None, gt=0)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from entropy_probe.results.live import PromptShare, StepRecord, Timeline
     from entropy_probe.results.probe import ProbeResult
 
-__all__ = ["read_timelines", "show_timelines", "timeline"]
-
 TIMELINE_FILE = "timeline.html"
 _NUMBER = re.compile(r"(\d+)$")
 
@@ -45,11 +43,7 @@ def timeline(
 
 
 def show_timelines(timelines: Sequence[Timeline], directory: Path) -> None:
-    """Print timelines and write their page into a directory.
-
-    Raises:
-        ValueError: if it cannot be written there.
-    """
+    """Print timelines and write their page into a directory."""
     from rich.console import Console
 
     from entropy_probe.report import page, print_sections, timeline_sections
@@ -104,11 +98,7 @@ def read_timelines(directories: Iterable[Path]) -> list[Timeline]:
 
 
 def _sources(directory: Path) -> Iterable[tuple[Path, Iterable[StepRecord]]]:
-    """The runs that a directory is of, with the records in it besides the trainer's log.
-
-    Raises:
-        ValueError: if there is no such directory, or something in it is damaged.
-    """
+    """The runs that a directory is of, with the records in it besides the trainer's log."""
     from entropy_probe.results.live import read_records
     from entropy_probe.results.probe import RESULTS_FILE
 

@@ -9,8 +9,6 @@ import typer
 
 from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, Overwrite, TrustConfig
 
-__all__ = ["validate"]
-
 
 def validate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A run's settings; relative paths as for run.")],

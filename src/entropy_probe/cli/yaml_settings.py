@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-__all__ = ["apply_overrides", "dump_yaml", "load_yaml"]
+MOST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 50
+"""Of a file of settings: beyond these it is something else, which takes minutes or more to read."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,6 +43,8 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that either version of YAML would take for something else."""
 
 
+_SHOWN = 100
+
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -54,7 +57,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a YAML file, found {'a directory' if path.is_dir() else 'no such file'}")
     try:
-        text = path.read_text(encoding="utf-8")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(
+                f"{path}: expected a YAML file of at most {MOST_BYTES} bytes, got {size}; put texts into the "
+                "file of prompts"
+            )
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as text: {error}") from error
     settings = _parse(text, str(path))
@@ -96,12 +104,32 @@ def dump_yaml(settings: dict[str, Any]) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        settings = yaml.load(text, _Loader)
+    except (KeyError, ValueError, RecursionError) as error:  # of a tag that the value does not fit, or of its depth
+        said = " ".join(str(error).split())
+        raise ValueError(f"{where:.{_SHOWN}}: not valid YAML: {type(error).__name__}: {said:.{_SHOWN}}") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{where}{line}: not valid YAML: {error.problem}") from error
+        raise ValueError(f"{where}{line}: not valid YAML: {error.problem:.{_SHOWN}}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    _check_extent(settings, where)
+    return settings
+
+
+def _check_extent(settings: Any, where: str) -> None:
+    """Refuse what aliases unfold to without end, or nearly."""
+    left, values = [(settings, 0)], 0
+    while left:
+        value, depth = left.pop()
+        values += 1
+        if values > MOST_VALUES or depth > DEEPEST:
+            raise ValueError(
+                f"{where:.{_SHOWN}}: expected at most {MOST_VALUES} values, {DEEPEST} deep, aliases "
+                "included, got more; leave some out"
+            )
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+        left += [(item, depth + 1) for item in inner]
 
 
 def _copy(value: Any) -> Any:

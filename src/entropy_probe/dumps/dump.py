@@ -20,6 +20,7 @@ from entropy_probe.dumps.texts import encode_texts
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 from entropy_probe.rollouts.parquet import is_rollouts
+from entropy_probe.sampling.responses import side_by_side
 
 RESTORED = NoteKind(
     "end_tokens_restored",
@@ -218,37 +219,22 @@ def _mask(sample: Sample, ids: Sequence[int], longest: int | None, end: int | No
 
 @dataclass(frozen=True, eq=False)
 class _Padded:
-    """Sequences side by side, padded on the right.
+    """Sequences side by side, padded on the right."""
 
-    Attributes:
-        input_ids: prompts and responses.
-        attention_mask: where they are.
-        responses: where the responses are.
-        response_mask: which of their tokens count.
-        lengths: of the responses.
-    """
-
-    input_ids: Int[Tensor, "N L"]
-    attention_mask: Bool[Tensor, "N L"]
-    responses: Bool[Tensor, "N L"]
-    response_mask: Bool[Tensor, "N L"]
-    lengths: tuple[int, ...]
+    input_ids: Int[Tensor, "N L"]  # prompts and responses
+    attention_mask: Bool[Tensor, "N L"]  # where they are
+    responses: Bool[Tensor, "N L"]  # where the responses are
+    response_mask: Bool[Tensor, "N L"]  # which of their tokens count
+    lengths: tuple[int, ...]  # of the responses
 
     @classmethod
     def of(
         cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]
     ) -> _Padded:
-        lengths = tuple(map(len, responses))
-        starts = torch.tensor([len(prompt) for prompt in prompts])
-        ends = starts + torch.tensor(lengths)
-        position = torch.arange(int(ends.max()))
-        there = position < ends[:, None]
-        inside = there & (position >= starts[:, None])
-        tokens = [token for pair in zip(prompts, responses, strict=True) for part in pair for token in part]
-        mask = [on for own in masks for on in own]
-        zeros = torch.zeros(there.shape, dtype=torch.long)
-        counted = torch.zeros_like(inside).masked_scatter(inside, torch.tensor(mask, dtype=torch.bool))
-        return cls(zeros.masked_scatter(there, torch.tensor(tokens)), there, inside, counted, lengths)
+        input_ids, there, inside = side_by_side(prompts, responses)
+        mask = torch.tensor([on for own in masks for on in own], dtype=torch.bool)
+        counted = torch.zeros_like(inside).masked_scatter(inside, mask)
+        return cls(input_ids, there, inside, counted, tuple(map(len, responses)))
 
     def of_response(self, values: Sequence[Sequence[float] | None]) -> Float[Tensor, "N L"] | None:
         """A number for each token of the responses, NaN for those without; None where no sequence has any."""

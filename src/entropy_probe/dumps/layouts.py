@@ -21,35 +21,26 @@ LISTS = ("mask", "advantage", "sampled", "old", "reference")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one trainer writes a rollout.
+    """How one trainer writes a rollout."""
 
-    Attributes:
-        name: of the trainer, for people.
-        needs: the fields that a record of it has, and together no other trainer's.
-        fields: by our names the trainer's. ``prompt`` and ``response`` are token ids, text or messages; ``tokens`` is
-            both, told apart by ``response_length`` or by where the ``mask`` begins, and cut at ``length``. Per token
-            ``mask``, ``advantage`` (or a number), and log-probabilities (``sampled``, ``old``, ``reference``); per
-            rollout ``step``, ``group``, ``reward``, ``kept`` (0: masked out of the loss), ``truncated``, ``entropy``
-            (nats per token) and ``microbatch``.
-        over: what lists per token run over: the whole sequence, or the response.
-        scale: what the trainer divides centred rewards by, by default.
-        epsilon: what it adds to that.
-        prepare: what a record is before it is taken by ``fields``: several records, one, or none.
-        step_in_name: a pattern of the file's name with the step, where records do not have it.
-        rewards_by_name: whether other fields that are numbers are rewards, one a reward function.
-        rendered: whether prompts of text have gone through the chat template, with (``marked``) or without special
-            tokens (``plain``); ``None``: text as the data set has it, or either.
-    """
-
-    name: str
-    needs: frozenset[str]
+    name: str  # of the trainer, for people
+    needs: frozenset[str]  # the fields that a record of it has, and together no other trainer's
+    # by our names the trainer's. ``prompt`` and ``response`` are token ids, text or messages; ``tokens`` is both, told
+    # apart by ``response_length`` or by where the ``mask`` begins, and cut at ``length``. Per token ``mask``,
+    # ``advantage`` (or a number), and log-probabilities (``sampled``, ``old``, ``reference``); per rollout ``step``,
+    # ``group``, ``reward``, ``kept`` (0: masked out of the loss), ``truncated``, ``entropy`` (nats per token) and
+    # ``microbatch``
     fields: Mapping[str, str]
+    # what lists per token run over: the whole sequence, or the response
     over: Literal["sequence", "response"] = "response"
-    scale: ScaleRewards = "group"
-    epsilon: float = 1e-6
+    scale: ScaleRewards = "group"  # what the trainer divides centred rewards by, by default
+    epsilon: float = 1e-6  # what it adds to that
+    # what a record is before it is taken by ``fields``: several records, one, or none
     prepare: Callable[[Record], Iterator[Record]] | None = None
-    step_in_name: str | None = None
-    rewards_by_name: bool = False
+    step_in_name: str | None = None  # a pattern of the file's name with the step, where records do not have it
+    rewards_by_name: bool = False  # whether other fields that are numbers are rewards, one a reward function
+    # whether prompts of text have gone through the chat template, with (``marked``) or without special tokens
+    # (``plain``); ``None``: text as the data set has it, or either
     rendered: Literal["marked", "plain"] | None = None
 
     def __str__(self) -> str:

@@ -22,19 +22,12 @@ _USER, _SYSTEM = "What the user says.", "What the system says."
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples with token ids.
+    """Samples with token ids."""
 
-    Attributes:
-        prompts: of each.
-        responses: of each, end tokens restored.
-        failing: responses that do not give their text back.
-        restored: responses that were given their end token back.
-    """
-
-    prompts: list[tuple[int, ...]]
-    responses: list[tuple[int, ...]]
-    failing: int
-    restored: int
+    prompts: list[tuple[int, ...]]  # of each
+    responses: list[tuple[int, ...]]  # of each, end tokens restored
+    failing: int  # responses that do not give their text back
+    restored: int  # responses that were given their end token back
 
 
 def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], longest: int | None) -> Encoded:
@@ -68,7 +61,11 @@ def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], long
         if _decoded(tokenizer, ids) != sample.response or (longest is not None and len(ids) > longest):
             failing.append(sample.where)
         restored += not cut
-        responses.append(ids if cut else (*ids, _end(tokenizer)))
+        if not cut and tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer: expected an end token, which texts have lost, got none; set tokenizer.eos_token"
+            )
+        responses.append(ids if cut else (*ids, tokenizer.eos_token_id))
     if len(failing) > MOST_FAILING * len(samples):
         raise ValueError(
             f"{failing[0]}: expected responses that give their text back when they are tokenized again, got "
@@ -76,12 +73,6 @@ def encode_texts(tokenizer: Any, layout: Layout, samples: Sequence[Sample], long
             "or texts were changed: record token ids in training"
         )
     return Encoded([prompts[repr(sample.prompt)] for sample in samples], responses, len(failing), restored)
-
-
-def _end(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: expected an end token, which texts have lost, got none; set tokenizer.eos_token")
-    return tokenizer.eos_token_id
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int], *, marked: bool = False) -> str:

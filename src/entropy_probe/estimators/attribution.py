@@ -15,15 +15,6 @@ from torch import Tensor
 from entropy_probe.estimators.first_order import first_order
 from entropy_probe.estimators.uncertainty import ClusterSums
 
-__all__ = [
-    "correlation",
-    "covariance_terms",
-    "fold_errors",
-    "others_only",
-    "rank_correlation",
-    "rank_correlation_interval",
-]
-
 
 def covariance_terms(
     advantages: Float[Tensor, "N L"], logprobs: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]

@@ -17,15 +17,6 @@ from torch import Tensor
 from entropy_probe.estimators.uncertainty import in_chunks
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = [
-    "EntropyKind",
-    "PositionSums",
-    "leave_one_out_mean",
-    "position_baseline",
-    "strictly_after",
-    "strictly_before",
-]
-
 EntropyKind = Literal["rao_blackwell", "surprisal"]
 MIN_SHARE = 1e-9
 """Others whose weight is below this share of all are none: their mean would be the rounding of a difference."""

@@ -16,8 +16,6 @@ from entropy_probe.estimators.first_order import Normalization
 from entropy_probe.estimators.uncertainty import Sampled, ratio
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["TaylorSums", "per_decision_taylor"]
-
 
 @dataclass(frozen=True, eq=False)
 class TaylorSums:

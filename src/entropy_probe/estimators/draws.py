@@ -14,8 +14,6 @@ from torch import Tensor
 
 from entropy_probe.types import Clusters
 
-__all__ = ["Between", "best_draws", "between"]
-
 MOST_DRAWS, LEAST_SHARE = 16, 0.02
 """Bounds where a pilot finds next to nothing in common: more draws would save little and rest on that alone."""
 

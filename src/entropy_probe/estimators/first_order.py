@@ -22,19 +22,6 @@ from entropy_probe.estimators.baselines import (
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, ratio
 from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
-__all__ = [
-    "FirstOrder",
-    "Normalization",
-    "check_sums",
-    "entropy",
-    "entropy_coefficients",
-    "first_order",
-    "length_coefficients",
-    "sequence_entropies",
-    "sequence_weights",
-    "update_standard_error",
-]
-
 Normalization = Literal["token", "sequence"]
 
 

@@ -20,8 +20,6 @@ from entropy_probe.estimators.realized import windowed_weights
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["central_slopes", "first_order_along", "horizons", "settled", "squared_weights"]
-
 
 def horizons(longest: int, also: int | None = None) -> tuple[int | None, ...]:
     """0, 1, 2, 4, ... up to what the longest response has after its first token, one more, and ``None`` for all."""

@@ -16,13 +16,6 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = [
-    "ImportanceMode",
-    "SequenceWeights",
-    "sequence_importance_weights",
-    "sequence_log_weights",
-]
-
 ImportanceMode = Literal["snis", "clip", "psis"]
 """Weights as they are, capped, or with their largest ones replaced by quantiles of a fitted Pareto tail."""
 

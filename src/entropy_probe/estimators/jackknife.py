@@ -7,8 +7,6 @@ from torch import Tensor
 
 from entropy_probe.types import Clusters
 
-__all__ = ["blocks_of", "jackknife_standard_error"]
-
 MAX_BLOCKS = 16
 """A block costs one optimizer step; the error itself is then known to about 18%, one part in the root of 2 (M - 1)."""
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["MIN_PROMPTS", "LeftOut", "pair_contributions"]
-
 MIN_PROMPTS = 3
 """Fewer leave nothing to take the spread of pairs from."""
 

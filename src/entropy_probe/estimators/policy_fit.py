@@ -13,8 +13,6 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = ["MAX_Z", "Fit", "excess_sums", "policy_fit"]
-
 MAX_Z = 4.0
 """The policy's own rollouts exceed it about once in 16,000 batches."""
 _ROUNDING = 1e-5

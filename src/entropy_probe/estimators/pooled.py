@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from entropy_probe.estimators.uncertainty import Sampled
 
-__all__ = ["Pool", "pool"]
-
 
 @dataclass(frozen=True)
 class Pool:

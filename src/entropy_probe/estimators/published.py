@@ -16,8 +16,6 @@ from torch import Tensor
 from entropy_probe.estimators.attribution import covariance_terms
 from entropy_probe.types import TokenScores
 
-__all__ = ["PUBLISHED", "covariance", "logit_step", "natural_step", "repo", "steer", "surprisal"]
-
 Advantages = Float[Tensor, "N L"]
 Forecasts = Float[Tensor, "N L"]
 

@@ -25,8 +25,6 @@ from entropy_probe.estimators.first_order import FirstOrder, Normalization, sequ
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled
 from entropy_probe.types import Clusters, TokenScores
 
-__all__ = ["Change", "change", "noise_floor", "per_decision", "rounding_of", "snis", "windowed_weights"]
-
 
 @dataclass(frozen=True, eq=False)
 class Change(Sampled):

@@ -14,16 +14,6 @@ from torch import Tensor
 
 from entropy_probe.types import TokenScores
 
-__all__ = [
-    "MISTAKES",
-    "Mismatch",
-    "mistake_sums",
-    "recorded_amiss",
-    "sampler_gaps",
-    "sampler_mismatch",
-    "squared_gaps",
-]
-
 _ONE_SIGN = 1e-3
 """Nats by which rounding may put a sampler's log-probability below the policy's."""
 _EXPLAINED = 0.2

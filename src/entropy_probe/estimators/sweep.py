@@ -15,19 +15,6 @@ from torch import Tensor
 
 from entropy_probe.estimators.uncertainty import Sampled
 
-__all__ = [
-    "FIT_REACH",
-    "LINEAR_TOLERANCE",
-    "MIN_RATES",
-    "Coefficient",
-    "PowerLaw",
-    "Quadratic",
-    "cancelling_rate",
-    "linear_range",
-    "power_law",
-    "quadratic",
-]
-
 LINEAR_TOLERANCE = 0.1
 """How far the change may be from the prediction within the linear range, relative to the prediction."""
 FIT_REACH = 1 / 3

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from entropy_probe.estimators.uncertainty import Sampled
 
-__all__ = ["CrossStatistic", "cross_statistic", "influence_of_sums"]
-
 
 @dataclass(frozen=True, eq=False)
 class CrossStatistic:

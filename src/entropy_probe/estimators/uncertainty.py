@@ -11,8 +11,6 @@ from torch import Tensor
 
 from entropy_probe.types import Clusters
 
-__all__ = ["ClusterSums", "Sampled", "in_chunks", "is_grouped", "ratio"]
-
 CHUNK_SEQUENCES = 2048
 """Estimators are given about so many sequences at a time: what they compute per token takes several times the memory of
 the scores."""

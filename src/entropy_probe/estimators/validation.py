@@ -15,8 +15,6 @@ from torch import Tensor
 
 from entropy_probe.estimators.attribution import rank_correlation, rank_correlation_interval
 
-__all__ = ["Changes", "Forecast", "Score", "reliability", "score", "spearman_brown", "times_as_many"]
-
 BOOTSTRAPS = 200
 LARGEST = 1 - 1e-9
 """Of a correlation that ``atanh`` is taken of."""

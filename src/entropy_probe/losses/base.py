@@ -15,11 +15,12 @@ from pkgutil import iter_modules
 from typing import Any
 
 from jaxtyping import Float
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from entropy_probe.losses.pieces import is_one
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
+from entropy_probe.results.record import Settings
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenCoefficients, TokenScores
 
@@ -43,7 +44,7 @@ RATIO_ONE = NoteKind(
 )
 
 
-class Loss(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
+class Loss(Settings, ABC):
     """The loss of one whole optimizer step, with a trainer's settings.
 
     Attributes:

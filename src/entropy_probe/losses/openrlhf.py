@@ -33,7 +33,7 @@ FIRST, LAST = (0, 9, 0), (0, 11, 0)
 BOUNDED_SINCE, WHOLE_STEP_SINCE = (0, 10, 3), (0, 10, 4)
 
 
-class OpenRLHFLoss(Loss, frozen=True):
+class OpenRLHFLoss(Loss):
     """OpenRLHF's actor loss, with the names and defaults of its command line (before 0.10.2, and as in brackets since).
 
     Attributes:

@@ -38,9 +38,7 @@ def by_token(mask: Bool[Tensor, "N L"], groups: Int[Tensor, " N"] | None = None)
     """Weights of the mean over all tokens of a mask, or of the mean over groups of each one's mean over its tokens."""
     if groups is None:
         groups = torch.zeros(len(mask), dtype=torch.long)
-    distinct, index = groups.unique(return_inverse=True)
-    tokens = torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, index, mask.sum(1).double())
-    return mask / (len(distinct) * tokens.clamp(min=1)[index])[:, None]
+    return mask / (len(groups.unique()) * group_sum(mask.sum(1).double(), groups).clamp(min=1))[:, None]
 
 
 def microbatches(rollouts: Rollouts) -> Int[Tensor, " N"]:

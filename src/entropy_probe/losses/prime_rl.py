@@ -22,20 +22,14 @@ FIRST = ("0.2", "0.3", "0.4")
 """Versions of the loss with bounds on ratios; since then they are on probabilities."""
 PER_PROCESS = (*FIRST, "0.5")
 OF_FIRST = (
-    "ratio_type",
-    "token_mask_low",
-    "token_mask_high",
-    "geo_mask_low",
-    "geo_mask_high",
-    "sequence_mask_low",
-    "sequence_mask_high",
-    "sequence_clip_high",
+    *("ratio_type", "token_mask_low", "token_mask_high", "geo_mask_low", "geo_mask_high"),
+    *("sequence_mask_low", "sequence_mask_high", "sequence_clip_high"),
 )
 OF_SECOND = ("ipo_mask_low", "ipo_mask_high")
 OF_PRESENT = ("type", "dppo_mask_low", "dppo_mask_high", "ipo_threshold")
 
 
-class PrimeRLLoss(Loss, frozen=True):
+class PrimeRLLoss(Loss):
     """prime-rl's loss, with the names and defaults of ``trainer.loss``.
 
     Ratios are taken to ``sampled_logprobs``, those of its inference servers.

@@ -53,7 +53,7 @@ OTHER_TRAINERS = ("gmpo", "rloo")
 """Losses of trainers of their own, which leave many of the settings aside."""
 
 
-class TRLLoss(Loss, frozen=True):
+class TRLLoss(Loss):
     """A loss of TRL, with the names and defaults of its arguments; those of ``GRPOConfig`` unless said.
 
     Attributes:

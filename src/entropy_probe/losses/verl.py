@@ -39,7 +39,7 @@ OWN_DRAW = NoteKind(
 )
 
 
-class VerlLoss(Loss, frozen=True):
+class VerlLoss(Loss):
     """verl's actor loss, with the names and defaults of ``actor_rollout_ref.actor`` and of the sections named.
 
     Ratios are taken to ``old_logprobs``; without them to the policy as it is, as verl does where a batch is one
@@ -135,19 +135,15 @@ class VerlLoss(Loss, frozen=True):
         for name in (self.loss_mode, self.loss_agg_mode):
             if self.version < SINCE.get(name, ""):
                 raise ValueError(f"{name} came with verl {SINCE[name]}, got version {self.version}; set the right one")
-        early = {
-            "use_legacy_worker_impl": (
-                self.use_legacy_worker_impl == "enable" and self.version >= "0.8.0",
-                "0.7.1",
-                "up",
-            ),
-            "kl_loss_type": (self.kl_loss_type.endswith("+") and self.version < "0.8.0", "0.8.0", "from"),
-            "rollout_is_threshold": ("_" in str(self.rollout_is_threshold) and self.version < "0.8.0", "0.8.0", "from"),
-            "rollout_rs": (self.rollout_rs is not None and self.version < "0.7.1", "0.7.1", "from"),
+        early, since_08 = self.version < "0.8.0", "from verl 0.8.0 on"
+        misplaced = {
+            "use_legacy_worker_impl": (self.use_legacy_worker_impl == "enable" and not early, "up to verl 0.7.1"),
+            "kl_loss_type": (self.kl_loss_type.endswith("+") and early, since_08),
+            "rollout_is_threshold": ("_" in str(self.rollout_is_threshold) and early, since_08),
+            "rollout_rs": (self.rollout_rs is not None and self.version < "0.7.1", "from verl 0.7.1 on"),
         }
-        for name, (wrong, bound, side) in early.items():
+        for name, (wrong, range_) in misplaced.items():
             if wrong:
-                range_ = f"up to verl {bound}" if side == "up" else f"from verl {bound} on"
                 raise ValueError(f"loss.{name}: {getattr(self, name)} is known {range_}, got version {self.version}")
         return self
 
@@ -268,8 +264,10 @@ class VerlLoss(Loss, frozen=True):
         what = [name for name, there in per_microbatch.items() if there]
         if what and rollouts.microbatch_ids is None:
             notes.append(GLOBAL_MEAN(what=what[0], unit="microbatch"))
-        if self._by_microbatch and self._has_empty(rollouts, scores):
-            notes.append(NOT_A_NUMBER(why="a microbatch has no response token, or none that is not rejected"))
+        if self._by_microbatch:
+            left = group_sum(self._correction(rollouts, scores)[1].sum(1).double(), microbatches(rollouts))
+            if bool((left == 0).any()):
+                notes.append(NOT_A_NUMBER(why="a microbatch has no response token, or none that is not rejected"))
         if rollouts.old_logprobs is None and not self.bypass_mode and self._mini_batches is None:
             notes.append(RATIO_ONE(settings="train_batch_size and ppo_mini_batch_size"))
         if self._policy == "clip_cov":
@@ -345,11 +343,6 @@ class VerlLoss(Loss, frozen=True):
                 beyond, mask, self.rollout_is, bounds, normalize=self.rollout_is_batch_normalize
             )
         return weights, kept
-
-    def _has_empty(self, rollouts: Rollouts, scores: TokenScores | None) -> bool:
-        """Whether a microbatch has no token left."""
-        kept = self._correction(rollouts, scores)[1]
-        return bool((group_sum(kept.sum(1).double(), microbatches(rollouts)) == 0).any())
 
     def _aggregate(
         self,

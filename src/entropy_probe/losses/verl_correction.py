@@ -24,17 +24,11 @@ _LOG_BOUND = 20.0
 
 @dataclass(frozen=True)
 class Rejection:
-    """One option of ``rollout_rs``: what is outside the bounds is rejected.
+    """One option of ``rollout_rs``: what is outside the bounds is rejected."""
 
-    Attributes:
-        level: ``token``, or ``seq_sum``, ``seq_mean``, ``seq_max`` of the tokens.
-        kind: ``k1``, ``k2`` or ``k3``, the estimate of the divergence.
-        bounds: of it, in nats.
-    """
-
-    level: str
-    kind: str
-    bounds: tuple[float, float]
+    level: str  # ``token``, or ``seq_sum``, ``seq_mean``, ``seq_max`` of the tokens
+    kind: str  # ``k1``, ``k2`` or ``k3``, the estimate of the divergence
+    bounds: tuple[float, float]  # of it, in nats
 
     def kept(self, log_ratio: Float[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Bool[Tensor, "N L"]:
         """Which tokens are not rejected."""

@@ -28,21 +28,13 @@ KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a policy loss depends on.
+    """What a policy loss depends on."""
 
-    Attributes:
-        logprobs: at the policy as it is, nats.
-        log_ratio: to the policy that the ratio is taken to, nats.
-        advantages: of every token.
-        mask: the response tokens that count.
-        microbatch: of each sequence, 0 to the number of them less 1.
-    """
-
-    logprobs: Float[Tensor, "N L"]
-    log_ratio: Float[Tensor, "N L"]
-    advantages: Float[Tensor, "N L"]
-    mask: Bool[Tensor, "N L"]
-    microbatch: Int[Tensor, " N"]
+    logprobs: Float[Tensor, "N L"]  # at the policy as it is, nats
+    log_ratio: Float[Tensor, "N L"]  # to the policy that the ratio is taken to, nats
+    advantages: Float[Tensor, "N L"]  # of every token
+    mask: Bool[Tensor, "N L"]  # the response tokens that count
+    microbatch: Int[Tensor, " N"]  # of each sequence, 0 to the number of them less 1
 
     @property
     def ratio(self) -> Float[Tensor, "N L"]:

@@ -16,8 +16,6 @@ from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import Clusters
 
-__all__ = ["LocalRows", "add_up", "balanced"]
-
 S = TypeVar("S")
 
 

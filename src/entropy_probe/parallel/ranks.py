@@ -15,18 +15,6 @@ from typing import Any, Protocol, TypeVar, final, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ALONE",
-    "ProcessGroup",
-    "Ranks",
-    "SameWork",
-    "first_to_fail",
-    "is_lost_rank",
-    "join_ranks",
-    "joined_ranks",
-    "leave_ranks",
-]
-
 T = TypeVar("T")
 JOIN_SECONDS = 300
 """How long to wait for all ranks to start."""

@@ -12,19 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "check_shards",
-    "count",
-    "extremes",
-    "from_shard",
-    "is_sharded",
-    "local",
-    "reshard",
-    "same_shards",
-    "sharded_as",
-    "sum_of_shards",
-]
-
 
 def _is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from entropy_probe.analyses.assemble import estimate_fields, predicted_record
 from entropy_probe.analyses.batches import UpdateBatch
@@ -22,6 +22,7 @@ from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.named import NamedVector
 from entropy_probe.report.sections.base import Row, Rows, Section, written
+from entropy_probe.results import record
 from entropy_probe.results.probe import Estimate, Predicted
 from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.steps.adamw import is_adam
@@ -32,14 +33,12 @@ __all__ = ["Answer", "Scenario", "Settings", "check", "run", "section", "step_ch
 ERRORS = "Errors are from the evaluation rollouts alone; that of the whole update batch is from both batches."
 
 
-class Settings(BaseModel):
+class Settings(record.Settings):
     """Which prompts to leave out.
 
     Attributes:
         prompts: one list of prompt ids per scenario.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompts: tuple[tuple[int, ...], ...] = Field(min_length=1, examples=[[[3], [5, 8]]])
 

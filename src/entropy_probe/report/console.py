@@ -15,8 +15,6 @@ from entropy_probe.report.sections.base import Row, Rows, Section, State, Table,
 from entropy_probe.report.text import printable
 from entropy_probe.report.wording import REPORT_FILE
 
-__all__ = ["print_files", "print_sections"]
-
 STYLES: dict[State, str] = {"ok": "bold green", "look": "bold yellow", "bad": "bold red", "plain": "bold"}
 WIDEST_QUOTE = 24
 

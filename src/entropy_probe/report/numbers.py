@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-__all__ = ["common_exponent", "format_estimate", "format_in", "format_number", "format_percent", "signed", "typeset"]
-
 PLAIN_EXPONENTS = range(-2, 5)
 MAX_DIGITS = 7
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -35,8 +35,6 @@ from entropy_probe.report.text import visible_parts
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["page"]
-
 
 def page(sections: Sequence[Section], *, name: str = "") -> str:
     """The report of a record: the first section at its head, then all that the sections hold."""

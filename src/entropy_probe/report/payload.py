@@ -14,8 +14,6 @@ from markupsafe import Markup
 from entropy_probe.report.tables import Tables
 from entropy_probe.report.text import visible_parts
 
-__all__ = ["MAX_TOKENS", "responses_payload", "script_json"]
-
 MAX_TOKENS = 300_000
 """Tokens that a page holds: about 10 MB of JSON. Of a larger batch it shows the responses that contribute most."""
 DIGITS = 4

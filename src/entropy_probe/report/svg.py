@@ -15,8 +15,6 @@ from markupsafe import Markup, escape
 from entropy_probe.report.numbers import common_exponent, typeset
 from entropy_probe.report.sections.base import Axis, Bar, BarChart, HeatMap, LineChart
 
-__all__ = ["Cell", "draw_bars", "draw_lines", "heat_cells"]
-
 ROW, BAR = 30, 12
 PLOT_HEIGHT = 240
 LEVELS = 6

@@ -20,8 +20,6 @@ from entropy_probe.results.attribution_tables import (
 )
 from entropy_probe.results.probe import ProbeResult
 
-__all__ = ["Columns", "Tables", "check_tables", "read_tables"]
-
 Columns = Mapping[str, Any]
 
 EXACT = 1e-6

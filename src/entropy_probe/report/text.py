@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import groupby
 
-__all__ = ["printable", "visible_parts"]
-
 # Drawn as nothing, although Unicode counts them as printable: fillers, joiners and variation selectors. The two
 # selectors that choose between an emoji and a text glyph stay as they are.
 _BLANK = frozenset(map(chr, [0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0])) | frozenset(

@@ -10,8 +10,6 @@ from entropy_probe.report.sections.horizons import within
 from entropy_probe.results.horizons import HorizonPoint
 from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
-__all__ = ["verdict"]
-
 LINEAR_RANGE = 0.1
 STATES: dict[str, State] = {
     "agrees within error": "ok",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ESTIMATORS", "HARMLESS_ESS", "REPORT_FILE", "RESULT_FIGURES", "UNITS"]
-
 REPORT_FILE = "report.html"
 RESULT_FIGURES = ("change", "parts", "prompts", "layers")
 

@@ -8,8 +8,6 @@ from pydantic import Field
 
 from entropy_probe.results.record import Record
 
-__all__ = ["AttributionSummary"]
-
 
 class AttributionSummary(Record):
     """How the first-order change divides over the update batch and over the step's parts.

@@ -13,8 +13,6 @@ from typing import Any
 
 from entropy_probe.results.record import whole_file
 
-__all__ = ["LAYERS_FILE", "MARKUP", "OPTIONAL", "PROMPTS_FILE", "TABLES", "TOKENS_FILE", "write_table"]
-
 TOKENS_FILE, PROMPTS_FILE, LAYERS_FILE = "tokens.parquet", "prompts.parquet", "layers.parquet"
 
 OPTIONAL = frozenset({"name"})

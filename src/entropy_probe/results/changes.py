@@ -9,8 +9,6 @@ from pydantic import Field
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.record import Record
 
-__all__ = ["Coasted", "Origins", "Pooled", "Predicted", "Realized"]
-
 
 class Predicted(Estimate):
     """The first-order change; ``standard_error`` combines the two parts: in quadrature, or over the same prompts.

@@ -10,8 +10,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.results.probe import OptimizerStateReport
 from entropy_probe.results.record import Record
 
-__all__ = ["ABOVE_ZERO", "CheckpointReport", "GroupReport", "MovementReport", "SettingReport"]
-
 ABOVE_ZERO = "above 0"
 """In place of the value of a setting of which the files tell no more."""
 

@@ -6,8 +6,6 @@ from pydantic import Field
 
 from entropy_probe.results.record import Record
 
-__all__ = ["Draws"]
-
 
 class Draws(Record):
     """How an evaluation batch with several draws per prompt compares with single draws.

@@ -9,8 +9,6 @@ from pydantic import Field
 from entropy_probe.results.record import Record
 from entropy_probe.results.student import critical_value
 
-__all__ = ["Estimate", "Unit"]
-
 Unit = Literal["nats/token", "nats/sequence"]
 
 

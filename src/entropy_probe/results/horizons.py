@@ -7,8 +7,6 @@ from pydantic import Field
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.record import Record
 
-__all__ = ["HorizonPoint", "Horizons"]
-
 
 class HorizonPoint(Record):
     """The change of the entropy at prefixes whose last ``horizon`` tokens follow the policy after the step.

@@ -18,22 +18,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.results.probe import BatchFit, OptimizerStateReport, Predicted, ProbeResult, SamplerMismatch
 from entropy_probe.results.record import Record, read_record
 
-__all__ = [
-    "GRADIENT_FILE",
-    "RECORDS",
-    "RECORD_FILE",
-    "ROLLOUTS_FILE",
-    "Alarm",
-    "Number",
-    "PromptShare",
-    "StepRecord",
-    "Timeline",
-    "logged_numbers",
-    "read_records",
-    "recorded_steps",
-    "step_directory",
-]
-
 SCHEMA_VERSION = 1
 RECORDS = "entropy_probe"
 RECORD_FILE, ROLLOUTS_FILE, GRADIENT_FILE = "record.json", "rollouts.parquet", "gradient.safetensors"

@@ -14,8 +14,6 @@ from pydantic import Field
 
 from entropy_probe.results.record import Record
 
-__all__ = ["NOTHING_TO_DO", "Note", "NoteKind", "distinct", "note_kinds"]
-
 NOTHING_TO_DO = "Nothing to do: the numbers are right as they are."
 
 _KINDS: dict[str, NoteKind] = {}

@@ -6,17 +6,53 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-__all__ = ["Kept", "Record", "SavedRecord", "read_record", "whole_file", "write_atomically"]
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 
 class Record(BaseModel):
     """Plain data: frozen, every key known, no number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+LARGEST_WHOLE, LARGEST = 2**63 - 1, 2.0**127
+"""What int64 and float32 hold."""
+
+
+class Settings(Record):
+    """What a user sets: a number is one, which true and false are not, and one that tensors hold."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_numbers(cls, value: Any, info: Any) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if not kinds & {int, float}:
+            return value
+        largest = LARGEST if float in kinds else LARGEST_WHOLE
+        for item in _items(value):
+            if isinstance(item, bool) and bool not in kinds:
+                raise ValueError(f"expected a number, got {str(item).lower()}; write the number")
+            if isinstance(item, int | float) and largest < abs(item) != float("inf"):  # pydantic refuses infinity
+                raise ValueError(f"expected a number of at most {largest:.4g}, got {item!s:.60}; correct it")
+        return value
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """What lists and mappings hold, however deep, or the value itself."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    if inner is None:
+        yield value
+    else:
+        for item in inner:
+            yield from _items(item)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    inner = get_args(annotation)
+    return {annotation} if not inner else set().union(*map(_kinds, inner))
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -28,7 +64,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when the block ends without an error.
 
     It is on the disk before it has the name, so that the power may fail at any moment.
+
+    Raises:
+        ValueError: if there is something that is no file, such as a folder or a device, which is left there.
     """
+    if path.exists() and not path.is_file():
+        what = "a directory" if path.is_dir() else "a device or pipe"
+        raise ValueError(f"{path}: expected a file to write, found {what}; choose another path")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from entropy_probe.results.probe import ProbeResult
 
-__all__ = ["Size", "seconds_per_sequence", "size_for"]
-
 PHASES = ("score evaluation", "evaluation gradient", "length gradient", "score after step", "score opposite step")
 """What takes a time in proportion to the evaluation batch."""
 SAMPLING = "sample evaluation"

@@ -11,8 +11,6 @@ from pydantic_core import CoreSchema, core_schema
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["StepVectors"]
-
 
 @dataclass(frozen=True, eq=False)
 class StepVectors:

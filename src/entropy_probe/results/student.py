@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
-__all__ = ["combined_degrees", "critical_value", "degrees_of"]
-
 OUTSIDE = 0.05
 """What a 95% interval leaves out, half of it at either end."""
 

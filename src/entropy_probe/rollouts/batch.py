@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 else:
     Ids = Any  # given as a tensor, an array or a list, of integers or strings; kept as a tensor
 
-__all__ = ["LOGPROBS", "Rollouts"]
-
 LOGPROBS = ("sampled_logprobs", "old_logprobs", "reference_logprobs")
 """Log-probabilities that other policies give the response tokens."""
 
@@ -72,6 +70,7 @@ class Rollouts:
     retokenised: bool = False
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name in ("prompt_ids", "microbatch_ids", "trajectory_ids"):
             object.__setattr__(self, name, _numbered(name, getattr(self, name)))
         for name in ("attention_mask", "response_mask"):
@@ -79,6 +78,20 @@ class Rollouts:
         self._check_shapes()
         self._check_masks()
         self._check_finite()
+
+    def _check_kinds(self) -> None:
+        required = ("input_ids", "attention_mask", "response_mask")
+        for name in (*required, "advantages", "rewards", *LOGPROBS):
+            value = getattr(self, name)
+            if value is None and name not in required:
+                continue
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}; convert it with torch.tensor")
+            if value.is_complex() or value.layout != torch.strided or value.is_meta:
+                what = "on device meta, without values" if value.is_meta else f"{value.dtype}, {value.layout}"
+                raise ValueError(f"{name}: expected real numbers in a dense tensor, got {what}; convert it")
+        if self.prompt_ids is None:
+            raise ValueError("prompt_ids: expected [N], the prompt of each sequence, got None; number the prompts")
 
     def _check_shapes(self) -> None:
         if self.input_ids.dim() != 2 or self.input_ids.shape[0] == 0:

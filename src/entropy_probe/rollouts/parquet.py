@@ -39,16 +39,6 @@ from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "is_rollouts",
-    "merge_rollouts",
-    "read_note",
-    "read_rollouts",
-    "unused_columns",
-    "write_rollouts",
-]
-
 SCHEMA_VERSION = 3
 """Version 1 had no ``trajectory_id`` and no responses without tokens, version 2 no ``old_logprobs`` and no
 ``microbatch_id``; both are read as before."""
@@ -122,6 +112,8 @@ def merge_rollouts(files: Sequence[Path], path: Path) -> None:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when the block ends without an error."""
+    if path.exists() and not path.is_file():  # a device would be replaced
+        raise ValueError(f"{path}: expected a file to write, found a directory, device or pipe; choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -143,6 +135,11 @@ def read_rollouts(path: Path) -> Rollouts:
         ValueError: if the file is missing, is not Parquet, is truncated, is of a later schema, lacks a
             column, or its columns disagree.
     """
+    with torch.device("cpu"):  # whatever default device the caller has set
+        return _read_batch(path)
+
+
+def _read_batch(path: Path) -> Rollouts:
     table = _read_table(path)
     prompt, prompt_lengths = _lists(table, "prompt_token_ids", path)
     response, response_lengths = _lists(table, "response_token_ids", path)
@@ -192,6 +189,8 @@ def is_rollouts(path: Path) -> bool:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         return bool(
             {"prompt_token_ids", "response_token_ids", "response_mask"}.intersection(pq.read_schema(path).names)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.results.record import Settings
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling.advantages import ScaleRewards, group_advantages
-from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters, Settings
+from entropy_probe.sampling.engine import MOST_SEQUENCES, Completion, Engine, Progress, SamplingParameters
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.responses import completed_rollouts, respond, sequence_seeds
 from entropy_probe.sampling.reward_calls import Sample
@@ -69,6 +70,15 @@ class UpdateSettings(Settings):
     max_resampling_rounds: int = Field(default=4, ge=0)
     mask_truncated_completions: bool = False
     allow_zero_advantages: bool = False
+
+    @model_validator(mode="after")
+    def _check_size(self) -> UpdateSettings:
+        if self.num_prompts * self.group_size > MOST_SEQUENCES:
+            raise ValueError(
+                f"update: expected at most {MOST_SEQUENCES} sequences, got {self.num_prompts} prompts with "
+                f"{self.group_size} responses each; lower group_size or num_prompts"
+            )
+        return self
 
     @property
     def selects(self) -> bool:

@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from entropy_probe.results.note import Note
+from entropy_probe.results.record import Settings
 
 Progress = Callable[[int, int], None]
 """Called with the sequences done and the sequences in all."""
 
-
-class Settings(BaseModel):
-    """What a config file may set of sampling."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+MOST_SEQUENCES = 10_000_000
+"""Of a batch: what is kept of more of them, tokens aside, is beyond the memory of a machine."""
 
 
 class ServerSettings(Settings):
@@ -42,7 +40,7 @@ class ServerSettings(Settings):
     url: str
     model: str | None = Field(default=None, min_length=1)
     adapter: Path | None = None
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: float = Field(default=600.0, gt=0, le=1e6)
     retries: int = Field(default=8, ge=0)
 
     @field_validator("url")

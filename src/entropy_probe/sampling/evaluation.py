@@ -6,12 +6,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from entropy_probe.results.record import Settings
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.rollouts.parquet import merge_rollouts, read_note, read_rollouts, write_rollouts
 from entropy_probe.sampling.collect import (
@@ -21,7 +22,7 @@ from entropy_probe.sampling.collect import (
     check_prompts,
     numpy_generator,
 )
-from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters, Settings
+from entropy_probe.sampling.engine import MOST_SEQUENCES, Completion, Engine, Progress, SamplingParameters
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.responses import completed_rollouts, generate_responses, respond, sequence_seeds
 from entropy_probe.sampling.templates import encode_prompts
@@ -49,11 +50,11 @@ class EvaluationSettings(Settings):
             same.
     """
 
-    total_sequences: int | None = Field(default=None, ge=2)
+    total_sequences: int | None = Field(default=None, ge=2, le=MOST_SEQUENCES)
     num_prompts: int | None = Field(default=None, ge=MIN_PROMPTS)
-    draws_per_prompt: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    draws_per_prompt: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] | None = None
     relative_error: float | None = Field(default=None, gt=0, lt=1)
-    max_minutes: float | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0, le=1e6)
     seed: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
@@ -67,6 +68,11 @@ class EvaluationSettings(Settings):
                 f"{got}"
             )
         draws = self.draws_per_prompt
+        if self.num_prompts is not None and isinstance(draws, int) and self.num_prompts * draws > MOST_SEQUENCES:
+            raise ValueError(
+                f"evaluation: expected at most {MOST_SEQUENCES} sequences, got {self.num_prompts} prompts with {draws} "
+                "draws each; lower one of them"
+            )
         if self.num_prompts is not None and draws is None:
             raise ValueError("evaluation: expected draws_per_prompt beside num_prompts, got none; set it, or auto")
         total = self.total_sequences
@@ -114,6 +120,7 @@ def sample_evaluation(
     settings: EvaluationSettings,
     parameters: SamplingParameters,
     progress: Progress | None = None,
+    stream: int = EVALUATION_STREAM,
 ) -> tuple[Rollouts, SamplingReport]:
     """Sample an evaluation batch.
 
@@ -127,6 +134,7 @@ def sample_evaluation(
         settings: size and seed, without a wish that a pilot has to answer first.
         parameters: the distribution to sample from.
         progress: called with sequences done and in all.
+        stream: of the seed's random numbers; batches of other streams are independent of this one.
 
     Returns:
         The batch on the CPU, right-padded, in draw order; and how it came about.
@@ -134,7 +142,13 @@ def sample_evaluation(
     Raises:
         ValueError: if there are too few prompts or generation is not possible; see :func:`generate_responses`.
     """
-    return _sample(engine, tokenizer, prompts, settings, parameters, progress, EVALUATION_STREAM)
+    drawn = _draw(prompts, settings, stream)
+    seeds = sequence_seeds(settings.seed, stream, 0, range(len(drawn)))
+    began = time.perf_counter()
+    completions = respond(engine, tokenizer, drawn, parameters, seeds, progress)
+    seconds = time.perf_counter() - began
+    rollouts = completed_rollouts([prompt.id for prompt in drawn], completions)
+    return rollouts, _report(drawn, [_counts(completions)], engine, seconds)
 
 
 def sample_pilot(
@@ -147,25 +161,7 @@ def sample_pilot(
 ) -> tuple[Rollouts, SamplingReport]:
     """A small batch, independent of the evaluation batch, to find out how much of that to draw, and how."""
     pilot = settings.pilot(len(prompts))
-    return _sample(engine, tokenizer, prompts, pilot, parameters, progress, PILOT_STREAM)
-
-
-def _sample(
-    engine: Engine,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    settings: EvaluationSettings,
-    parameters: SamplingParameters,
-    progress: Progress | None,
-    stream: int,
-) -> tuple[Rollouts, SamplingReport]:
-    drawn = _draw(prompts, settings, stream)
-    seeds = sequence_seeds(settings.seed, stream, 0, range(len(drawn)))
-    began = time.perf_counter()
-    completions = respond(engine, tokenizer, drawn, parameters, seeds, progress)
-    seconds = time.perf_counter() - began
-    rollouts = completed_rollouts([prompt.id for prompt in drawn], completions)
-    return rollouts, replace(_report(drawn, [_counts(completions)], engine), seconds=seconds)
+    return sample_evaluation(engine, tokenizer, prompts, pilot, parameters, progress, PILOT_STREAM)
 
 
 def sample_evaluation_file(
@@ -188,23 +184,8 @@ def sample_evaluation_file(
     settings and parameters, are kept: a sampling run that was killed goes on with the shard that it was killed in. At
     the end they are copied into one file, a row group each; they stay until the caller needs them no more.
 
-    Args:
-        engine: samples the responses.
-        tokenizer: the policy's tokenizer.
-        prompts: to draw from, with distinct ids.
-        settings: size and seed.
-        parameters: the distribution to sample from.
-        path: the file to write.
-        shards: the directory for shards.
-        policy: identifies the policy that the engine samples from, weights included.
-        progress: called with sequences done and in all.
-        on_damaged: called with what is wrong with a shard that cannot be read, which is sampled again.
-
-    Returns:
-        How the batch came about.
-
-    Raises:
-        ValueError: as of :func:`sample_evaluation`.
+    ``policy`` identifies the policy that the engine samples from, weights included; ``on_damaged`` is called with what
+    is wrong with a shard that cannot be read, which is sampled again.
     """
     drawn = _draw(prompts, settings, EVALUATION_STREAM)
     what = json.dumps([policy, settings.model_dump(mode="json"), asdict(parameters), SHARD_SEQUENCES])
@@ -229,7 +210,7 @@ def sample_evaluation_file(
         if progress is not None:
             progress(start + len(of_shard), len(drawn))
     merge_rollouts(files, path)
-    return replace(_report(drawn, counts, engine), seconds=seconds)
+    return _report(drawn, counts, engine, seconds)
 
 
 def _note_of_whole(file: Path, on_damaged: Callable[[str], None] | None) -> dict[str, Any]:
@@ -247,12 +228,7 @@ def _note_of_whole(file: Path, on_damaged: Callable[[str], None] | None) -> dict
 
 
 def resample_responses(
-    engine: Engine,
-    rollouts: Rollouts,
-    parameters: SamplingParameters,
-    *,
-    seed: int,
-    tokenizer: Any = None,
+    engine: Engine, rollouts: Rollouts, parameters: SamplingParameters, *, seed: int, tokenizer: Any = None
 ) -> Rollouts:
     """Fresh responses of the policy as it is now, to the prompts of an evaluation batch, in the same order.
 
@@ -294,7 +270,9 @@ def _counts(completions: Sequence[Completion]) -> tuple[int, int, int]:
     return sum(c.truncated for c in completions), tokens, sum(c.stopped for c in completions)
 
 
-def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], engine: Engine) -> SamplingReport:
+def _report(
+    drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], engine: Engine, seconds: float
+) -> SamplingReport:
     distinct = len({prompt.id for prompt in drawn})
     truncated, tokens, stopped = map(sum, zip(*counts, strict=True))
     return SamplingReport(
@@ -307,5 +285,6 @@ def _report(drawn: Sequence[Prompt], counts: Sequence[tuple[int, int, int]], eng
         truncated_fraction=truncated / len(drawn),
         mean_response_length=tokens / len(drawn),
         stopped_fraction=stopped / len(drawn),
+        seconds=seconds,
         notes=engine.notes,
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from entropy_probe.parallel.shards import reshard
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.sampling.decoding import FAULTS, HALF, WAYS, Decoding, ModelCall, plain_logprobs
-from entropy_probe.sampling.engine import ENGINES, Agreed, Completion, GenerationSettings, Progress, SamplingParameters
+from entropy_probe.sampling.engine import ENGINES, Agreed, Completion, Progress, SamplingParameters
 
 _DIFFER = "log-probabilities differ from a plain call's"
 _COMPARED = 512
@@ -65,13 +65,7 @@ class HFGenerator:
         ValueError: if the model cannot generate, no token ends a response, or the batch size is not positive.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        batch_size: int = 64,
-        agreed: Agreed | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 64, agreed: Agreed | None = None) -> None:
         if not callable(getattr(model, "generate", None)):
             raise ValueError(
                 "model: expected a Hugging Face causal language model with generate, got "
@@ -302,11 +296,7 @@ class HFGenerator:
         ]
 
 
-def _of_settings(model: Any, tokenizer: Any, settings: GenerationSettings, agreed: Agreed | None) -> HFGenerator:
-    return HFGenerator(model, tokenizer, settings.batch_size, agreed)
-
-
-ENGINES["hf"] = _of_settings
+ENGINES["hf"] = lambda model, tokenizer, settings, agreed: HFGenerator(model, tokenizer, settings.batch_size, agreed)
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from entropy_probe.results.record import Settings
 from entropy_probe.sampling.generated import task_records
-from entropy_probe.sampling.records import (
-    callable_records,
-    dataset_records,
-    field_of,
-    jsonl_records,
-    parquet_records,
-)
+from entropy_probe.sampling.records import callable_records, dataset_records, field_of, jsonl_records, parquet_records
 
 
 class Message(TypedDict, total=False):
@@ -64,10 +59,10 @@ class Prompt:
 @dataclass(frozen=True)
 class _KnownDataset:
     hub_id: str
-    config: str
-    split: str
-    prompt_field: str
-    answer_field: str
+    config: str | None = None
+    split: str | None = None
+    prompt_field: str | None = None
+    answer_field: str | None = None
 
 
 _MATH = _KnownDataset("DigitalLearningGmbH/MATH-lighteval", "default", "train", "problem", "solution")
@@ -89,7 +84,7 @@ _OWN_ARGUMENTS = frozenset(
 )
 
 
-class PromptSource(BaseModel):
+class PromptSource(Settings):
     """Where prompts come from: one of ``jsonl``, ``parquet``, ``dataset``, ``callable`` and ``reasoning_gym``.
 
     Attributes:
@@ -118,8 +113,6 @@ class PromptSource(BaseModel):
         ignore: fields of the records that look as if they changed the prompt, and did not in training.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     jsonl: Path | None = None
     parquet: Path | None = None
     dataset: str | None = None
@@ -136,7 +129,7 @@ class PromptSource(BaseModel):
     system: str | None = Field(None, min_length=1)
     system_field: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_special_tokens: bool | None = None
     ignore: tuple[str, ...] = ()
 
@@ -187,16 +180,15 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
     Raises:
         ValueError: if the source is missing, empty, or a record has no usable prompt; says which record.
     """
-    known = _KNOWN_DATASETS.get(source.dataset or "")
+    known = _KNOWN_DATASETS.get(source.dataset or "", _KnownDataset(source.dataset or ""))
     if source.jsonl is not None:
         records, what = jsonl_records(source.jsonl), str(source.jsonl)
     elif source.parquet is not None:
         records, what = parquet_records(source.parquet), str(source.parquet)
     elif source.dataset is not None:
         what = f"dataset {source.dataset}"
-        config = cast(str | None, source.config) or (known.config if known else None)
-        split = source.split or (known.split if known else None)
-        records = dataset_records(source.dataset, known.hub_id if known else source.dataset, config, split)
+        config = cast(str | None, source.config) or known.config
+        records = dataset_records(source.dataset, known.hub_id, config, source.split or known.split)
     elif source.reasoning_gym is not None:
         what, config = f"reasoning_gym {source.reasoning_gym}", cast(dict[str, Any], source.config or {})
         records = task_records(source.reasoning_gym, source.size or 500, source.seed or 0, config)
@@ -204,8 +196,8 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
         records, what = callable_records(str(source.callable)), f"callable {source.callable}"
     asked = "question" if source.reasoning_gym is not None else "prompt"
     fields = {
-        "prompt_field": source.prompt_field or (known.prompt_field if known else asked),
-        "answer_field": source.answer_field or (known.answer_field if known else None),
+        "prompt_field": source.prompt_field or known.prompt_field or asked,
+        "answer_field": source.answer_field or known.answer_field,
     }
     source = source.model_copy(update=fields)
     prompts = [
@@ -226,7 +218,7 @@ def _to_prompt(number: int, record: Any, where: str, source: PromptSource) -> Pr
         raise ValueError(f"{where}: expected an object with field {prompt_field!r}, got {type(record).__name__}")
     for name in (prompt_field, source.answer_field):
         if name is not None and field_of(record, name) is None:
-            got = ", ".join(map(str, record)) or "none"
+            got = f"{', '.join(map(str, islice(record, 20))) or 'none':.200}"
             raise ValueError(
                 f"{where}: expected field {name!r}, got "
                 + ("null; drop the record" if name in record else f"fields {got}; set prompt_field or answer_field")
@@ -335,6 +327,10 @@ def _text_or_messages(value: Any, where: str, *, fill: bool) -> str | tuple[Mess
     if isinstance(value, str):
         if not value:
             raise ValueError(f"{where}: expected a prompt, got empty text; drop the record")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(
+                f"{where}: expected Unicode text, got half of a pair of surrogates; correct the record or drop it"
+            )
         return value
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(

@@ -49,7 +49,7 @@ def jsonl_records(path: Path, of: str = "prompts") -> Records:
 def _parse(text: bytes, where: str, expected: str) -> Any:
     try:
         return json.loads(text.removeprefix(BOM_UTF8).decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise ValueError(f"{where}: expected {expected}, got invalid JSON ({error}); correct the file") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entropy_probe.rollouts.batch import Rollouts
@@ -96,6 +96,19 @@ def respond(
     return generate_responses(engine, token_ids, prompt_ids, parameters, seeds, progress, tokenizer)
 
 
+def side_by_side(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"], Bool[Tensor, "N L"]]:
+    """Token ids of prompts and responses, right-padded with 0; where they are, and where the responses are."""
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    ends = starts + torch.tensor([len(response) for response in responses])
+    position = torch.arange(int(ends.max()))
+    there = position < ends[:, None]
+    tokens = [token for pair in zip(prompts, responses, strict=True) for part in pair for token in part]
+    input_ids = torch.zeros(there.shape, dtype=torch.long).masked_scatter(there, torch.tensor(tokens))
+    return input_ids, there, there & (position >= starts[:, None])
+
+
 def completed_rollouts(
     prompt_ids: list[int],
     completions: Sequence[Completion],
@@ -103,22 +116,19 @@ def completed_rollouts(
     rewards: Float[Tensor, " N"] | None = None,
     advantages: Float[Tensor, " N"] | None = None,
 ) -> Rollouts:
-    """Prompts and responses side by side, right-padded with token id 0."""
-    starts = torch.tensor([len(c.prompt_token_ids) for c in completions])
-    ends = starts + torch.tensor([len(c.token_ids) for c in completions])
-    position = torch.arange(int(ends.max()))
-    attention_mask = position < ends[:, None]
-    tokens = torch.tensor([token for c in completions for token in (*c.prompt_token_ids, *c.token_ids)])
-    response_mask = attention_mask & (position >= starts[:, None])
+    """Prompts and responses as a batch."""
+    input_ids, attention_mask, response_mask = side_by_side(
+        [c.prompt_token_ids for c in completions], [c.token_ids for c in completions]
+    )
     sampled_logprobs = None
     if all(c.logprobs is not None for c in completions):
         flat = torch.tensor([s for c in completions for s in c.logprobs or ()])
         sampled_logprobs = torch.zeros(response_mask.shape).masked_scatter_(response_mask, flat)
     return Rollouts(
-        input_ids=torch.zeros(attention_mask.shape, dtype=torch.long).masked_scatter_(attention_mask, tokens),
-        attention_mask=attention_mask,
-        response_mask=response_mask,
-        prompt_ids=torch.tensor(prompt_ids),
+        input_ids,
+        attention_mask,
+        response_mask,
+        torch.tensor(prompt_ids),
         advantages=advantages,
         rewards=rewards,
         sampled_logprobs=sampled_logprobs,

@@ -58,21 +58,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A reward function and how it is called.
+    """A reward function and how it is called."""
 
-    Attributes:
-        name: for messages.
-        function: the function itself.
-        convention: a key of :data:`CONVENTIONS`.
-        parameters: the parameters that are filled by name.
-        takes_any: whether it takes keywords that no parameter names.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    convention: str
-    parameters: tuple[inspect.Parameter, ...]
-    takes_any: bool
+    name: str  # for messages
+    function: Callable[..., Any]  # the function itself
+    convention: str  # a key of :data:`CONVENTIONS`
+    parameters: tuple[inspect.Parameter, ...]  # the parameters that are filled by name
+    takes_any: bool  # whether it takes keywords that no parameter names
 
     @classmethod
     def of(cls, name: str, function: Callable[..., Any]) -> RewardFunction:
@@ -136,7 +128,10 @@ class RewardFunction:
             return of_records | {"prompts": prompts, "responses": [sample.text for sample in samples]}
         return of_records | {
             "prompts": [_own(prompt.prompt) for prompt in prompts],
-            "completions": [_completion(sample) for sample in samples],
+            "completions": [
+                s.text if isinstance(s.prompt.prompt, str) else [{"role": "assistant", "content": s.text}]
+                for s in samples
+            ],
             "completion_ids": [list(sample.token_ids) for sample in samples],
             **({} if state is None else {"trainer_state": state}),
             "log_extra": _log,
@@ -221,10 +216,6 @@ def _own(value: Any) -> Any:
 
 def _column(prompt: Prompt, name: str) -> Any:
     return _own(prompt.answer if name == "answer" and name not in prompt.columns else prompt.columns.get(name))
-
-
-def _completion(sample: Sample) -> Any:
-    return sample.text if isinstance(sample.prompt.prompt, str) else [{"role": "assistant", "content": sample.text}]
 
 
 def _ground_truth(prompt: Prompt) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.sampling.foreign import call
 from entropy_probe.sampling.prompts import Prompt
 
 _PRINTED = ("'type': 'text'", '"type": "text"')
@@ -77,7 +78,9 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt.prompt, str):
         add = prompt.add_special_tokens
         default = not _has_bos(tokenizer, prompt.prompt)
-        token_ids = tokenizer(prompt.prompt, add_special_tokens=default if add is None else add)["input_ids"]
+        what = f"prompt {prompt.id}: the tokenizer"  # may raise anything: tokenizers' own errors are of no class
+        add = default if add is None else add
+        token_ids = call(what, tokenizer, prompt.prompt, add_special_tokens=add)["input_ids"]
     else:
         token_ids = _render(tokenizer, prompt)
     if not token_ids:
@@ -150,11 +153,7 @@ def _apply(tokenizer: Any, prompt: Prompt, messages: list[dict[str, Any]], **how
 
     try:
         return tokenizer.apply_chat_template(
-            messages,
-            tools=list(prompt.tools) or None,
-            add_generation_prompt=True,
-            **how,
-            **prompt.chat_template_kwargs,
+            messages, tools=list(prompt.tools) or None, add_generation_prompt=True, **how, **prompt.chat_template_kwargs
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)

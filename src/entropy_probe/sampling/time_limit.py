@@ -54,9 +54,9 @@ def time_limit(seconds: float | None, what: str) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, interrupt)
     thread = threading.Thread(target=insist, daemon=True)
-    thread.start()
-    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
+        thread.start()
+        signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
         yield
     except BaseException:
         if not interrupted:

@@ -12,15 +12,6 @@ from entropy_probe.parallel.shards import local
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import TokenScores
 
-__all__ = [
-    "ScoreCache",
-    "digest",
-    "fingerprint",
-    "mixed_sums",
-    "rollouts_fingerprint",
-    "sequence_digests",
-]
-
 _CHUNK = 2**22
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIERS = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9)

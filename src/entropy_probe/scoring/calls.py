@@ -41,8 +41,6 @@ from entropy_probe.scoring.packing import (
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["PolicyCalls"]
-
 T = TypeVar("T")
 
 OUT_OF_MEMORY = NoteKind(

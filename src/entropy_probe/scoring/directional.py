@@ -23,8 +23,6 @@ from entropy_probe.scoring.isolation import substituted
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import TokenScores
 
-__all__ = ["directional_derivatives", "why_not_forward_mode"]
-
 
 class _TwiceDifferentiable(TorchFunctionMode):
     """Writes out operations whose second derivative torch's forward mode lacks (silu) or gets wrong (layer_norm)."""

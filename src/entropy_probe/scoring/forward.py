@@ -14,8 +14,6 @@ from entropy_probe.scoring.layout import Trials
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenScores
 
-__all__ = ["Progress", "Scorer"]
-
 Progress = Callable[[int, int], None]
 """Called with sequences done and sequences in all."""
 

@@ -16,19 +16,6 @@ from torch.nn import Parameter
 
 from entropy_probe.parallel.shards import local
 
-__all__ = [
-    "as_a_function",
-    "differs_in_training",
-    "evaluating",
-    "hooked_parameters",
-    "lookups_masked",
-    "of_this_thread",
-    "parameters_at",
-    "substituted",
-    "untrained",
-    "without_gradient_hooks",
-]
-
 
 @contextmanager
 def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:

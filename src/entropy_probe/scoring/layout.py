@@ -38,8 +38,6 @@ from entropy_probe.scoring.sample import (
     words_of,
 )
 
-__all__ = ["Trials"]
-
 
 @dataclass(frozen=True, eq=False)
 class Trials:
@@ -159,11 +157,7 @@ def _content(parameter: Parameter) -> tuple[int, str]:
 
 
 def _check_undivided(model: nn.Module) -> None:
-    """Make sure that RWKV's weights are those that are trained: evaluated, it keeps them divided by powers of two.
-
-    Raises:
-        ValueError: if they are divided.
-    """
+    """Make sure that RWKV's weights are those that are trained: evaluated, it keeps them divided by powers of two."""
     for module in model.modules():
         if vars(module).get("layers_are_rescaled") and module.config.rescale_every:  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
@@ -178,9 +172,6 @@ def _check_plain(calls: PolicyCalls, samples: Sequence[Sample], tolerance: Toler
 
     The longest sequence is cut after its first response token, in the middle, and before its last. The shortest is
     called in between, since a model may keep what the call before it needed.
-
-    Raises:
-        ValueError: if they depend on later tokens or on earlier calls.
     """
     calls.lay_out(None, alone=True)
     name = name_of(calls)

@@ -15,10 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-__all__ = [
-    "FlatScores", "OutputHead", "head_scores", "head_slopes", "head_surrogate", "logit_scores", "plain_scores",
-]  # fmt: skip
-
 # Below the largest logit by this much the probability is exactly 0 in float64, and 0 * floor is 0 where 0 * inf is not.
 _FLOOR = -1e4
 _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_OFF_CPU = 2**22, 2**26

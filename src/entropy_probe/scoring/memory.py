@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["fitting_tokens"]
-
 MOST, LEAST = 8192, 256
 """Tokens. More at once are no faster; fewer are slow, and no model that fits is as wide."""
 SHARES = {"cpu": 1 / 8, "cuda": 1 / 2}

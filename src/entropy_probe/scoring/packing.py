@@ -16,19 +16,6 @@ from torch import Tensor
 
 from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = [
-    "Microbatch",
-    "bounded_groups",
-    "pack",
-    "pack_shared",
-    "padded",
-    "row_tokens",
-    "shared_groups",
-    "shared_prompts",
-    "shared_rows",
-]
-
-
 ROW_MULTIPLE = 16
 """Rows are padded to a multiple of this many tokens. Sums over tokens inside the model are then taken in the same order
 however long the other rows are: on the CPU a sequence's scores then do not depend on what else is in its microbatch, to

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["precisions"]
-
 
 def precisions(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
     """Names and floating-point types of all parameters, and of the arithmetic of layers with 4-bit weights.

@@ -15,23 +15,6 @@ from entropy_probe.scoring.isolation import without_gradient_hooks
 from entropy_probe.scoring.packing import Microbatch, row_tokens, shared_groups
 from entropy_probe.scoring.precision import precisions
 
-__all__ = [
-    "REFUSALS",
-    "Sample",
-    "Seen",
-    "Tolerance",
-    "add",
-    "cut",
-    "difference",
-    "look",
-    "most_packed",
-    "name_of",
-    "rms",
-    "see",
-    "take_sample",
-    "words_of",
-]
-
 REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What models raise where they cannot be called in some way: on masks of four dimensions, on more than one sequence."""
 MIN_RESPONSE = 3

@@ -10,8 +10,6 @@ from entropy_probe.scoring.logits import FlatScores
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import TokenScores
 
-__all__ = ["ScoreSheet"]
-
 
 class ScoreSheet:
     """Scores of every response token of a batch, in the caller's layout on the CPU.

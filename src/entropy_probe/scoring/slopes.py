@@ -30,8 +30,6 @@ from entropy_probe.scoring.isolation import lookups_masked, substituted
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["SlopeMethod", "TokenSlopes", "slope_method", "token_slopes"]
-
 _FlatSlopes = tuple[Tensor, Tensor, Tensor, Tensor]
 """Log-probabilities and entropies of a microbatch, and the slopes of both, ``[T]`` each."""
 Method = Callable[[Scorer, Mapping[str, Parameter], NamedVector, Microbatch], _FlatSlopes]

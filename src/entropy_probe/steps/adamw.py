@@ -53,14 +53,23 @@ def check_adam(optimizer: torch.optim.Optimizer) -> None:
     if not is_adam(optimizer):
         raise ValueError(f"optimizer: expected torch.optim.AdamW or Adam, got {kind.__module__}.{kind.__qualname__}")
     for index, group in enumerate(optimizer.param_groups):
+        missing = [name for name in ("lr", "betas", "eps", "weight_decay", "amsgrad") if name not in group]
+        if missing:
+            raise ValueError(
+                f"optimizer group {index}: expected settings of {kind.__name__}, got no {', '.join(missing)}; build "
+                "the group with add_param_group"
+            )
+        if len(group["betas"]) != 2:
+            raise ValueError(f"optimizer group {index}: expected two betas, got {group['betas']}")
         beta1, beta2 = map(float, group["betas"])
         if group.get("maximize"):
             raise ValueError(f"optimizer group {index}: expected maximize=False, got True; the loss is minimised")
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise ValueError(f"optimizer group {index}: expected betas in [0, 1), got {group['betas']}")
-        lr = float(group["lr"])
-        if not 0 <= lr < float("inf"):
-            raise ValueError(f"optimizer group {index}: expected a finite learning rate >= 0, got {lr}")
+        for name, what in (("lr", "learning rate"), ("eps", "eps"), ("weight_decay", "weight decay")):
+            value = group[name]
+            if isinstance(value, str | bool) or not 0 <= float(value) < float("inf"):
+                raise ValueError(f"optimizer group {index}: expected a finite {what} >= 0, got {value!r:.60}")
 
 
 def optimizer_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Parameter]:

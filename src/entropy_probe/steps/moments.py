@@ -12,7 +12,35 @@ from torch import Tensor
 from entropy_probe.parallel.shards import count, extremes
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["step_count", "summarize_moments", "usable_second_moment"]
+__all__ = ["check_moments", "step_count", "summarize_moments", "usable_second_moment"]
+
+
+def check_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a live state that no step of Adam leaves.
+
+    Raises:
+        ValueError: if a moment is no dense tensor of real numbers with the parameter's shape, beside it.
+    """
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"optimizer state: expected a mapping for {name}, got {type(state).__name__}; load the state again"
+            )
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            moment = state.get(key, parameter)
+            if not isinstance(moment, Tensor):
+                got = type(moment).__name__
+            elif moment.layout != torch.strided or not moment.is_floating_point():
+                got = f"{moment.dtype}, {moment.layout}"
+            else:
+                got = f"{list(moment.shape)} on {moment.device}"
+                if moment.shape == parameter.shape and moment.device == parameter.device:
+                    continue
+            raise ValueError(
+                f"optimizer state: expected {key} of {name} as a dense tensor of real numbers, {list(parameter.shape)} "
+                f"on {parameter.device}, got {got}; load the state with optimizer.load_state_dict"
+            )
 
 
 def usable_second_moment(state: Mapping[str, Any], amsgrad: bool = False) -> Tensor | None:

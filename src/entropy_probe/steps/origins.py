@@ -15,8 +15,6 @@ from entropy_probe.named import norm
 from entropy_probe.steps.adamw import Gradient, adam_settings
 from entropy_probe.steps.moments import step_count
 
-__all__ = ["check_past", "momentum_by_origin"]
-
 TOLERANCE = 0.02
 """Between a first moment and what all its gradients make of it, relative: what a lower precision does to it."""
 

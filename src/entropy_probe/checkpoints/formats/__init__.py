@@ -8,16 +8,7 @@ from pathlib import Path
 
 from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTensor, Weights
 
-__all__ = [
-    "FORMATS",
-    "CheckpointFormat",
-    "StoredTensor",
-    "Weights",
-    "folders",
-    "home_of",
-    "optimizer_of",
-    "weights_of",
-]
+__all__ = ["FORMATS", "CheckpointFormat", "StoredTensor", "Weights", "folders", "home_of", "optimizer_of", "weights_of"]
 
 
 def _members() -> tuple[CheckpointFormat, ...]:

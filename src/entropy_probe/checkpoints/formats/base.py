@@ -36,17 +36,12 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a model or of an adapter, by name.
+    """The tensors of a model or of an adapter, by name."""
 
-    Attributes:
-        files: where they are; messages name the first.
-        tensors: each with its own file.
-        pretrained: whether ``from_pretrained`` reads these files itself, as it does safetensors. Else the model is
-            built from its configuration and filled with ``tensors``, in which tied ones may be under each name.
-    """
-
-    files: tuple[Path, ...]
-    tensors: dict[str, StoredTensor]
+    files: tuple[Path, ...]  # where they are; messages name the first
+    tensors: dict[str, StoredTensor]  # each with its own file
+    # whether ``from_pretrained`` reads these files itself, as it does safetensors. Else the model is built from its
+    # configuration and filled with ``tensors``, in which tied ones may be under each name
     pretrained: bool = False
 
     @property

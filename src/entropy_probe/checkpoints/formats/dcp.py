@@ -117,15 +117,9 @@ def _refuse_several(place: Path) -> None:
 
 def read_sharded_weights(directory: ShardedDirectory) -> Weights:
     """The model's tensors by name: those under ``model``, or the only ones by names of parameters."""
-    parents = _models(directory)
-    if len(parents) != 1:
-        where = ", ".join(sorted(".".join(map(str, parent)) or "the top" for parent in parents)[:5])
-        raise UnsupportedError(
-            f"{directory.path}: expected one 'model' with tensors by name, got {len(parents)}"
-            f"{f' ({where})' if where else ''}; save model and optimizer as torch.distributed.checkpoint.state_dict "
-            "gives them"
-        )
-    (parent,) = parents
+    expected = "one 'model' with tensors by name"
+    remedy = "save model and optimizer as torch.distributed.checkpoint.state_dict gives them"
+    parent = _only(_models(directory), directory.path, expected, remedy)
     file = directory.path / METADATA
     inside = {
         str(place[-1]): StoredTensor(file, entry.shape, partial(directory.read, entry))
@@ -138,7 +132,9 @@ def read_sharded_weights(directory: ShardedDirectory) -> Weights:
 def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
     """The optimizer of a directory: groups and counts as they are, tensors without storage."""
     where = directory.path / METADATA
-    parent = _parent(directory)
+    expected = "one optimizer with state and param_groups by parameter name"
+    remedy = "save it as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it"
+    parent = _only(_optimizers(directory), where, expected, remedy)
     flat = parent in _flattened(directory)
     groups, entries = (_from_flat if flat else _from_nested)(directory, parent)
     names = _names(where, groups, entries)
@@ -149,7 +145,9 @@ def read_sharded_optimizer(directory: ShardedDirectory) -> SavedOptimizer:
         )
     state = {
         name: {
-            key: directory.read(entry) if entry.dtype is None or not entry.shape else _without_storage(entry)
+            key: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            if entry.dtype is not None and entry.shape
+            else directory.read(entry)
             for key, entry in kept.items()
         }
         for name, kept in entries.items()
@@ -221,19 +219,11 @@ def _names(where: Path, groups: list[dict[str, Any]], state: Kept) -> list[str]:
     return names
 
 
-def _parent(directory: ShardedDirectory) -> Place:
-    """Where the one optimizer is."""
-    parents = _optimizers(directory)
+def _only(parents: set[Place], where: Path, expected: str, remedy: str) -> Place:
+    """Where the one model or optimizer is."""
     if len(parents) != 1:
-        where = ", ".join(sorted(".".join(map(str, parent)) or "the top" for parent in parents)[:5])
+        got = ", ".join(sorted(".".join(map(str, parent)) or "the top" for parent in parents)[:5])
         raise UnsupportedError(
-            f"{directory.path / METADATA}: expected one optimizer with state and param_groups by parameter name, got "
-            f"{len(parents)}{f' ({where})' if where else ''}; save it as "
-            "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict gives it"
+            f"{where}: expected {expected}, got {len(parents)}{f' ({got})' if got else ''}; {remedy}"
         )
-    (parent,) = parents
-    return parent
-
-
-def _without_storage(entry: Entry) -> Tensor:
-    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+    return next(iter(parents))

@@ -17,19 +17,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from entropy_probe.checkpoints.errors import (
-    DamagedFileError,
-    MismatchError,
-    MissingFileError,
-    UnsupportedError,
-    shown,
-)
+from entropy_probe.checkpoints.errors import DamagedFileError, MismatchError, MissingFileError, UnsupportedError, shown
 from entropy_probe.checkpoints.formats.base import NO_TRAINER_STATE, CheckpointFormat, StoredTensor, Weights
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import Names, read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
 from entropy_probe.checkpoints.pieces import DTENSORS, Whole, as_written_by, optimizer_of_entries
-from entropy_probe.checkpoints.safe_read import StandIn
+from entropy_probe.checkpoints.safe_read import StandIn, is_file_name
 from entropy_probe.checkpoints.zero import Buffers, Shapes, by_mappings, by_parameters, frozen_tensors
 from entropy_probe.results.note import Note
 
@@ -118,38 +112,23 @@ def _folder(path: Path) -> Path | None:
         )
         return folders[-1] if folders else None
     name = latest.read_bytes()[:300].decode("utf-8", "replace").strip()
-    if not name.isprintable() or Path(name).name != name or name in ("", ".", ".."):
-        return None  # not a folder beside it
-    return path / name if any((path / name).glob("*_states.pt")) else None
+    return path / name if is_file_name(name) and any((path / name).glob("*_states.pt")) else None
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """All files of one save.
+    """All files of one save."""
 
-    Attributes:
-        files: of the optimizer, by rank.
-        model_files: of the model, by rank where there are several.
-        size: bytes of all.
-        groups: the optimizer's groups, without parameters.
-        shapes: the trained parameters of each group, in order.
-        buffers: for each group what the ranks hold for it.
-        by_slices: whether the ranks say which part of each parameter they have (ZeRO 1 and 2).
-        dtype: of the weights that the model computes with.
-        frozen: the tensors that were not trained, as far as they were saved.
-        tied: by their second name the first of tensors that have two.
-    """
-
-    files: tuple[Path, ...]
-    model_files: tuple[Path, ...]
-    size: int
-    groups: list[dict[str, Any]]
-    shapes: list[Shapes]
-    buffers: list[Buffers]
-    by_slices: bool
-    dtype: torch.dtype
-    frozen: dict[str, Whole]
-    tied: dict[str, str]
+    files: tuple[Path, ...]  # of the optimizer, by rank
+    model_files: tuple[Path, ...]  # of the model, by rank where there are several
+    size: int  # bytes of all
+    groups: list[dict[str, Any]]  # the optimizer's groups, without parameters
+    shapes: list[Shapes]  # the trained parameters of each group, in order
+    buffers: list[Buffers]  # for each group what the ranks hold for it
+    by_slices: bool  # whether the ranks say which part of each parameter they have (ZeRO 1 and 2)
+    dtype: torch.dtype  # of the weights that the model computes with
+    frozen: dict[str, Whole]  # the tensors that were not trained, as far as they were saved
+    tied: dict[str, str]  # by their second name the first of tensors that have two
 
     @classmethod
     def of(cls, place: Path) -> _Saved:

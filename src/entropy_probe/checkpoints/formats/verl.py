@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Verl(CheckpointFormat):
         size = sum(file.stat().st_size for file in files)
         model = _Model.read(place) if any(place.glob("model_world_size_*_rank_*.pt")) else None
         entries, groups = _by_parameter(files[0], [s["state"] for s in saved], first["param_groups"], model)
-        return optimizer_of_entries(files[0], groups, entries, size).listing_frozen()
+        return replace(optimizer_of_entries(files[0], groups, entries, size), lists_frozen=True)
 
     def weights_at(self, path: Path) -> Path | None:
         """The folder itself, where it has the model's files."""
@@ -118,19 +118,12 @@ def _rank_files(place: Path, kind: str) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class _Model:
-    """The model's files.
+    """The model's files."""
 
-    Attributes:
-        files: by rank.
-        tensors: in the model's own order.
-        tied: those of another name before.
-        copies: how many ranks have the same part.
-    """
-
-    files: tuple[Path, ...]
-    tensors: dict[str, Whole]
-    tied: frozenset[str]
-    copies: int
+    files: tuple[Path, ...]  # by rank
+    tensors: dict[str, Whole]  # in the model's own order
+    tied: frozenset[str]  # those of another name before
+    copies: int  # how many ranks have the same part
 
     @classmethod
     def read(cls, place: Path) -> _Model:

@@ -25,19 +25,6 @@ if TYPE_CHECKING:
     from entropy_probe.parallel.ranks import Ranks
     from entropy_probe.results.note import Note
 
-__all__ = [
-    "ANSWERS",
-    "CONFIG_FILE",
-    "FIGURES",
-    "OWN_FILES",
-    "POINTS",
-    "Output",
-    "check_new",
-    "open_output",
-    "say",
-    "unfinished",
-]
-
 CONFIG_FILE = "config.yaml"
 FIGURES, POINTS, SHARDS, ANSWERS = "figures", "points", "evaluation", "answers"
 FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS)
@@ -195,11 +182,7 @@ def open_output(
 
 
 def resume(config: RunConfig, inputs: Inputs) -> Output:
-    """Compare what a directory holds with what is to be computed. Nothing is written or deleted.
-
-    Raises:
-        ValueError: as :func:`open_output`.
-    """
+    """Compare what a directory holds with what is to be computed. Nothing is written or deleted."""
     path, new = config.output_dir, Output(config, inputs)
     if config.overwrite and _is_ours(path):
         return new
@@ -233,9 +216,6 @@ def check_new(directory: Path, overwrite: bool, lacks: str, given: Collection[Pa
         overwrite: whether there may be files, but none with names that the commands give.
         lacks: what it would hold if it were the command's, in words.
         given: files that it may hold, whatever they are called, where there may be files.
-
-    Raises:
-        ValueError: if it does.
     """
     own = [file for file in _own_files(directory) if file.resolve() not in given]
     if overwrite and own:

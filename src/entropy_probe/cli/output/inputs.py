@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from entropy_probe.cli.batches import Sources
     from entropy_probe.cli.config import RunConfig
 
-__all__ = ["INPUTS_FILE", "Batch", "Command", "Inputs", "Pilot", "Recorded", "hash_directory", "hash_file", "inputs_of"]
-
 INPUTS_FILE = "inputs.json"
 Batch = Literal["update", "evaluation"]
 Command = Literal["run", "validate", "sweep"]

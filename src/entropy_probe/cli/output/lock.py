@@ -11,8 +11,6 @@ from pathlib import Path
 
 from entropy_probe.report.text import printable
 
-__all__ = ["LOCK_FILE", "cannot_write", "locked"]
-
 LOCK_FILE = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 

@@ -26,8 +26,6 @@ from entropy_probe.results.attribution import AttributionSummary
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.results.student import critical_value
 
-__all__ = ["attribution_sections", "culprits", "layers_section", "of_horizon", "prompt_sentences", "prompts_section"]
-
 ENOUGH = 0.5
 ENDS = 8
 MAX_NAMED = 3

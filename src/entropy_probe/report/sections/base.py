@@ -16,11 +16,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.results.probe import Estimate
 from entropy_probe.results.sweep import Fitted
 
-__all__ = [
-    "Axis", "Bar", "BarChart", "Block", "Curve", "HeatMap", "LineChart", "Listing", "Look", "Point", "Row", "Rows",
-    "Section", "State", "Table", "TokenViewer", "Verbatim", "Verdict", "bar_charts", "sentence_case", "written",
-]  # fmt: skip
-
 State = Literal["ok", "look", "bad", "plain"]
 Look = Literal[
     "predicted", "realized", "fit", "measured", "cumulated", "logged", "gradient", "momentum", "life", "committed",

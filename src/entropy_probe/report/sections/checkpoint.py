@@ -9,8 +9,6 @@ from entropy_probe.report.sections.base import Row, Rows, Section, State, Table,
 from entropy_probe.results.checkpoint import CheckpointReport, GroupReport, MovementReport, SettingReport
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["checkpoint_section"]
-
 MANIFESTS = {"training": "during training", "inspection": "by inspection, after training"}
 BELONGS = {"sapo_": "sapo", "vespo_": "vespo"}
 """Settings that only losses of this type have, by how they begin."""

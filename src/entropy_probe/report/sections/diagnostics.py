@@ -11,8 +11,6 @@ from entropy_probe.report.wording import HARMLESS_ESS
 from entropy_probe.results.draws import Draws
 from entropy_probe.results.probe import GradientAgreement, OptimizerStateReport, ProbeResult, Realized
 
-__all__ = ["diagnostics_section", "optimizer_section"]
-
 NOTABLE_ROUNDING = 0.01
 NOTABLE_DISTANCE = 0.05
 SMALLER = "Probe a smaller learning rate, or set probe.on_low_ess to resample."

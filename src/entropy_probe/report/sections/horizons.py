@@ -6,8 +6,6 @@ from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Po
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.horizons import HorizonPoint, Horizons
 
-__all__ = ["horizon_blocks", "horizon_rows", "within"]
-
 CAPTION = "across: how many tokens after a changed one count; whiskers: 95% intervals"
 
 

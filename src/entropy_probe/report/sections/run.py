@@ -30,8 +30,6 @@ from entropy_probe.results.probe import Coasted, Estimate, Pooled, Predicted, Pr
 from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation
 
-__all__ = ["cautions", "proposal", "run_sections", "settings_sections", "step_section", "story"]
-
 MEBIBYTE = 2**20
 WELL_KNOWN = 0.1
 """Relative error of the prediction that a size is proposed for."""

@@ -10,8 +10,6 @@ from entropy_probe.report.sections.base import Axis, Curve, LineChart, Point
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.live import Number, StepRecord
 
-__all__ = ["Steps", "chart_of", "cumulated", "logged_points", "points_of", "thinned"]
-
 DRAWN = 600
 """Steps in a chart."""
 

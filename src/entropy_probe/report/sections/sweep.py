@@ -28,8 +28,6 @@ from entropy_probe.results.probe import ProbeResult
 from entropy_probe.results.student import critical_value
 from entropy_probe.results.sweep import Sweep, SweepPoint
 
-__all__ = ["sweep_section", "sweep_sections", "sweep_sentence"]
-
 TITLE = "Entropy change at different learning rates"
 RATE = "learning rate η"
 Points: TypeAlias = tuple[Point, ...]

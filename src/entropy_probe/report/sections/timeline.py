@@ -28,8 +28,6 @@ from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.live import Number, StepRecord, Timeline
 from entropy_probe.results.note import Note
 
-__all__ = ["timeline_sections"]
-
 PRINTED, LISTED = 24, 400
 """Steps in the table for a terminal, and in that of the page."""
 RECENT = 5

@@ -8,8 +8,6 @@ from entropy_probe.report.sections.base import Section, Table, sentence_case
 from entropy_probe.results.note import Note, distinct
 from entropy_probe.results.validation import RankCorrelation, Validation
 
-__all__ = ["validation_section"]
-
 FORECASTS = {
     "covariance": "covariance (Cui)",
     "logit_step": "logit step (Wang)",
