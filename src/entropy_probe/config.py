@@ -45,6 +45,8 @@ class ProbeConfig(Settings):
             this many tokens. A number is the horizon of attribution and sweeps too; by default attribution takes the
             shortest whose contributions correlate at least 0.99 with the whole response's. ``None`` is the whole
             response everywhere, and leaves the profile out, which saves one scoring of the evaluation batch.
+        coast: also measure what momentum alone will still do, by steps with zero gradients on copies of parameters and
+            optimizer until they end. Costs one more scoring of the evaluation batch, and another with weight decay.
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in
@@ -106,6 +108,7 @@ class ProbeConfig(Settings):
     entropy: EntropyKind = "rao_blackwell"
     realized: Literal["per_decision", "snis"] = "per_decision"
     horizon: Annotated[int, Field(ge=0)] | Literal["auto"] | None = "auto"
+    coast: bool = False
     evaluation_unit: Literal["auto", "sequence", "prompt"] = "auto"
     merge_equal_prompts: bool = True
     is_mode: ImportanceMode = "snis"
@@ -168,6 +171,10 @@ class ProbeConfig(Settings):
                 raise ValueError(
                     f"{name}: expected realized: snis beside it, got {self.realized}; it changes nothing else"
                 )
+        if self.coast and self.geometry == "frozen":
+            raise ValueError(
+                "coast: expected geometry: adamw beside it, got frozen, which has no momentum; leave it out"
+            )
         if self.weight_clip is not None and self.is_mode != "clip":
             raise ValueError(f"weight_clip: expected is_mode: clip beside it, got {self.is_mode}")
         return self

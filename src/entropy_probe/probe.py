@@ -13,7 +13,8 @@ from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides
 from entropy_probe.analyses.attribution import Attribution
-from entropy_probe.analyses.horizons import measure_horizons
+from entropy_probe.analyses.coast import measure_coasting, measured_beside
+from entropy_probe.analyses.given import checked_past
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.own_batch import measure_own, predict_own
@@ -65,6 +66,9 @@ class EntropyProbe:
         end_token_ids: tokens that end a response, besides those of the model's generation config (or its config).
             Rollouts are checked against them.
         stop_texts: whether responses may end at a stop text instead.
+        past_gradients: of the last steps, the latest first, as the optimizer got them (clipped): two-batch predictions
+            then divide the momentum part over them (``result.origins``). Each is one more direction to take the
+            entropy's slope along, in the memory of the parameters.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
@@ -85,6 +89,7 @@ class EntropyProbe:
         distributed: bool = False,
         end_token_ids: Sequence[int] = (),
         stop_texts: bool = False,
+        past_gradients: Sequence[Gradient] = (),
     ) -> None:
         config = config or ProbeConfig()
         for name, value, kind in (("model", model, nn.Module), ("config", config, ProbeConfig)):
@@ -111,7 +116,9 @@ class EntropyProbe:
             "end_ids": tuple(end_token_ids),
             "stop_texts": stop_texts,
         }
-        self._policy()
+        parameters = self._policy().parameters
+        if past_gradients:
+            self._shared["past"] = checked_past(parameters, optimizer, past_gradients)
 
     @contextmanager
     def _opened(self, **settings: Any) -> Iterator[Policy]:
@@ -180,9 +187,9 @@ class EntropyProbe:
         with self._opened() as policy:
             planned = plan_asked(policy, update, evaluation, gradient, asked=asked)
             prediction, measured = predict(planned), measure_step(planned)
-            answers, horizons = answer_all(prediction, asked), measure_horizons(prediction, measured)
             both = pooled(prediction, measured) if pool else None
-            return result_of(planned, prediction, measured, horizons=horizons, answers=answers, pooled=both)
+            fields = {"answers": answer_all(prediction, asked), "pooled": both}
+            return result_of(planned, prediction, measured, **fields, **measured_beside(prediction, measured))
 
     def predict(
         self, *, update: Rollouts | None = None, evaluation: Rollouts, gradient: Gradient | None = None
@@ -198,7 +205,8 @@ class EntropyProbe:
         """The realized part of :meth:`run` only."""
         with self._opened() as policy:
             planned = plan_asked(policy, update, evaluation, gradient, shares=False)
-            return result_of(planned, measured=measure_step(planned))
+            measured = measure_step(planned)
+            return result_of(planned, measured=measured, coasted=measure_coasting(planned, measured))
 
     def ahead(
         self, *, gradient: Gradient, batch: Rollouts | None = None, evaluation: Rollouts | None = None
@@ -238,7 +246,7 @@ class EntropyProbe:
         Args:
             update: the batch the step is taken on.
             evaluation: the batch whose entropy is explained; by default ``update`` itself, as :meth:`one_batch` has it:
-                of every prompt what it adds to the entropy of the others. Then without folds, questions and pooling.
+                of every prompt what it adds to the entropy of the others. Then without questions and pooling.
             folds: standard errors of the prompts' contributions from this many folds of the evaluation batch. Costs
                 one more gradient over the evaluation batch, and one more over the update batch for each fold where
                 its per-prompt gradients are not kept (``max_stored_gradient_gib``); ``auto`` takes 8 where they are.
@@ -256,19 +264,19 @@ class EntropyProbe:
             )
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
-        if evaluation is None and (folds is not None or asked or pool or self._config.geometry == "frozen"):
+        if evaluation is None and (asked or pool or self._config.geometry == "frozen"):
             raise ValueError(
-                "evaluation: expected rollouts beside folds, questions, pool or geometry 'frozen', got none; pass them"
+                "evaluation: expected rollouts beside questions, pool or geometry 'frozen', got none; pass them"
             )
         with self._opened() as policy:
             if evaluation is None:
                 own = predict_own(policy, update)
-                return attribute(own, None, measure_own(own) if measure else None)
+                return attribute(own, folds, measure_own(own) if measure else None)
             prediction = predict(plan_asked(policy, update, evaluation, asked=asked, folds=folds))
             measured = measure_step(prediction.plan) if measure else None
-            horizons = None if measured is None else measure_horizons(prediction, measured)
-            answers, both = answer_all(prediction, asked), pooled(prediction, measured) if pool else None
-            return attribute(prediction, folds, measured, horizons=horizons, answers=answers, pooled=both)
+            beside = {} if measured is None else measured_beside(prediction, measured)
+            both = pooled(prediction, measured) if pool else None
+            return attribute(prediction, folds, measured, answers=answer_all(prediction, asked), pooled=both, **beside)
 
     def validate(
         self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0

@@ -88,7 +88,7 @@ def test_unknown_keys_name_the_nearest(load, tmp_path, override, message):
         (["reward=null"], r"reward: required to sample the update batch"),
         (
             ["attribution=true", "mode=one_batch", "attribution_folds=4"],
-            r"attribution_folds: expected evaluation rollouts",
+            r"attribution_folds: expected at most 2, half the prompts of the update batch, got 4",
         ),
         (["attribution=true", "mode=one_batch", "probe.geometry=frozen"], r"probe.geometry: .* got mode one_batch"),
         (["attribution_folds=4"], r"attribution_folds: expected attribution: true beside it, got false"),

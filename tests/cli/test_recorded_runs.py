@@ -17,6 +17,7 @@ from tests.cli.conftest import invoke
 from tests.tiny import train_grpo
 
 STEPS = 4
+BATCHES = {"update": 3, "evaluation": 2}
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def run(made_once, tmp_path) -> Path:
     """A copy of a run of four steps, all recorded, with checkpoints after the second and the last."""
 
     def train(directory: Path) -> None:
-        probes = EntropyProbeCallback(every=1, record="all")
+        probes = EntropyProbeCallback(every=1, record="all", keep_gradients=3)
         arguments = {"lr_scheduler_type": "linear", "per_device_train_batch_size": 16, "callbacks": [probes]}
         train_grpo(directory, lora=True, steps=STEPS, save_steps=2, **arguments)
 
@@ -134,3 +135,28 @@ def test_what_is_no_run_is_refused(tmp_path):
     refused = invoke("timeline", tmp_path)
     assert refused.exit_code == 2
     assert "not the record of a step" in refused.output
+
+
+def test_momentum_is_divided_over_the_steps_whose_gradients_were_recorded(run, tmp_path):
+    """Of four steps, the gradients of three; what is older is the first step's."""
+    files = {batch: f"{run}/entropy_probe/step-{k:06d}/rollouts.parquet" for batch, k in BATCHES.items()}
+    settings = {"checkpoint": f"{run}/checkpoint-4", "rollouts": files, "origins": True}
+    settings["probe"] = {"horizon": None, "learning_rate": 1e-4}
+    (tmp_path / "probe.yaml").write_text(json.dumps(settings))
+    done = invoke("run", tmp_path / "probe.yaml", "--output-dir", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"momentum from +adds +share of it\n *the last step +-?\d", done.output)
+    result = ProbeResult.load(tmp_path / "out")
+    origins, momentum = result.origins, result.components["momentum"]
+    assert origins is not None
+    assert len(origins.steps) == 3
+    parts = [part.value for part in (*origins.steps, origins.older)]
+    assert sum(parts) == pytest.approx(momentum.value, rel=1e-6)
+    assert all(abs(part) > 1e-6 * abs(momentum.value) for part in parts)
+    records, said = run / "entropy_probe", "they do not make the first moment of"
+    shutil.copy(records / "step-000002/gradient.safetensors", records / "step-000001")  # so that none seems to lack
+    for wrong in (said, "origins: expected the recorded gradient of step 4 beside"):
+        refused = invoke("run", tmp_path / "probe.yaml", "--output-dir", tmp_path / "wrong")
+        assert refused.exit_code == 2
+        assert wrong in refused.output.splitlines()[-1]
+        (records / "step-000004/gradient.safetensors").unlink(missing_ok=True)

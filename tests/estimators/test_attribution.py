@@ -4,7 +4,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from entropy_probe.estimators.attribution import covariance_terms, rank_correlation, rank_correlation_interval
+from entropy_probe.estimators.attribution import (
+    covariance_terms,
+    others_only,
+    rank_correlation,
+    rank_correlation_interval,
+)
+from entropy_probe.estimators.uncertainty import ClusterSums
 
 
 def test_covariance_terms_average_to_the_covariance():
@@ -59,3 +65,19 @@ def test_interval_of_a_perfect_rank_correlation(n):
     assert rank_correlation_interval(-1.0, n) == pytest.approx((-1.0, -low))
     assert rank_correlation_interval(1 - 1e-15, n)[0] == pytest.approx(low), "perfect up to rounding"
     assert rank_correlation_interval(-next_best, n) == pytest.approx((-high, -low))
+
+
+def test_folds_of_other_prompts_alone():
+    """Against products of each prompt with each other, added up one by one."""
+    generator = torch.Generator().manual_seed(0)
+    products, fold_of = torch.randn(6, 6, generator=generator, dtype=torch.float64), torch.arange(6) % 2
+    prompts = ClusterSums(torch.rand(2, 6, generator=generator, dtype=torch.float64) + 1)
+    folds = ClusterSums(torch.stack([prompts.table[:, fold_of == k].sum(1) for k in range(2)], 1))
+    whole = torch.stack([products[fold_of == k].sum(0) for k in range(2)])
+    contributions = (products.sum(0) - products.diagonal()) * 6 / 5 / prompts.size.sum()
+    numerators, sums = others_only(whole, folds, prompts, contributions, fold_of)
+    for w in range(6):
+        for k in range(2):
+            others = [u for u in range(6) if u % 2 == k and u != w]
+            assert numerators[k, w].item() == pytest.approx(products[others, w].sum().item(), rel=1e-12)
+            torch.testing.assert_close(sums[w].table[:, k], prompts.table[:, others].sum(1))

@@ -48,11 +48,12 @@ def test_a_step_is_read_as_it_was_written(tmp_path):
     assert saved.microbatch_ids.tolist() == [0, 1]
 
 
-def test_of_the_gradients_the_last_are_kept(tmp_path):
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 9])
+def test_of_the_gradients_the_last_are_kept(tmp_path, keep):
     for step in (1, 2, 3, 4):
-        write_record(tmp_path, StepRecord(step=step), None, {"w": torch.ones(2)}, keep_gradients=2)
-    kept = sorted(file.parent.name for file in tmp_path.rglob(GRADIENT_FILE))
-    assert kept == ["step-000003", "step-000004"]
+        write_record(tmp_path, StepRecord(step=step), None, {"w": torch.ones(2)}, keep_gradients=keep)
+        kept = sorted(file.parent.name for file in tmp_path.rglob(GRADIENT_FILE))
+        assert kept == [f"step-{k:06d}" for k in range(max(1, step - keep + 1), step + 1)]
     write_record(tmp_path, StepRecord(step=5), None, {"w": torch.ones(2)}, keep_gradients=0)
     assert not list(tmp_path.rglob(GRADIENT_FILE))
     assert [record.step for record in read_records(tmp_path)] == [1, 2, 3, 4, 5]

@@ -86,8 +86,38 @@ def test_contributions_are_unbiased_where_those_with_their_own_responses_are_not
     assert abs(z[1]) > 4
 
 
+def spread_and_error(number: int, normalization: str, prompts: int = 8, folds: int = 4) -> tuple[float, float]:
+    """Of the first prompt's contribution, whose responses stay, over batches with others: its spread, and its error."""
+    model, seen, errors = TinyPolicy(), [], []
+    optimizer, generator = trained_optimizer(model), torch.Generator().manual_seed(3)
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(500.0)
+    subject = probe(model, optimizer, max_grad_norm=None, normalization=normalization, **SETTINGS)
+    first = TABLE.sample_groups(model, 1, 4, generator)
+    for _ in range(number):
+        rows = torch.cat([first, TABLE.sample_groups(model, prompts - 1, 4, generator)])
+        found = subject.attribute(update=TABLE.update_batch(rows, 4), folds=folds)
+        seen.append(found.prompts[0].item())
+        errors.append(found.standard_errors[0].item())
+    return torch.tensor(seen).std().item(), torch.tensor(errors).square().mean().sqrt().item()
+
+
+def test_errors_of_contributions_are_their_spread_over_other_prompts():
+    spread, error = spread_and_error(16, "sequence")
+    assert 0.5 < error / spread < 1.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_errors_of_contributions_are_their_spread_over_many_batches(normalization):
+    spread, error = spread_and_error(200, normalization)
+    assert 0.8 < error / spread < 1.2
+
+
 def test_what_one_batch_cannot_have():
     model = TinyPolicy()
     subject = probe(model, trained_optimizer(model))
-    with pytest.raises(ValueError, match="evaluation: expected rollouts beside folds, questions, pool or"):
-        subject.attribute(update=batches()[0], folds=3)
+    with pytest.raises(ValueError, match="evaluation: expected rollouts beside questions, pool or"):
+        subject.attribute(update=batches()[0], pool=True)
+    with pytest.raises(ValueError, match="attribution_folds: expected 2 to 4, half the number of prompts, got 5"):
+        subject.attribute(update=batches()[0], folds=5)

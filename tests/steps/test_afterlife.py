@@ -10,7 +10,7 @@ from entropy_probe.analyses.batches import admit_batches
 from entropy_probe.analyses.plan import plan
 from entropy_probe.analyses.predict import predict
 from entropy_probe.named import dot
-from entropy_probe.steps.afterlife import coasting, lifetime_factor
+from entropy_probe.steps.afterlife import coasted, coasting, lifetime_factor
 from tests.invariants.problems import batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
@@ -70,3 +70,22 @@ def test_a_result_has_both():
     sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     plain = EntropyProbe(model, sgd, config).predict(update=update, evaluation=evaluation)
     assert plain.committed is plain.lifetime is None
+
+
+class Normalised(torch.optim.SGD):
+    """Divides by the length of the gradient, so that it has no step without one."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad / p.grad.norm(), alpha=self.param_groups[0]["lr"])
+
+
+def test_a_step_that_needs_a_gradient_has_no_coasting():
+    model = TinyPolicy()
+    named = dict(model.named_parameters())
+    gradient = {n: torch.ones_like(p) for n, p in named.items()}
+    before = copy.deepcopy(named)
+    assert coasted(named, Normalised(model.parameters(), 0.1), gradient).parameters is None
+    assert all(torch.equal(before[n], p) for n, p in named.items())
+    assert all(bool((g == 1).all()) for g in gradient.values())

@@ -55,6 +55,10 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
     Raises:
         ValueError: for no batch at all, unusable rollouts or an unusable gradient.
     """
+    if policy.config.coast:
+        raise ValueError(
+            "coast: expected a checkpoint, got a step of a live trainer; leave it out, and probe the checkpoint"
+        )
     with policy.ranks.agreeing():
         checked = checked_gradient(policy.parameters, gradient)
     if evaluation is not None and batch is not None:

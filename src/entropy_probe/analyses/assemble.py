@@ -23,6 +23,7 @@ from entropy_probe.results.probe import (
     Diagnostics,
     Estimate,
     OptimizerStateReport,
+    Origins,
     PolicyFit,
     Predicted,
     ProbeResult,
@@ -138,6 +139,12 @@ def _after_the_step(prediction: Prediction, gradient: Estimate | None) -> dict[s
             numbers = {name: factor * getattr(gradient, name) for name in ("value", "standard_error")}
             said = gradient.model_dump(include=set(Estimate.model_fields))
             fields["lifetime"] = Estimate(**said | numbers)
+    if prediction.origins:
+        older = prediction.parts["momentum"]
+        for origin in prediction.origins:
+            older += origin.times(-1.0)
+        steps = [Estimate(**estimate_fields(policy, x, plan.evaluation.clusters)) for x in (*prediction.origins, older)]
+        fields["origins"] = Origins(steps=tuple(steps[:-1]), older=steps[-1])
     if committed is not None:
         fields["committed"] = Estimate(**estimate_fields(policy, committed, plan.evaluation.clusters))
     return fields

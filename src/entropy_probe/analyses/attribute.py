@@ -28,7 +28,7 @@ from entropy_probe.analyses.own_batch import OwnPrediction
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, prompt_contributions
 from entropy_probe.config import ProbeConfig
-from entropy_probe.estimators.attribution import covariance_terms, fold_errors, rank_correlation
+from entropy_probe.estimators.attribution import covariance_terms, fold_errors, others_only, rank_correlation
 from entropy_probe.estimators.uncertainty import ClusterSums
 from entropy_probe.gradients.per_sample import Side
 from entropy_probe.parallel.batch import LocalRows
@@ -62,11 +62,22 @@ def check_divides(optimizer: torch.optim.Optimizer, config: ProbeConfig) -> None
         )
 
 
-def check_folds(folds: Folds, evaluation: EvaluationBatch) -> None:
-    """Make sure that the evaluation batch has that many folds."""
-    count = evaluation.clusters.count
+def check_folds(folds: Folds, evaluation: EvaluationBatch, *, own: bool = False) -> None:
+    """Make sure that the evaluation batch has that many folds.
+
+    Args:
+        folds: asked for.
+        evaluation: the batch.
+        own: whether it is that of the step, of which a prompt's own responses are left out.
+
+    Raises:
+        ValueError: if not.
+    """
+    count, what = evaluation.clusters.count, "the number of evaluation clusters"
+    if own:  # a fold has others beside the prompt itself
+        count, what = count // 2, "half the number of prompts"
     if isinstance(folds, int) and not 2 <= folds <= count:
-        raise ValueError(f"attribution_folds: expected 2 to {count}, the number of evaluation clusters, got {folds}")
+        raise ValueError(f"attribution_folds: expected 2 to {count}, {what}, got {folds}")
 
 
 def attribute(
@@ -85,6 +96,8 @@ def attribute(
     """
     began = time.perf_counter()
     plan, policy = prediction.plan, prediction.plan.policy
+    if isinstance(prediction, OwnPrediction):
+        check_folds(folds, plan.evaluation, own=True)
     within, alike = at_own_horizon(prediction)
     slopes, tokens, own = _tokens(within)
     layers = _layers(within, own)
@@ -173,7 +186,8 @@ def _layers(prediction: Prediction, left_out: OwnTerms | None) -> tuple[LayerSha
 def _usual_folds(prediction: Prediction) -> int | None:
     plan = prediction.plan
     kept = all(plan.policy.ranks.gather(plan.batch.gradient.stored is not None))
-    return USUAL_FOLDS if kept and plan.evaluation.clusters.count >= USUAL_FOLDS else None
+    least = 2 * USUAL_FOLDS if isinstance(prediction, OwnPrediction) else USUAL_FOLDS
+    return USUAL_FOLDS if kept and plan.evaluation.clusters.count >= least else None
 
 
 def _fold_errors(prediction: Prediction, folds: int) -> Tensor:
@@ -190,7 +204,12 @@ def _fold_errors(prediction: Prediction, folds: int) -> Tensor:
             slope = differentiate(policy, evaluation.own.select(rows), own, side, progress=_unreported)
             progress(fold + 1, folds)
         numerators.append(prompt_contributions(plan, slope, 1.0))
-    return fold_errors(torch.stack(numerators), sums, _length_changes_by_prompt(prediction))
+    products, lengths = torch.stack(numerators), _length_changes_by_prompt(prediction)
+    if not isinstance(prediction, OwnPrediction):
+        return fold_errors(products, [sums] * products.shape[1], lengths)
+    assert prediction.by_prompt is not None
+    others = others_only(products, sums, plan.before.sums, prediction.by_prompt, fold_of)
+    return fold_errors(*others, lengths)
 
 
 def _length_changes_by_prompt(prediction: Prediction) -> Tensor:

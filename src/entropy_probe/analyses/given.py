@@ -5,18 +5,21 @@ Formulas: ``docs/theory.md``, "A gradient from outside".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from entropy_probe.named import dot, norm
 from entropy_probe.parallel.shards import local, same_shards
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.probe import GradientAgreement
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.steps.adamw import Gradient
+from entropy_probe.steps.adamw import Gradient, is_adam
+from entropy_probe.steps.copied import optimizer_name
+from entropy_probe.steps.origins import check_past
 
 TAKE = (
     "take it after the backward pass, before clipping, as {name: p.grad for name, p in model.named_parameters() if "
@@ -70,6 +73,24 @@ def checked_gradient(parameters: Mapping[str, Tensor], gradient: Gradient) -> di
     if all(g is None for g in gradient.values()):
         raise ValueError(f"gradient: expected a tensor for some parameter, got none for any; {TAKE}")
     return {name: _checked(name, p, gradient[name]) for name, p in parameters.items()}
+
+
+def checked_past(
+    parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, past: Sequence[Gradient]
+) -> tuple[Gradient, ...]:
+    """Gradients of the last steps, checked one by one and against the moments that are made of them.
+
+    Raises:
+        ValueError: as :func:`checked_gradient`, for another optimizer than Adam, or gradients of other steps.
+    """
+    if not is_adam(optimizer):
+        raise ValueError(
+            "past_gradients: expected torch.optim.AdamW or Adam, whose momentum is a known sum of them, got "
+            f"{optimizer_name(optimizer)}; leave them out"
+        )
+    checked = tuple(checked_gradient(parameters, gradient) for gradient in past)
+    check_past(parameters, optimizer, checked)
+    return checked
 
 
 def _checked(name: str, parameter: Tensor, g: Tensor | None) -> Tensor | None:

@@ -96,6 +96,11 @@ def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None
         ValueError: for fewer than three prompts, rollouts of another policy that would have to be reweighted, or as
             :func:`~entropy_probe.analyses.predict.plan`.
     """
+    if policy.config.coast:
+        raise ValueError(
+            "coast: expected evaluation rollouts, got none but those of the step, whose gradient is in the momentum "
+            "by then; give others, or set probe.coast to false"
+        )
     return own_prediction(plan(policy, *admit_own(policy, batch, clipped), clipped=clipped))
 
 

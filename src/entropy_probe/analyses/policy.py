@@ -31,6 +31,7 @@ from entropy_probe.scoring.cache import ScoreCache, fingerprint, rollouts_finger
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating, hooked_parameters
 from entropy_probe.scoring.precision import precisions
+from entropy_probe.steps.adamw import Gradient
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
 
@@ -110,6 +111,7 @@ class Policy:
         ranks: the processes that share the work.
         end_ids: tokens that end a response.
         stop_texts: whether responses may end at a stop text instead.
+        past: gradients of the last steps, the latest first, as the optimizer got them.
     """
 
     model: nn.Module
@@ -127,6 +129,7 @@ class Policy:
     ranks: Ranks = ALONE
     end_ids: tuple[int, ...] = ()
     stop_texts: bool = False
+    past: tuple[Gradient, ...] = ()
 
     @property
     def unit(self) -> Unit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,9 @@ from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import NamedVector
 from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import is_adam
-from entropy_probe.steps.afterlife import coasting
+from entropy_probe.steps.afterlife import coasted, coasting
+from entropy_probe.steps.copied import moved
+from entropy_probe.steps.origins import momentum_by_origin
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
 
@@ -67,8 +70,10 @@ class Prediction:
         by_prompt: what each update prompt adds to the gradient part, ``[B]``; ``None`` likewise, and for a gradient
             from outside.
         se_update: the error from the update batch; ``None`` for a gradient from outside.
-        committed: the change that the moments alone will still make after the step; ``None`` where they have no closed
-            form, in the frozen geometry, and within a horizon.
+        committed: the change that the moments alone will still make after the step; ``None`` in the frozen geometry,
+            within a horizon, and where they have no closed form, unless coasting is asked for and comes to an end.
+        origins: parts of the momentum part by the gradients they come from, that of the last step first; none within a
+            horizon, and but for Adam with recorded gradients.
         horizon: how many tokens after a changed one count; ``None`` for the whole response.
     """
 
@@ -80,30 +85,37 @@ class Prediction:
     by_prompt: Float[Tensor, " B"] | None
     se_update: float | None
     committed: fo.FirstOrder | None
+    origins: tuple[fo.FirstOrder, ...] = field(default=(), kw_only=True)
     horizon: int | None = field(default=None, kw_only=True)
 
 
 def predict(planned: Plan, horizon: int | None = None) -> Prediction:
     """The first-order change of the entropy by a step, of the whole response or within a horizon."""
     step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
-    directions = [*step.components.values(), *(_later(planned) if horizon is None else ())]
+    directions, own = [*step.components.values()], len(step.components)
+    past = policy.past if horizon is None and "momentum" in step.components else ()
+    if past and step.gradient_scale is not None:
+        directions += momentum_by_origin(policy.parameters, policy.optimizer, step.gradient_scale, past)
+    if horizon is None:
+        directions += _later(planned)
     slope = _entropy_slope(planned, directions, horizon)
     dots = over_clusters(policy, planned.evaluation.local, slope.dots)
     length_slope, lengths = length_changes(planned, directions, horizon)
-    own = len(step.components)
-    later = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(own, len(directions))]
-    committed = later[0] if later else None
+    beside = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(own, len(directions))]
+    origins = tuple(beside[: len(past)])
+    committed = beside[len(past)] if len(beside) > len(past) else None
     change = fo.first_order(dots[:own].sum(0), sizes, before.entropy, float(lengths[:own].sum()))
     parts = {
         name: fo.first_order(dots[k], sizes, before.entropy, float(lengths[k]))
         for k, name in enumerate(step.components)
         if step.gradient_scale is not None
     }
+    fields: dict[str, Any] = {"committed": committed, "origins": origins, "horizon": horizon}
     if isinstance(planned.source, GivenGradient):
-        return Prediction(planned, slope, length_slope, change, parts, None, None, committed, horizon=horizon)
+        return Prediction(planned, slope, length_slope, change, parts, None, None, **fields)
     if step.gradient_scale is None:
         se_update = jackknife(planned, slope, sizes.sum().item())
-        return Prediction(planned, slope, length_slope, change, parts, None, se_update, committed, horizon=horizon)
+        return Prediction(planned, slope, length_slope, change, parts, None, se_update, **fields)
     by_prompt = prompt_contributions(planned, slope, sizes.sum().item())
     if planned.batch.agreement is None:  # else the step is that of another gradient
         coarsest = max(torch.finfo(p.dtype).eps for p in policy.parameters.values())
@@ -111,16 +123,21 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
     if horizon is None:
         _note_what_the_update_error_holds_fixed(planned)
     se_update = fo.update_standard_error(by_prompt)
-    return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, committed, horizon=horizon)
+    return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, **fields)
 
 
 def _later(planned: Plan) -> list[NamedVector]:
-    """What the moments alone will still do after the step, where they are Adam's."""
-    policy = planned.policy
-    if policy.config.geometry == "frozen" or not is_adam(policy.optimizer):
+    """What the moments alone will still do after the step: in closed form for Adam, or taken where it is asked for."""
+    policy, step = planned.policy, planned.step
+    if policy.config.geometry == "frozen":
         return []
-    given = (policy.parameters, policy.optimizer, planned.step.gradient.values, policy.config.learning_rate)
-    return [coasting(*given)]
+    rate = policy.config.learning_rate
+    if is_adam(policy.optimizer):
+        return [coasting(policy.parameters, policy.optimizer, step.gradient.values, rate)]
+    if not policy.config.coast or step.stepped is None:
+        return []
+    alone = coasted(policy.parameters, policy.optimizer, step.taken_with, rate, step.kept)
+    return [] if not alone.steps or alone.parameters is None else [moved(step.stepped, alone.parameters)]
 
 
 def entropy_surrogate(planned: Plan, horizon: int | None = None) -> TokenCoefficients:

@@ -71,6 +71,8 @@ class RunConfig(Settings):
         attribution: whether to divide the prediction over tokens, prompts and layers, into tables beside the results.
         attribution_folds: standard errors of the prompts' contributions from this many folds of the evaluation batch;
             ``auto`` takes 8 where that costs no pass over the update batch, ``null`` leaves the errors out.
+        origins: divide the momentum part over the steps whose gradients it comes from, as far as the run recorded them
+            beside its checkpoints (``EntropyProbeCallback(keep_gradients=N)``).
         questions: what else to ask of the prediction, by name: ``without_prompts: {prompts: [[3], [5]]}``.
         trainer_config: the trainer's own config (verl, OpenRLHF, prime-rl: YAML, JSON, TOML, or the script with its
             command), where it does not lie beside the checkpoint.
@@ -105,6 +107,7 @@ class RunConfig(Settings):
     attribution: bool = False
     attribution_folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None = "auto"
     questions: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    origins: bool = False
     trainer_config: Path | None = None
     trust_config: bool = False
     probe: ProbeConfig = ProbeConfig()
@@ -189,17 +192,23 @@ class RunConfig(Settings):
         if self.attribution and self.shard:
             yield "attribution: expected shard: false beside it, since it needs whole parameters, got true"
         folds = None if self.attribution_folds == "auto" else self.attribution_folds
-        if self.attribution and self.needs_no_evaluation and (self.probe.geometry == "frozen" or folds is not None):
-            what = "probe.geometry" if folds is None else "attribution_folds"
-            yield (
-                f"{what}: expected evaluation rollouts where it is set beside attribution, got mode one_batch; change "
-                "the mode, or leave it out"
-            )
+        asked = {
+            "probe.geometry: frozen": self.attribution and self.probe.geometry == "frozen",
+            "probe.coast": self.probe.coast,
+            "origins": self.origins,
+        }
+        for what in (key for key, set_so in asked.items() if set_so and self.needs_no_evaluation):
+            yield f"{what}: expected evaluation rollouts beside it, got mode one_batch; change one of them"
         if folds is not None and not self.attribution:
             yield "attribution_folds: expected attribution: true beside it, got false; set it too"
-        drawn = self.evaluation.num_clusters if self.evaluation and self.rollouts.evaluation is None else None
-        if folds is not None and drawn is not None and folds > drawn:
-            yield f"attribution_folds: expected at most the {drawn} clusters of the evaluation batch, got {folds}"
+        drawn, of, batch = None, "the {} clusters of the evaluation batch", "evaluation"
+        if self.needs_no_evaluation:
+            of, batch = "{}, half the prompts of the update batch", "update"
+            drawn = self.update.num_prompts // 2 if self.update else None
+        elif self.evaluation:
+            drawn = self.evaluation.num_clusters
+        if folds is not None and drawn is not None and folds > drawn and batch in self._sampled:
+            yield f"attribution_folds: expected at most {of.format(drawn)}, got {folds}"
 
     def check_filled(self) -> None:
         """Check what the trainer's settings are part of, once they were filled in from the checkpoint.

@@ -97,7 +97,9 @@ def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) 
     from entropy_probe.analyses.reference import check_reference
     from entropy_probe.checkpoints import load_reference
     from entropy_probe.checkpoints.adapters import reference_copy
+    from entropy_probe.cli.origins import recorded_gradients
     from entropy_probe.probe import EntropyProbe
+    from entropy_probe.steps.adamw import optimizer_parameters
 
     loss, update = config.probe.loss, sources.update
     if update is not None:
@@ -120,6 +122,11 @@ def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) 
     if config.attribution:
         check_divides(state.optimizer, config.probe)
     assert state.report.optimizer_state is not None
+    past = (
+        recorded_gradients(config.checkpoint, [*optimizer_parameters(state.model, state.optimizer)])
+        if config.origins
+        else ()
+    )
     probe = EntropyProbe(
         state.model,
         state.optimizer,
@@ -131,6 +138,7 @@ def open_probe(config: RunConfig, sources: Sources, ranks: Ranks, clock: Clock) 
         distributed=ranks.size > 1 and not config.shard,
         end_token_ids=end_ids(state),
         stop_texts=bool(config.generation.stop),
+        past_gradients=past,
     )
     return probe, state
 
@@ -192,6 +200,11 @@ def _probe_into(
     from entropy_probe.cli.report import run_report
 
     config, clock = output.config, Clock(progress)
+    if config.origins and step is not None and step.between:
+        raise ValueError(
+            f"origins: expected the step right after a checkpoint, got step {step.record.step}, before which others "
+            "are taken again; set origins to false"
+        )
     probe, state = open_probe(config, sources, ranks, clock)
     gone_on: tuple[Note, ...] = ()
     if step is not None:
@@ -240,7 +253,7 @@ def _run_mode(
     if config.mode == "one_batch":
         if not config.attribution:
             return probe.one_batch(update), None
-        attribution = probe.attribute(update=update, measure=True)
+        attribution = probe.attribute(update=update, folds=config.attribution_folds, measure=True)
         return attribution.result, attribution
     if config.attribution:
         attribution = probe.attribute(

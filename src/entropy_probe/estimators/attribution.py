@@ -6,9 +6,10 @@ Formulas: ``docs/theory.md``, "Attribution".
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entropy_probe.estimators.first_order import first_order
@@ -70,7 +71,7 @@ def rank_correlation_interval(correlation: float, count: int, more: float = 0.0)
 
 
 def fold_errors(
-    numerators: Float[Tensor, "K B"], sums: ClusterSums, length_changes: Float[Tensor, " B"]
+    numerators: Float[Tensor, "K B"], sums: Sequence[ClusterSums], length_changes: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """Standard errors of prompts' contributions from the choice of evaluation rollouts.
 
@@ -80,9 +81,36 @@ def fold_errors(
 
     Args:
         numerators: inner product of each prompt's part of the step with each fold's entropy gradient.
-        sums: entropies and tokens or sequences of each fold.
+        sums: for each prompt, entropies and tokens or sequences of each fold.
         length_changes: the relative first-order change of the mean length by each prompt's part; 0 per sequence.
     """
-    entropy, pairs = sums.ratio(), zip(numerators.T, length_changes.tolist(), strict=True)
-    errors = [first_order(column, sums.size, entropy, change).standard_error for column, change in pairs]
+    by_prompt = zip(numerators.T, sums, length_changes.tolist(), strict=True)
+    errors = [first_order(x, folds.size, folds.ratio(), change).standard_error for x, folds, change in by_prompt]
     return torch.tensor(errors, dtype=torch.float64)
+
+
+def others_only(
+    numerators: Float[Tensor, "K B"],
+    folds: ClusterSums,
+    prompts: ClusterSums,
+    contributions: Float[Tensor, " B"],
+    fold_of: Int[Tensor, " B"],
+) -> tuple[Float[Tensor, "K B"], list[ClusterSums]]:
+    """What :func:`fold_errors` takes where the folds are of the step's own prompts: each without the prompt itself.
+
+    Args:
+        numerators: inner product of each prompt's part of the step with each fold's entropy gradient, its own included.
+        folds: entropies and tokens or sequences of each fold.
+        prompts: those of each prompt.
+        contributions: of the prompts, over pairs of different ones
+            (:func:`~entropy_probe.estimators.own_batch.pair_contributions` over ``sum b``).
+        fold_of: each prompt's fold.
+    """
+    places, count = torch.arange(len(fold_of)), len(fold_of)
+    own = numerators.sum(0) - contributions * prompts.size.sum() * (count - 1) / count
+    others = numerators.clone()
+    others[fold_of, places] -= own
+    tables = [folds.table.clone() for _ in places]
+    for place, table in enumerate(tables):
+        table[:, fold_of[place]] -= prompts.table[:, place]
+    return others, [ClusterSums(table) for table in tables]

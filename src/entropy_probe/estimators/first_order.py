@@ -126,6 +126,11 @@ class FirstOrder(Sampled):
 
     length_change: float
 
+    def __add__(self, other: FirstOrder) -> FirstOrder:
+        """The change along both steps together."""
+        longer = self.length_change + other.length_change
+        return FirstOrder(self.value + other.value, self.influence + other.influence, longer)
+
     def times(self, factor: float) -> FirstOrder:
         """The change along that many times the step."""
         return FirstOrder(factor * self.value, factor * self.influence, factor * self.length_change)

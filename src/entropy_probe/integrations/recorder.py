@@ -68,7 +68,7 @@ def write_record(
     shutil.rmtree(replaced, ignore_errors=True)
     if gradient is not None:
         held = [file for _, other in recorded_steps(run_directory) if (file := other / GRADIENT_FILE).is_file()]
-        for file in held[: len(held) - keep_gradients]:
+        for file in held[: max(0, len(held) - keep_gradients)]:
             file.unlink()
     return place
 

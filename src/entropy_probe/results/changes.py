@@ -111,3 +111,33 @@ class Pooled(Record):
     z: float
     own_realized: Realized | None = None
     realized: Estimate | None = None
+
+
+class Coasted(Record):
+    """What momentum alone does after this step: measured after steps with zero gradients, on copies.
+
+    Attributes:
+        steps: how many were taken, until they move nothing more.
+        change: by these steps, on the same rollouts; weight decay is off. Its weights are those of all steps together,
+            this one included.
+        difference: ``change`` minus ``committed``, with the standard error of the paired difference; null where one of
+            the two is.
+        weight_decay: what weight decay adds in as many steps; null without it, or where it cannot be measured.
+    """
+
+    steps: int
+    change: Realized
+    difference: Estimate | None = None
+    weight_decay: Estimate | None = None
+
+
+class Origins(Record):
+    """The momentum part by the steps whose gradients it comes from; with ``older`` they sum to it.
+
+    Attributes:
+        steps: what the gradient of each of the last steps adds, the latest first.
+        older: what is left for all steps before them, and of weight decay where it is part of the moments (``Adam``).
+    """
+
+    steps: tuple[Estimate, ...] = Field(min_length=1)
+    older: Estimate

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
-from entropy_probe.results.changes import Pooled, Predicted, Realized
+from entropy_probe.results.changes import Coasted, Origins, Pooled, Predicted, Realized
 from entropy_probe.results.draws import Draws
 from entropy_probe.results.estimate import Estimate, Unit
 from entropy_probe.results.horizons import Horizons
@@ -21,11 +21,13 @@ from entropy_probe.results.step import StepVectors
 
 __all__ = [
     "BatchFit",
+    "Coasted",
     "CrossPrompt",
     "Diagnostics",
     "Estimate",
     "GradientAgreement",
     "OptimizerStateReport",
+    "Origins",
     "PolicyFit",
     "Pooled",
     "PreconditionerReport",
@@ -251,10 +253,13 @@ class ProbeResult(SavedRecord):
         components: the gradient, momentum and weight-decay parts of ``predicted``, and what rounding adds where
             training keeps its weights in 16 bits; they sum to it. Empty for optimizers without a closed form.
         realized: the change measured after the step; null after ``predict``.
+        origins: the momentum part by step of origin; null unless gradients of the last steps are given.
         lifetime: what the gradient does to first order over its life in the momentum, this step included, with the
             step's denominators held; null without a closed form.
         committed: what the moments alone will do to first order after this step if every later gradient is zero; null
-            without a closed form, and for one batch, whose responses are in them.
+            for one batch, whose responses are in them, and without a closed form unless ``coasted`` was asked for.
+        coasted: the same measured, for any optimizer whose momentum comes to an end; null unless asked for
+            (``config.coast``).
         horizons: both changes within 0, 1, 2, 4, ... tokens; null unless the step was predicted and measured.
         draws: what several draws per evaluation prompt have in common; null for single draws, and without a change that
             per-decision weights measure.
@@ -284,8 +289,10 @@ class ProbeResult(SavedRecord):
     predicted: Predicted | None = None
     components: dict[StepPart, Predicted | Estimate] = Field(default_factory=dict)
     realized: Realized | None = None
+    origins: Origins | None = None
     lifetime: Estimate | None = None
     committed: Estimate | None = None
+    coasted: Coasted | None = None
     horizons: Horizons | None = None
     draws: Draws | None = None
     difference: Estimate | None = None

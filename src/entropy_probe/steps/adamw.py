@@ -7,7 +7,7 @@ Hutter, 2019 (AdamW); Reddi et al., 2018 (AMSGrad).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,6 +275,7 @@ def shadow_step(
     gradient: Gradient,
     learning_rate: float | None = None,
     kept: Mapping[str, torch.dtype] | None = None,
+    then: Callable[[torch.optim.Optimizer], object] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters after a real step of the optimizer's own kernel, taken on copies.
 
@@ -288,6 +289,7 @@ def shadow_step(
         learning_rate: as there.
         kept: the type in which training keeps a parameter, its moments and its gradient, by name; for all others the
             step is taken in the widest of theirs.
+        then: called with the optimizer of each copy after its step, to take more.
 
     Returns:
         The stepped values by name, in the parameters' types, as new tensors. The model and the optimizer are not
@@ -322,6 +324,8 @@ def shadow_step(
                 for key, value in state.items()
             }
         shadow.step()
+        if then is not None:
+            then(shadow)
         clone.grad = None
         stepped[name] = clone.to(parameter.dtype)
     return stepped

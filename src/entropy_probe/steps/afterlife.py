@@ -5,20 +5,40 @@ Formulas: ``docs/theory.md``, "After the step".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.steps.adamw import AdamSettings, Gradient, adam_settings
+from entropy_probe.steps.adamw import AdamSettings, Gradient, adam_settings, is_adam, shadow_step
+from entropy_probe.steps.copied import copied_step
 from entropy_probe.steps.moments import step_count
 
-__all__ = ["coasting", "lifetime_factor"]
+__all__ = ["Coasted", "coasted", "coasting", "lifetime_factor"]
 
 NEGLIGIBLE = 1e-4
 """Later steps whose share of the momentum is below this are left out."""
+PATIENCE, PERSISTENT = 100, 0.9
+"""Steps that are still this share of what they were so many ago do not come to an end."""
+DECAYS = ("weight_decay", "lambd")
+"""What torch's optimizers call the rate at which weights decay."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coasted:
+    """The parameters after steps with zero gradients.
+
+    Attributes:
+        parameters: by name; ``None`` where the steps do not come to an end.
+        steps: how many were taken.
+    """
+
+    parameters: dict[str, Tensor] | None
+    steps: int
 
 
 def _num_later(beta1: float) -> int:
@@ -94,3 +114,70 @@ def _coast(theta: Tensor, g: Tensor, state: Mapping[str, Any], s: AdamSettings) 
         denominator = (held / (1 - s.beta2 ** (k + j))).sqrt_().add_(s.eps)
         total += s.beta1**j / (1 - s.beta1 ** (k + j)) / denominator
     return -s.lr * m * total
+
+
+def coasted(
+    parameters: Mapping[str, Parameter],
+    optimizer: torch.optim.Optimizer,
+    gradient: Gradient,
+    learning_rate: float | None = None,
+    kept: Mapping[str, torch.dtype] | None = None,
+    *,
+    steps: int | None = None,
+) -> Coasted:
+    """Take this step and then steps with zero gradients, by the optimizer's own code on copies.
+
+    Args:
+        parameters: what is stepped, by name; not changed.
+        optimizer: one that a copy can step; not changed.
+        gradient: of this step, clipped; a parameter with ``None`` is not stepped.
+        learning_rate: replaces the rate of every group.
+        kept: the types that steps are rounded to, by parameter.
+        steps: how many, with weight decay; by default without it, until they are below :data:`NEGLIGIBLE` of the
+            first.
+    """
+    given = (parameters, optimizer, gradient, learning_rate, kept)
+    if is_adam(optimizer):  # one parameter after the other, in steps that are known to end
+        number = _longest(parameters, optimizer) if steps is None else steps
+        stepped = shadow_step(*given, then=lambda shadow: _coast_on(shadow, number, decay=steps is not None))
+        return Coasted(stepped, number)
+    taken: list[int | None] = []
+    stepped = copied_step(*given, then=lambda shadow: taken.append(_coast_on(shadow, steps, decay=steps is not None)))
+    (number,) = taken
+    return Coasted(None, PATIENCE) if number is None else Coasted(stepped, number)
+
+
+def _longest(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> int:
+    settings = adam_settings(optimizer, None)
+    return max(_num_later(settings[id(p)].beta1) for p in parameters.values())
+
+
+def _coast_on(shadow: torch.optim.Optimizer, steps: int | None, *, decay: bool) -> int | None:
+    """Step a copy with zero gradients: so many times, or until that ends; ``None`` where it does not."""
+    moving = [p for group in shadow.param_groups for p in group["params"] if p.grad is not None]
+    for p in moving:
+        p.grad = torch.zeros_like(p)
+    for group in shadow.param_groups if not decay else ():
+        group.update({key: 0.0 for key in DECAYS if key in group})
+    if steps is not None:
+        for _ in range(steps):
+            shadow.step()
+        return steps
+    taken, first, recent, length = 0, 0.0, math.inf, math.inf
+    while length > NEGLIGIBLE * first:
+        before = [p.detach().clone() for p in moving]
+        shadow.step()
+        length = sum((p.detach() - old).double().square().sum().item() for p, old in zip(moving, before, strict=True))
+        length = length**0.5
+        if not math.isfinite(length):  # a step that needs a gradient
+            for p, old in zip(moving, before, strict=True):
+                p.detach().copy_(old)
+            return None
+        first = first or length
+        if length:
+            taken += 1
+        if taken % PATIENCE == 1:
+            earlier, recent = recent, length
+            if length > PERSISTENT * earlier:
+                return None
+    return taken

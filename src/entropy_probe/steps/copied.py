@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -116,6 +116,7 @@ def copied_step(
     gradient: Gradient,
     learning_rate: float | None = None,
     kept: Mapping[str, torch.dtype] | None = None,
+    then: Callable[[torch.optim.Optimizer], object] | None = None,
 ) -> dict[str, Tensor]:
     """The parameters after the optimizer's own next step, taken on a copy of parameters, state and groups.
 
@@ -128,6 +129,7 @@ def copied_step(
         gradient: the clipped loss gradient with the same names; ``None`` where the loss does not reach.
         learning_rate: replaces the rate of every group.
         kept: the type in which training keeps a parameter, by name, where that is narrower than the parameter's here.
+        then: called with the copy after its step, to take more.
 
     Returns:
         The stepped values by name, in the parameters' types, as new tensors.
@@ -138,7 +140,7 @@ def copied_step(
     check_optimizer(optimizer)
     if parameters.keys() != gradient.keys():
         raise ValueError(f"gradient: expected {len(parameters)} parameter names, got {len(gradient)} that differ")
-    stepped = _step_once(parameters, optimizer, gradient, learning_rate, kept or {})
+    stepped = _step_once(parameters, optimizer, gradient, learning_rate, kept or {}, then)
     for name, value in stepped.items():
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name}: expected finite values after the step, got others; lower the learning rate")
@@ -182,7 +184,7 @@ def check_repeatable(
         )
 
 
-def moved(parameters: Mapping[str, Parameter], stepped: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def moved(parameters: Mapping[str, Tensor], stepped: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameter change ``stepped - theta`` by name, in at least float32."""
     wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in parameters.items()}
     return {name: stepped[name].to(wide[name]) - p.detach().to(wide[name]) for name, p in parameters.items()}
@@ -194,6 +196,7 @@ def _step_once(
     gradient: Gradient,
     learning_rate: float | None,
     kept: Mapping[str, torch.dtype],
+    then: Callable[[torch.optim.Optimizer], object] | None,
 ) -> dict[str, Tensor]:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     dtypes = {id(p): kept.get(name, p.dtype) for name, p in parameters.items()}
@@ -215,6 +218,8 @@ def _step_once(
         if name not in kept:
             _widen(shadow.state.get(clones[id(p)], {}), p)
     shadow.step()
+    if then is not None:
+        then(shadow)
     return {name: clones[id(p)].detach().to(p.dtype) for name, p in parameters.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from entropy_probe.report.numbers import common_exponent, format_number, format_percent
+from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
 from entropy_probe.report.sections.attribution import attribution_sections
 from entropy_probe.report.sections.base import (
     Bar,
@@ -26,7 +26,7 @@ from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
 from entropy_probe.results.horizons import HorizonPoint
-from entropy_probe.results.probe import Estimate, Pooled, Predicted, ProbeResult
+from entropy_probe.results.probe import Coasted, Estimate, Pooled, Predicted, ProbeResult
 from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation
 
@@ -88,6 +88,7 @@ def step_section(result: ProbeResult) -> Section:
             rows.append(Row("lifetime", written(result.lifetime, exponent), note, indent=True))
         if result.committed is not None:
             rows.append(Row("committed", written(result.committed, exponent), "by the moments alone, after this step"))
+        rows += _coasted_rows(result.coasted, exponent)
         parts += [replace(changes[0], look="total")] if parts else []
         rows += _pooled_rows(result.pooled, exponent)
     if (cross := result.cross_prompt) is not None:
@@ -117,8 +118,9 @@ def step_section(result: ProbeResult) -> Section:
         *bar_charts("Where it comes from", parts, unit, beginning, "parts"),
         *horizon_blocks(result.horizons, unit),
         Rows(tuple(rows), unit),
+        *_origin_blocks(result),
     )
-    sentences = tuple(filter(None, [story(result), _two_questions(result), proposal(result)]))
+    sentences = tuple(filter(None, [story(result), _two_questions(result), _committed_story(result), proposal(result)]))
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
                    sentences, cautions=cautions(result), blocks=blocks)  # fmt: skip
 
@@ -158,6 +160,53 @@ def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
         bars.append(Bar(row, part.value, part.margin, start, linked=bool(bars)))
         start += part.value
     return bars
+
+
+def _origin_blocks(result: ProbeResult) -> tuple[Block, ...]:
+    """The momentum part by step of origin."""
+    momentum = result.components.get("momentum")
+    if result.origins is None or momentum is None:
+        return ()
+    names = [
+        *(f"{k} steps ago" if k > 1 else "the last step" for k in range(1, len(result.origins.steps) + 1)),
+        "older",
+    ]
+    rows = tuple(
+        (name, written(part), format_percent(part.value / momentum.value, 0) if momentum.value else "–")
+        for name, part in zip(names, (*result.origins.steps, result.origins.older), strict=True)
+    )
+    return (Table("Momentum by step of origin", ("momentum from", "adds", "share of it"), rows),)
+
+
+def _coasted_rows(coasted: Coasted | None, exponent: int | None) -> list[Row]:
+    """The same measured, by steps with zero gradients."""
+    if coasted is None:
+        return []
+    change, gap = coasted.change.estimate, coasted.difference
+    note = f"measured after {coasted.steps} zero-gradient steps"
+    if change is None:
+        return [Row("coasted", "refused", note, indent=True, state="bad")]
+    if gap is not None:
+        note += f"; {written(gap, exponent)} from committed"
+    rows = [Row("coasted", written(change, exponent), note, indent=True)]
+    if coasted.weight_decay is not None:
+        rows.append(Row("weight decay", written(coasted.weight_decay, exponent), "in as many steps", indent=True))
+    return rows
+
+
+def _committed_story(result: ProbeResult) -> str:
+    """What momentum alone will still do, in a sentence: as measured, else to first order; "" where it is not told."""
+    coasted = None if result.coasted is None else result.coasted.change.estimate
+    onward, how = (result.committed, ", to first order") if coasted is None else (coasted, "")
+    if onward is None or not onward.distinguishable:
+        return ""
+    way = "fall" if onward.value < 0 else "rise"
+    share = f" ({format_percent(abs(onward.value) / result.entropy.value)} of H)" if result.entropy.value > 0 else ""
+    number = format_estimate(abs(onward.value), onward.standard_error)
+    return (
+        f"If all gradients vanished after this step, entropy would still {way} by {number} {onward.unit}{share} by "
+        f"momentum alone{how}."
+    )
 
 
 def _pooled_rows(pooled: Pooled | None, exponent: int | None) -> list[Row]:

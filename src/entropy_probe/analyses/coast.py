@@ -1,0 +1,115 @@
+"""What momentum alone will still do after a step: the policy after steps with zero gradients, taken on copies.
+
+Formulas: ``docs/theory.md``, "After the step".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from entropy_probe.analyses.assemble import estimate_fields
+from entropy_probe.analyses.horizons import measure_horizons
+from entropy_probe.analyses.measure import Measured, difference, fresh_scores
+from entropy_probe.analyses.plan import Plan
+from entropy_probe.analyses.predict import Prediction
+from entropy_probe.analyses.realized import Measurement, measure_change
+from entropy_probe.estimators.realized import Change
+from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.results.changes import Coasted
+from entropy_probe.results.estimate import Estimate
+from entropy_probe.results.note import NoteKind
+from entropy_probe.scoring.isolation import parameters_at
+from entropy_probe.steps.afterlife import DECAYS, coasted
+from entropy_probe.steps.copied import optimizer_name
+
+NO_END = NoteKind(
+    "coasting_has_no_end",
+    "{optimizer} does not come to rest when gradients are zero, so what momentum alone will do has no size: its steps "
+    "do not shrink with the momentum (signs, Muon's), or need a gradient",
+    "Leave probe.coast out for this optimizer.",
+)
+NO_MOMENTUM = NoteKind(
+    "nothing_to_coast",
+    "{optimizer} moves nothing when gradients are zero: it has no momentum, and nothing is committed",
+    "Leave probe.coast out for this optimizer.",
+)
+
+
+def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | None = None) -> Coasted | None:
+    """The change by momentum alone after a step, on the evaluation batch.
+
+    Args:
+        plan: the step.
+        measured: the change after it, which is subtracted.
+        prediction: of the step, to compare with.
+
+    Returns:
+        ``None`` where the settings do not ask for it, or there is nothing to measure, which a note says.
+    """
+    policy, step, config = plan.policy, plan.step, plan.policy.config
+    if not config.coast:
+        return None
+    given = (policy.parameters, policy.optimizer, step.taken_with, config.learning_rate, step.kept)
+    alone = coasted(*given)
+    if alone.parameters is None or alone.steps == 0:
+        kind = NO_END if alone.parameters is None else NO_MOMENTUM
+        policy.log.notes.append(kind(optimizer=optimizer_name(policy.optimizer)))
+        return None
+    there = _measured_at(plan, alone.parameters, "score after coasting")
+    if there.note:
+        policy.log.notes.append(there.note.about("coasting"))
+    change, gap, decayed = _between(measured.measurement.change, there.change), None, None
+    if prediction is not None and prediction.committed is not None:
+        both = replace(prediction, change=prediction.change + prediction.committed)
+        gap = _minus(difference(both, there), difference(prediction, measured.measurement))
+    if change is not None and any(group.get(key) for group in policy.optimizer.param_groups for key in DECAYS):
+        decaying = coasted(*given, steps=alone.steps)
+        assert decaying.parameters is not None
+        decayed = _minus(_measured_at(plan, decaying.parameters, "score after decay").change, there.change)
+    refused = there if there.change is None else measured.measurement
+    shown = replace(there, change=change, diagnosis=there.diagnosis if change is not None else refused.diagnosis)
+    return Coasted(
+        steps=alone.steps,
+        change=shown.report(
+            plan.evaluation.clusters,
+            policy.unit,
+            measured.floor,
+            "update" if plan.evaluation.is_update else "evaluation",
+        ),
+        difference=_estimate(plan, gap),
+        weight_decay=_estimate(plan, decayed),
+    )
+
+
+def measured_beside(prediction: Prediction, measured: Measured) -> dict[str, Any]:
+    """The fields of a result for what is measured beside the step itself: the profile over horizons, and coasting."""
+    coasting = measure_coasting(prediction.plan, measured, prediction)
+    return {"horizons": measure_horizons(prediction, measured), "coasted": coasting}
+
+
+def _measured_at(plan: Plan, parameters: Mapping[str, Tensor], phase: str) -> Measurement:
+    """The change from before the step to these parameters."""
+    policy, before, local = plan.policy, plan.before, plan.evaluation.local
+    with parameters_at(policy.parameters, parameters):
+        with policy.clock.phase(phase) as progress, policy.on_rank(local):
+            after = policy.scorer.score(plan.evaluation.own, progress)
+        given = (before.scores, after, local, before.positions, policy.config, policy.ranks)
+        return measure_change(*given, lambda: fresh_scores(plan))
+
+
+def _between(near: Change | None, far: Change | None) -> Change | None:
+    if near is None or far is None:
+        return None
+    return Change(far.value - near.value, far.influence - near.influence, far.size_change - near.size_change)
+
+
+def _minus(one: Sampled | None, other: Sampled | None) -> Sampled | None:
+    return None if one is None or other is None else one - other
+
+
+def _estimate(plan: Plan, sampled: Sampled | None) -> Estimate | None:
+    return None if sampled is None else Estimate(**estimate_fields(plan.policy, sampled, plan.evaluation.clusters))
