@@ -188,8 +188,8 @@ class TrainingRun:
         if settings is not None and self.loss is None and not settings.other_loss:
             yield LOSS_NOT_TOLD(trainer=settings.trainer)
         asked, done = (None if told is None else told.values.get(CLIP) for told in (settings, self.engine))
-        if settings is not None and self.engine is not None and None not in (asked, done) and asked != done:
-            yield ENGINE_CLIPS(trainer=settings.file.name, asked=asked, engine=self.engine.trainer, done=done)
+        if settings is not None and self.engine is not None and asked is not None and done not in (None, asked):
+            yield ENGINE_CLIPS(trainer=settings.file.name, asked=asked, engine=self.engine.trainer, done=float(done))
         if self.engine is not None and CLIP not in self.engine.values:
             yield CLIP_NOT_TOLD(engine=self.engine.trainer)
         place = self.place

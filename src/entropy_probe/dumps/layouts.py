@@ -118,7 +118,7 @@ def _rows_of_batch(batch: Record) -> Iterator[Record]:
 
 def _of_version(record: Record) -> Iterator[Record]:
     """AReaL: rollouts of the policy after so many updates are those of the next one, where training waits for them."""
-    counts = record.get("tail_version"), record.get("seqlen"), record.get("prompt_len")
+    counts: tuple[Any, ...] = (record.get("tail_version"), record.get("seqlen"), record.get("prompt_len"))
     if not all(type(count) is int for count in counts):
         raise ValueError(f"tail_version, seqlen, prompt_len: expected whole numbers, got {counts!r:.60}")
     version, length, prompt = counts
