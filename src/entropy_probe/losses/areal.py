@@ -72,7 +72,7 @@ class RejectionSampling(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fa
         return (sequence_sum if self.agg == "sum" else sequence_mean)(values, mask)
 
 
-class AReaLLoss(Loss, frozen=True):
+class AReaLLoss(Loss):
     """AReaL's actor loss, with the names and defaults of ``actor``.
 
     Attributes:

@@ -37,7 +37,7 @@ BOUND, BOUND_OF_SEQUENCE, BOUND_OF_KL = 20.0, 10.0, 10.0
 """Log ratios of tokens, those of sequences and estimates of the KL divergence are held within these, in nats."""
 
 
-class SkyRLLoss(Loss, frozen=True):
+class SkyRLLoss(Loss):
     """SkyRL's policy loss, with the names and defaults of ``trainer.algorithm``.
 
     Attributes:
