@@ -303,6 +303,7 @@ def of_programs() -> Iterator[InputFault]:
     yield InputFault("optimizer", "no eps", without_eps, "expected settings of AdamW, got no eps")
     yield InputFault("optimizer", "no state", without_state, "expected a mapping for weight, got NoneType")
     yield moment("moments in whole numbers", "got torch.int64", lambda x: x.long())
+    yield moment("moments in float16", "got torch.float16 beside torch.float32", lambda x: x.half())
     yield moment("moments in a list", "got list", lambda x: x.tolist())
     yield moment("moments of another shape", r"got \[6\]", lambda x: x.reshape(-1))
     yield moment("sparse moments", "got torch.float32, torch.sparse_coo", lambda x: x.to_sparse())

@@ -33,6 +33,8 @@ def check_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optim
                 got = type(moment).__name__
             elif moment.layout != torch.strided or not moment.is_floating_point():
                 got = f"{moment.dtype}, {moment.layout}"
+            elif moment.dtype == torch.float16 != parameter.dtype:  # squares of usual gradients are 0 in it
+                got = f"{moment.dtype} beside {parameter.dtype}"
             else:
                 got = f"{list(moment.shape)} on {moment.device}"
                 if moment.shape == parameter.shape and moment.device == parameter.device:
