@@ -258,10 +258,7 @@ class EntropyProbe:
             ValueError: as :meth:`run`, for an optimizer other than Adam, a sharded model, or unusable folds.
         """
         if is_sharded(self._model):
-            raise ValueError(
-                "model: expected whole parameters, which attribution differentiates along, got a sharded model, for "
-                "which it is not built; load the checkpoint into a model on one device"
-            )
+            raise ValueError("model: expected whole parameters to attribute to, got shards; load it on one device")
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
         if evaluation is None and (asked or pool or self._config.geometry == "frozen"):
@@ -270,10 +267,11 @@ class EntropyProbe:
             )
         with self._opened() as policy:
             if evaluation is None:
-                own = predict_own(policy, update)
-                return attribute(own, folds, measure_own(own) if measure else None)
-            prediction = predict(plan_asked(policy, update, evaluation, asked=asked, folds=folds))
-            measured = measure_step(prediction.plan) if measure else None
+                prediction = own = predict_own(policy, update)
+                measured = measure_own(own) if measure else None
+            else:
+                prediction = predict(plan_asked(policy, update, evaluation, asked=asked, folds=folds))
+                measured = measure_step(prediction.plan) if measure else None
             beside = {} if measured is None else measured_beside(prediction, measured)
             both = pooled(prediction, measured) if pool else None
             return attribute(prediction, folds, measured, answers=answer_all(prediction, asked), pooled=both, **beside)
@@ -369,7 +367,8 @@ class EntropyProbe:
             if (geometry or policy.config.geometry) == "frozen":
                 return one_batch(policy, batch)
             prediction = predict_own(policy, batch)
-            return result_of(prediction.plan, prediction, measure_own(prediction))
+            measured = measure_own(prediction)
+            return result_of(prediction.plan, prediction, measured, **measured_beside(prediction, measured))
 
     def take(self, batch: Rollouts, *, rate_factor: float = 1.0) -> float:
         """Step parameters and optimizer for good, as the trainer did; returns the gradient's norm before clipping.

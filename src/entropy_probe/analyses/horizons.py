@@ -13,6 +13,7 @@ import torch
 
 from entropy_probe.analyses.assemble import estimate_fields
 from entropy_probe.analyses.measure import Measured
+from entropy_probe.analyses.own_batch import OwnPrediction, slopes_without_own
 from entropy_probe.analyses.predict import Prediction, predict
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import horizon as estimator
@@ -21,11 +22,17 @@ from entropy_probe.estimators.realized import Change, change, per_decision
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.horizons import HorizonPoint, Horizons
+from entropy_probe.results.note import NoteKind
 from entropy_probe.results.student import critical_value
 from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.scoring.slopes import token_slopes
 from entropy_probe.types import TokenScores
 
+NO_PROFILE = NoteKind(
+    "no_profile",
+    "no profile over horizons: the prompts' gradients exceed max_stored_gradient_gib, or the model is sharded",
+    "Raise probe.max_stored_gradient_gib, or give evaluation rollouts.",
+)
 SLOPE_TOLERANCE = 1e-3
 """How far forward mode may be off on a sequence, relative to what parameters add; wrong rules are by percents."""
 
@@ -45,10 +52,16 @@ def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | N
     if not _has_horizons(config):
         return None
     after = measured.measurement.after
+    without_own = slopes_without_own(prediction) if isinstance(prediction, OwnPrediction) else None
+    if isinstance(prediction, OwnPrediction) and without_own is None:
+        plan.policy.log.notes.append(NO_PROFILE())
+        return None
     slopes = estimator.central_slopes(after, _opposite(prediction))
     longest = int(plan.evaluation.rollouts.response_lengths.max())
     horizons = estimator.horizons(longest, config.horizon if isinstance(config.horizon, int) else None)
     along = [_within(prediction, slopes, after, horizon) for horizon in horizons]
+    if isinstance(prediction, OwnPrediction) and without_own is not None:
+        along = _less_own(prediction, without_own, horizons, along)
     # the slopes are exact to third order in the step: what they make of the whole is set to the prediction itself
     predicted = [prediction.change - (along[-1].predicted - each.predicted) for each in along]
     realized = [each.realized if each.ess_fraction >= config.min_ess_fraction else None for each in along]
@@ -65,6 +78,20 @@ def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | N
         for k, horizon in enumerate(horizons)
     )
     return Horizons(points=points, headline=_headline(config, points, predicted))
+
+
+def _less_own(
+    prediction: OwnPrediction, slopes: TokenScores, horizons: Sequence[int | None], along: Sequence[_Within]
+) -> list[_Within]:
+    """Without the first-order influence of the responses on themselves, in both changes."""
+    predicted = [_predicted(prediction, slopes, horizon) for horizon in horizons]
+    own = [each.predicted - corrected for each, corrected in zip(along, predicted, strict=True)]
+    # of the whole it is known exactly, as the prediction is
+    gap = prediction.all_pairs - prediction.change - own[-1]
+    return [
+        _Within(corrected, each.realized - of_own - gap, each.ess_fraction)
+        for each, corrected, of_own in zip(along, predicted, own, strict=True)
+    ]
 
 
 def stated(prediction: Prediction) -> Prediction:

@@ -20,6 +20,7 @@ from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes
 from entropy_probe.estimators import first_order as fo
+from entropy_probe.estimators.horizon import central_slopes
 from entropy_probe.estimators.own_batch import LeftOut, pair_contributions
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.uncertainty import Sampled
@@ -27,14 +28,15 @@ from entropy_probe.gradients.cross import own_products
 from entropy_probe.gradients.leave_out import by_name, reduced_gradient
 from entropy_probe.gradients.per_sample import SampleGradients, Side, stored_bytes
 from entropy_probe.gradients.rows import dot_rows, flat
-from entropy_probe.named import NamedVector
+from entropy_probe.named import NamedVector, add, scale
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.adamw import Gradient
 from entropy_probe.steps.copied import STEP_ON_COPIES, optimizer_name
 from entropy_probe.steps.plan import scaled, unrounded_step
-from entropy_probe.types import Clusters
+from entropy_probe.types import Clusters, TokenScores
 
 USED_BEFORE = NoteKind(
     "used_before",
@@ -169,6 +171,47 @@ def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
     own = prediction.all_pairs - prediction.change
     corrected = Change(change.value - own.value, change.influence - own.influence, change.size_change)
     return replace(measured, measurement=replace(measured.measurement, change=corrected))
+
+
+def slopes_without_own(prediction: OwnPrediction) -> TokenScores | None:
+    """The slope of every token along the step, less what the prompt's own gradient does to it.
+
+    Along ``Delta - delta_u + mean delta``, from scores of each prompt's responses there and at the opposite. ``None``
+    where the prompts' gradients were not kept, or parameters are sharded.
+    """
+    planned, policy = prediction.plan, prediction.plan.policy
+    stored, local, own = planned.batch.gradient.stored, planned.evaluation.local, planned.evaluation.own
+    if stored is None or policy.scorer.sharded:
+        return None
+    parameters, make = policy.parameters, _vectors(planned)
+
+    def moved_by(unit: int) -> NamedVector:
+        return make(unit, by_name(stored[unit], parameters))[0]
+
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    with policy.on_rank(local):
+        for unit in range(len(stored)):
+            total = add(total, moved_by(unit))
+    total, count = policy.ranks.sum_vector(total, parameters), planned.evaluation.clusters.count
+    step = add(planned.step.delta, scale(1 / count, {n: x for n, x in total.items() if x is not None}))
+    logprobs, entropies = torch.zeros(2, *own.response_mask.shape, dtype=torch.float64)
+    with policy.clock.phase("score steps without a prompt") as progress, policy.on_rank(local):
+        for unit in range(len(stored)):
+            rows, without = (local.local_clusters == unit).nonzero()[:, 0], moved_by(unit)
+            there, opposite = (
+                _scored_at(policy, {n: p + sign * (step[n] - without[n]) for n, p in parameters.items()}, own, rows)
+                for sign in (1, -1)
+            )
+            slopes = central_slopes(there, opposite)
+            logprobs[rows], entropies[rows] = slopes.logprobs, slopes.entropies
+            progress(unit + 1, len(stored))
+    return TokenScores(logprobs, entropies, own.response_mask)
+
+
+def _scored_at(policy: Policy, parameters: NamedVector, own: Rollouts, rows: Tensor) -> TokenScores:
+    moved = {name: parameters[name].detach().to(p.dtype) for name, p in policy.parameters.items()}
+    with parameters_at(policy.parameters, moved):
+        return policy.scorer.score(own.select(rows))
 
 
 def _note_used_before(planned: Plan) -> None:
