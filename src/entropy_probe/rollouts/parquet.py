@@ -190,7 +190,7 @@ def is_rollouts(path: Path) -> bool:
     import pyarrow.parquet as pq
 
     if not path.is_file():  # a pipe would be waited for
-        return False
+        return path.suffix == ".parquet"
     try:
         return bool(
             {"prompt_token_ids", "response_token_ids", "response_mask"}.intersection(pq.read_schema(path).names)
