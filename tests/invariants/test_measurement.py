@@ -204,7 +204,12 @@ def test_reference_scores_are_computed_once_per_policy_and_batch(monkeypatch):
     update, evaluation = batches()
     scored = []
     original = Scorer.score
-    monkeypatch.setattr(Scorer, "score", lambda self, r, *a, **k: scored.append(len(r)) or original(self, r, *a, **k))
+
+    def counted(self, rollouts, progress=None, *, share=True):
+        scored.extend([len(rollouts)] * share)  # the noise floor's are not shared
+        return original(self, rollouts, progress, share=share)
+
+    monkeypatch.setattr(Scorer, "score", counted)
     subject = probe(model, optimizer)
     first = subject.run(update=update, evaluation=evaluation)
     assert len(scored) == 3  # before and after the step, and after the opposite one
