@@ -353,8 +353,7 @@ class EntropyProbe:
         The step is fitted to the responses that it is judged on. So it is taken again without each prompt, and what
         the prompt did to it is left out of the prompt's own product with it. From the realized change the first-order
         influence of the responses on themselves is subtracted. ``predicted.standard_error`` is over batches of this
-        kind, ``se_evaluation`` that of this step. In the frozen geometry this is :meth:`cross_prompt`, with H and the
-        diagnostics.
+        kind, ``se_evaluation`` that of this step. In the frozen geometry this is :meth:`cross_prompt`, with H beside.
 
         Args:
             batch: the batch the step is taken on.
