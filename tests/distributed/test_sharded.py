@@ -30,7 +30,7 @@ CASES = {
         "model": {"tie_word_embeddings": True},
         "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9},
     },
-    "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE},
+    "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE | {"horizon": None}},  # has no profile in shards
     "question": {"what": "question", "kind": "lora", "config": WIDE},
     "gradient": {"what": "gradient", "kind": "lora", "config": WIDE},
     "live step": {"what": "ahead", "own": False, "kind": "full", "config": WIDE},
