@@ -31,22 +31,26 @@ CASES = {
         "config": WIDE | {"geometry": "frozen", "frozen_max_scale": 1e9},
     },
     "one batch": {"what": "one_batch", "kind": "lora", "config": WIDE | {"horizon": None}},  # has no profile in shards
-    "question": {"what": "question", "kind": "lora", "config": WIDE},
     "gradient": {"what": "gradient", "kind": "lora", "config": WIDE},
-    "live step": {"what": "ahead", "own": False, "kind": "full", "config": WIDE},
     "live step, own batch": {"what": "ahead", "own": True, "kind": "lora", "config": WIDE},
+}  # fmt: skip
+MORE = {
+    "question": {"what": "question", "kind": "lora", "config": WIDE},
+    "live step": {"what": "ahead", "own": False, "kind": "full", "config": WIDE},
+    "sweep": {"what": "sweep", "kind": "lora", "config": WIDE},
     "kept in bfloat16": {
         "what": "gradient",
         "kind": "full",
         "config": WIDE | {"max_grad_norm": None},  # the norm of shards is rounded otherwise
         "kept": True,
     },
-    "sweep": {"what": "sweep", "kind": "lora", "config": WIDE},
-}  # fmt: skip
-MORE = {
     "one batch, kept nothing": {"what": "one_batch", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "gathered before": {"what": "run", "kind": "full", "config": WIDE, "gathered": True, "reshard": False},
-    "one side kept": {"what": "one_batch", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE}},
+    "one side kept": {
+        "what": "one_batch",
+        "kind": "full",
+        "config": WIDE | {"max_stored_gradient_gib": ONE_SIDE, "horizon": None},
+    },
     "question, kept nothing": {"what": "question", "kind": "full", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
     "kept nothing": {"what": "run", "kind": "lora", "config": WIDE | {"max_stored_gradient_gib": 0.0}},
 }  # fmt: skip

@@ -180,7 +180,7 @@ def test_only_layers_that_move_contribute(moving):
     assert {layer.layer: layer.num_parameters for layer in found.layers} == sizes
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow), "llama"])
 @pytest.mark.parametrize(("kind", "config"), hf.KINDS, ids=hf.IDS)
 def test_adds_up_on_hugging_face_models(architecture, kind, config):
     model, optimizer = hf.policy(kind, architecture, **config)

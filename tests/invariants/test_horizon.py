@@ -61,8 +61,14 @@ def estimates(setting: Setting, rows: Tensor, k: int | None, norm: str) -> tuple
     )
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("k", HORIZONS)
+@pytest.mark.parametrize(
+    ("k", "norm"),
+    [
+        pytest.param(k, norm, marks=[pytest.mark.slow] * (norm == "sequence" and k != 1))
+        for k in HORIZONS
+        for norm in NORMS
+    ],
+)
 def test_unbiased_and_covering(setting, k, norm):
     generator, values, errors = torch.Generator().manual_seed(21), [], []
     for _ in range(500):

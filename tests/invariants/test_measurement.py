@@ -175,7 +175,7 @@ def test_the_noise_floor_tells_a_real_change_from_rounding():
     assert realized(measure_noise_floor=False).realized.noise_floor is None
 
 
-@pytest.mark.parametrize("normalization", ["token", "sequence"])
+@pytest.mark.parametrize("normalization", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_errors_against_float64_are_what_the_noise_floor_says(normalization):
     model, optimizer, update, _ = float32_problem()
     precise, its_optimizer, *_ = float32_problem()

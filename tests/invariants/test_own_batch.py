@@ -95,7 +95,7 @@ CASES = [
     (16, 4, "token", 12, {}),
     pytest.param(16, 2, "sequence", 500, {"max_grad_norm": 1e-2}, marks=pytest.mark.slow),
     pytest.param(8, 8, "token", 1, {"loss_type": "dapo"}, marks=pytest.mark.slow),
-    (8, 8, "sequence", 1, {"optimizer": "sgd", "rate": 0.05}),
+    pytest.param(8, 8, "sequence", 1, {"optimizer": "sgd", "rate": 0.05}, marks=pytest.mark.slow),
 ]
 
 

@@ -166,8 +166,14 @@ def adapter(runs, tmp_path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("layout", ["prime-rl", "accelerate", "Miles", "folders of its own"])
-@pytest.mark.parametrize("name", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        pytest.param(layout, name, marks=[pytest.mark.slow] * (name != "lora" and layout != "prime-rl"))
+        for layout in ("prime-rl", "accelerate", "Miles", "folders of its own")
+        for name in ("lora", "dora", "rslora")
+    ],
+)
 def test_an_adapter_is_read(runs, adapter, layout, name):
     run = runs(name)
     state = load_checkpoint(adapter(layout, name), run.directory / "base")
