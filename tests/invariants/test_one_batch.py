@@ -336,13 +336,13 @@ def test_the_error_per_token_has_the_terms_of_the_batchs_sums(seed, rewards, wit
     assert held / plugin == pytest.approx(without, rel=0.2)
 
 
-@pytest.mark.parametrize("loss", ["dapo", "grpo"])
-def test_a_probe_takes_these_terms_from_its_batch(loss):
+@pytest.mark.parametrize(("loss", "kept"), [("dapo", 2.0), ("dapo", 0.0), ("grpo", 2.0)])
+def test_a_probe_takes_these_terms_from_its_batch(loss, kept):
     """Against the same by loops."""
     model = TinyPolicy(3, train_embedding=False)
     optimizer = trained_optimizer(model)
     rollouts = batch(3, prompts=9)
-    got = cross(model, optimizer, rollouts, normalization="token", loss_type=loss)
+    got = cross(model, optimizer, rollouts, normalization="token", loss_type=loss, max_stored_gradient_gib=kept)
     scores = TABLE.token_scores(model)
     rows = [int((TABLE.rollouts.input_ids == ids).all(1).nonzero()[0, 0]) for ids in rollouts.input_ids]
     clusters, own = Clusters.prompts(rollouts.prompt_ids), scores.select(torch.tensor(rows))

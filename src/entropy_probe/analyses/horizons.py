@@ -1,7 +1,8 @@
 """The profile over horizons, from scores at the checkpoint, after the step, and after the opposite step.
 
 The opposite step is one more scoring of the evaluation batch; half the difference of the two gives the slope of every
-token along the step, from which the prediction at every horizon is a sum. Formulas: ``docs/theory.md``, "A horizon".
+token along the step, from which the prediction at every horizon is a sum. One batch takes two more, without what each
+prompt did to the step. Formulas: ``docs/theory.md``, "A horizon".
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from entropy_probe.types import TokenScores
 
 NO_PROFILE = NoteKind(
     "no_profile",
-    "no profile over horizons: the prompts' gradients exceed max_stored_gradient_gib, or the model is sharded",
+    "no profile over horizons: the prompts' gradients exceed max_stored_gradient_gib, the model is sharded, or what is "
+    "trained of it is in 16 bits, which would round single prompts' steps away",
     "Raise probe.max_stored_gradient_gib, or give evaluation rollouts.",
 )
 SLOPE_TOLERANCE = 1e-3

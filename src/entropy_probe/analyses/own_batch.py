@@ -177,11 +177,11 @@ def slopes_without_own(prediction: OwnPrediction) -> TokenScores | None:
     """The slope of every token along the step, less what the prompt's own gradient does to it.
 
     Along ``Delta - delta_u + mean delta``, from scores of each prompt's responses there and at the opposite. ``None``
-    where the prompts' gradients were not kept, or parameters are sharded.
+    where the prompts' gradients were not kept, parameters are sharded, or in 16 bits, which round these steps away.
     """
     planned, policy = prediction.plan, prediction.plan.policy
     stored, local, own = planned.batch.gradient.stored, planned.evaluation.local, planned.evaluation.own
-    if stored is None or policy.scorer.sharded:
+    if stored is None or policy.scorer.sharded or any(p.itemsize < 4 for p in policy.parameters.values()):
         return None
     parameters, make = policy.parameters, _vectors(planned)
 
