@@ -272,6 +272,9 @@ def test_bfloat16_runs_when_asked_for(kind):
     result = EntropyProbe(model, optimizer, config).run(update=rollouts(), evaluation=rollouts(40, seed=2, group=1))
     assert result.diagnostics.per_sample_gradients == ("linear-layer hooks" if kind == "lora" else "hooks")
     assert any("quantised" in m for m in texts(result.diagnostics.notes))
+    own = EntropyProbe(model, optimizer, config).one_batch(rollouts())
+    assert own.horizons is None
+    assert any("no profile over horizons" in m for m in texts(own.diagnostics.notes))
     full, _ = policy(kind)
     full.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     exact = torch.optim.AdamW([p for p in full.parameters() if p.requires_grad], lr=1e-3)
