@@ -7,6 +7,7 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses.before import chosen_clusters
+from entropy_probe.analyses.one_batch import MIN_FOR_LENGTH
 from entropy_probe.estimators.baselines import strictly_after
 from entropy_probe.estimators.u_statistic import cross_statistic, influence_of_sums
 from entropy_probe.estimators.uncertainty import ratio
@@ -308,7 +309,8 @@ class PerToken:
         lengths = self.of_length[picked].sum(1)
         x = -share * (self.of_entropy[picked].sum(1) - entropy.value * lengths)
         y = share * torch.einsum("ug,ugp->up", advantages, self.of_logprob[picked]) * self.scale
-        slope = (lengths[:8].sum(0) @ y[8:].mean(0) / tokens[:8].sum()).item()
+        some = MIN_FOR_LENGTH
+        slope = (lengths[:some].sum(0) @ y[some:].mean(0) / tokens[:some].sum()).item()
         beyond = partial(influence_of_sums, weights=tokens, loss_weights=tokens, entropy=entropy, length_slope=slope)
         given = (x @ y.sum(0), y @ x.sum(0), (x * y).sum(1))
         return cross_statistic(*given, beyond if of_sums else None)
