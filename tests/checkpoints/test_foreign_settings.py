@@ -237,8 +237,43 @@ def test_areal_by_its_config(tmp_path):
         ({"reward_norm": None}, "its own norm of rewards (reward_norm)"),
         ({"reward_norm": {"mean_level": "group", "std_level": None, "mean_leave1out": True}}, "its own norm of rewards "
          "(reward_norm)"),
+        ({"overlong_reward_penalty": True, "gae_lambda": 0.95}, "rewards of its own shape (gae_lambda 0.95, "
+         "overlong_reward_penalty True)"),
+        ({"reward_scaling": 10.0, "reward_bias": -0.5, "reward_clip": 20.0}, "grpo"),
+        ({"reward_scaling": 10.0, "reward_norm": {"mean_level": "group", "std_level": None}}, "rewards of its own "
+         "shape (reward_scaling 10.0)"),
     ],
 )  # fmt: skip
 def test_advantages_of_areal_that_are_not_computed_here_are_said(tmp_path, actor, estimator):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**AREAL, "actor": {**AREAL["actor"], **actor}}))
     assert find_settings(tmp_path).values["adv_estimator"] == estimator
+
+
+def test_areals_cap_of_a_decoupled_loss_is_refused(tmp_path):
+    for decoupled in (True, False):
+        actor = AREAL["actor"] | {
+            "rejection_sampling": None,
+            "behave_imp_weight_cap": 5.0,
+            "use_decoupled_loss": decoupled,
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**AREAL, "actor": actor}))
+        assert ("behave_imp_weight_cap" in find_settings(tmp_path).loss) == decoupled
+
+
+def test_settings_that_should_be_by_name_are_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({**AREAL, "actor": {**AREAL["actor"], "reward_norm": "group"}})
+    )
+    with pytest.raises(CheckpointError, match=r"actor\.reward_norm: expected settings by name, got 'group'"):
+        find_settings(tmp_path)
+
+
+def test_a_trainers_own_settings_go_before_those_of_deepspeed_beside_the_checkpoint(tmp_path):
+    checkpoint = tmp_path / "global_step_1"
+    checkpoint.mkdir()
+    (checkpoint / "ds_config.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3})
+    )
+    assert find_settings(checkpoint).trainer == "DeepSpeed"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(VERL))
+    assert find_settings(checkpoint).trainer == "verl"

@@ -219,9 +219,10 @@ def test_a_key_comes_from_the_environment(script, policy, monkeypatch):
         sample(engine(script))
 
 
-def test_no_message_has_the_key(script, monkeypatch):
-    """Not even where the server gives it back."""
-    monkeypatch.setenv("A_KEY", "sk-wrong")
+@pytest.mark.parametrize("key", ["sk-wrong", "sk-wrong" + 400 * "x"])
+def test_no_message_has_the_key(script, monkeypatch, key):
+    """Not even where the server gives it back, or its answer is cut off within it."""
+    monkeypatch.setenv("A_KEY", key)
     script.key = "sk-right"
     with pytest.raises(ValueError, match=r"Incorrect API key provided: Bearer \(the key\)") as caught:
         sample(engine(script, api_key_env="A_KEY"))
@@ -243,7 +244,7 @@ def test_a_key_that_cannot_be_sent_is_one_line_without_it(script, monkeypatch, h
 @pytest.mark.parametrize("given", ["sk-live-123", "sk_live_abc", 123456, ["sk-abc"], "A KEY"])
 def test_a_key_in_the_place_of_a_variables_name_is_not_shown(given):
     with pytest.raises(ValidationError, match=r"name of an environment variable .*, got something else") as caught:
-        ServerSettings(url="http://localhost:8000", api_key_env=given)
+        GenerationSettings(server={"url": "http://localhost:8000", "api_key_env": given})
     assert str(given) not in str(caught.value)
 
 

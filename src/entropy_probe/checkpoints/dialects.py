@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from entropy_probe.checkpoints.errors import InvalidValueError
+
 Settings = Mapping[str, Any]
 """Of any depth, by name."""
 
@@ -69,8 +71,8 @@ def _of_skyrl(settings: Settings, loss: dict[str, Any], others: dict[str, Any]) 
     if at(settings, "trainer.algorithm.advantage_batch_normalize"):
         others["adv_estimator"] = "norms over the whole batch (advantage_batch_normalize)"
     place = "trainer.algorithm.off_policy_correction"
-    correction = at(settings, place) or {}
-    switches = ("tis_ratio_type", "sequence_mask_metric", *(name for name in correction if "is_threshold" in name))
+    correction = _mapping(settings, place)
+    switches = ("tis_ratio_type", "sequence_mask_metric", *(name for name in correction if "is_threshold" in str(name)))
     on = [name for name in switches if at(settings, f"{place}.{name}") is not None]
     if on or at(settings, "trainer.algorithm.use_tis"):
         loss["off_policy_correction"] = ", ".join(on) or "use_tis"
@@ -79,15 +81,46 @@ def _of_skyrl(settings: Settings, loss: dict[str, Any], others: dict[str, Any]) 
 def _of_areal(settings: Settings, loss: dict[str, Any], others: dict[str, Any]) -> None:
     """Norms of rewards and advantages; without a reference its KL term is one of the log-probabilities alone."""
     loss.setdefault("ppo_n_minibatches", 4)
+    if at(settings, "actor.use_decoupled_loss") and not at(settings, "actor.rejection_sampling"):
+        loss |= _given(settings, "behave_imp_weight_cap")
     others["use_kl_in_reward"] = at(settings, "actor.kl_ctl") != 0  # 0.1 by default
-    norm = at(settings, "actor.reward_norm") or {}
+    norm = _mapping(settings, "actor.reward_norm")
     levels = norm.get("mean_level", "batch"), norm.get("std_level", "batch")
     if at(settings, "actor.adv_norm") is not None:
         others["adv_estimator"] = "a norm over the batch (adv_norm)"
-    elif levels[0] != "group" or levels[1] == "batch" or norm.get("mean_leave1out"):
+    elif (
+        levels[0] != "group" or levels[1] == "batch" or norm.get("mean_leave1out") or norm.get("std_unbiased") is False
+    ):
         others["adv_estimator"] = "its own norm of rewards (reward_norm)"
+    elif shaped := _shaped(settings, scaled=levels[1] != "group"):
+        others["adv_estimator"] = f"rewards of its own shape ({', '.join(shaped)})"
     else:
         others |= {"adv_estimator": "grpo", "scale_rewards": levels[1] or "none"}
+
+
+def _shaped(settings: Settings, *, scaled: bool) -> list[str]:
+    """What AReaL does to rewards and advantages beside their norms; a bias goes with the mean of the group."""
+    neutral = {"discount": 1, "gae_lambda": 1, "overlong_reward_penalty": False, "mask_no_eos_with_zero": False}
+    neutral |= {"reward_clip": 20, **({"reward_scaling": 1} if scaled else {})}
+    return [
+        f"{name} {value}"
+        for name, usual in neutral.items()
+        for value in _given(settings, name).values()
+        if value != usual
+    ]
+
+
+def _given(settings: Settings, name: str) -> dict[str, Any]:
+    value = at(settings, f"actor.{name}")
+    return {} if value is None else {name: value}
+
+
+def _mapping(settings: Settings, place: str) -> dict[Any, Any]:
+    """What stands at a place, which may be left out."""
+    value = at(settings, place)
+    if value is not None and not isinstance(value, dict):
+        raise InvalidValueError(f"{place}: expected settings by name, got {value!r}; correct the trainer's config")
+    return value or {}
 
 
 def _of_deepspeed(settings: Settings, loss: dict[str, Any], others: dict[str, Any]) -> None:

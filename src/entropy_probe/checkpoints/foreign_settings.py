@@ -33,15 +33,21 @@ _PLACES = (
 
 
 def find_settings(path: Path) -> TrainerSettings | None:
-    """The settings that a trainer left in a checkpoint's directory or a few levels above; None where there are none."""
+    """The settings that a trainer left in a checkpoint's directory or a few levels above; None where there are none.
+
+    Those of DeepSpeed, which knows no loss, only where no trainer's own are.
+    """
+    of_deepspeed = None
     above = (path.absolute(), *path.absolute().parents[:LEVELS])
     for file in (place / name for place in above for name in _PLACES):
         if file.is_file() and file.stat().st_size <= MOST and _may_be_a_trainers(file):
             settings = _read(file)
             dialect = _dialect(settings)
-            if dialect is not None:
+            if dialect is not None and dialect.name != DEEPSPEED:
                 return _settings(file, dialect, settings)
-    return None
+            if dialect is not None and of_deepspeed is None:
+                of_deepspeed = _settings(file, dialect, settings)
+    return of_deepspeed
 
 
 def read_settings(file: Path) -> TrainerSettings:

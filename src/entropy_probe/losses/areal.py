@@ -89,6 +89,7 @@ class AReaLLoss(Loss):
         sapo_tau_pos: of these, for positive advantages.
         sapo_tau_neg: for the others.
         m2_threshold: must be off: M2PO's mask is not modelled.
+        behave_imp_weight_cap: must be off: the decoupled loss is modelled with ``rejection_sampling``.
         ppo_n_minibatches: steps on a batch of rollouts; with more than one ``old_logprobs`` are needed.
     """
 
@@ -105,6 +106,7 @@ class AReaLLoss(Loss):
     sapo_tau_pos: float = Field(default=1.0, gt=0)
     sapo_tau_neg: float = Field(default=1.05, gt=0)
     m2_threshold: None = None
+    behave_imp_weight_cap: None = None
     ppo_n_minibatches: int | None = Field(default=None, ge=1)
 
     @property

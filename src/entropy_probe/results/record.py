@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 
 class Record(BaseModel):
-    """Plain data: frozen, every key known, no number that is not finite."""
+    """Plain data: frozen, every key known, no number that is not finite; errors never show a value, a key perhaps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )  # it may be a key
 
 
 LARGEST_WHOLE, LARGEST = 2**63 - 1, 2.0**127

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from entropy_probe.results.note import Note
@@ -38,8 +38,6 @@ class ServerSettings(Settings):
         retries: how often a request is repeated, after longer and longer waits, where the server is busy (429, 502,
             503, 504), the connection fails or the time is over.
     """
-
-    model_config = ConfigDict(hide_input_in_errors=True)  # which may be a key
 
     url: str
     model: str | None = Field(default=None, min_length=1)
@@ -67,7 +65,11 @@ class ServerSettings(Settings):
             named = parts.hostname is not None and parts.port != 0
         except ValueError as error:
             raise ValueError(f"{expected}: {error}") from error
-        if parts.scheme not in ("http", "https") or not named or parts.query or parts.fragment:
+        if parts.query or parts.fragment:  # which may be a key
+            raise ValueError(
+                "expected the address of a server such as http://localhost:8000, got one with a query; leave it out"
+            )
+        if parts.scheme not in ("http", "https") or not named:
             raise ValueError(expected)
         if parts.username is not None or parts.password is not None:
             raise ValueError("expected an address without name and password, got one with them; leave them out")

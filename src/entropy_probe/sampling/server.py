@@ -301,13 +301,13 @@ class ServerEngine:
             response = self._connections.request(method, url, json=body, retries=retry, redirect=False)
         except HTTPError as error:
             reason = error.reason if isinstance(error, MaxRetryError) and error.reason is not None else error
-            said = " ".join(str(reason).split())[:200]
+            said = self._without_key(" ".join(str(reason).split()))[:200]
             self._refuse(
                 f"an answer to {route}, got none in {1 + retries} tries ({type(reason).__name__}: {said})",
                 "start the server, or correct generation.server; the same command then goes on",
             )
         if response.status != HTTPStatus.OK:
-            said = " ".join(response.data.decode(errors="replace").split())[:300]
+            said = self._without_key(" ".join(response.data.decode(errors="replace").split()))[:300]
             if response.status in UNKNOWN:
                 remedy = "set generation.server.api_key_env to the environment variable with the server's key"
             self._refuse(f"an answer to {route}, got status {response.status}: {said}", remedy)
@@ -335,7 +335,11 @@ class ServerEngine:
 
     def _refuse(self, expected: str, remedy: str) -> NoReturn:
         message = f"generation.server {self._settings.url}: expected {expected}; {remedy}"
-        raise ValueError(message if self._key is None else message.replace(self._key, "(the key)"))  # a server echoes
+        raise ValueError(self._without_key(message))
+
+    def _without_key(self, said: str) -> str:
+        """A server may echo it; to be asked before anything is cut off."""
+        return said if self._key is None else said.replace(self._key, "(the key)")
 
 
 def _key_in(variable: str) -> str:
