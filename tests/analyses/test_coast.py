@@ -62,7 +62,7 @@ def test_the_measured_change_is_that_of_the_optimizer_itself(kind):
         assert coasted.weight_decay is None
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_small_steps_coast_as_far_as_committed(kind, normalization):
     """On the same rollouts, to second order in the rate, with an error that is of that order too."""

@@ -14,8 +14,8 @@ def loss(s, h, rollouts, settings):
         total = total + settings.kl_loss_coef * (each.sum(1) / lengths.clamp(min=1)).mean()
     if settings.use_entropy_loss:
         parts = [rollouts.microbatch_ids == which for which in rollouts.microbatch_ids.unique()]
-        means = [(h[rows] * mask[rows]).sum() / mask[rows].sum() for rows in parts]
-        total = total - settings.entropy_loss_coef * torch.stack(means).mean()
+        means = [rows.sum() / len(mask) * (h[rows] * mask[rows]).sum() / mask[rows].sum() for rows in parts]
+        total = total - settings.entropy_loss_coef * torch.stack(means).sum()  # each by its share of the sequences
     return total
 
 

@@ -73,3 +73,7 @@ def test_columns_that_are_missing_are_named(settings, column):
     rollouts, _ = batch(**{column: None})
     with pytest.raises(ValueError, match=rf"{column}: expected \[N, L\] on an update batch of .*, got None; record"):
         build_loss({"trainer": "areal"} | settings).check(rollouts)
+
+
+def test_a_ratio_to_the_sampler_takes_the_policys_own_scores():
+    assert build_loss({"trainer": "areal"}).needs_scores(batch(old_logprobs=None)[0])

@@ -14,7 +14,7 @@ REDUCTIONS = ("token_mean", "token_mean_legacy", "sequence_mean", "seq_mean_toke
 def test_skyrl(kind, reduction):
     settings = {"policy_loss_type": kind, "loss_reduction": reduction, "use_kl_loss": False, "max_seq_len": 7}
     settings |= {"eps_clip_low": 0.05, "eps_clip_high": 0.3, "clip_ratio_c": 1.2, "tau_neg": 2.0}
-    agree(skyrl, *batch(token_advantages=kind != "gspo"), {"trainer": "skyrl"} | settings)
+    agree(skyrl, *batch(token_advantages=True), {"trainer": "skyrl"} | settings)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -25,7 +25,9 @@ def test_kl_and_entropy(estimator):
 
 @pytest.mark.parametrize("kind", ["regular", "gspo", "sapo"])
 def test_far_off_policy(kind):
-    agree(skyrl, *far_batch(), {"trainer": "skyrl", "policy_loss_type": kind, "kl_loss_coef": 0.3}, rtol=1e-12)
+    for estimator in ("k1", "k2", "k3"):
+        settings = {"policy_loss_type": kind, "kl_loss_coef": 0.3, "kl_estimator_type": estimator}
+        agree(skyrl, *far_batch(), {"trainer": "skyrl"} | settings, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,6 @@ def test_a_later_step_needs_the_old_policy():
     with pytest.raises(ValueError, match=r"old_logprobs: expected \[N, L\].*; record SkyRL's action_log_probs"):
         loss.check(rollouts)
     assert not build_loss({"trainer": "skyrl", "train_batch_size": 4, "policy_mini_batch_size": 4}).needs_old
+    assert build_loss({"trainer": "skyrl", "update_epochs_per_batch": 2}).needs_old
+    assert build_loss({"trainer": "skyrl"}).needs_scores(rollouts)  # for its KL term
+    assert not build_loss({"trainer": "skyrl", "use_kl_loss": False}).needs_scores(rollouts)

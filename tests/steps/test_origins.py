@@ -47,6 +47,23 @@ def test_parts_of_a_whole_record_sum_to_the_momentum_part(normalization):
     assert [row[0] for row in table.rows] == ["the last step", *(f"{k} steps ago" for k in range(2, 7)), "older"]
 
 
+def test_steps_without_a_gradient_do_not_age_a_moment():
+    """Nor do gradients from before the optimizer's first step count."""
+    model, generator, past = TinyPolicy(), torch.Generator().manual_seed(2), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for k in range(TAKEN):
+        for p in model.parameters():
+            gradient = 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.grad = None if p is model.embed.weight and k in (1, 4) else gradient
+        past.insert(0, {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
+        optimizer.step()
+    optimizer.zero_grad()
+    earlier = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    result = predicted(model, optimizer, [*past, earlier])
+    assert abs(result.origins.older.value) < 1e-12 * abs(result.components["momentum"].value)
+    assert result.origins.steps[-1].value == 0
+
+
 def test_a_part_is_what_the_momentum_part_is_less_without_that_gradient():
     """Taken again without one of the gradients, in the first moment alone, the step differs by that gradient's part."""
     model, optimizer, past = stepped()

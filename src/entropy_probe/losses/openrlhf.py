@@ -17,6 +17,7 @@ from torch import Tensor
 from entropy_probe.losses.base import GLOBAL_MEAN, NOT_A_NUMBER, RATIO_ONE, Loss, inert_clip, require
 from entropy_probe.losses.pieces import (
     KLKind,
+    by_token_of_shares,
     clipped_slope,
     gap,
     group_sum,
@@ -229,8 +230,8 @@ class OpenRLHFLoss(Loss):
         if self._version >= BOUNDED_SINCE:
             groups = groups // self.num_processes
         lengths = mask.sum(1).double()
-        share = group_sum(torch.ones_like(lengths), groups) / len(mask)
         if by_token:
-            return mask * (share / group_sum(lengths, groups).clamp(min=1))[:, None]
+            return by_token_of_shares(mask, groups)
+        share = group_sum(torch.ones_like(lengths), groups) / len(mask)
         answered = group_sum((lengths > 0).double(), groups)
         return mask * (share / (answered * lengths).clamp(min=1))[:, None]

@@ -41,6 +41,13 @@ def by_token(mask: Bool[Tensor, "N L"], groups: Int[Tensor, " N"] | None = None)
     return mask / (len(groups.unique()) * group_sum(mask.sum(1).double(), groups).clamp(min=1))[:, None]
 
 
+def by_token_of_shares(mask: Bool[Tensor, "N L"], groups: Int[Tensor, " N"]) -> Float[Tensor, "N L"]:
+    """Weights of each group's mean over its tokens, times its share of the sequences."""
+    lengths = mask.sum(1).double()
+    share = group_sum(torch.ones_like(lengths), groups) / len(mask)
+    return mask * (share / group_sum(lengths, groups).clamp(min=1))[:, None]
+
+
 def microbatches(rollouts: Rollouts) -> Int[Tensor, " N"]:
     """The microbatch of each sequence; all one where the batch does not say."""
     ids = rollouts.microbatch_ids

@@ -19,6 +19,7 @@ from entropy_probe.losses.pieces import (
     by_max_length,
     by_sequence,
     by_token,
+    by_token_of_shares,
     clipped_slope,
     gap,
     kl_slope,
@@ -53,7 +54,7 @@ class SkyRLLoss(Loss):
         use_kl_loss: whether there is a KL loss to the reference, a mean over sequences.
         kl_loss_coef: its coefficient.
         kl_estimator_type: ``abs`` is not modelled.
-        use_entropy_loss: whether there is an entropy bonus, a mean over the tokens of each microbatch.
+        use_entropy_loss: whether there is an entropy bonus, a mean over each microbatch's tokens, by its sequences.
         entropy_loss_coef: its coefficient.
         off_policy_correction: must be off: weights and masks by the ratio to the sampler are not modelled.
         update_epochs_per_batch: passes over the rollouts.
@@ -132,8 +133,9 @@ class SkyRLLoss(Loss):
             inside = (kl_value("k3", above).abs() <= BOUND_OF_KL) | (self.kl_estimator_type != "k3")
             slope = kl_slope(self.kl_estimator_type, above) * inside
             logprobs = logprobs + self.kl_loss_coef * by_sequence(mask) * slope
-        bonus = -self.entropy_loss_coef * by_token(mask, microbatches(rollouts)) if self.use_entropy_loss else None
-        return TokenCoefficients(logprobs.masked_fill(~mask, 0.0), bonus)
+        bonus = by_token_of_shares(mask, microbatches(rollouts)) if self.use_entropy_loss else None
+        entropies = None if bonus is None else -self.entropy_loss_coef * bonus
+        return TokenCoefficients(logprobs.masked_fill(~mask, 0.0), entropies)
 
     def notes(self, rollouts: Rollouts, scores: TokenScores | None) -> list[Note]:
         """Settings without effect, ratios and microbatches that are not known."""

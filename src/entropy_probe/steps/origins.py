@@ -28,7 +28,7 @@ def momentum_by_origin(
     """What each of the last steps' gradients adds to the momentum part of the next step.
 
     The first moment is ``(1 - beta1) sum_j beta1^j g_j`` with ``g_j`` the gradient of j steps before the last one, so
-    its part is ``-gradient_scale beta1^(j+1) g_j``.
+    its part is ``-gradient_scale beta1^(j+1) g_j``. Of a parameter, steps without a gradient do not count.
 
     Args:
         parameters: what is stepped, by name.
@@ -37,16 +37,17 @@ def momentum_by_origin(
         past: gradients as the optimizer got them, that of the last step first.
     """
     settings = adam_settings(optimizer, None)
-    parts = []
-    for age, gradient in enumerate(past, start=1):
+    parts, ages = [], dict.fromkeys(parameters, 0)
+    for gradient in past:
         part = {}
         for name, p in parameters.items():
             g = gradient[name]
             scale, taken = gradient_scale[name], step_count(optimizer.state.get(p, {})) or 0
-            if g is None or age > taken:
+            ages[name] += g is not None
+            if g is None or ages[name] > taken:
                 part[name] = torch.zeros_like(scale)
             else:
-                part[name] = -(settings[id(p)].beta1 ** age) * scale * g
+                part[name] = -(settings[id(p)].beta1 ** ages[name]) * scale * g
         parts.append(part)
     return parts
 
@@ -62,7 +63,7 @@ def check_past(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optim
         state, s = optimizer.state.get(p, {}), settings[id(p)]
         taken = step_count(state) or 0
         coupled = s.weight_decay and not s.decoupled  # then the moment has decay in it, too
-        gradients = [g for gradient in past[: int(taken)] if (g := gradient[name]) is not None]
+        gradients = [g for gradient in past if (g := gradient[name]) is not None][: int(taken)]
         if not taken or coupled or len(gradients) < taken:
             continue
         moment = state["exp_avg"].to(torch.promote_types(p.dtype, torch.float32))
