@@ -58,6 +58,7 @@ class EightBitState:
         cls, path: Path, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]], size: int
     ) -> EightBitState:
         """Check what a file of some bytes holds."""
+        own = [_group(f"{path}: group {i}", group) for i, group in enumerate(groups)]
         stored = {index: _opened(f"{path}: parameter {shown(index)}", entry) for index, entry in state.items()}
         declared = sum(x.nbytes for tensors in stored.values() for key, x in tensors.items() if "qmap" not in key)
         if declared > size:
@@ -66,7 +67,7 @@ class EightBitState:
                 "tensors that share their data; save the optimizer again"
             )
         return cls(
-            [_group(f"{path}: group {i}", group) for i, group in enumerate(groups)],
+            own,
             {
                 index: {"step": entry.get("step"), **{key: _moment(stored[index], i) for key, i in _MOMENTS.items()}}
                 for index, entry in state.items()
