@@ -7,9 +7,10 @@ import json
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedIOBase
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from entropy_probe.sampling.foreign import call, import_function
 
@@ -53,7 +54,7 @@ def jsonl_records(path: Path, of: str = "prompts") -> Records:
         raise ValueError(f"{path}: expected an intact gzip file, got: {error}; copy it again") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BufferedIOBase:
     with path.open("rb") as file:
         head = file.read(4)
     if head == _ZSTD:
