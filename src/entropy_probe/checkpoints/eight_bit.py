@@ -58,7 +58,6 @@ class EightBitState:
         cls, path: Path, groups: list[dict[str, Any]], state: Mapping[Any, dict[str, Any]], size: int
     ) -> EightBitState:
         """Check what a file of some bytes holds."""
-        own = [_group(f"{path}: group {i}", group) for i, group in enumerate(groups)]
         stored = {index: _opened(f"{path}: parameter {shown(index)}", entry) for index, entry in state.items()}
         declared = sum(x.nbytes for tensors in stored.values() for key, x in tensors.items() if "qmap" not in key)
         if declared > size:
@@ -67,7 +66,7 @@ class EightBitState:
                 "tensors that share their data; save the optimizer again"
             )
         return cls(
-            own,
+            [_group(f"{path}: group {i}", group) for i, group in enumerate(groups)],
             {
                 index: {"step": entry.get("step"), **{key: _moment(stored[index], i) for key, i in _MOMENTS.items()}}
                 for index, entry in state.items()
@@ -132,6 +131,8 @@ def _opened(where: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     other = next((what for key, what in _OTHERS.items() if key in tensors), None)
     if other is None and "state2" not in tensors:
         other = "that keeps no second moment (Lion, SGD, RMSprop, Adagrad)"
+    if other is None and getattr(tensors.get("absmax1"), "ndim", 1) > 1:
+        other = "with two first moments (AdEMAMix)"
     if other is not None:
         raise UnsupportedError(f"{where}: not supported: an optimizer of bitsandbytes {other}; {_OTHER_REMEDY}")
     expected = _STATE if tensors.keys() & {"qmap1", "absmax1", "qmap2", "absmax2"} else {"state1", "state2"}
