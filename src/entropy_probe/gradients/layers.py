@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from entropy_probe.scoring.isolation import substituted
 
-__all__ = ["Call", "Rule", "Sink", "UnhookableError", "call_again", "detach", "linear", "rule_for", "tolerance"]
-
 _BLOCK_ELEMENTS = 2**23
 """Per-sequence gradients of one layer are formed for at most this many elements at a time."""
 

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from entropy_probe.gradients.hooks import Hooks, hooked_backward
 from entropy_probe.gradients.layers import Sink
 from entropy_probe.gradients.rows import dot_rows, sum_over_columns
-from entropy_probe.named import NamedVector
+from entropy_probe.named import NamedVector, add_to, gradient_of
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
@@ -31,14 +31,6 @@ from entropy_probe.scoring.isolation import as_a_function, differs_in_training
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
-
-__all__ = [
-    "SampleGradients",
-    "Side",
-    "cluster_backward",
-    "sample_gradients",
-    "stored_bytes",
-]
 
 _CACHED_ELEMENTS = 2**26
 """Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
@@ -337,8 +329,7 @@ def cluster_backward(
     work = partial(_backward, scorer, parameters, coefficients, sheet)
     for _, gradients_by_side in scorer.each(rollouts, work, rows):
         for total, gradients in zip(totals, gradients_by_side, strict=True):
-            for name, gradient in gradients.items():
-                total[name] = total[name] + gradient if name in total else gradient
+            add_to(total, gradients)
     return totals
 
 
@@ -352,13 +343,8 @@ def _backward(
     """One forward pass over a microbatch, then one backward pass per surrogate."""
     if scorer.sharded:
         return [_backward_into_grad(scorer, parameters, each, sheet, batch) for each in coefficients]
-    values, per_surrogate = scorer.surrogates(batch, coefficients, sheet=sheet), []
-    for k, value in enumerate(values):
-        gradients = torch.autograd.grad(
-            value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
-        )
-        per_surrogate.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
-    return per_surrogate
+    values = scorer.surrogates(batch, coefficients, sheet=sheet)
+    return [gradient_of(value, parameters, again=k < len(values)) for k, value in enumerate(values, 1)]
 
 
 def _backward_into_grad(

@@ -17,8 +17,6 @@ from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import of_this_thread, parameters_at
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["check_gradient", "gathered_precisions"]
-
 SHARES = (0.1, 0.01, 0.001)
 """How far the log-probability of the sequence is moved, of a nat or of itself: beyond rounding, and, with the last at
 the latest, little enough to be almost linear."""

@@ -17,8 +17,6 @@ from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.responses import completed_rollouts, generate_responses, sequence_seeds
 from entropy_probe.scoring.isolation import evaluating
 
-__all__ = ["HeldOut", "HeldOutSampler"]
-
 
 @dataclass(frozen=True)
 class HeldOut:

@@ -17,8 +17,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest
 from entropy_probe.steps.adamw import Gradient, clip_gradient, optimizer_parameters
 
-__all__ = ["logged_keys", "probe_actor", "prompt_shares", "step_record"]
-
 PREFIX = "entropy_probe/"
 _ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
 _WITH_ERROR = ("predicted", "realized")

@@ -26,8 +26,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.memory import fitting_tokens
 from entropy_probe.scoring.precision import precisions
 
-__all__ = ["Budget", "LiveRun"]
-
 LEAST_TOKENS = 512
 """Padded tokens of a forward pass, below which memory is not the microbatch's fault."""
 

@@ -20,8 +20,6 @@ from entropy_probe.results.live import (
 )
 from entropy_probe.rollouts.batch import Rollouts
 
-__all__ = ["Recorder", "drop_records_after", "write_record"]
-
 
 def write_record(
     run_directory: str | Path,

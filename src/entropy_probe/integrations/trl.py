@@ -19,8 +19,6 @@ from entropy_probe.integrations.held_out import HeldOut
 from entropy_probe.integrations.live_run import Budget, LiveRun
 from entropy_probe.integrations.trl_batch import calling_trainer
 
-__all__ = ["EntropyProbeCallback", "HeldOut", "ManifestCallback"]
-
 
 class ManifestCallback(TrainerCallback):
     """Writes ``entropy-probe-manifest.json`` into every checkpoint, with names from the live optimizer and model.

@@ -28,8 +28,6 @@ from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 
-__all__ = ["Answer", "Scenario", "Settings", "check", "run", "section", "step_changes"]
-
 ERRORS = "Errors are from the evaluation rollouts alone; that of the whole update batch is from both batches."
 
 

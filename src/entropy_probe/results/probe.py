@@ -19,24 +19,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.results.step import StepVectors
 
-__all__ = [
-    "BatchFit",
-    "Coasted",
-    "CrossPrompt",
-    "Diagnostics",
-    "Estimate",
-    "GradientAgreement",
-    "OptimizerStateReport",
-    "Origins",
-    "PolicyFit",
-    "Pooled",
-    "PreconditionerReport",
-    "Predicted",
-    "ProbeResult",
-    "Realized",
-    "SamplerMismatch",
-]
-
 SCHEMA_VERSION = 3
 RESULTS_FILE = "results.json"
 

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from entropy_probe.named import NamedVector, dot
+from entropy_probe.named import NamedVector, dot, gradient_of
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.isolation import lookups_masked, substituted
@@ -93,10 +93,8 @@ def _token_by_token(
 
 def _slope_terms(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> list[float]:
     """The inner product of a scalar's gradient with the direction by parameter, by one backward pass."""
-    gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return [
-        dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, gradients, strict=True) if g is not None
-    ]
+    gradient = gradient_of(value, parameters, again=True)
+    return [dot({name: g}, {name: direction[name]}) for name, g in gradient.items()]
 
 
 def token_slopes(
