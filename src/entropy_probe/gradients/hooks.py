@@ -8,8 +8,8 @@ applies itself, has its own; any other layer is called again on each cluster's s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +92,11 @@ class _Hooked:
         self.current = 0
         self.reading = False
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        handles = [
-            layer.register_forward_hook(of_this_thread(self._hook), with_kwargs=True) for layer in self.hooks.layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def attached(self) -> ExitStack:
+        stack = ExitStack()
+        for layer in self.hooks.layers:
+            stack.enter_context(layer.register_forward_hook(of_this_thread(self._hook), with_kwargs=True))
+        return stack
 
     def _hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         if self.reading:  # a rule calls its layer again

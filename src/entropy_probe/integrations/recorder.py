@@ -18,6 +18,7 @@ from entropy_probe.results.live import (
     recorded_steps,
     step_directory,
 )
+from entropy_probe.results.record import sync
 from entropy_probe.rollouts.batch import Rollouts
 
 
@@ -46,6 +47,8 @@ def write_record(
     Raises:
         OSError: if it cannot be written.
     """
+    from safetensors.torch import save_file
+
     place = step_directory(run_directory, record.step)
     temporary, replaced = (place.with_name(f".{place.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -56,13 +59,14 @@ def write_record(
     if rollouts is not None:
         rollouts.to_parquet(temporary / ROLLOUTS_FILE)
     if gradient is not None and keep_gradients:
-        _write_tensors(gradient, temporary / GRADIENT_FILE)
+        host = {name: tensor.detach().cpu().contiguous() for name, tensor in gradient.items()}
+        save_file(host, temporary / GRADIENT_FILE)
     for path in (*temporary.iterdir(), temporary):
-        _to_disk(path)
+        sync(path)
     if place.exists():
         place.rename(replaced)
     temporary.rename(place)
-    _to_disk(place.parent)
+    sync(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     if gradient is not None:
         held = [file for _, other in recorded_steps(run_directory) if (file := other / GRADIENT_FILE).is_file()]
@@ -132,17 +136,3 @@ class Recorder:
             self.wait()
         finally:
             self._thread.shutdown()
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -36,6 +36,8 @@ LOGGED: Mapping[str, tuple[str, ...]] = {
     "kl": ("kl", "actor/kl_loss"),
 }
 """Keys of TRL's trainers, and of others."""
+ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
+"""What a probe says of a step with an error."""
 OWN = ("gradient_norm", "clip_factor", "learning_rate", "ess")
 """What the probe has of it too."""
 

@@ -38,7 +38,7 @@ def generate_responses(
     """
     if parameters.stop and tokenizer is None:
         raise ValueError(f"stop: expected the tokenizer beside stop texts {list(parameters.stop)}, got none; pass it")
-    limit, longest = engine.context_length, parameters.max_completion_length
+    limit, longest, name = engine.context_length, parameters.max_completion_length, type(engine).__name__
     for prompt, tokens in zip(prompt_ids, token_ids, strict=True):
         if limit is not None and len(tokens) + longest > limit:
             raise ValueError(
@@ -47,11 +47,11 @@ def generate_responses(
             )
     completions = engine.generate(token_ids, parameters, seeds, progress)
     if len(completions) != len(token_ids):
-        raise ValueError(f"{_name(engine)}: expected {len(token_ids)} completions, got {len(completions)}")
+        raise ValueError(f"{name}: expected {len(token_ids)} completions, got {len(completions)}")
     for prompt, tokens, completion in zip(prompt_ids, token_ids, completions, strict=True):
         problem = _problem(completion, tuple(tokens), longest)
         if problem is not None:
-            raise ValueError(f"{_name(engine)}: prompt {prompt}: {problem}")
+            raise ValueError(f"{name}: prompt {prompt}: {problem}")
     return [_until_stop(completion, parameters.stop, tokenizer) for completion in completions]
 
 
@@ -63,10 +63,6 @@ def _until_stop(completion: Completion, stop: tuple[str, ...], tokenizer: Any) -
     return replace(
         completion, token_ids=completion.token_ids[:length], truncated=False, logprobs=logprobs, stopped=True
     )
-
-
-def _name(engine: Engine) -> str:
-    return type(engine).__name__
 
 
 def _problem(completion: Completion, prompt: tuple[int, ...], longest: int) -> str | None:

@@ -269,14 +269,10 @@ def lookups_masked(model: nn.Module) -> Iterator[None]:
         padding = (ids == module.padding_idx)[..., None]
         return torch.where(padding, forward_ad.unpack_dual(output).primal, output)
 
-    handles = [
-        module.register_forward_hook(of_this_thread(without_tangent), with_kwargs=True) for module in _padded(model)
-    ]
-    try:
+    with ExitStack() as stack:
+        for module in _padded(model):
+            stack.enter_context(module.register_forward_hook(of_this_thread(without_tangent), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _padded(model: nn.Module) -> list[nn.Embedding]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Point, Row, Table, written
+from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Point, Row, Table, reach, written
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.horizons import HorizonPoint, Horizons
+from entropy_probe.results.horizons import Horizons
 
 CAPTION = "across: how many tokens after a changed one count; whiskers: 95% intervals"
 
@@ -14,15 +14,11 @@ def horizon_rows(horizons: Horizons | None, exponent: int | None) -> list[Row]:
     if horizons is None or horizons.headline is None:
         return []
     stated = horizons.stated
-    row = Row(within(horizons.headline), written(stated.predicted, exponent), "predicted", headline=True)
-    return [row, *_beyond_row(stated, exponent)]
-
-
-def _beyond_row(point: HorizonPoint, exponent: int | None) -> list[Row]:
-    if point.beyond is None:
-        return []
-    note = "predicted" if point.beyond.distinguishable else "predicted, not resolved"
-    return [Row("beyond", written(point.beyond, exponent), note, indent=True)]
+    rows = [Row(within(horizons.headline), written(stated.predicted, exponent), "predicted", headline=True)]
+    if stated.beyond is not None:
+        note = "predicted" if stated.beyond.distinguishable else "predicted, not resolved"
+        rows.append(Row("beyond", written(stated.beyond, exponent), note, indent=True))
+    return rows
 
 
 def horizon_blocks(horizons: Horizons | None, unit: str) -> tuple[Block, ...]:
@@ -38,9 +34,8 @@ def horizon_blocks(horizons: Horizons | None, unit: str) -> tuple[Block, ...]:
         Curve("predicted", "predicted δH₁", predicted),
         Curve("realized", "realized ΔH", realized, "points"),
     )
-    ends = [x for curve in curves for p in curve.points for x in (p.y - p.margin, p.y + p.margin)]
     x = Axis(-0.5, len(names) - 0.5, label="tokens after a changed one that count", names=names)
-    y = Axis.around((0.0, *ends), f"entropy change ({unit})")
+    y = Axis.around((0.0, *reach(curves)), f"entropy change ({unit})")
     chart = LineChart("How far a changed token echoes", curves, x, y, CAPTION, figure="horizons")
     columns = ("tokens", "predicted", "realized", "beyond, predicted")
     rows = tuple(

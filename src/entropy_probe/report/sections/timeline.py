@@ -25,7 +25,7 @@ from entropy_probe.report.sections.base import (
 )
 from entropy_probe.report.sections.steps import Steps, chart_of, cumulated, logged_points, points_of, thinned
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.live import Number, StepRecord, Timeline
+from entropy_probe.results.live import ESTIMATES, Number, StepRecord, Timeline
 from entropy_probe.results.note import Note
 
 PRINTED, LISTED = 24, 400
@@ -48,7 +48,6 @@ def _one(timeline: Timeline, prefix: str = "") -> tuple[Section, ...]:
     probed = timeline.probed
     subtitle = f"{len(timeline.steps)} steps, {len(probed)} probed"
     tables = (_printed(timeline), _listed(timeline))
-    charts = [*_entropy_charts(timeline, probed)]
     first = Section(
         title=Verbatim(timeline.name) if of_several else "Entropy over training",
         key=f"{prefix}timeline",
@@ -56,7 +55,7 @@ def _one(timeline: Timeline, prefix: str = "") -> tuple[Section, ...]:
         subtitle=subtitle,
         verdict=_verdict(timeline),
         sentences=tuple(_sentences(probed)),
-        blocks=(Rows(_headlines(timeline), _unit(probed)), *charts, *tables),
+        blocks=(Rows(_headlines(timeline), _unit(probed)), *_entropy_charts(timeline, probed), *tables),
         notes=tuple(alarm.note for alarm in timeline.alarms),
     )
     rest = (_sources(probed), _prompts(probed), _training(timeline.steps), _remarks(probed))
@@ -193,7 +192,6 @@ def _cell(value: float | None) -> str:
     return "" if value is None else format_number(value)
 
 
-ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
 NUMBERS: tuple[Number, ...] = ("reward", "length", "kl", "gradient_norm", "clip_factor", "learning_rate", "ess")
 
 
@@ -226,9 +224,10 @@ Part: TypeAlias = tuple[str, str, str, tuple[Block, ...], tuple[Note, ...]]
 
 def _sources(probed: Steps) -> Part:
     """Which part of the step does it, and what a batch does over its life."""
-    parts: list[Curve] = []
-    for look, label in (("gradient", "this batch's gradient"), ("momentum", "momentum of earlier batches")):
-        parts.append(Curve(look, label, points_of(probed, lambda r, name=look: getattr(r, name)), "band"))  # type: ignore[arg-type]
+    parts = [
+        Curve("gradient", "this batch's gradient", points_of(probed, lambda r: r.gradient), "band"),
+        Curve("momentum", "momentum of earlier batches", points_of(probed, lambda r: r.momentum), "band"),
+    ]
     lives = [
         Curve("life", "lifetime effect of each batch", points_of(probed, lambda r: r.lifetime), "band"),
         Curve("committed", "committed after the step", points_of(probed, lambda r: r.committed), "band"),
