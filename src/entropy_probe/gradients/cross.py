@@ -104,7 +104,11 @@ def cross_products(
         return _one_side_stored(differentiate, x, y, scale, how, ranks)
     with ranks.agreeing():
         totals, diagonal = _totals(scorer, parameters, rollouts, clusters, x, y, scale)
-    return _two_passes(differentiate, x, y, scale, [_added(t, scale, ranks) for t in totals], diagonal)
+    x_total, y_total = (_added(total, scale, ranks) for total in totals)
+    toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
+    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, is_loss=True, directions=[toward_x])])
+    how = "two passes, since the gradients of all clusters exceed max_stored_gradient_gib"
+    return CrossProducts(left.dots[0], right.dots[0], diagonal, dot(x_total, y_total), y_total, None, how)
 
 
 def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks) -> dict[str, Tensor]:
@@ -223,19 +227,3 @@ def gradient_pair(
     with as_a_function(scorer.model):
         slope = cluster_backward(*given, [x])
     return slope + cluster_backward(*given, [y])
-
-
-def _two_passes(
-    differentiate: Callable[[list[Side]], list[SampleGradients]],
-    x: TokenCoefficients,
-    y: TokenCoefficients,
-    scale: NamedVector,
-    totals: list[dict[str, Tensor]],
-    diagonal: Tensor,
-) -> CrossProducts:
-    x_total, y_total = totals
-    toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
-    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, is_loss=True, directions=[toward_x])])
-    unscaled = dot(x_total, y_total)
-    how = "two passes, since the gradients of all clusters exceed max_stored_gradient_gib"
-    return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, None, how)

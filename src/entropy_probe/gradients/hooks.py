@@ -23,7 +23,7 @@ from entropy_probe.gradients.layers import (
     Sink,
     UnhookableError,
     call_again,
-    detach,
+    in_tensors,
     linear,
     rule_for,
     tolerance,
@@ -53,12 +53,9 @@ class Hooks:
         rules = [rule for rule, _ in self.layers.values()]
         again = sorted(name for rule, names in self.layers.values() if rule is call_again for name in names.values())
         if again:
-            return f"hooks; by autograd: {_list(again)}"
+            more = f" and {len(again) - 3} more" if len(again) > 3 else ""
+            return f"hooks; by autograd: {', '.join(again[:3])}{more}"
         return "linear-layer hooks" if all(rule is linear for rule in rules) and not self.head else "hooks"
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _Hook(torch.autograd.Function):
@@ -107,7 +104,8 @@ class _Hooked:
             raise UnhookableError(layer, "was not called on [sequences, tokens, features]")
         if rule is not call_again and (len(args) != 1 or kwargs or args[0].shape[:2] != output.shape[:2]):
             raise UnhookableError(layer, "was not called on one [sequences, tokens, features]")
-        call = Call(layer, names, detach(args), detach(kwargs), output.detach().clone() if rule is call_again else None)
+        own = (in_tensors(lambda x: x.detach(), given) for given in (args, kwargs))
+        call = Call(layer, names, *own, output.detach().clone() if rule is call_again else None)
         return _Hook.apply(output, self.anchor, call, self._read)  # pyright: ignore[reportReturnType]
 
     def _read(self, call: Call, gradient: Tensor) -> None:

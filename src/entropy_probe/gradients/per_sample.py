@@ -236,78 +236,55 @@ def sample_gradients(
             for side in sides
             for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
         ]
+    sums, done = [_Sums(parameters, side, len(clusters.bincount())) for side in sides], 0
     with nullcontext() if sides[0].is_loss else as_a_function(scorer.model):
-        return _sample_gradients(*given, sides, hooks, progress, sheet)
+        for rows in _add_up(*given, sides, hooks, sheet, sums):
+            done += len(rows)
+            if progress:
+                progress(done, len(rollouts))
+    return [side.outcome() for side in sums]
 
 
-def _sample_gradients(
+def _add_up(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
     clusters: Tensor,
     sides: Sequence[Side],
     hooks: Hooks | None,
-    progress: Progress | None,
-    sheet: ScoreSheet | None,
-) -> list[SampleGradients]:
-    counts = clusters.bincount().tolist()
-    sums = [_Sums(parameters, side, len(counts)) for side in sides]
-    coefficients = [side.coefficients for side in sides]
-    by_cluster = any(side.directions or side.store or side.pair_with is not None for side in sides)
-    done = 0
-
-    def report(rows: Tensor) -> None:
-        nonlocal done
-        done += len(rows)
-        if progress:
-            progress(done, len(rollouts))
-
-    if hooks:
-        for rows in _read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sheet, sums):
-            report(rows)
-    elif by_cluster:
-        for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-            index = torch.tensor([cluster])
-            for side, gradients in zip(
-                sums, cluster_backward(scorer, parameters, rollouts, rows, coefficients, sheet), strict=True
-            ):
-                for name, gradient in gradients.items():
-                    side.add_clusters(name, index, local(gradient)[None])
-            report(rows)
-    else:
-        work = partial(_backward, scorer, parameters, coefficients, sheet)
-        for batch, gradients_by_side in scorer.each(rollouts, work):
-            for side, gradients in zip(sums, gradients_by_side, strict=True):
-                for name, gradient in gradients.items():
-                    side.add_total(name, local(gradient))
-            report(batch.rows)
-    return [side.outcome() for side in sums]
-
-
-def _read_off_layers(
-    scorer: Scorer,
-    hooks: Hooks,
-    rollouts: Rollouts,
-    clusters: Tensor,
-    coefficients: Sequence[TokenCoefficients],
     sheet: ScoreSheet | None,
     sums: Sequence[_Sums],
 ) -> Iterator[Tensor]:
-    """Add what each sequence adds to the sums, a microbatch at a time; yields its rows."""
+    """Add what each sequence adds to the sums, a microbatch or a cluster at a time; yields its rows."""
+    coefficients = [side.coefficients for side in sides]
+    if hooks:
 
-    def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
-        """What the microbatch adds, by cluster; kept apart until it is complete."""
-        present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
-        added = [side.empty(present) for side in sums]
-        hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
-        return present, added
+        def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
+            """What the microbatch adds, by cluster; kept apart until it is complete."""
+            present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
+            added = [side.empty(present) for side in sums]
+            hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
+            return present, added
 
-    for batch, (present, added) in scorer.each(
-        rollouts, hooked, share=_prompts_are_whole(rollouts.prompt_ids, clusters)
-    ):
-        for side, more in zip(sums, added, strict=True):
-            side.merge(more, present)
-        yield batch.rows
+        share = _prompts_are_whole(rollouts.prompt_ids, clusters)
+        for batch, (present, added) in scorer.each(rollouts, hooked, share=share):
+            for side, more in zip(sums, added, strict=True):
+                side.merge(more, present)
+            yield batch.rows
+    elif any(side.directions or side.store or side.pair_with is not None for side in sides):
+        for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
+            of_sides = cluster_backward(scorer, parameters, rollouts, rows, coefficients, sheet)
+            for side, gradients in zip(sums, of_sides, strict=True):
+                for name, gradient in gradients.items():
+                    side.add_clusters(name, torch.tensor([cluster]), local(gradient)[None])
+            yield rows
+    else:
+        work = partial(_backward, scorer, parameters, coefficients, sheet)
+        for batch, of_sides in scorer.each(rollouts, work):
+            for side, gradients in zip(sums, of_sides, strict=True):
+                for name, gradient in gradients.items():
+                    side.add_total(name, local(gradient))
+            yield batch.rows
 
 
 def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:

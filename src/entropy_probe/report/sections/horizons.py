@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Point, Row, Table, reach, written
-from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.horizons import Horizons
 
 CAPTION = "across: how many tokens after a changed one count; whiskers: 95% intervals"
@@ -39,14 +38,10 @@ def horizon_blocks(horizons: Horizons | None, unit: str) -> tuple[Block, ...]:
     chart = LineChart("How far a changed token echoes", curves, x, y, CAPTION, figure="horizons")
     columns = ("tokens", "predicted", "realized", "beyond, predicted")
     rows = tuple(
-        (name, *(_or_dash(x) for x in (p.predicted, p.realized, p.beyond)))
+        (name, *("–" if x is None else written(x) for x in (p.predicted, p.realized, p.beyond)))
         for name, p in zip(names, horizons.points, strict=True)
     )
     return chart, Table("Change within a horizon", columns, rows, folded=True)
-
-
-def _or_dash(estimate: Estimate | None) -> str:
-    return "–" if estimate is None else written(estimate)
 
 
 def within(horizon: int) -> str:
