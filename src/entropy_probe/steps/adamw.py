@@ -19,21 +19,6 @@ from entropy_probe.named import add, norm
 from entropy_probe.parallel.shards import count
 from entropy_probe.steps.moments import step_count
 
-__all__ = [
-    "AdamSettings",
-    "ClippedGradient",
-    "Gradient",
-    "Step",
-    "adam_settings",
-    "adamw_step",
-    "check_adam",
-    "clip_gradient",
-    "is_adam",
-    "learning_rates",
-    "optimizer_parameters",
-    "shadow_step",
-]
-
 Gradient = Mapping[str, Tensor | None]
 """Gradients by parameter name; ``None`` where the loss does not reach the parameter, which the optimizer then skips."""
 

@@ -18,8 +18,6 @@ from entropy_probe.steps.adamw import AdamSettings, Gradient, adam_settings, is_
 from entropy_probe.steps.copied import copied_step
 from entropy_probe.steps.moments import step_count
 
-__all__ = ["Coasted", "coasted", "coasting", "lifetime_factor"]
-
 NEGLIGIBLE = 1e-4
 """Later steps whose share of the momentum is below this are left out."""
 PATIENCE, PERSISTENT = 100, 0.9

@@ -19,8 +19,6 @@ from torch.nn import Parameter
 from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import Gradient, check_adam, is_adam
 
-__all__ = ["STEP_ON_COPIES", "check_optimizer", "check_repeatable", "copied_step", "moved", "optimizer_name"]
-
 STEP_ON_COPIES = NoteKind(
     "step_on_copies",
     "{optimizer}: its own code takes the step on copies, so the prediction has no components, and se_update is a "
