@@ -4,7 +4,7 @@ import pytest
 
 from entropy_probe.report import verdict
 from entropy_probe.report.sections.run import story
-from entropy_probe.results.horizons import HorizonPoint, Horizons
+from entropy_probe.results.changes import HorizonPoint, Horizons
 from entropy_probe.results.probe import Estimate
 from tests.report.results import make_cross_prompt, make_result
 

@@ -21,8 +21,8 @@ from entropy_probe.estimators import horizon as estimator
 from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.estimators.realized import Change, change, per_decision
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
+from entropy_probe.results.changes import HorizonPoint, Horizons
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.horizons import HorizonPoint, Horizons
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.student import critical_value
 from entropy_probe.scoring.isolation import parameters_at

@@ -147,7 +147,8 @@ def _draw_curve(axes: Axes, curve: Curve, color: str, line: str, marker: str) ->
         return
     x, y = [point.x for point in curve.points], [point.y for point in curve.points]
     if curve.style == "band" and x:
-        axes.fill_between(x, *zip(*(p.ends for p in curve.points), strict=True), color=color, alpha=0.2, linewidth=0)
+        low, high = zip(*(p.ends for p in curve.points), strict=True)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     dots = {} if curve.look in ("predicted", "fit") else {"marker": marker, "markersize": 3.5}
     axes.plot(x, y, color=color, linestyle=line, label=label, **dots)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import State, Verdict, written
 from entropy_probe.report.sections.horizons import within
-from entropy_probe.results.horizons import HorizonPoint
+from entropy_probe.results.changes import HorizonPoint
 from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
 LINEAR_RANGE = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Point, Row, Table, reach, written
-from entropy_probe.results.horizons import Horizons
+from entropy_probe.results.changes import Horizons
 
 CAPTION = "across: how many tokens after a changed one count; whiskers: 95% intervals"
 

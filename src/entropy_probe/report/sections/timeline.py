@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
 from entropy_probe.report.sections.base import (
-    Block,
     Curve,
     HeatMap,
     LineChart,
@@ -60,9 +58,9 @@ def _one(timeline: Timeline, prefix: str = "") -> tuple[Section, ...]:
     )
     rest = (_sources(probed), _prompts(probed), _training(timeline.steps), _remarks(probed))
     return first, *(
-        Section(title, f"{prefix}{key}", "" if of_several else short, blocks=blocks, notes=notes, page_only=True)
-        for title, key, short, blocks, notes in rest
-        if blocks or notes
+        replace(section, key=f"{prefix}{section.key}", short="" if of_several else section.short)
+        for section in rest
+        if section.blocks or section.notes
     )
 
 
@@ -219,10 +217,7 @@ def _without_empty(table: Table) -> Table:
     return replace(table, columns=columns, rows=rows)
 
 
-Part: TypeAlias = tuple[str, str, str, tuple[Block, ...], tuple[Note, ...]]
-
-
-def _sources(probed: Steps) -> Part:
+def _sources(probed: Steps) -> Section:
     """Which part of the step does it, and what a batch does over its life."""
     parts = [
         Curve("gradient", "this batch's gradient", points_of(probed, lambda r: r.gradient), "band"),
@@ -237,10 +232,10 @@ def _sources(probed: Steps) -> Part:
         *chart_of("Gradient against momentum", parts, _unit(probed), caption, zero=True),
         *chart_of("Over a batch's life", lives, _unit(probed), caption, zero=True),
     )
-    return "Where the change comes from", "sources", "Sources", charts, ()
+    return Section("Where the change comes from", "sources", "Sources", blocks=charts, page_only=True)
 
 
-def _training(records: Steps) -> Part:
+def _training(records: Steps) -> Section:
     """What the trainer logs beside it."""
     wanted: tuple[tuple[str, Number, str], ...] = (
         ("Reward", "reward", ""),
@@ -259,14 +254,15 @@ def _training(records: Steps) -> Part:
         else:
             charts += chart_of(title, [Curve("logged", "", points)], unit, "across: optimizer steps")
     blocks = (*charts, *([Rows(tuple(constant))] if constant else []))
-    return "Training beside it", "training", "Training", blocks, ()
+    return Section("Training beside it", "training", "Training", blocks=blocks, page_only=True)
 
 
-def _prompts(probed: Steps) -> Part:
+def _prompts(probed: Steps) -> Section:
     """The prompts that moved entropy most, over time."""
     shares = [(record.step, share) for record in probed for share in record.prompts]
+    section = Section("Which prompts did it", "prompts", "Prompts", page_only=True)
     if not shares:
-        return "", "prompts", "", (), ()
+        return section
     sums: dict[int, float] = {}
     names: dict[int, str] = {}
     for _, share in shares:
@@ -286,7 +282,7 @@ def _prompts(probed: Steps) -> Part:
     rows = tuple((_name(prompt, names[prompt]), cells(prompt)) for prompt in top)
     title = f"What the {len(top)} strongest of {len(sums)} prompts added to δH₁, by steps"
     chart = HeatMap(title, ("prompt", *heads), rows, _unit(probed), tuple(sums[prompt] for prompt in top))
-    return "Which prompts did it", "prompts", "Prompts", (chart,), ()
+    return replace(section, blocks=(chart,))
 
 
 def _name(prompt: int, text: str) -> str:
@@ -295,7 +291,7 @@ def _name(prompt: int, text: str) -> str:
     return text if len(text) <= NAME else f"…{text[1 - NAME :]}"
 
 
-def _remarks(probed: Steps) -> Part:
+def _remarks(probed: Steps) -> Section:
     """What was said of the steps, each kind once, of the last step that it was said of."""
     said: dict[str, list[tuple[int, Note]]] = {}
     for record in probed:
@@ -306,7 +302,7 @@ def _remarks(probed: Steps) -> Part:
         number, note = steps[-1]
         others = len({step for step, _ in steps}) - 1
         notes.append(note.about(f"step {number}" + (f" and {others} other{'s' * (others > 1)}" if others else "")))
-    return "What was noted of the steps", "notes", "Notes", (), tuple(notes)
+    return Section("What was noted of the steps", "notes", "Notes", notes=tuple(notes), page_only=True)
 
 
 def _beside(timelines: Sequence[Timeline]) -> Section:
