@@ -62,10 +62,7 @@ def add_to(total: dict[str, Tensor], more: NamedVector) -> None:
 def gradient_of(value: Tensor, parameters: Mapping[str, Parameter], *, again: bool = False) -> dict[str, Tensor]:
     """The gradient of a scalar by autograd; parameters that it does not reach are left out.
 
-    Args:
-        value: the scalar.
-        parameters: by name.
-        again: whether to keep the graph for another gradient.
+    With ``again`` the graph is kept for another one.
     """
     gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, retain_graph=again)
     return {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}

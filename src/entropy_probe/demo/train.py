@@ -230,18 +230,10 @@ def reinforce(
 ) -> None:
     """Train a LoRA adapter on every linear layer with GRPO, writing checkpoints into ``directory``.
 
-    Goes on from the last complete checkpoint that is there.
-
-    Args:
-        directory: gets TRL's ``checkpoint-N/``.
-        model: the base model.
-        tokenizer: its tokenizer.
-        records: rows of the data set, with ``prompt`` and what the reward asks for.
-        reward: a reward function as TRL calls it.
-        arguments: of ``GRPOConfig``, besides or in place of :data:`CPU_ARGUMENTS`.
-        on_progress: called with a line every ``say_every`` steps.
-        say_every: see above.
-        callbacks: of the trainer, besides the one that reports progress.
+    Goes on from the last complete checkpoint that is there. ``records`` are rows of the data set, with ``prompt`` and
+    what the reward asks for, which is called as by TRL. ``arguments`` are those of ``GRPOConfig`` besides or in place
+    of :data:`CPU_ARGUMENTS`, ``callbacks`` the trainer's besides the one that calls ``on_progress`` with a line every
+    ``say_every`` steps.
     """
     from datasets import Dataset
     from peft import LoraConfig

@@ -158,14 +158,8 @@ def hooked_backward(
 ) -> None:
     """One forward pass with hooks, then one backward pass per surrogate.
 
-    Args:
-        scorer: the policy.
-        hooks: how to read gradients, from :func:`hookable`.
-        batch: rows that each belong to one cluster.
-        coefficients: of the surrogates.
-        clusters: the cluster of each row of the microbatch.
-        sinks: where the gradients of each surrogate go.
-        sheet: where the scores of the tokens go.
+    Each row of the microbatch belongs to one of the ``clusters``, ``[rows]``. The gradients of each surrogate go to its
+    sink, the scores of the tokens to the sheet.
     """
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
     hooked = _Hooked(hooks, anchor, clusters, sinks)

@@ -81,15 +81,7 @@ class _Step:
 class LiveRun:
     """The probe beside one call of ``trainer.train()``.
 
-    Args:
-        trainer: of TRL.
-        evaluation: what a step is judged on.
-        config: settings in place of the trainer's.
-        every: steps between probes.
-        attribution_every: steps between probes that divide the prediction over prompts, with held-out rollouts.
-        budget: of time.
-        record: which steps to write down.
-        keep_gradients: of how many recorded steps.
+    The settings are those of :class:`~entropy_probe.integrations.trl.EntropyProbeCallback`.
 
     Raises:
         ValueError: for a trainer that cannot be probed.

@@ -85,11 +85,9 @@ def drop_records_after(run_directory: str | Path, step: int) -> None:
 
 
 class Recorder:
-    """Writes records of a run in a thread of its own, one after the other, so that training does not wait for the disk.
+    """Writes records of a run by :func:`write_record`, so that training does not wait for the disk.
 
-    Args:
-        run_directory: the trainer's output directory.
-        keep_gradients: as :func:`write_record`.
+    That is in a thread of its own, one record after the other.
     """
 
     def __init__(self, run_directory: str | Path, *, keep_gradients: int = 0) -> None:

@@ -155,13 +155,7 @@ def check_repeatable(
 ) -> None:
     """Check that a second copy takes the same step, bit by bit, and that it is a step at all.
 
-    Args:
-        parameters: as in :func:`copied_step`.
-        optimizer: as there.
-        gradient: as there.
-        stepped: what :func:`copied_step` returned for them.
-        learning_rate: as there.
-        kept: as there.
+    ``stepped`` is what :func:`copied_step` returned for the other arguments.
 
     Raises:
         ValueError: naming the optimizer.
