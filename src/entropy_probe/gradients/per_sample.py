@@ -273,8 +273,8 @@ def _add_up(
             yield batch.rows
     elif any(side.directions or side.store or side.pair_with is not None for side in sides):
         for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
-            of_sides = cluster_backward(scorer, parameters, rollouts, rows, coefficients, sheet)
-            for side, gradients in zip(sums, of_sides, strict=True):
+            given = (scorer, parameters, rollouts, rows, coefficients, sheet)
+            for side, gradients in zip(sums, cluster_backward(*given), strict=True):
                 for name, gradient in gradients.items():
                     side.add_clusters(name, torch.tensor([cluster]), local(gradient)[None])
             yield rows
