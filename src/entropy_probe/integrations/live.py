@@ -71,7 +71,7 @@ def logged_keys(record: StepRecord) -> dict[str, float]:
 def prompt_shares(ahead: StepAhead, tokenizer: Any = None) -> tuple[PromptShare, ...]:
     """What each prompt of the step's batch adds to the prediction, with its text if there is a tokenizer.
 
-    None where the step does not divide over prompts.
+    Empty where the step does not divide over prompts.
     """
     by_prompt = ahead.prediction.by_prompt
     if by_prompt is None:

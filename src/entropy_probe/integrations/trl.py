@@ -117,7 +117,7 @@ class EntropyProbeCallback(TrainerCallback):
             raise ValueError(f"record: expected 'all', 'probed' or None, got {record!r}; use one of them")
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"budget: expected a share of the training time, above 0 and at most 1, got {budget}")
-        self._begun = partial(
+        self._start = partial(
             LiveRun,
             evaluation=evaluation,
             config=dict(config or {}),
@@ -132,7 +132,7 @@ class EntropyProbeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the trainer and prepare."""
         with self._safely():
-            self._live = self._begun(calling_trainer(self))
+            self._live = self._start(calling_trainer(self))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what the last step left, if it was not logged, and forget its batch."""

@@ -37,7 +37,7 @@ LOGGED: Mapping[str, tuple[str, ...]] = {
 }
 """Keys of TRL's trainers, and of others."""
 ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
-"""What a probe says of a step with an error."""
+"""The estimates of a record, by their fields."""
 OWN = ("gradient_norm", "clip_factor", "learning_rate", "ess")
 """What the probe has of it too."""
 
