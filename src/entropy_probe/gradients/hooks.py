@@ -104,8 +104,8 @@ class _Hooked:
             raise UnhookableError(layer, "was not called on [sequences, tokens, features]")
         if rule is not call_again and (len(args) != 1 or kwargs or args[0].shape[:2] != output.shape[:2]):
             raise UnhookableError(layer, "was not called on one [sequences, tokens, features]")
-        detached = (in_tensors(lambda x: x.detach(), given) for given in (args, kwargs))
-        call = Call(layer, names, *detached, output.detach().clone() if rule is call_again else None)
+        args, kwargs = (in_tensors(lambda x: x.detach(), given) for given in (args, kwargs))
+        call = Call(layer, names, args, kwargs, output.detach().clone() if rule is call_again else None)
         return _Hook.apply(output, self.anchor, call, self._read)  # pyright: ignore[reportReturnType]
 
     def _read(self, call: Call, gradient: Tensor) -> None:
