@@ -9,6 +9,8 @@ from pydantic import Field
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
 
+__all__ = ["MIN_STEPS", "VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
+
 SCHEMA_VERSION = 3
 VALIDATION_FILE = "validation.json"
 MIN_STEPS = 4

@@ -18,6 +18,8 @@ from entropy_probe.steps.adamw import AdamSettings, Gradient, adam_settings, is_
 from entropy_probe.steps.copied import copied_step
 from entropy_probe.steps.moments import step_count
 
+__all__ = ["Coasted", "coasted", "coasting", "lifetime_factor"]
+
 NEGLIGIBLE = 1e-4
 """Later steps whose share of the momentum is below this are left out."""
 PATIENCE, PERSISTENT = 100, 0.9
@@ -50,8 +52,15 @@ def _num_later(beta1: float) -> int:
 def lifetime_factor(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> float | None:
     """The first-order effect of the gradient over its life in the momentum, over its effect in this step.
 
-    ``sum_j beta1^j (1 - beta1^(k+1)) / (1 - beta1^(k+1+j))``, the denominators of this step of Adam held: about
-    ``1 / (1 - beta1)`` late in training. ``None`` where parameters have different factors.
+    ``sum_j beta1^j (1 - beta1^(k+1)) / (1 - beta1^(k+1+j))``, the denominators of this step held: about
+    ``1 / (1 - beta1)`` late in training.
+
+    Args:
+        parameters: what is stepped, by name.
+        optimizer: Adam or AdamW.
+
+    Returns:
+        ``None`` where parameters have different factors.
     """
     settings, factors = adam_settings(optimizer, None), set[float]()
     for parameter in parameters.values():
