@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -30,6 +31,7 @@ def undrawn(request, monkeypatch) -> None:
 
 
 def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(figures, "_drawn", lambda charts: Mock())
     patch.setattr(figures, "_rendered", lambda figure, kind, metadata: kind.encode())
 
 
