@@ -41,6 +41,7 @@ def figure_files(sections: Iterable[Section]) -> dict[str, bytes]:
         for name, charts in panels.items():
             figure = _drawn(charts)
             files[f"{name}.png"] = _rendered(figure, "png", {"Software": None})
+            figure.set_layout_engine("none")  # what it has found holds for both
             files[f"{name}.svg"] = _rendered(figure, "svg", {"Date": None, "Creator": None})
     return files
 
