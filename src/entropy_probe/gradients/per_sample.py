@@ -10,7 +10,7 @@ Of sharded parameters every rank keeps its shard of each gradient; inner product
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -236,12 +236,9 @@ def sample_gradients(
             for side in sides
             for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
         ]
-    sums, done = [_Sums(parameters, side, len(clusters.bincount())) for side in sides], 0
+    sums = [_Sums(parameters, side, len(clusters.bincount())) for side in sides]
     with nullcontext() if sides[0].is_loss else as_a_function(scorer.model):
-        for rows in _add_up(*given, sides, hooks, sheet, sums):
-            done += len(rows)
-            if progress:
-                progress(done, len(rollouts))
+        _add_up(*given, sides, hooks, sheet, sums, progress)
     return [side.outcome() for side in sums]
 
 
@@ -254,8 +251,9 @@ def _add_up(
     hooks: Hooks | None,
     sheet: ScoreSheet | None,
     sums: Sequence[_Sums],
-) -> Iterator[Tensor]:
-    """Add what each sequence adds to the sums, a microbatch or a cluster at a time; yields its rows."""
+    progress: Progress | None,
+) -> None:
+    """Add what each sequence adds to the sums, a microbatch or a cluster at a time."""
     coefficients = [side.coefficients for side in sides]
     if hooks:
 
@@ -267,24 +265,25 @@ def _add_up(
             return present, added
 
         share = _prompts_are_whole(rollouts.prompt_ids, clusters)
-        for batch, (present, added) in scorer.each(rollouts, hooked, share=share):
+        for _, (present, added) in scorer.each(rollouts, hooked, share=share, progress=progress):
             for side, more in zip(sums, added, strict=True):
                 side.merge(more, present)
-            yield batch.rows
     elif any(side.directions or side.store or side.pair_with is not None for side in sides):
+        done = 0
         for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
             given = (scorer, parameters, rollouts, rows, coefficients, sheet)
             for side, gradients in zip(sums, cluster_backward(*given), strict=True):
                 for name, gradient in gradients.items():
                     side.add_clusters(name, torch.tensor([cluster]), local(gradient)[None])
-            yield rows
+            done += len(rows)
+            if progress:
+                progress(done, len(rollouts))
     else:
         work = partial(_backward, scorer, parameters, coefficients, sheet)
-        for batch, of_sides in scorer.each(rollouts, work):
+        for _, of_sides in scorer.each(rollouts, work, progress=progress):
             for side, gradients in zip(sums, of_sides, strict=True):
                 for name, gradient in gradients.items():
                     side.add_total(name, local(gradient))
-            yield batch.rows
 
 
 def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:

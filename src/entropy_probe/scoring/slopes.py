@@ -122,13 +122,10 @@ class SlopeMethod:
         """
         wide = torch.promote_types(next(self.scorer.model.parameters()).dtype, torch.float32)
         columns = [torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(4)]
-        done = 0
-        for batch, values in self.narrow.each(rollouts, partial(self.method, self.narrow, self.parameters, direction)):
+        work = partial(self.method, self.narrow, self.parameters, direction)
+        for batch, values in self.narrow.each(rollouts, work, progress=progress):
             for flat, into in zip(values, columns, strict=True):
                 batch.scatter(flat, into)
-            done += len(batch.rows)
-            if progress:
-                progress(done, len(rollouts))
         self.scorer.notes = self.narrow.notes
         bad = ~(torch.isfinite(columns[2]) & torch.isfinite(columns[3])).all(1)
         if bool(bad.any()):
