@@ -237,7 +237,7 @@ def reinforce(
     """
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback, set_seed
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -255,6 +255,7 @@ def reinforce(
                 f"entropy {logs['entropy']:.4f} nats/token" + (f", {timedelta(seconds=seconds)} left" if left else "")
             )
 
+    set_seed(arguments["seed"])  # not every version of TRL does before it draws the weights of the adapter
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
