@@ -98,7 +98,7 @@ def by_layer_and_kind(names: Names) -> Sequence[Names]:
         ("full", embeddings_apart, "embeddings-apart + shapes + movement"),
         ("full", lambda names: [[n] for n in names], "groups-in-order + shapes + movement"),
         ("lora", backwards, "groups-by-layer, backwards + shapes + movement"),
-        ("full", by_kind, "groups-by-embedding-and-decay + shapes + movement"),
+        pytest.param("full", by_kind, "groups-by-embedding-and-decay + shapes + movement", marks=pytest.mark.slow),
         ("full", by_layer_and_kind, "groups-by-layer-and-decay, backwards + shapes + movement"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_rule_is_found_and_proven(runs, grouped, run, grouping, rule):
     assert state.report.movement.status == "consistent"
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["in order", "by name"])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in order", "by name"])
 def test_a_list_of_all_parameters_has_the_frozen_ones(runs, grouped, named):
     """They have no entry, and are as in the model that training started from."""
     base = runs("full").directory / "base"
