@@ -20,7 +20,6 @@ from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes
 from entropy_probe.estimators import first_order as fo
-from entropy_probe.estimators.horizon import central_slopes
 from entropy_probe.estimators.own_batch import LeftOut, pair_contributions
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.uncertainty import Sampled
@@ -173,11 +172,12 @@ def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
     return replace(measured, measurement=replace(measured.measurement, change=corrected))
 
 
-def slopes_without_own(prediction: OwnPrediction) -> TokenScores | None:
-    """The slope of every token along the step, less what the prompt's own gradient does to it.
+def scores_without_own(prediction: OwnPrediction, some: Tensor) -> tuple[TokenScores, TokenScores] | None:
+    """Scores after the step less what each prompt's own gradient does to it, and after the opposite for some prompts.
 
-    Along ``Delta - delta_u + mean delta``, from scores of each prompt's responses there and at the opposite. ``None``
-    where the prompts' gradients were not kept, parameters are sharded, or in 16 bits, which round these steps away.
+    Along ``Delta - delta_u + mean delta`` for the responses of prompt u. The second are 0 but for the prompts ``some``.
+    ``None`` where the prompts' gradients were not kept, parameters are sharded, or in 16 bits, which round these steps
+    away.
     """
     planned, policy = prediction.plan, prediction.plan.policy
     stored, local, own = planned.batch.gradient.stored, planned.evaluation.local, planned.evaluation.own
@@ -194,18 +194,18 @@ def slopes_without_own(prediction: OwnPrediction) -> TokenScores | None:
             total = add(total, moved_by(unit))
     total, count = policy.ranks.sum_vector(total, parameters), planned.evaluation.clusters.count
     step = add(planned.step.delta, scale(1 / count, {n: x for n, x in total.items() if x is not None}))
-    logprobs, entropies = torch.zeros(2, *own.response_mask.shape, dtype=torch.float64)
+    tables = [torch.zeros(2, *own.response_mask.shape, dtype=torch.float64) for _ in range(2)]
     with policy.clock.phase("score steps without a prompt") as progress, policy.on_rank(local):
         for unit in range(len(stored)):
             rows, without = (local.local_clusters == unit).nonzero()[:, 0], moved_by(unit)
-            there, opposite = (
-                _scored_at(policy, {n: p + sign * (step[n] - without[n]) for n, p in parameters.items()}, own, rows)
-                for sign in (1, -1)
-            )
-            slopes = central_slopes(there, opposite)
-            logprobs[rows], entropies[rows] = slopes.logprobs, slopes.entropies
+            signs = (1, -1) if bool(torch.isin(local.clusters.index[rows[0]], some)) else (1,)
+            for sign, table in zip(signs, tables, strict=False):
+                at = {name: p + sign * (step[name] - without[name]) for name, p in parameters.items()}
+                scores = _scored_at(policy, at, own, rows)
+                table[:, rows] = torch.stack([scores.logprobs, scores.entropies]).double()
             progress(unit + 1, len(stored))
-    return TokenScores(logprobs, entropies, own.response_mask)
+    there, opposite = (TokenScores(*table, own.response_mask) for table in tables)
+    return there, opposite
 
 
 def _scored_at(policy: Policy, parameters: NamedVector, own: Rollouts, rows: Tensor) -> TokenScores:
