@@ -5,7 +5,7 @@ Formulas: ``docs/theory.md``, "A gradient from outside" and "One batch".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from entropy_probe.analyses.assemble import result_of, with_realized
 from entropy_probe.analyses.batches import admit_batches, admit_evaluation
@@ -15,6 +15,7 @@ from entropy_probe.analyses.own_batch import OwnPrediction, predict_own, without
 from entropy_probe.analyses.plan import plan, plan_given
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, predict
+from entropy_probe.analyses.tried import Tried
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient
@@ -52,6 +53,8 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
     The entropy is that of ``evaluation``, or without it of ``batch``, which the gradient is of. With both it
     costs a gradient, and the prediction divides over its prompts.
 
+    How the model may be called is tried at its first step, and again only where a batch is longer or shorter.
+
     Raises:
         ValueError: for no batch at all, unusable rollouts or an unusable gradient.
     """
@@ -59,6 +62,7 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
         raise ValueError(
             "coast: expected a checkpoint, got a step of a live trainer; leave it out, and probe the checkpoint"
         )
+    policy = replace(policy, tried=Tried.of(policy.model))
     with policy.ranks.agreeing():
         checked = checked_gradient(policy.parameters, gradient)
     if evaluation is not None and batch is not None:

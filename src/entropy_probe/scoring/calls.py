@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -50,6 +51,25 @@ OUT_OF_MEMORY = NoteKind(
 )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a policy is called.
+
+    Attributes:
+        split: the trunk and the output layer that is applied to it in chunks; ``None`` to call the whole model.
+        alone: one sequence per call.
+        width: the model's hidden size, to share prompts between responses; ``None`` not to.
+        head_path: how logits are computed, for the report.
+        prefix_sharing: whether prompts are shared, and why not.
+    """
+
+    split: tuple[nn.Module, nn.Linear] | None = None
+    alone: bool = False
+    width: int | None = None
+    head_path: str = "logits (not prepared)"
+    prefix_sharing: str = "off (not prepared)"
+
+
 class PolicyCalls:
     """Calls of the policy, microbatch by microbatch, under the parameters that the model holds at the time.
 
@@ -67,9 +87,7 @@ class PolicyCalls:
         self.notes: tuple[Note, ...] = ()
         self.device = next(model.parameters()).device
         self.sharded = is_sharded(model)
-        self._split: tuple[nn.Module, nn.Linear] | None = None
-        self._width: int | None = None
-        self._alone = False
+        self.layout = Layout()
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         self.context = context if isinstance(context, int) and context > 0 else None
         # a cache is of no use here, and some models cannot make theirs
@@ -79,18 +97,28 @@ class PolicyCalls:
     @property
     def head(self) -> nn.Linear | None:
         """The output layer, if it is applied in chunks outside the model."""
-        return None if self._split is None else self._split[1]
+        return None if self.layout.split is None else self.layout.split[1]
 
     @property
     def trunk(self) -> nn.Module | None:
         """What computes the output layer's inputs, if that is applied outside the model."""
-        return None if self._split is None else self._split[0]
+        return None if self.layout.split is None else self.layout.split[0]
+
+    @property
+    def head_path(self) -> str:
+        """How logits are computed."""
+        return self.layout.head_path
+
+    @property
+    def prefix_sharing(self) -> str:
+        """Whether prompts are shared between responses, and why not."""
+        return self.layout.prefix_sharing
 
     def lay_out(
         self, split: tuple[nn.Module, nn.Linear] | None, *, alone: bool = False, width: int | None = None
     ) -> None:
-        """Set how the policy is called; see :class:`~entropy_probe.scoring.layout.Layout`."""
-        self._split, self._alone, self._width = split, alone, width
+        """Set how the policy is called for now; see :class:`~entropy_probe.scoring.layout.Trials`."""
+        self.layout = Layout(split, alone, width)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,15 +126,15 @@ class PolicyCalls:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def _head(self) -> OutputHead:
-        assert self._split is not None
-        head = self._split[1]
+        assert self.layout.split is not None
+        head = self.layout.split[1]
         return OutputHead(head.weight, head.bias, self.temperature)
 
     def hidden(self, batch: Microbatch) -> Tensor:
         """Final hidden states at the positions that predict response tokens, ``[T, D]``."""
-        assert self._split is not None
+        assert self.layout.split is not None
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        output = self._split[0](
+        output = self.layout.split[0](
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions
         )
         return output.last_hidden_state.flatten(0, 1)[batch.source]
@@ -127,7 +155,7 @@ class PolicyCalls:
 
     def pack(self, rollouts: Rollouts, rows: Tensor) -> Microbatch:
         """Sequences one to a row, padded where the model may be called on several of them."""
-        return pack(rollouts, rows, self.device, None if self._alone else self.context)
+        return pack(rollouts, rows, self.device, None if self.layout.alone else self.context)
 
     def pack_shared(self, rollouts: Rollouts, groups: list[Tensor]) -> Microbatch:
         """Sequences of one prompt in a row, group by group."""
@@ -139,12 +167,12 @@ class PolicyCalls:
         """The batch, or some rows of it, in microbatches, one at a time; sequences without response are left out."""
         rows = torch.arange(len(rollouts)) if rows is None else rows
         rows = rows[rollouts.response_mask[rows].any(1)]
-        if self._alone:
+        if self.layout.alone:
             yield from (self.pack(rollouts, row[None]) for row in rows)
             return
         shared = None
-        if share and self._width:
-            shared = shared_prompts(rollouts, rows, self._width, self.max_tokens, self.context)
+        if share and self.layout.width:
+            shared = shared_prompts(rollouts, rows, self.layout.width, self.max_tokens, self.context)
         lengths = rollouts.attention_mask.sum(1)
         if shared is None:
             for group in bounded_groups([padded(n) for n in lengths[rows].tolist()], self.max_tokens):
@@ -206,7 +234,7 @@ class PolicyCalls:
 
     def scores(self, batch: Microbatch) -> FlatScores:
         """Scores of a microbatch's response tokens, ``[T]`` each, without a graph."""
-        if self._split is None:
+        if self.layout.split is None:
             return plain_scores(self.model_logits(batch), batch.targets, self.temperature)
         return head_scores(self._head(), self.hidden(batch), batch.targets)
 
@@ -215,7 +243,7 @@ class PolicyCalls:
 
         Differentiable in forward and reverse mode, also repeatedly; in reverse mode all logits stay in memory.
         """
-        if self._split is None:
+        if self.layout.split is None:
             return logit_scores(self.model_logits(batch), batch.targets, self.temperature)
         head, size = self._head(), self._head().chunk_tokens()
         chunks = zip(self.hidden(batch).split(size), batch.targets.split(size), strict=True)
@@ -228,7 +256,7 @@ class PolicyCalls:
 
         To be called inside a level of forward mode, in which the model's parameters carry the tangents.
         """
-        if self._split is not None:
+        if self.layout.split is not None:
             return head_slopes(self._head(), self.hidden(batch), batch.targets)
         values, slopes = zip(*map(unpack_dual, self.token_scores(batch)), strict=True)
         of_logprobs, of_entropies = (torch.zeros_like(values[0]) if x is None else x for x in slopes)
@@ -238,7 +266,7 @@ class PolicyCalls:
         self, batch: Microbatch, of_logprobs: Tensor, of_entropies: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`scores`, and ``sum a s + c h`` to differentiate once, from one forward pass; all ``[T]``."""
-        if self._split is None:
+        if self.layout.split is None:
             s, h = self.token_scores(batch)
             value = torch.dot(of_logprobs.to(s.dtype), s) + torch.dot(of_entropies.to(h.dtype), h)
             return s.detach(), h.detach(), value
@@ -267,7 +295,7 @@ class PolicyCalls:
             ValueError: if a value is not finite.
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
-        if self._split is not None:
+        if self.layout.split is not None:
             head, hidden, scored = self._head(), self.hidden(batch), []
             values = []
             for k, (a, c) in enumerate(terms):
