@@ -245,7 +245,7 @@ def _slope(planned: Plan, horizon: int | None) -> tuple[SampleGradients, Float[T
                     pairs[k, unit] = flat(vector, policy.parameters)
     with policy.clock.phase("evaluation gradient") as progress:
         side = Side(surrogate, directions, pair_with=pairs)
-        slope = differentiate(*given, side, hooks=planned.hooks, progress=progress)
+        slope = differentiate(*given, side, hooks=planned.hooks, progress=progress, kept=batch.kept)
     if pairs is not None:
         total = {n: torch.zeros_like(p) if (x := slope.total[n]) is None else x for n, p in policy.parameters.items()}
         products = torch.stack([slope.paired, dot_rows(pairs, total, policy.parameters)])

@@ -35,7 +35,7 @@ from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["Hooks", "hookable", "hooked_backward"]
+__all__ = ["HookedPass", "Hooks", "hookable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,9 @@ class _Hook(torch.autograd.Function):
 class _Hooked:
     """Taps on the layers of a model, for one microbatch of ``n`` rows."""
 
-    def __init__(self, hooks: Hooks, anchor: Tensor, clusters: Tensor, sinks: Sequence[Sink]) -> None:
-        self.hooks, self.anchor, self.clusters, self.sinks = hooks, anchor, clusters, sinks
+    def __init__(self, hooks: Hooks, anchor: Tensor, clusters: Tensor) -> None:
+        self.hooks, self.anchor, self.clusters = hooks, anchor, clusters
+        self.sinks: Sequence[Sink] = ()
         self.current = 0
         self.reading = False
 
@@ -155,35 +156,48 @@ class _HeadShares:
                 self.held = {}
 
 
-def hooked_backward(
-    scorer: Scorer,
-    hooks: Hooks,
-    batch: Microbatch,
-    coefficients: Sequence[TokenCoefficients],
-    clusters: Tensor,
-    sinks: Sequence[Sink],
-    sheet: ScoreSheet | None = None,
-) -> None:
-    """One forward pass with hooks, then one backward pass per surrogate.
+class HookedPass:
+    """A forward pass over a microbatch with hooks, and backward passes on its graph.
 
     Args:
         scorer: the policy.
         hooks: how to read gradients, from :func:`hookable`.
         batch: rows that each belong to one cluster.
-        coefficients: of the surrogates.
         clusters: the cluster of each row of the microbatch.
-        sinks: where the gradients of each surrogate go.
-        sheet: where the scores of the tokens go.
     """
-    anchor = torch.zeros((), device=scorer.device, requires_grad=True)
-    hooked = _Hooked(hooks, anchor, clusters, sinks)
-    head = _HeadShares(hooks.head, batch, clusters, sinks) if hooks.head else None
-    with hooked.attached():
-        values = scorer.surrogates(batch, coefficients, head, sheet)
+
+    def __init__(self, scorer: Scorer, hooks: Hooks, batch: Microbatch, clusters: Tensor) -> None:
+        self.scorer, self.batch = scorer, batch
+        self._anchor = torch.zeros((), device=scorer.device, requires_grad=True)
+        self._hooked = _Hooked(hooks, self._anchor, clusters)
+        with self._hooked.attached():
+            self._output = scorer.output(batch)
+
+    def backward(
+        self,
+        coefficients: Sequence[TokenCoefficients],
+        sinks: Sequence[Sink],
+        sheet: ScoreSheet | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
+        """One backward pass per surrogate.
+
+        Args:
+            coefficients: of the surrogates.
+            sinks: where the gradients of each surrogate go.
+            sheet: where the scores of the tokens go.
+            keep: leave the graph for another call.
+        """
+        hooked, head = self._hooked, None
+        if hooked.hooks.head:
+            head = _HeadShares(hooked.hooks.head, self.batch, hooked.clusters, sinks)
+        hooked.sinks = sinks
+        values = self.scorer.surrogates(self.batch, coefficients, head, sheet, self._output)
         for hooked.current, value in enumerate(values):
             if value.requires_grad:
                 last = hooked.current + 1 == len(values)
-                torch.autograd.grad(value, anchor, allow_unused=True, retain_graph=not last)
+                torch.autograd.grad(value, self._anchor, allow_unused=True, retain_graph=keep or not last)
 
 
 class _Weighted(Sink):
@@ -256,7 +270,7 @@ def _hooked_sum(scorer: Scorer, parameters: Mapping[str, Parameter], hooks: Hook
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         sink = _Weighted(parameters, _WEIGHTS)
-        hooked_backward(scorer, hooks, batch, [_ones(few)], batch.leaders, [sink])
+        HookedPass(scorer, hooks, batch, batch.leaders).backward([_ones(few)], [sink])
         return sink.total
 
     return _sum(gradient for _, gradient in scorer.each(few, work, share=False))

@@ -10,7 +10,7 @@ Of sharded parameters every rank keeps its shard of each gradient; inner product
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.gradients.hooks import Hooks, hooked_backward
-from entropy_probe.gradients.layers import Sink
+from entropy_probe.gradients.hooks import Hooks
+from entropy_probe.gradients.read_off import KeptPasses, Sums, read_off_layers
 from entropy_probe.gradients.rows import dot_rows, sum_over_columns
 from entropy_probe.named import NamedVector
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
@@ -101,7 +101,7 @@ class SampleGradients:
         return dot_rows(self.stored, direction, self.total)
 
 
-class _Sums(Sink):
+class _Sums(Sums):
     """Where a pass accumulates, one contribution at a time."""
 
     def __init__(self, parameters: Mapping[str, Parameter], side: Side, num_clusters: int) -> None:
@@ -125,7 +125,6 @@ class _Sums(Sink):
         return SampleGradients(total, dots, self.stored, paired)
 
     def empty(self, clusters: Tensor) -> _Sums:
-        """Empty sums for one microbatch with these clusters, for :meth:`merge` once it is known to be complete."""
         sums = copy.copy(self)
         sums.total = dict.fromkeys(self.total)
         sums.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
@@ -134,8 +133,8 @@ class _Sums(Sink):
         sums._clusters = clusters.tolist()
         return sums
 
-    def merge(self, added: _Sums, clusters: Tensor) -> None:
-        """Add the sums of a microbatch whose clusters are ``clusters``, distinct."""
+    def merge(self, added: Sums, clusters: Tensor) -> None:
+        assert isinstance(added, _Sums)
         for name, gradient in added.total.items():
             if gradient is not None:
                 self.add_total(name, gradient)
@@ -217,6 +216,7 @@ def sample_gradients(
     hooks: Hooks | None = None,
     progress: Progress | None = None,
     sheet: ScoreSheet | None = None,
+    kept: KeptPasses | None = None,
 ) -> list[SampleGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
@@ -233,6 +233,7 @@ def sample_gradients(
             without, what is wanted of single clusters takes a backward pass per cluster.
         progress: called with sequences done and in all.
         sheet: gets the scores of the batch, which the forward pass computes on its way.
+        kept: with hooks, forward passes to keep or, in the second call, to use.
 
     Returns:
         One outcome per side.
@@ -245,7 +246,7 @@ def sample_gradients(
             for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
         ]
     with nullcontext() if sides[0].is_loss else as_a_function(scorer.model):
-        return _sample_gradients(*given, sides, hooks, progress, sheet)
+        return _sample_gradients(*given, sides, hooks, progress, sheet, kept)
 
 
 def _sample_gradients(
@@ -257,6 +258,7 @@ def _sample_gradients(
     hooks: Hooks | None,
     progress: Progress | None,
     sheet: ScoreSheet | None,
+    kept: KeptPasses | None,
 ) -> list[SampleGradients]:
     counts = clusters.bincount().tolist()
     sums = [_Sums(parameters, side, len(counts)) for side in sides]
@@ -271,7 +273,7 @@ def _sample_gradients(
             progress(done, len(rollouts))
 
     if hooks:
-        for rows in _read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sheet, sums):
+        for rows in read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sums, sheet, kept):
             report(rows)
     elif by_cluster:
         for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
@@ -290,38 +292,6 @@ def _sample_gradients(
                     side.add_total(name, local(gradient))
             report(batch.rows)
     return [side.outcome() for side in sums]
-
-
-def _read_off_layers(
-    scorer: Scorer,
-    hooks: Hooks,
-    rollouts: Rollouts,
-    clusters: Tensor,
-    coefficients: Sequence[TokenCoefficients],
-    sheet: ScoreSheet | None,
-    sums: Sequence[_Sums],
-) -> Iterator[Tensor]:
-    """Add what each sequence adds to the sums, a microbatch at a time; yields its rows."""
-
-    def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
-        """What the microbatch adds, by cluster; kept apart until it is complete."""
-        present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
-        added = [side.empty(present) for side in sums]
-        hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
-        return present, added
-
-    for batch, (present, added) in scorer.each(
-        rollouts, hooked, share=_prompts_are_whole(rollouts.prompt_ids, clusters)
-    ):
-        for side, more in zip(sums, added, strict=True):
-            side.merge(more, present)
-        yield batch.rows
-
-
-def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:
-    """Whether no prompt's sequences are spread over several clusters, so that they may share a row."""
-    pairs = torch.stack([prompt_ids, clusters], 1).unique(dim=0)
-    return len(pairs) == prompt_ids.unique().numel()
 
 
 def cluster_backward(

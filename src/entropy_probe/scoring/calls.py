@@ -29,7 +29,7 @@ from entropy_probe.scoring.logits import (
     logit_scores,
     plain_scores,
 )
-from entropy_probe.scoring.memory import fitting_tokens
+from entropy_probe.scoring.memory import fitting_tokens, tokens_in_memory
 from entropy_probe.scoring.packing import (
     Microbatch,
     bounded_groups,
@@ -84,6 +84,7 @@ class PolicyCalls:
         self.model = model
         self.temperature = temperature
         self.max_tokens = max_tokens_per_microbatch or fitting_tokens(model)
+        self.kept_tokens = max_tokens_per_microbatch or tokens_in_memory(model)
         self.notes: tuple[Note, ...] = ()
         self.device = next(model.parameters()).device
         self.sharded = is_sharded(model)
@@ -152,6 +153,10 @@ class PolicyCalls:
                 f"{list(output.logits.shape[:2])}; adapters that add virtual tokens are not supported"
             )
         return output.logits.flatten(0, 1)[batch.source]
+
+    def output(self, batch: Microbatch) -> Tensor:
+        """:meth:`hidden` where the output layer is applied outside the model, else :meth:`model_logits`."""
+        return self.model_logits(batch) if self.layout.split is None else self.hidden(batch)
 
     def pack(self, rollouts: Rollouts, rows: Tensor) -> Microbatch:
         """Sequences one to a row, padded where the model may be called on several of them."""
@@ -228,7 +233,7 @@ class PolicyCalls:
         # outside the handler, which holds on to the failed pass
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.max_tokens = size // 2
+        self.max_tokens, self.kept_tokens = size // 2, 0
         self.notes = (OUT_OF_MEMORY(tokens=self.max_tokens),)
         return None
 
@@ -281,6 +286,7 @@ class PolicyCalls:
         sides: Sequence[TokenCoefficients],
         consume_head: Callable[[int, slice, Tensor, Tensor], None] | None = None,
         sheet: ScoreSheet | None = None,
+        output: Tensor | None = None,
     ) -> list[Tensor]:
         """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
@@ -290,25 +296,26 @@ class PolicyCalls:
             consume_head: takes the place of gradients of :attr:`head`: called with a side's number and what
                 :func:`~entropy_probe.scoring.logits.head_surrogate` says of each chunk of tokens.
             sheet: gets the scores of the tokens, which are computed on the way.
+            output: of :meth:`output`; called for without.
 
         Raises:
             ValueError: if a value is not finite.
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
+        output = self.output(batch) if output is None else output
         if self.layout.split is not None:
-            head, hidden, scored = self._head(), self.hidden(batch), []
+            head, scored = self._head(), []
             values = []
             for k, (a, c) in enumerate(terms):
                 consume, scores = partial(consume_head, k) if consume_head else None, None if k else scored.append
-                values.append(head_surrogate(head, hidden, batch.targets, a, c, consume, scores if sheet else None))
+                values.append(head_surrogate(head, output, batch.targets, a, c, consume, scores if sheet else None))
             if sheet:
                 sheet.write(batch, FlatScores.joined(scored))
         else:
-            logits = self.model_logits(batch)
-            s, h = logit_scores(logits, batch.targets, self.temperature)
+            s, h = logit_scores(output, batch.targets, self.temperature)
             values = [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]
             if sheet:
-                sheet.write(batch, plain_scores(logits.detach(), batch.targets, self.temperature))
+                sheet.write(batch, plain_scores(output.detach(), batch.targets, self.temperature))
         if not all(bool(torch.isfinite(value)) for value in values):
             raise ValueError(
                 f"rollouts: expected finite log-probabilities, got others among sequences {batch.rows.tolist()[:5]}; "
