@@ -31,6 +31,7 @@ from entropy_probe.gradients.layers import (
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import hooked_parameters, of_this_thread
+from entropy_probe.scoring.logits import HeadBasis
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -172,6 +173,7 @@ class HookedPass:
         self._hooked = _Hooked(hooks, self._anchor, clusters)
         with self._hooked.attached():
             self._output = scorer.output(batch)
+        self._basis: HeadBasis | None = None
 
     def backward(
         self,
@@ -190,10 +192,12 @@ class HookedPass:
             keep: leave the graph for another call.
         """
         hooked, head = self._hooked, None
+        if keep:
+            self._basis = self.scorer.basis(self.batch, self._output)
         if hooked.hooks.head:
             head = _HeadShares(hooked.hooks.head, self.batch, hooked.clusters, sinks)
         hooked.sinks = sinks
-        values = self.scorer.surrogates(self.batch, coefficients, head, sheet, self._output)
+        values = self.scorer.surrogates(self.batch, coefficients, head, sheet, self._output, self._basis)
         for hooked.current, value in enumerate(values):
             if value.requires_grad:
                 last = hooked.current + 1 == len(values)

@@ -22,6 +22,7 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.logits import (
     FlatScores,
+    HeadBasis,
     OutputHead,
     head_scores,
     head_slopes,
@@ -280,6 +281,13 @@ class PolicyCalls:
         s, h, *_ = head_scores(self._head(), hidden.detach(), batch.targets)
         return s, h, value
 
+    def basis(self, batch: Microbatch, output: Tensor) -> HeadBasis | None:
+        """What any number of surrogates of a microbatch take of the vocabulary; ``None`` if its layer is trained."""
+        head = self.head
+        if head is None or any(p.requires_grad for p in head.parameters()):
+            return None
+        return HeadBasis.of(self._head(), output.detach(), batch.targets)
+
     def surrogates(
         self,
         batch: Microbatch,
@@ -287,6 +295,7 @@ class PolicyCalls:
         consume_head: Callable[[int, slice, Tensor, Tensor], None] | None = None,
         sheet: ScoreSheet | None = None,
         output: Tensor | None = None,
+        basis: HeadBasis | None = None,
     ) -> list[Tensor]:
         """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
@@ -297,13 +306,18 @@ class PolicyCalls:
                 :func:`~entropy_probe.scoring.logits.head_surrogate` says of each chunk of tokens.
             sheet: gets the scores of the tokens, which are computed on the way.
             output: of :meth:`output`; called for without.
+            basis: of :meth:`basis` for that output.
 
         Raises:
             ValueError: if a value is not finite.
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
         output = self.output(batch) if output is None else output
-        if self.layout.split is not None:
+        if basis is not None:
+            values = [basis.surrogate(output, a, c) for a, c in terms]
+            if sheet:
+                sheet.write(batch, basis.scores)
+        elif self.layout.split is not None:
             head, scored = self._head(), []
             values = []
             for k, (a, c) in enumerate(terms):
