@@ -11,7 +11,7 @@ from entropy_probe.analyses.assemble import result_of, with_realized
 from entropy_probe.analyses.batches import admit_batches, admit_evaluation
 from entropy_probe.analyses.given import checked_gradient
 from entropy_probe.analyses.measure import measure_taken
-from entropy_probe.analyses.own_batch import OwnPrediction, predict_own, without_own
+from entropy_probe.analyses.own_batch import OwnPrediction, measure_own_taken, predict_own
 from entropy_probe.analyses.plan import plan, plan_given
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, predict
@@ -41,9 +41,10 @@ class StepAhead:
         """
         plan = self.prediction.plan
         with plan.policy.isolated():
-            measured = measure_taken(plan)
-        if isinstance(self.prediction, OwnPrediction):
-            measured = without_own(self.prediction, measured)
+            if isinstance(self.prediction, OwnPrediction):
+                measured = measure_own_taken(self.prediction)
+            else:
+                measured = measure_taken(plan)
         return with_realized(self.result, self.prediction, measured)
 
 

@@ -8,7 +8,6 @@ the opposite step too. One batch takes one more scoring, without what each promp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields
-from entropy_probe.analyses.before import chosen_clusters
-from entropy_probe.analyses.measure import Measured
+from entropy_probe.analyses.measure import Measured, chosen_part
 from entropy_probe.analyses.own_batch import OwnPrediction, scores_without_own
 from entropy_probe.analyses.predict import Prediction, predict
 from entropy_probe.config import ProbeConfig
@@ -42,11 +40,6 @@ NO_PROFILE = NoteKind(
 )
 SLOPE_TOLERANCE = 1e-3
 """How far forward mode may be off on a sequence, relative to what parameters add; wrong rules are by percents."""
-
-
-SHARE, LEAST, LEAST_SEQUENCES = 1 / 8, 4, 32
-"""Of the clusters, the part that second order is measured on: so many clusters at least, and with so many sequences.
-The spread of second order is a few hundredths of that of first order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +74,7 @@ def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | N
     if not _has_horizons(config):
         return None
     after, evaluation, before = measured.measurement.after, plan.evaluation, plan.before.scores
-    count = evaluation.clusters.count
-    number = max(LEAST, math.ceil(SHARE * count), math.ceil(LEAST_SEQUENCES / len(evaluation.rollouts) * count))
-    part = chosen_clusters(evaluation.rollouts, evaluation.clusters, min(number, count))
-    rows = torch.isin(evaluation.local.clusters.index, part).nonzero()[:, 0]
+    part, rows = chosen_part(evaluation)
     if isinstance(prediction, OwnPrediction):
         scored = scores_without_own(prediction, part)
         if scored is None:
@@ -211,10 +201,7 @@ def _predicted_along(prediction: Prediction, slopes: _Along, horizon: int | None
     plan, first = prediction.plan, _predicted(prediction, slopes.first, horizon)
     contributions, _ = _sums_along(prediction, slopes.second, slopes.rows, horizon)
     sizes, count = plan.before.sums.size[slopes.part], plan.evaluation.clusters.count
-    second = ratio(contributions[slopes.part], sizes)
-    influence = torch.zeros(count, dtype=torch.float64)
-    influence[slopes.part] = count / len(slopes.part) * second.influence
-    return first - Sampled(second.value, influence)
+    return first - ratio(contributions[slopes.part], sizes).among(slopes.part, count)
 
 
 def _predicted(prediction: Prediction, slopes: TokenScores, horizon: int | None) -> FirstOrder:

@@ -15,7 +15,7 @@ from torch import Tensor
 from entropy_probe.analyses.admission import draws_of
 from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch, admitted
 from entropy_probe.analyses.gradient import differentiate, over_clusters
-from entropy_probe.analyses.measure import Measured, measure
+from entropy_probe.analyses.measure import Measured, chosen_part, measure, measure_taken, measured_part, taken
 from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes
@@ -160,6 +160,23 @@ def own_prediction(planned: Plan, horizon: int | None = None) -> OwnPrediction:
 def measure_own(prediction: OwnPrediction) -> Measured:
     """The realized change on the batch of the step, less the first-order influence of its responses on themselves."""
     return without_own(prediction, measure(prediction.plan))
+
+
+def measure_own_taken(prediction: OwnPrediction) -> Measured:
+    """The realized change of the step that the optimizer has taken since, on its batch.
+
+    The prediction, and what the step does beyond first order on a part of the prompts: nearly all of the spread of the
+    change is that of first order, which is known of every prompt.
+    """
+    plan, change = prediction.plan, prediction.change
+    config, (part, rows) = plan.policy.config, chosen_part(plan.evaluation)
+    if config.realized != "per_decision" or config.on_low_ess != "refuse" or len(part) == len(change.influence):
+        return without_own(prediction, measure_taken(plan))
+    measurement, beyond = measured_part(plan, prediction.all_pairs, part, rows)
+    if beyond is None:
+        return taken(plan, measurement)
+    whole = Change(change.value + beyond.value, change.influence + beyond.influence, change.length_change)
+    return taken(plan, replace(measurement, change=whole, beyond=beyond))
 
 
 def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
