@@ -221,7 +221,7 @@ def scores_without_own(prediction: OwnPrediction, some: Tensor) -> tuple[TokenSc
                 scores = _scored_at(policy, at, own, rows)
                 table[:, rows] = torch.stack([scores.logprobs, scores.entropies]).double()
             progress(unit + 1, len(stored))
-    there, opposite = (TokenScores(*table, own.response_mask) for table in tables)
+    there, opposite = (TokenScores(s, h, own.response_mask) for s, h in tables)
     return there, opposite
 
 

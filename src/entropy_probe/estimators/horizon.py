@@ -29,10 +29,8 @@ def horizons(longest: int, also: int | None = None) -> tuple[int | None, ...]:
 
 def differences(before: TokenScores, after: TokenScores) -> TokenScores:
     """By how much every score changes with a step: its derivative along the step, up to second order."""
-    logprobs, entropies = (
-        getattr(after, name).double() - getattr(before, name).double() for name in ("logprobs", "entropies")
-    )
-    return TokenScores(logprobs, entropies, before.response_mask)
+    logprobs = after.logprobs.double() - before.logprobs.double()
+    return TokenScores(logprobs, after.entropies.double() - before.entropies.double(), before.response_mask)
 
 
 def second_order(before: TokenScores, there: TokenScores, opposite: TokenScores) -> TokenScores:
@@ -41,8 +39,8 @@ def second_order(before: TokenScores, there: TokenScores, opposite: TokenScores)
     Without it they are derivatives up to third order.
     """
     gains, losses = differences(before, there), differences(before, opposite)
-    halves = ((getattr(gains, name) + getattr(losses, name)) / 2 for name in ("logprobs", "entropies"))
-    return TokenScores(*halves, before.response_mask)
+    logprobs, entropies = (gains.logprobs + losses.logprobs) / 2, (gains.entropies + losses.entropies) / 2
+    return TokenScores(logprobs, entropies, before.response_mask)
 
 
 def first_order_along(

@@ -58,7 +58,9 @@ class Reach:
         """Those of some batches."""
         lengths = [int(n) for batch in batches for n in batch.attention_mask.sum(1)[batch.response_mask.any(1)]]
         width, packed = _width(calls), 0
-        for batch in batches if width else ():
+        for batch in batches:
+            if width is None:
+                break
             groups, _ = shared_groups(batch, torch.arange(len(batch)), width, calls.max_tokens, calls.context)
             packed = max([packed, *(row_tokens(batch, group) for group in groups if len(group) > 1)])
         return cls(min(lengths, default=0), max(lengths, default=0), packed)
