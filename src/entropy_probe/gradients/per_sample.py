@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from entropy_probe.gradients.hooks import Hooks
 from entropy_probe.gradients.read_off import KeptPasses, Sums, read_off_layers
 from entropy_probe.gradients.rows import dot_rows, sum_over_columns
-from entropy_probe.named import NamedVector
+from entropy_probe.named import NamedVector, add_to, gradient_of
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
@@ -31,14 +31,6 @@ from entropy_probe.scoring.isolation import as_a_function, differs_in_training
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
-
-__all__ = [
-    "SampleGradients",
-    "Side",
-    "cluster_backward",
-    "sample_gradients",
-    "stored_bytes",
-]
 
 _CACHED_ELEMENTS = 2**26
 """Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
@@ -245,53 +237,44 @@ def sample_gradients(
             for side in sides
             for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
         ]
+    sums = [_Sums(parameters, side, len(clusters.bincount())) for side in sides]
     with nullcontext() if sides[0].is_loss else as_a_function(scorer.model):
-        return _sample_gradients(*given, sides, hooks, progress, sheet, kept)
+        _add_up(*given, sides, hooks, sheet, sums, progress, kept)
+    return [side.outcome() for side in sums]
 
 
-def _sample_gradients(
+def _add_up(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
     clusters: Tensor,
     sides: Sequence[Side],
     hooks: Hooks | None,
-    progress: Progress | None,
     sheet: ScoreSheet | None,
+    sums: Sequence[_Sums],
+    progress: Progress | None,
     kept: KeptPasses | None,
-) -> list[SampleGradients]:
-    counts = clusters.bincount().tolist()
-    sums = [_Sums(parameters, side, len(counts)) for side in sides]
+) -> None:
+    """Add what each sequence adds to the sums, a microbatch or a cluster at a time."""
     coefficients = [side.coefficients for side in sides]
-    by_cluster = any(side.directions or side.store or side.pair_with is not None for side in sides)
-    done = 0
-
-    def report(rows: Tensor) -> None:
-        nonlocal done
-        done += len(rows)
-        if progress:
-            progress(done, len(rollouts))
-
     if hooks:
-        for rows in read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sums, sheet, kept):
-            report(rows)
-    elif by_cluster:
-        for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-            index = torch.tensor([cluster])
-            for side, gradients in zip(
-                sums, cluster_backward(scorer, parameters, rollouts, rows, coefficients, sheet), strict=True
-            ):
+        read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sums, sheet, progress, kept)
+    elif any(side.directions or side.store or side.pair_with is not None for side in sides):
+        done = 0
+        for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
+            given = (scorer, parameters, rollouts, rows, coefficients, sheet)
+            for side, gradients in zip(sums, cluster_backward(*given), strict=True):
                 for name, gradient in gradients.items():
-                    side.add_clusters(name, index, local(gradient)[None])
-            report(rows)
+                    side.add_clusters(name, torch.tensor([cluster]), local(gradient)[None])
+            done += len(rows)
+            if progress:
+                progress(done, len(rollouts))
     else:
         work = partial(_backward, scorer, parameters, coefficients, sheet)
-        for batch, gradients_by_side in scorer.each(rollouts, work):
-            for side, gradients in zip(sums, gradients_by_side, strict=True):
+        for _, of_sides in scorer.each(rollouts, work, progress=progress):
+            for side, gradients in zip(sums, of_sides, strict=True):
                 for name, gradient in gradients.items():
                     side.add_total(name, local(gradient))
-            report(batch.rows)
-    return [side.outcome() for side in sums]
 
 
 def cluster_backward(
@@ -307,8 +290,7 @@ def cluster_backward(
     work = partial(_backward, scorer, parameters, coefficients, sheet)
     for _, gradients_by_side in scorer.each(rollouts, work, rows):
         for total, gradients in zip(totals, gradients_by_side, strict=True):
-            for name, gradient in gradients.items():
-                total[name] = total[name] + gradient if name in total else gradient
+            add_to(total, gradients)
     return totals
 
 
@@ -322,13 +304,8 @@ def _backward(
     """One forward pass over a microbatch, then one backward pass per surrogate."""
     if scorer.sharded:
         return [_backward_into_grad(scorer, parameters, each, sheet, batch) for each in coefficients]
-    values, per_surrogate = scorer.surrogates(batch, coefficients, sheet=sheet), []
-    for k, value in enumerate(values):
-        gradients = torch.autograd.grad(
-            value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
-        )
-        per_surrogate.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
-    return per_surrogate
+    values = scorer.surrogates(batch, coefficients, sheet=sheet)
+    return [gradient_of(value, parameters, again=k < len(values)) for k, value in enumerate(values, 1)]
 
 
 def _backward_into_grad(

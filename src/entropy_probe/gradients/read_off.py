@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_probe.gradients.hooks import HookedPass, Hooks
 from entropy_probe.gradients.layers import Sink
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.scoring.forward import Scorer
+from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -60,9 +60,10 @@ def read_off_layers(
     coefficients: Sequence[TokenCoefficients],
     sums: Sequence[Sums],
     sheet: ScoreSheet | None = None,
+    progress: Progress | None = None,
     kept: KeptPasses | None = None,
-) -> Iterator[Tensor]:
-    """Add what each sequence adds to the sums, a microbatch at a time; yields its rows.
+) -> None:
+    """Add what each sequence adds to the sums, a microbatch at a time.
 
     Args:
         scorer: the policy.
@@ -72,6 +73,7 @@ def read_off_layers(
         coefficients: of the surrogates.
         sums: of each surrogate.
         sheet: gets the scores of new passes.
+        progress: called with sequences done and in all.
         kept: passes to use, or else to be kept.
     """
 
@@ -94,7 +96,8 @@ def read_off_layers(
         for side, more in zip(sums, added, strict=True):
             side.merge(more, present)
 
-    left = torch.ones(len(rollouts), dtype=torch.bool)
+    left, done = torch.ones(len(rollouts), dtype=torch.bool), 0
+    report: Progress = progress or (lambda *_: None)
     while kept is not None and kept.passes:
         kept.used = True
         forward, present = kept.passes.pop(0)
@@ -104,11 +107,15 @@ def read_off_layers(
             break
         merge(present, outcome[0])
         left[forward.batch.rows] = False
-        yield forward.batch.rows
+        done += len(forward.batch.rows)
+        report(done, len(rollouts))
     share = _prompts_are_whole(rollouts.prompt_ids, clusters)
-    for batch, (present, added) in scorer.each(rollouts, hooked, left.nonzero()[:, 0], share=share):
+
+    def rest(more: int, _: int) -> None:
+        report(done + more, len(rollouts))
+
+    for _, (present, added) in scorer.each(rollouts, hooked, left.nonzero()[:, 0], share=share, progress=rest):
         merge(present, added)
-        yield batch.rows
 
 
 def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:
