@@ -29,7 +29,12 @@ def forward_passes(scorer: Scorer, monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("kind", "settings", "room"),
-    [("lora", {}, "all"), ("lora", {}, "some"), ("full", {"tie_word_embeddings": True}, "all"), ("full", {}, "none")],
+    [
+        ("lora", {}, "some"),
+        ("full", {"tie_word_embeddings": True}, "all"),
+        pytest.param("lora", {}, "all", marks=pytest.mark.slow),
+        pytest.param("full", {}, "none", marks=pytest.mark.slow),
+    ],
 )
 def test_kept_graphs_give_what_new_passes_give(kind, settings, room, monkeypatch):
     model, _ = policy(kind, **settings)

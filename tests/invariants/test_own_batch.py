@@ -271,7 +271,7 @@ def test_second_order_of_a_part_of_the_prompts_stands_for_that_of_all(norm):
               "max_completion_length": LONGEST, "normalization": norm, "measure_noise_floor": False}  # fmt: skip
     probe, generator = EntropyProbe(model, history(model, "adamw", 12, 0.02), ProbeConfig(**fields)), torch.Generator()
     z, ratios, gaps, curvatures = [], [], [], []
-    for _ in range(10):
+    for _ in range(6):
         with probe._opened() as policy:
             prediction = predict_own(policy, batch(generator, 32, 4))
             measured = measure_own(prediction)
