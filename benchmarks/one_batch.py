@@ -3,7 +3,8 @@
 The straightforward algorithm takes two passes over the whole batch for the two mean gradients, then two forward and
 two backward passes per prompt for the diagonal and the row means. All three run in the same process, in interleaved
 rounds; figures are ratios of medians of CPU time. Beside it the prediction in the optimizer's own geometry with parts,
-both errors and the realized change, with and without the profile over horizons.
+both errors and the realized change, with and without the profile over horizons; and of a live step, from ``.grad``:
+the prediction from its own batch, the realized change after it, and the prediction from a quarter as many others.
 
 Run ``python benchmarks/one_batch.py`` (many minutes), or with ``--quick`` at sizes that only show that it works.
 """
@@ -25,9 +26,11 @@ from rich.table import Table
 from torch import Tensor
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.analyses.ahead import StepAhead
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.first_order import entropy_coefficients
 from entropy_probe.estimators.u_statistic import cross_statistic
+from entropy_probe.integrations.live import probe_actor
 from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
@@ -81,24 +84,40 @@ def straightforward(
 def compare(setup: Setup, *, lora: bool, rounds: int) -> dict[str, float | int | bool | str]:
     """Medians of interleaved rounds, and a check that both algorithms give the same number."""
     model, optimizer = setup.policy(lora=lora)
-    batch, _ = setup.batches(model)
-    config = ProbeConfig(
-        max_tokens_per_microbatch=setup.max_tokens_per_microbatch,
-        max_stored_gradient_gib=setup.max_stored_gradient_gib,
-    )
+    batch, evaluation = setup.batches(model)
+    # microbatches as large as the machine has room for, as by default
+    config = ProbeConfig(max_stored_gradient_gib=setup.max_stored_gradient_gib)
     scorer = Scorer(model, 1.0, setup.max_tokens_per_microbatch)
     with evaluating(model):
         scorer.prepare(batch)
         sides = surrogates(scorer, batch)
     training_gradient(model, batch, setup.max_tokens_per_microbatch)
     quiet = config.model_copy(update={"measure_noise_floor": False})
+    alone = quiet.model_copy(update={"horizon": None})
+    quarter = evaluation.select(torch.arange(0, len(evaluation), 4))
+    ahead: list[StepAhead] = []
+
+    def live(rollouts: Rollouts | None, held_out: Rollouts | None) -> None:
+        ahead[:] = [probe_actor(model, optimizer, rollouts, alone, evaluation=held_out)]
+
+    def training() -> None:
+        gradients = training_gradient(model, batch, setup.max_tokens_per_microbatch)
+        for p, gradient in zip((p for p in model.parameters() if p.requires_grad), gradients, strict=True):
+            p.grad = gradient
+
+    training()
+    live(batch, None)  # a live run tries the model at its first step
+    live(None, quarter)
     # a probe of its own each time: it would remember the scores of the batch
     timed: dict[str, Callable[[], Any]] = {
-        "training": lambda: training_gradient(model, batch, setup.max_tokens_per_microbatch),
+        "training": training,
         "exact": lambda: EntropyProbe(model, optimizer, config).cross_prompt(batch),
         "straightforward": lambda: straightforward(model, optimizer, batch, scorer, sides),
-        "own": lambda: EntropyProbe(model, optimizer, quiet.model_copy(update={"horizon": None})).one_batch(batch),
+        "own": lambda: EntropyProbe(model, optimizer, alone).one_batch(batch),
         "own, horizons": lambda: EntropyProbe(model, optimizer, quiet).one_batch(batch),
+        "live, held out": lambda: live(None, quarter),
+        "live": lambda: live(batch, None),
+        "live, realized": lambda: ahead[0].taken(),
     }
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     results: dict[str, Any] = {}
@@ -121,6 +140,9 @@ def compare(setup: Setup, *, lora: bool, rounds: int) -> dict[str, float | int |
         "straightforward_over_exact": middle["straightforward"] / middle["exact"],
         "own_over_training": middle["own"] / middle["training"],
         "own_with_horizons_over_training": middle["own, horizons"] / middle["training"],
+        "live_over_training": middle["live"] / middle["training"],
+        "live_realized_over_training": middle["live, realized"] / middle["training"],
+        "live_held_out_over_training": middle["live, held out"] / middle["training"],
         "gradients": cross.gradients,
     }
 
@@ -151,11 +173,14 @@ def main() -> None:
         "speed-up",
         "own geometry",
         "with horizons",
+        "live",
+        "realized",
+        "held out, a quarter",
         "gradients",
     ):
         table.add_column(column)
     for f in figures:
-        ratios = (f"{f[k]:.2f}" for k in ("exact_over_training", "straightforward_over_training", "straightforward_over_exact", "own_over_training", "own_with_horizons_over_training"))  # fmt: skip  # noqa: E501
+        ratios = (f"{value:.2f}" for name, value in f.items() if "_over_" in name)
         table.add_row(str(f["weights"]), f"{f['prompts']} x {f['group_size']}", *ratios, str(f["gradients"]))
     Console().print(table)
     if options.json:

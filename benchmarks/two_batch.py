@@ -92,6 +92,7 @@ class Setup:
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
             intermediate_size=self.intermediate_size,
+            max_position_embeddings=2048,
         )
         if lora:
             # not the usual start at B = 0, where half of the gradients vanish

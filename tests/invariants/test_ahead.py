@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts
+from entropy_probe.analyses import policy as policy_module
 from entropy_probe.analyses.policy_check import StaleRolloutsError
 from entropy_probe.integrations.live import logged_keys, probe_actor, prompt_shares
 from entropy_probe.results.live import StepRecord
+from entropy_probe.scoring.forward import Scorer
+from tests.invariants.hf_problems import policy, rollouts
 from tests.invariants.problems import batches
 from tests.notes import texts
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
@@ -164,3 +167,34 @@ def test_a_live_step_of_float32_weights_is_not_rounded_whatever_they_hold():
     assert not codes & {"precision_unknown", "master_weights"}
     stored = EntropyProbe(model, optimizer, CONFIG).one_batch(update)
     assert "precision_unknown" in {note.code for note in stored.diagnostics.notes}
+
+
+def test_how_a_model_is_called_is_tried_once(monkeypatch):
+    """And again for lengths beyond those tried, and once something hooks into the model."""
+    model, optimizer = policy("lora")
+    tried, prepare, hookable_before = [], Scorer.prepare, []
+    monkeypatch.setattr(Scorer, "prepare", lambda self, *batches: (tried.append(len(batches)), prepare(self, *batches)))
+    hooks = policy_module.hookable
+    monkeypatch.setattr(policy_module, "hookable", lambda *given: (hookable_before.append(1), hooks(*given))[1])
+    config, batch = CONFIG.model_copy(update={"max_grad_norm": None}), rollouts()
+    shorter = replace(batch, attention_mask=batch.attention_mask.clone(), response_mask=batch.response_mask.clone())
+    shorter.attention_mask[:, -4:] = shorter.response_mask[:, -4:] = False
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.full_like(p, 1e-4)
+
+    def predicted(given: Rollouts) -> float:
+        return probe_actor(model, optimizer, given, config).result.predicted.value
+
+    short = predicted(shorter)
+    assert tried == [1]
+    assert predicted(batch) == pytest.approx(EntropyProbe(model, optimizer, config).ahead(
+        gradient={n: p.grad for n, p in model.named_parameters() if p.requires_grad}, batch=batch
+    ).result.predicted.value, rel=1e-12)  # fmt: skip
+    assert tried == [1, 1]
+    assert predicted(shorter) == pytest.approx(short, rel=1e-6)
+    assert tried == [1, 1]
+    assert len(hookable_before) == 2
+    model.base_model.model.model.register_forward_hook(lambda *_: None)
+    assert predicted(shorter) == pytest.approx(short, rel=1e-6)
+    assert tried == [1, 1, 1]
+    assert len(hookable_before) == 3

@@ -193,7 +193,7 @@ def test_scores_of_hugging_face_models(kind, architecture, head):
     with evaluating(model):
         scorer.prepare(batch)
         if head == "logits":
-            scorer._split = None
+            scorer.lay_out(None)
         assert why_not_forward_mode(scorer, batch, named(model), direction) is None
         got = directional_derivatives(scorer, batch, named(model), direction)
 

@@ -30,7 +30,7 @@ def test_chunked_head_equals_the_models_own_logits(architecture, kind, config):
     assert scorer.head_path == "chunked"
     with torch.no_grad():
         got = scorer.score(batch)
-        scorer._split = None
+        scorer.lay_out(None)
         expected = scorer.score(batch)
     torch.testing.assert_close(got.logprobs, expected.logprobs, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(got.entropies, expected.entropies, atol=2e-5, rtol=1e-5)
@@ -90,7 +90,7 @@ def test_head_with_a_bias():
     scorer.prepare(batch)
     assert scorer.head_path == "chunked"
     got = scorer.score(batch).entropies
-    scorer._split = None
+    scorer.lay_out(None)
     torch.testing.assert_close(got, scorer.score(batch).entropies, atol=2e-5, rtol=1e-5)
 
 
@@ -326,8 +326,8 @@ def test_shared_prompts_give_the_same_scores_and_gradients(architecture, gaps, d
     a, c = (torch.randn(batch.input_ids.shape, generator=g, dtype=torch.float64) for _ in range(2))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = []
-    for width in (scorer._width, None):
-        scorer._width = width
+    for width in (scorer.layout.width, None):
+        scorer.lay_out(scorer.layout.split, width=width)
         scores = scorer.score(batch)
         for hooks in (hookable(scorer, parameters, batch), None):
             side = Side(TokenCoefficients(a, c), store=True)

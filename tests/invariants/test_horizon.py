@@ -8,7 +8,7 @@ from torch.func import jvp
 from entropy_probe import TokenScores
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums, strictly_after, strictly_before
-from entropy_probe.estimators.horizon import central_slopes, first_order_along, horizons, settled
+from entropy_probe.estimators.horizon import differences, first_order_along, horizons, second_order, settled
 from entropy_probe.estimators.realized import change, per_decision
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.types import Clusters
@@ -114,7 +114,11 @@ def test_the_realized_change_becomes_the_first_order(setting, k, norm):
             TokenScores(*(x.detach() for x in (s.logprobs, s.entropies)), mask).select(rows)
             for s in (scores_at(setting, {n: theta[n] + sign * eta * delta[n] for n in theta}) for sign in (1, -1))
         )
-        contributions, _ = first_order_along(before, central_slopes(there, opposite), clusters, positions, norm, k)
+        first, second = (
+            first_order_along(before, slopes, clusters, positions, norm, k)[0]
+            for slopes in (differences(before, there), second_order(before, there, opposite))
+        )
+        contributions = first - second
         realized = change(per_decision(before, there, clusters, positions, norm, k), sums)
         gaps.append(abs(realized.value - (contributions.sum() / sums.size.sum()).item()) / abs(realized.value))
     assert gaps[0] < 0.05

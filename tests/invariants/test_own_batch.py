@@ -9,11 +9,12 @@ import torch
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
 from entropy_probe.analyses.horizons import measure_horizons, measured_within
 from entropy_probe.analyses.measure import measure
-from entropy_probe.analyses.own_batch import measure_own, own_prediction, predict_own
+from entropy_probe.analyses.own_batch import measure_own, measure_own_taken, own_prediction, predict_own
 from entropy_probe.analyses.predict import entropy_surrogate
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.named import add, dot, scale
 from entropy_probe.results.student import critical_value, degrees_of
+from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.plan import stepped_parameters
 from tests.invariants.exact import Bound
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
@@ -260,3 +261,38 @@ def test_the_profile_is_that_of_the_gradients_within_each_horizon(kind, norm):
             assert point.predicted.value == pytest.approx(own.change.value, abs=1e-2 * abs(apart))
             assert point.predicted.standard_error == pytest.approx(own.change.standard_error, rel=0.1)
             assert point.realized.value == pytest.approx(plain.value - apart, abs=1e-2 * abs(apart))
+
+
+@pytest.mark.parametrize("norm", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
+def test_second_order_of_a_part_of_the_prompts_stands_for_that_of_all(norm):
+    """8 of 32 prompts, in the change of a step that was taken and in the profile."""
+    model = TinyPolicy()
+    fields = {"temperature": TEMPERATURE, "merge_equal_prompts": False, "learning_rate": RATE, "loss_type": "dr_grpo",
+              "max_completion_length": LONGEST, "normalization": norm, "measure_noise_floor": False}  # fmt: skip
+    probe, generator = EntropyProbe(model, history(model, "adamw", 12, 0.02), ProbeConfig(**fields)), torch.Generator()
+    z, ratios, gaps, curvatures = [], [], [], []
+    for _ in range(6):
+        with probe._opened() as policy:
+            prediction = predict_own(policy, batch(generator, 32, 4))
+            measured = measure_own(prediction)
+            whole = measured.measurement.change
+            beyond = whole - prediction.change
+            stepped, _ = stepped_parameters(
+                policy.parameters, policy.optimizer, prediction.plan.step, policy.config, RATE
+            )
+            with parameters_at(policy.parameters, stepped):
+                part = measure_own_taken(prediction).measurement
+            assert part.change.value == pytest.approx(prediction.change.value + part.beyond.value, rel=1e-12)
+            assert len(part.after.response_mask) == 32
+            z.append((part.beyond.value - beyond.value) / part.beyond.standard_error)
+            ratios.append(part.change.standard_error / whole.standard_error)
+            for point in measure_horizons(prediction, measured).points[:1]:
+                exact = own_prediction(prediction.plan, point.horizon).change.value
+                gaps.append(point.predicted.value - exact)
+                curvatures.append(point.realized.value - exact)
+    z, gaps, curvatures = (torch.tensor(x, dtype=torch.float64) for x in (z, gaps, curvatures))
+    assert abs(z.mean().item()) * len(z) ** 0.5 < 4
+    assert 0.4 < z.square().mean().sqrt().item() < 1.6
+    assert min(ratios) == pytest.approx(1, abs=0.05)
+    assert max(ratios) == pytest.approx(1, abs=0.05)
+    assert gaps.abs().max() < 0.05 * curvatures.mean()

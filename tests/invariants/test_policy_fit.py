@@ -95,7 +95,7 @@ def test_the_update_gradient_leaves_the_scores_that_scoring_gives(chunked):
     scorer.prepare(batch)
     assert scorer.prefix_sharing == "on"
     if not chunked:
-        scorer._split, scorer._width = None, None
+        scorer.lay_out(None)
     expected, loss = scorer.score(batch), TRLLoss(loss_type="dapo").coefficients(batch, None)
     for hooks, store in ((None, False), (hookable(scorer, parameters, batch), True), (None, True)):
         assert not isinstance(hooks, str)

@@ -6,6 +6,7 @@ import torch
 from entropy_probe.scoring import logits as module
 from entropy_probe.scoring.logits import (
     FlatScores,
+    HeadBasis,
     OutputHead,
     head_scores,
     head_surrogate,
@@ -60,6 +61,13 @@ def test_scores_and_gradients(bias, temperature, monkeypatch):
         assert len(chunks) == 5
         torch.testing.assert_close(FlatScores.joined(chunks), got)
         torch.testing.assert_close(value, expected)
+        basis = HeadBasis.of(head, hidden.detach(), targets)
+        torch.testing.assert_close(basis.scores, got)
+        by_basis = basis.surrogate(hidden, a, entropies)
+        torch.testing.assert_close(by_basis, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(3 * by_basis, hidden), torch.autograd.grad(3 * expected, hidden, retain_graph=True)
+        )
         # a factor behind the surrogate must reach the gradient
         torch.testing.assert_close(
             torch.autograd.grad(3 * value, inputs), torch.autograd.grad(3 * expected, inputs, retain_graph=True)

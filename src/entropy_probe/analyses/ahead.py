@@ -5,16 +5,17 @@ Formulas: ``docs/theory.md``, "A gradient from outside" and "One batch".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from entropy_probe.analyses.assemble import result_of, with_realized
 from entropy_probe.analyses.batches import admit_batches, admit_evaluation
 from entropy_probe.analyses.given import checked_gradient
 from entropy_probe.analyses.measure import measure_taken
-from entropy_probe.analyses.own_batch import OwnPrediction, predict_own, without_own
+from entropy_probe.analyses.own_batch import OwnPrediction, measure_own_taken, predict_own
 from entropy_probe.analyses.plan import plan, plan_given
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, predict
+from entropy_probe.analyses.tried import Tried
 from entropy_probe.results.probe import ProbeResult
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient
@@ -40,9 +41,10 @@ class StepAhead:
         """
         plan = self.prediction.plan
         with plan.policy.isolated():
-            measured = measure_taken(plan)
-        if isinstance(self.prediction, OwnPrediction):
-            measured = without_own(self.prediction, measured)
+            if isinstance(self.prediction, OwnPrediction):
+                measured = measure_own_taken(self.prediction)
+            else:
+                measured = measure_taken(plan)
         return with_realized(self.result, self.prediction, measured)
 
 
@@ -52,6 +54,8 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
     The entropy is that of ``evaluation``, or without it of ``batch``, which the gradient is of. With both it
     costs a gradient, and the prediction divides over its prompts.
 
+    How the model may be called is tried at its first step, and again only where a batch is longer or shorter.
+
     Raises:
         ValueError: for no batch at all, unusable rollouts or an unusable gradient.
     """
@@ -59,6 +63,7 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
         raise ValueError(
             "coast: expected a checkpoint, got a step of a live trainer; leave it out, and probe the checkpoint"
         )
+    policy = replace(policy, tried=Tried.of(policy.model))
     with policy.ranks.agreeing():
         checked = checked_gradient(policy.parameters, gradient)
     if evaluation is not None and batch is not None:

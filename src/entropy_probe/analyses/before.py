@@ -47,8 +47,10 @@ def chosen_sequences(rollouts: Rollouts, clusters: Clusters) -> Int[Tensor, " n"
 def chosen_clusters(rollouts: Rollouts, clusters: Clusters, number: int) -> Int[Tensor, " n"]:
     """Some clusters of a batch, at random, by what is in the batch and not by its order, its padding or its ids."""
     contents = sequence_digests(rollouts)
-    seed = digest(b"".join(sorted(contents)))
-    keys = {unit: digest(seed + content) for unit, content in _cluster_digests(contents, clusters).items()}
+    seed, copies, keys = digest(b"".join(sorted(contents))), Counter[bytes](), {}
+    for unit, content in _cluster_digests(contents, clusters).items():
+        copies[content] += 1  # else all copies would be chosen, or none
+        keys[unit] = digest(b"%b%b%d" % (seed, content, copies[content]))
     return torch.tensor(sorted(sorted(keys, key=keys.__getitem__)[:number]))
 
 

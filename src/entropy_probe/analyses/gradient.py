@@ -12,6 +12,7 @@ from entropy_probe.analyses.batches import UpdateBatch
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.gradients.hooks import Hooks
 from entropy_probe.gradients.per_sample import SampleGradients, Side, sample_gradients, stored_bytes
+from entropy_probe.gradients.read_off import KeptPasses
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NOTHING_TO_DO, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
@@ -72,16 +73,17 @@ def differentiate(
     hooks: Hooks | None = None,
     total: bool = True,
     sheet: ScoreSheet | None = None,
+    kept: KeptPasses | None = None,
 ) -> SampleGradients:
     """The gradient of a surrogate: its total over the whole batch, everything else of this rank's clusters.
 
-    Without ``total`` that is not added up over ranks. A ``sheet`` gets the scores of the pass.
+    Without ``total`` that is not added up over ranks. A ``sheet`` gets the scores of the pass. With hooks ``kept`` gets
+    the forward passes of a first call for a second one.
     """
     parameters, ranks = policy.parameters, policy.ranks
     with policy.on_rank(local):
-        (gradients,) = sample_gradients(
-            policy.scorer, parameters, own, local.local_clusters, [side], hooks=hooks, progress=progress, sheet=sheet
-        )
+        how = {"hooks": hooks, "progress": progress, "sheet": sheet, "kept": kept}
+        (gradients,) = sample_gradients(policy.scorer, parameters, own, local.local_clusters, [side], **how)
     if not total:
         return gradients
     if gradients.stored is None:
@@ -103,11 +105,12 @@ def update_gradient(
     hooks: Hooks | None,
     scored: bool,
     check: bool = True,
+    kept: KeptPasses | None = None,
 ) -> SampleGradients:
     """The loss gradient of the whole step, with the share of each prompt (or block) if it is wanted and fits.
 
     A batch that was not scored before is now, by this pass, and the scores are kept; with ``check`` the batch is held
-    against the policy by these.
+    against the policy by these. ``kept`` gets the forward passes, to differentiate something else of the same rows.
     """
     fits = stored_bytes(policy.parameters, update.shares.count) <= policy.config.max_stored_gradient_gib * 2**30
     if store and not fits:
@@ -115,9 +118,8 @@ def update_gradient(
     sheet = None if scored else ScoreSheet(update.own, policy.model)
     with policy.clock.phase("update gradient") as progress:
         side = Side(loss, is_loss=True, store=store and fits)
-        gradient = differentiate(
-            policy, update.own, update.local, side, hooks=hooks if side.store else None, progress=progress, sheet=sheet
-        )
+        how = {"hooks": hooks if side.store else None, "progress": progress, "sheet": sheet, "kept": kept}
+        gradient = differentiate(policy, update.own, update.local, side, **how)
     if sheet is not None:
         with policy.on_rank(update.local):
             scores = policy.keep_scores(update.rollouts, update.local, sheet.read())

@@ -1,8 +1,9 @@
-"""The profile over horizons, from scores at the checkpoint, after the step, and after the opposite step.
+"""The profile over horizons, from scores at the checkpoint and after the step.
 
-The opposite step is one more scoring of the evaluation batch; half the difference of the two gives the slope of every
-token along the step, from which the prediction at every horizon is a sum. One batch takes two more, without what each
-prompt did to the step. Formulas: ``docs/theory.md``, "A horizon".
+Their differences give the slope of every token along the step up to second order, and the prediction at every horizon
+is a sum of the slopes. What second order does to these sums is measured on a part of the batch, which is scored after
+the opposite step too. One batch takes one more scoring, without what each prompt did to the step. Formulas:
+``docs/theory.md``, "A horizon".
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields
-from entropy_probe.analyses.measure import Measured
-from entropy_probe.analyses.own_batch import OwnPrediction, slopes_without_own
+from entropy_probe.analyses.measure import Measured, chosen_part
+from entropy_probe.analyses.own_batch import OwnPrediction, scores_without_own
 from entropy_probe.analyses.predict import Prediction, predict
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import horizon as estimator
 from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.estimators.realized import Change, change, per_decision
-from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
+from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks, ratio
 from entropy_probe.results.changes import HorizonPoint, Horizons
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import NoteKind
@@ -48,22 +51,48 @@ class _Within:
     ess_fraction: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Along:
+    """What a step does to the scores of this rank's rows.
+
+    Attributes:
+        first: by how much each score changes.
+        part: the clusters that second order is measured on.
+        rows: places of this rank's rows of these.
+        second: what second order does to their scores.
+    """
+
+    first: TokenScores
+    part: Int[Tensor, " n"]
+    rows: Int[Tensor, " m"]
+    second: TokenScores
+
+
 def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | None:
     """The profile of a step that was predicted and scored; ``None`` where the settings leave it out."""
     plan, config = prediction.plan, prediction.plan.policy.config
     if not _has_horizons(config):
         return None
-    after = measured.measurement.after
-    without_own = slopes_without_own(prediction) if isinstance(prediction, OwnPrediction) else None
-    if isinstance(prediction, OwnPrediction) and without_own is None:
-        plan.policy.log.notes.append(NO_PROFILE())
-        return None
-    slopes = estimator.central_slopes(after, _opposite(prediction))
+    after, evaluation, before = measured.measurement.after, plan.evaluation, plan.before.scores
+    part, rows = chosen_part(evaluation)
+    if isinstance(prediction, OwnPrediction):
+        scored = scores_without_own(prediction, part)
+        if scored is None:
+            plan.policy.log.notes.append(NO_PROFILE())
+            return None
+        there, opposite = scored[0], scored[1].select(rows)
+    else:
+        there, opposite = after, _opposite(prediction, rows)
+    second = estimator.second_order(before.select(rows), there.select(rows), opposite)
+    slopes = _Along(estimator.differences(before, there), part, rows, second)
     longest = int(plan.evaluation.rollouts.response_lengths.max())
     horizons = estimator.horizons(longest, config.horizon if isinstance(config.horizon, int) else None)
-    along = [_within(prediction, slopes, after, horizon) for horizon in horizons]
-    if isinstance(prediction, OwnPrediction) and without_own is not None:
-        along = _less_own(prediction, without_own, horizons, along)
+    along = [
+        _Within(_predicted_along(prediction, slopes, horizon), *_realized(prediction, after, horizon))
+        for horizon in horizons
+    ]
+    if isinstance(prediction, OwnPrediction):
+        along = _less_own(prediction, estimator.differences(there, after), horizons, along)
     # the slopes are exact to third order in the step: what they make of the whole is set to the prediction itself
     predicted = [prediction.change - (along[-1].predicted - each.predicted) for each in along]
     realized = [each.realized if each.ess_fraction >= config.min_ess_fraction else None for each in along]
@@ -83,17 +112,13 @@ def measure_horizons(prediction: Prediction, measured: Measured) -> Horizons | N
 
 
 def _less_own(
-    prediction: OwnPrediction, slopes: TokenScores, horizons: Sequence[int | None], along: Sequence[_Within]
+    prediction: OwnPrediction, own: TokenScores, horizons: Sequence[int | None], along: Sequence[_Within]
 ) -> list[_Within]:
-    """Without the first-order influence of the responses on themselves, in both changes."""
-    predicted = [_predicted(prediction, slopes, horizon) for horizon in horizons]
-    own = [each.predicted - corrected for each, corrected in zip(along, predicted, strict=True)]
+    """Without the first-order influence of the responses on themselves in the realized change, from their slopes."""
+    influence = [_predicted(prediction, own, horizon) for horizon in horizons]
     # of the whole it is known exactly, as the prediction is
-    gap = prediction.all_pairs - prediction.change - own[-1]
-    return [
-        _Within(corrected, each.realized - of_own - gap, each.ess_fraction)
-        for each, corrected, of_own in zip(along, predicted, own, strict=True)
-    ]
+    gap = prediction.all_pairs - prediction.change - influence[-1]
+    return [replace(each, realized=each.realized - of_own - gap) for each, of_own in zip(along, influence, strict=True)]
 
 
 def stated(prediction: Prediction) -> Prediction:
@@ -160,8 +185,8 @@ def _estimate(prediction: Prediction, sampled: Sampled) -> Estimate:
     return Estimate(**estimate_fields(plan.policy, sampled, plan.evaluation.clusters))
 
 
-def _opposite(prediction: Prediction) -> TokenScores:
-    """Scores of this rank's rows after the opposite step."""
+def _opposite(prediction: Prediction, rows: Int[Tensor, " m"]) -> TokenScores:
+    """Scores of some of this rank's rows after the opposite step."""
     plan, policy = prediction.plan, prediction.plan.policy
     moved = {name: (p.detach() - plan.step.delta[name]).to(p.dtype) for name, p in policy.parameters.items()}
     with (
@@ -169,25 +194,38 @@ def _opposite(prediction: Prediction) -> TokenScores:
         policy.clock.phase("score opposite step") as progress,
         policy.on_rank(plan.evaluation.local),
     ):
-        return policy.scorer.score(plan.evaluation.own, progress)
+        return policy.scorer.score(plan.evaluation.own.select(rows), progress)
 
 
-def _within(prediction: Prediction, slopes: TokenScores, after: TokenScores, horizon: int | None) -> _Within:
-    return _Within(_predicted(prediction, slopes, horizon), *_realized(prediction, after, horizon))
+def _predicted_along(prediction: Prediction, slopes: _Along, horizon: int | None) -> Sampled:
+    """The first-order change within a horizon, from what a step does to the scores."""
+    plan, first = prediction.plan, _predicted(prediction, slopes.first, horizon)
+    contributions, _ = _sums_along(prediction, slopes.second, slopes.rows, horizon)
+    sizes, count = plan.before.sums.size[slopes.part], plan.evaluation.clusters.count
+    return first - ratio(contributions[slopes.part], sizes).among(slopes.part, count)
 
 
 def _predicted(prediction: Prediction, slopes: TokenScores, horizon: int | None) -> FirstOrder:
     """The first-order change within a horizon, from the slope of every token along the step."""
-    plan, policy = prediction.plan, prediction.plan.policy
-    before, local = plan.before, plan.evaluation.local
-    along = torch.zeros(2, local.clusters.count, dtype=torch.float64)
-    with policy.ranks.agreeing():
-        for rows in in_chunks(local.clusters):
-            given = (local.clusters.select(rows), before.positions, policy.config.normalization, horizon)
-            along += estimator.first_order_along(before.scores.select(rows), slopes.select(rows), *given)
-    contributions, lengths = policy.ranks.sum(along)
+    before = prediction.plan.before
+    contributions, lengths = _sums_along(prediction, slopes, torch.arange(len(slopes.response_mask)), horizon)
     longer = (lengths.sum() / before.sums.size.sum()).item()
     return first_order(contributions, before.sums.size, before.entropy, longer)
+
+
+def _sums_along(
+    prediction: Prediction, slopes: TokenScores, rows: Int[Tensor, " m"], horizon: int | None
+) -> Float[Tensor, "2 U"]:
+    """What each cluster adds to the first-order changes of entropy and tokens, from slopes of some of the rows."""
+    plan, policy = prediction.plan, prediction.plan.policy
+    before, clusters = plan.before, plan.evaluation.local.clusters
+    along = torch.zeros(2, clusters.count, dtype=torch.float64)
+    with policy.ranks.agreeing():
+        for some in in_chunks(clusters.select(rows)):
+            at = rows[some]
+            given = (clusters.select(at), before.positions, policy.config.normalization, horizon)
+            along += estimator.first_order_along(before.scores.select(at), slopes.select(some), *given)
+    return policy.ranks.sum(along)
 
 
 def _realized(prediction: Prediction, after: TokenScores, horizon: int | None) -> tuple[Change, float]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from entropy_probe.analyses.batches import EvaluationBatch
+from entropy_probe.analyses.before import chosen_clusters
 from entropy_probe.analyses.noise import measured_noise_floor
 from entropy_probe.analyses.plan import Plan
 from entropy_probe.analyses.predict import Prediction
-from entropy_probe.analyses.realized import Measurement, measure_change
-from entropy_probe.estimators.uncertainty import Sampled
+from entropy_probe.analyses.realized import Measurement, measure_change, per_decision_sums
+from entropy_probe.estimators.first_order import FirstOrder
+from entropy_probe.estimators.uncertainty import Sampled, ratio
+from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.results.note import NoteKind
 from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.plan import PlannedStep, stepped_parameters
@@ -28,6 +35,11 @@ STEP_ROUNDED = NoteKind(
 )
 
 
+SHARE, LEAST, LEAST_SEQUENCES = 1 / 8, 4, 32
+"""Of the clusters, the part that second order is measured on: so many clusters at least, and with so many sequences.
+The spread of second order is a few hundredths of that of first order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """The change after a step.
@@ -41,6 +53,14 @@ class Measured:
     measurement: Measurement
     rounding: float
     floor: float | None
+
+
+def chosen_part(evaluation: EvaluationBatch) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+    """Some clusters of the batch, and the places of this rank's rows of them among its rows."""
+    count, sequences = evaluation.clusters.count, len(evaluation.rollouts)
+    number = max(LEAST, math.ceil(SHARE * count), math.ceil(LEAST_SEQUENCES / sequences * count))
+    part = chosen_clusters(evaluation.rollouts, evaluation.clusters, min(number, count))
+    return part, torch.isin(evaluation.local.clusters.index, part).nonzero()[:, 0]
 
 
 def measure(plan: Plan) -> Measured:
@@ -74,10 +94,41 @@ def measure_taken(plan: Plan) -> Measured:
     policy = plan.policy
     with policy.clock.phase("score after step") as progress, policy.on_rank(plan.evaluation.local):
         after = policy.scorer.score(plan.evaluation.own, progress)
-    measurement = _measurement(plan, after)
+    return taken(plan, _measurement(plan, after))
+
+
+def taken(plan: Plan, measurement: Measurement) -> Measured:
+    """What was measured after a step of the optimizer itself, with a note where it is not to be trusted."""
     if measurement.note:
-        policy.log.notes.append(measurement.note)
+        plan.policy.log.notes.append(measurement.note)
     return Measured(measurement, 0.0, None)
+
+
+def measured_part(
+    plan: Plan, change: FirstOrder, part: Int[Tensor, " n"], rows: Int[Tensor, " m"]
+) -> tuple[Measurement, Sampled | None]:
+    """What the step that was taken did to some clusters, and their change less the first-order ``change`` of them.
+
+    That is what the batch's change has beyond first order: the sums of the part's clusters with the batch's H,
+    ``(sum A+ - A - H (T+ - T)) / sum T+ - sum d / sum T``, where ``d`` are contributions to ``change``. ``None`` where
+    the weights are not to be trusted.
+    """
+    policy, before, evaluation = plan.policy, plan.before, plan.evaluation
+    with policy.clock.phase("score after step") as progress, policy.on_rank(evaluation.local):
+        after = policy.scorer.score(evaluation.own.select(rows), progress)
+    own, places = evaluation.local, torch.isin(evaluation.clusters.index, part).nonzero()[:, 0]
+    some = LocalRows(torch.searchsorted(places, own.rows[rows]), len(places), own.clusters.select(rows))
+    old = before.scores.select(rows)
+    given = (old, after, some, before.positions, policy.config, policy.ranks)
+    measurement = measure_change(*given, lambda: fresh_scores(plan))
+    if measurement.change is None:
+        return measurement, None
+    sums = per_decision_sums(old, after, some.clusters, before.positions, policy.config.normalization)
+    (new, tokens), (old_sums, size) = add_up(policy.ranks, sums).table, before.sums.table
+    more = new - old_sums - before.entropy.value * (tokens - size)
+    there = change.value * size + (change.influence + change.length_change * before.entropy.influence) * size.mean()
+    beyond = ratio(more[part], tokens[part]) - ratio(there[part], size[part])
+    return measurement, beyond.among(part, evaluation.clusters.count)
 
 
 def _measurement(plan: Plan, after: TokenScores) -> Measurement:
@@ -137,6 +188,8 @@ def difference(prediction: Prediction, measurement: Measurement, factor: float =
         return None
     predicted, before = prediction.change, prediction.plan.before
     predicted, beyond = predicted.times(factor), 0.0
+    if measurement.beyond is not None:
+        return measurement.beyond
     if before.lengths is not None and measurement.estimator == "per_decision":
         given = (predicted.length_change, prediction.plan.policy.ranks, prediction.horizon)
         beyond = before.lengths.beyond(measurement.after, *given)

@@ -15,12 +15,11 @@ from torch import Tensor
 from entropy_probe.analyses.admission import draws_of
 from entropy_probe.analyses.batches import EvaluationBatch, UpdateBatch, admitted
 from entropy_probe.analyses.gradient import differentiate, over_clusters
-from entropy_probe.analyses.measure import Measured, measure
+from entropy_probe.analyses.measure import Measured, chosen_part, measure, measure_taken, measured_part, taken
 from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes
 from entropy_probe.estimators import first_order as fo
-from entropy_probe.estimators.horizon import central_slopes
 from entropy_probe.estimators.own_batch import LeftOut, pair_contributions
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.uncertainty import Sampled
@@ -163,6 +162,23 @@ def measure_own(prediction: OwnPrediction) -> Measured:
     return without_own(prediction, measure(prediction.plan))
 
 
+def measure_own_taken(prediction: OwnPrediction) -> Measured:
+    """The realized change of the step that the optimizer has taken since, on its batch.
+
+    The prediction, and what the step does beyond first order on a part of the prompts: nearly all of the spread of the
+    change is that of first order, which is known of every prompt.
+    """
+    plan, change = prediction.plan, prediction.change
+    config, (part, rows) = plan.policy.config, chosen_part(plan.evaluation)
+    if config.realized != "per_decision" or config.on_low_ess != "refuse" or len(part) == len(change.influence):
+        return without_own(prediction, measure_taken(plan))
+    measurement, beyond = measured_part(plan, prediction.all_pairs, part, rows)
+    if beyond is None:
+        return taken(plan, measurement)
+    whole = Change(change.value + beyond.value, change.influence + beyond.influence, change.length_change)
+    return taken(plan, replace(measurement, change=whole, beyond=beyond))
+
+
 def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
     """What was measured, less the first-order influence of the responses on themselves."""
     change = measured.measurement.change
@@ -173,11 +189,12 @@ def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
     return replace(measured, measurement=replace(measured.measurement, change=corrected))
 
 
-def slopes_without_own(prediction: OwnPrediction) -> TokenScores | None:
-    """The slope of every token along the step, less what the prompt's own gradient does to it.
+def scores_without_own(prediction: OwnPrediction, some: Tensor) -> tuple[TokenScores, TokenScores] | None:
+    """Scores after the step less what each prompt's own gradient does to it, and after the opposite for some prompts.
 
-    Along ``Delta - delta_u + mean delta``, from scores of each prompt's responses there and at the opposite. ``None``
-    where the prompts' gradients were not kept, parameters are sharded, or in 16 bits, which round these steps away.
+    Along ``Delta - delta_u + mean delta`` for the responses of prompt u. The second are 0 but for the prompts ``some``.
+    ``None`` where the prompts' gradients were not kept, parameters are sharded, or in 16 bits, which round these steps
+    away.
     """
     planned, policy = prediction.plan, prediction.plan.policy
     stored, local, own = planned.batch.gradient.stored, planned.evaluation.local, planned.evaluation.own
@@ -194,18 +211,18 @@ def slopes_without_own(prediction: OwnPrediction) -> TokenScores | None:
             total = add(total, moved_by(unit))
     total, count = policy.ranks.sum_vector(total, parameters), planned.evaluation.clusters.count
     step = add(planned.step.delta, scale(1 / count, {n: x for n, x in total.items() if x is not None}))
-    logprobs, entropies = torch.zeros(2, *own.response_mask.shape, dtype=torch.float64)
+    tables = [torch.zeros(2, *own.response_mask.shape, dtype=torch.float64) for _ in range(2)]
     with policy.clock.phase("score steps without a prompt") as progress, policy.on_rank(local):
         for unit in range(len(stored)):
             rows, without = (local.local_clusters == unit).nonzero()[:, 0], moved_by(unit)
-            there, opposite = (
-                _scored_at(policy, {n: p + sign * (step[n] - without[n]) for n, p in parameters.items()}, own, rows)
-                for sign in (1, -1)
-            )
-            slopes = central_slopes(there, opposite)
-            logprobs[rows], entropies[rows] = slopes.logprobs, slopes.entropies
+            signs = (1, -1) if bool(torch.isin(local.clusters.index[rows[0]], some)) else (1,)
+            for sign, table in zip(signs, tables, strict=False):
+                at = {name: p + sign * (step[name] - without[name]) for name, p in parameters.items()}
+                scores = _scored_at(policy, at, own, rows)
+                table[:, rows] = torch.stack([scores.logprobs, scores.entropies]).double()
             progress(unit + 1, len(stored))
-    return TokenScores(logprobs, entropies, own.response_mask)
+    there, opposite = (TokenScores(s, h, own.response_mask) for s, h in tables)
+    return there, opposite
 
 
 def _scored_at(policy: Policy, parameters: NamedVector, own: Rollouts, rows: Tensor) -> TokenScores:
@@ -245,7 +262,7 @@ def _slope(planned: Plan, horizon: int | None) -> tuple[SampleGradients, Float[T
                     pairs[k, unit] = flat(vector, policy.parameters)
     with policy.clock.phase("evaluation gradient") as progress:
         side = Side(surrogate, directions, pair_with=pairs)
-        slope = differentiate(*given, side, hooks=planned.hooks, progress=progress)
+        slope = differentiate(*given, side, hooks=planned.hooks, progress=progress, kept=batch.kept)
     if pairs is not None:
         total = {n: torch.zeros_like(p) if (x := slope.total[n]) is None else x for n, p in policy.parameters.items()}
         products = torch.stack([slope.paired, dot_rows(pairs, total, policy.parameters)])

@@ -19,8 +19,10 @@ from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.gradients.hooks import Hooks
 from entropy_probe.gradients.per_sample import SampleGradients
+from entropy_probe.gradients.read_off import KeptPasses
 from entropy_probe.parallel.batch import add_up
 from entropy_probe.results.probe import GradientAgreement
+from entropy_probe.scoring.isolation import differs_in_training
 from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.plan import PlannedStep, plan_step
 from entropy_probe.types import TokenCoefficients, TokenScores
@@ -36,6 +38,7 @@ class BatchGradient:
         scores: of the whole batch, where the loss takes them.
         gradient: of the loss, with each prompt's share where these are kept.
         agreement: how far that is, clipped, from the trainer's own, where the step is taken with the latter.
+        kept: forward passes of the batch that is its own evaluation batch, for the gradient of its entropy.
     """
 
     update: UpdateBatch
@@ -43,6 +46,7 @@ class BatchGradient:
     scores: TokenScores | None
     gradient: SampleGradients
     agreement: GradientAgreement | None = None
+    kept: KeptPasses | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,9 +154,12 @@ def _differentiated(
     if before is not None:
         _note_shared_sequences(policy, update, evaluation, before)
     hooks = policy.choose_hooks(update.rollouts) if shares else None
-    scored = scores is not None
-    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=scored, check=not own)
-    return BatchGradient(update, loss, scores, gradient), before or before_step(policy, evaluation), hooks
+    scored, kept = scores is not None, None
+    if own and not differs_in_training(policy.model, policy.parameters):
+        kept = KeptPasses()
+    gradient = update_gradient(policy, update, loss, store=shares, hooks=hooks, scored=scored, check=not own, kept=kept)
+    source = BatchGradient(update, loss, scores, gradient, kept=kept)
+    return source, before or before_step(policy, evaluation), hooks
 
 
 def _agreed(policy: Policy, given: Gradient, own: Gradient) -> GradientAgreement:

@@ -16,6 +16,7 @@ from entropy_probe.analyses.admission import Role
 from entropy_probe.analyses.overlap import COPIES, Contents, copies
 from entropy_probe.analyses.policy_check import Checked, PolicyCheck
 from entropy_probe.analyses.provenance import Clock, Phase
+from entropy_probe.analyses.tried import Tried
 from entropy_probe.config import ProbeConfig
 from entropy_probe.gradients.hooks import Hooks, hookable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
@@ -112,6 +113,7 @@ class Policy:
         end_ids: tokens that end a response.
         stop_texts: whether responses may end at a stop text instead.
         past: gradients of the last steps, the latest first, as the optimizer got them.
+        tried: how the model may be called, as far as earlier runs have tried it.
     """
 
     model: nn.Module
@@ -130,6 +132,7 @@ class Policy:
     end_ids: tuple[int, ...] = ()
     stop_texts: bool = False
     past: tuple[Gradient, ...] = ()
+    tried: Tried = field(default_factory=Tried)
 
     @property
     def unit(self) -> Unit:
@@ -148,9 +151,11 @@ class Policy:
                 lower precision than configured, or its gradients are not summed as they should be.
         """
         with self.ranks.agreeing():
-            self.scorer.prepare(*batches)
+            distinct = {id(batch): batch for batch in batches}.values()
             if not self.scorer.sharded:
+                self.tried.prepare(self.scorer, [*distinct])
                 return
+            self.scorer.prepare(*distinct)
             used, wanted = gathered_precisions(self.scorer, batches[0]), getattr(torch, self.config.dtype)
             lowest = min(used, key=lambda dtype: torch.finfo(dtype).bits)
             if torch.promote_types(lowest, wanted) != lowest:
@@ -257,7 +262,10 @@ class Policy:
     def choose_hooks(self, rollouts: Rollouts) -> Hooks | None:
         """How per-sequence gradients can be read off the layers, if they can; the result will say."""
         with self.ranks.agreeing():
-            hooks = hookable(self.scorer, self.parameters, rollouts) if not self.scorer.sharded else SHARDED
+            hooks = SHARDED if self.scorer.sharded else self.tried.hooks
+            if hooks is None:
+                hooks = hookable(self.scorer, self.parameters, rollouts)
+                self.tried.keep(self.model, hooks)
         self.log.per_sample_gradients = str(hooks) if isinstance(hooks, Hooks) else f"per cluster ({hooks})"
         return hooks if isinstance(hooks, Hooks) else None
 

@@ -13,7 +13,7 @@ from entropy_probe.estimators.baselines import EntropyKind, PositionSums
 from entropy_probe.estimators.first_order import Normalization, entropy
 from entropy_probe.estimators.importance import SequenceWeights, sequence_importance_weights, sequence_log_weights
 from entropy_probe.estimators.realized import Change, change, per_decision, snis
-from entropy_probe.estimators.uncertainty import ClusterSums, in_chunks
+from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
 from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.note import Note, NoteKind
@@ -39,6 +39,8 @@ class Measurement:
         diagnosis: whether the weights can be trusted.
         weights: of the sequences, after the step.
         after: scores of this rank's rows of the batch after the step.
+        beyond: the change less the predicted one, where only a part of the batch was scored; weights and scores are
+            then those of the part.
     """
 
     change: Change | None
@@ -46,6 +48,7 @@ class Measurement:
     diagnosis: Literal["ok", "low_ess", "high_pareto_k"]
     weights: SequenceWeights
     after: TokenScores
+    beyond: Sampled | None = None
 
     @property
     def note(self) -> Note | None:

@@ -27,15 +27,20 @@ def horizons(longest: int, also: int | None = None) -> tuple[int | None, ...]:
     return (*sorted({0, *doubling} | ({also} if also is not None else set())), None)
 
 
-def central_slopes(there: TokenScores, opposite: TokenScores) -> TokenScores:
-    """First derivatives of every score along a step, from scores after it and after the opposite one.
+def differences(before: TokenScores, after: TokenScores) -> TokenScores:
+    """By how much every score changes with a step: its derivative along the step, up to second order."""
+    logprobs = after.logprobs.double() - before.logprobs.double()
+    return TokenScores(logprobs, after.entropies.double() - before.entropies.double(), before.response_mask)
 
-    Half the difference: exact to third order in the step.
+
+def second_order(before: TokenScores, there: TokenScores, opposite: TokenScores) -> TokenScores:
+    """What :func:`differences` have beyond derivatives: the mean of those after a step and after the opposite one.
+
+    Without it they are derivatives up to third order.
     """
-    logprobs, entropies = (
-        (getattr(there, name).double() - getattr(opposite, name).double()) / 2 for name in ("logprobs", "entropies")
-    )
-    return TokenScores(logprobs, entropies, there.response_mask)
+    gains, losses = differences(before, there), differences(before, opposite)
+    logprobs, entropies = (gains.logprobs + losses.logprobs) / 2, (gains.entropies + losses.entropies) / 2
+    return TokenScores(logprobs, entropies, before.response_mask)
 
 
 def first_order_along(
@@ -50,7 +55,7 @@ def first_order_along(
 
     Args:
         before: scores of all or some sequences of a batch, whole clusters.
-        slopes: derivatives of these scores along the step (:func:`central_slopes`).
+        slopes: derivatives of these scores along the step.
         clusters: the cluster of each of these sequences.
         batch: sums over the whole batch.
         normalization: per token or per sequence; the number of tokens is 0 per sequence.

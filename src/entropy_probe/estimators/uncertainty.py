@@ -79,6 +79,13 @@ class Sampled:
     def __sub__(self, other: Sampled) -> Sampled:
         return Sampled(self.value - other.value, self.influence - other.influence)
 
+    def among(self, places: Int[Tensor, " n"], count: int) -> Sampled:
+        """The same estimate from some of ``count`` clusters, beside those from all of them, with the error it has."""
+        number = len(places)
+        factor = (count * (count - 1) / (number * (number - 1))) ** 0.5
+        influence = torch.zeros(count, dtype=torch.float64).index_copy(0, places, factor * self.influence)
+        return Sampled(self.value, influence)
+
 
 def check_prompts(prompts: int) -> None:
     """Make sure that the update batch has prompts enough for an error.

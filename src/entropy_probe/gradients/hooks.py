@@ -32,6 +32,7 @@ from entropy_probe.named import add_to, gradient_of
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import hooked_parameters, of_this_thread
+from entropy_probe.scoring.logits import HeadBasis
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
@@ -84,8 +85,9 @@ class _Hook(torch.autograd.Function):
 class _Hooked:
     """Taps on the layers of a model, for one microbatch of ``n`` rows."""
 
-    def __init__(self, hooks: Hooks, anchor: Tensor, clusters: Tensor, sinks: Sequence[Sink]) -> None:
-        self.hooks, self.anchor, self.clusters, self.sinks = hooks, anchor, clusters, sinks
+    def __init__(self, hooks: Hooks, anchor: Tensor, clusters: Tensor) -> None:
+        self.hooks, self.anchor, self.clusters = hooks, anchor, clusters
+        self.sinks: Sequence[Sink] = ()
         self.current = 0
         self.reading = False
 
@@ -147,29 +149,51 @@ class _HeadShares:
                 self.held = {}
 
 
-def hooked_backward(
-    scorer: Scorer,
-    hooks: Hooks,
-    batch: Microbatch,
-    coefficients: Sequence[TokenCoefficients],
-    clusters: Tensor,
-    sinks: Sequence[Sink],
-    sheet: ScoreSheet | None = None,
-) -> None:
-    """One forward pass with hooks, then one backward pass per surrogate.
+class HookedPass:
+    """A forward pass over a microbatch with hooks, and backward passes on its graph.
 
-    Each row of the microbatch belongs to one of the ``clusters``, ``[rows]``. The gradients of each surrogate go to its
-    sink, the scores of the tokens to the sheet.
+    Args:
+        scorer: the policy.
+        hooks: how to read gradients, from :func:`hookable`.
+        batch: rows that each belong to one cluster.
+        clusters: the cluster of each row of the microbatch.
     """
-    anchor = torch.zeros((), device=scorer.device, requires_grad=True)
-    hooked = _Hooked(hooks, anchor, clusters, sinks)
-    head = _HeadShares(hooks.head, batch, clusters, sinks) if hooks.head else None
-    with hooked.attached():
-        values = scorer.surrogates(batch, coefficients, head, sheet)
+
+    def __init__(self, scorer: Scorer, hooks: Hooks, batch: Microbatch, clusters: Tensor) -> None:
+        self.scorer, self.batch = scorer, batch
+        self._anchor = torch.zeros((), device=scorer.device, requires_grad=True)
+        self._hooked = _Hooked(hooks, self._anchor, clusters)
+        with self._hooked.attached():
+            self._output = scorer.output(batch)
+        self._basis: HeadBasis | None = None
+
+    def backward(
+        self,
+        coefficients: Sequence[TokenCoefficients],
+        sinks: Sequence[Sink],
+        sheet: ScoreSheet | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
+        """One backward pass per surrogate.
+
+        Args:
+            coefficients: of the surrogates.
+            sinks: where the gradients of each surrogate go.
+            sheet: where the scores of the tokens go.
+            keep: leave the graph for another call.
+        """
+        hooked, head = self._hooked, None
+        if keep:
+            self._basis = self.scorer.basis(self.batch, self._output)
+        if hooked.hooks.head:
+            head = _HeadShares(hooked.hooks.head, self.batch, hooked.clusters, sinks)
+        hooked.sinks = sinks
+        values = self.scorer.surrogates(self.batch, coefficients, head, sheet, self._output, self._basis)
         for hooked.current, value in enumerate(values):
             if value.requires_grad:
                 last = hooked.current + 1 == len(values)
-                torch.autograd.grad(value, anchor, allow_unused=True, retain_graph=not last)
+                torch.autograd.grad(value, self._anchor, allow_unused=True, retain_graph=keep or not last)
 
 
 class _Weighted(Sink):
@@ -240,7 +264,7 @@ def _hooked_sum(scorer: Scorer, parameters: Mapping[str, Parameter], hooks: Hook
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         sink = _Weighted(parameters, _WEIGHTS)
-        hooked_backward(scorer, hooks, batch, [TokenCoefficients(ones, ones)], batch.leaders, [sink])
+        HookedPass(scorer, hooks, batch, batch.leaders).backward([TokenCoefficients(ones, ones)], [sink])
         return sink.total
 
     return _sum(scorer, few, work)

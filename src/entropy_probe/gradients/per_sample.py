@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from entropy_probe.gradients.hooks import Hooks, hooked_backward
-from entropy_probe.gradients.layers import Sink
+from entropy_probe.gradients.hooks import Hooks
+from entropy_probe.gradients.read_off import KeptPasses, Sums, read_off_layers
 from entropy_probe.gradients.rows import dot_rows, sum_over_columns
 from entropy_probe.named import NamedVector, add_to, gradient_of
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
@@ -93,7 +93,7 @@ class SampleGradients:
         return dot_rows(self.stored, direction, self.total)
 
 
-class _Sums(Sink):
+class _Sums(Sums):
     """Where a pass accumulates, one contribution at a time."""
 
     def __init__(self, parameters: Mapping[str, Parameter], side: Side, num_clusters: int) -> None:
@@ -117,7 +117,6 @@ class _Sums(Sink):
         return SampleGradients(total, dots, self.stored, paired)
 
     def empty(self, clusters: Tensor) -> _Sums:
-        """Empty sums for one microbatch with these clusters, for :meth:`merge` once it is known to be complete."""
         sums = copy.copy(self)
         sums.total = dict.fromkeys(self.total)
         sums.dots = torch.zeros(len(self._directions), len(clusters), dtype=torch.float64)
@@ -126,8 +125,8 @@ class _Sums(Sink):
         sums._clusters = clusters.tolist()
         return sums
 
-    def merge(self, added: _Sums, clusters: Tensor) -> None:
-        """Add the sums of a microbatch whose clusters are ``clusters``, distinct."""
+    def merge(self, added: Sums, clusters: Tensor) -> None:
+        assert isinstance(added, _Sums)
         for name, gradient in added.total.items():
             if gradient is not None:
                 self.add_total(name, gradient)
@@ -209,6 +208,7 @@ def sample_gradients(
     hooks: Hooks | None = None,
     progress: Progress | None = None,
     sheet: ScoreSheet | None = None,
+    kept: KeptPasses | None = None,
 ) -> list[SampleGradients]:
     """Differentiate one or more surrogates over a batch, with one forward pass for all of them.
 
@@ -225,6 +225,7 @@ def sample_gradients(
             without, what is wanted of single clusters takes a backward pass per cluster.
         progress: called with sequences done and in all.
         sheet: gets the scores of the batch, which the forward pass computes on its way.
+        kept: with hooks, forward passes to keep or, in the second call, to use.
 
     Returns:
         One outcome per side.
@@ -238,7 +239,7 @@ def sample_gradients(
         ]
     sums = [_Sums(parameters, side, len(clusters.bincount())) for side in sides]
     with nullcontext() if sides[0].is_loss else as_a_function(scorer.model):
-        _add_up(*given, sides, hooks, sheet, sums, progress)
+        _add_up(*given, sides, hooks, sheet, sums, progress, kept)
     return [side.outcome() for side in sums]
 
 
@@ -252,22 +253,12 @@ def _add_up(
     sheet: ScoreSheet | None,
     sums: Sequence[_Sums],
     progress: Progress | None,
+    kept: KeptPasses | None,
 ) -> None:
     """Add what each sequence adds to the sums, a microbatch or a cluster at a time."""
     coefficients = [side.coefficients for side in sides]
     if hooks:
-
-        def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
-            """What the microbatch adds, by cluster; kept apart until it is complete."""
-            present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
-            added = [side.empty(present) for side in sums]
-            hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
-            return present, added
-
-        share = _prompts_are_whole(rollouts.prompt_ids, clusters)
-        for _, (present, added) in scorer.each(rollouts, hooked, share=share, progress=progress):
-            for side, more in zip(sums, added, strict=True):
-                side.merge(more, present)
+        read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sums, sheet, progress, kept)
     elif any(side.directions or side.store or side.pair_with is not None for side in sides):
         done = 0
         for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
@@ -284,12 +275,6 @@ def _add_up(
             for side, gradients in zip(sums, of_sides, strict=True):
                 for name, gradient in gradients.items():
                     side.add_total(name, local(gradient))
-
-
-def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:
-    """Whether no prompt's sequences are spread over several clusters, so that they may share a row."""
-    pairs = torch.stack([prompt_ids, clusters], 1).unique(dim=0)
-    return len(pairs) == prompt_ids.unique().numel()
 
 
 def cluster_backward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.logits import (
     FlatScores,
+    HeadBasis,
     OutputHead,
     head_scores,
     head_slopes,
@@ -28,7 +30,7 @@ from entropy_probe.scoring.logits import (
     logit_scores,
     plain_scores,
 )
-from entropy_probe.scoring.memory import fitting_tokens
+from entropy_probe.scoring.memory import fitting_tokens, tokens_in_memory
 from entropy_probe.scoring.packing import (
     Microbatch,
     bounded_groups,
@@ -52,6 +54,25 @@ OUT_OF_MEMORY = NoteKind(
 )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a policy is called.
+
+    Attributes:
+        split: the trunk and the output layer that is applied to it in chunks; ``None`` to call the whole model.
+        alone: one sequence per call.
+        width: the model's hidden size, to share prompts between responses; ``None`` not to.
+        head_path: how logits are computed, for the report.
+        prefix_sharing: whether prompts are shared, and why not.
+    """
+
+    split: tuple[nn.Module, nn.Linear] | None = None
+    alone: bool = False
+    width: int | None = None
+    head_path: str = "logits (not prepared)"
+    prefix_sharing: str = "off (not prepared)"
+
+
 class PolicyCalls:
     """Calls of the policy, microbatch by microbatch, under the parameters that the model holds at the time.
 
@@ -66,12 +87,11 @@ class PolicyCalls:
         self.model = model
         self.temperature = temperature
         self.max_tokens = max_tokens_per_microbatch or fitting_tokens(model)
+        self.kept_tokens = max_tokens_per_microbatch or tokens_in_memory(model)
         self.notes: tuple[Note, ...] = ()
         self.device = next(model.parameters()).device
         self.sharded = is_sharded(model)
-        self._split: tuple[nn.Module, nn.Linear] | None = None
-        self._width: int | None = None
-        self._alone = False
+        self.layout = Layout()
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         self.context = context if isinstance(context, int) and context > 0 else None
         # a cache is of no use here, and some models cannot make theirs
@@ -81,18 +101,28 @@ class PolicyCalls:
     @property
     def head(self) -> nn.Linear | None:
         """The output layer, if it is applied in chunks outside the model."""
-        return None if self._split is None else self._split[1]
+        return None if self.layout.split is None else self.layout.split[1]
 
     @property
     def trunk(self) -> nn.Module | None:
         """What computes the output layer's inputs, if that is applied outside the model."""
-        return None if self._split is None else self._split[0]
+        return None if self.layout.split is None else self.layout.split[0]
+
+    @property
+    def head_path(self) -> str:
+        """How logits are computed."""
+        return self.layout.head_path
+
+    @property
+    def prefix_sharing(self) -> str:
+        """Whether prompts are shared between responses, and why not."""
+        return self.layout.prefix_sharing
 
     def lay_out(
         self, split: tuple[nn.Module, nn.Linear] | None, *, alone: bool = False, width: int | None = None
     ) -> None:
-        """Set how the policy is called; see :class:`~entropy_probe.scoring.layout.Layout`."""
-        self._split, self._alone, self._width = split, alone, width
+        """Set how the policy is called for now; see :class:`~entropy_probe.scoring.layout.Trials`."""
+        self.layout = Layout(split, alone, width)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,15 +130,15 @@ class PolicyCalls:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def _head(self) -> OutputHead:
-        assert self._split is not None
-        head = self._split[1]
+        assert self.layout.split is not None
+        head = self.layout.split[1]
         return OutputHead(head.weight, head.bias, self.temperature)
 
     def hidden(self, batch: Microbatch) -> Tensor:
         """Final hidden states at the positions that predict response tokens, ``[T, D]``."""
-        assert self._split is not None
+        assert self.layout.split is not None
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        output = self._split[0](
+        output = self.layout.split[0](
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions
         )
         return output.last_hidden_state.flatten(0, 1)[batch.source]
@@ -127,9 +157,13 @@ class PolicyCalls:
             )
         return output.logits.flatten(0, 1)[batch.source]
 
+    def output(self, batch: Microbatch) -> Tensor:
+        """:meth:`hidden` where the output layer is applied outside the model, else :meth:`model_logits`."""
+        return self.model_logits(batch) if self.layout.split is None else self.hidden(batch)
+
     def pack(self, rollouts: Rollouts, rows: Tensor) -> Microbatch:
         """Sequences one to a row, padded where the model may be called on several of them."""
-        return pack(rollouts, rows, self.device, None if self._alone else self.context)
+        return pack(rollouts, rows, self.device, None if self.layout.alone else self.context)
 
     def pack_shared(self, rollouts: Rollouts, groups: list[Tensor]) -> Microbatch:
         """Sequences of one prompt in a row, group by group."""
@@ -141,12 +175,12 @@ class PolicyCalls:
         """The batch, or some rows of it, in microbatches, one at a time; sequences without response are left out."""
         rows = torch.arange(len(rollouts)) if rows is None else rows
         rows = rows[rollouts.response_mask[rows].any(1)]
-        if self._alone:
+        if self.layout.alone:
             yield from (self.pack(rollouts, row[None]) for row in rows)
             return
         shared = None
-        if share and self._width:
-            shared = shared_prompts(rollouts, rows, self._width, self.max_tokens, self.context)
+        if share and self.layout.width:
+            shared = shared_prompts(rollouts, rows, self.layout.width, self.max_tokens, self.context)
         lengths = rollouts.attention_mask.sum(1)
         if shared is None:
             for group in bounded_groups([padded(n) for n in lengths[rows].tolist()], self.max_tokens):
@@ -207,13 +241,13 @@ class PolicyCalls:
         # outside the handler, which holds on to the failed pass
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.max_tokens = size // 2
+        self.max_tokens, self.kept_tokens = size // 2, 0
         self.notes = (OUT_OF_MEMORY(tokens=self.max_tokens),)
         return None
 
     def scores(self, batch: Microbatch) -> FlatScores:
         """Scores of a microbatch's response tokens, ``[T]`` each, without a graph."""
-        if self._split is None:
+        if self.layout.split is None:
             return plain_scores(self.model_logits(batch), batch.targets, self.temperature)
         return head_scores(self._head(), self.hidden(batch), batch.targets)
 
@@ -222,7 +256,7 @@ class PolicyCalls:
 
         Differentiable in forward and reverse mode, also repeatedly; in reverse mode all logits stay in memory.
         """
-        if self._split is None:
+        if self.layout.split is None:
             return logit_scores(self.model_logits(batch), batch.targets, self.temperature)
         head, size = self._head(), self._head().chunk_tokens()
         chunks = zip(self.hidden(batch).split(size), batch.targets.split(size), strict=True)
@@ -235,7 +269,7 @@ class PolicyCalls:
 
         To be called inside a level of forward mode, in which the model's parameters carry the tangents.
         """
-        if self._split is not None:
+        if self.layout.split is not None:
             return head_slopes(self._head(), self.hidden(batch), batch.targets)
         values, slopes = zip(*map(unpack_dual, self.token_scores(batch)), strict=True)
         of_logprobs, of_entropies = (torch.zeros_like(values[0]) if x is None else x for x in slopes)
@@ -245,7 +279,7 @@ class PolicyCalls:
         self, batch: Microbatch, of_logprobs: Tensor, of_entropies: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`scores`, and ``sum a s + c h`` to differentiate once, from one forward pass; all ``[T]``."""
-        if self._split is None:
+        if self.layout.split is None:
             s, h = self.token_scores(batch)
             value = torch.dot(of_logprobs.to(s.dtype), s) + torch.dot(of_entropies.to(h.dtype), h)
             return s.detach(), h.detach(), value
@@ -254,12 +288,21 @@ class PolicyCalls:
         s, h, *_ = head_scores(self._head(), hidden.detach(), batch.targets)
         return s, h, value
 
+    def basis(self, batch: Microbatch, output: Tensor) -> HeadBasis | None:
+        """What any number of surrogates of a microbatch take of the vocabulary; ``None`` if its layer is trained."""
+        head = self.head
+        if head is None or any(p.requires_grad for p in head.parameters()):
+            return None
+        return HeadBasis.of(self._head(), output.detach(), batch.targets)
+
     def surrogates(
         self,
         batch: Microbatch,
         sides: Sequence[TokenCoefficients],
         consume_head: Callable[[int, slice, Tensor, Tensor], None] | None = None,
         sheet: ScoreSheet | None = None,
+        output: Tensor | None = None,
+        basis: HeadBasis | None = None,
     ) -> list[Tensor]:
         """One scalar ``sum a s + c h`` over a microbatch per set of coefficients, all on the graph of one forward pass.
 
@@ -269,25 +312,31 @@ class PolicyCalls:
             consume_head: takes the place of gradients of :attr:`head`: called with a side's number and what
                 :func:`~entropy_probe.scoring.logits.head_surrogate` says of each chunk of tokens.
             sheet: gets the scores of the tokens, which are computed on the way.
+            output: of :meth:`output`; called for without.
+            basis: of :meth:`basis` for that output.
 
         Raises:
             ValueError: if a value is not finite.
         """
         terms = [(batch.gather(c.logprobs), None if c.entropies is None else batch.gather(c.entropies)) for c in sides]
-        if self._split is not None:
-            head, hidden, scored = self._head(), self.hidden(batch), []
+        output = self.output(batch) if output is None else output
+        if basis is not None:
+            values = [basis.surrogate(output, a, c) for a, c in terms]
+            if sheet:
+                sheet.write(batch, basis.scores)
+        elif self.layout.split is not None:
+            head, scored = self._head(), []
             values = []
             for k, (a, c) in enumerate(terms):
                 consume, scores = partial(consume_head, k) if consume_head else None, None if k else scored.append
-                values.append(head_surrogate(head, hidden, batch.targets, a, c, consume, scores if sheet else None))
+                values.append(head_surrogate(head, output, batch.targets, a, c, consume, scores if sheet else None))
             if sheet:
                 sheet.write(batch, FlatScores.joined(scored))
         else:
-            logits = self.model_logits(batch)
-            s, h = logit_scores(logits, batch.targets, self.temperature)
+            s, h = logit_scores(output, batch.targets, self.temperature)
             values = [torch.dot(a.to(s.dtype), s) + (0 if c is None else torch.dot(c.to(h.dtype), h)) for a, c in terms]
             if sheet:
-                sheet.write(batch, plain_scores(logits.detach(), batch.targets, self.temperature))
+                sheet.write(batch, plain_scores(output.detach(), batch.targets, self.temperature))
         if not all(bool(torch.isfinite(value)) for value in values):
             raise ValueError(
                 f"rollouts: expected finite log-probabilities, got others among sequences {batch.rows.tolist()[:5]}; "

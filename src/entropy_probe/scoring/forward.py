@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.scoring.calls import PolicyCalls, Progress
+from entropy_probe.scoring.calls import Layout, PolicyCalls, Progress
 from entropy_probe.scoring.layout import Trials
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenScores
@@ -26,11 +26,6 @@ class Scorer(PolicyCalls):
             the device's memory is too small for it, which ``notes`` then says.
     """
 
-    def __init__(self, model: nn.Module, temperature: float, max_tokens_per_microbatch: int | None) -> None:
-        super().__init__(model, temperature, max_tokens_per_microbatch)
-        self.head_path = "logits (not prepared)"
-        self.prefix_sharing = "off (not prepared)"
-
     def prepare(self, *batches: Rollouts) -> None:
         """Check batches against the model and choose how to call it; to be called before anything else.
 
@@ -45,11 +40,11 @@ class Scorer(PolicyCalls):
         for batch in batches:
             self.check_fits(batch)
         trials = Trials.of(self, batches, gradients=True)
-        split, self.head_path, alone = trials.head()
+        split, head_path, alone = trials.head()
         self.lay_out(split, alone=alone is not None)
         unshared = f"one sequence per call: {alone}" if alone else trials.why_not_shared()
-        self.prefix_sharing = "on" if unshared is None else f"off ({unshared})"
-        self.lay_out(split, alone=alone is not None, width=None if unshared else trials.width)
+        sharing = "on" if unshared is None else f"off ({unshared})"
+        self.layout = Layout(split, alone is not None, None if unshared else trials.width, head_path, sharing)
 
     def check_also(self, rollouts: Rollouts) -> None:
         """Check one more batch, once prepared, against the model and the way in which it is called.
@@ -60,8 +55,8 @@ class Scorer(PolicyCalls):
         self.check_fits(rollouts)
         tried = copy.copy(self)
         trials = Trials.of(tried, [rollouts], gradients=False)
-        tried.lay_out(self._split, alone=self._alone, width=self._width)
-        why = trials.difference() or (self._width and trials.shared_difference())
+        tried.layout = self.layout
+        why = trials.difference() or (self.layout.width and trials.shared_difference())
         self.max_tokens, self.notes = tried.max_tokens, tried.notes
         if why:
             raise ValueError(

@@ -39,6 +39,42 @@ from entropy_probe.scoring.sample import (
 )
 
 
+@dataclass(frozen=True)
+class Reach:
+    """The lengths that a way of calling a policy is tried on.
+
+    Attributes:
+        shortest: tokens of the shortest sequence.
+        longest: of the longest.
+        packed: of the most packed row in which responses share their prompt; 0 without any.
+    """
+
+    shortest: int
+    longest: int
+    packed: int
+
+    @classmethod
+    def of(cls, calls: PolicyCalls, batches: Sequence[Rollouts]) -> Reach:
+        """Those of some batches."""
+        lengths = [int(n) for batch in batches for n in batch.attention_mask.sum(1)[batch.response_mask.any(1)]]
+        width, packed = _width(calls), 0
+        for batch in batches:
+            if width is None:
+                break
+            groups, _ = shared_groups(batch, torch.arange(len(batch)), width, calls.max_tokens, calls.context)
+            packed = max([packed, *(row_tokens(batch, group) for group in groups if len(group) > 1)])
+        return cls(min(lengths, default=0), max(lengths, default=0), packed)
+
+    def covers(self, other: Reach) -> bool:
+        """Whether none of the other lengths is beyond these."""
+        return self.joined(other) == self
+
+    def joined(self, other: Reach) -> Reach:
+        """The lengths of both."""
+        shortest = min(self.shortest, other.shortest)
+        return Reach(shortest, max(self.longest, other.longest), max(self.packed, other.packed))
+
+
 @dataclass(frozen=True, eq=False)
 class Trials:
     """Trials of ways to call a policy on some batches, against the whole model on one sequence at a time.
@@ -68,8 +104,7 @@ class Trials:
         _check_undivided(calls.model)
         named = calls.model.named_parameters() if gradients and not calls.sharded else ()
         trained = {name: p for name, p in named if p.requires_grad and p.is_floating_point()}
-        width = getattr(getattr(calls.model, "config", None), "hidden_size", None)
-        width = width if isinstance(width, int) else None
+        width = _width(calls)
         before = [_content(p) for p in calls.model.parameters()]
         samples = [take_sample(calls, batch, {} if k else trained, width) for k, batch in enumerate(batches)]
         for (name, p), content in zip(calls.model.named_parameters(), before, strict=True):
@@ -148,6 +183,12 @@ class Trials:
             if why:
                 return why
         return None
+
+
+def _width(calls: PolicyCalls) -> int | None:
+    """The model's hidden size, if it says."""
+    width = getattr(getattr(calls.model, "config", None), "hidden_size", None)
+    return width if isinstance(width, int) else None
 
 
 def _content(parameter: Parameter) -> tuple[int, str]:

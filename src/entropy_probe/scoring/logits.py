@@ -174,6 +174,49 @@ def head_slopes(
     return logprobs, entropies, of_logprobs, of_entropies
 
 
+@dataclass(frozen=True, eq=False)
+class HeadBasis:
+    """Scores of tokens and their derivatives in the hidden states, from one sweep over the vocabulary.
+
+    Every surrogate's gradient is a combination of these, as long as the output layer is not trained.
+
+    Attributes:
+        scores: of the targets.
+        of_logprobs: ``d s_t / d hidden_t``, ``[T, D]``.
+        of_entropies: ``d h_t / d hidden_t``, ``[T, D]``.
+    """
+
+    scores: FlatScores
+    of_logprobs: Float[Tensor, "T D"]
+    of_entropies: Float[Tensor, "T D"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, head: OutputHead, hidden: Float[Tensor, "T D"], targets: Int[Tensor, " T"]) -> HeadBasis:
+        """``(W_y - sum_v p_v W_v) / temperature`` and ``-sum_v p_v (log p_v + h) W_v / temperature``."""
+        scores, of_logprobs, of_entropies = [], torch.empty_like(hidden), torch.empty_like(hidden)
+        for chunk in _chunks(head, hidden, targets):
+            scores.append(chunk.scores())  # before the chunk's memory is used for its derivatives
+            log_p_and_h = chunk.z.sub_((chunk.total.log() - chunk.entropies)[:, None])
+            p = chunk.e.div_(chunk.total[:, None])
+            mean = p.to(hidden.dtype) @ head.weight
+            of_logprobs[chunk.rows] = (head.weight[targets[chunk.rows]] - mean) / head.temperature
+            of_entropies[chunk.rows] = log_p_and_h.mul_(p).to(hidden.dtype) @ head.weight / -head.temperature
+        return cls(FlatScores.joined(scores), of_logprobs, of_entropies)
+
+    def surrogate(
+        self, hidden: Float[Tensor, "T D"], a: Float[Tensor, " T"], c: Float[Tensor, " T"] | None
+    ) -> Float[Tensor, ""]:
+        """:func:`head_surrogate` on the graph of the hidden states, in float64."""
+        value = torch.dot(a.double(), self.scores.logprobs.double())
+        gradient = a.to(hidden.dtype)[:, None] * self.of_logprobs
+        if c is not None:
+            value += torch.dot(c.double(), self.scores.entropies.double())
+            gradient += c.to(hidden.dtype)[:, None] * self.of_entropies
+        along = (hidden * gradient).sum()
+        return value + (along - along.detach())
+
+
 class _HeadSurrogate(torch.autograd.Function):
     """``sum_t a_t s_t + c_t h_t`` with its gradient taken in the same sweep over the vocabulary.
 

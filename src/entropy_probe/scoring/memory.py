@@ -16,7 +16,12 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def fitting_tokens(model: nn.Module) -> int:
-    """A power of two, the same on the same machine whatever else runs there.
+    """How many to take at once: a power of two, the same on the same machine whatever else runs there."""
+    return 2 ** (max(LEAST, min(MOST, tokens_in_memory(model))).bit_length() - 1)
+
+
+def tokens_in_memory(model: nn.Module) -> int:
+    """How many tokens' forward passes may be kept for their backward passes at a time.
 
     A backward pass keeps about the inputs and the outputs of all linear layers, adapters among them: 2.4 MB per token
     of SmolLM2-135M with LoRA in float32, of which it took 2.5. The output layer's are counted in, though its logits
@@ -25,8 +30,7 @@ def fitting_tokens(model: nn.Module) -> int:
     parameter = next(model.parameters())
     per_token = parameter.element_size() * sum(map(_width, model.modules()))
     room = SHARES.get(parameter.device.type, SHARES["cpu"]) * _memory(parameter.device)
-    fitting = max(LEAST, min(MOST, int(room / max(per_token, 1))))
-    return 2 ** (fitting.bit_length() - 1)
+    return int(room / max(per_token, 1))
 
 
 def _width(module: nn.Module) -> int:

@@ -7,9 +7,8 @@ position ids count as if each followed the prompt directly. Scores and gradients
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -127,35 +126,35 @@ def shared_groups(
     """Sequences grouped for shared rows, and what of the arithmetic is left.
 
     Linear layers cost per token what attention costs per ``6 * width`` tokens attended to, and attention in a shared
-    row runs over all its tokens. With prompts of ``p`` and responses of ``r`` tokens a row of ``g`` responses costs
-    ``6 width (p + g r) + (p + g r)^2``, least per response at ``g = sqrt(6 width p + p^2) / r``.
+    row runs over all its tokens: a row of ``l`` tokens, padding included, costs ``6 width l + l^2``. A prompt's
+    responses are divided over as many rows as make that least, all padded to the longest.
 
     Args:
         rollouts: the batch.
         rows: which sequences to group.
         width: the model's hidden size.
-        max_tokens: about the most tokens in a row.
+        max_tokens: the most tokens in a row of several responses.
         context: the most tokens in a row by any means, as many as the model has positions for.
     """
     lengths = rollouts.attention_mask.sum(1)
+    most = min(max_tokens, context or max_tokens)
     shared: list[Tensor] = []
     alone = together = 0.0
     for prompt, members in shared_rows(rollouts, rows):
-        response = max(1.0, float(lengths[members].double().mean()) - prompt)
-        best = max(1, round(math.sqrt(6 * width * prompt + prompt**2) / response))
-        size = max(1, min(best, int((max_tokens - prompt) / response)))
-        pieces = _pieces(members, math.ceil(len(members) / size))
-        while context and len(pieces) < len(members) and max(row_tokens(rollouts, x) for x in pieces) > context:
-            pieces = _pieces(members, len(pieces) + 1)
-        shared += pieces
-        alone += len(members) * _cost(width, prompt + response)
-        together += sum(_cost(width, prompt + len(piece) * response) for piece in pieces)
+        of_members = lengths[members].tolist()
+        # what responses add to a row: all but their last token, which predicts nothing
+        ends = [0, *accumulate(length - prompt - 1 for length in of_members)]
+        options = []
+        for number in range(1, len(members) + 1):
+            bounds = [len(members) * k // number for k in range(number + 1)]
+            longest = prompt + max(ends[b] - ends[a] for a, b in pairwise(bounds))
+            if longest <= most or number == len(members):
+                options.append((number * _cost(width, padded(longest)), bounds))
+        cost, bounds = min(options)
+        shared += [torch.tensor(members[a:b]) for a, b in pairwise(bounds)]
+        together += cost
+        alone += sum(_cost(width, padded(length)) for length in of_members)
     return shared, together / alone
-
-
-def _pieces(members: list[int], number: int) -> list[Tensor]:
-    bounds = [len(members) * k // number for k in range(number + 1)]
-    return [torch.tensor(members[a:b]) for a, b in pairwise(bounds)]
 
 
 def shared_prompts(
