@@ -1,13 +1,16 @@
 """Momentum alone after a step: against the exact entropies of the policy that torch's own optimizer arrives at."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 
 from entropy_probe import ProbeConfig
+from entropy_probe.analyses import coast, predict
 from entropy_probe.cli.config import RunConfig
 from entropy_probe.report.sections.run import step_section
+from entropy_probe.steps import afterlife
 from tests.invariants.problems import TABLE, batches, probe
 from tests.invariants.traces import assert_same, state
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -80,17 +83,33 @@ def test_small_steps_coast_as_far_as_committed(kind, normalization):
     assert all(small < 0.2 * large for small, large in zip(relative[1], relative[0], strict=True))
 
 
+def test_the_way_to_rest_is_taken_once():
+    update, evaluation = batches(n=40)
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model, cls=torch.optim.SGD, momentum=0.8)
+    with (
+        mock.patch.object(predict, "coasted", wraps=afterlife.coasted) as predicted,
+        mock.patch.object(coast, "coasted", wraps=afterlife.coasted) as measured,
+    ):
+        result = probe(model, optimizer, coast=True, horizon=None).run(update=update, evaluation=evaluation)
+    assert result.coasted.difference is not None
+    assert (predicted.call_count, measured.call_count) == (1, 0)
+
+
 def test_optimizers_that_do_not_come_to_rest_or_have_no_momentum_say_so():
     update, evaluation = batches(n=40)
     model = TinyPolicy()
-    cases = {
-        "coasting_has_no_end": Lion(model.parameters()),
-        "nothing_to_coast": torch.optim.SGD(model.parameters(), 0.1),
-    }
-    for code, optimizer in cases.items():
+    signs, growing = "its steps do not shrink with the momentum", "its denominators shrink about as fast"
+    cases = [
+        ("coasting_has_no_end", signs, Lion(model.parameters())),
+        ("coasting_has_no_end", growing, trained_optimizer(model, betas=(0.9, 0.8))),
+        ("nothing_to_coast", "it has no momentum", torch.optim.SGD(model.parameters(), 0.1)),
+    ]
+    for code, why, optimizer in cases:
         result = probe(model, optimizer, coast=True).run(update=update, evaluation=evaluation)
         assert result.coasted is result.committed is None
-        assert code in [note.code for note in result.diagnostics.notes]
+        (text,) = [note.text for note in result.diagnostics.notes if note.code == code]
+        assert why in text
 
 
 def test_a_policy_that_coasts_too_far_for_the_rollouts_is_refused():

@@ -23,15 +23,9 @@ from entropy_probe.results.changes import Coasted
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import NoteKind
 from entropy_probe.scoring.isolation import parameters_at
-from entropy_probe.steps.afterlife import DECAYS, coasted
+from entropy_probe.steps.afterlife import DECAYS, coasted, no_end
 from entropy_probe.steps.copied import optimizer_name
 
-NO_END = NoteKind(
-    "coasting_has_no_end",
-    "{optimizer} does not come to rest when gradients are zero, so what momentum alone will do has no size: its steps "
-    "do not shrink with the momentum (signs, Muon's), or need a gradient",
-    "Leave probe.coast out for this optimizer.",
-)
 NO_MOMENTUM = NoteKind(
     "nothing_to_coast",
     "{optimizer} moves nothing when gradients are zero: it has no momentum, and nothing is committed",
@@ -54,10 +48,14 @@ def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | No
     if not config.coast:
         return None
     given = (policy.parameters, policy.optimizer, step.taken_with, config.learning_rate, step.kept)
-    alone = coasted(*given)
-    if alone.parameters is None or alone.steps == 0:
-        kind = NO_END if alone.parameters is None else NO_MOMENTUM
-        policy.log.notes.append(kind(optimizer=optimizer_name(policy.optimizer)))
+    alone = None if prediction is None else prediction.alone
+    alone = alone or coasted(*given)
+    if alone.parameters is None:
+        if (note := no_end(policy.optimizer)) not in policy.log.notes:  # the prediction says so, too
+            policy.log.notes.append(note)
+        return None
+    if alone.steps == 0:
+        policy.log.notes.append(NO_MOMENTUM(optimizer=optimizer_name(policy.optimizer)))
         return None
     there = _measured_at(plan, alone.parameters, "score after coasting")
     if there.note:

@@ -25,7 +25,7 @@ from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import NamedVector
 from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import is_adam
-from entropy_probe.steps.afterlife import coasted, coasting
+from entropy_probe.steps.afterlife import Coasted, coasted, coasting, no_end
 from entropy_probe.steps.copied import moved
 from entropy_probe.steps.origins import momentum_by_origin
 from entropy_probe.steps.plan import scaled
@@ -75,6 +75,7 @@ class Prediction:
         origins: parts of the momentum part by the gradients they come from, that of the last step first; none within a
             horizon, and but for Adam with recorded gradients.
         horizon: how many tokens after a changed one count; ``None`` for the whole response.
+        alone: where momentum alone leads after the step, where that was taken for ``committed``.
     """
 
     plan: Plan
@@ -87,6 +88,7 @@ class Prediction:
     committed: fo.FirstOrder | None
     origins: tuple[fo.FirstOrder, ...] = field(default=(), kw_only=True)
     horizon: int | None = field(default=None, kw_only=True)
+    alone: Coasted | None = field(default=None, kw_only=True)
 
 
 def predict(planned: Plan, horizon: int | None = None) -> Prediction:
@@ -96,8 +98,9 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
     past = policy.past if horizon is None and "momentum" in step.components else ()
     if past and step.gradient_scale is not None:
         directions += momentum_by_origin(policy.parameters, policy.optimizer, step.gradient_scale, past)
-    if horizon is None:
-        directions += _later(planned)
+    alone, later = (None, None) if horizon is not None else _later(planned)
+    if later is not None:
+        directions.append(later)
     slope = _entropy_slope(planned, directions, horizon)
     dots = over_clusters(policy, planned.evaluation.local, slope.dots)
     length_slope, lengths = length_changes(planned, directions, horizon)
@@ -110,7 +113,7 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
         for k, name in enumerate(step.components)
         if step.gradient_scale is not None
     }
-    fields: dict[str, Any] = {"committed": committed, "origins": origins, "horizon": horizon}
+    fields: dict[str, Any] = {"committed": committed, "origins": origins, "horizon": horizon, "alone": alone}
     if isinstance(planned.source, GivenGradient):
         return Prediction(planned, slope, length_slope, change, parts, None, None, **fields)
     if step.gradient_scale is None:
@@ -126,18 +129,22 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
     return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, **fields)
 
 
-def _later(planned: Plan) -> list[NamedVector]:
+def _later(planned: Plan) -> tuple[Coasted | None, NamedVector | None]:
     """What the moments alone will still do after the step: in closed form for Adam, or taken where it is asked for."""
     policy, step = planned.policy, planned.step
     if policy.config.geometry == "frozen":
-        return []
+        return None, None
     rate = policy.config.learning_rate
     if is_adam(policy.optimizer):
-        return [coasting(policy.parameters, policy.optimizer, step.gradient.values, rate)]
+        later = coasting(policy.parameters, policy.optimizer, step.gradient.values, rate)
+        if later is None:
+            policy.log.notes.append(no_end(policy.optimizer))
+        return None, later
     if not policy.config.coast or step.stepped is None:
-        return []
+        return None, None
     alone = coasted(policy.parameters, policy.optimizer, step.taken_with, rate, step.kept)
-    return [] if not alone.steps or alone.parameters is None else [moved(step.stepped, alone.parameters)]
+    rests = alone.steps and alone.parameters is not None
+    return alone, moved(step.stepped, alone.parameters) if rests else None
 
 
 def entropy_surrogate(planned: Plan, horizon: int | None = None) -> TokenCoefficients:
