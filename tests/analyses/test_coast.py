@@ -8,6 +8,9 @@ import torch
 
 from entropy_probe import ProbeConfig
 from entropy_probe.analyses import coast, predict
+from entropy_probe.analyses.batches import admit_evaluation
+from entropy_probe.analyses.measure import measure
+from entropy_probe.analyses.plan import plan_given
 from entropy_probe.cli.config import RunConfig
 from entropy_probe.report.sections.run import step_section
 from entropy_probe.steps import afterlife
@@ -81,6 +84,42 @@ def test_small_steps_coast_as_far_as_committed(kind, normalization):
         relative.append((abs(gap.value / result.committed.value), gap.standard_error / result.committed.standard_error))
     assert max(relative[1]) < 5e-3
     assert all(small < 0.2 * large for small, large in zip(relative[1], relative[0], strict=True))
+
+
+def spread_and_error(number, normalization):
+    """Of what coasting after one and the same step does: the errors over the spread, and z of the mean to the truth."""
+    model, rows = TinyPolicy(), []
+    optimizer, generator = trained_optimizer(model, lr=4e-3, betas=(0.6, 0.9)), torch.Generator().manual_seed(4)
+    gradient = {n: 0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()}
+    alone = afterlife.coasted(dict(model.named_parameters()), optimizer, gradient)
+    settings = {"coast": True, "normalization": normalization, "measure_noise_floor": False, "max_grad_norm": None}
+    with (
+        probe(model, optimizer, **settings)._opened() as policy,
+        mock.patch.object(coast, "coasted", return_value=alone),
+    ):
+        for _ in range(number):
+            evaluation = admit_evaluation(policy, TABLE.rollouts.select(TABLE.sample(TinyPolicy(), 100, generator)))
+            planned = plan_given(policy, gradient, None, evaluation, shares=False)
+            change = coast.measure_coasting(planned, measure(planned)).change
+            rows.append([change.value, change.standard_error])
+    values, errors = torch.tensor(rows, dtype=torch.float64).T
+    wanted = exact(model, optimizer, gradient, alone.steps, decay=False, normalization=normalization)
+    z = (values.mean() - wanted) / (values.std() / number**0.5)
+    return (errors.square().mean().sqrt() / values.std()).item(), z.item()
+
+
+def test_the_error_is_the_spread_over_evaluation_batches():
+    error, z = spread_and_error(60, "token")
+    assert 0.75 < error < 1.35  # 0.6 and 1.6 where the error is that of the change by the step, or by all of them
+    assert abs(z) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_the_error_is_the_spread_over_many_evaluation_batches(normalization):
+    error, z = spread_and_error(500, normalization)
+    assert 0.9 < error < 1.15
+    assert abs(z) < 4
 
 
 def test_the_way_to_rest_is_taken_once():

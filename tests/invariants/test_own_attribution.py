@@ -110,8 +110,8 @@ def test_errors_of_contributions_are_their_spread_over_other_prompts():
 @pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_errors_of_contributions_are_their_spread_over_many_batches(normalization):
-    spread, error = spread_and_error(200, normalization)
-    assert 0.8 < error / spread < 1.2
+    spread, error = spread_and_error(100, normalization)
+    assert 0.75 < error / spread < 1.3
 
 
 def test_what_one_batch_cannot_have():

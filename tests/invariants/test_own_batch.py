@@ -230,7 +230,8 @@ def test_the_result_of_an_optimizer_without_a_closed_form():
 
 def test_weights_are_recognised_once_in_a_run():
     model = TinyPolicy()
-    probe = EntropyProbe(model, trained_optimizer(model), ProbeConfig(temperature=TEMPERATURE, horizon=None))
+    config = ProbeConfig(temperature=TEMPERATURE, merge_equal_prompts=False, horizon=None)
+    probe = EntropyProbe(model, trained_optimizer(model), config)
     taken = []
 
     def counted(tensors):

@@ -31,6 +31,14 @@ NO_MOMENTUM = NoteKind(
     "{optimizer} moves nothing when gradients are zero: it has no momentum, and nothing is committed",
     "Leave probe.coast out for this optimizer.",
 )
+CURVED = NoteKind(
+    "coasting_curves",
+    "coasted is {ratio:.2f} times committed, further from it than by chance: over {steps} steps the entropy curves away "
+    "from its slope before this one, along which committed goes",
+    "Trust coasted, which is measured; committed is first order.",
+)
+NOTABLE_GAP = 0.1
+"""Between coasted and committed, relative to committed."""
 
 
 def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | None = None) -> Coasted | None:
@@ -68,6 +76,9 @@ def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | No
         decaying = coasted(*given, steps=alone.steps)
         assert decaying.parameters is not None
         decayed = _minus(_measured_at(plan, decaying.parameters, "score after decay").change, there.change)
+    apart = _estimate(plan, gap)
+    if prediction is not None and prediction.committed is not None and apart is not None:
+        _note_curvature(plan, alone.steps, prediction.committed.value, apart)
     refused = there if there.change is None else measured.measurement
     shown = replace(there, change=change, diagnosis=there.diagnosis if change is not None else refused.diagnosis)
     return Coasted(
@@ -78,7 +89,7 @@ def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | No
             measured.floor,
             "update" if plan.evaluation.is_update else "evaluation",
         ),
-        difference=_estimate(plan, gap),
+        difference=apart,
         weight_decay=_estimate(plan, decayed),
     )
 
@@ -87,6 +98,11 @@ def measured_beside(prediction: Prediction, measured: Measured) -> dict[str, Any
     """The fields of a result for what is measured beside the step itself: the profile over horizons, and coasting."""
     coasting = measure_coasting(prediction.plan, measured, prediction)
     return {"horizons": measure_horizons(prediction, measured), "coasted": coasting}
+
+
+def _note_curvature(plan: Plan, steps: int, committed: float, gap: Estimate) -> None:
+    if gap.distinguishable and abs(gap.value) > NOTABLE_GAP * abs(committed) > 0:
+        plan.policy.log.notes.append(CURVED(ratio=1 + gap.value / committed, steps=steps))
 
 
 def _measured_at(plan: Plan, parameters: Mapping[str, Tensor], phase: str) -> Measurement:
