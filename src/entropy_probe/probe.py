@@ -261,10 +261,8 @@ class EntropyProbe:
             raise ValueError("model: expected whole parameters to attribute to, got shards; load it on one device")
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
-        if evaluation is None and (asked or pool or self._config.geometry == "frozen"):
-            raise ValueError(
-                "evaluation: expected rollouts beside questions, pool or geometry 'frozen', got none; pass them"
-            )
+        if evaluation is None and (asked or pool):
+            raise ValueError("evaluation: expected rollouts beside questions or pool, got none; pass them")
         with self._opened() as policy:
             if evaluation is None:
                 prediction = own = predict_own(policy, update)
@@ -301,7 +299,7 @@ class EntropyProbe:
         self,
         *,
         update: Rollouts,
-        evaluation: Rollouts,
+        evaluation: Rollouts | None = None,
         learning_rates: Sequence[float],
         direct_curvature: bool = False,
         finished: Sequence[SweepPoint] = (),
@@ -314,7 +312,7 @@ class EntropyProbe:
 
         Args:
             update: the batch the step is taken on.
-            evaluation: the batch the change is measured on.
+            evaluation: the batch the change is measured on; by default ``update``, as :meth:`one_batch`.
             learning_rates: at least two, in any order; each takes the place of ``config.learning_rate``.
             direct_curvature: also differentiate every score twice along the step, by nested forward mode, which costs
                 several scorings of the evaluation batch.
@@ -328,7 +326,8 @@ class EntropyProbe:
         check_finished(finished, rates)
         # rounded steps are not in proportion to the rate
         with self._opened(learning_rate=rates[-1], step_dtype="float32") as policy:
-            prediction = predict(plan_asked(policy, update, evaluation))
+            own = evaluation is None
+            prediction = predict_own(policy, update) if own else predict(plan_asked(policy, update, evaluation))
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
 
     def ask(self, question: str, *, update: Rollouts, evaluation: Rollouts, **settings: Any) -> SavedRecord:

@@ -117,7 +117,7 @@ def test_errors_of_contributions_are_their_spread_over_many_batches(normalizatio
 def test_what_one_batch_cannot_have():
     model = TinyPolicy()
     subject = probe(model, trained_optimizer(model))
-    with pytest.raises(ValueError, match="evaluation: expected rollouts beside questions, pool or"):
+    with pytest.raises(ValueError, match="evaluation: expected rollouts beside questions or pool"):
         subject.attribute(update=batches()[0], pool=True)
     with pytest.raises(ValueError, match="attribution_folds: expected 2 to 4, half the number of prompts, got 5"):
         subject.attribute(update=batches()[0], folds=5)

@@ -244,7 +244,7 @@ def test_weights_are_recognised_once_in_a_run():
         first = probe.one_batch(rollouts)
         assert sum("out.bias" in names for names in taken) == 1
         with torch.no_grad():
-            model.out.bias += 0.1
+            model.out.bias[0] += 0.1
         assert probe.one_batch(rollouts).entropy.value != first.entropy.value
         assert sum("out.bias" in names for names in taken) == 2
 

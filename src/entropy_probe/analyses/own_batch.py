@@ -98,6 +98,11 @@ def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None
         ValueError: for fewer than three prompts, rollouts of another policy that would have to be reweighted, or as
             :func:`~entropy_probe.analyses.predict.plan`.
     """
+    if policy.config.geometry == "frozen":
+        raise ValueError(
+            "geometry: expected adamw for a step that is judged on its own batch here, got frozen, of which one_batch "
+            "has the U-statistic; change it, or give evaluation rollouts"
+        )
     if policy.config.coast:
         raise ValueError(
             "coast: expected evaluation rollouts, got none but those of the step, whose gradient is in the momentum "
@@ -163,13 +168,14 @@ def measure_own(prediction: OwnPrediction) -> Measured:
     return without_own(prediction, measure(prediction.plan))
 
 
-def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
-    """What was measured, less the first-order influence of the responses on themselves."""
+def without_own(prediction: OwnPrediction, measured: Measured, factor: float = 1.0) -> Measured:
+    """What was measured at ``factor`` times the rate, less the first-order influence of the responses on themselves."""
     change = measured.measurement.change
     if change is None:
         return measured
     own = prediction.all_pairs - prediction.change
-    corrected = Change(change.value - own.value, change.influence - own.influence, change.size_change)
+    value, influence = change.value - factor * own.value, change.influence - factor * own.influence
+    corrected = Change(value, influence, change.size_change)
     return replace(measured, measurement=replace(measured.measurement, change=corrected))
 
 

@@ -172,10 +172,11 @@ class RunConfig(Settings):
         for batch in self._sampled:
             needed = {batch: getattr(self, batch), "prompts": self.prompts}
             needed |= {"reward": self.reward} if batch == "update" else {}
+            without = ", or mode to one_batch" if batch == "evaluation" else ""
             for key in (key for key, value in needed.items() if value is None):
                 yield (
                     f"{key}: required to sample the {batch} batch, but missing; set it, or set rollouts.{batch} to a "
-                    "saved batch"
+                    f"saved batch{without}"
                 )
         for batch, other in (("update", "evaluation"), ("evaluation", "update")):
             path = getattr(self.rollouts, batch)
