@@ -13,7 +13,7 @@ from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides
 from entropy_probe.analyses.attribution import Attribution
-from entropy_probe.analyses.coast import measure_coasting, measured_beside
+from entropy_probe.analyses.coast import come_to_rest, measure_rest, measured_beside
 from entropy_probe.analyses.given import checked_past
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
@@ -66,9 +66,9 @@ class EntropyProbe:
         end_token_ids: tokens that end a response, besides those of the model's generation config (or its config).
             Rollouts are checked against them.
         stop_texts: whether responses may end at a stop text instead.
-        past_gradients: of the last steps, the latest first, as the optimizer got them (clipped): two-batch predictions
-            then divide the momentum part over them (``result.origins``). Each is one more direction to take the
-            entropy's slope along, in the memory of the parameters.
+        past_gradients: of the last steps, the latest first, as the optimizer got them (clipped): predictions then
+            divide the momentum part over them (``result.origins``). Each is one more direction to take the entropy's
+            slope along, in the memory of the parameters.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
@@ -206,7 +206,7 @@ class EntropyProbe:
         with self._opened() as policy:
             planned = plan_asked(policy, update, evaluation, gradient, shares=False)
             measured = measure_step(planned)
-            return result_of(planned, measured=measured, coasted=measure_coasting(planned, measured))
+            return result_of(planned, measured=measured, coasted=measure_rest(planned, measured, come_to_rest(planned)))
 
     def ahead(
         self, *, gradient: Gradient, batch: Rollouts | None = None, evaluation: Rollouts | None = None

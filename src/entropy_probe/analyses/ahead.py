@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from entropy_probe.analyses.assemble import result_of, with_realized
 from entropy_probe.analyses.batches import admit_batches, admit_evaluation
+from entropy_probe.analyses.coast import Rest, come_to_rest, measure_rest
 from entropy_probe.analyses.given import checked_gradient
 from entropy_probe.analyses.measure import measure_taken
 from entropy_probe.analyses.own_batch import OwnPrediction, predict_own, without_own
@@ -27,10 +28,18 @@ class StepAhead:
     Attributes:
         prediction: what it will do, to first order.
         result: the same as a result.
+        rest: where momentum alone leads after it, where that is asked for.
     """
 
     prediction: Prediction
     result: ProbeResult
+    rest: Rest | None
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> StepAhead:
+        """With what has to be taken of parameters and optimizer before they move."""
+        rest = come_to_rest(prediction.plan, prediction)
+        return cls(prediction, result_of(prediction.plan, prediction), rest)
 
     def taken(self) -> ProbeResult:
         """The result with what the step did, once the optimizer has taken it; nothing else may have moved the policy.
@@ -41,9 +50,10 @@ class StepAhead:
         plan = self.prediction.plan
         with plan.policy.isolated():
             measured = measure_taken(plan)
-        if isinstance(self.prediction, OwnPrediction):
-            measured = without_own(self.prediction, measured)
-        return with_realized(self.result, self.prediction, measured)
+            if isinstance(self.prediction, OwnPrediction):
+                measured = without_own(self.prediction, measured)
+            coasted = measure_rest(plan, measured, self.rest, self.prediction)
+        return with_realized(self.result, self.prediction, measured).model_copy(update={"coasted": coasted})
 
 
 def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evaluation: Rollouts | None) -> StepAhead:
@@ -55,10 +65,6 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
     Raises:
         ValueError: for no batch at all, unusable rollouts or an unusable gradient.
     """
-    if policy.config.coast:
-        raise ValueError(
-            "coast: expected a checkpoint, got a step of a live trainer; leave it out, and probe the checkpoint"
-        )
     with policy.ranks.agreeing():
         checked = checked_gradient(policy.parameters, gradient)
     if evaluation is not None and batch is not None:
@@ -68,9 +74,7 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
         policy.check_ranks_agree(checked, evaluation=admitted.rollouts)
         planned = plan_given(policy, checked, None, admitted, clip=False)
     elif batch is not None:
-        prediction = predict_own(policy, batch, checked)
-        return StepAhead(prediction, result_of(prediction.plan, prediction))
+        return StepAhead.of(predict_own(policy, batch, checked))
     else:
         raise ValueError("batch: expected the rollouts of the step, or evaluation rollouts, got neither; pass one")
-    prediction = predict(planned)
-    return StepAhead(prediction, result_of(planned, prediction))
+    return StepAhead.of(predict(planned))

@@ -193,13 +193,10 @@ class RunConfig(Settings):
         if self.attribution and self.shard:
             yield "attribution: expected shard: false beside it, since it needs whole parameters, got true"
         folds = None if self.attribution_folds == "auto" else self.attribution_folds
-        asked = {
-            "probe.geometry: frozen": self.attribution and self.probe.geometry == "frozen",
-            "probe.coast": self.probe.coast,
-            "origins": self.origins,
-        }
-        for what in (key for key, set_so in asked.items() if set_so and self.needs_no_evaluation):
-            yield f"{what}: expected evaluation rollouts beside it, got mode one_batch; change one of them"
+        if self.attribution and self.probe.geometry == "frozen" and self.needs_no_evaluation:
+            yield (
+                "probe.geometry: frozen: expected evaluation rollouts beside it, got mode one_batch; change one of them"
+            )
         if folds is not None and not self.attribution:
             yield "attribution_folds: expected attribution: true beside it, got false; set it too"
         drawn, of, batch = None, "the {} clusters of the evaluation batch", "evaluation"

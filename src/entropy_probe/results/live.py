@@ -71,6 +71,7 @@ class StepRecord(Record):
         weight_decay: what weight decay adds.
         lifetime: what this batch's gradient does over its life in the momentum, this step included.
         committed: what the moments alone will do after this step if every later gradient is zero.
+        coasted: the same measured; null unless asked for (``coast``), or refused.
         ess: effective sample size of the weights behind ``realized`` over the number of sequences.
         loss_distance: between the trainer's gradient and that of the loss as the probe knows it, over the former.
         gradient_norm: before clipping.
@@ -95,6 +96,7 @@ class StepRecord(Record):
     weight_decay: Estimate | None = None
     lifetime: Estimate | None = None
     committed: Estimate | None = None
+    coasted: Estimate | None = None
     ess: NonNegativeFloat | None = None
     loss_distance: NonNegativeFloat | None = None
     gradient_norm: NonNegativeFloat | None = None
@@ -140,6 +142,7 @@ class StepRecord(Record):
             **{part: result.components.get(part) for part in ("gradient", "momentum", "weight_decay")},
             "lifetime": result.lifetime,
             "committed": result.committed,
+            "coasted": None if result.coasted is None else result.coasted.change.estimate,
             "ess": None if realized is None else realized.ess_fraction,
             "loss_distance": None if said.gradient_agreement is None else said.gradient_agreement.relative_distance,
             "gradient_norm": said.gradient_norm,
