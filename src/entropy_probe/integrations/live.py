@@ -20,7 +20,8 @@ from entropy_probe.steps.adamw import Gradient, clip_gradient, optimizer_paramet
 __all__ = ["logged_keys", "probe_actor", "prompt_shares", "step_record"]
 
 PREFIX = "entropy_probe/"
-_ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed", "coasted")
+_OF_STEP = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay")
+_ESTIMATES = (*_OF_STEP, "lifetime", "committed", "coasted")
 _WITH_ERROR = ("predicted", "realized")
 
 

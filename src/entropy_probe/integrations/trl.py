@@ -91,6 +91,8 @@ class EntropyProbeCallback(TrainerCallback):
         record: which steps to write to ``output_dir/entropy_probe/step-000123/`` with their rollouts: the ``"probed"``
             ones, ``"all"``, or none.
         keep_gradients: of how many of the last recorded steps the clipped gradient is kept beside the record.
+        origins: also divide the momentum part over these steps, which takes ``record="all"``; each costs its gradient
+            in host memory and one more direction to take the entropy's slope along.
         budget: the largest share of the training time to spend; a probe that would exceed it waits.
         config: settings of :class:`ProbeConfig` in place of the trainer's, by name.
 
@@ -106,6 +108,7 @@ class EntropyProbeCallback(TrainerCallback):
         attribution_every: int | None = None,
         record: Literal["all", "probed"] | None = "probed",
         keep_gradients: int = 0,
+        origins: bool = False,
         budget: float | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -118,10 +121,15 @@ class EntropyProbeCallback(TrainerCallback):
             raise ValueError(f"record: expected 'all', 'probed' or None, got {record!r}; use one of them")
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"budget: expected a share of the training time, above 0 and at most 1, got {budget}")
+        if origins and (record != "all" or keep_gradients < 1):
+            raise ValueError(
+                f"origins: expected record='all' and keep_gradients of at least 1 beside it, got {record!r} and "
+                f"{keep_gradients}; set both, or leave origins out"
+            )
         self._every, self._attribution_every, self._budget = every, attribution_every, Budget(budget)
         self._evaluation: Literal["batch"] | HeldOut = evaluation
         self._record: Literal["all", "probed"] | None = record
-        self._keep_gradients = keep_gradients
+        self._keep_gradients, self._origins = keep_gradients, origins
         self._config = dict(config or {})
         self._live: LiveRun | None = None
 
@@ -137,6 +145,7 @@ class EntropyProbeCallback(TrainerCallback):
                 budget=self._budget,
                 record=self._record,
                 keep_gradients=self._keep_gradients,
+                origins=self._origins,
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

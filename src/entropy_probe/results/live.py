@@ -15,7 +15,14 @@ from pydantic import Field, NonNegativeFloat
 
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import Note
-from entropy_probe.results.probe import BatchFit, OptimizerStateReport, Predicted, ProbeResult, SamplerMismatch
+from entropy_probe.results.probe import (
+    BatchFit,
+    OptimizerStateReport,
+    Origins,
+    Predicted,
+    ProbeResult,
+    SamplerMismatch,
+)
 from entropy_probe.results.record import Record, read_record
 
 SCHEMA_VERSION = 1
@@ -72,6 +79,7 @@ class StepRecord(Record):
         lifetime: what this batch's gradient does over its life in the momentum, this step included.
         committed: what the moments alone will do after this step if every later gradient is zero.
         coasted: the same measured; null unless asked for (``coast``), or refused.
+        origins: ``momentum`` by step of origin; null unless asked for.
         ess: effective sample size of the weights behind ``realized`` over the number of sequences.
         loss_distance: between the trainer's gradient and that of the loss as the probe knows it, over the former.
         gradient_norm: before clipping.
@@ -97,6 +105,7 @@ class StepRecord(Record):
     lifetime: Estimate | None = None
     committed: Estimate | None = None
     coasted: Estimate | None = None
+    origins: Origins | None = None
     ess: NonNegativeFloat | None = None
     loss_distance: NonNegativeFloat | None = None
     gradient_norm: NonNegativeFloat | None = None
@@ -143,6 +152,7 @@ class StepRecord(Record):
             "lifetime": result.lifetime,
             "committed": result.committed,
             "coasted": None if result.coasted is None else result.coasted.change.estimate,
+            "origins": result.origins,
             "ess": None if realized is None else realized.ess_fraction,
             "loss_distance": None if said.gradient_agreement is None else said.gradient_agreement.relative_distance,
             "gradient_norm": said.gradient_norm,

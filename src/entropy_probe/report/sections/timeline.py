@@ -23,6 +23,7 @@ from entropy_probe.report.sections.base import (
     Verdict,
     written,
 )
+from entropy_probe.report.sections.run import origin_blocks
 from entropy_probe.report.sections.steps import Steps, chart_of, cumulated, logged_points, points_of, thinned
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.live import Number, StepRecord, Timeline
@@ -114,6 +115,8 @@ def _headlines(timeline: Timeline) -> tuple[Row, ...]:
             rows.append(Row("change per step", format_estimate(mean, error), over, headline=True))
         if now.committed is not None:
             rows.append(Row("committed", written(now.committed), "by the moments alone", headline=True))
+        if now.coasted is not None:
+            rows.append(Row("coasted", written(now.coasted), "the same, measured", headline=True))
     for what in ("reward", "entropy"):
         values = [(record.step, value) for record in timeline.steps if (value := record.logged(what)) is not None]
         if values and (what == "reward" or not probed):
@@ -193,7 +196,8 @@ def _cell(value: float | None) -> str:
     return "" if value is None else format_number(value)
 
 
-ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
+_OF_STEP = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay")
+ESTIMATES = (*_OF_STEP, "lifetime", "committed", "coasted")
 NUMBERS: tuple[Number, ...] = ("reward", "length", "kl", "gradient_norm", "clip_factor", "learning_rate", "ess")
 
 
@@ -237,6 +241,7 @@ def _sources(probed: Steps) -> Part:
     charts = (
         *chart_of("Gradient against momentum", parts, _unit(probed), caption, zero=True),
         *chart_of("Over a batch's life", lives, _unit(probed), caption, zero=True),
+        *(origin_blocks(probed[-1].origins, probed[-1].momentum) if probed else ()),
     )
     return "Where the change comes from", "sources", "Sources", charts, ()
 
