@@ -168,8 +168,9 @@ def directions_beside(planned: Plan, horizon: int | None, *, later: bool) -> Bes
         return Beside(origins, way, None)
     assert step.stepped is not None
     alone = coasted(policy.parameters, policy.optimizer, step.taken_with, config.learning_rate, step.kept)
-    rests = alone.steps and alone.parameters is not None
-    return Beside(origins, moved(step.stepped, alone.parameters) if rests else None, alone)
+    if alone.parameters is None or not alone.steps:
+        return Beside(origins, None, alone)
+    return Beside(origins, moved(step.stepped, alone.parameters), alone)
 
 
 def way_to_rest(policy: Policy, gradient: Gradient) -> dict[str, Tensor] | None:
