@@ -22,12 +22,12 @@ from entropy_probe.estimators import horizon as estimator
 from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.estimators.realized import Change, change, per_decision
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
+from entropy_probe.results.changes import HorizonPoint, Horizons
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.horizons import HorizonPoint, Horizons
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.student import critical_value
 from entropy_probe.scoring.isolation import parameters_at
-from entropy_probe.scoring.slopes import token_slopes
+from entropy_probe.scoring.slopes import slope_method
 from entropy_probe.types import TokenScores
 
 NO_PROFILE = NoteKind(
@@ -123,10 +123,10 @@ def stated(prediction: Prediction) -> Prediction:
 
 
 def _forward_slopes(plan: Plan) -> TokenScores:
-    policy, local = plan.policy, plan.evaluation.local
+    policy, local, rollouts, delta = plan.policy, plan.evaluation.local, plan.evaluation.rollouts, plan.step.delta
     with policy.clock.phase("profile of horizons") as progress, policy.on_rank(local):
-        given = (policy.scorer, plan.evaluation.rollouts, policy.parameters, plan.step.delta)
-        return token_slopes(*given, SLOPE_TOLERANCE, progress, local.rows).slopes
+        method = slope_method(policy.scorer, rollouts, policy.parameters, delta, SLOPE_TOLERANCE)
+        return method.along(delta, rollouts.select(local.rows), progress).slopes
 
 
 def measured_within(prediction: Prediction, measured: Measured) -> Measured:

@@ -43,6 +43,9 @@ LOGGED: Mapping[str, tuple[str, ...]] = {
     "kl": ("kl", "actor/kl_loss"),
 }
 """Keys of TRL's trainers, and of others."""
+_OF_STEP = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay")
+ESTIMATES = (*_OF_STEP, "lifetime", "committed", "coasted")
+"""The estimates of a record, by their fields."""
 OWN = ("gradient_norm", "clip_factor", "learning_rate", "ess")
 """What the probe has of it too."""
 

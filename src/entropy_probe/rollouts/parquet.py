@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.results.record import whole_file
 from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 
 if TYPE_CHECKING:
@@ -88,7 +87,8 @@ def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | Non
     metadata = {_SCHEMA_KEY: str(SCHEMA_VERSION)} | ({} if note is None else {_NOTE_KEY: json.dumps(note)})
     metadata |= {_RETOKENISED_KEY: "true"} if rollouts.retokenised else {}
     table = pa.table(columns).replace_schema_metadata(metadata)
-    with _whole(path) as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
         pq.write_table(table, temporary)
 
 
@@ -104,25 +104,10 @@ def merge_rollouts(files: Sequence[Path], path: Path) -> None:
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(files[0]).with_metadata({_SCHEMA_KEY: str(SCHEMA_VERSION)})
-    with _whole(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for file in files:
             writer.write_table(_read_table(file).replace_schema_metadata(schema.metadata))
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block ends without an error."""
-    if path.exists() and not path.is_file():  # a device would be replaced
-        raise ValueError(f"{path}: expected a file to write, found a directory, device or pipe; choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_rollouts(path: Path) -> Rollouts:

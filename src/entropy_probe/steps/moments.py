@@ -12,8 +12,6 @@ from torch import Tensor
 from entropy_probe.parallel.shards import count, extremes
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["check_moments", "step_count", "summarize_moments", "usable_second_moment"]
-
 
 def check_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Refuse a live state that no step of Adam leaves.
