@@ -275,7 +275,7 @@ class EntropyProbe:
             return attribute(prediction, folds, measured, answers=answer_all(prediction, asked), pooled=both, **beside)
 
     def validate(
-        self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0
+        self, attribution: Attribution, *, evaluation: Rollouts | None = None, subsets: int = 40, seed: int = 0
     ) -> Validation:
         """Take real steps on random halves of the attribution's prompts, and compare with their contributions.
 
@@ -284,7 +284,7 @@ class EntropyProbe:
 
         Args:
             attribution: of the update batch, by :meth:`attribute` of this probe.
-            evaluation: the batch the changes are measured on.
+            evaluation: the batch the changes are measured on; by default the update batch, less self-influence.
             subsets: how many different halves, at least 4; all there are where the prompts have fewer.
             seed: of the random halves.
 

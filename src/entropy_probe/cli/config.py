@@ -291,11 +291,6 @@ class ValidateConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _attributed(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        if settings.get("mode") == "one_batch":
-            raise ValueError(
-                f"validate: expected mode two_batch or both, whose prediction is attributed, got {settings['mode']}; "
-                "change the mode"
-            )
         return settings | {"attribution": True}
 
 
