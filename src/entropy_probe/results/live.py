@@ -15,14 +15,7 @@ from pydantic import Field, NonNegativeFloat
 
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import Note
-from entropy_probe.results.probe import (
-    BatchFit,
-    OptimizerStateReport,
-    Origins,
-    Predicted,
-    ProbeResult,
-    SamplerMismatch,
-)
+from entropy_probe.results.probe import BatchFit, OptimizerStateReport, Origins, ProbeResult, SamplerMismatch
 from entropy_probe.results.record import Record, read_record
 
 SCHEMA_VERSION = 1
@@ -149,7 +142,7 @@ class StepRecord(Record):
         said, realized = result.diagnostics, result.realized
         known = {
             "entropy": result.entropy,
-            "predicted": None if result.predicted is None else _of_this_step(result.predicted),
+            "predicted": None if result.predicted is None else result.predicted.of_this_step,
             "realized": None if realized is None else realized.estimate,
             **{part: result.components.get(part) for part in ("gradient", "momentum", "weight_decay")},
             "lifetime": result.lifetime,
@@ -203,13 +196,6 @@ class Timeline(Record):
     def probed(self) -> tuple[StepRecord, ...]:
         """The steps that were probed."""
         return tuple(record for record in self.steps if record.entropy is not None)
-
-
-def _of_this_step(predicted: Predicted) -> Estimate:
-    """The prediction with the error from the evaluation side alone: that of this very step, which was measured too."""
-    fields: dict[str, Any] = {name: getattr(predicted, name) for name in Estimate.model_fields}
-    fields["standard_error"] = predicted.se_evaluation
-    return Estimate(**fields)
 
 
 def logged_numbers(log: Mapping[Any, Any]) -> dict[str, float]:
