@@ -26,11 +26,19 @@ from entropy_probe.checkpoints.confirm import (
     without_untrained,
 )
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, read_global_step
-from entropy_probe.checkpoints.embeddings import SavedAlong, embedding_rows, resize_embeddings, saved_along
+from entropy_probe.checkpoints.embeddings import (
+    SavedAlong,
+    check_configured,
+    configured_rows,
+    embedding_rows,
+    resize_embeddings,
+    saved_along,
+)
 from entropy_probe.checkpoints.errors import MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.evidence import check_movement
 from entropy_probe.checkpoints.formats import CheckpointFormat, StoredTensor, Weights, home_of
 from entropy_probe.checkpoints.inner_adapter import (
+    as_in_file,
     base_among,
     configuration,
     name_among,
@@ -107,7 +115,8 @@ class StoredModel:
     adapter: AdapterFiles | None = None  # the adapter, and what it is put on; None for full weights
     configuration: str = ""  # the directory of the configuration of full weights
     embeddings: frozenset[str] = frozenset()  # the names of the embedding and output layer of full weights
-    along: SavedAlong | None = None  # embeddings that are taken from the adapter's file though it did not train them
+    # embeddings that are not the base model's: saved along an adapter that did not train them, or of other rows
+    along: SavedAlong | None = None
 
 
 @dataclass(frozen=True)
@@ -258,13 +267,16 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
     facts["base_model"] = base
     skeleton, quantization, under = _base(request, manifest, stored)
     refuse_unmentioned(directory, quantization)
+    if not weights.pretrained:
+        weights = as_in_file(weights, adapter)
     base_names, base_rows = set(skeleton.state_dict()), embedding_rows(skeleton)
     resized = resize_embeddings(skeleton, weights)
+    check_configured(home_of(path) / "config.json", skeleton)
     check_vocabulary(request.tokenizer_home, base, skeleton)
     layout, expected = adapter_layout(skeleton, directory, adapter, config, weights, resized)
     of_base = read_weights(Path(base), "model") if quantization is None and has_weights(Path(base), "model") else None
     if not weights.pretrained:
-        weights, frozen = split_adapter(weights, expected, adapter, base_names)
+        weights, frozen = split_adapter(weights, expected, base_names)
         if of_base is not None:
             check_base(frozen, of_base)
     check_shapes(weights.files[0], weights.shapes, expected)
@@ -306,7 +318,9 @@ def _full_weights(request: Request) -> StoredModel:
     skeleton = full_skeleton(home, weights)
     check_vocabulary(request.tokenizer_home, request.base_model, skeleton)
     embeddings = frozenset(embedding_names(skeleton))
-    return StoredModel(path, weights, layout_of(skeleton), configuration=home, embeddings=embeddings)
+    rows, told = embedding_rows(skeleton), configured_rows(Path(home) / "config.json")
+    along = SavedAlong(rows, told, 0) if told not in (None, rows) else None
+    return StoredModel(path, weights, layout_of(skeleton), None, home, embeddings, along)
 
 
 def _configuration(path: Path, base_model: str | Path | None) -> str:
