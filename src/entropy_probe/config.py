@@ -47,6 +47,7 @@ class ProbeConfig(Settings):
             response everywhere, and leaves the profile out, which saves one scoring of the evaluation batch.
         coast: also measure what momentum alone will still do, by steps with zero gradients on copies of parameters and
             optimizer until they end. Costs one more scoring of the evaluation batch, and another with weight decay.
+            One batch takes such steps without each prompt, too.
         evaluation_unit: what is independent in the evaluation batch: ``sequence`` (prompts drawn with replacement,
             one response per draw), ``prompt`` (distinct prompts with a group of responses each), or ``auto``:
             ``prompt`` if every prompt has the same number of responses, at least 2 (with fewer than 8 prompts, in

@@ -13,7 +13,7 @@ from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides
 from entropy_probe.analyses.attribution import Attribution
-from entropy_probe.analyses.coast import measure_coasting, measured_beside
+from entropy_probe.analyses.coast import come_to_rest, measure_rest, measured_beside
 from entropy_probe.analyses.given import checked_past
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
@@ -66,9 +66,9 @@ class EntropyProbe:
         end_token_ids: tokens that end a response, besides those of the model's generation config (or its config).
             Rollouts are checked against them.
         stop_texts: whether responses may end at a stop text instead.
-        past_gradients: of the last steps, the latest first, as the optimizer got them (clipped): two-batch predictions
-            then divide the momentum part over them (``result.origins``). Each is one more direction to take the
-            entropy's slope along, in the memory of the parameters.
+        past_gradients: of the last steps, the latest first, as the optimizer got them (clipped): predictions then
+            divide the momentum part over them (``result.origins``). Each is one more direction to take the entropy's
+            slope along, in the memory of the parameters.
 
     Raises:
         ValueError: if the optimizer is not supported or not the model's, every learning rate is 0, the model's
@@ -206,7 +206,7 @@ class EntropyProbe:
         with self._opened() as policy:
             planned = plan_asked(policy, update, evaluation, gradient, shares=False)
             measured = measure_step(planned)
-            return result_of(planned, measured=measured, coasted=measure_coasting(planned, measured))
+            return result_of(planned, measured=measured, coasted=measure_rest(planned, measured, come_to_rest(planned)))
 
     def ahead(
         self, *, gradient: Gradient, batch: Rollouts | None = None, evaluation: Rollouts | None = None
@@ -261,10 +261,8 @@ class EntropyProbe:
             raise ValueError("model: expected whole parameters to attribute to, got shards; load it on one device")
         check_divides(self._optimizer, self._config)
         asked = check_questions(questions or {})
-        if evaluation is None and (asked or pool or self._config.geometry == "frozen"):
-            raise ValueError(
-                "evaluation: expected rollouts beside questions, pool or geometry 'frozen', got none; pass them"
-            )
+        if evaluation is None and (asked or pool):
+            raise ValueError("evaluation: expected rollouts beside questions or pool, got none; pass them")
         with self._opened() as policy:
             if evaluation is None:
                 prediction = own = predict_own(policy, update)
@@ -277,7 +275,7 @@ class EntropyProbe:
             return attribute(prediction, folds, measured, answers=answer_all(prediction, asked), pooled=both, **beside)
 
     def validate(
-        self, attribution: Attribution, *, evaluation: Rollouts, subsets: int = 40, seed: int = 0
+        self, attribution: Attribution, *, evaluation: Rollouts | None = None, subsets: int = 40, seed: int = 0
     ) -> Validation:
         """Take real steps on random halves of the attribution's prompts, and compare with their contributions.
 
@@ -286,7 +284,7 @@ class EntropyProbe:
 
         Args:
             attribution: of the update batch, by :meth:`attribute` of this probe.
-            evaluation: the batch the changes are measured on.
+            evaluation: the batch the changes are measured on; by default the update batch, less self-influence.
             subsets: how many different halves, at least 4; all there are where the prompts have fewer.
             seed: of the random halves.
 
@@ -301,7 +299,7 @@ class EntropyProbe:
         self,
         *,
         update: Rollouts,
-        evaluation: Rollouts,
+        evaluation: Rollouts | None = None,
         learning_rates: Sequence[float],
         direct_curvature: bool = False,
         finished: Sequence[SweepPoint] = (),
@@ -314,7 +312,7 @@ class EntropyProbe:
 
         Args:
             update: the batch the step is taken on.
-            evaluation: the batch the change is measured on.
+            evaluation: the batch the change is measured on; by default ``update``, as :meth:`one_batch`.
             learning_rates: at least two, in any order; each takes the place of ``config.learning_rate``.
             direct_curvature: also differentiate every score twice along the step, by nested forward mode, which costs
                 several scorings of the evaluation batch.
@@ -328,7 +326,8 @@ class EntropyProbe:
         check_finished(finished, rates)
         # rounded steps are not in proportion to the rate
         with self._opened(learning_rate=rates[-1], step_dtype="float32") as policy:
-            prediction = predict(plan_asked(policy, update, evaluation))
+            own = evaluation is None
+            prediction = predict_own(policy, update) if own else predict(plan_asked(policy, update, evaluation))
             return sweep(prediction, rates, direct_curvature=direct_curvature, finished=finished, on_point=on_point)
 
     def ask(self, question: str, *, update: Rollouts, evaluation: Rollouts, **settings: Any) -> SavedRecord:

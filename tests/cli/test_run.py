@@ -238,8 +238,11 @@ def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path,
     assert ProbeResult.load(out).attribution is not None
     assert (out / "tokens.parquet").is_file()
     assert "covariance (Cui)" in invoke("report", out).stdout
-    line = refused("validate", config, "mode=one_batch", "--output-dir", tmp_path / "x")
-    assert "validate: expected mode two_batch or both, whose prediction is attributed, got one_batch" in line
+    own = invoke("validate", config, "mode=one_batch", "--subsets", 4, "--output-dir", tmp_path / "own")
+    assert own.exit_code == 0, (own.output, own.exception)
+    assert Validation.load(tmp_path / "own").num_sequences == len(
+        Rollouts.from_parquet(tmp_path / "own/update.parquet")
+    )
     run(config, "--overwrite")
     assert not (out / "validation.json").exists()
 

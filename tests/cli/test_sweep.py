@@ -240,7 +240,7 @@ def test_several_checkpoints(config, checkpoint, trained, tmp_path, refused):
         (["sweep.learning_rates=[1e-3,x]"], "sweep.learning_rates.1: input should be a valid number"),
         (["sweep.larning_rates=[1,2]"], "sweep.larning_rates: unknown key; did you mean sweep.learning_rates?"),
         (["sweep=null"], "sweep: input should be a valid dictionary"),
-        (["mode=both"], "mode: expected two_batch, which is what a sweep measures, got both"),
+        (["mode=both"], "mode: expected two_batch or one_batch for a sweep, got both"),
         (["save_rollouts=false"], "save_rollouts: expected true, since a sweep resumes from its rollouts"),
         (["sweep.checkpoints=[a/x,b/x]"], "sweep.checkpoints: expected directories of different names, got x, x"),
         (["sweep.checkpoints=[a]", "rollouts.update=u.parquet"], "sweep.checkpoints: each checkpoint has its own"),

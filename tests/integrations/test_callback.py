@@ -46,7 +46,7 @@ def alone(tmp_path_factory) -> Witness:
 
 
 def test_training_is_the_same_to_the_bit(tmp_path, alone):
-    callback = EntropyProbeCallback(every=1, record="all", keep_gradients=1)
+    callback = EntropyProbeCallback(every=1, record="all", keep_gradients=1, origins=True, config={"coast": True})
     beside, warned = trained(tmp_path, [callback], **MANY)
     assert warned == []
     assert differing(beside, alone) == []
@@ -70,6 +70,15 @@ def test_training_is_the_same_to_the_bit(tmp_path, alone):
         assert rollouts.reference_logprobs is not None
         assert rollouts.microbatch_ids is not None
         assert rollouts.microbatch_ids.unique().tolist() == [0, 1]
+    first, second = records
+    assert first.origins is None
+    (last,) = second.origins.steps
+    assert last.value == pytest.approx(second.momentum.value, rel=1e-4)  # one step's gradient is all there is
+    assert abs(second.origins.older.value) < 1e-4 * abs(last.value)
+    for record, log in zip(records, logged, strict=True):
+        assert log["entropy_probe/committed"] == record.committed.value
+        refused = any(note.text.startswith("coasting: ") for note in record.notes)  # too far for 16 responses
+        assert refused == (record.coasted is None)
     assert not (step_directory(tmp_path, 1) / GRADIENT_FILE).exists()
     assert (step_directory(tmp_path, 2) / GRADIENT_FILE).exists()
 

@@ -110,14 +110,14 @@ def test_errors_of_contributions_are_their_spread_over_other_prompts():
 @pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_errors_of_contributions_are_their_spread_over_many_batches(normalization):
-    spread, error = spread_and_error(200, normalization)
-    assert 0.8 < error / spread < 1.2
+    spread, error = spread_and_error(100, normalization)
+    assert 0.75 < error / spread < 1.3
 
 
 def test_what_one_batch_cannot_have():
     model = TinyPolicy()
     subject = probe(model, trained_optimizer(model))
-    with pytest.raises(ValueError, match="evaluation: expected rollouts beside questions, pool or"):
+    with pytest.raises(ValueError, match="evaluation: expected rollouts beside questions or pool"):
         subject.attribute(update=batches()[0], pool=True)
     with pytest.raises(ValueError, match="attribution_folds: expected 2 to 4, half the number of prompts, got 5"):
         subject.attribute(update=batches()[0], folds=5)

@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe.analyses import policy as policies
 from entropy_probe.analyses.horizons import measure_horizons, measured_within
 from entropy_probe.analyses.measure import measure
 from entropy_probe.analyses.own_batch import measure_own, measure_own_taken, own_prediction, predict_own
@@ -15,6 +17,7 @@ from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.named import add, dot, scale
 from entropy_probe.results.student import critical_value, degrees_of
 from entropy_probe.scoring.isolation import parameters_at
+from entropy_probe.scoring.cache import fingerprint
 from entropy_probe.steps.plan import stepped_parameters
 from tests.invariants.exact import Bound
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer
@@ -224,6 +227,27 @@ def test_the_result_of_an_optimizer_without_a_closed_form():
     assert result.predicted.se_update_method == "pairs"
     assert result.realized.batch == "own"
     assert any(note.code == "step_on_copies" for note in result.diagnostics.notes)
+
+
+def test_weights_are_recognised_once_in_a_run():
+    model = TinyPolicy()
+    config = ProbeConfig(temperature=TEMPERATURE, merge_equal_prompts=False, horizon=None)
+    probe = EntropyProbe(model, trained_optimizer(model), config)
+    taken = []
+
+    def counted(tensors):
+        tensors = list(tensors)
+        taken.append([name for name, _ in tensors])
+        return fingerprint(tensors)
+
+    rollouts = batch(torch.Generator().manual_seed(2), 6, 4)
+    with mock.patch.object(policies, "fingerprint", counted):
+        first = probe.one_batch(rollouts)
+        assert sum("out.bias" in names for names in taken) == 1
+        with torch.no_grad():
+            model.out.bias[0] += 0.1
+        assert probe.one_batch(rollouts).entropy.value != first.entropy.value
+        assert sum("out.bias" in names for names in taken) == 2
 
 
 def test_a_batch_that_was_stepped_on_before_is_said():

@@ -6,6 +6,9 @@ from torch import nn
 
 from entropy_probe import Sweep, SweepPoint, TokenScores
 from entropy_probe.analyses import sweep as analysis
+from entropy_probe.analyses.horizons import measured_within
+from entropy_probe.analyses.measure import measure
+from entropy_probe.analyses.own_batch import own_prediction, predict_own, without_own
 from entropy_probe.scoring.directional import directional_derivatives
 from tests.invariants.problems import batches, probe
 from tests.invariants.traces import assert_same, state
@@ -62,6 +65,28 @@ def test_every_point_is_the_probe_at_that_rate(config, kind):
         clusters = torch.tensor(point.influence, dtype=torch.float64)
         assert float(clusters.std() / len(clusters) ** 0.5) == pytest.approx(point.realized.standard_error, rel=1e-12)
         assert sum(point.difference_influence) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("config", [{}, {"normalization": "sequence", "horizon": 2}], ids=str)
+def test_one_batch_is_judged_by_itself_at_every_rate(config):
+    model, optimizer = setting()
+    update, _ = batches()
+    sweep = probe(model, optimizer, **config).sweep(update=update, learning_rates=RATES[:3], direct_curvature=True)
+    assert sweep.horizon == config.get("horizon")
+    assert "curvature_of_one_batch" in [note.code for note in sweep.notes] or sweep.horizon is not None
+    for point in sweep.points:
+        at_rate = probe(model, optimizer, **config, learning_rate=point.learning_rate)
+        with at_rate._opened() as policy:
+            own = own_prediction(predict_own(policy, update).plan, sweep.horizon)
+            measured = without_own(own, measured_within(own, measure(own.plan))).measurement.change
+        assert point.predicted.value == pytest.approx(own.change.value, rel=1e-6)
+        assert point.predicted.se_evaluation == pytest.approx(own.change.standard_error, rel=1e-6)
+        assert point.realized.value == pytest.approx(measured.value, rel=1e-6)
+        assert point.realized.standard_error == pytest.approx(measured.standard_error, rel=1e-6)
+        assert point.realized.batch == "own"
+        assert point.difference.value == pytest.approx(measured.value - own.change.value, rel=1e-3)
+    with pytest.raises(ValueError, match="geometry: expected adamw for a step that is judged on its own batch"):
+        probe(model, optimizer, geometry="frozen").sweep(update=update, learning_rates=RATES[:3])
 
 
 def test_what_a_sweep_says():

@@ -10,14 +10,22 @@ from scipy.stats import spearmanr
 
 from entropy_probe import EntropyProbe, ProbeConfig, Validation
 from entropy_probe.analyses import validate
+from entropy_probe.analyses.evaluation_part import EvaluationPart
+from entropy_probe.analyses.own_batch import admit_own
+from entropy_probe.analyses.plan import plan
+from entropy_probe.analyses.reduced import step_on
 from entropy_probe.analyses.validate import distinct_halves
+from entropy_probe.estimators.baselines import PositionSums
 from entropy_probe.estimators.published import PUBLISHED
+from entropy_probe.gradients.rows import flat
+from entropy_probe.parallel.batch import LocalRows
+from entropy_probe.types import Clusters
 from tests.invariants.hf_problems import policy, rollouts
 from tests.invariants.problems import batches, with_advantages, with_reference
 from tests.invariants.problems import probe as any_probe
 from tests.invariants.traces import WithState, assert_same, state
 from tests.notes import texts
-from tests.reference.enumeration import Table, TinyPolicy, trained_optimizer
+from tests.reference.enumeration import LONGEST, Table, TinyPolicy, trained_optimizer
 from tests.reference.samplers import full_scores
 
 probe = partial(any_probe, horizon=None)  # contributions to the whole response
@@ -53,6 +61,64 @@ def test_each_half_is_a_real_step_with_the_other_advantages_at_0(settings):
         sums = [half.tokens[kept].sum().item() for half in by_half]
         assert step.contributions_by_half == pytest.approx(sums, rel=1e-8, abs=1e-15)
     assert len({step.kept for step in found.steps}) == 4
+
+
+def test_one_batch_leaves_out_a_prompts_own_responses():
+    """Both from contributions and from changes, by each half of the batch."""
+    model = TinyPolicy()
+    optimizer = trained_optimizer(model)
+    for moments in optimizer.state.values():  # as large as this policy's gradients
+        moments.update(exp_avg=1e-3 * moments["exp_avg"], exp_avg_sq=1e-4 * moments["exp_avg_sq"])
+    subject = probe(model, optimizer, max_grad_norm=1e-2, evaluation_unit="prompt", measure_noise_floor=False,
+                    loss_type="dr_grpo", max_completion_length=LONGEST)  # fmt: skip
+    update, _ = batches(groups=7)
+    found = subject.validate(subject.attribute(update=update), subsets=4, seed=3)
+    assert found.measured_on == "halves"
+    half_of = torch.randperm(7, generator=torch.Generator().manual_seed(3)) % 2
+    parts = [torch.arange(7), *((half_of == half).nonzero()[:, 0] for half in (0, 1))]
+    with subject._opened() as policy:
+        planned = plan(policy, *admit_own(policy, update))
+        shares = planned.batch.gradient.stored.double()
+        entropies = []
+        for part in parts:
+            rows = torch.isin(update.prompt_ids, part).nonzero()[:, 0]
+            own = Clusters.prompts(update.prompt_ids[rows])
+            some = planned.before.scores.select(rows)
+            piece = EvaluationPart(rows, LocalRows.whole(own), some, PositionSums.of(some), part)
+            entropies.append(validate._slope(planned, piece, None, store=True).stored.double())
+        steps = [step_on(planned, torch.tensor(step.kept)) for step in found.steps]
+
+    def terms(step, part, entropy):
+        """``<mean of others' x, y>`` of every prompt and, of those in the part, ``<x, y> - <mean of others' x, y>``."""
+        scale = flat(step.gradient_scale, step.gradient_scale).double()
+        by_others, beyond = {}, {}
+        for unit in range(7):
+            others = entropy[part != unit]
+            by_others[unit] = -step.gradient.factor * (others.mean(0) * scale * shares[unit]).sum().item()
+            for x in entropy[part == unit]:
+                beyond[unit] = -step.gradient.factor * (x * scale * shares[unit]).sum().item() - by_others[unit]
+        return by_others, beyond
+
+    seen = []
+    for step, taken in zip(found.steps, steps, strict=True):
+        kept = torch.isin(update.prompt_ids, torch.tensor(step.kept))
+        reduced = with_advantages(update, torch.where(kept, update.advantages, 0.0))
+        for k, (part, entropy) in enumerate(zip(parts, entropies, strict=True)):
+            judged = update.select(torch.isin(update.prompt_ids, part))
+            size = judged.response_mask.sum().item()
+            plain = subject.measure(update=reduced, evaluation=judged).realized.value
+            own = sum(x for unit, x in terms(taken, part, entropy)[1].items() if unit in step.kept) / size
+            seen.append(abs(own / plain))
+            got = (step.realized, *step.realized_by_half)[k]
+            assert got == pytest.approx(plain - own, rel=1e-6)
+            if k:
+                by_others, _ = terms(planned.step, part, entropy)
+                expected = len(part) * sum(by_others[unit] for unit in step.kept) / size
+                assert step.contributions_by_half[k - 1] == pytest.approx(expected, rel=1e-6)
+    assert max(seen) > 0.01
+    few = probe(model, trained_optimizer(model), max_stored_gradient_gib=0)
+    with pytest.raises(ValueError, match="validate: expected the prompts' gradients to fit into max_stored_gradient"):
+        few.validate(few.attribute(update=update), subsets=4)
 
 
 def test_forecasts_are_held_against_rollouts_that_they_do_not_come_from():

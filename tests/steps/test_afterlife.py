@@ -15,30 +15,70 @@ from tests.invariants.problems import batches
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
-def test_zero_gradients_move_the_parameters_as_far(cls, amsgrad):
+def after_zero_gradients(model, optimizer, gradient, steps):
+    """How far torch's own optimizer moves a copy in so many steps with zero gradients, after one with this gradient."""
+    twin, real = copy.deepcopy((model, optimizer))
+    for name, p in twin.named_parameters():
+        p.grad = gradient[name].clone()
+    real.step()
+    after = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    for p in twin.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(steps):
+        real.step()
+    return {name: p.detach() - after[name] for name, p in twin.named_parameters()}
+
+
+def trained(cls=torch.optim.AdamW, **options):
     model = TinyPolicy()
-    optimizer = trained_optimizer(model, cls=cls, weight_decay=0.0, amsgrad=amsgrad)
-    named, generator = dict(model.named_parameters()), torch.Generator().manual_seed(1)
-    gradient = {n: 1e-2 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in named.items()}
+    optimizer = trained_optimizer(model, cls=cls, lr=1e-3, weight_decay=0.0, **options)
+    generator = torch.Generator().manual_seed(1)
+    sizes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+    return model, optimizer, {n: 1e-2 * torch.randn(s, generator=generator, dtype=t) for n, (s, t) in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("cls", "betas", "amsgrad"),
+    [
+        (torch.optim.AdamW, (0.9, 0.999), False),
+        (torch.optim.Adam, (0.9, 0.999), True),
+        (torch.optim.AdamW, (0.9, 0.85), False),
+        (torch.optim.AdamW, (0.9, 0.5), True),  # held denominators do not shrink
+        (torch.optim.Adam, (0.95, 0.95), False),
+        (torch.optim.Adam, (0.0, 0.9), False),
+    ],
+)
+def test_zero_gradients_move_the_parameters_as_far(cls, betas, amsgrad):
+    model, optimizer, gradient = trained(cls, betas=betas, amsgrad=amsgrad)
     for state in optimizer.state.values() if amsgrad else ():
         state["max_exp_avg_sq"] = 4 * state["max_exp_avg_sq"]  # above what this step makes of it
-    moves = coasting(named, optimizer, gradient, 1e-3)
-    twins, state = dict(copy.deepcopy(model).named_parameters()), copy.deepcopy(optimizer.state_dict())
-    real = cls(list(twins.values()), lr=1e-3, weight_decay=0.0, amsgrad=amsgrad)
-    real.load_state_dict(state)
-    for p, name in zip(twins.values(), twins, strict=True):
-        p.grad = gradient[name].clone()
-    real.param_groups[0]["lr"] = 1e-3
-    real.step()
-    after = {n: p.detach().clone() for n, p in twins.items()}
-    for p in twins.values():
-        p.grad = torch.zeros_like(p)
-    for _ in range(200):
-        real.step()
-    for name, p in twins.items():
-        torch.testing.assert_close(moves[name], p.detach() - after[name], rtol=2e-3, atol=1e-9)
+    moves = coasting(dict(model.named_parameters()), optimizer, gradient)
+    for name, moved in after_zero_gradients(model, optimizer, gradient, 500).items():
+        torch.testing.assert_close(moves[name], moved, rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.81), (0.9, 0.8), (0.95, 0.9)])
+def test_denominators_that_shrink_with_the_momentum_have_no_end(betas):
+    model, optimizer, gradient = trained(betas=betas)
+    named = dict(model.named_parameters())
+    assert coasting(named, optimizer, gradient) is coasted(named, optimizer, gradient).parameters is None
+    near, far = (after_zero_gradients(model, optimizer, gradient, steps) for steps in (70, 140))
+    assert all(far[name].norm() > 1.8 * near[name].norm() for name in named)
+    # with denominators that are all eps, steps shrink by beta1
+    model, optimizer, gradient = trained(betas=betas, eps=10.0)
+    moves = coasting(dict(model.named_parameters()), optimizer, gradient)
+    for name, moved in after_zero_gradients(model, optimizer, gradient, 250).items():
+        torch.testing.assert_close(moves[name], moved, rtol=2e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.95, 0.95)])
+def test_steps_on_copies_go_on_until_they_are_negligible(betas):
+    model, optimizer, gradient = trained(betas=betas)
+    named = dict(model.named_parameters())
+    alone, moves = coasted(named, optimizer, gradient), coasting(named, optimizer, gradient)
+    stepped = coasted(named, optimizer, gradient, steps=0).parameters
+    for name, p in alone.parameters.items():
+        torch.testing.assert_close(p - stepped[name], moves[name], rtol=1e-9, atol=1e-15)
 
 
 def test_the_lifetime_is_that_of_one_gradient_in_the_first_moment():

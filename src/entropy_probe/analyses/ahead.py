@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 from entropy_probe.analyses.assemble import result_of, with_realized
 from entropy_probe.analyses.batches import admit_batches, admit_evaluation
+from entropy_probe.analyses.coast import Rest, come_to_rest, measure_rest
 from entropy_probe.analyses.given import checked_gradient
 from entropy_probe.analyses.measure import measure_taken
-from entropy_probe.analyses.own_batch import OwnPrediction, measure_own_taken, predict_own
+from entropy_probe.analyses.own_batch import OwnPrediction, measure_own_taken, predict_own, without_own
 from entropy_probe.analyses.plan import plan, plan_given
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import Prediction, predict
@@ -28,10 +29,18 @@ class StepAhead:
     Attributes:
         prediction: what it will do, to first order.
         result: the same as a result.
+        rest: where momentum alone leads after it, where that is asked for.
     """
 
     prediction: Prediction
     result: ProbeResult
+    rest: Rest | None
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> StepAhead:
+        """With what has to be taken of parameters and optimizer before they move."""
+        rest = come_to_rest(prediction.plan, prediction)
+        return cls(prediction, result_of(prediction.plan, prediction), rest)
 
     def taken(self) -> ProbeResult:
         """The result with what the step did, once the optimizer has taken it; nothing else may have moved the policy.
@@ -41,11 +50,14 @@ class StepAhead:
         """
         plan = self.prediction.plan
         with plan.policy.isolated():
-            if isinstance(self.prediction, OwnPrediction):
-                measured = measure_own_taken(self.prediction)
-            else:
+            if not isinstance(self.prediction, OwnPrediction):
                 measured = measure_taken(plan)
-        return with_realized(self.result, self.prediction, measured)
+            elif self.rest is None:
+                measured = measure_own_taken(self.prediction)
+            else:  # the way to rest is measured on all prompts, and begins where the step ends
+                measured = without_own(self.prediction, measure_taken(plan))
+            coasted = measure_rest(plan, measured, self.rest, self.prediction)
+        return with_realized(self.result, self.prediction, measured).model_copy(update={"coasted": coasted})
 
 
 def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evaluation: Rollouts | None) -> StepAhead:
@@ -59,10 +71,6 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
     Raises:
         ValueError: for no batch at all, unusable rollouts or an unusable gradient.
     """
-    if policy.config.coast:
-        raise ValueError(
-            "coast: expected a checkpoint, got a step of a live trainer; leave it out, and probe the checkpoint"
-        )
     policy = replace(policy, tried=Tried.of(policy.model))
     with policy.ranks.agreeing():
         checked = checked_gradient(policy.parameters, gradient)
@@ -73,9 +81,7 @@ def look_ahead(policy: Policy, gradient: Gradient, batch: Rollouts | None, evalu
         policy.check_ranks_agree(checked, evaluation=admitted.rollouts)
         planned = plan_given(policy, checked, None, admitted, clip=False)
     elif batch is not None:
-        prediction = predict_own(policy, batch, checked)
-        return StepAhead(prediction, result_of(prediction.plan, prediction))
+        return StepAhead.of(predict_own(policy, batch, checked))
     else:
         raise ValueError("batch: expected the rollouts of the step, or evaluation rollouts, got neither; pass one")
-    prediction = predict(planned)
-    return StepAhead(prediction, result_of(planned, prediction))
+    return StepAhead.of(predict(planned))

@@ -6,7 +6,7 @@ Formulas: ``docs/theory.md``, "After the step".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_probe.analyses.assemble import estimate_fields
 from entropy_probe.analyses.horizons import measure_horizons
 from entropy_probe.analyses.measure import Measured, difference, fresh_scores
+from entropy_probe.analyses.own_batch import OwnPrediction, without_own
 from entropy_probe.analyses.plan import Plan
 from entropy_probe.analyses.predict import Prediction
 from entropy_probe.analyses.realized import Measurement, measure_change
@@ -23,29 +24,41 @@ from entropy_probe.results.changes import Coasted
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import NoteKind
 from entropy_probe.scoring.isolation import parameters_at
-from entropy_probe.steps.afterlife import DECAYS, coasted
+from entropy_probe.steps.afterlife import DECAYS, coasted, no_end
 from entropy_probe.steps.copied import optimizer_name
 
-NO_END = NoteKind(
-    "coasting_has_no_end",
-    "{optimizer} does not come to rest when gradients are zero, so what momentum alone will do has no size: its steps "
-    "do not shrink with the momentum (signs, Muon's), or need a gradient",
-    "Leave probe.coast out for this optimizer.",
-)
 NO_MOMENTUM = NoteKind(
     "nothing_to_coast",
     "{optimizer} moves nothing when gradients are zero: it has no momentum, and nothing is committed",
     "Leave probe.coast out for this optimizer.",
 )
+CURVED = NoteKind(
+    "coasting_curves",
+    "coasted is {ratio:.2f} times committed, further from it than by chance: over {steps} steps the entropy curves "
+    "away from its slope before this one, along which committed goes",
+    "Trust coasted, which is measured; committed is first order.",
+)
+NOTABLE_GAP = 0.1
+"""Between coasted and committed, relative to committed."""
 
 
-def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | None = None) -> Coasted | None:
-    """The change by momentum alone after a step, on the evaluation batch.
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """Where momentum alone leads after a step.
 
-    Args:
-        plan: the step.
-        measured: the change after it, which is subtracted.
-        prediction: of the step, to compare with.
+    Attributes:
+        steps: with zero gradients.
+        parameters: after them, by name.
+        decayed: the same with weight decay; ``None`` where there is none.
+    """
+
+    steps: int
+    parameters: dict[str, Tensor]
+    decayed: dict[str, Tensor] | None
+
+
+def come_to_rest(plan: Plan, prediction: Prediction | None = None) -> Rest | None:
+    """Take a step and those after it on copies, of parameters and optimizer as they are before it.
 
     Returns:
         ``None`` where the settings do not ask for it, or there is nothing to measure, which a note says.
@@ -54,41 +67,71 @@ def measure_coasting(plan: Plan, measured: Measured, prediction: Prediction | No
     if not config.coast:
         return None
     given = (policy.parameters, policy.optimizer, step.taken_with, config.learning_rate, step.kept)
-    alone = coasted(*given)
-    if alone.parameters is None or alone.steps == 0:
-        kind = NO_END if alone.parameters is None else NO_MOMENTUM
-        policy.log.notes.append(kind(optimizer=optimizer_name(policy.optimizer)))
+    alone = None if prediction is None else prediction.alone
+    alone = alone or coasted(*given)
+    if alone.parameters is None:
+        if (note := no_end(policy.optimizer)) not in policy.log.notes:  # the prediction says so, too
+            policy.log.notes.append(note)
         return None
-    there = _measured_at(plan, alone.parameters, "score after coasting")
+    if alone.steps == 0:
+        policy.log.notes.append(NO_MOMENTUM(optimizer=optimizer_name(policy.optimizer)))
+        return None
+    decays = any(group.get(key) for group in policy.optimizer.param_groups for key in DECAYS)
+    return Rest(alone.steps, alone.parameters, coasted(*given, steps=alone.steps).parameters if decays else None)
+
+
+def measure_rest(
+    plan: Plan, measured: Measured, rest: Rest | None, prediction: Prediction | None = None
+) -> Coasted | None:
+    """The change by momentum alone after a step, on the evaluation batch; ``None`` where there is no rest.
+
+    Args:
+        plan: the step.
+        measured: the change after it, which is subtracted.
+        rest: where it leads.
+        prediction: of the step, to compare with.
+    """
+    if rest is None:
+        return None
+    policy = plan.policy
+    both = None if prediction is None or prediction.committed is None else prediction.at_rest
+
+    def measured_at(parameters: dict[str, Tensor], phase: str) -> Measured:
+        there = Measured(_measured_at(plan, parameters, phase), 0.0, None)
+        return without_own(both, there) if isinstance(both, OwnPrediction) else there
+
+    there = measured_at(rest.parameters, "score after coasting").measurement
     if there.note:
         policy.log.notes.append(there.note.about("coasting"))
     change, gap, decayed = _between(measured.measurement.change, there.change), None, None
-    if prediction is not None and prediction.committed is not None:
-        both = replace(prediction, change=prediction.change + prediction.committed)
+    if prediction is not None and both is not None:
         gap = _minus(difference(both, there), difference(prediction, measured.measurement))
-    if change is not None and any(group.get(key) for group in policy.optimizer.param_groups for key in DECAYS):
-        decaying = coasted(*given, steps=alone.steps)
-        assert decaying.parameters is not None
-        decayed = _minus(_measured_at(plan, decaying.parameters, "score after decay").change, there.change)
+    if change is not None and rest.decayed is not None:
+        decayed = _minus(measured_at(rest.decayed, "score after decay").measurement.change, there.change)
+    apart = _estimate(plan, gap)
+    if prediction is not None and prediction.committed is not None and apart is not None:
+        _note_curvature(plan, rest.steps, prediction.committed.value, apart)
     refused = there if there.change is None else measured.measurement
     shown = replace(there, change=change, diagnosis=there.diagnosis if change is not None else refused.diagnosis)
+    batch = "own" if isinstance(both, OwnPrediction) else "update" if plan.evaluation.is_update else "evaluation"
     return Coasted(
-        steps=alone.steps,
-        change=shown.report(
-            plan.evaluation.clusters,
-            policy.unit,
-            measured.floor,
-            "update" if plan.evaluation.is_update else "evaluation",
-        ),
-        difference=_estimate(plan, gap),
+        steps=rest.steps,
+        change=shown.report(plan.evaluation.clusters, policy.unit, measured.floor, batch),
+        difference=apart,
         weight_decay=_estimate(plan, decayed),
     )
 
 
 def measured_beside(prediction: Prediction, measured: Measured) -> dict[str, Any]:
     """The fields of a result for what is measured beside the step itself: the profile over horizons, and coasting."""
-    coasting = measure_coasting(prediction.plan, measured, prediction)
+    plan = prediction.plan
+    coasting = measure_rest(plan, measured, come_to_rest(plan, prediction), prediction)
     return {"horizons": measure_horizons(prediction, measured), "coasted": coasting}
+
+
+def _note_curvature(plan: Plan, steps: int, committed: float, gap: Estimate) -> None:
+    if gap.distinguishable and abs(gap.value) > NOTABLE_GAP * abs(committed) > 0:
+        plan.policy.log.notes.append(CURVED(ratio=1 + gap.value / committed, steps=steps))
 
 
 def _measured_at(plan: Plan, parameters: Mapping[str, Tensor], phase: str) -> Measurement:

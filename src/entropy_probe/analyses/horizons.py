@@ -17,7 +17,8 @@ from torch import Tensor
 
 from entropy_probe.analyses.assemble import estimate_fields
 from entropy_probe.analyses.measure import Measured, chosen_part
-from entropy_probe.analyses.own_batch import OwnPrediction, scores_without_own
+from entropy_probe.analyses.own_batch import OwnPrediction, own_prediction, scores_without_own
+from entropy_probe.analyses.plan import Plan
 from entropy_probe.analyses.predict import Prediction, predict
 from entropy_probe.config import ProbeConfig
 from entropy_probe.estimators import horizon as estimator
@@ -126,24 +127,40 @@ def stated(prediction: Prediction) -> Prediction:
 
     That is ``config.horizon`` where it is a number. By default it is the whole response where its interval excludes 0,
     and else the shortest that no longer one contradicts; for the profile every token's slope along the step is taken in
-    forward mode, which does not depend on the size of the step.
+    forward mode, which does not depend on the size of the step; by one batch from scores, as the profile of a run.
     """
     plan, config, change = prediction.plan, prediction.plan.policy.config, prediction.change
+    within = own_prediction if isinstance(prediction, OwnPrediction) else predict
     if not _has_horizons(config):
         return prediction
     if isinstance(config.horizon, int):
-        return predict(plan, config.horizon)
+        return within(plan, config.horizon)
     if _estimate(prediction, change).distinguishable:
         return prediction
-    policy, local = plan.policy, plan.evaluation.local
-    with policy.clock.phase("profile of horizons") as progress, policy.on_rank(local):
-        rollouts, delta = plan.evaluation.rollouts, plan.step.delta
-        method = slope_method(policy.scorer, rollouts, policy.parameters, delta, SLOPE_TOLERANCE)
-        slopes = method.along(delta, rollouts.select(local.rows), progress).slopes
+    slopes = _own_slopes(prediction) if isinstance(prediction, OwnPrediction) else _forward_slopes(plan)
+    if slopes is None:
+        plan.policy.log.notes.append(NO_PROFILE())
+        return prediction
     ladder = estimator.horizons(int(plan.evaluation.rollouts.response_lengths.max()))
     along = [_predicted(prediction, slopes, horizon) for horizon in ladder]
     horizon = ladder[estimator.settled(along, critical_value(plan.evaluation.clusters.count - 1))]
-    return prediction if horizon is None else predict(plan, horizon)
+    return prediction if horizon is None else within(plan, horizon)
+
+
+def _own_slopes(prediction: OwnPrediction) -> TokenScores | None:
+    scored = scores_without_own(prediction, torch.arange(prediction.plan.evaluation.clusters.count))
+    if scored is None:
+        return None
+    there, opposite = scored
+    both = estimator.differences(opposite, there)
+    return replace(both, logprobs=both.logprobs / 2, entropies=both.entropies / 2)
+
+
+def _forward_slopes(plan: Plan) -> TokenScores:
+    policy, local, rollouts, delta = plan.policy, plan.evaluation.local, plan.evaluation.rollouts, plan.step.delta
+    with policy.clock.phase("profile of horizons") as progress, policy.on_rank(local):
+        method = slope_method(policy.scorer, rollouts, policy.parameters, delta, SLOPE_TOLERANCE)
+        return method.along(delta, rollouts.select(local.rows), progress).slopes
 
 
 def measured_within(prediction: Prediction, measured: Measured) -> Measured:

@@ -18,7 +18,13 @@ from entropy_probe.analyses.gradient import differentiate, over_clusters
 from entropy_probe.analyses.measure import Measured, chosen_part, measure, measure_taken, measured_part, taken
 from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
-from entropy_probe.analyses.predict import Prediction, entropy_surrogate, length_changes
+from entropy_probe.analyses.predict import (
+    Prediction,
+    directions_beside,
+    entropy_surrogate,
+    length_changes,
+    way_to_rest,
+)
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.estimators.own_batch import LeftOut, pair_contributions
 from entropy_probe.estimators.realized import Change
@@ -32,7 +38,7 @@ from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.isolation import parameters_at
-from entropy_probe.steps.adamw import Gradient
+from entropy_probe.steps.adamw import Gradient, clip_gradient
 from entropy_probe.steps.copied import STEP_ON_COPIES, optimizer_name
 from entropy_probe.steps.plan import scaled, unrounded_step
 from entropy_probe.types import Clusters, TokenScores
@@ -56,10 +62,19 @@ class OwnPrediction(Prediction):
     Attributes:
         all_pairs: the change with what each prompt's own gradient does to it, as the realized change has it.
         of_update: influence of each prompt's gradient on the change, ``[B]``.
+        committed_pairs: ``committed`` with what each prompt's own gradient does to it.
     """
 
     all_pairs: fo.FirstOrder
     of_update: Float[Tensor, " B"]
+    committed_pairs: fo.FirstOrder | None = None
+
+    @property
+    def at_rest(self) -> OwnPrediction:
+        """The change by the step and all that momentum alone does after it."""
+        if self.committed is None or self.committed_pairs is None:
+            return self
+        return replace(super().at_rest, all_pairs=self.all_pairs + self.committed_pairs)
 
     @property
     def influence(self) -> Float[Tensor, " B"]:
@@ -97,10 +112,10 @@ def predict_own(policy: Policy, batch: Rollouts, clipped: Gradient | None = None
         ValueError: for fewer than three prompts, rollouts of another policy that would have to be reweighted, or as
             :func:`~entropy_probe.analyses.predict.plan`.
     """
-    if policy.config.coast:
+    if policy.config.geometry == "frozen":
         raise ValueError(
-            "coast: expected evaluation rollouts, got none but those of the step, whose gradient is in the momentum "
-            "by then; give others, or set probe.coast to false"
+            "geometry: expected adamw for a step that is judged on its own batch here, got frozen, of which one_batch "
+            "has the U-statistic; change it, or give evaluation rollouts"
         )
     return own_prediction(plan(policy, *admit_own(policy, batch, clipped), clipped=clipped))
 
@@ -123,11 +138,13 @@ def own_prediction(planned: Plan, horizon: int | None = None) -> OwnPrediction:
         )
     if horizon is None:
         _note_used_before(planned)
-    step, before = planned.step, planned.before
-    slope, own, across = _slope(planned, horizon)
-    dots = dict(zip(step.components, over_clusters(policy, planned.evaluation.local, slope.dots), strict=True))
-    length_slope, lengths = length_changes(planned, list(step.components.values()), horizon)
-    size = before.sums.size
+    step, before, number = planned.step, planned.before, len(planned.step.components)
+    beside = directions_beside(planned, horizon, later=policy.config.coast)
+    directions = [*step.components.values(), *beside.directions]
+    slope, own, across = _slope(planned, horizon, directions, beside.later)
+    along = over_clusters(policy, planned.evaluation.local, slope.dots)
+    length_slope, lengths = length_changes(planned, directions, horizon)
+    dots, size = dict(zip(step.components, along[:number], strict=True)), before.sums.size
     left_out = LeftOut(own[0], across[0] / len(size))
     responds = "step" if step.gradient_scale is None else "gradient"
     corrected = {**dots, responds: dots[responds] - left_out.self_influence}
@@ -137,7 +154,11 @@ def own_prediction(planned: Plan, horizon: int | None = None) -> OwnPrediction:
 
     parts = {name: first_order(corrected[name], float(lengths[k])) for k, name in enumerate(corrected)}
     of_update = len(size) / size.sum() * (left_out.of_update - left_out.of_update.mean())
-    by_prompt = None
+    origins, pairs = beside.changes([first_order(along[k], float(lengths[k])) for k in range(number, len(along))])
+    committed, by_prompt, longer = None, None, float(lengths[:number].sum())
+    if pairs is not None:  # the moments have this batch's gradient after the step
+        later = along[-1] - LeftOut(own[-1], across[-1] / len(size)).self_influence
+        committed = first_order(later, float(lengths[-1]))
     if step.gradient_scale is None:
         policy.log.notes.append(STEP_ON_COPIES(optimizer=optimizer_name(policy.optimizer), blocks=len(size)))
     else:
@@ -146,14 +167,17 @@ def own_prediction(planned: Plan, horizon: int | None = None) -> OwnPrediction:
         planned,
         slope,
         length_slope,
-        first_order(torch.stack([*corrected.values()]).sum(0), float(lengths.sum())),
+        first_order(torch.stack([*corrected.values()]).sum(0), longer),
         {} if by_prompt is None else parts,
         by_prompt,
         Sampled(0.0, of_update).standard_error,
-        None,  # the moments have this batch's gradient after the step, and so the influence of its responses
-        all_pairs=first_order(torch.stack([*dots.values()]).sum(0), float(lengths.sum())),
+        committed,
+        all_pairs=first_order(torch.stack([*dots.values()]).sum(0), longer),
         of_update=of_update,
+        committed_pairs=pairs,
+        origins=origins,
         horizon=horizon,
+        alone=beside.alone,
     )
 
 
@@ -179,13 +203,14 @@ def measure_own_taken(prediction: OwnPrediction) -> Measured:
     return taken(plan, replace(measurement, change=whole, beyond=beyond))
 
 
-def without_own(prediction: OwnPrediction, measured: Measured) -> Measured:
-    """What was measured, less the first-order influence of the responses on themselves."""
+def without_own(prediction: OwnPrediction, measured: Measured, factor: float = 1.0) -> Measured:
+    """What was measured at ``factor`` times the rate, less the first-order influence of the responses on themselves."""
     change = measured.measurement.change
     if change is None:
         return measured
     own = prediction.all_pairs - prediction.change
-    corrected = Change(change.value - own.value, change.influence - own.influence, change.size_change)
+    value, influence = change.value - factor * own.value, change.influence - factor * own.influence
+    corrected = Change(value, influence, change.size_change)
     return replace(measured, measurement=replace(measured.measurement, change=corrected))
 
 
@@ -241,18 +266,20 @@ def _note_used_before(planned: Plan) -> None:
         policy.log.notes.append(USED_BEFORE(gap=total / tokens))
 
 
-def _slope(planned: Plan, horizon: int | None) -> tuple[SampleGradients, Float[Tensor, "K B"], Float[Tensor, "K B"]]:
-    """The entropy gradient along the step, and its products with what each prompt does to the step.
+def _slope(
+    planned: Plan, horizon: int | None, directions: Sequence[NamedVector], later: NamedVector | None
+) -> tuple[SampleGradients, Float[Tensor, "K B"], Float[Tensor, "K B"]]:
+    """The entropy gradient along some directions, and its products with what each prompt does to the step.
 
     Returns:
         The gradient, and with each of a prompt's vectors (:func:`_vectors`) the product of the prompt's entropy
         gradient and that of the sum of all.
     """
     policy, evaluation, batch = planned.policy, planned.evaluation, planned.batch
-    surrogate, directions = entropy_surrogate(planned, horizon), list(planned.step.components.values())
+    surrogate = entropy_surrogate(planned, horizon)
     given, stored, local = (policy, evaluation.own, evaluation.local), batch.gradient.stored, evaluation.local
-    pairs, make = None, _vectors(planned)
-    number = 1 if planned.step.gradient_scale is None else 2
+    pairs, make = None, _vectors(planned, later)
+    number = 1 + (planned.step.gradient_scale is not None) + (later is not None)
     size = stored_bytes(policy.parameters, (1 + number) * local.clusters.count)
     if stored is not None and size <= policy.config.max_stored_gradient_gib * 2**30:
         with policy.clock.phase("steps without a prompt"), policy.on_rank(local):
@@ -274,10 +301,11 @@ def _slope(planned: Plan, horizon: int | None) -> tuple[SampleGradients, Float[T
     return slope, own, across
 
 
-def _vectors(planned: Plan) -> Callable[[int, NamedVector], Sequence[NamedVector]]:
+def _vectors(planned: Plan, later: NamedVector | None = None) -> Callable[[int, NamedVector], Sequence[NamedVector]]:
     """What a prompt does to the step, by its number on this rank and its share of the gradient.
 
-    By how much the step changes without the prompt; and, where it has parts, the prompt's share of the gradient part.
+    By how much the step changes without the prompt; where it has parts, the prompt's share of the gradient part; and by
+    how much ``later``, the way to rest after the step, changes without it.
     """
     policy, step, update = planned.policy, planned.step, planned.batch.update
     config, trained, total = policy.config, (policy.parameters, policy.optimizer), planned.batch.gradient.total
@@ -290,10 +318,20 @@ def _vectors(planned: Plan) -> Callable[[int, NamedVector], Sequence[NamedVector
     factors = torch.where(rest > 0, 1 / rest, 1.0)[update.local.present_clusters].tolist()
 
     def vectors(unit: int, share: NamedVector) -> list[NamedVector]:
-        others = unrounded_step(*trained, reduced_gradient(total, share, factors[unit]), config)
-        moved_by = {name: move - others[name] for name, move in whole.items()}
-        if step.gradient_scale is None:
-            return [moved_by]
-        return [moved_by, scaled({name: share.get(name) for name in whole}, step.gradient_scale, -step.gradient.factor)]
+        reduced = reduced_gradient(total, share, factors[unit])
+        others = unrounded_step(*trained, reduced, config)
+        made: list[NamedVector] = [{name: move - others[name] for name, move in whole.items()}]
+        if step.gradient_scale is not None:
+            shares = {name: share.get(name) for name in whole}
+            made.append(scaled(shares, step.gradient_scale, -step.gradient.factor))
+        if later is not None:
+            way = way_to_rest(policy, clip_gradient(reduced, config.max_grad_norm).values)
+            if way is None:
+                raise ValueError(
+                    "coast: expected momentum to come to rest without any prompt as with all, got one without which it "
+                    "does not; set probe.coast to false"
+                )
+            made.append({name: move - way[name] for name, move in later.items()})
+        return made
 
     return vectors

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ class Policy:
         """Make sure that all ranks probe the same policy with the same settings and batches."""
         if self.ranks is ALONE:
             return
-        model, state = self.model, self.optimizer.state
+        state = self.optimizer.state
         known = {
             "config": repr(self.config),
             "optimizer": repr(self.optimizer.state_dict()["param_groups"]),
@@ -182,7 +183,7 @@ class Policy:
         if not self.scorer.sharded:  # else every rank has other rows
             named = self.parameters.items()
             moments = [(f"{name} {key}", x) for name, p in named for key, x in _tensors(state.get(p, {}))]
-            known["policy"] = fingerprint([*model.named_parameters(), *model.named_buffers()])
+            known["policy"] = self._weights
             known["optimizer"] += fingerprint(moments)
             known["gradient"] = fingerprint(_tensors(gradient or {}))
         seen = self.ranks.gather(known)
@@ -215,16 +216,20 @@ class Policy:
         """Keep scores that another pass came by, as :meth:`reference_scores` keeps its own; returns what is kept."""
         return self.cache.get(self._key(batch, local.select(batch)), lambda: scores)
 
+    @cached_property
+    def _weights(self) -> str:
+        """What parameters and buffers are recognised by, which are the same for as long as a run lasts."""
+        return fingerprint([*self.model.named_parameters(), *self.model.named_buffers()])
+
     def _key(self, batch: Rollouts, own: Rollouts) -> str:
         """What the scores of some rows of a batch are found again by.
 
         Not all that makes a policy is in its parameters and buffers (which adapter is active, say), so what it makes of
         the shortest sequence is part of what it is recognised by.
         """
-        scorer, model = self.scorer, self.model
+        scorer = self.scorer
         how = (scorer.temperature, scorer.max_tokens, scorer.head_path, scorer.prefix_sharing, self.config.autocast)
-        seen = scorer.shortest_scores(batch)
-        state = fingerprint([*model.named_parameters(), *model.named_buffers(), *seen])
+        state = f"{self._weights} {fingerprint(scorer.shortest_scores(batch))}"
         if scorer.sharded:
             state = " ".join(self.ranks.gather(state))  # all score, or none does
         return f"{state} {rollouts_fingerprint(own)} {how}"

@@ -54,7 +54,8 @@ def own_of(prediction: Prediction) -> OwnPrediction:
             "pooled: expected evaluation rollouts beside the update batch, got the same sequences twice; give others, "
             "or use one_batch"
         )
-    update, policy = planned.batch.update, replace(planned.policy, log=Log([], []))
+    config = planned.policy.config.model_copy(update={"coast": False})
+    update, policy = planned.batch.update, replace(planned.policy, log=Log([], []), config=config)
     whole = (update.rollouts, update.prompts, "prompt", draws_of(update.rollouts))
     evaluation = EvaluationBatch(*whole, update.local, update.own, is_update=True)
     return own_prediction(

@@ -8,8 +8,8 @@ first-order change" and "The step".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -19,14 +19,15 @@ from entropy_probe.analyses.before import entropy_coefficients
 from entropy_probe.analyses.given import GivenGradient
 from entropy_probe.analyses.gradient import differentiate, over_clusters
 from entropy_probe.analyses.plan import Plan
+from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.reduced import jackknife
 from entropy_probe.estimators import first_order as fo
 from entropy_probe.gradients.per_sample import SampleGradients, Side
 from entropy_probe.named import NamedVector
 from entropy_probe.results.note import NoteKind
-from entropy_probe.steps.adamw import is_adam
-from entropy_probe.steps.afterlife import coasted, coasting
-from entropy_probe.steps.copied import moved
+from entropy_probe.steps.adamw import Gradient, is_adam
+from entropy_probe.steps.afterlife import Coasted, coasted, coasting, no_end
+from entropy_probe.steps.copied import copied_step, moved
 from entropy_probe.steps.origins import momentum_by_origin
 from entropy_probe.steps.plan import scaled
 from entropy_probe.types import TokenCoefficients
@@ -75,6 +76,7 @@ class Prediction:
         origins: parts of the momentum part by the gradients they come from, that of the last step first; none within a
             horizon, and but for Adam with recorded gradients.
         horizon: how many tokens after a changed one count; ``None`` for the whole response.
+        alone: where momentum alone leads after the step, where that was taken for ``committed``.
     """
 
     plan: Plan
@@ -87,30 +89,28 @@ class Prediction:
     committed: fo.FirstOrder | None
     origins: tuple[fo.FirstOrder, ...] = field(default=(), kw_only=True)
     horizon: int | None = field(default=None, kw_only=True)
+    alone: Coasted | None = field(default=None, kw_only=True)
+
+    @property
+    def at_rest(self) -> Self:
+        """The change by the step and all that momentum alone does after it, where that is known."""
+        return self if self.committed is None else replace(self, change=self.change + self.committed)
 
 
 def predict(planned: Plan, horizon: int | None = None) -> Prediction:
     """The first-order change of the entropy by a step, of the whole response or within a horizon."""
     step, policy, before, sizes = planned.step, planned.policy, planned.before, planned.before.sums.size
-    directions, own = [*step.components.values()], len(step.components)
-    past = policy.past if horizon is None and "momentum" in step.components else ()
-    if past and step.gradient_scale is not None:
-        directions += momentum_by_origin(policy.parameters, policy.optimizer, step.gradient_scale, past)
-    if horizon is None:
-        directions += _later(planned)
+    asked = policy.config.coast or is_adam(policy.optimizer)
+    own, beside = len(step.components), directions_beside(planned, horizon, later=asked)
+    directions = [*step.components.values(), *beside.directions]
     slope = _entropy_slope(planned, directions, horizon)
     dots = over_clusters(policy, planned.evaluation.local, slope.dots)
     length_slope, lengths = length_changes(planned, directions, horizon)
-    beside = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(own, len(directions))]
-    origins = tuple(beside[: len(past)])
-    committed = beside[len(past)] if len(beside) > len(past) else None
+    along = [fo.first_order(dots[k], sizes, before.entropy, float(lengths[k])) for k in range(len(directions))]
+    origins, committed = beside.changes(along[own:])
     change = fo.first_order(dots[:own].sum(0), sizes, before.entropy, float(lengths[:own].sum()))
-    parts = {
-        name: fo.first_order(dots[k], sizes, before.entropy, float(lengths[k]))
-        for k, name in enumerate(step.components)
-        if step.gradient_scale is not None
-    }
-    fields: dict[str, Any] = {"committed": committed, "origins": origins, "horizon": horizon}
+    parts = {} if step.gradient_scale is None else dict(zip(step.components, along, strict=False))
+    fields: dict[str, Any] = {"committed": committed, "origins": origins, "horizon": horizon, "alone": beside.alone}
     if isinstance(planned.source, GivenGradient):
         return Prediction(planned, slope, length_slope, change, parts, None, None, **fields)
     if step.gradient_scale is None:
@@ -126,18 +126,60 @@ def predict(planned: Plan, horizon: int | None = None) -> Prediction:
     return Prediction(planned, slope, length_slope, change, parts, by_prompt, se_update, **fields)
 
 
-def _later(planned: Plan) -> list[NamedVector]:
-    """What the moments alone will still do after the step: in closed form for Adam, or taken where it is asked for."""
-    policy, step = planned.policy, planned.step
-    if policy.config.geometry == "frozen":
-        return []
-    rate = policy.config.learning_rate
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Directions beside the step's own: where its momentum comes from, and where it leads.
+
+    Attributes:
+        origins: parts of the momentum part by the gradients they come from, that of the last step first.
+        later: what the moments alone will still do after the step; ``None`` where it is not asked for, or has no end.
+        alone: where that leads, where it was taken.
+    """
+
+    origins: list[dict[str, Tensor]]
+    later: dict[str, Tensor] | None
+    alone: Coasted | None
+
+    @property
+    def directions(self) -> list[dict[str, Tensor]]:
+        """All of them, ``later`` last."""
+        return [*self.origins, *([] if self.later is None else [self.later])]
+
+    def changes(self, along: Sequence[fo.FirstOrder]) -> tuple[tuple[fo.FirstOrder, ...], fo.FirstOrder | None]:
+        """Those by the origins and the one by ``later``, from the changes along all directions."""
+        count = len(self.origins)
+        return tuple(along[:count]), None if self.later is None else along[count]
+
+
+def directions_beside(planned: Plan, horizon: int | None, *, later: bool) -> Beside:
+    """Directions beside those of a step; none within a horizon, and where it leads only if it is asked for."""
+    policy, step, config = planned.policy, planned.step, planned.policy.config
+    if horizon is not None or config.geometry == "frozen":
+        return Beside([], None, None)
+    origins = []
+    if policy.past and step.gradient_scale is not None:
+        origins = momentum_by_origin(policy.parameters, policy.optimizer, step.gradient_scale, policy.past)
+    if not later:
+        return Beside(origins, None, None)
     if is_adam(policy.optimizer):
-        return [coasting(policy.parameters, policy.optimizer, step.gradient.values, rate)]
-    if not policy.config.coast or step.stepped is None:
-        return []
-    alone = coasted(policy.parameters, policy.optimizer, step.taken_with, rate, step.kept)
-    return [] if not alone.steps or alone.parameters is None else [moved(step.stepped, alone.parameters)]
+        way = way_to_rest(policy, step.gradient.values)
+        if way is None:
+            policy.log.notes.append(no_end(policy.optimizer))
+        return Beside(origins, way, None)
+    assert step.stepped is not None
+    alone = coasted(policy.parameters, policy.optimizer, step.taken_with, config.learning_rate, step.kept)
+    if alone.parameters is None or not alone.steps:
+        return Beside(origins, None, alone)
+    return Beside(origins, moved(step.stepped, alone.parameters), alone)
+
+
+def way_to_rest(policy: Policy, gradient: Gradient) -> dict[str, Tensor] | None:
+    """What the moments alone will still do after the step with a gradient, clipped; ``None`` where it has no end."""
+    given = (policy.parameters, policy.optimizer, gradient, policy.config.learning_rate)
+    if is_adam(policy.optimizer):
+        return coasting(*given)
+    alone = coasted(*given)
+    return None if alone.parameters is None else moved(copied_step(*given), alone.parameters)
 
 
 def entropy_surrogate(planned: Plan, horizon: int | None = None) -> TokenCoefficients:

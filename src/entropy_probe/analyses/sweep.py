@@ -15,6 +15,7 @@ from torch import Tensor
 from entropy_probe.analyses.assemble import estimate_fields, predicted_record, realized_record, result_of
 from entropy_probe.analyses.horizons import measured_within, stated
 from entropy_probe.analyses.measure import difference, measure_at, noise_floor
+from entropy_probe.analyses.own_batch import OwnPrediction, without_own
 from entropy_probe.analyses.predict import Prediction, entropy_surrogate
 from entropy_probe.estimators import sweep as curves
 from entropy_probe.estimators.curvature import per_decision_taylor
@@ -50,6 +51,12 @@ WHOLE_ONLY = NoteKind(
     "curvature_of_the_whole",
     "no direct curvature: it is that of the whole response, and the changes of this sweep are within {horizon} tokens",
     "Read the curvature from the fit, or set probe.horizon to null.",
+)
+OWN_CURVATURE = NoteKind(
+    "curvature_of_one_batch",
+    "no direct curvature: from the batch of the step alone the second derivative has in it what responses do to "
+    "themselves, which is left out to first order only, here as in the fit",
+    "Give evaluation rollouts.",
 )
 BELOW_FLOOR = NoteKind(
     "below_noise_floor",
@@ -106,8 +113,9 @@ def sweep(
     """The change at every rate, and the fits; see :meth:`entropy_probe.EntropyProbe.sweep`.
 
     Args:
-        prediction: of the whole response, planned at one of the rates, which ``config.learning_rate`` is. All rates are
-            of one horizon (:func:`~entropy_probe.analyses.horizons.stated`).
+        prediction: of the whole response, planned at one of the rates, which ``config.learning_rate`` is; by evaluation
+            rollouts, or by the batch of the step itself. All rates are of one horizon
+            (:func:`~entropy_probe.analyses.horizons.stated`).
         rates: in increasing order.
         direct_curvature: also differentiate twice along the step.
         finished: points that are taken as they are.
@@ -146,9 +154,11 @@ def _point(prediction: Prediction, rate: float, floor: float | None) -> SweepPoi
     predicted = Predicted(**planned.model_dump() | of_rate)
     try:
         measured = measured_within(prediction, measure_at(plan, rate, f"score at {rate:.3g}", floor))
+        if isinstance(prediction, OwnPrediction):
+            measured = without_own(prediction, measured, factor)
     except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
         return SweepPoint(learning_rate=rate, predicted=predicted, failure=str(error))
-    point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized_record(plan, measured))
+    point = SweepPoint(learning_rate=rate, predicted=predicted, realized=realized_record(plan, measured, prediction))
     change, gap = measured.measurement.change, difference(prediction, measured.measurement, factor)
     if change is None or gap is None:
         return point
@@ -166,6 +176,9 @@ def _direct_derivatives(prediction: Prediction, notes: list[Note]) -> tuple[Samp
     plan, rate, predicted = prediction.plan, _planned_rate(prediction), prediction.change
     if prediction.horizon is not None:
         notes.append(WHOLE_ONLY(horizon=prediction.horizon))
+        return None
+    if isinstance(prediction, OwnPrediction):
+        notes.append(OWN_CURVATURE())
         return None
     policy, local, before = plan.policy, plan.evaluation.local, plan.before
     direction = {name: move / rate for name, move in plan.step.delta.items()}

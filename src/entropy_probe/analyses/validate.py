@@ -7,6 +7,7 @@ This is the linear datamodeling score (Park et al., 2023) with the policy's entr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
@@ -17,10 +18,12 @@ from torch import Tensor
 from entropy_probe.analyses.attribution import Attribution
 from entropy_probe.analyses.batches import UpdateBatch, admit_batches
 from entropy_probe.analyses.before import entropy_coefficients
-from entropy_probe.analyses.evaluation_half import EvaluationHalf, halved
+from entropy_probe.analyses.evaluation_part import EvaluationPart, halved
 from entropy_probe.analyses.gradient import differentiate, whole_scores
 from entropy_probe.analyses.measure import after_step, fresh_scores
 from entropy_probe.analyses.overlap import Contents, shared
+from entropy_probe.analyses.own_batch import admit_own
+from entropy_probe.analyses.own_influence import OwnInfluence
 from entropy_probe.analyses.plan import Plan, plan
 from entropy_probe.analyses.policy import Policy
 from entropy_probe.analyses.predict import prompt_contributions
@@ -28,11 +31,10 @@ from entropy_probe.analyses.provenance import Clock
 from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.analyses.reduced import step_on
 from entropy_probe.estimators.attribution import rank_correlation
-from entropy_probe.estimators.first_order import sequence_weights
 from entropy_probe.estimators.published import PUBLISHED
 from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
-from entropy_probe.gradients.per_sample import Side
+from entropy_probe.gradients.per_sample import SampleGradients, Side, stored_bytes
 from entropy_probe.results.note import Note, NoteKind, distinct
 from entropy_probe.results.validation import MIN_STEPS, RankCorrelation, SubsetStep, Validation
 from entropy_probe.rollouts.batch import Rollouts
@@ -70,7 +72,8 @@ LOW_RELIABILITY = NoteKind(
     "low_reliability",
     "the measured changes have a reliability of {reliability:.2f}, which bounds what any forecast of them reaches; "
     "about {sequences:,.0f} evaluation sequences would bring it to {wanted:g}",
-    "Use that many evaluation sequences (evaluation.total_sequences), or read the correlations without noise.",
+    "Use that many evaluation sequences (evaluation.total_sequences; with mode one_batch, give some), or read the "
+    "correlations without noise.",
 )
 
 
@@ -124,11 +127,14 @@ class _Question:
     by_token: dict[str, Tensor]  # what else is said to forecast the change, of each response token, [N, L], by name
 
 
-def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, subsets: int, seed: int) -> Validation:
+def validate(
+    policy: Policy, attribution: Attribution, evaluation: Rollouts | None, subsets: int, seed: int
+) -> Validation:
     """Steps on random halves of the update batch; see :meth:`entropy_probe.EntropyProbe.validate`."""
     progress = policy.clock.progress
     policy = replace(policy, clock=Clock(None))  # progress is that of the halves, not of each one's scoring
-    update, batch = admit_batches(policy, attribution.update, evaluation)
+    given = attribution.update
+    update, batch = admit_own(policy, given) if evaluation is None else admit_batches(policy, given, evaluation)
     if policy.config.geometry != "frozen" and not is_adam(policy.optimizer):
         raise ValueError(
             "validate: expected the optimizer of the attribution, Adam or AdamW, got "
@@ -141,11 +147,14 @@ def validate(policy: Policy, attribution: Attribution, evaluation: Rollouts, sub
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
     question = _Question(attribution, planned, _crossed(attribution, planned), _by_token(policy, update))
-    halves = halved(batch.clusters, batch.local, planned.before.scores, policy.ranks, seed)
-    by_half = torch.stack([_contributions(planned, half, attribution.summary.horizon) for half in halves])
+    scores, rows, own = planned.before.scores, torch.arange(len(batch.local.rows)), evaluation is None
+    whole = EvaluationPart(rows, batch.local, scores, planned.before.positions, torch.arange(batch.clusters.count))
+    halves = halved(batch.clusters, batch.local, scores, policy.ranks, seed)
+    by_half = torch.stack([_contributions(planned, half, attribution.summary.horizon, own=own) for half in halves])
+    parts = [(part, _own_influence(planned, part) if own else None) for part in (whole, *halves)]
     measured: list[_Measured | str] = []
     for kept in kept_prompts:
-        measured.append(_change(planned, halves, kept))
+        measured.append(_change(planned, parts, kept))
         if progress:
             progress("subsets", len(measured), len(kept_prompts))
     return _judged(question, kept_prompts, measured, by_half, seed)
@@ -178,43 +187,65 @@ def _forecasts(question: _Question, seed: int) -> dict[str, Tensor]:
     return forecasts | {"random": torch.randn(prompts.count, generator=generator, dtype=torch.float64)}
 
 
-def _contributions(planned: Plan, half: EvaluationHalf, horizon: int | None) -> Tensor:
-    """The contributions of the update prompts by one half of the evaluation batch, ``[B]``."""
+def _slope(planned: Plan, part: EvaluationPart, horizon: int | None, *, store: bool) -> SampleGradients:
+    """The entropy gradient of a part of the evaluation batch, with that of each of its clusters to be kept."""
     policy, evaluation = planned.policy, planned.evaluation
-    rollouts, draws = evaluation.own.select(half.rows), evaluation.draws.select(evaluation.local.rows[half.rows])
-    given = (half.scores, rollouts.prompt_ids, half.local.clusters, draws, half.positions, policy.config)
-    side = Side(entropy_coefficients(*given, horizon))
+    rollouts, draws = evaluation.own.select(part.rows), evaluation.draws.select(evaluation.local.rows[part.rows])
+    given = (part.scores, rollouts.prompt_ids, part.local.clusters, draws, part.positions, policy.config)
+    if store:  # beside the shares of the update gradient, and what is left of the whole batch and of the other half
+        size = stored_bytes(policy.parameters, 4 * evaluation.clusters.count)
+        store = size <= policy.config.max_stored_gradient_gib * 2**30
+    side, hooks = Side(entropy_coefficients(*given, horizon), store=store), planned.hooks if store else None
     with policy.clock.phase("evaluation gradient") as progress:
-        slope = differentiate(policy, rollouts, half.local, side, progress=progress)
-    weights = sequence_weights(half.scores, policy.config.normalization).double()
-    return prompt_contributions(planned, slope, policy.ranks.sum(weights.sum()[None]).item())
+        return differentiate(policy, rollouts, part.local, side, progress=progress, hooks=hooks)
 
 
-def _change(planned: Plan, halves: list[EvaluationHalf], kept: Tensor) -> _Measured | str:
+def _own_influence(planned: Plan, part: EvaluationPart, horizon: int | None = None) -> OwnInfluence:
+    return OwnInfluence.of(planned, part, _slope(planned, part, horizon, store=True))
+
+
+def _contributions(planned: Plan, half: EvaluationPart, horizon: int | None, *, own: bool) -> Tensor:
+    """The contributions of the update prompts by one half of the evaluation batch, ``[B]``.
+
+    With ``own``, where that is the batch of the step, by the responses of others.
+    """
+    slope = _slope(planned, half, horizon, store=own)
+    size = half.sizes(planned.policy).sum().item()
+    contributions = prompt_contributions(planned, slope, size)
+    if own:
+        contributions[half.clusters] -= OwnInfluence.of(planned, half, slope).along(planned.step) / size
+    return contributions
+
+
+Parts = Sequence[tuple[EvaluationPart, OwnInfluence | None]]
+"""The whole evaluation batch and its halves, each with what prompts do to their own responses where they are in it."""
+
+
+def _change(planned: Plan, parts: Parts, kept: Tensor) -> _Measured | str:
     """The entropy change measured after the step on some of the prompts, or why there is none."""
     step = step_on(planned, kept)
     try:
-        measured = _measure_halves(planned, step, halves)
+        measured = _measure_parts(planned, step, parts)
     except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
         return str(error)
-    for each in measured:
+    changes = []
+    for (_, own), each in zip(parts, measured, strict=True):
         if each.change is None:
             assert each.note is not None
             return each.note.text
-    whole, *others = [each.change for each in measured if each.change is not None]
-    return _Measured(whole, others)
+        changes.append(each.change if own is None else own.left_out(each.change, step, kept))
+    whole, *halves = changes
+    return _Measured(whole, halves)
 
 
-def _measure_halves(planned: Plan, step: PlannedStep, halves: list[EvaluationHalf]) -> list[Measurement]:
-    """The change on the whole evaluation batch, and on its halves, from one scoring."""
-    policy, before, local = planned.policy, planned.before, planned.evaluation.local
-    config, ranks = policy.config, policy.ranks
+def _measure_parts(planned: Plan, step: PlannedStep, parts: Parts) -> list[Measurement]:
+    """The change on each part of the evaluation batch, from one scoring."""
+    config, ranks, measured = planned.policy.config, planned.policy.ranks, []
     with after_step(planned, step, config.learning_rate, "score after steps") as (after, _):
         fresh = cache(lambda: fresh_scores(planned))
-        measured = [measure_change(before.scores, after, local, before.positions, config, ranks, fresh)]
-        for half in halves:
-            given = (half.scores, after.select(half.rows), half.local, half.positions, config, ranks)
-            measured.append(measure_change(*given, lambda rows=half.rows: fresh().select(rows)))
+        for part, _ in parts:
+            given = (part.scores, after.select(part.rows), part.local, part.positions, config, ranks)
+            measured.append(measure_change(*given, lambda rows=part.rows: fresh().select(rows)))
     return measured
 
 

@@ -172,10 +172,11 @@ class RunConfig(Settings):
         for batch in self._sampled:
             needed = {batch: getattr(self, batch), "prompts": self.prompts}
             needed |= {"reward": self.reward} if batch == "update" else {}
+            without = ", or mode to one_batch" if batch == "evaluation" else ""
             for key in (key for key, value in needed.items() if value is None):
                 yield (
                     f"{key}: required to sample the {batch} batch, but missing; set it, or set rollouts.{batch} to a "
-                    "saved batch"
+                    f"saved batch{without}"
                 )
         for batch, other in (("update", "evaluation"), ("evaluation", "update")):
             path = getattr(self.rollouts, batch)
@@ -192,13 +193,10 @@ class RunConfig(Settings):
         if self.attribution and self.shard:
             yield "attribution: expected shard: false beside it, since it needs whole parameters, got true"
         folds = None if self.attribution_folds == "auto" else self.attribution_folds
-        asked = {
-            "probe.geometry: frozen": self.attribution and self.probe.geometry == "frozen",
-            "probe.coast": self.probe.coast,
-            "origins": self.origins,
-        }
-        for what in (key for key, set_so in asked.items() if set_so and self.needs_no_evaluation):
-            yield f"{what}: expected evaluation rollouts beside it, got mode one_batch; change one of them"
+        if self.attribution and self.probe.geometry == "frozen" and self.needs_no_evaluation:
+            yield (
+                "probe.geometry: frozen: expected evaluation rollouts beside it, got mode one_batch; change one of them"
+            )
         if folds is not None and not self.attribution:
             yield "attribution_folds: expected attribution: true beside it, got false; set it too"
         drawn, of, batch = None, "the {} clusters of the evaluation batch", "evaluation"
@@ -293,11 +291,6 @@ class ValidateConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _attributed(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        if settings.get("mode") == "one_batch":
-            raise ValueError(
-                f"validate: expected mode two_batch or both, whose prediction is attributed, got {settings['mode']}; "
-                "change the mode"
-            )
         return settings | {"attribution": True}
 
 

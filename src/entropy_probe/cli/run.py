@@ -230,9 +230,8 @@ def _probe_into(
         if halves is None:
             return result
         try:
-            validation = probe.validate(
-                required(attribution), evaluation=required(evaluation), subsets=halves[0], seed=halves[1]
-            )
+            given = {"evaluation": evaluation, "subsets": halves[0], "seed": halves[1]}
+            validation = probe.validate(required(attribution), **given)
         except BaseException:
             if output.writes:
                 run_report(output.path, result).write()

@@ -113,7 +113,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
     """Load, sample and sweep; rank 0 writes what comes of it."""
     from entropy_probe.analyses.log_check import against_log
     from entropy_probe.analyses.provenance import Clock
-    from entropy_probe.cli.batches import collect_batches, required
+    from entropy_probe.cli.batches import collect_batches
     from entropy_probe.cli.run import beyond_loss, open_probe
 
     rates = config.sweep.rates()
@@ -132,7 +132,7 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
             finished = [SweepPoint.load(file) for file in sorted(points.glob("[0-9]*.json"))] if output.writes else []
         sweep = probe.sweep(
             update=update,
-            evaluation=required(batches.evaluation),
+            evaluation=batches.evaluation,
             learning_rates=rates,
             direct_curvature=config.sweep.direct_curvature,
             finished=ranks.broadcast(finished),

@@ -71,8 +71,10 @@ class SweepConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_sweep(self) -> SweepConfig:
-        if self.mode != "two_batch":
-            raise ValueError(f"mode: expected two_batch, which is what a sweep measures, got {self.mode}")
+        if self.mode not in ("two_batch", "one_batch"):
+            raise ValueError(f"mode: expected two_batch or one_batch for a sweep, got {self.mode}; choose one of them")
+        if self.mode == "one_batch" and self.probe.geometry == "frozen":
+            raise ValueError("probe.geometry: expected adamw beside mode one_batch in a sweep, got frozen; change it")
         if not self.save_rollouts:
             raise ValueError("save_rollouts: expected true, since a sweep resumes from its rollouts, got false")
         if self.sweep.checkpoints is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from entropy_probe.results.live import StepRecord, logged_numbers
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.memory import fitting_tokens
 from entropy_probe.scoring.precision import precisions
+from entropy_probe.steps.adamw import optimizer_parameters
 
 LEAST_TOKENS = 512
 """Padded tokens of a forward pass, below which memory is not the microbatch's fault."""
@@ -98,6 +100,7 @@ class LiveRun:
         budget: Budget,
         record: Literal["all", "probed"] | None,
         keep_gradients: int,
+        origins: bool,
     ) -> None:
         self._trainer, self._settings = trainer, dict(config)
         self._every, self._attribution_every, self._records = every, attribution_every, record
@@ -115,6 +118,7 @@ class LiveRun:
             drop_records_after(trainer.args.output_dir, trainer.state.global_step)
             self._recorder = Recorder(trainer.args.output_dir, keep_gradients=keep_gradients)
         self._keeps_gradients = keep_gradients > 0
+        self._past = deque[dict[str, torch.Tensor]](maxlen=keep_gradients) if origins else None
         self._budget, budget.begun = budget, time.perf_counter()
         done = trainer.state.global_step
         self._probed = self._divided = done - done % every
@@ -145,10 +149,13 @@ class LiveRun:
                 self._probed = number
             elif step.batch is not None:
                 step.record = StepRecord(step=number, learning_rate=rate)
-            if step.batch is not None and self._keeps_gradients and self._recorder is not None:
+            wanted = self._recorder is not None or self._past is not None
+            if step.batch is not None and self._keeps_gradients and wanted:
                 # copied now: the trainer zeroes it before the record is written
                 named = model.named_parameters()
                 step.gradient = {n: p.grad.detach().to("cpu", copy=True) for n, p in named if p.grad is not None}
+                if self._past is not None:
+                    self._past.appendleft(step.gradient)
         step.seconds = time.perf_counter() - start
 
     def after_step(self) -> None:
@@ -209,6 +216,9 @@ class LiveRun:
 
     def _predicted(self, model: Any, optimizer: Any, batch: StepBatch, config: ProbeConfig, number: int) -> StepAhead:
         given: dict[str, Any] = {"distributed": self._ranks.size > 1}
+        if self._past:
+            names = optimizer_parameters(model, getattr(optimizer, "optimizer", optimizer))
+            given["past_gradients"] = [{name: held.get(name) for name in names} for held in self._past]
         if self._held_out is None:
             return probe_actor(model, optimizer, batch.rollouts, config, **given)
         update: Rollouts | None = None

@@ -90,6 +90,8 @@ class EntropyProbeCallback(TrainerCallback):
         record: which steps to write to ``output_dir/entropy_probe/step-000123/`` with their rollouts: the ``"probed"``
             ones, ``"all"``, or none.
         keep_gradients: of how many of the last recorded steps the clipped gradient is kept beside the record.
+        origins: also divide the momentum part over these steps, which takes ``record="all"``; each costs its gradient
+            in host memory and one more direction to take the entropy's slope along.
         budget: the largest share of the training time to spend; a probe that would exceed it waits.
         config: settings of :class:`ProbeConfig` in place of the trainer's, by name.
 
@@ -105,6 +107,7 @@ class EntropyProbeCallback(TrainerCallback):
         attribution_every: int | None = None,
         record: Literal["all", "probed"] | None = "probed",
         keep_gradients: int = 0,
+        origins: bool = False,
         budget: float | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -117,6 +120,11 @@ class EntropyProbeCallback(TrainerCallback):
             raise ValueError(f"record: expected 'all', 'probed' or None, got {record!r}; use one of them")
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"budget: expected a share of the training time, above 0 and at most 1, got {budget}")
+        if origins and (record != "all" or keep_gradients < 1):
+            raise ValueError(
+                f"origins: expected record='all' and keep_gradients of at least 1 beside it, got {record!r} and "
+                f"{keep_gradients}; set both, or leave origins out"
+            )
         self._start = partial(
             LiveRun,
             evaluation=evaluation,
@@ -126,6 +134,7 @@ class EntropyProbeCallback(TrainerCallback):
             budget=Budget(budget),
             record=record,
             keep_gradients=keep_gradients,
+            origins=origins,
         )
         self._live: LiveRun | None = None
 

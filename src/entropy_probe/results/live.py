@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat
 
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import Note
-from entropy_probe.results.probe import BatchFit, OptimizerStateReport, ProbeResult, SamplerMismatch
+from entropy_probe.results.probe import BatchFit, OptimizerStateReport, Origins, ProbeResult, SamplerMismatch
 from entropy_probe.results.record import Record, read_record
 
 SCHEMA_VERSION = 1
@@ -36,7 +36,8 @@ LOGGED: Mapping[str, tuple[str, ...]] = {
     "kl": ("kl", "actor/kl_loss"),
 }
 """Keys of TRL's trainers, and of others."""
-ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
+_OF_STEP = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay")
+ESTIMATES = (*_OF_STEP, "lifetime", "committed", "coasted")
 """The estimates of a record, by their fields."""
 OWN = ("gradient_norm", "clip_factor", "learning_rate", "ess")
 """What the probe has of it too."""
@@ -73,6 +74,8 @@ class StepRecord(Record):
         weight_decay: what weight decay adds.
         lifetime: what this batch's gradient does over its life in the momentum, this step included.
         committed: what the moments alone will do after this step if every later gradient is zero.
+        coasted: the same measured; null unless asked for (``coast``), or refused.
+        origins: ``momentum`` by step of origin; null unless asked for.
         ess: effective sample size of the weights behind ``realized`` over the number of sequences.
         loss_distance: between the trainer's gradient and that of the loss as the probe knows it, over the former.
         gradient_norm: before clipping.
@@ -97,6 +100,8 @@ class StepRecord(Record):
     weight_decay: Estimate | None = None
     lifetime: Estimate | None = None
     committed: Estimate | None = None
+    coasted: Estimate | None = None
+    origins: Origins | None = None
     ess: NonNegativeFloat | None = None
     loss_distance: NonNegativeFloat | None = None
     gradient_norm: NonNegativeFloat | None = None
@@ -142,6 +147,8 @@ class StepRecord(Record):
             **{part: result.components.get(part) for part in ("gradient", "momentum", "weight_decay")},
             "lifetime": result.lifetime,
             "committed": result.committed,
+            "coasted": None if result.coasted is None else result.coasted.change.estimate,
+            "origins": result.origins,
             "ess": None if realized is None else realized.ess_fraction,
             "loss_distance": None if said.gradient_agreement is None else said.gradient_agreement.relative_distance,
             "gradient_norm": said.gradient_norm,

@@ -26,7 +26,7 @@ from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
 from entropy_probe.results.changes import HorizonPoint
-from entropy_probe.results.probe import Coasted, Estimate, Pooled, Predicted, ProbeResult
+from entropy_probe.results.probe import Coasted, Estimate, Origins, Pooled, Predicted, ProbeResult
 from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation
 
@@ -118,7 +118,7 @@ def step_section(result: ProbeResult) -> Section:
         *bar_charts("Where it comes from", parts, unit, beginning, "parts"),
         *horizon_blocks(result.horizons, unit),
         Rows(tuple(rows), unit),
-        *_origin_blocks(result),
+        *origin_blocks(result.origins, result.components.get("momentum")),
     )
     sentences = tuple(filter(None, [story(result), _two_questions(result), _committed_story(result), proposal(result)]))
     return Section("Entropy change of the next step", "result", "Step", f"learning rate {rates}", verdict(result),
@@ -162,18 +162,14 @@ def _part_bars(result: ProbeResult, exponent: int | None) -> list[Bar]:
     return bars
 
 
-def _origin_blocks(result: ProbeResult) -> tuple[Block, ...]:
+def origin_blocks(origins: Origins | None, momentum: Estimate | None) -> tuple[Block, ...]:
     """The momentum part by step of origin."""
-    momentum = result.components.get("momentum")
-    if result.origins is None or momentum is None:
+    if origins is None or momentum is None:
         return ()
-    names = [
-        *(f"{k} steps ago" if k > 1 else "the last step" for k in range(1, len(result.origins.steps) + 1)),
-        "older",
-    ]
+    names = [*(f"{k} steps ago" if k > 1 else "the last step" for k in range(1, len(origins.steps) + 1)), "older"]
     rows = tuple(
         (name, written(part), format_percent(part.value / momentum.value, 0) if momentum.value else "–")
-        for name, part in zip(names, (*result.origins.steps, result.origins.older), strict=True)
+        for name, part in zip(names, (*origins.steps, origins.older), strict=True)
     )
     return (Table("Momentum by step of origin", ("momentum from", "adds", "share of it"), rows),)
 
@@ -197,7 +193,8 @@ def _coasted_rows(coasted: Coasted | None, exponent: int | None) -> list[Row]:
 def _committed_story(result: ProbeResult) -> str:
     """What momentum alone will still do, in a sentence: as measured, else to first order; "" where it is not told."""
     coasted = None if result.coasted is None else result.coasted.change.estimate
-    onward, how = (result.committed, ", to first order") if coasted is None else (coasted, "")
+    first = ", to first order" + ("" if result.coasted is None else ", which these rollouts cannot check")
+    onward, how = (result.committed, first) if coasted is None else (coasted, "")
     if onward is None or not onward.distinguishable:
         return ""
     way = "fall" if onward.value < 0 else "rise"

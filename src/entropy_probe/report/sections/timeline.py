@@ -21,6 +21,7 @@ from entropy_probe.report.sections.base import (
     Verdict,
     written,
 )
+from entropy_probe.report.sections.run import origin_blocks
 from entropy_probe.report.sections.steps import Steps, chart_of, cumulated, logged_points, points_of, thinned
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.live import ESTIMATES, Number, StepRecord, Timeline
@@ -111,6 +112,8 @@ def _headlines(timeline: Timeline) -> tuple[Row, ...]:
             rows.append(Row("change per step", format_estimate(mean, error), over, headline=True))
         if now.committed is not None:
             rows.append(Row("committed", written(now.committed), "by the moments alone", headline=True))
+        if now.coasted is not None:
+            rows.append(Row("coasted", written(now.coasted), "the same, measured", headline=True))
     for what in ("reward", "entropy"):
         values = [(record.step, value) for record in timeline.steps if (value := record.logged(what)) is not None]
         if values and (what == "reward" or not probed):
@@ -231,6 +234,7 @@ def _sources(probed: Steps) -> Section:
     charts = (
         *chart_of("Gradient against momentum", parts, _unit(probed), caption, zero=True),
         *chart_of("Over a batch's life", lives, _unit(probed), caption, zero=True),
+        *(origin_blocks(probed[-1].origins, probed[-1].momentum) if probed else ()),
     )
     return Section("Where the change comes from", "sources", "Sources", blocks=charts, page_only=True)
 

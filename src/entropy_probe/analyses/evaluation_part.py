@@ -1,14 +1,16 @@
-"""One half of an evaluation batch, as a batch of its own: what is said by it shares no noise with the other half."""
+"""A part of an evaluation batch, as a batch of its own: what one half says shares no noise with what the other does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from entropy_probe.analyses.policy import Policy
 from entropy_probe.estimators.baselines import PositionSums
+from entropy_probe.estimators.first_order import sequence_weights
 from entropy_probe.parallel.batch import LocalRows, add_up
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.types import Clusters, TokenScores
@@ -18,23 +20,30 @@ MIN_CLUSTERS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationHalf:
-    """A half of the clusters of a batch.
+class EvaluationPart:
+    """Some clusters of a batch.
 
     Attributes:
         rows: places of its sequences among this rank's rows of the batch.
-        local: their places in the half, and their clusters in it.
+        local: their places in the part, and their clusters in it.
         scores: their scores before the step.
-        positions: sums over the whole half.
+        positions: sums over the whole part.
+        clusters: which of the batch they are, increasing.
     """
 
     rows: Int[Tensor, " n"]
     local: LocalRows
     scores: TokenScores
     positions: PositionSums
+    clusters: Int[Tensor, " u"]
+
+    def sizes(self, policy: Policy) -> Float[Tensor, " u"]:
+        """Tokens or sequences of each cluster, times its sequences' weights."""
+        weights = sequence_weights(self.scores, policy.config.normalization).double()
+        return policy.ranks.sum(self.local.clusters.total(weights))
 
 
-def halved(clusters: Clusters, local: LocalRows, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationHalf]:
+def halved(clusters: Clusters, local: LocalRows, scores: TokenScores, ranks: Ranks, seed: int) -> list[EvaluationPart]:
     """Two random halves of a batch, of whose scores this rank has those of ``local``.
 
     Raises:
@@ -54,5 +63,5 @@ def halved(clusters: Clusters, local: LocalRows, scores: TokenScores, ranks: Ran
         own = Clusters(torch.searchsorted(ids, local.clusters.index[rows]), len(ids))
         places = LocalRows(torch.searchsorted(members, local.rows[rows]), len(members), own)
         some = scores.select(rows)
-        halves.append(EvaluationHalf(rows, places, some, add_up(ranks, PositionSums.of(some))))
+        halves.append(EvaluationPart(rows, places, some, add_up(ranks, PositionSums.of(some)), ids))
     return halves
