@@ -1,4 +1,4 @@
-"""Imports the libraries once; then each request is examined in forked processes that are watched from inside.
+"""Has the libraries loaded; each request is examined in forked processes that are watched from inside.
 
 Request: ``checkpoint``, ``base`` (or null), ``cwd``, ``environment``, and ``also``, further commands. Answer, for
 ``load`` (the function), ``json`` (``inspect --json``) and each of ``also`` (``table`` is ``inspect``): ``status`` (of
@@ -9,19 +9,20 @@ files moved, processes started, connections made.
 from __future__ import annotations
 
 import builtins
+import gc
 import io
 import json
 import os
 import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  imported once, here, so that no fork has to
 import torch
-import transformers  # noqa: F401
 
 import entropy_probe.cli
+import entropy_probe.cli.inspect
 from entropy_probe.checkpoints import load as hf_trainer
 
 WATCHED = (
@@ -109,16 +110,13 @@ def _be_child(request: dict[str, Any], what: str, names: dict[str, Path]) -> Non
     os._exit(0)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        request = json.loads(line)
+def serve(requests: Connection) -> None:
+    """Answer until None is asked."""
+    sys.dont_write_bytecode = True  # a module that a fork is the first to import would be a file it writes
+    gc.collect()
+    gc.freeze()  # what is here is not looked through in every fork
+    while (request := requests.recv()) is not None:
         answers = {"load": _in_fork(request, "load"), "json": _in_fork(request, "inspect")}
         for what in request["also"]:
             answers[what] = _in_fork(request, what)
-        sys.stdout.write(json.dumps(answers) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+        requests.send(answers)

@@ -65,6 +65,7 @@ def command(directory: Path, inputs: Inputs = INPUTS, fail: str = "", **settings
                     output = output.record(batch, [NOTE])
                 write("tokens.parquet", text)
                 write("results.json", make_result().model_dump_json())
+                write("halves/001.json", text)
                 write(VALIDATION_FILE, text)
         output.finish(lambda: (write("figures/parts.png", "drawn"), write("report.html", text)))
     return sampled
@@ -108,7 +109,7 @@ def test_an_error_keeps_what_took_long_and_says_so(tmp_path):
     for fail, said in (
         ("evaluation.parquet", kept.replace(f" rollouts.evaluation={out}/evaluation.parquet", "")),
         ("tokens.parquet", kept),
-        ("validation.json", f"the run itself is complete in {out}, only its validation is missing"),
+        ("validation.json", f"the run itself is complete in {out}, the same command goes on with its validation"),
     ):
         with pytest.raises(RuntimeError) as caught:
             command(out, fail=fail)

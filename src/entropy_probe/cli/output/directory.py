@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from entropy_probe.results.note import Note
 
 CONFIG_FILE = "config.yaml"
-FIGURES, POINTS, SHARDS, ANSWERS = "figures", "points", "evaluation", "answers"
-FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS)
+FIGURES, POINTS, SHARDS, ANSWERS, HALVES = "figures", "points", "evaluation", "answers", "halves"
+FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS, HALVES)
 ROLLOUT_FILES: dict[Batch, str] = {"update": "update.parquet", "evaluation": "evaluation.parquet"}
 LAST_FILES = {"run": RESULTS_FILE, "validate": VALIDATION_FILE, "sweep": SWEEP_FILE}
 NOUNS = {"run": "run", "validate": "validation", "sweep": "sweep"}
@@ -36,7 +36,7 @@ OWN_FILES = (
     *(REPORT_FILE, VALIDATION_FILE, RESULTS_FILE, SWEEP_FILE),
     *(f"{FIGURES}/{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")),
     *("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg", "sweeps.json", *TABLES, f"{POINTS}/[0-9]*.json"),
-    f"{ANSWERS}/*.json",
+    *(f"{ANSWERS}/*.json", f"{HALVES}/[0-9]*.json"),
     *(*ROLLOUT_FILES.values(), f"{SHARDS}/shard-*.parquet", CONFIG_FILE, INPUTS_FILE),
 )
 
@@ -122,7 +122,8 @@ class Output:
         if not self.writes:
             return
         unsaved = [] if self.config.save_rollouts else map(self.batch_file, ROLLOUT_FILES)
-        _delete([*_temporary_files(self.path), *self.shards.glob("shard-*")])
+        halves = (self.path / HALVES).glob("[0-9]*.json")
+        _delete([*_temporary_files(self.path), *self.shards.glob("shard-*"), *halves])
         _delete(file for file in unsaved if file.resolve() not in self.given)
         _delete_empty(self.path)
         if not (self.path / REPORT_FILE).is_file():
@@ -155,7 +156,7 @@ class Output:
     def _what_is_kept(self) -> str | None:
         saved = Inputs.load(self.path)
         if self.inputs.command == "validate" and (self.path / RESULTS_FILE).exists():
-            return f"the run itself is complete in {self.path}, only its validation is missing"
+            return f"the run itself is complete in {self.path}, the same command goes on with its validation"
         if not saved.rollouts:
             what = _what_took_long(self.path, saved)
             return what and f"the {what} are kept, the same command goes on with them"
