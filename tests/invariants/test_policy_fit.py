@@ -330,7 +330,9 @@ def test_a_sampler_with_another_adapter_is_told_from_one_that_rounds(trained, ha
     model = load_checkpoint(trained.checkpoint).model.eval()
     generator = torch.Generator().manual_seed(0)
     prompts, mask = torch.randint(3, 90, (48, 4), generator=generator), torch.ones(48, 16, dtype=torch.bool)
-    batch = Rollouts(torch.cat([prompts, prompts.repeat(1, 3)], 1), mask, mask & (torch.arange(16) > 3), torch.arange(48))
+    batch = Rollouts(
+        torch.cat([prompts, prompts.repeat(1, 3)], 1), mask, mask & (torch.arange(16) > 3), torch.arange(48)
+    )
     scorer = Scorer(model, 1.0, None)
     scorer.prepare(batch)
     scores = scorer.score(batch)
