@@ -12,11 +12,13 @@ from tests.processes import Process
 
 
 @pytest.fixture(scope="session")
-def examine(tmp_path_factory):
+def examine(tmp_path_factory, runs):
     """Ask the server to load and inspect a checkpoint; see ``tests/faults/server.py`` for the answer."""
     home = str(tmp_path_factory.mktemp("home"))
     asking, answering = Pipe()
-    server = Process(serve, answering, HOME=home, HF_HOME=home, COLUMNS="300")
+    whole = runs("lora")
+    intact = (str(whole.checkpoint(3)), str(whole.directory / "base"))
+    server = Process(serve, answering, *intact, HOME=home, HF_HOME=home, COLUMNS="300")
     answering.close()
 
     def ask(**request: Any) -> dict[str, Any]:
