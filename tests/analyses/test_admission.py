@@ -16,6 +16,7 @@ from entropy_probe.analyses.admission import (
     in_groups,
     joined,
 )
+from entropy_probe.rollouts.batch import LOGPROBS
 from tests.notes import texts
 
 END = 9
@@ -176,3 +177,18 @@ def test_responses_under_other_prompts_ids_are_noticed(ids, mixed):
         said = texts(admitted(given, merge=merge).notes)
         expected = [f"update: {mixed} prompt ids are each given to sequences with different prompts"] if mixed else []
         assert [text.partition(", which")[0] for text in said] == expected
+
+
+@pytest.mark.parametrize("name", LOGPROBS)
+def test_numbers_that_are_no_log_probabilities_are_named(name):
+    given = batch([[1, 2], [2, 1]], [[3, 4, 5], [3, 6, 7]], [0, 1], masks=[[1, 0, 1], [1, 1, 1]])
+    values = torch.full((2, 5), -1.0)
+    values[0, 3] = 9.0  # of a tool
+    assert not admitted(replace(given, **{name: values})).notes
+    values[1, 2:4] = torch.tensor([0.7, 0.004])  # the second is rounding
+    (text,) = texts(admitted(replace(given, **{name: values})).notes)
+    assert text.startswith(f"update: {name} are above 0 at 1 response tokens (0.7 at the most)")
+    values[1, 2:4] = torch.tensor([-9999.0, -100.0])
+    found = texts(admitted(replace(given, **{name: values})).notes)
+    of_sampler = [f"update: {name} are below -80 at 2 response tokens (-9999 at the most)"]
+    assert [text.partition(", as no")[0] for text in found] == ([] if name == "reference_logprobs" else of_sampler)

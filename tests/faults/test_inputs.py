@@ -49,7 +49,7 @@ def test_a_file_to_write(trained, way, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "remedy"), [(errno.ENOSPC, 1, "make room"), (errno.EACCES, 1, "permission")]
+    ("number", "code", "remedy"), [(errno.ENOSPC, 1, "make room"), (errno.EACCES, 2, "permission")]
 )
 def test_what_the_system_refuses(trained, tmp_path, monkeypatch, number, code, remedy):
     def refuse(*_):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from entropy_probe.estimators.uncertainty import is_grouped
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
-from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 from entropy_probe.types import Clusters
 
 Role = Literal["update", "evaluation", "batch"]
@@ -84,6 +84,17 @@ NO_END = NoteKind(
     "Keep the end token that the policy sampled, in the ids and in the mask. Where stop texts end the responses "
     "instead, set generation.stop to them.",
 )
+
+
+IMPOSSIBLE = NoteKind(
+    "impossible_logprobs",
+    "{batch}: {name} are {bound} at {tokens} response tokens ({worst:.4g} at the most), as no log-probability of a "
+    "sampled token is: they are something else, or of other tokens",
+    "Record natural logarithms of the probabilities that the tokens were drawn with; look for a mask or column that is "
+    "shifted, a sign, or a number that stands for none.",
+)
+MOST_LOGPROB, LEAST_LOGPROB = 0.01, -80.0
+"""What rounding leaves of 0; and what no token that a policy sampled has, however large its vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +167,7 @@ def admit(
     if role != "evaluation" and batch.advantages is not None and not bool(batch.advantages.any()):
         notes.append(NO_ADVANTAGES(batch=name))
     notes += _about_ends(batch, name, end_ids, longest, stop_texts)
+    notes += _about_logprobs(batch, name)
     return Admitted(replace(batch, prompt_ids=ids), notes, not_modelled)
 
 
@@ -238,6 +250,20 @@ def _about_masked_out(batch: Rollouts, role: Role) -> list[Note]:
             "too, so give these unmasked"
         )
     return [MASKED_OUT(masked=len(empty), responses=len(batch))] if len(empty) else []
+
+
+def _about_logprobs(batch: Rollouts, name: str) -> Iterable[Note]:
+    """Numbers that are no log-probabilities; a reference's may be as low as they like, since it did not sample."""
+    for column in LOGPROBS:
+        values = getattr(batch, column)
+        if values is None:
+            continue
+        own = values[batch.response_mask].double()
+        off = {"above 0": own > MOST_LOGPROB, f"below {LEAST_LOGPROB:g}": own < LEAST_LOGPROB}
+        for bound, at in list(off.items())[: 1 if column == "reference_logprobs" else 2]:
+            if bool(at.any()):
+                worst = own[at][own[at].abs().argmax()].item()
+                yield IMPOSSIBLE(batch=name, name=column, bound=bound, tokens=int(at.sum()), worst=worst)
 
 
 def end_tokens(model: nn.Module, more: Sequence[int] = ()) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from entropy_probe.cli.errors import describe
 from entropy_probe.cli.known_keys import suggestion, unknown_keys
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
-from entropy_probe.results.record import Settings
+from entropy_probe.results.record import Settings, file_errors
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
 MOST_SECONDS = 1e6
@@ -322,6 +322,7 @@ def with_paths(settings: Any) -> Any:
     return settings
 
 
+@file_errors()
 def load_config(
     path: Path | None,
     overrides: Iterable[str] = (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -57,6 +58,41 @@ def _kinds(annotation: Any) -> set[Any]:
     return {annotation} if not inner else set().union(*map(_kinds, inner))
 
 
+_REMEDIES = {
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room and give the same command again",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EROFS: "choose a path on a file system that can be written",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SHOWN = 300
+"""Characters of a path that are shown."""
+
+
+def file_error(error: OSError) -> str:
+    """What the system says of a file as one line, its path first, and what helps."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "a file"
+    path = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path[:_SHOWN])
+    kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    return f"{path}: the system says {error.strerror}; {_REMEDIES.get(error.errno or 0, 'check the path')}{kept}"
+
+
+@contextmanager
+def file_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """What the system refuses about a path, as bad input; a disk that is full while writing stays the system's error.
+
+    Raises:
+        ValueError: of that kind, in the words of :func:`file_error`.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.filename is None and error.errno in _FULL
+        if full or error.errno is None or isinstance(error, ConnectionError):
+            raise
+        raise kind(file_error(error)) from error
+
+
 RecordT = TypeVar("RecordT", bound=Record)
 SavedT = TypeVar("SavedT", bound="SavedRecord")
 
@@ -93,12 +129,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@file_errors()
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
+@file_errors()
 def read_record(kind: type[RecordT], path: Path, what: str, remedy: str) -> RecordT:
     """Read a record from its JSON file.
 
@@ -138,6 +176,7 @@ class SavedRecord(Record):
     left_out: ClassVar[Mapping[str, Any]] = {}
     """What the file does without, as pydantic's ``exclude``."""
 
+    @file_errors()
     def save(self, directory: str | Path) -> Path:
         """Write the record into ``directory`` (made if missing) and return the file's path.
 
@@ -149,6 +188,7 @@ class SavedRecord(Record):
         return path
 
     @classmethod
+    @file_errors()
     def load(cls: type[SavedT], directory: str | Path) -> SavedT:
         """Read a saved record from its directory or from the file itself.
 

@@ -54,6 +54,21 @@ _EXACT = 2.0**53
 _READABLE = ("none", "1", "2", "3")
 
 
+@contextmanager
+def _path_errors() -> Iterator[None]:
+    """What the system refuses about a path, as bad input; a disk that is full stays the system's error."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        where = str(error.filename).encode("unicode_escape").decode()
+        raise ValueError(
+            f"{where:.300}: the system says {error.strerror}; check the path and its permissions"
+        ) from error
+
+
+@_path_errors()
 def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | None = None) -> None:
     """Write a batch, one sequence per row; the file appears whole or not at all.
 
@@ -125,6 +140,7 @@ def _whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@_path_errors()
 def read_rollouts(path: Path) -> Rollouts:
     """Read a batch written by :func:`write_rollouts`, or a plain file with its columns.
 
