@@ -88,7 +88,7 @@ class Output:
         except BaseException as error:
             kept = self._what_is_kept() if self.writes else ""
             if kept is None:
-                self._clear()
+                clear(self.path, self.given)
             elif kept:
                 error.add_note(kept)
             raise
@@ -139,19 +139,11 @@ class Output:
             if self.resumes:
                 _delete([*_temporary_files(self.path), self.path / REPORT_FILE])
             else:
-                self._clear()
+                clear(self.path, self.given)
             self.inputs.save(self.path)
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
         except OSError as error:
             raise cannot_write(self.path, error) from error
-
-    def _clear(self) -> None:
-        """Delete all but given rollouts; last what the directory is recognised by, should this be interrupted."""
-        mark = self.path / (INPUTS_FILE if (self.path / INPUTS_FILE).exists() else RESULTS_FILE)
-        files = [file for file in _own_files(self.path) if file != mark and file.resolve() not in self.given]
-        _delete([*_temporary_files(self.path), *files])
-        _delete_empty(self.path)
-        _delete([mark])
 
     def _what_is_kept(self) -> str | None:
         saved = Inputs.load(self.path)
@@ -185,7 +177,7 @@ def open_output(
 def resume(config: RunConfig, inputs: Inputs) -> Output:
     """Compare what a directory holds with what is to be computed. Nothing is written or deleted."""
     path, new = config.output_dir, Output(config, inputs)
-    if config.overwrite and _is_ours(path):
+    if config.overwrite and is_ours(path):
         return new
     if config.overwrite or not (path / INPUTS_FILE).is_file():
         check_new(path, config.overwrite, "no result of an earlier run", new.given)
@@ -207,6 +199,15 @@ def resume(config: RunConfig, inputs: Inputs) -> Output:
     note = f"this {noun}, shown as it is" if finished else f"{kept} of this {noun}, which goes on with them"
     say(f"{path} holds {note}; --overwrite starts afresh")
     return Output(config, saved, resumes=True, finished=finished)
+
+
+def clear(directory: Path, given: Collection[Path] = ()) -> None:
+    """Delete all but given rollouts; last what the directory is recognised by, should this be interrupted."""
+    mark = directory / (INPUTS_FILE if (directory / INPUTS_FILE).exists() else RESULTS_FILE)
+    files = [file for file in _own_files(directory) if file != mark and file.resolve() not in given]
+    _delete([*_temporary_files(directory), *files])
+    _delete_empty(directory)
+    _delete([mark])
 
 
 def check_new(directory: Path, overwrite: bool, lacks: str, given: Collection[Path] = ()) -> None:
@@ -242,7 +243,7 @@ def unfinished(directory: Path) -> str | None:
     return f"{directory}: the {NOUNS[command]} is not finished{points}; give the same command again to resume it"
 
 
-def _is_ours(directory: Path) -> bool:
+def is_ours(directory: Path) -> bool:
     """Whether one of the commands wrote into a directory, be it a run of before there were inputs."""
     for record in (Inputs, ProbeResult):
         with suppress(ValueError):
