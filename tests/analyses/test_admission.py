@@ -6,38 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from entropy_probe import Rollouts
 from entropy_probe.analyses.admission import (
     admit,
-    after_end,
     draws_of,
     end_tokens,
     evaluation_clusters,
     in_groups,
     joined,
 )
-from entropy_probe.rollouts.batch import LOGPROBS
+from entropy_probe.analyses.columns import after_end
+from tests.analyses.batches import END, admitted, batch
 from tests.notes import texts
-
-END = 9
-
-
-def batch(prompts: list[list[int]], responses: list[list[int]], ids: list[int], masks=None, **more) -> Rollouts:
-    """Left-padded prompts with their responses, of which all is sampled unless a mask says otherwise."""
-    masks = masks or [[1] * len(r) for r in responses]
-    length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    rows = list(zip(prompts, responses, masks, strict=True))
-    return Rollouts(
-        torch.tensor([[0] * (length - len(p) - len(r)) + p + r for p, r, _ in rows]),
-        torch.tensor([[0] * (length - len(p) - len(r)) + [1] * len(p + r) for p, r, _ in rows]),
-        torch.tensor([[0] * (length - len(m)) + m for _, _, m in rows]),
-        torch.tensor(ids),
-        **more,
-    )
-
-
-def admitted(given: Rollouts, role="update", merge=True, end_ids=(), longest=None):
-    return admit(given, role, merge, end_ids, longest)
 
 
 def test_what_is_connected_gets_the_smallest_id():
@@ -177,18 +156,3 @@ def test_responses_under_other_prompts_ids_are_noticed(ids, mixed):
         said = texts(admitted(given, merge=merge).notes)
         expected = [f"update: {mixed} prompt ids are each given to sequences with different prompts"] if mixed else []
         assert [text.partition(", which")[0] for text in said] == expected
-
-
-@pytest.mark.parametrize("name", LOGPROBS)
-def test_numbers_that_are_no_log_probabilities_are_named(name):
-    given = batch([[1, 2], [2, 1]], [[3, 4, 5], [3, 6, 7]], [0, 1], masks=[[1, 0, 1], [1, 1, 1]])
-    values = torch.full((2, 5), -1.0)
-    values[0, 3] = 9.0  # of a tool
-    assert not admitted(replace(given, **{name: values})).notes
-    values[1, 2:4] = torch.tensor([0.7, 0.004])  # the second is rounding
-    (text,) = texts(admitted(replace(given, **{name: values})).notes)
-    assert text.startswith(f"update: {name} are above 0 at 1 response tokens (0.7 at the most)")
-    values[1, 2:4] = torch.tensor([-9999.0, -100.0])
-    found = texts(admitted(replace(given, **{name: values})).notes)
-    of_sampler = [f"update: {name} are below -80 at 2 response tokens (-9999 at the most)"]
-    assert [text.partition(", as no")[0] for text in found] == ([] if name == "reference_logprobs" else of_sampler)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from entropy_probe.analyses.columns import about_columns, about_ends
 from entropy_probe.estimators.uncertainty import is_grouped
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
-from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
+from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.types import Clusters
 
 Role = Literal["update", "evaluation", "batch"]
@@ -71,30 +72,6 @@ MASKED_OUT = NoteKind(
     "the others, which are not a random sample of the policy's responses",
     "Read the entropy as that of the responses the trainer keeps, or give evaluation rollouts with full masks.",
 )
-AFTER_END = NoteKind(
-    "after_end",
-    "{batch}: {tokens} response tokens of {affected} of {sequences} sequences follow an end token ({ids}) directly: "
-    "the policy did not sample them, but they count in every number",
-    "Let response_mask end with the end token: padding and the next turn's template are not the policy's.",
-)
-NO_END = NoteKind(
-    "no_end",
-    "{batch}: no response has an end token ({ids}), though {short} of {responses} are shorter than the longest "
-    "possible ({limit} tokens): entropy and gradients are of text that is cut off before its end",
-    "Keep the end token that the policy sampled, in the ids and in the mask. Where stop texts end the responses "
-    "instead, set generation.stop to them.",
-)
-
-
-IMPOSSIBLE = NoteKind(
-    "impossible_logprobs",
-    "{batch}: {name} are {bound} at {tokens} response tokens ({worst:.4g} at the most), as no log-probability of a "
-    "sampled token is: they are something else, or of other tokens",
-    "Record natural logarithms of the probabilities that the tokens were drawn with; look for a mask or column that is "
-    "shifted, a sign, or a number that stands for none.",
-)
-MOST_LOGPROB, LEAST_LOGPROB = 0.01, -80.0
-"""What rounding leaves of 0; and what no token that a policy sampled has, however large its vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +143,10 @@ def admit(
         notes += _about_masked_out(batch, role)
     if role != "evaluation" and batch.advantages is not None and not bool(batch.advantages.any()):
         notes.append(NO_ADVANTAGES(batch=name))
-    notes += _about_ends(batch, name, end_ids, longest, stop_texts)
-    notes += _about_logprobs(batch, name)
-    return Admitted(replace(batch, prompt_ids=ids), notes, not_modelled)
+    batch = replace(batch, prompt_ids=ids)
+    notes += about_ends(batch, name, end_ids, longest, stop_texts)
+    notes += about_columns(batch, name, keys)
+    return Admitted(batch, notes, not_modelled)
 
 
 def joined(ids: Int[Tensor, " N"], keys: Iterable[Hashable | None]) -> Int[Tensor, " N"]:
@@ -252,20 +230,6 @@ def _about_masked_out(batch: Rollouts, role: Role) -> list[Note]:
     return [MASKED_OUT(masked=len(empty), responses=len(batch))] if len(empty) else []
 
 
-def _about_logprobs(batch: Rollouts, name: str) -> Iterable[Note]:
-    """Numbers that are no log-probabilities; a reference's may be as low as they like, since it did not sample."""
-    for column in LOGPROBS:
-        values = getattr(batch, column)
-        if values is None:
-            continue
-        own = values[batch.response_mask].double()
-        off = {"above 0": own > MOST_LOGPROB, f"below {LEAST_LOGPROB:g}": own < LEAST_LOGPROB}
-        for bound, at in list(off.items())[: 1 if column == "reference_logprobs" else 2]:
-            if bool(at.any()):
-                worst = own[at][own[at].abs().argmax()].item()
-                yield IMPOSSIBLE(batch=name, name=column, bound=bound, tokens=int(at.sum()), worst=worst)
-
-
 def end_tokens(model: nn.Module, more: Sequence[int] = ()) -> tuple[int, ...]:
     """The ids that end a response, by the model's generation config or else its config, and more that are known."""
     for holder in ("generation_config", "config"):
@@ -273,34 +237,3 @@ def end_tokens(model: nn.Module, more: Sequence[int] = ()) -> tuple[int, ...]:
         if eos is not None:
             return tuple(sorted({*more, *([eos] if isinstance(eos, int) else eos)}))
     return tuple(sorted(set(more)))
-
-
-def after_end(batch: Rollouts, end_ids: Sequence[int]) -> Bool[Tensor, "N L"]:
-    """Response tokens behind an end token of the same run of sampled tokens.
-
-    Where a tool or the next turn comes in between (a gap in the mask), the policy was asked anew.
-    """
-    mask = batch.response_mask
-    ends = mask & torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype))
-    before = ends.cumsum(1) - ends.long()
-    run_starts = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-    return mask & (before > torch.where(run_starts, before, 0).cummax(1).values)
-
-
-def _about_ends(
-    batch: Rollouts, name: str, end_ids: Sequence[int], longest: int | None, stop_texts: bool
-) -> list[Note]:
-    notes: list[Note] = []
-    if not end_ids:
-        return notes
-    shown, behind = ", ".join(map(str, end_ids)), after_end(batch, end_ids)
-    if bool(behind.any()):
-        tokens, affected = int(behind.sum()), int(behind.any(1).sum())
-        notes.append(AFTER_END(batch=name, tokens=tokens, affected=affected, sequences=len(batch), ids=shown))
-    lengths = batch.response_lengths[batch.response_mask.any(1)]
-    limit = max(longest or 0, int(lengths.max()))
-    short = int((lengths < limit).sum())
-    ended = torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype)) & batch.response_mask
-    if short and not (stop_texts or bool(ended.any())):
-        notes.append(NO_END(batch=name, ids=shown, short=short, responses=len(lengths), limit=limit))
-    return notes

@@ -34,6 +34,7 @@ from entropy_probe.scoring.isolation import evaluating, hooked_parameters
 from entropy_probe.scoring.precision import precisions
 from entropy_probe.steps.adamw import Gradient, is_adam
 from entropy_probe.steps.copied import check_optimizer, optimizer_name
+from entropy_probe.steps.moments import unmoved_adapter
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
 
@@ -305,6 +306,9 @@ def open_policy(
         notes.append(NOT_IN_OPTIMIZER(tensors=strays))
     if hooked := hooked_parameters(parameters):
         notes.append(GRADIENT_HOOKS(parameters=len(hooked), name=hooked[0]))
+    starting = ((p, optimizer.state.get(p, {})) for name, p in parameters.items() if ".lora_B." in name)
+    if unmoved := unmoved_adapter(starting):
+        notes.append(unmoved)
     scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
     log = Log(notes, [])
     return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)

@@ -302,7 +302,9 @@ def _annotate(
     result: ProbeResult, notes: tuple[Note, ...], not_modelled: tuple[str, ...], seconds: dict[str, float]
 ) -> ProbeResult:
     """The result with what is known from elsewhere."""
+    from entropy_probe.results.note import distinct
+
     said = result.diagnostics
-    more = {"notes": (*said.notes, *notes), "not_modelled": (*said.not_modelled, *not_modelled)}
+    more = {"notes": (*said.notes, *distinct(notes, said.notes)), "not_modelled": (*said.not_modelled, *not_modelled)}
     diagnostics = said.model_copy(update=more)
     return result.model_copy(update={"diagnostics": diagnostics, "timing": seconds | result.timing})
