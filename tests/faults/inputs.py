@@ -73,6 +73,8 @@ def of_settings() -> Iterator[InputFault]:
         return InputFault("config", name, meet, line)
 
     most = "expected a number of at most"
+    yield fault("bytes that are no text", "checkpoint: .*expected text in UTF-8", checkpoint="caf\udce9")
+    yield fault("bytes that are no text, in a list", "stop: .*expected text in UTF-8", generation__stop=["\ud800"])
     yield fault("not a number", "probe.learning_rate: .*finite number, got nan", probe__learning_rate=NAN)
     yield fault("infinite number", "probe.max_grad_norm: .*finite number, got inf", probe__max_grad_norm=INFINITY)
     yield fault("negative number", "probe.temperature: .*greater than 0, got -1", probe__temperature=-1)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from entropy_probe.report.text import printable
-from entropy_probe.results.record import file_error
+from entropy_probe.results.record import FULL, file_error
 
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
 BAD_INPUT = 2
@@ -46,7 +46,7 @@ class ErrorsAsLines(TyperGroup):
         except OSError as error:
             if error.errno is None or isinstance(error, ConnectionError):
                 raise
-            _fail(file_error(error), error, BAD_INPUT if error.filename is not None else FAILURE)
+            _fail(file_error(error), error, FAILURE if error.filename is None or error.errno in FULL else BAD_INPUT)
         sys.exit(code or 0)
 
     def invoke(self, ctx: Any) -> Any:

@@ -25,7 +25,15 @@ LARGEST_WHOLE, LARGEST = 2**63 - 1, 2.0**127
 
 
 class Settings(Record):
-    """What a user sets: a number is one, which true and false are not, and one that tensors hold."""
+    """What a user sets: a number is one, which true and false are not, and one that tensors hold; text is in UTF-8."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_texts(cls, value: Any) -> Any:
+        for item in _items(value):
+            if isinstance(item, str | Path):
+                check_utf8(item)
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -40,6 +48,16 @@ class Settings(Record):
             if isinstance(item, int | float) and largest < abs(item) != float("inf"):  # pydantic refuses infinity
                 raise ValueError(f"expected a number of at most {largest:.4g}, got {item!s:.60}; correct it")
         return value
+
+
+def check_utf8(text: str | Path) -> None:
+    """Refuse text, or a path, that cannot be saved in a result.
+
+    Raises:
+        ValueError: if it has bytes that are not UTF-8.
+    """
+    if any("\ud800" <= c <= "\udfff" for c in str(text)):
+        raise ValueError(f"expected text in UTF-8, which results are saved in, got {str(text)!a:.200}; rename it")
 
 
 def _items(value: Any) -> Iterator[Any]:
@@ -64,7 +82,7 @@ _REMEDIES = {
     errno.EACCES: "change its permissions, or choose another path",
     errno.EROFS: "choose a path on a file system that can be written",
 }
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHOWN = 300
 """Characters of a path that are shown."""
 
@@ -87,8 +105,7 @@ def file_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.filename is None and error.errno in _FULL
-        if full or error.errno is None or isinstance(error, ConnectionError):
+        if error.errno in FULL or error.errno is None or isinstance(error, ConnectionError):
             raise
         raise kind(file_error(error)) from error
 
@@ -116,8 +133,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         with suppress(OSError):  # file systems need not sync directories
             _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # none where a disk is full
+            error.filename = str(path)
         raise
 
 

@@ -62,7 +62,7 @@ def _path_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        where = str(error.filename).encode("unicode_escape").decode()
+        where = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error.filename))
         raise ValueError(
             f"{where:.300}: the system says {error.strerror}; check the path and its permissions"
         ) from error
