@@ -283,8 +283,9 @@ class RunConfig(Settings):
         return self.model_copy(update=changes)
 
     def to_yaml(self) -> str:
-        """The settings as a YAML file that gives the same run; ``overwrite`` has to be asked for each time."""
-        return dump_yaml(self.model_dump(mode="json", exclude={"overwrite"}))
+        """The settings as a YAML file that gives the same run, without what has to be asked for each time."""
+        asked = {"overwrite": True, "generation": {"server": {"api_key_env"}}}
+        return dump_yaml(self.model_dump(mode="json", exclude=asked))
 
 
 class ValidateConfig(RunConfig):
@@ -353,6 +354,14 @@ def load_config(
         raise ValueError(
             f"{place}: overwrite: counts on the command line only, since a file may be somebody else's; leave it out, "
             "and pass --overwrite to replace an earlier run"
+        )
+    server: Any = settings
+    for key in ("generation", "server"):
+        server = server.get(key) if isinstance(server, dict) else None
+    if isinstance(server, dict) and server.get("api_key_env") is not None:
+        raise ValueError(
+            f"{place}: generation.server.api_key_env: counts on the command line only, since a file may be somebody "
+            "else's and send your key to its server; leave it out, and pass generation.server.api_key_env=NAME"
         )
     settings = apply_overrides(settings, [*overrides, *given])
     try:
