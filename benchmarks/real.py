@@ -2,8 +2,9 @@
 
 For each checkpoint: tokens per second of the sampling loop against ``generate`` at the same batch size; time and peak
 memory of the whole probe against one training gradient; the predicted change against the measured one at eight learning
-rates; how contributions and published scores rank what fresh responses say; the errors against those of the reference
-estimators, and against the number of evaluation sequences.
+rates; gradient, momentum and weight decay over the run, and the change from the step's own batch beside that from
+evaluation rollouts; how contributions and published scores rank what fresh responses say; the errors against those of
+the reference estimators, and against the number of evaluation sequences.
 
 Run ``python benchmarks/real.py`` (about three hours on two idle cores), or for some ``--checkpoints`` and ``--parts``.
 What is finished lies in ``runs/bench-real`` and is not computed again; an interrupted sweep goes on where it was. The
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,27 @@ def _row(point: Any) -> dict[str, Any]:
         "ess": point.realized and point.realized.ess_fraction,
         "status": point.status,
     }
+
+
+def changes(subject: Subject) -> dict[str, Any]:
+    """The change and its parts from the evaluation batch, and both changes from the step's own batch beside it."""
+    state, batches = subject.load()
+    probe = EntropyProbe(state.model, state.optimizer, ProbeConfig())
+    result = probe.run(update=batches["update"], evaluation=batches["own"], pool=True)
+    own, predicted, realized = result.pooled, result.predicted, result.realized
+    assert own is not None
+    assert predicted is not None
+    values = {
+        "entropy": result.entropy,
+        **result.components,
+        "predicted": predicted,
+        "realized": realized,
+        "committed": result.committed,
+        "own predicted": own.own,
+        "own realized": own.own_realized,
+    }
+    estimates = {name: x and [x.value, getattr(x, "se_evaluation", x.standard_error)] for name, x in values.items()}
+    return {"estimates": estimates, "z": own.z}
 
 
 def sizes(subject: Subject) -> dict[str, Any]:
@@ -194,6 +217,7 @@ PARTS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "sampling": sampling,
     "cost": cost,
     "rates": rates,
+    "changes": changes,
     "scores": scores,
     "variance": variance,
     "sizes": sizes,
@@ -234,7 +258,7 @@ def section(figures: dict[int, dict[str, dict[str, Any]]]) -> str:
         "Wall times are of a machine whose two cores others shared.",
         "",
     ]
-    for part, (title, head, rows) in TABLES.items():
+    for part, title, head, rows in TABLES:
         there = {step: parts[part] for step, parts in figures.items() if part in parts}
         if not there:
             continue
@@ -256,6 +280,20 @@ def _rate_rows(figure: dict[str, Any]) -> list[list[str]]:
         ]
         rows.append([f"{row['learning_rate']:.1e}", *values, "" if row["ess"] is None else f"{row['ess']:.1%}"])
     return rows
+
+
+PARTS_OF_STEP = ("entropy", "gradient", "momentum", "weight_decay", "predicted", "realized", "committed")
+BATCHES = ("predicted", "own predicted", "realized", "own realized")
+
+
+def _change_rows(names: tuple[str, ...], figure: dict[str, Any]) -> list[list[str]]:
+    estimates = figure["estimates"]
+    return [[format_estimate(*x) if (x := estimates.get(name)) else "" for name in names]]
+
+
+def _batch_rows(figure: dict[str, Any]) -> list[list[str]]:
+    (row,) = _change_rows(BATCHES, figure)
+    return [[*row, f"{figure['z']:.2f}"]]
 
 
 def _size_rows(figure: dict[str, Any]) -> list[list[str]]:
@@ -304,39 +342,57 @@ def _score_rows(figure: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], list[list[str]]]]] = {
-    "rates": (
+TABLES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[list[str]]]]] = [
+    (
+        "rates",
         "Predicted and measured on one update batch, errors from the evaluation batch",
         "| step | learning rate | predicted δH₁ | realized ΔH | difference | ESS |",
         _rate_rows,
     ),
-    "scores": (
+    (
+        "changes",
+        "The step, its parts, and what it and momentum after it come to; errors from the evaluation batch",
+        "| step | entropy | gradient | momentum | weight decay | predicted | realized | committed |",
+        partial(_change_rows, PARTS_OF_STEP),
+    ),
+    (
+        "changes",
+        "Both changes from the evaluation batch and from the 64 responses of the step, z of the two predictions",
+        "| step | predicted | own batch | realized | own batch | z |",
+        _batch_rows,
+    ),
+    (
+        "scores",
         "Rank correlations with the first-order contributions from as many fresh evaluation rollouts, over up to 400 "
         "halves of 32 update prompts and over their tokens; that of the contributions is the reliability",
         "| step | forecast | halves of the prompts | tokens |",
         _score_rows,
     ),
-    "variance": (
+    (
+        "variance",
         "Against surprisal with self-normalised weights, errors from the evaluation batch",
         "| step | change | ours | reference | variance, reference / ours |",
         _variance_rows,
     ),
-    "sizes": (
+    (
+        "sizes",
         "Errors against the size of the evaluation batch",
         "| step | sequences | δH₁, other update batches counted in | its error from E | realized ΔH |",
         _size_rows,
     ),
-    "cost": (
+    (
+        "cost",
         "Cost of the whole probe, generation excluded, over one training gradient on the evaluation batch",
         "| step | CPU time | peak memory, training gradient | peak memory, probe |",
         _cost_rows,
     ),
-    "sampling": (
+    (
+        "sampling",
         "Response tokens per CPU second, 64 sequences at a time",
         "| step | sampling loop / generate |",
         _sampling_rows,
     ),
-}
+]
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ def jaxtyped(typechecker, decorate=jaxtyping.jaxtyped):
 jaxtyping.jaxtyped = jaxtyped
 jaxtyping.install_import_hook("entropy_probe", "beartype.beartype")
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # no test takes the power away, and the disk takes its time
 
 pytest_plugins = ["tests.trained"]
 

@@ -63,6 +63,7 @@ def run_all(*processes: Process) -> list[str]:
 def _run(work: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], place: str) -> None:
     assert "transformers" in sys.modules, "tests.preloaded was not loaded where processes are forked from"
     os.environ.update(environment)
+    os.fsync = lambda descriptor: None  # it may be killed, but the power stays
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(place) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115

@@ -13,8 +13,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "entropy_probe"
 # What each part may import from this package, besides itself.
 ALLOWED = {
     "types": set(),
-    "rollouts": set(),
     "results": set(),
+    "rollouts": {"results"},
     "demo": set(),
     "estimators": {"types"},
     "parallel": {"types", "rollouts"},

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from entropy_probe.checkpoints import CheckpointError, CheckpointState, load_checkpoint
     from entropy_probe.config import ProbeConfig
     from entropy_probe.probe import EntropyProbe
+    from entropy_probe.results.changes import HorizonPoint, Horizons
     from entropy_probe.results.estimate import Estimate
-    from entropy_probe.results.horizons import HorizonPoint, Horizons
     from entropy_probe.results.probe import Predicted, ProbeResult, Realized
     from entropy_probe.results.step import StepVectors
     from entropy_probe.results.sweep import Sweep, SweepPoint
@@ -49,8 +49,8 @@ _HOME = {
     "CheckpointState": "checkpoints",
     "EntropyProbe": "probe",
     "Estimate": "results.estimate",
-    "HorizonPoint": "results.horizons",
-    "Horizons": "results.horizons",
+    "HorizonPoint": "results.changes",
+    "Horizons": "results.changes",
     "Predicted": "results.probe",
     "ProbeConfig": "config",
     "ProbeResult": "results.probe",

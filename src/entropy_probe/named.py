@@ -9,10 +9,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from entropy_probe.parallel.shards import local, sum_of_shards
-
-__all__ = ["NamedVector", "add", "dot", "norm", "scale"]
 
 NamedVector = Mapping[str, Tensor]
 
@@ -52,6 +51,21 @@ def add(*vectors: NamedVector) -> dict[str, Tensor]:
         for name, x in out.items():
             x += vector[name]
     return out
+
+
+def add_to(total: dict[str, Tensor], more: NamedVector) -> None:
+    """Add a vector to a running sum; neither need have every name, and tensors of the sum are not changed in place."""
+    for name, x in more.items():
+        total[name] = total[name] + x if name in total else x
+
+
+def gradient_of(value: Tensor, parameters: Mapping[str, Parameter], *, again: bool = False) -> dict[str, Tensor]:
+    """The gradient of a scalar by autograd; parameters that it does not reach are left out.
+
+    With ``again`` the graph is kept for another one.
+    """
+    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, retain_graph=again)
+    return {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 def scale(factor: float, a: NamedVector) -> dict[str, Tensor]:

@@ -13,18 +13,10 @@ token or nats per sequence, and every :class:`Estimate` says which. A negative c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-__all__ = ["Clusters", "TokenCoefficients", "TokenScores"]
-
-if TYPE_CHECKING:
-    Ids = Tensor
-else:
-    Ids = Any  # given as a tensor, an array or a list, of integers or strings; kept as a tensor
 
 
 @dataclass(frozen=True, eq=False)

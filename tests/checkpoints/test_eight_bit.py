@@ -274,6 +274,14 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "LAMB": (put("unorm_vec", torch.zeros(1)), "UnsupportedError", "bounds the step of each tensor"),
     "percentile clipping": (put("gnorm_vec", torch.zeros(100)), "UnsupportedError", "percentile clipping"),
     "AdEMAMix": (group(alpha=5.0, betas=(0.9, 0.999, 0.9999)), "UnsupportedError", "AdEMAMix"),
+    "AdEMAMix, whose scales are two": (
+        lambda p: [
+            group(alpha=5.0, betas=(0.9, 0.999, 0.9999))(p),
+            put("absmax1", lambda x: x.expand(2, -1).clone())(p),
+        ],
+        "UnsupportedError",
+        "AdEMAMix",
+    ),
     "settings of another": (group(momentum=0.9), "UnsupportedError", "settings of another .'momentum'"),
     "rate not finite": (group(lr=float("inf")), "InvalidValueError", "lr: expected a finite number"),
 }

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from entropy_probe import load_checkpoint
-from entropy_probe.checkpoints import MismatchError, inspect_checkpoint
+from entropy_probe.checkpoints import CheckpointError, MismatchError, inspect_checkpoint
 from tests.checkpoints.conftest import edit_tensors
 from tests.tiny import tiny_policy
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:`is_gradient:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft",
+    "ignore:`is_gradient:FutureWarning",
+    "ignore:torch.distributed is disabled:UserWarning",
+)
 TOKENS = torch.arange(1, 62, 5)[None]
 BASE_ROWS = 104
 """Six more than there are tokens."""
@@ -147,3 +154,130 @@ def test_a_tokenizer_beyond_the_saved_rows_is_refused(tmp_path, bases):
     (tmp_path / "tokenizer_config.json").write_text((bases[False] / "tokenizer_config.json").read_text())
     with pytest.raises(MismatchError, match="below the 107 rows of the embedding, got 107"):
         load_checkpoint(tmp_path, base_model=bases[False])
+
+
+def train(base: Path, adapter: dict[str, Any] | None, rows: int | None) -> tuple[Any, dict[str, Any]]:
+    """Two steps over all parameters; the model, and the optimizer's state with the parameters' numbers."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    if adapter is not None:
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **adapter))
+    optimizer = torch.optim.AdamW(model.train().parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    return model.eval(), optimizer.state_dict()
+
+
+def by_name(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name, _ in model.named_parameters()]
+    state = {names[i]: entry for i, entry in saved["state"].items()}
+    return {"state": state, "param_groups": [saved["param_groups"][0] | {"params": list(state)}]}
+
+
+def as_accelerate(place: Path, model: Any, saved: dict[str, Any]) -> None:
+    """What FSDP writes of an adapter: its tensors by peft's names, embeddings of other rows along."""
+    weights = model.state_dict()
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].save_pretrained(place)
+        weights = {name: x.clone() for name, x in get_peft_model_state_dict(model).items()}
+    dcp.save({"model": weights}, checkpoint_id=place / "pytorch_model_fsdp_0")
+    dcp.save({"optimizer": by_name(model, saved)}, checkpoint_id=place / "optimizer_0")
+
+
+def as_prime_rl(place: Path, model: Any, saved: dict[str, Any]) -> None:
+    """The whole model by its own names."""
+    dcp.save({"app": {"model": model.state_dict(), "optimizers": by_name(model, saved)}}, checkpoint_id=place)
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].save_pretrained(place)
+
+
+def as_verl(place: Path, model: Any, saved: dict[str, Any]) -> None:
+    """The same, of one rank, with what verl says of an adapter."""
+    torch.save(model.state_dict(), place / "model_world_size_1_rank_0.pt")
+    torch.save(saved, place / "optim_world_size_1_rank_0.pt")
+    if isinstance(model, PeftModel):
+        (place / "lora_train_meta.json").write_text(json.dumps({"r": 2, "lora_alpha": 8, "task_type": "CAUSAL_LM"}))
+    model.config.save_pretrained(place / "huggingface")
+
+
+ADAPTED = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("save", "adapter", "tied", "rows"),
+    [
+        (as_accelerate, SAVED_WHOLE, False, 107),
+        (as_accelerate, None, True, 107),
+        (as_prime_rl, ADAPTED, False, 98),
+        (as_prime_rl, NEW_TOKENS, True, None),
+        (as_verl, SAVED_WHOLE, False, 107),
+        *(
+            pytest.param(save, adapter, tied, rows, marks=pytest.mark.slow)
+            for save in (as_accelerate, as_prime_rl, as_verl)
+            for adapter in (None, ATTENTION, SAVED_WHOLE, ADAPTED, NEW_TOKENS)
+            for tied in (False, True)
+            for rows in (107, 98, None)
+            if not (save is as_verl and adapter is NEW_TOKENS)
+        ),
+    ],
+)
+def test_whole_models_and_shards_have_them_too(tmp_path, bases, save, adapter, tied, rows):
+    trained, saved = train(bases[tied], adapter, rows)
+    save(tmp_path, trained, saved)
+    for base in (bases[tied], *([None] if save is as_verl else ())):
+        state = load_checkpoint(tmp_path, base_model=base)
+        assert_policy(state, trained)
+        names = [name for name, _ in trained.named_parameters()]
+        assert len(state.optimizer.state) == len(saved["state"])
+        for index, entry in saved["state"].items():
+            own = state.optimizer.state[state.model.get_parameter(names[index])]
+            assert all(torch.equal(own[key], entry[key]) for key in ("exp_avg", "exp_avg_sq"))
+        said = [note.text for note in state.report.notes if note.code == "embeddings_along"]
+        if save is not as_verl or adapter is not None:
+            told = f"({rows} rows) are those that were saved, not the base model's ({BASE_ROWS} rows)"
+            assert [told in text for text in said] == [True] * (rows is not None and base is not None)
+
+
+def test_rows_of_an_embedding_need_a_configuration(tmp_path, bases):
+    trained, saved = train(bases[False], NEW_TOKENS, None)
+    as_verl(tmp_path, trained, saved)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: .* with the trainable_token_indices of training"):
+        load_checkpoint(tmp_path)
+    trained.peft_config["default"].save_pretrained(tmp_path)
+    assert_policy(load_checkpoint(tmp_path), trained)
+
+
+def test_a_configuration_of_other_rows_than_the_base_model_is_missed(tmp_path, bases):
+    """An adapter alone, on a model whose vocabulary training resized."""
+    trained, saved = train(bases[False], ATTENTION, 107)
+    as_verl(tmp_path, trained, saved)
+    own = {name: x for name, x in trained.state_dict().items() if ".lora_" in name}
+    torch.save(own, tmp_path / "model_world_size_1_rank_0.pt")
+    with pytest.raises(
+        MismatchError, match=r"vocabulary of the 104 rows .* got 107; .* pass as base_model the resized"
+    ):
+        load_checkpoint(tmp_path, base_model=bases[False])
+
+
+@pytest.fixture
+def group_of_one(tmp_path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [107, pytest.param(98, marks=pytest.mark.slow)])
+def test_shards_hold_the_same(tmp_path, bases, group_of_one, rows):
+    """Of new rows that no file has too, below copies that were trained."""
+    place = tmp_path / "checkpoint"
+    checkpoint(bases[False], place, SAVED_WHOLE, rows, save_embedding_layers=False)
+    whole, shards = (
+        dict(load_checkpoint(place, bases[False], shard=on).model.named_parameters()) for on in (False, True)
+    )
+    assert whole.keys() == shards.keys()
+    for name, parameter in whole.items():
+        torch.testing.assert_close(shards[name].full_tensor(), parameter, rtol=0, atol=0, equal_nan=True)

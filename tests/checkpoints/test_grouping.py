@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from entropy_probe.checkpoints import CheckpointError, MappingError, inspect_checkpoint, load_checkpoint
 from entropy_probe.checkpoints.manifest import MANIFEST_FILE
-from tests.checkpoints.conftest import assert_same, edit_optimizer, parameter_names
+from tests.checkpoints.conftest import assert_same, edit_optimizer, edit_tensors, parameter_names
 from tests.cli.conftest import invoke
 
 Names = Sequence[str]
@@ -66,6 +67,23 @@ def each_layer(names: Names) -> Sequence[Names]:
     return [[n for n in trained(names) if f"layers.{i}." in n] for i in (0, 1)]
 
 
+def backwards(names: Names) -> Sequence[Names]:
+    return list(reversed(each_layer(names)))
+
+
+def by_kind(names: Names) -> Sequence[Names]:
+    """What does not decay first, and embeddings last."""
+    whole, flat = ("model.embed_tokens.weight", "lm_head.weight"), [n for n in names if "norm" in n or "bias" in n]
+    return [flat, [n for n in names if n not in flat and n not in whole], list(whole)]
+
+
+def by_layer_and_kind(names: Names) -> Sequence[Names]:
+    """What is outside layers together."""
+    inside = [[n for n in names if f"layers.{i}." in n] for i in (1, 0)] + [[n for n in names if "layers" not in n]]
+    flat = [[n for n in own if "norm" in n or "bias" in n] for own in inside]
+    return [part for own, rest in zip(inside, flat, strict=True) for part in ([n for n in own if n not in rest], rest)]
+
+
 @pytest.mark.parametrize(
     ("run", "grouping", "rule"),
     [
@@ -79,6 +97,9 @@ def each_layer(names: Names) -> Sequence[Names]:
         ("full", lambda names: [names], "named-parameters + shapes"),
         ("full", embeddings_apart, "embeddings-apart + shapes + movement"),
         ("full", lambda names: [[n] for n in names], "groups-in-order + shapes + movement"),
+        ("lora", backwards, "groups-by-layer, backwards + shapes + movement"),
+        ("full", by_kind, "groups-by-embedding-and-decay + shapes + movement"),
+        ("full", by_layer_and_kind, "groups-by-layer-and-decay, backwards + shapes + movement"),
     ],
 )
 def test_a_rule_is_found_and_proven(runs, grouped, run, grouping, rule):
@@ -89,23 +110,47 @@ def test_a_rule_is_found_and_proven(runs, grouped, run, grouping, rule):
     assert state.report.movement.status == "consistent"
 
 
-def backwards(names: Names) -> Sequence[Names]:
-    return list(reversed(each_layer(names)))
+@pytest.mark.parametrize("named", [False, True], ids=["in order", "by name"])
+def test_a_list_of_all_parameters_has_the_frozen_ones(runs, grouped, named):
+    """They have no entry, and are as in the model that training started from."""
+    base = runs("full").directory / "base"
+    start = load_file(base / "model.safetensors")
+    place = grouped("full", lambda names: [names])
+    names = [n for n, _ in runs("full").load(2).model.named_parameters()]
+    frozen = [n for n in names if ".layers.0." in n]
+    edit_tensors(place / "model.safetensors", lambda tensors: tensors.update({n: start[n] for n in frozen}))
+    edit_optimizer(place, lambda saved: [saved["state"].pop(names.index(n)) for n in frozen])
+    if named:
+        edit_optimizer(place, lambda saved: saved["param_groups"][0].update(param_names=names))
+    state = load_checkpoint(place, base)
+    assert [n for n, p in state.model.named_parameters() if not p.requires_grad] == frozen
+    assert len(state.optimizer.state) == len(names) - len(frozen)
+    assert f"{len(frozen)} tensors without state, that are as in {base}, were frozen" in (
+        state.report.optimizer_state.mapping
+    )
+    with pytest.raises(MappingError, match="pass base_model"):
+        load_checkpoint(place)
 
 
-def backwards_full(names: Names) -> Sequence[Names]:
-    return [[n] for n in reversed(names)]
+def mixed(names: Names) -> Sequence[Names]:
+    one, other = each_layer(names)
+    mlps = [[n for n in layer if ".mlp." in n] for layer in (one, other)]
+    first = [n for n in one if n not in mlps[0]]
+    return [[*first, *mlps[1]], [n for n in other if n not in mlps[1]], mlps[0]]
 
 
-@pytest.mark.parametrize("stated", [{r"layers\.1\.": 0, r"layers\.0\.": 1}, "file"])
+MIXED = {r"layers\.1\.mlp|layers\.0\.self_attn": 0, r"layers\.1\.": 1, r"layers\.0\.": 2}
+
+
+@pytest.mark.parametrize("stated", [MIXED, "file"])
 def test_an_order_that_movement_contradicts_has_to_be_stated(runs, grouped, tmp_path, stated):
-    place = grouped("lora", backwards)
+    place = grouped("lora", mixed)
     with pytest.raises(MappingError, match=r"the movement of the weights contradicts it.* mapping: FILE"):
         load_checkpoint(place)
     if stated == "file":
         names = trained([n for n, _ in runs("lora").load(2).model.named_parameters()])
         stated = tmp_path / "names.txt"
-        stated.write_text("\n".join(n for group in backwards(names) for n in group))
+        stated.write_text("\n".join(n for group in mixed(names) for n in group))
     state = load_checkpoint(place, mapping=stated)
     assert_same(state, runs("lora").load(2))
     assert state.report.optimizer_state.mapping == "stated + shapes + movement (28 tensors)"
@@ -149,8 +194,8 @@ def test_names_that_are_there_are_not_stated_again(runs, copy_of):
 
 
 def test_the_commands_take_a_mapping(grouped):
-    place = grouped("lora", backwards)
-    stated = json.dumps({r"layers\.1\.": 0, r"layers\.0\.": 1})
+    place = grouped("lora", mixed)
+    stated = json.dumps(MIXED)
     assert invoke("inspect", place).exit_code == 2
     assert invoke("inspect", place, "--mapping", stated).exit_code == 0
     assert invoke("inspect", place, "--mapping", '{"lora": "first"}').exit_code == 2

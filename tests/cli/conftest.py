@@ -10,15 +10,29 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
 from entropy_probe.cli import app, main
+from entropy_probe.report import figures
 from tests.processes import Process
 
 SHARD = "entropy_probe.sampling.evaluation.SHARD_SEQUENCES"
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch) -> None:
+    """Figures are files without a picture, which takes half of a run's time here, unless marked ``drawn``."""
+    if "drawn" not in request.keywords:
+        leave_undrawn(monkeypatch)
+
+
+def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(figures, "_drawn", lambda charts: Mock())
+    patch.setattr(figures, "_rendered", lambda figure, kind, metadata: kind.encode())
 
 
 @pytest.fixture
@@ -57,7 +71,9 @@ def start(*args: Any, **environment: str) -> Process:
 
 def command_line(*args: str) -> None:
     sys.argv = ["entropy-probe", *args]
-    main()
+    with pytest.MonkeyPatch.context() as patch:
+        leave_undrawn(patch)
+        main()
 
 
 def killed_before(name: str, *args: str) -> None:

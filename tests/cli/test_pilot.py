@@ -7,7 +7,7 @@ import torch
 
 from entropy_probe import ProbeResult, Rollouts
 from entropy_probe.cli.pilot import decide
-from entropy_probe.results.draws import Draws
+from entropy_probe.results.probe import Draws
 from entropy_probe.sampling import EvaluationSettings
 from tests.cli.conftest import invoke
 from tests.invariants.hf_problems import rollouts

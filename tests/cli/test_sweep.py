@@ -109,6 +109,7 @@ def test_a_sweep_killed_before_any_file_appears_resumes_to_the_same_bytes(config
     assert contents(killed) == contents(whole)
 
 
+@pytest.mark.drawn
 def test_what_a_sweep_writes_and_shows(config, tmp_path):
     shown = sweep(config)
     out = tmp_path / "out"

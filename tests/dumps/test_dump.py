@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +220,58 @@ def test_folders_lead_to_the_step(tmp_path):
         read_dump((tmp_path / "empty").mkdir() or tmp_path / "empty")
     with pytest.raises(ValueError, match="found no such file"):
         read_dump(tmp_path / "nothing")
+
+
+def in_parts(whole: Path, *parts: str) -> Path:
+    """The lines of a file, cut into others beside or below it."""
+    lines = whole.read_text().splitlines(keepends=True)
+    whole.unlink()
+    for i, part in enumerate(parts):
+        file = whole.parent / part
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(lines[i :: len(parts)]))
+    return whole.parent
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "parts"),
+    [
+        (open_instruct, "open-instruct", ("run_rollouts_000000.jsonl", "run_rollouts_000001.jsonl")),
+        (verl, "verl", (f"step_{STEP}/part-0.jsonl", f"step_{STEP}/part-1.jsonl")),
+        (verifiers, "verifiers", (f"global_step_{STEP}/a.jsonl", f"global_step_{STEP}/b.jsonl")),
+    ],
+)
+def test_several_files_are_one_step(write, name, parts, tmp_path):
+    dump = read_dump(in_parts(write(tmp_path), *parts), after=STEP - 1)
+    assert isinstance(dump, Dump)
+    assert (dump.layout.name, dump.step, len(dump.samples)) == (name, STEP, 4)
+
+
+def test_compressed_files_are_unpacked(tmp_path):
+    whole = read_dump(nemo_rl(tmp_path)).convert().rollouts
+    file = tmp_path / f"train_data_step{STEP}.jsonl"
+    packed = gzip.compress(file.read_bytes())
+    file.unlink()
+    (tmp_path / f"{file.name}.gz").write_bytes(packed)
+    dump = read_dump(tmp_path, after=STEP - 1)
+    assert torch.equal(dump.convert().rollouts.input_ids, whole.input_ids)
+    (tmp_path / f"{file.name}.gz").write_bytes(packed[:-20])
+    with pytest.raises(ValueError, match=r"\.gz: expected an intact gzip file, got: .*; copy it again"):
+        read_dump(tmp_path)
+    (tmp_path / "1.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd and more")
+    with pytest.raises(ValueError, match=r"got what zstd compressed; unpack it \(zstd -d 1.jsonl.zst\)"):
+        read_dump(tmp_path / "1.jsonl.zst")
+
+
+def test_a_step_may_be_in_the_name_or_a_float_and_a_run_has_its_completions(tmp_path):
+    records = [json.loads(line) for line in verl(tmp_path).read_text().splitlines()]
+    jsonl(tmp_path / "4.jsonl", [{k: x for k, x in record.items() if k != "step"} for record in records])
+    jsonl(tmp_path / "5.jsonl", [record | {"step": 5.0} for record in records])
+    assert [read_dump(tmp_path / f"{step}.jsonl").step for step in (4, 5)] == [4, 5]
+    run = tmp_path / "run"
+    run.mkdir()
+    trl(run)
+    assert read_dump(run, after=STEP - 1).step == STEP
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_a_full_disk_is_said_at_the_next_step(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recorder, "_to_disk", full)
+    monkeypatch.setattr(recorder, "sync", full)
     kept = Recorder(tmp_path)
     kept.write(RECORD)
     with pytest.raises(OSError, match="No space left"):

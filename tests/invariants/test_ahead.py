@@ -7,7 +7,8 @@ import torch
 
 from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts
 from entropy_probe.analyses.policy_check import StaleRolloutsError
-from entropy_probe.integrations.live import logged_keys, probe_actor, prompt_shares, step_record
+from entropy_probe.integrations.live import logged_keys, probe_actor, prompt_shares
+from entropy_probe.results.live import StepRecord
 from tests.invariants.problems import batches
 from tests.notes import texts
 from tests.reference.enumeration import TEMPERATURE, TinyPolicy, trained_optimizer
@@ -139,7 +140,7 @@ def test_a_record_has_the_errors_of_this_very_step():
     ahead = probe_actor(model, optimizer, update, CONFIG)
     optimizer.step()
     result = ahead.taken()
-    record = step_record(7, result, seconds=0.5, log={"reward": 1.0})
+    record = StepRecord.of(result, 7, seconds=0.5, log={"reward": 1.0})
     assert result.predicted
     assert record.predicted
     assert record.predicted.standard_error == result.predicted.se_evaluation
@@ -148,7 +149,7 @@ def test_a_record_has_the_errors_of_this_very_step():
     assert keys["entropy_probe/seconds"] == 0.5
     assert keys["entropy_probe/ess"] == record.ess
     assert "entropy_probe/committed" not in keys  # its moments have seen the batch
-    assert logged_keys(step_record(8, None)) == {}
+    assert logged_keys(StepRecord(step=8)) == {}
 
 
 def test_a_live_step_of_float32_weights_is_not_rounded_whatever_they_hold():

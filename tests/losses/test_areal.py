@@ -52,6 +52,7 @@ def test_before_the_first_step_the_policy_is_the_old_one():
     [
         ({"behave_imp_weight_cap": 5.0}, r"loss\.behave_imp_weight_cap: input should be None, got 5\.0"),
         ({"m2_threshold": 0.04}, r"loss\.m2_threshold: input should be None, got 0\.04"),
+        (DECOUPLED | {"use_sapo_loss": True}, r"loss\.use_sapo_loss: expected it without use_decoupled_loss.*got both"),
         ({"prox_logp_method": "loglinear"}, r"loss\.prox_logp_method: input should be 'recompute' or 'metrics'"),
         ({"rejection_sampling": {"level": "batch"}}, r"loss\.rejection_sampling\.level: input should be 'token'"),
     ],

@@ -4,7 +4,7 @@ import pytest
 
 from entropy_probe.report import verdict
 from entropy_probe.report.sections.run import story
-from entropy_probe.results.horizons import HorizonPoint, Horizons
+from entropy_probe.results.changes import HorizonPoint, Horizons
 from entropy_probe.results.probe import Estimate
 from tests.report.results import make_cross_prompt, make_result
 
@@ -16,9 +16,9 @@ from tests.report.results import make_cross_prompt, make_result
         # different by 30%, but not by two paired errors
         ((-1e-3, 1e-4), (-0.7e-3, 1e-4), (0.3e-3, 1.6e-4), "agrees within error"),
         # different by many paired errors, but by less than 10%
-        ((-1e-3, 1e-4), (-0.95e-3, 1e-4), (0.5e-4, 1e-6), "agrees within error"),
+        ((-1e-3, 1e-4), (-0.95e-3, 1e-4), (0.5e-4, 1e-6), "agrees up to curvature"),
         # more than 10% of the prediction, less than 10% of its error
-        ((1e-6, 1e-3), (51e-6, 1e-5), (50e-6, 1e-6), "agrees within error"),
+        ((1e-6, 1e-3), (51e-6, 1e-5), (50e-6, 1e-6), "agrees up to curvature"),
         ((-1e-3, 1e-4), (-0.85e-3, 1e-4), (1.5e-4, 1e-5), "beyond the linear range"),
         ((-1e-3, 1e-4), (1e-3, 1e-4), (2e-3, 1e-5), "beyond the linear range"),
         # one of the two is distinguishable
@@ -74,6 +74,10 @@ def test_a_change_that_rounding_could_have_made_is_not_compared(predicted):
 def test_sentences_name_the_direction_and_the_size():
     fell = verdict(make_result((-1e-3, 1e-4), (-1.04e-3, 1e-4), (-4e-5, 1e-4)))
     assert "The entropy fell by 1.04e-3 nats/token" in fell.sentence
+    near = verdict(make_result((-1e-3, 1e-4), (-0.95e-3, 1e-4), (0.5e-4, 1e-6)))
+    assert near.sentence.endswith("as predicted, up to 5.00e-5 nats/token, which is 5.0% of the prediction.")
+    small = verdict(make_result((1e-6, 1e-3), (51e-6, 1e-5), (50e-6, 1e-6)))
+    assert small.sentence.endswith("which is 5.0% of its standard error.")
     opposite = verdict(make_result((-1e-3, 1e-4), (1e-3, 1e-4), (2e-3, 1e-5)))
     assert "rose by 1.00e-3" in opposite.sentence
     assert "predicted to fall" in opposite.sentence

@@ -16,7 +16,7 @@ from entropy_probe.sampling import (
     sample_evaluation,
     sample_update,
 )
-from entropy_probe.sampling.stopping import cut_at_stop
+from entropy_probe.sampling.responses import cut_at_stop
 from entropy_probe.scoring.forward import Scorer
 
 PROMPTS = [Prompt(i, text) for i, text in enumerate(["0", "012", "11"])]

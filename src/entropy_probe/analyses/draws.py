@@ -14,7 +14,7 @@ from entropy_probe.estimators.draws import between
 from entropy_probe.estimators.first_order import entropy
 from entropy_probe.estimators.realized import change
 from entropy_probe.parallel.batch import add_up
-from entropy_probe.results.draws import Draws
+from entropy_probe.results.probe import Draws
 from entropy_probe.types import Clusters
 
 

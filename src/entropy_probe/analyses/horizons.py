@@ -21,12 +21,12 @@ from entropy_probe.estimators import horizon as estimator
 from entropy_probe.estimators.first_order import FirstOrder, first_order
 from entropy_probe.estimators.realized import Change, change, per_decision
 from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, in_chunks
+from entropy_probe.results.changes import HorizonPoint, Horizons
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.horizons import HorizonPoint, Horizons
 from entropy_probe.results.note import NoteKind
 from entropy_probe.results.student import critical_value
 from entropy_probe.scoring.isolation import parameters_at
-from entropy_probe.scoring.slopes import token_slopes
+from entropy_probe.scoring.slopes import slope_method
 from entropy_probe.types import TokenScores
 
 NO_PROFILE = NoteKind(
@@ -112,8 +112,9 @@ def stated(prediction: Prediction) -> Prediction:
         return prediction
     policy, local = plan.policy, plan.evaluation.local
     with policy.clock.phase("profile of horizons") as progress, policy.on_rank(local):
-        given = (policy.scorer, plan.evaluation.rollouts, policy.parameters, plan.step.delta)
-        slopes = token_slopes(*given, SLOPE_TOLERANCE, progress, local.rows).slopes
+        rollouts, delta = plan.evaluation.rollouts, plan.step.delta
+        method = slope_method(policy.scorer, rollouts, policy.parameters, delta, SLOPE_TOLERANCE)
+        slopes = method.along(delta, rollouts.select(local.rows), progress).slopes
     ladder = estimator.horizons(int(plan.evaluation.rollouts.response_lengths.max()))
     along = [_predicted(prediction, slopes, horizon) for horizon in ladder]
     horizon = ladder[estimator.settled(along, critical_value(plan.evaluation.clusters.count - 1))]

@@ -38,9 +38,13 @@ def check_tied(model: StoredModel, mapping: ParameterMapping) -> None:
 def without_untrained(
     saved: SavedOptimizer, mapping: ParameterMapping, start: Path | None
 ) -> tuple[SavedOptimizer, ParameterMapping]:
-    """Without the parameters of full weights that a trainer listed though they were frozen."""
+    """Without the parameters of full weights that a trainer listed though they were frozen.
+
+    The Trainer's two groups list what trains, so there the loss did not reach them and may yet.
+    """
     lost = saved.never_trained
-    if not saved.lists_frozen or start is None or not lost:
+    may_be_frozen = saved.lists_frozen or saved.has_names or len(saved.sizes) == 1
+    if not may_be_frozen or start is None or not lost:
         return saved, mapping
     kept = [i for i in range(saved.num_parameters) if i not in lost]
     how = f"{mapping.how}; {len(lost)} tensors without state, that are as in {start}, were frozen"

@@ -246,6 +246,8 @@ DIALECTS = (
                 "kl_loss_coef kl_estimator_type use_entropy_loss entropy_loss_coef",
             ),
             **_under("trainer.algorithm.sapo", "tau_pos tau_neg"),
+            **_under("trainer.algorithm.cispo", "cispo_anchor cispo_eps_clip_low cispo_eps_clip_high"),
+            **_under("trainer.algorithm.dppo", "dppo_type delta_low delta_high"),
             **_under("trainer", "update_epochs_per_batch train_batch_size policy_mini_batch_size"),
         },
         {

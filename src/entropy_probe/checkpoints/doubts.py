@@ -96,8 +96,7 @@ OTHER_MODEL = NoteKind(
 )
 EMBEDDINGS_ALONG = NoteKind(
     "embeddings_along",
-    "the embeddings ({rows:.0f} rows) are those that were saved with the adapter, not the base model's "
-    "({base_rows:.0f} rows)",
+    "the embeddings ({rows:.0f} rows) are those that were saved, not the base model's ({base_rows:.0f} rows)",
     NOTHING_TO_DO,
 )
 EMBEDDINGS_CHANGED = NoteKind(

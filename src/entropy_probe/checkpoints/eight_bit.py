@@ -131,6 +131,8 @@ def _opened(where: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     other = next((what for key, what in _OTHERS.items() if key in tensors), None)
     if other is None and "state2" not in tensors:
         other = "that keeps no second moment (Lion, SGD, RMSprop, Adagrad)"
+    if other is None and getattr(tensors.get("absmax1"), "ndim", 1) > 1:
+        other = "with two first moments (AdEMAMix)"
     if other is not None:
         raise UnsupportedError(f"{where}: not supported: an optimizer of bitsandbytes {other}; {_OTHER_REMEDY}")
     expected = _STATE if tensors.keys() & {"qmap1", "absmax1", "qmap2", "absmax2"} else {"state1", "state2"}

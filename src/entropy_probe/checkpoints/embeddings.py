@@ -6,9 +6,9 @@ is adapted, and where it was asked to. They take the place of the base model's, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +16,15 @@ from torch import nn
 
 from entropy_probe.checkpoints.errors import MismatchError
 from entropy_probe.checkpoints.formats import Weights
+from entropy_probe.checkpoints.peft_names import name_in_base
+from entropy_probe.checkpoints.safe_read import read_json
 
 __all__ = ["SavedAlong", "check_covered", "embedding_rows", "resize_embeddings", "saved_along"]
-
-_PREFIX = "base_model.model."
-_INSIDE = re.compile(r"\.(?:base_layer|original_module|token_adapter\.base_layer)(?=\.)")
-"""How peft calls the module that it wraps."""
 
 
 @dataclass(frozen=True)
 class SavedAlong:
-    """Embeddings in an adapter's file that it did not train.
+    """Embeddings that the files have in place of the base model's, of other rows or as an adapter was saved.
 
     Attributes:
         rows: how many they have.
@@ -44,15 +42,40 @@ def embedding_rows(model: Any) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def resize_embeddings(model: Any, weights: Weights) -> frozenset[int]:
-    """Give a base model's embeddings the rows of those that peft saved along an adapter; without any do nothing.
+def configured_rows(config: Path) -> int | None:
+    """The rows of the embedding by a model's ``config.json``; None where there is none, or it does not say."""
+    told = read_json(config) if config.is_file() else {}
+    inner = told.get("text_config")
+    rows = told.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return rows if type(rows) is int else None
 
-    New rows are NaN until the adapter's file is loaded over them, so that nothing is computed from one that no file
-    has.
+
+def check_configured(config: Path, model: Any) -> None:
+    """Check that a base model has the rows that the checkpoint's own configuration says.
 
     Args:
-        model: the base model; it is changed.
-        weights: those of the adapter's file.
+        config: the checkpoint's ``config.json``, which may be missing.
+        model: the base model, with the rows of the embeddings in the checkpoint, if there are any.
+
+    Raises:
+        MismatchError: if not.
+    """
+    rows = configured_rows(config)
+    if rows not in (None, embedding_rows(model)):
+        raise MismatchError(
+            f"{config}: expected a vocabulary of the {embedding_rows(model)} rows of the base model's embedding, got "
+            f"{rows}; training resized it and did not save the embeddings, pass as base_model the resized model"
+        )
+
+
+def resize_embeddings(model: Any, weights: Weights) -> frozenset[int]:
+    """Give a model's embeddings the rows of those in its files or along an adapter; without any do nothing.
+
+    New rows are NaN until the files are loaded over them, so that nothing is computed from one that no file has.
+
+    Args:
+        model: the model, of an adapter the base; it is changed.
+        weights: those of the model's files, or of the adapter's by the names in a file of peft.
 
     Returns:
         The ``id`` of each parameter that was resized.
@@ -60,12 +83,11 @@ def resize_embeddings(model: Any, weights: Weights) -> frozenset[int]:
     Raises:
         MismatchError: if there are several numbers of rows.
     """
-    if not weights.pretrained:
-        return frozenset()
     layers = _layers(model)
     rows: dict[int, str] = {}
     for key, shape in weights.shapes.items():
-        if key.endswith(".weight") and _plain(key.replace(".modules_to_save.", ".")).removesuffix(".weight") in layers:
+        plain = name_in_base(key.replace(".modules_to_save.", "."))
+        if plain.endswith(".weight") and plain.removesuffix(".weight") in layers:
             rows.setdefault(shape[0], key)
     if len(rows) > 1:
         (some, one), (others, other) = list(rows.items())[:2]
@@ -117,7 +139,7 @@ def saved_along(weights: Weights, frozen: Collection[str], base_rows: int, base:
         base_rows: of the base model's embedding.
         base: its weights, where they are local.
     """
-    own = {_plain(name): tensor for name, tensor in weights.tensors.items() if name in frozen}
+    own = {name_in_base(name): tensor for name, tensor in weights.tensors.items() if name in frozen}
     changed = 0
     for name, stored in own.items():
         other = None if base is None else base.tensors.get(name)
@@ -133,8 +155,3 @@ def _layers(model: Any) -> dict[str, nn.Module]:
     """The embedding and the output layer, by their names in the model."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
-
-
-def _plain(key: str) -> str:
-    """A name in the base model, of one in an adapter's file."""
-    return _INSIDE.sub("", key.removeprefix(_PREFIX))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -26,11 +26,19 @@ from entropy_probe.checkpoints.confirm import (
     without_untrained,
 )
 from entropy_probe.checkpoints.directory import check_contained, find_optimizer, read_global_step
-from entropy_probe.checkpoints.embeddings import SavedAlong, embedding_rows, resize_embeddings, saved_along
+from entropy_probe.checkpoints.embeddings import (
+    SavedAlong,
+    check_configured,
+    configured_rows,
+    embedding_rows,
+    resize_embeddings,
+    saved_along,
+)
 from entropy_probe.checkpoints.errors import MissingFileError, UnsupportedError
 from entropy_probe.checkpoints.evidence import check_movement
 from entropy_probe.checkpoints.formats import CheckpointFormat, StoredTensor, Weights, home_of
 from entropy_probe.checkpoints.inner_adapter import (
+    as_in_file,
     base_among,
     configuration,
     name_among,
@@ -107,7 +115,8 @@ class StoredModel:
     adapter: AdapterFiles | None = None  # the adapter, and what it is put on; None for full weights
     configuration: str = ""  # the directory of the configuration of full weights
     embeddings: frozenset[str] = frozenset()  # the names of the embedding and output layer of full weights
-    along: SavedAlong | None = None  # embeddings that are taken from the adapter's file though it did not train them
+    # embeddings that are not the base model's: saved along an adapter that did not train them, or of other rows
+    along: SavedAlong | None = None
 
 
 @dataclass(frozen=True)
@@ -213,27 +222,61 @@ def _kind(path: Path) -> Literal["lora", "full"]:
     return "lora" if written_config(path) is not None else "full"
 
 
-def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any]) -> StoredModel:
-    path, directory, adapter = request.path, request.path, "default"
+def stored_base(request: Request) -> str | None:
+    """Where the model under an adapter is, by the adapter's own files; None for full weights."""
+    check_contained(request.path)
+    lora = _kind(request.path) == "lora"
+    return _stored_adapter(request, read_manifest(request.path)).base if lora else None
+
+
+class _StoredAdapter(NamedTuple):
+    """An adapter's files, and where the model under it is."""
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    weights: Weights
+    base: str
+    holds_base: bool  # the base model's weights are saved among the adapter's
+    base_alone: bool  # and no other is asked for
+
+
+def _stored_adapter(request: Request, manifest: Manifest | None) -> _StoredAdapter:
+    path, directory, name = request.path, request.path, "default"
     written = None if (path / "adapter_config.json").is_file() else written_config(path)
     if written is None:
-        adapter, directory = trained_adapter(path, request.adapter, manifest.adapter if manifest is not None else None)
+        name, directory = trained_adapter(path, request.adapter, manifest.adapter if manifest is not None else None)
         config = read_adapter_config(directory)
         weights = read_weights(directory, "adapter_model")
     else:
         weights = read_weights(path, "model")
         config = configuration(path, written, weights)
     if not weights.pretrained:
-        adapter = name_among(weights, request.adapter)
-    base, skeleton, quantization, under = _base(request, manifest, directory, config, weights, facts)
+        name = name_among(weights, request.adapter)
+    home = home_of(path)
+    holds = not weights.pretrained and any(".base_layer." in name for name in weights.tensors)
+    alone = holds and request.base_model is None and request.quantization is None and (home / "config.json").is_file()
+    given = home if alone else request.base_model
+    base = find_base(path, directory, given, config.get("base_model_name_or_path"))
+    return _StoredAdapter(name, directory, config, weights, base, holds, alone)
+
+
+def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any]) -> StoredModel:
+    stored = _stored_adapter(request, manifest)
+    adapter, directory, config, weights, base = stored[:5]
+    facts["base_model"] = base
+    skeleton, quantization, under = _base(request, manifest, stored)
     refuse_unmentioned(directory, quantization)
+    if not weights.pretrained:
+        weights = as_in_file(weights, adapter)
     base_names, base_rows = set(skeleton.state_dict()), embedding_rows(skeleton)
     resized = resize_embeddings(skeleton, weights)
+    check_configured(home_of(path) / "config.json", skeleton)
     check_vocabulary(request.tokenizer_home, base, skeleton)
     layout, expected = adapter_layout(skeleton, directory, adapter, config, weights, resized)
     of_base = read_weights(Path(base), "model") if quantization is None and has_weights(Path(base), "model") else None
     if not weights.pretrained:
-        weights, frozen = split_adapter(weights, expected, adapter, base_names)
+        weights, frozen = split_adapter(weights, expected, base_names)
         if of_base is not None:
             check_base(frozen, of_base)
     check_shapes(weights.files[0], weights.shapes, expected)
@@ -243,32 +286,23 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
 
 
 def _base(
-    request: Request,
-    manifest: Manifest | None,
-    directory: Path,
-    config: dict[str, Any],
-    weights: Weights,
-    facts: dict[str, Any],
-) -> tuple[str, nn.Module, FourBit | None, Weights | None]:
-    """The base model of an adapter: its place, skeleton and quantisation, and its weights if not those at its place.
+    request: Request, manifest: Manifest | None, stored: _StoredAdapter
+) -> tuple[nn.Module, FourBit | None, Weights | None]:
+    """The base model of an adapter: its skeleton and quantisation, and its weights if not those at its place.
 
     Those that were saved with the adapter's are taken where no others are given, and where the policy sampled with them
     is asked for.
     """
-    among, home = base_among(weights), home_of(request.path)
-    saved = not weights.pretrained and any(".base_layer." in name for name in weights.tensors)
-    alone = saved and request.base_model is None and request.quantization is None and (home / "config.json").is_file()
-    given = home if alone else request.base_model
-    base = facts["base_model"] = find_base(request.path, directory, given, config.get("base_model_name_or_path"))
-    if not alone:
+    base, among = stored.base, base_among(stored.weights)
+    if not stored.base_alone:
         trained = manifest.quantization if manifest is not None else None
         skeleton, quantization = base_skeleton(base, request.quantization, trained)
-        complete = saved and {name for name, _ in skeleton.named_parameters()} <= among.tensors.keys()
+        complete = stored.holds_base and {name for name, _ in skeleton.named_parameters()} <= among.tensors.keys()
         wanted = request.weights == "rounded" or not has_weights(Path(base), "model")
         if not (complete and wanted and quantization is None):
-            return base, skeleton, quantization, None
+            return skeleton, quantization, None
     check_finite(among)
-    return base, full_skeleton(base, among), None, among
+    return full_skeleton(base, among), None, among
 
 
 def _full_weights(request: Request) -> StoredModel:
@@ -284,7 +318,9 @@ def _full_weights(request: Request) -> StoredModel:
     skeleton = full_skeleton(home, weights)
     check_vocabulary(request.tokenizer_home, request.base_model, skeleton)
     embeddings = frozenset(embedding_names(skeleton))
-    return StoredModel(path, weights, layout_of(skeleton), configuration=home, embeddings=embeddings)
+    rows, told = embedding_rows(skeleton), configured_rows(Path(home) / "config.json")
+    along = SavedAlong(rows, told, 0) if told not in (None, rows) else None
+    return StoredModel(path, weights, layout_of(skeleton), None, home, embeddings, along)
 
 
 def _configuration(path: Path, base_model: str | Path | None) -> str:

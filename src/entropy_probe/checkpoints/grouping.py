@@ -22,6 +22,8 @@ Moved = Callable[[Names], str]
 """The status of the movement check for an assignment; ``inconclusive`` too where there is nothing to compare."""
 
 IN_ORDER = "groups-in-order"
+_BY = "groups-by-"
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head|embed_in|embed_out|wte)\.weight$")
 RECORD = (
     "record the names while training, with integrations.trl.ManifestCallback or an optimizer made from "
@@ -91,6 +93,54 @@ def other_rules(saved: SavedOptimizer, layout: Layout) -> dict[str, Rule]:
     }
 
 
+def kind_rules(saved: SavedOptimizer, layout: Layout) -> dict[str, Rule]:
+    """Groups of one kind of parameter each, all of which fit; those of equal shapes in the model's order or backwards.
+
+    Kinds are layers and what decays, as for a rate for each layer, with what is outside layers apart or together; and
+    embeddings and what decays. Nothing but the movement of the weights tells layers of equal shapes apart.
+    """
+    shapes = layout.shapes
+    decays = {name: len(shape) > 1 for name, shape in shapes.items()}
+    layers = {name: match[0] if (match := _LAYER.match(name)) else "" for name in shapes}
+    modules = {name: layer or name.rpartition(".")[0] for name, layer in layers.items()}
+    embeddings = {name: bool(".modules_to_save." in name or _EMBEDDING.search(name)) for name in shapes}
+    kinds = {"layer": (layers,), "layer-and-decay": (layers, decays), "module": (modules,)}
+    kinds |= {"module-and-decay": (modules, decays), "decay": (decays,), "embedding-and-decay": (embeddings, decays)}
+    rules = {}
+    for what, keys in kinds.items():
+        cells: dict[tuple[object, ...], list[str]] = {}
+        for name in shapes:
+            cells.setdefault(tuple(key[name] for key in keys), []).append(name)
+        for order, left in (("", list(cells.values())), (", backwards", list(cells.values())[::-1])):
+            groups = _in_groups(saved, left, shapes)
+            if groups is not None:
+                rules[f"{_BY}{what}{order}"] = Rule(groups)
+    return rules
+
+
+def _in_groups(
+    saved: SavedOptimizer, cells: list[list[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Names, ...] | None:
+    """For each group of the file the first of some cells, not taken yet, that has its shapes; None if one has none."""
+    groups: list[Names] = []
+    for group in saved.groups:
+        expected = [saved.shape(index) for index in group["params"]]
+        names = next(
+            (
+                cell
+                for cell in cells
+                if len(cell) == len(expected)
+                and all(got in (None, shapes[name]) for got, name in zip(expected, cell, strict=True))
+            ),
+            None if expected else [],
+        )
+        if names is None:
+            return None
+        cells = [cell for cell in cells if cell is not names]
+        groups.append(tuple(names))
+    return None if cells else tuple(groups)
+
+
 def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Names, str]:
     """The one assignment of entries to parameters that a rule gives, and which rule and evidence it was."""
     rules = grouping_rules(layout)
@@ -103,7 +153,7 @@ def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Na
             if len(rule.names) == saved.num_parameters and not wrong_shape(saved, rule.names, layout.shapes):
                 fitting.setdefault(rule.names, f"{name}, merged")
     if not fitting:
-        others = other_rules(saved, layout)
+        others = other_rules(saved, layout) | kind_rules(saved, layout)
         misfits |= {name: misfit(saved, rule, layout.shapes) for name, rule in others.items()}
         rules, fitting = rules | others, _distinct(others, misfits)
     elif len(fitting) == 1:
@@ -115,13 +165,14 @@ def match_rules(saved: SavedOptimizer, layout: Layout, moved: Moved) -> tuple[Na
         return agreeing[0], f"rule:{fitting[agreeing[0]]} + {proof} + movement ({saved.num_parameters} tensors)"
     if len(fitting) == 1:
         ((names, name),) = fitting.items()
-        if name in others and name != IN_ORDER and status[names] != "exchanged":
+        if name in others and not name.startswith((IN_ORDER, _BY)) and status[names] != "exchanged":
             return names, f"rule:{name} + {proof} ({len(names)} tensors)"
     tried = "; ".join(
         f"{name} ({' + '.join(str(len(g)) for g in rules[name].groups[:8])}): {problem or 'fits'}"
         for name, problem in misfits.items()
     )
-    got = "none does" if not fitting else f"{len(fitting)} different ones do"
+    got = {0: "none does", 1: "one does that nothing but movement can prove"}.get(len(fitting))
+    got = got or f"{len(fitting)} different ones do"
     sizes = " + ".join(map(str, saved.sizes)) if len(saved.sizes) <= 8 else f"{len(saved.sizes)} groups of"
     raise MappingError(
         f"{saved.path}: expected one assignment of its {sizes} entries to the model's parameters to fit, {got}; tried "

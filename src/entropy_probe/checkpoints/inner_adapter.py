@@ -11,10 +11,9 @@ from typing import Any
 from entropy_probe.checkpoints.adapters import check_adapter_config
 from entropy_probe.checkpoints.errors import InvalidValueError, MappingError, MissingFileError
 from entropy_probe.checkpoints.formats import StoredTensor, Weights, weights_of
+from entropy_probe.checkpoints.peft_names import PREFIX, is_adapters, is_wrapped, name_in_base, name_in_file
 
-_PREFIX = "base_model.model."
 _NAMED = re.compile(r"\.lora_(?:[AB]\.([^.]+)\.weight|embedding_[AB]\.([^.]+))$")
-_OWN = re.compile(r"\.(lora_\w+|modules_to_save)\b")
 
 
 def written_config(path: Path) -> dict[str, Any] | None:
@@ -29,9 +28,18 @@ def configuration(path: Path, written: Mapping[str, Any], weights: Weights) -> d
         return check_adapter_config(path, dict(written))
     if not all(type(written.get(key)) in (int, float) and written[key] > 0 for key in ("r", "lora_alpha")):
         raise InvalidValueError(f"{path}: expected r and lora_alpha of the adapter, got {dict(written)!r:.100}")
-    own = {name for name in weights.tensors if _OWN.search(name)}
-    modules = sorted({re.split(r"\.lora_", name)[0].removeprefix(_PREFIX) for name in own})
-    others = {_below(name).rpartition(".")[0] for name in weights.tensors.keys() - own if ".base_layer." not in name}
+    own = {name for name in weights.tensors if is_adapters(name)}
+    if any(".trainable_tokens_delta" in name for name in own):
+        raise MissingFileError(
+            f"{path / 'adapter_config.json'}: expected the configuration of an adapter that trains some rows of an "
+            "embedding, since no name says which, found none; write it with peft, with the trainable_token_indices of "
+            "training"
+        )
+    modules, whole = (
+        sorted({name.partition(mark)[0].removeprefix(PREFIX) for name in own if mark in name})
+        for mark in (".lora_", ".modules_to_save.")
+    )
+    others = {name_in_base(name).rpartition(".")[0] for name in weights.tensors.keys() - own if not is_wrapped(name)}
     ends = sorted({module.rpartition(".")[2] for module in modules})
     plain = not any(other.rpartition(".")[2] in ends for other in others)
     return {
@@ -40,6 +48,8 @@ def configuration(path: Path, written: Mapping[str, Any], weights: Weights) -> d
         "r": int(written["r"]),
         "lora_alpha": written["lora_alpha"],
         "target_modules": ends if plain else modules,
+        "modules_to_save": whole or None,
+        "use_dora": any(".lora_magnitude_vector." in name for name in own),
     }
 
 
@@ -59,31 +69,25 @@ def name_among(weights: Weights, asked: str | None) -> str:
 
 def base_among(weights: Weights) -> Weights:
     """The tensors that are not the adapter's, by the base model's names; trained biases of the base are among them."""
-    tensors = {_below(name): tensor for name, tensor in weights.tensors.items() if not _OWN.search(name)}
+    tensors = {name_in_base(name): tensor for name, tensor in weights.tensors.items() if not is_adapters(name)}
     return replace(weights, tensors=tensors)
 
 
-def _below(name: str) -> str:
-    """A name in the base model, of one in the model that peft built."""
-    return re.sub(r"\.(base_layer|original_module)\.", ".", name.removeprefix(_PREFIX))
+def as_in_file(weights: Weights, adapter: str) -> Weights:
+    """Weights by a model's own names, by those that a file of peft has."""
+    return replace(weights, tensors={name_in_file(name, adapter): x for name, x in weights.tensors.items()})
 
 
-def split_adapter(
-    weights: Weights, expected: Collection[str], adapter: str, base: Collection[str]
-) -> tuple[Weights, Weights]:
-    """Weights by a model's own names, as of an adapter's file, and the frozen base's among them by its own names.
+def split_adapter(weights: Weights, expected: Collection[str], base: Collection[str]) -> tuple[Weights, Weights]:
+    """Weights as of an adapter's file, and the frozen base's among them by its own names.
 
     Of the adapter's are those that are ``expected`` in its file, and those that are not in the ``base`` either.
     """
     own, frozen = dict[str, StoredTensor](), dict[str, StoredTensor]()
     for name, tensor in weights.tensors.items():
-        saved = (
-            name.replace(f".modules_to_save.{adapter}.", ".").removesuffix(f".{adapter}").replace(f".{adapter}.", ".")
-        )
-        saved = re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", saved)
-        below = _below(name)
-        kept = saved not in expected and below in base
-        (frozen if kept else own)[below if kept else saved] = tensor
+        below = name_in_base(name)
+        kept = name not in expected and below in base
+        (frozen if kept else own)[below if kept else name] = tensor
     return replace(weights, tensors=own), replace(weights, tensors=frozen)
 
 

@@ -14,7 +14,7 @@ from entropy_probe.checkpoints.adapters import Quantization
 from entropy_probe.checkpoints.directory import open_directory
 from entropy_probe.checkpoints.doubts import UNUSABLE, doubts_about, remarks_on
 from entropy_probe.checkpoints.errors import CheckpointError, MismatchError, UnsupportedError
-from entropy_probe.checkpoints.examine import Examined, Request, examine
+from entropy_probe.checkpoints.examine import Examined, Request, examine, stored_base
 from entropy_probe.checkpoints.libraries import random_state_kept
 from entropy_probe.checkpoints.manifest import verify_base
 from entropy_probe.checkpoints.mapping import StatedMapping
@@ -201,6 +201,28 @@ def report_on(examined: Examined, facts: Mapping[str, Any]) -> CheckpointReport:
         notes=(*doubts, *remarks_on(examined), *examined.run.notes()),
         **facts,
     )
+
+
+def base_model_of(
+    path: Path,
+    base_model: str | Path | None = None,
+    *,
+    adapter: str | None = None,
+    quantization: Quantization | None = None,
+) -> str | None:
+    """The directory or name of the model under an adapter, which :func:`load_checkpoint` takes; None for full weights.
+
+    Only the adapter's own files are read, of its weights names and shapes. Also None where they do not say it: loading
+    then says what is wrong, with what the other files tell.
+
+    Raises:
+        CheckpointError: if ``path`` is not a checkpoint directory at all.
+    """
+    request = Request(open_directory(path), base_model, adapter, quantization)
+    try:
+        return stored_base(request)
+    except CheckpointError:
+        return None
 
 
 @file_errors(CheckpointError)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from entropy_probe.checkpoints.errors import (
     MissingFileError,
     UnsafeFileError,
 )
+from entropy_probe.results.record import write_atomically
 
 MANIFEST_FILE = "entropy-probe-manifest.json"
 NEVER_READ = ("scheduler.pt", "rng_state")
@@ -218,9 +218,7 @@ def base_record(name: str, weights: Sequence[Path] | None, *, hashes: bool = Tru
 def write_manifest(directory: Path, manifest: Manifest) -> Path:
     """Write the manifest; it appears whole or not at all."""
     path = directory / MANIFEST_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode())
     return path
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.formats import StoredTensor, Weights
+from entropy_probe.checkpoints.peft_names import name_in_file
 from entropy_probe.parallel.shards import local, sharded_as
 
 Copy = Literal["masters", "rounded"]
@@ -41,7 +42,7 @@ def check_masters(
             raise InvalidValueError(
                 f"{where}: {name}: expected finite values, got NaN or infinity; training diverged before the save"
             )
-        key = name if adapter is None else name.replace(f".{adapter}", "", 1)
+        key = name if adapter is None else name_in_file(name, adapter)
         stored = weights.tensors[key].read() if key in weights.tensors else None
         if stored is None or torch.equal(stored, master.to(stored.dtype)):
             kinds |= set() if stored is None else {stored.dtype}

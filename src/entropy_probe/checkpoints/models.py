@@ -17,6 +17,7 @@ from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, U
 from entropy_probe.checkpoints.formats import Weights
 from entropy_probe.checkpoints.libraries import WithoutInitialization, one_line_errors, quiet
 from entropy_probe.checkpoints.parameters import Layout, layout_of, repeat_layers, thin_out, treats_layers_alike
+from entropy_probe.checkpoints.peft_names import name_in_base
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.checkpoints.weights import Shape, check_loaded, check_shapes, has_weights, read_weights
 
@@ -32,7 +33,8 @@ def full_skeleton(name: str, weights: Weights) -> nn.Module:
         raise UnsupportedError(f"{name}: not supported: quantised weights; pass unquantised ones")
     if weights.pretrained:
         return _skeleton(name, config, shapes, complete=True)
-    model = _skeleton(name, config, None, complete=True)
+    with torch.device("meta"):
+        model = untouched_of_rows(name, weights, torch.float32)
     # these are of the model's state as it was, in which a tied tensor may be under each of its names
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = every - {name for name, _ in model.named_parameters()}
@@ -130,6 +132,14 @@ def untouched(name: str, config: Any, dtype: torch.dtype) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
+def untouched_of_rows(name: str, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """The same for full weights, of the vocabulary that they have, whatever the configuration says."""
+    model = untouched(name, read_config(name, weights.shapes), dtype)
+    with quiet():
+        resize_embeddings(model, weights)
+    return model
+
+
 def _skeleton(name: str, config: Any, shapes: dict[str, Shape] | None, *, complete: bool) -> nn.Module:
     """The model without storage, checked against the tensors of its files; ``complete`` as in ``_from_pretrained``."""
     with torch.device("meta"):
@@ -156,16 +166,18 @@ def adapter_layout(
     """
     from peft import PeftConfig, PeftModel
 
+    below = set(base.state_dict())
     stacks = thin_out(base, config) if treats_layers_alike(config) else {}
     with one_line_errors(f"the adapter of {directory}"), quiet():
         adapter = PeftConfig.from_peft_type(**config)
         adapter.inference_mode = False
         model = PeftModel(base, adapter, name, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     in_file = {key: tuple(x.shape) for key, x in _adapter_state(model, name, False).items()}
-    if weights.pretrained:
-        check_covered(model, resized, weights)
-        along = {key: x for key, x in _adapter_state(model, name, True).items() if key in weights.tensors}
-        in_file |= {key: tuple(x.shape) for key, x in along.items()}
+    check_covered(model, resized, weights)
+    along = {key: x for key, x in _adapter_state(model, name, True).items() if key in weights.tensors}
+    if not (weights.pretrained or resized):  # a whole model's, of which the base's own are there once more
+        along = {key: x for key, x in along.items() if name_in_base(key) not in below}
+    in_file |= {key: tuple(x.shape) for key, x in along.items()}
     layout = layout_of(model)
     trained = layout.parameters
     lost = [key for key in trained if key.endswith(".base_layer.bias") and key not in in_file]
@@ -200,7 +212,7 @@ def load_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.dev
 def _filled(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A model built from its configuration, every tensor of the weights copied into it."""
     with device:
-        model = untouched(name, read_config(name, weights.shapes), dtype)
+        model = untouched_of_rows(name, weights, dtype)
     state = model.state_dict()
     for key, tensor in weights.tensors.items():
         state[key].copy_(tensor.read())

@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from entropy_probe.checkpoints.embeddings import resize_embeddings
 from entropy_probe.checkpoints.errors import InvalidValueError, MismatchError, UnsupportedError
 from entropy_probe.checkpoints.formats import Weights
-from entropy_probe.checkpoints.models import AdapterFiles, attach_adapter, read_config, untouched
+from entropy_probe.checkpoints.models import AdapterFiles, attach_adapter, read_config, untouched_of_rows
 from entropy_probe.checkpoints.weights import read_weights
-from entropy_probe.parallel.shards import count, local, sharded_as
+from entropy_probe.parallel.shards import local, sharded_as
 
 
 def shard_full(name: str, weights: Weights, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -36,7 +36,7 @@ def shard_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) 
     base_name, directory = adapter.base, adapter.directory
     base_weights = adapter.base_weights or read_weights(Path(base_name), "model")
     base: Any = _host_model(base_name, base_weights, dtype)
-    resize_embeddings(base, adapter.weights)
+    resized = resize_embeddings(base, adapter.weights)
     names = {id(p): name for name, p in base.named_parameters()}
     everywhere = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
     model = attach_adapter(base, adapter, dtype, torch.device("cpu"))
@@ -52,12 +52,9 @@ def shard_lora(adapter: AdapterFiles, dtype: torch.dtype, device: torch.device) 
     own = adapter.weights.tensors  # embeddings among them are the adapter's already
     places = {name: in_model[names[key]] for name, key in everywhere.items() if in_model[names[key]] not in own}
     others = {name: x for name, x in base_weights.tensors.items() if name in places or name not in everywhere}
-    _fill(replace(base_weights, tensors=others), {name: parameters[place] for name, place in places.items()})
-    bad = [name for name, p in model.named_parameters() if count(~torch.isfinite(p.detach()))]
-    if bad:
-        raise InvalidValueError(
-            f"{base_name}: {bad[0]}: expected finite values, got NaN or infinity; pass another copy"
-        )
+    # below copies of the adapter's own the base's embeddings keep their rows, and of new ones NaN, as unsharded
+    rows = {name: parameters[place].shape[0] for name, place in places.items() if everywhere[name] in resized}
+    _fill(replace(base_weights, tensors=others), {name: parameters[place] for name, place in places.items()}, rows)
     return model.eval()
 
 
@@ -65,7 +62,7 @@ def _host_model(name: str, weights: Weights, dtype: torch.dtype) -> nn.Module:
     config = read_config(name, weights.shapes)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"{name}: not supported: quantised weights in shards; load them on one device")
-    return untouched(name, config, dtype)
+    return untouched_of_rows(name, weights, dtype)
 
 
 def _shard(model: nn.Module, base: Any, device: torch.device) -> None:
@@ -81,8 +78,11 @@ def _shard(model: nn.Module, base: Any, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _fill(weights: Weights, parameters: Mapping[str, Parameter]) -> None:
-    """Write every tensor into the shards; ``parameters`` by the names of the files, tied ones by each."""
+def _fill(weights: Weights, parameters: Mapping[str, Parameter], rows: Mapping[str, int] | None = None) -> None:
+    """Write every tensor into the shards; ``parameters`` by the names of the files, tied ones by each.
+
+    Those of other ``rows`` than the files have are cut, or filled up with NaN.
+    """
     filled: set[int] = set()
     where = weights.files[0]
     for name, stored in weights.tensors.items():
@@ -93,6 +93,11 @@ def _fill(weights: Weights, parameters: Mapping[str, Parameter]) -> None:
             )
         p = parameters[name]
         value = stored.read()
+        if not torch.isfinite(value).all():
+            raise InvalidValueError(f"{where}: {name}: expected finite values, got NaN or infinity; pass another copy")
+        if rows and name in rows:
+            more = value.new_full((max(rows[name] - len(value), 0), *value.shape[1:]), torch.nan)
+            value = torch.cat([value[: rows[name]], more])
         if value.shape != p.shape:
             raise MismatchError(f"{where}: {name}: expected shape {list(p.shape)}, got {list(value.shape)}")
         own = local(sharded_as(value.to(p.device, p.dtype), p))

@@ -7,7 +7,7 @@ has elements of. Stage 3 cuts every parameter by itself, fills the last piece up
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,29 @@ class Buffers:
         ]
         slices = [_slices(file, own[0]["slices"]) for file, own in zip(files, ranks, strict=True)]
         return cls(kept, masters, numbers, slices)
+
+    def in_order(self, shapes: Shapes) -> Buffers:
+        """With slices by the order of a group's parameters, which is that of the buffers, where theirs is another.
+
+        With ``round_robin_gradients`` DeepSpeed reorders the parameters before it flattens them, and goes by the order
+        before when it writes slices down.
+        """
+        starts = ((rank, start, name) for rank, own in enumerate(self.slices) for name, (_, start) in own.items())
+        told = list(dict.fromkeys(name for *_, name in sorted(starts)))
+        if set(told) != shapes.keys() or told == list(shapes):
+            return self
+        slices: list[dict[str, tuple[int, int]]] = [{} for _ in self.masters]
+        rank = at = 0
+        for name, shape in shapes.items():
+            left = prod(shape)
+            while left and rank < len(slices):
+                number = min(left, len(self.masters[rank]) - at)
+                if number:
+                    slices[rank][name] = number, at
+                left, at = left - number, at + number
+                if left:
+                    rank, at = rank + 1, 0
+        return replace(self, slices=slices)
 
     def pieces(self, key: str) -> list[Tensor]:
         """Each rank's buffer under a key, ``master`` for the weights."""

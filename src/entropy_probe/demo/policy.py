@@ -10,7 +10,6 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["EOS", "PAD", "Architecture", "build_model", "build_tokenizer"]
 
 Architecture = Literal["qwen2", "qwen3", "llama"]
 PAD, EOS = "<pad>", "<eos>"

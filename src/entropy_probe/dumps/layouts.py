@@ -151,6 +151,7 @@ LAYOUTS = (
         "verl",
         frozenset({"input", "output", "score"}),
         _fields("step prompt=input response=output reward=score"),
+        step_in_name=r"^(\d+)\.jsonl",
         rendered="plain",
     ),
     Layout(

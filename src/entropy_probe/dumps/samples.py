@@ -168,10 +168,10 @@ def _number(field: str | None, value: Any, missing: float | None = None) -> floa
 
 
 def _whole(field: str | None, value: Any) -> int | None:
-    """A count; ms-swift writes its step as text."""
+    """A count; ms-swift writes its step as text, pandas as a float where some are missing."""
     if value is None:
         return None
-    text = str(value)
+    text = str(value).removesuffix(".0")
     if not text.isdigit():
         raise ValueError(f"{field}: expected a whole number, got {value!r:.60}")
     return int(text)

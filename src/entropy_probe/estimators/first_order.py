@@ -19,7 +19,7 @@ from entropy_probe.estimators.baselines import (
     position_baseline,
     strictly_after,
 )
-from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, ratio
+from entropy_probe.estimators.uncertainty import ClusterSums, Sampled, check_prompts, ratio
 from entropy_probe.types import Clusters, TokenCoefficients, TokenScores
 
 Normalization = Literal["token", "sequence"]
@@ -173,11 +173,7 @@ def update_standard_error(contributions: Float[Tensor, " B"]) -> float:
         ValueError: with fewer than two prompts.
     """
     prompts = contributions.numel()
-    if prompts < 2:
-        raise ValueError(
-            f"update batch: expected at least 2 independent prompts for a standard error, got {prompts}; "
-            "give responses to more prompts"
-        )
+    check_prompts(prompts)
     return (prompts * contributions.double().std() / prompts**0.5).item()
 
 

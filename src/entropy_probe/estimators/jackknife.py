@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from entropy_probe.estimators.uncertainty import check_prompts
 from entropy_probe.types import Clusters
 
 MAX_BLOCKS = 16
@@ -40,11 +41,7 @@ def jackknife_standard_error(
         ValueError: with fewer than two blocks.
     """
     blocks = left_out.numel()
-    if blocks < 2:
-        raise ValueError(
-            f"update batch: expected at least 2 independent prompts for a standard error, got {blocks}; "
-            "give responses to more prompts"
-        )
+    check_prompts(blocks)
     share = sizes.double() / sizes.sum()
     h = 1 / share
     pseudo = h * value - (h - 1) * left_out.double()

@@ -80,6 +80,19 @@ class Sampled:
         return Sampled(self.value - other.value, self.influence - other.influence)
 
 
+def check_prompts(prompts: int) -> None:
+    """Make sure that the update batch has prompts enough for an error.
+
+    Raises:
+        ValueError: with fewer than two.
+    """
+    if prompts < 2:
+        raise ValueError(
+            f"update batch: expected at least 2 independent prompts for a standard error, got {prompts}; "
+            "give responses to more prompts"
+        )
+
+
 def ratio(numerator: Float[Tensor, " U"], denominator: Float[Tensor, " U"]) -> Sampled:
     """``sum(a) / sum(b)`` over clusters, with influence ``(a_u - r b_u) / mean(b)``.
 

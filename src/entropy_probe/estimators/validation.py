@@ -120,11 +120,7 @@ def score(forecast: Forecast, changes: Changes, *, crossed: bool, seed: int) -> 
     The ceiling, ``sqrt(reliability of the forecast x reliability of the changes)``, bounds the correlation of what is
     known with independent noise (Spearman, 1904). A forecast without evaluation rollouts has reliability 1.
 
-    Args:
-        forecast: one of them.
-        changes: what was measured.
-        crossed: whether the forecast is from the rollouts of the changes.
-        seed: of the draws.
+    ``crossed`` is for a forecast from the rollouts of the changes; ``seed`` is that of the draws.
 
     Returns:
         ``None`` where all forecasts or all changes are equal.

@@ -22,15 +22,13 @@ from entropy_probe.gradients.per_sample import (
     stored_bytes,
 )
 from entropy_probe.gradients.rows import flat, sum_over_columns
-from entropy_probe.named import NamedVector, dot
+from entropy_probe.named import NamedVector, add_to, dot
 from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.parallel.shards import local, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.isolation import as_a_function, differs_in_training
 from entropy_probe.types import TokenCoefficients
-
-__all__ = ["CrossProducts", "cross_products", "gradient_pair", "own_products"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +104,11 @@ def cross_products(
         return _one_side_stored(differentiate, x, y, scale, how, ranks)
     with ranks.agreeing():
         totals, diagonal = _totals(scorer, parameters, rollouts, clusters, x, y, scale)
-    return _two_passes(differentiate, x, y, scale, [_added(t, scale, ranks) for t in totals], diagonal)
+    x_total, y_total = (_added(total, scale, ranks) for total in totals)
+    toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
+    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, is_loss=True, directions=[toward_x])])
+    how = "two passes, since the gradients of all clusters exceed max_stored_gradient_gib"
+    return CrossProducts(left.dots[0], right.dots[0], diagonal, dot(x_total, y_total), y_total, None, how)
 
 
 def _added(total: Mapping[str, Tensor | None], scale: NamedVector, ranks: Ranks) -> dict[str, Tensor]:
@@ -166,18 +168,15 @@ def _totals(
     scale: NamedVector,
 ) -> tuple[list[dict[str, Tensor | None]], Tensor]:
     """``sum X``, ``sum Y`` and the diagonal, cluster by cluster."""
-    totals: list[dict[str, Tensor | None]] = [dict.fromkeys(scale), dict.fromkeys(scale)]
+    totals: list[dict[str, Tensor]] = [{}, {}]
     counts = clusters.bincount().tolist()
     diagonal = torch.zeros(len(counts), dtype=torch.float64)
     for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-        gradients = gradient_pair(scorer, parameters, rollouts, rows, x, y)
-        for total, side in zip(totals, gradients, strict=True):
-            for name, g in side.items():
-                wide, seen = g.to(torch.promote_types(g.dtype, torch.float32)), total[name]
-                total[name] = wide if seen is None else seen + wide
-        left, right = gradients
+        left, right = gradient_pair(scorer, parameters, rollouts, rows, x, y)
+        for total, side in zip(totals, (left, right), strict=True):
+            add_to(total, {name: g.to(torch.promote_types(g.dtype, torch.float32)) for name, g in side.items()})
         diagonal[unit] = _product(left, {name: scale[name] * y for name, y in right.items()})
-    return totals, sum_of_shards(diagonal, scale.values())
+    return [{name: total.get(name) for name in scale} for total in totals], sum_of_shards(diagonal, scale.values())
 
 
 def own_products(
@@ -192,15 +191,8 @@ def own_products(
 ) -> Float[Tensor, "2 K U"]:
     """``<X_u, v>`` and ``<sum X, v>`` for vectors ``v`` that depend on ``Y_u``, a cluster at a time.
 
-    Args:
-        scorer: as for :func:`cross_products`.
-        parameters: as there.
-        rollouts: as there.
-        clusters: as there.
-        x: as there.
-        y: as there.
-        x_total: ``sum X``, over all ranks.
-        vectors: makes a cluster's vectors from its number here and ``Y_u``, which need not reach every parameter.
+    What :func:`cross_products` takes is the same here. ``x_total`` is ``sum X`` over all ranks; ``vectors`` makes a
+    cluster's vectors from its number here and ``Y_u``, which need not reach every parameter.
     """
     summed, products = {name: t for name, t in x_total.items() if t is not None}, []
     for unit, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
@@ -225,15 +217,9 @@ def gradient_pair(
     x: TokenCoefficients,
     y: TokenCoefficients,
 ) -> list[dict[str, Tensor]]:
-    """The gradients of both sides over some rows; in one forward pass unless training differentiates otherwise.
+    """The gradients of a surrogate and a loss over some rows.
 
-    Args:
-        scorer: the policy.
-        parameters: what to differentiate with respect to, by name.
-        rollouts: the batch.
-        rows: of it.
-        x: a surrogate.
-        y: a loss.
+    They are taken in one forward pass, unless training differentiates otherwise.
     """
     given = (scorer, parameters, rollouts, rows)
     if not differs_in_training(scorer.model, parameters):
@@ -241,19 +227,3 @@ def gradient_pair(
     with as_a_function(scorer.model):
         slope = cluster_backward(*given, [x])
     return slope + cluster_backward(*given, [y])
-
-
-def _two_passes(
-    differentiate: Callable[[list[Side]], list[SampleGradients]],
-    x: TokenCoefficients,
-    y: TokenCoefficients,
-    scale: NamedVector,
-    totals: list[dict[str, Tensor]],
-    diagonal: Tensor,
-) -> CrossProducts:
-    x_total, y_total = totals
-    toward_y, toward_x = ({name: scale[name] * t for name, t in side.items()} for side in (y_total, x_total))
-    left, right = differentiate([Side(x, directions=[toward_y]), Side(y, is_loss=True, directions=[toward_x])])
-    unscaled = dot(x_total, y_total)
-    how = "two passes, since the gradients of all clusters exceed max_stored_gradient_gib"
-    return CrossProducts(left.dots[0], right.dots[0], diagonal, unscaled, y_total, None, how)

@@ -8,8 +8,8 @@ applies itself, has its own; any other layer is called again on each cluster's s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +23,18 @@ from entropy_probe.gradients.layers import (
     Sink,
     UnhookableError,
     call_again,
-    detach,
+    in_tensors,
     linear,
     rule_for,
     tolerance,
 )
+from entropy_probe.named import add_to, gradient_of
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import hooked_parameters, of_this_thread
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
-
-__all__ = ["Hooks", "hookable", "hooked_backward"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +53,9 @@ class Hooks:
         rules = [rule for rule, _ in self.layers.values()]
         again = sorted(name for rule, names in self.layers.values() if rule is call_again for name in names.values())
         if again:
-            return f"hooks; by autograd: {_list(again)}"
+            more = f" and {len(again) - 3} more" if len(again) > 3 else ""
+            return f"hooks; by autograd: {', '.join(again[:3])}{more}"
         return "linear-layer hooks" if all(rule is linear for rule in rules) and not self.head else "hooks"
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _Hook(torch.autograd.Function):
@@ -93,16 +89,11 @@ class _Hooked:
         self.current = 0
         self.reading = False
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        handles = [
-            layer.register_forward_hook(of_this_thread(self._hook), with_kwargs=True) for layer in self.hooks.layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def attached(self) -> ExitStack:
+        stack = ExitStack()
+        for layer in self.hooks.layers:
+            stack.enter_context(layer.register_forward_hook(of_this_thread(self._hook), with_kwargs=True))
+        return stack
 
     def _hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         if self.reading:  # a rule calls its layer again
@@ -113,7 +104,8 @@ class _Hooked:
             raise UnhookableError(layer, "was not called on [sequences, tokens, features]")
         if rule is not call_again and (len(args) != 1 or kwargs or args[0].shape[:2] != output.shape[:2]):
             raise UnhookableError(layer, "was not called on one [sequences, tokens, features]")
-        call = Call(layer, names, detach(args), detach(kwargs), output.detach().clone() if rule is call_again else None)
+        args, kwargs = (in_tensors(lambda x: x.detach(), given) for given in (args, kwargs))
+        call = Call(layer, names, args, kwargs, output.detach().clone() if rule is call_again else None)
         return _Hook.apply(output, self.anchor, call, self._read)  # pyright: ignore[reportReturnType]
 
     def _read(self, call: Call, gradient: Tensor) -> None:
@@ -166,14 +158,8 @@ def hooked_backward(
 ) -> None:
     """One forward pass with hooks, then one backward pass per surrogate.
 
-    Args:
-        scorer: the policy.
-        hooks: how to read gradients, from :func:`hookable`.
-        batch: rows that each belong to one cluster.
-        coefficients: of the surrogates.
-        clusters: the cluster of each row of the microbatch.
-        sinks: where the gradients of each surrogate go.
-        sheet: where the scores of the tokens go.
+    Each row of the microbatch belongs to one of the ``clusters``, ``[rows]``. The gradients of each surrogate go to its
+    sink, the scores of the tokens to the sheet.
     """
     anchor = torch.zeros((), device=scorer.device, requires_grad=True)
     hooked = _Hooked(hooks, anchor, clusters, sinks)
@@ -219,7 +205,8 @@ def hookable(scorer: Scorer, parameters: Mapping[str, Parameter], rollouts: Roll
     """
     if hooked := hooked_parameters(parameters):
         return f"{hooked[0]} has a gradient hook" + (f"; {len(hooked) - 1} more" if hooked[1:] else "")
-    layers, head = _layers(scorer.model, parameters), _head(scorer, parameters)
+    layers = _layers(scorer.model, parameters)
+    head = {} if scorer.head is None else _layers(scorer.head, parameters).get(scorer.head, {})
     rules = {layer: rule_for(layer, kinds) for layer, kinds in layers.items()}
     by_length = rollouts.shortest_first
     few = rollouts.select(by_length[[0, -1]] if len(by_length) > 1 else by_length)
@@ -247,19 +234,16 @@ _WEIGHTS = torch.tensor([1.0, -0.5], dtype=torch.float64)
 """Powers of two, by which a backward pass in low precision scales its gradients without rounding."""
 
 
-def _ones(few: Rollouts) -> TokenCoefficients:
-    return TokenCoefficients(few.response_mask.double(), few.response_mask.double())
-
-
 def _hooked_sum(scorer: Scorer, parameters: Mapping[str, Parameter], hooks: Hooks, few: Rollouts) -> dict[str, Tensor]:
     """The weighted gradient as read off the layers."""
+    ones = few.response_mask.double()
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         sink = _Weighted(parameters, _WEIGHTS)
-        hooked_backward(scorer, hooks, batch, [_ones(few)], batch.leaders, [sink])
+        hooked_backward(scorer, hooks, batch, [TokenCoefficients(ones, ones)], batch.leaders, [sink])
         return sink.total
 
-    return _sum(gradient for _, gradient in scorer.each(few, work, share=False))
+    return _sum(scorer, few, work)
 
 
 def _autograd(scorer: Scorer, parameters: Mapping[str, Parameter], few: Rollouts) -> dict[str, Tensor]:
@@ -268,17 +252,15 @@ def _autograd(scorer: Scorer, parameters: Mapping[str, Parameter], few: Rollouts
 
     def work(batch: Microbatch) -> dict[str, Tensor]:
         (value,) = scorer.surrogates(batch, [TokenCoefficients(weighted, weighted)])
-        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-        return {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+        return gradient_of(value, parameters)
 
-    return _sum(gradient for _, gradient in scorer.each(few, work, share=False))
+    return _sum(scorer, few, work)
 
 
-def _sum(vectors: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _sum(scorer: Scorer, few: Rollouts, work: Callable[[Microbatch], dict[str, Tensor]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
-    for vector in vectors:
-        for name, g in vector.items():
-            total[name] = total[name] + g if name in total else g
+    for _, gradient in scorer.each(few, work, share=False):
+        add_to(total, gradient)
     return total
 
 
@@ -308,9 +290,3 @@ def _layers(model: nn.Module, parameters: Mapping[str, Parameter]) -> dict[nn.Mo
         for module in model.modules()
     }
     return {module: kinds for module, kinds in held.items() if kinds}
-
-
-def _head(scorer: Scorer, parameters: Mapping[str, Parameter]) -> dict[str, str]:
-    if scorer.head is None:
-        return {}
-    return _layers(scorer.head, parameters).get(scorer.head, {})

@@ -9,14 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.scoring.isolation import substituted
-
-__all__ = ["Call", "Rule", "Sink", "UnhookableError", "call_again", "detach", "linear", "rule_for", "tolerance"]
 
 _BLOCK_ELEMENTS = 2**23
 """Per-sequence gradients of one layer are formed for at most this many elements at a time."""
@@ -112,9 +111,10 @@ def call_again(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> No
     n = len(clusters)
     for unit in clusters.unique():
         rows = (clusters == unit).nonzero()[:, 0].to(gradient.device)
+        args, kwargs = (in_tensors(partial(_select, n, rows), given) for given in (call.args, call.kwargs))
         try:
             with torch.enable_grad():
-                output = call.layer(*_select(call.args, n, rows), **_select(call.kwargs, n, rows))
+                output = call.layer(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, LookupError) as error:  # states of its last call are of other rows
@@ -131,22 +131,18 @@ def call_again(call: Call, gradient: Tensor, clusters: Tensor, sink: Sink) -> No
                 sink.add_clusters(name, unit[None], g[None])
 
 
-def _select(value: Any, n: int, rows: Tensor) -> Any:
-    """Some rows of every tensor that has ``n`` of them."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.dim() and value.shape[0] == n else value
-    if isinstance(value, dict):
-        return {key: _select(x, n, rows) for key, x in value.items()}
-    return type(value)(_select(x, n, rows) for x in value) if type(value) in (tuple, list) else value
+def _select(n: int, rows: Tensor, value: Tensor) -> Tensor:
+    """Some rows of a tensor that has ``n`` of them."""
+    return value[rows] if value.dim() and value.shape[0] == n else value
 
 
-def detach(value: Any) -> Any:
-    """The same arguments without a graph."""
+def in_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same arguments with every tensor in them changed."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return change(value)
     if isinstance(value, dict):
-        return {key: detach(x) for key, x in value.items()}
-    return type(value)(detach(x) for x in value) if type(value) in (tuple, list) else value
+        return {key: in_tensors(change, x) for key, x in value.items()}
+    return type(value)(in_tensors(change, x) for x in value) if type(value) in (tuple, list) else value
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -16,8 +16,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenCoefficients, TokenScores
 
-__all__ = ["by_name", "kept_gradient", "reduced_gradient", "reduced_gradients", "renormalised"]
-
 EXACT = 1e-12
 """Rounding of coefficients, relative to the largest."""
 

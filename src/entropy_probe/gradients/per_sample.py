@@ -10,7 +10,7 @@ Of sharded parameters every rank keeps its shard of each gradient; inner product
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from entropy_probe.gradients.hooks import Hooks, hooked_backward
 from entropy_probe.gradients.layers import Sink
 from entropy_probe.gradients.rows import dot_rows, sum_over_columns
-from entropy_probe.named import NamedVector
+from entropy_probe.named import NamedVector, add_to, gradient_of
 from entropy_probe.parallel.shards import from_shard, local, reshard, sum_of_shards
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
@@ -31,14 +31,6 @@ from entropy_probe.scoring.isolation import as_a_function, differs_in_training
 from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
-
-__all__ = [
-    "SampleGradients",
-    "Side",
-    "cluster_backward",
-    "sample_gradients",
-    "stored_bytes",
-]
 
 _CACHED_ELEMENTS = 2**26
 """Directions up to this size are kept in float64 for the whole pass; larger ones are converted piece by piece."""
@@ -244,78 +236,54 @@ def sample_gradients(
             for side in sides
             for gradients in sample_gradients(*given, [side], hooks=hooks, progress=progress, sheet=sheet)
         ]
+    sums = [_Sums(parameters, side, len(clusters.bincount())) for side in sides]
     with nullcontext() if sides[0].is_loss else as_a_function(scorer.model):
-        return _sample_gradients(*given, sides, hooks, progress, sheet)
+        _add_up(*given, sides, hooks, sheet, sums, progress)
+    return [side.outcome() for side in sums]
 
 
-def _sample_gradients(
+def _add_up(
     scorer: Scorer,
     parameters: Mapping[str, Parameter],
     rollouts: Rollouts,
     clusters: Tensor,
     sides: Sequence[Side],
     hooks: Hooks | None,
-    progress: Progress | None,
-    sheet: ScoreSheet | None,
-) -> list[SampleGradients]:
-    counts = clusters.bincount().tolist()
-    sums = [_Sums(parameters, side, len(counts)) for side in sides]
-    coefficients = [side.coefficients for side in sides]
-    by_cluster = any(side.directions or side.store or side.pair_with is not None for side in sides)
-    done = 0
-
-    def report(rows: Tensor) -> None:
-        nonlocal done
-        done += len(rows)
-        if progress:
-            progress(done, len(rollouts))
-
-    if hooks:
-        for rows in _read_off_layers(scorer, hooks, rollouts, clusters, coefficients, sheet, sums):
-            report(rows)
-    elif by_cluster:
-        for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), counts)):
-            index = torch.tensor([cluster])
-            for side, gradients in zip(
-                sums, cluster_backward(scorer, parameters, rollouts, rows, coefficients, sheet), strict=True
-            ):
-                for name, gradient in gradients.items():
-                    side.add_clusters(name, index, local(gradient)[None])
-            report(rows)
-    else:
-        work = partial(_backward, scorer, parameters, coefficients, sheet)
-        for batch, gradients_by_side in scorer.each(rollouts, work):
-            for side, gradients in zip(sums, gradients_by_side, strict=True):
-                for name, gradient in gradients.items():
-                    side.add_total(name, local(gradient))
-            report(batch.rows)
-    return [side.outcome() for side in sums]
-
-
-def _read_off_layers(
-    scorer: Scorer,
-    hooks: Hooks,
-    rollouts: Rollouts,
-    clusters: Tensor,
-    coefficients: Sequence[TokenCoefficients],
     sheet: ScoreSheet | None,
     sums: Sequence[_Sums],
-) -> Iterator[Tensor]:
-    """Add what each sequence adds to the sums, a microbatch at a time; yields its rows."""
+    progress: Progress | None,
+) -> None:
+    """Add what each sequence adds to the sums, a microbatch or a cluster at a time."""
+    coefficients = [side.coefficients for side in sides]
+    if hooks:
 
-    def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
-        """What the microbatch adds, by cluster; kept apart until it is complete."""
-        present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
-        added = [side.empty(present) for side in sums]
-        hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
-        return present, added
+        def hooked(batch: Microbatch) -> tuple[Tensor, list[_Sums]]:
+            """What the microbatch adds, by cluster; kept apart until it is complete."""
+            present, of_rows = clusters[batch.leaders].unique(return_inverse=True)
+            added = [side.empty(present) for side in sums]
+            hooked_backward(scorer, hooks, batch, coefficients, of_rows, added, sheet)
+            return present, added
 
-    for batch, (present, added) in scorer.each(
-        rollouts, hooked, share=_prompts_are_whole(rollouts.prompt_ids, clusters)
-    ):
-        for side, more in zip(sums, added, strict=True):
-            side.merge(more, present)
-        yield batch.rows
+        share = _prompts_are_whole(rollouts.prompt_ids, clusters)
+        for _, (present, added) in scorer.each(rollouts, hooked, share=share, progress=progress):
+            for side, more in zip(sums, added, strict=True):
+                side.merge(more, present)
+    elif any(side.directions or side.store or side.pair_with is not None for side in sides):
+        done = 0
+        for cluster, rows in enumerate(torch.split(clusters.argsort(stable=True), clusters.bincount().tolist())):
+            given = (scorer, parameters, rollouts, rows, coefficients, sheet)
+            for side, gradients in zip(sums, cluster_backward(*given), strict=True):
+                for name, gradient in gradients.items():
+                    side.add_clusters(name, torch.tensor([cluster]), local(gradient)[None])
+            done += len(rows)
+            if progress:
+                progress(done, len(rollouts))
+    else:
+        work = partial(_backward, scorer, parameters, coefficients, sheet)
+        for _, of_sides in scorer.each(rollouts, work, progress=progress):
+            for side, gradients in zip(sums, of_sides, strict=True):
+                for name, gradient in gradients.items():
+                    side.add_total(name, local(gradient))
 
 
 def _prompts_are_whole(prompt_ids: Tensor, clusters: Tensor) -> bool:
@@ -337,8 +305,7 @@ def cluster_backward(
     work = partial(_backward, scorer, parameters, coefficients, sheet)
     for _, gradients_by_side in scorer.each(rollouts, work, rows):
         for total, gradients in zip(totals, gradients_by_side, strict=True):
-            for name, gradient in gradients.items():
-                total[name] = total[name] + gradient if name in total else gradient
+            add_to(total, gradients)
     return totals
 
 
@@ -352,13 +319,8 @@ def _backward(
     """One forward pass over a microbatch, then one backward pass per surrogate."""
     if scorer.sharded:
         return [_backward_into_grad(scorer, parameters, each, sheet, batch) for each in coefficients]
-    values, per_surrogate = scorer.surrogates(batch, coefficients, sheet=sheet), []
-    for k, value in enumerate(values):
-        gradients = torch.autograd.grad(
-            value, list(parameters.values()), allow_unused=True, retain_graph=k + 1 < len(values)
-        )
-        per_surrogate.append({name: g for name, g in zip(parameters, gradients, strict=True) if g is not None})
-    return per_surrogate
+    values = scorer.surrogates(batch, coefficients, sheet=sheet)
+    return [gradient_of(value, parameters, again=k < len(values)) for k, value in enumerate(values, 1)]
 
 
 def _backward_into_grad(

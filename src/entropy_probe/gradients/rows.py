@@ -11,8 +11,6 @@ from torch import Tensor
 from entropy_probe.named import NamedVector
 from entropy_probe.parallel.shards import local, sum_of_shards
 
-__all__ = ["dot_rows", "flat", "sum_over_columns"]
-
 _COLUMN_ELEMENTS, _COLUMN_ELEMENTS_OFF_CPU = 2**18, 2**24
 """Elements converted to float64 at a time in products of gradients: what a processor's cache holds, or 128 MiB."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,6 @@ from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import of_this_thread, parameters_at
 from entropy_probe.types import TokenCoefficients
-
-__all__ = ["check_gradient", "gathered_precisions"]
 
 SHARES = (0.1, 0.01, 0.001)
 """How far the log-probability of the sequence is moved, of a nat or of itself: beyond rounding, and, with the last at
@@ -35,12 +34,10 @@ def gathered_precisions(scorer: Scorer, rollouts: Rollouts) -> set[torch.dtype]:
     def look(module: nn.Module, _: Any) -> None:
         precisions.update(p.dtype for p in module.parameters(recurse=False) if p.is_floating_point())
 
-    handles = [module.register_forward_pre_hook(of_this_thread(look)) for module in scorer.model.modules()]
-    try:
+    with ExitStack() as stack:
+        for module in scorer.model.modules():
+            stack.enter_context(module.register_forward_pre_hook(of_this_thread(look)))
         scorer.shortest_scores(rollouts)
-    finally:
-        for handle in handles:
-            handle.remove()
     return precisions
 
 

@@ -17,8 +17,6 @@ from entropy_probe.sampling.hf import HFGenerator
 from entropy_probe.sampling.responses import completed_rollouts, generate_responses, sequence_seeds
 from entropy_probe.scoring.isolation import evaluating
 
-__all__ = ["HeldOut", "HeldOutSampler"]
-
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -78,12 +76,7 @@ class HeldOutSampler:
             )
 
     def rollouts(self, model: Any, config: ProbeConfig) -> tuple[Rollouts, ProbeConfig]:
-        """The rollouts that are kept, or else new ones; and the settings to take them by.
-
-        Args:
-            model: the policy as it is.
-            config: of the probe.
-        """
+        """The rollouts that are kept, or else new ones of the policy as it is; and the settings to take them by."""
         if self._kept is None or self.settings.min_ess == 1:
             self._kept = self._sampled(model, config)
             return self._kept, config

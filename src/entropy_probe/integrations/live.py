@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,16 +10,12 @@ from torch import nn
 from entropy_probe.analyses.ahead import StepAhead
 from entropy_probe.config import ProbeConfig
 from entropy_probe.probe import EntropyProbe
-from entropy_probe.results.live import PromptShare, StepRecord
-from entropy_probe.results.probe import ProbeResult
+from entropy_probe.results.live import ESTIMATES, PromptShare, StepRecord
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import digest
 from entropy_probe.steps.adamw import Gradient, clip_gradient, optimizer_parameters
 
-__all__ = ["logged_keys", "probe_actor", "prompt_shares", "step_record"]
-
 PREFIX = "entropy_probe/"
-_ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
 _WITH_ERROR = ("predicted", "realized")
 
 
@@ -61,32 +56,10 @@ def probe_actor(
     return probe.ahead(gradient=gradient, batch=batch, evaluation=evaluation)
 
 
-def step_record(
-    step: int,
-    result: ProbeResult | None,
-    *,
-    log: Mapping[str, float] | None = None,
-    seconds: float | None = None,
-    **fields: Any,
-) -> StepRecord:
-    """The record of a step.
-
-    Args:
-        step: its number, from 1.
-        result: what the probe says of it; ``None`` for a step that is recorded only.
-        log: what the trainer logged of it.
-        seconds: what the probe took.
-        fields: other fields of the record.
-    """
-    if result is None:
-        return StepRecord(step=step, log=dict(log or {}), **fields)
-    return StepRecord.of(result, step, log=dict(log or {}), seconds=seconds, **fields)
-
-
 def logged_keys(record: StepRecord) -> dict[str, float]:
     """The numbers of a step by the keys that trackers get them under."""
     numbers: dict[str, float | None] = {}
-    for name in _ESTIMATES:
+    for name in ESTIMATES:
         estimate = getattr(record, name)
         numbers[name] = None if estimate is None else estimate.value
         if name in _WITH_ERROR:
@@ -96,11 +69,9 @@ def logged_keys(record: StepRecord) -> dict[str, float]:
 
 
 def prompt_shares(ahead: StepAhead, tokenizer: Any = None) -> tuple[PromptShare, ...]:
-    """What each prompt of the step's batch adds to the prediction; none where the step does not divide over prompts.
+    """What each prompt of the step's batch adds to the prediction, with its text if there is a tokenizer.
 
-    Args:
-        ahead: the prediction.
-        tokenizer: to give the prompts' texts.
+    Empty where the step does not divide over prompts.
     """
     by_prompt = ahead.prediction.by_prompt
     if by_prompt is None:

@@ -16,7 +16,7 @@ from entropy_probe.analyses.policy_check import StaleRolloutsError
 from entropy_probe.checkpoints.training_run import other_samples
 from entropy_probe.config import ProbeConfig
 from entropy_probe.integrations.held_out import HeldOut, HeldOutSampler
-from entropy_probe.integrations.live import logged_keys, probe_actor, prompt_shares, step_record
+from entropy_probe.integrations.live import logged_keys, probe_actor, prompt_shares
 from entropy_probe.integrations.recorder import Recorder, drop_records_after
 from entropy_probe.integrations.trl_batch import StepBatch, Watch
 from entropy_probe.parallel.ranks import ALONE, Ranks, joined_ranks
@@ -25,8 +25,6 @@ from entropy_probe.results.live import StepRecord, logged_numbers
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.memory import fitting_tokens
 from entropy_probe.scoring.precision import precisions
-
-__all__ = ["Budget", "LiveRun"]
 
 LEAST_TOKENS = 512
 """Padded tokens of a forward pass, below which memory is not the microbatch's fault."""
@@ -83,15 +81,7 @@ class _Step:
 class LiveRun:
     """The probe beside one call of ``trainer.train()``.
 
-    Args:
-        trainer: of TRL.
-        evaluation: what a step is judged on.
-        config: settings in place of the trainer's.
-        every: steps between probes.
-        attribution_every: steps between probes that divide the prediction over prompts, with held-out rollouts.
-        budget: of time.
-        record: which steps to write down.
-        keep_gradients: of how many recorded steps.
+    The settings are those of :class:`~entropy_probe.integrations.trl.EntropyProbeCallback`.
 
     Raises:
         ValueError: for a trainer that cannot be probed.
@@ -100,8 +90,8 @@ class LiveRun:
     def __init__(
         self,
         trainer: Any,
-        evaluation: Literal["batch"] | HeldOut,
         *,
+        evaluation: Literal["batch"] | HeldOut,
         config: Mapping[str, Any],
         every: int,
         attribution_every: int | None,
@@ -154,7 +144,7 @@ class LiveRun:
                 step.ahead = self._ahead(model, optimizer, step.batch, number)
                 self._probed = number
             elif step.batch is not None:
-                step.record = step_record(number, None, learning_rate=rate)
+                step.record = StepRecord(step=number, learning_rate=rate)
             if step.batch is not None and self._keeps_gradients and self._recorder is not None:
                 # copied now: the trainer zeroes it before the record is written
                 named = model.named_parameters()
@@ -175,7 +165,7 @@ class LiveRun:
             step.ahead = None
             step.seconds += time.perf_counter() - start
             self._budget.last = step.seconds
-            step.record = step_record(step.number, result, seconds=step.seconds, prompts=shares)
+            step.record = StepRecord.of(result, step.number, seconds=step.seconds, prompts=shares)
         for key, value in logged_keys(step.record).items():
             self._trainer._metrics["train"][key].append(value)
 

@@ -18,9 +18,8 @@ from entropy_probe.results.live import (
     recorded_steps,
     step_directory,
 )
+from entropy_probe.results.record import sync
 from entropy_probe.rollouts.batch import Rollouts
-
-__all__ = ["Recorder", "drop_records_after", "write_record"]
 
 
 def write_record(
@@ -48,6 +47,8 @@ def write_record(
     Raises:
         OSError: if it cannot be written.
     """
+    from safetensors.torch import save_file
+
     place = step_directory(run_directory, record.step)
     temporary, replaced = (place.with_name(f".{place.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -58,13 +59,14 @@ def write_record(
     if rollouts is not None:
         rollouts.to_parquet(temporary / ROLLOUTS_FILE)
     if gradient is not None and keep_gradients:
-        _write_tensors(gradient, temporary / GRADIENT_FILE)
+        host = {name: tensor.detach().cpu().contiguous() for name, tensor in gradient.items()}
+        save_file(host, temporary / GRADIENT_FILE)
     for path in (*temporary.iterdir(), temporary):
-        _to_disk(path)
+        sync(path)
     if place.exists():
         place.rename(replaced)
     temporary.rename(place)
-    _to_disk(place.parent)
+    sync(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     if gradient is not None:
         held = [file for _, other in recorded_steps(run_directory) if (file := other / GRADIENT_FILE).is_file()]
@@ -83,11 +85,9 @@ def drop_records_after(run_directory: str | Path, step: int) -> None:
 
 
 class Recorder:
-    """Writes records of a run in a thread of its own, one after the other, so that training does not wait for the disk.
+    """Writes records of a run by :func:`write_record`, so that training does not wait for the disk.
 
-    Args:
-        run_directory: the trainer's output directory.
-        keep_gradients: as :func:`write_record`.
+    That is in a thread of its own, one record after the other.
     """
 
     def __init__(self, run_directory: str | Path, *, keep_gradients: int = 0) -> None:
@@ -134,17 +134,3 @@ class Recorder:
             self.wait()
         finally:
             self._thread.shutdown()
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

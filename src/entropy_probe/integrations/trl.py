@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,6 @@ from entropy_probe.checkpoints.weights import has_weights, read_weights
 from entropy_probe.integrations.held_out import HeldOut
 from entropy_probe.integrations.live_run import Budget, LiveRun
 from entropy_probe.integrations.trl_batch import calling_trainer
-
-__all__ = ["EntropyProbeCallback", "HeldOut", "ManifestCallback"]
 
 
 class ManifestCallback(TrainerCallback):
@@ -118,26 +117,22 @@ class EntropyProbeCallback(TrainerCallback):
             raise ValueError(f"record: expected 'all', 'probed' or None, got {record!r}; use one of them")
         if budget is not None and not 0 < budget <= 1:
             raise ValueError(f"budget: expected a share of the training time, above 0 and at most 1, got {budget}")
-        self._every, self._attribution_every, self._budget = every, attribution_every, Budget(budget)
-        self._evaluation: Literal["batch"] | HeldOut = evaluation
-        self._record: Literal["all", "probed"] | None = record
-        self._keep_gradients = keep_gradients
-        self._config = dict(config or {})
+        self._start = partial(
+            LiveRun,
+            evaluation=evaluation,
+            config=dict(config or {}),
+            every=every,
+            attribution_every=attribution_every,
+            budget=Budget(budget),
+            record=record,
+            keep_gradients=keep_gradients,
+        )
         self._live: LiveRun | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the trainer and prepare."""
         with self._safely():
-            self._live = LiveRun(
-                calling_trainer(self),
-                self._evaluation,
-                config=self._config,
-                every=self._every,
-                attribution_every=self._attribution_every,
-                budget=self._budget,
-                record=self._record,
-                keep_gradients=self._keep_gradients,
-            )
+            self._live = self._start(calling_trainer(self))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what the last step left, if it was not logged, and forget its batch."""

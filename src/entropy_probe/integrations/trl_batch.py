@@ -15,8 +15,6 @@ from entropy_probe.losses.trl import TRLLoss
 from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 
-__all__ = ["StepBatch", "Watch", "calling_trainer", "columns_of", "joined_rollouts"]
-
 _LOGPROBS = dict(zip(("sampling_per_token_logps", "old_per_token_logps", "ref_per_token_logps"), LOGPROBS, strict=True))
 _MEDIA = ("pixel_values",)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from entropy_probe.losses.base import RATIO_ONE, Loss, inert_clip, require
@@ -108,6 +108,15 @@ class AReaLLoss(Loss):
     m2_threshold: None = None
     behave_imp_weight_cap: None = None
     ppo_n_minibatches: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_sapo(self) -> AReaLLoss:
+        if self.use_sapo_loss and self.use_decoupled_loss:
+            raise ValueError(
+                "loss.use_sapo_loss: expected it without use_decoupled_loss, as AReaL demands, got both; set "
+                "use_decoupled_loss to false"
+            )
+        return self
 
     @property
     def per_token(self) -> bool:

@@ -132,6 +132,33 @@ def clipped_slope(
     return -slope * advantages
 
 
+def trust_region(
+    kind: str,
+    logprobs: Float[Tensor, "N L"],
+    log_ratio: Float[Tensor, "N L"],
+    advantages: Float[Tensor, "N L"],
+    low: float,
+    high: float,
+) -> Bool[Tensor, "N L"]:
+    """DPPO's tokens: those whose probability the advantage has not yet moved too far (Qi et al., 2026).
+
+    Args:
+        kind: how far it moved, of the token against all others: ``tv`` the difference, ``kl`` the KL divergence.
+        logprobs: at the policy as it is, nats.
+        log_ratio: to the policy that the distance is taken from, nats.
+        advantages: of every token.
+        low: how far it may fall, for advantages of at most 0.
+        high: how far it may rise, for the others.
+    """
+    new, old = logprobs.exp(), (logprobs - log_ratio).exp()
+    if kind == "tv":
+        up, down = new - old <= high, new - old >= -low
+    else:
+        divergence = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log() - old * log_ratio
+        up, down = (divergence <= high) | (new <= old), (divergence <= low) | (new >= old)
+    return torch.where(advantages > 0, up, down)
+
+
 def kl_value(kind: KLKind, above_reference: Float[Tensor, "N L"]) -> Float[Tensor, "N L"]:
     """An estimate of the KL divergence to a reference at each token, nats (Schulman, 2020).
 

@@ -1,4 +1,4 @@
-"""SkyRL's policy losses: PPO's with and without dual clip, GSPO's, SAPO's, with a KL loss and an entropy bonus.
+"""SkyRL's policy losses: PPO's, GSPO, SAPO, CISPO, DPPO and importance sampling, with a KL loss and an entropy bonus.
 
 Sources: ``skyrl/backends/skyrl_train/utils/ppo_utils.py`` and ``workers/worker.py``. Advantage estimators and a KL in
 the reward are in the advantages, not in the loss.
@@ -26,6 +26,7 @@ from entropy_probe.losses.pieces import (
     kl_value,
     microbatches,
     sequence_mean,
+    trust_region,
 )
 from entropy_probe.losses.trl_terms import soft_gate_slope
 from entropy_probe.results.note import Note
@@ -43,7 +44,9 @@ class SkyRLLoss(Loss):
 
     Attributes:
         trainer: ``skyrl``.
-        policy_loss_type: ``gspo`` takes a ratio for each sequence, ``sapo`` soft gates in place of clipping.
+        policy_loss_type: ``gspo`` takes a ratio for each sequence, ``sapo`` soft gates in place of clipping;
+            ``rollout_is`` and ``dppo`` take ratios to the sampler (``sampled_logprobs``). ``clip_cov`` and ``kl_cov``
+            are not modelled.
         loss_reduction: what the loss is a mean over; ``token_mean_legacy`` by each microbatch.
         max_seq_len: what ``seq_mean_token_sum_norm`` divides by.
         eps_clip_low: lower clip range.
@@ -51,6 +54,12 @@ class SkyRLLoss(Loss):
         clip_ratio_c: of ``dual_clip``.
         tau_pos: [``sapo.tau_pos``] for positive advantages.
         tau_neg: [``sapo.tau_neg``] for the others.
+        cispo_anchor: [``cispo.cispo_anchor``] whether ratios are to the ``old`` policy or to the sampler (``rollout``).
+        cispo_eps_clip_low: [``cispo.cispo_eps_clip_low``] how far below 1 a token's weight may be.
+        cispo_eps_clip_high: [``cispo.cispo_eps_clip_high``] how far above.
+        dppo_type: [``dppo.dppo_type``] by what ``dppo`` judges how far a token's probability moved.
+        delta_low: [``dppo.delta_low``] how far it may fall.
+        delta_high: [``dppo.delta_high``] how far it may rise.
         use_kl_loss: whether there is a KL loss to the reference, a mean over sequences.
         kl_loss_coef: its coefficient.
         kl_estimator_type: ``abs`` is not modelled.
@@ -63,7 +72,9 @@ class SkyRLLoss(Loss):
     """
 
     trainer: Literal["skyrl"] = "skyrl"
-    policy_loss_type: Literal["regular", "dual_clip", "gspo", "sapo"] = "regular"
+    policy_loss_type: Literal[
+        "regular", "dual_clip", "gspo", "sapo", "cispo", "rollout_is", "dppo", "importance_sampling"
+    ] = "regular"
     loss_reduction: Literal[
         "token_mean", "token_mean_legacy", "sequence_mean", "seq_mean_token_sum_norm", "prompt_mean"
     ] = "token_mean"
@@ -73,6 +84,12 @@ class SkyRLLoss(Loss):
     clip_ratio_c: float = Field(default=3.0, gt=1)
     tau_pos: float = Field(default=1.0, gt=0)
     tau_neg: float = Field(default=1.05, gt=0)
+    cispo_anchor: Literal["old", "rollout"] = "old"
+    cispo_eps_clip_low: float = Field(default=1.0, ge=0)
+    cispo_eps_clip_high: float = Field(default=4.0, ge=0)
+    dppo_type: Literal["binary_tv", "binary_kl"] = "binary_tv"
+    delta_low: float = Field(default=0.2, ge=0)
+    delta_high: float = Field(default=0.2, ge=0)
     use_kl_loss: bool = True
     kl_loss_coef: float = Field(default=0.001, ge=0)
     kl_estimator_type: KLKind = "k3"
@@ -101,8 +118,14 @@ class SkyRLLoss(Loss):
 
     @property
     def needs_old(self) -> bool:
-        """Where a batch of rollouts is several steps."""
-        return self.update_epochs_per_batch > 1 or self._steps not in (None, 1)
+        """Where a batch of rollouts is several steps, and ratios are to the policy before them."""
+        return not self.weighs_sampler and (self.update_epochs_per_batch > 1 or self._steps not in (None, 1))
+
+    @property
+    def weighs_sampler(self) -> bool:
+        """Where ratios are to the sampler."""
+        of_cispo = self.policy_loss_type == "cispo" and self.cispo_anchor == "rollout"
+        return of_cispo or self.policy_loss_type in ("rollout_is", "dppo")
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -111,10 +134,13 @@ class SkyRLLoss(Loss):
 
     def needs_scores(self, rollouts: Rollouts) -> bool:
         """Where a term depends on the policy as it is."""
-        return rollouts.old_logprobs is not None or self.needs_reference
+        return rollouts.old_logprobs is not None or self.needs_reference or self.weighs_sampler
 
     def check(self, rollouts: Rollouts) -> None:
-        """Make sure that a later step on the same rollouts has the old log-probabilities."""
+        """Make sure that the batch has the log-probabilities that ratios are of."""
+        if self.weighs_sampler:
+            where = "of a loss that takes ratios to the sampler"
+            require(rollouts, "sampled_logprobs", where, "record SkyRL's rollout_logprobs")
         if self.needs_old:
             require(rollouts, "old_logprobs", "of a loss of several steps on it", "record SkyRL's action_log_probs")
 
@@ -139,11 +165,12 @@ class SkyRLLoss(Loss):
 
     def notes(self, rollouts: Rollouts, scores: TokenScores | None) -> list[Note]:
         """Settings without effect, ratios and microbatches that are not known."""
-        notes = inert_clip(self, ("eps_clip_low", "eps_clip_high", "clip_ratio_c"), self._log_ratio(rollouts, scores))
+        settings = ("eps_clip_low", "eps_clip_high", "clip_ratio_c", "cispo_eps_clip_low", "cispo_eps_clip_high")
+        notes = inert_clip(self, settings, self._log_ratio(rollouts, scores))
         if rollouts.microbatch_ids is None and (self.use_entropy_loss or self.loss_reduction == "token_mean_legacy"):
             what = "the loss" if self.loss_reduction == "token_mean_legacy" else "the entropy bonus"
             notes.append(GLOBAL_MEAN(what=what, unit="microbatch"))
-        if rollouts.old_logprobs is None and self._steps is None:
+        if rollouts.old_logprobs is None and self._steps is None and not self.weighs_sampler:
             notes.append(RATIO_ONE(settings="train_batch_size and policy_mini_batch_size"))
         return notes
 
@@ -155,7 +182,8 @@ class SkyRLLoss(Loss):
         return self.train_batch_size / self.policy_mini_batch_size
 
     def _log_ratio(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
-        return gap(None if scores is None else scores.logprobs, rollouts.old_logprobs, rollouts.response_mask)
+        old = rollouts.sampled_logprobs if self.weighs_sampler else rollouts.old_logprobs
+        return gap(None if scores is None else scores.logprobs, old, rollouts.response_mask)
 
     def _slopes(self, rollouts: Rollouts, scores: TokenScores | None) -> Float[Tensor, "N L"]:
         """Of each token's loss, in its log-probability."""
@@ -166,10 +194,23 @@ class SkyRLLoss(Loss):
         else:
             low, high = -BOUND, BOUND
         ratio, free = log_ratio.clamp(low, high).exp(), (log_ratio >= low) & (log_ratio <= high)
-        if self.policy_loss_type == "sapo":
-            return soft_gate_slope(ratio, advantages, self.tau_pos, self.tau_neg) * free
+        smallest, largest = 1 - self.eps_clip_low, 1 + self.eps_clip_high
+        match self.policy_loss_type:
+            case "sapo":
+                return soft_gate_slope(ratio, advantages, self.tau_pos, self.tau_neg) * free
+            case "cispo":
+                return -ratio.clamp(1 - self.cispo_eps_clip_low, 1 + self.cispo_eps_clip_high) * advantages
+            case "rollout_is":
+                return -ratio * advantages * ((ratio > smallest) & (ratio < largest))
+            case "importance_sampling":
+                return -log_ratio.exp() * advantages
+            case "dppo":
+                assert scores is not None
+                kind, bounds = self.dppo_type.removeprefix("binary_"), (self.delta_low, self.delta_high)
+                kept = trust_region(kind, scores.logprobs, log_ratio, advantages, *bounds)
+                return -ratio * advantages * kept * free
         dual = self.clip_ratio_c if self.policy_loss_type == "dual_clip" else None
-        return clipped_slope(ratio, advantages, 1 - self.eps_clip_low, 1 + self.eps_clip_high, dual=dual) * free
+        return clipped_slope(ratio, advantages, smallest, largest, dual=dual) * free
 
     def _mean(self, rollouts: Rollouts) -> Float[Tensor, "N L"]:
         mask = rollouts.response_mask

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entropy_probe.losses.pieces import clipped_slope, kl_slope, kl_value, sequence_mean
+from entropy_probe.losses.pieces import clipped_slope, kl_slope, kl_value, sequence_mean, trust_region
 from entropy_probe.losses.trl_terms import soft_gate_slope
 
 if TYPE_CHECKING:
@@ -80,14 +80,8 @@ def cispo(tokens: Tokens, loss: VerlLoss) -> Tensor:
 
 def dppo(tokens: Tokens, loss: VerlLoss) -> Tensor:
     """The policy gradient weighted by the ratio up to ``clip_ratio_c``, inside a trust region of probabilities."""
-    low, high = loss.clip_ratios
-    new, old = tokens.logprobs.exp(), (tokens.logprobs - tokens.log_ratio).exp()
-    if loss.loss_mode == "dppo_tv":
-        up, down = new - old <= high, new - old >= -low
-    else:
-        divergence = (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log() - old * tokens.log_ratio
-        up, down = (divergence <= high) | (new <= old), (divergence <= low) | (new >= old)
-    kept = torch.where(tokens.advantages > 0, up, down)
+    kind = loss.loss_mode.removeprefix("dppo_")
+    kept = trust_region(kind, tokens.logprobs, tokens.log_ratio, tokens.advantages, *loss.clip_ratios)
     return -tokens.ratio.clamp(max=loss.clip_ratio_c) * tokens.advantages * kept
 
 

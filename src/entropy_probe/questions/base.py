@@ -25,8 +25,6 @@ from entropy_probe.results.record import SavedRecord
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import Gradient
 
-__all__ = ["Analysis", "answer_all", "check_fit", "check_questions", "plan_asked", "questions"]
-
 
 @runtime_checkable
 class Analysis(Protocol):

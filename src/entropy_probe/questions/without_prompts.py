@@ -28,8 +28,6 @@ from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 
-__all__ = ["Answer", "Scenario", "Settings", "check", "run", "section", "step_changes"]
-
 ERRORS = "Errors are from the evaluation rollouts alone; that of the whole update batch is from both batches."
 
 
@@ -106,16 +104,12 @@ def run(prediction: Prediction, settings: Settings) -> Answer:
     moves = [{name: step.delta[name] - x for name, x in plan.step.delta.items()} for step in steps]
     scenarios = []
     for ids, step, difference in zip(settings.prompts, steps, step_changes(prediction, moves), strict=True):
-        changed = FirstOrder(
-            prediction.change.value + difference.value,
-            prediction.change.influence + difference.influence,
-            prediction.change.length_change + difference.length_change,
+        predicted, gap = (
+            Estimate(**estimate_fields(plan.policy, x, plan.evaluation.clusters))
+            for x in (prediction.change + difference, difference)
         )
-        estimates = (
-            Estimate(**estimate_fields(plan.policy, x, plan.evaluation.clusters)) for x in (changed, difference)
-        )
-        scenarios.append(Scenario(left_out=ids, **dict(zip(("predicted", "difference"), estimates, strict=True)),
-                                  clip_factor=step.gradient.factor))  # fmt: skip
+        factor = step.gradient.factor
+        scenarios.append(Scenario(left_out=ids, predicted=predicted, difference=gap, clip_factor=factor))
     return Answer(whole=predicted_record(prediction), scenarios=tuple(scenarios))
 
 

@@ -41,6 +41,7 @@ def figure_files(sections: Iterable[Section]) -> dict[str, bytes]:
         for name, charts in panels.items():
             figure = _drawn(charts)
             files[f"{name}.png"] = _rendered(figure, "png", {"Software": None})
+            figure.set_layout_engine("none")  # what it has found holds for both
             files[f"{name}.svg"] = _rendered(figure, "svg", {"Date": None, "Creator": None})
     return files
 
@@ -147,7 +148,7 @@ def _draw_curve(axes: Axes, curve: Curve, color: str, line: str, marker: str) ->
         return
     x, y = [point.x for point in curve.points], [point.y for point in curve.points]
     if curve.style == "band" and x:
-        low, high = ([p.y + sign * p.margin for p in curve.points] for sign in (-1, 1))
+        low, high = zip(*(p.ends for p in curve.points), strict=True)
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     dots = {} if curve.look in ("predicted", "fit") else {"marker": marker, "markersize": 3.5}
     axes.plot(x, y, color=color, linestyle=line, label=label, **dots)

@@ -85,7 +85,7 @@ def draw_lines(chart: LineChart) -> dict[str, Markup]:
     lines = []
     for curve in (curve for curve in curves if curve.style != "points"):
         if curve.style == "band":
-            upper, lower = ([(p.x, p.y + sign * p.margin) for p in curve.points] for sign in (1, -1))
+            lower, upper = ([(p.x, p.ends[side]) for p in curve.points] for side in (0, 1))
             lines.append(f'<polygon class="{curve.look}" points="{path([*upper, *lower[::-1]])}"/>')
         lines.append(f'<polyline class="{curve.look}" points="{path((p.x, p.y) for p in curve.points)}"/>')
     parts.append(
@@ -95,7 +95,7 @@ def draw_lines(chart: LineChart) -> dict[str, Markup]:
     for curve in (curve for curve in curves if curve.style == "points"):
         for point in curve.points:
             at = _percent(x, point.x)
-            low, high = height(point.y - point.margin), height(point.y + point.margin)
+            low, high = map(height, point.ends)
             look = curve.look if point.usable else f"{curve.look} hollow"
             parts.append(f'<line class="{curve.look}" x1="{at}" x2="{at}" y1="{low:.1f}" y2="{high:.1f}"/>')
             parts.append(f'<circle class="{look}" cx="{at}" cy="{height(point.y):.1f}" r="4"/>')

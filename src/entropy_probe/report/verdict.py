@@ -7,12 +7,13 @@ from dataclasses import replace
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import State, Verdict, written
 from entropy_probe.report.sections.horizons import within
-from entropy_probe.results.horizons import HorizonPoint
+from entropy_probe.results.changes import HorizonPoint
 from entropy_probe.results.probe import Estimate, ProbeResult, Realized
 
 LINEAR_RANGE = 0.1
 STATES: dict[str, State] = {
     "agrees within error": "ok",
+    "agrees up to curvature": "ok",
     "distinguishable from 0": "ok",
     "resolved within horizon": "ok",
     "indistinguishable from 0": "look",
@@ -36,6 +37,7 @@ def verdict(result: ProbeResult) -> Verdict:
     resolved within horizon  likewise, but the predicted change within the horizon that states it does
     beyond the linear range  they differ by more than the margin of their paired difference, and by more than
                              10% of the prediction (or of its standard error, where that is larger)
+    agrees up to curvature   they differ by more than that margin, but not by as much
     agrees within error      otherwise
     distinguishable from 0   only one of the two was computed, or only the one-batch prediction, and it exceeds
                              its margin (by the larger of the one-batch prediction's two errors)
@@ -94,13 +96,13 @@ def _compare(predicted: Estimate, realized: Estimate, difference: Estimate) -> V
             "The step is too large for a first-order forecast; trust the realized change, or probe a smaller "
             "learning rate.",
         )
-    if difference.distinguishable:
-        qualifier = f"up to a small curvature of {_size(difference)}"
-    else:
-        qualifier = f"to within {_in_errors(difference)} paired standard errors"
-    return _finding(
-        "agrees within error", f"The entropy {_went(realized)} by {_size(realized)}, as predicted, {qualifier}."
-    )
+    sentence = f"The entropy {_went(realized)} by {_size(realized)}, as predicted, "
+    if not difference.distinguishable:
+        errors = _in_errors(difference)
+        return _finding("agrees within error", f"{sentence}to within {errors} paired standard errors.")
+    base, name = max((abs(predicted.value), "the prediction"), (predicted.standard_error, "its standard error"))
+    share = format_percent(abs(difference.value) / base)
+    return _finding("agrees up to curvature", f"{sentence}up to {_size(difference)}, which is {share} of {name}.")
 
 
 def _indistinguishable(result: ProbeResult) -> Verdict:

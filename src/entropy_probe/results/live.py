@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat
 
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.note import Note
-from entropy_probe.results.probe import BatchFit, OptimizerStateReport, Predicted, ProbeResult, SamplerMismatch
+from entropy_probe.results.probe import BatchFit, OptimizerStateReport, ProbeResult, SamplerMismatch
 from entropy_probe.results.record import Record, read_record
 
 SCHEMA_VERSION = 1
@@ -36,6 +36,8 @@ LOGGED: Mapping[str, tuple[str, ...]] = {
     "kl": ("kl", "actor/kl_loss"),
 }
 """Keys of TRL's trainers, and of others."""
+ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
+"""The estimates of a record, by their fields."""
 OWN = ("gradient_norm", "clip_factor", "learning_rate", "ess")
 """What the probe has of it too."""
 
@@ -135,7 +137,7 @@ class StepRecord(Record):
         said, realized = result.diagnostics, result.realized
         known = {
             "entropy": result.entropy,
-            "predicted": None if result.predicted is None else _of_this_step(result.predicted),
+            "predicted": None if result.predicted is None else result.predicted.of_this_step,
             "realized": None if realized is None else realized.estimate,
             **{part: result.components.get(part) for part in ("gradient", "momentum", "weight_decay")},
             "lifetime": result.lifetime,
@@ -187,13 +189,6 @@ class Timeline(Record):
     def probed(self) -> tuple[StepRecord, ...]:
         """The steps that were probed."""
         return tuple(record for record in self.steps if record.entropy is not None)
-
-
-def _of_this_step(predicted: Predicted) -> Estimate:
-    """The prediction with the error from the evaluation side alone: that of this very step, which was measured too."""
-    fields: dict[str, Any] = {name: getattr(predicted, name) for name in Estimate.model_fields}
-    fields["standard_error"] = predicted.se_evaluation
-    return Estimate(**fields)
 
 
 def logged_numbers(log: Mapping[Any, Any]) -> dict[str, float]:

@@ -11,31 +11,11 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from entropy_probe.results.attribution import AttributionSummary
-from entropy_probe.results.changes import Coasted, Origins, Pooled, Predicted, Realized
-from entropy_probe.results.draws import Draws
+from entropy_probe.results.changes import Coasted, Horizons, Origins, Pooled, Predicted, Realized
 from entropy_probe.results.estimate import Estimate, Unit
-from entropy_probe.results.horizons import Horizons
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord
 from entropy_probe.results.step import StepVectors
-
-__all__ = [
-    "BatchFit",
-    "Coasted",
-    "CrossPrompt",
-    "Diagnostics",
-    "Estimate",
-    "GradientAgreement",
-    "OptimizerStateReport",
-    "Origins",
-    "PolicyFit",
-    "Pooled",
-    "PreconditionerReport",
-    "Predicted",
-    "ProbeResult",
-    "Realized",
-    "SamplerMismatch",
-]
 
 SCHEMA_VERSION = 3
 RESULTS_FILE = "results.json"
@@ -196,6 +176,23 @@ class GradientAgreement(Record):
 
     relative_distance: float | None = Field(ge=0)
     cosine: float | None
+
+
+class Draws(Record):
+    """How an evaluation batch with several draws per prompt compares with single draws.
+
+    Attributes:
+        num_prompts: prompts, which are the clusters.
+        per_prompt: draws of each; their mean where they differ.
+        between_share: share of the variance of one draw's part in the realized change that its prompt explains; below
+            0 by chance where it explains next to nothing.
+        design_effect: the variance of the mean over that of as many draws with a prompt each.
+    """
+
+    num_prompts: int
+    per_prompt: float = Field(ge=1)
+    between_share: float = Field(le=1)
+    design_effect: float
 
 
 class Diagnostics(Record):

@@ -32,9 +32,8 @@ def size_for(result: ProbeResult, relative_error: float) -> Size | None:
     predicted = result.predicted
     if predicted is None or predicted.se_update_method == "pairs" or not predicted.value:
         return None
-    error = predicted.se_evaluation
-    margin = predicted.model_copy(update={"standard_error": error, "degrees_of_freedom": None}).margin
-    ratio = error / (relative_error * max(abs(predicted.value), margin))
+    margin = predicted.of_this_step.margin
+    ratio = predicted.se_evaluation / (relative_error * max(abs(predicted.value), margin))
     sequences = result.diagnostics.num_evaluation_sequences * ratio**2
     return Size(max(2, math.ceil(sequences)), abs(predicted.value) <= margin)
 

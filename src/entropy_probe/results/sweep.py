@@ -11,8 +11,6 @@ from entropy_probe.results.note import Note
 from entropy_probe.results.probe import Estimate, Predicted, ProbeResult, Realized
 from entropy_probe.results.record import Kept, Record, SavedRecord, read_record, write_atomically
 
-__all__ = ["Curvature", "Fitted", "LinearRange", "PowerLawFit", "QuadraticFit", "Sweep", "SweepPoint"]
-
 SCHEMA_VERSION = 3
 SWEEP_FILE = "sweep.json"
 REMEDY = "sweep again with --overwrite"

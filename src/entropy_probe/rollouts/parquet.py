@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.results.record import file_errors, whole_file
 from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 
 if TYPE_CHECKING:
@@ -54,21 +53,7 @@ _EXACT = 2.0**53
 _READABLE = ("none", "1", "2", "3")
 
 
-@contextmanager
-def _path_errors() -> Iterator[None]:
-    """What the system refuses about a path, as bad input; a disk that is full stays the system's error."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise
-        where = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error.filename))
-        raise ValueError(
-            f"{where:.300}: the system says {error.strerror}; check the path and its permissions"
-        ) from error
-
-
-@_path_errors()
+@file_errors()
 def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | None = None) -> None:
     """Write a batch, one sequence per row; the file appears whole or not at all.
 
@@ -103,7 +88,8 @@ def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | Non
     metadata = {_SCHEMA_KEY: str(SCHEMA_VERSION)} | ({} if note is None else {_NOTE_KEY: json.dumps(note)})
     metadata |= {_RETOKENISED_KEY: "true"} if rollouts.retokenised else {}
     table = pa.table(columns).replace_schema_metadata(metadata)
-    with _whole(path) as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
         pq.write_table(table, temporary)
 
 
@@ -119,28 +105,13 @@ def merge_rollouts(files: Sequence[Path], path: Path) -> None:
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(files[0]).with_metadata({_SCHEMA_KEY: str(SCHEMA_VERSION)})
-    with _whole(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for file in files:
             writer.write_table(_read_table(file).replace_schema_metadata(schema.metadata))
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block ends without an error."""
-    if path.exists() and not path.is_file():  # a device would be replaced
-        raise ValueError(f"{path}: expected a file to write, found a directory, device or pipe; choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@_path_errors()
+@file_errors()
 def read_rollouts(path: Path) -> Rollouts:
     """Read a batch written by :func:`write_rollouts`, or a plain file with its columns.
 

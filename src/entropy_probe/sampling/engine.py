@@ -130,7 +130,8 @@ class SamplingParameters:
     Attributes:
         temperature: the sampling temperature, above 0.
         max_completion_length: the longest response, in tokens.
-        stop: texts that end a response; see :mod:`entropy_probe.sampling.stopping`. Engines leave them alone.
+        stop: texts that end a response (:func:`~entropy_probe.sampling.responses.cut_at_stop`). Engines leave them
+            alone.
 
     Raises:
         ValueError: if temperature or length is not positive, or a stop text is empty.

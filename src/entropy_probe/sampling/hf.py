@@ -185,14 +185,11 @@ class HFGenerator:
             self._rule_out(fault)
             return None
         if completions is None:  # outside the handler, which holds on to the failed batch
-            self._halve(len(batch.prompts))
+            if self._model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._batch_size = len(batch.prompts) // 2
+            self._note(SMALLER_BATCHES(size=self._batch_size))
         return completions
-
-    def _halve(self, size: int) -> None:
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._batch_size = size // 2
-        self._note(SMALLER_BATCHES(size=self._batch_size))
 
     def _note(self, note: Note) -> None:
         """In place of an earlier note of the kind."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedIOBase
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ Records = Iterator[tuple[str, Any]]
 """Each record after a description of where it is."""
 
 _PARQUET_ROWS = 1024
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+"""How compressed files begin."""
 
 
 def field_of(record: Mapping[str, Any], path: str) -> Any:
@@ -30,20 +35,31 @@ def field_of(record: Mapping[str, Any], path: str) -> Any:
 
 
 def jsonl_records(path: Path, of: str = "prompts") -> Records:
-    """The objects of a file with one to a line, or with one array of them."""
+    """The objects of a file with one to a line, or with one array of them; as it is or in gzip."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a JSONL file of {of}, found no such file; check the path")
-    with path.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
-    if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-        for number, record in enumerate(_parse(path.read_bytes(), str(path), "an array of JSON objects")):
-            yield f"{path}, record {number}", record
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, _parse(line, where, "one JSON object per line")
+    try:
+        with _opened(path) as lines:
+            first = next((line for line in lines if line.strip()), b"")
+        with _opened(path) as lines:
+            if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+                for number, record in enumerate(_parse(lines.read(), str(path), "an array of JSON objects")):
+                    yield f"{path}, record {number}", record
+                return
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _parse(line, where, "one JSON object per line")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected an intact gzip file, got: {error}; copy it again") from error
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == _ZSTD:
+        raise ValueError(f"{path}: expected JSON or gzip, got what zstd compressed; unpack it (zstd -d {path.name})")
+    return gzip.open(path) if head.startswith(_GZIP) else path.open("rb")
 
 
 def _parse(text: bytes, where: str, expected: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.sampling.engine import Completion, Engine, Progress, SamplingParameters
 from entropy_probe.sampling.prompts import Prompt
-from entropy_probe.sampling.stopping import cut_at_stop
 from entropy_probe.sampling.templates import encode_prompts
 
 
@@ -38,7 +38,7 @@ def generate_responses(
     """
     if parameters.stop and tokenizer is None:
         raise ValueError(f"stop: expected the tokenizer beside stop texts {list(parameters.stop)}, got none; pass it")
-    limit, longest = engine.context_length, parameters.max_completion_length
+    limit, longest, name = engine.context_length, parameters.max_completion_length, type(engine).__name__
     for prompt, tokens in zip(prompt_ids, token_ids, strict=True):
         if limit is not None and len(tokens) + longest > limit:
             raise ValueError(
@@ -47,12 +47,32 @@ def generate_responses(
             )
     completions = engine.generate(token_ids, parameters, seeds, progress)
     if len(completions) != len(token_ids):
-        raise ValueError(f"{_name(engine)}: expected {len(token_ids)} completions, got {len(completions)}")
+        raise ValueError(f"{name}: expected {len(token_ids)} completions, got {len(completions)}")
     for prompt, tokens, completion in zip(prompt_ids, token_ids, completions, strict=True):
         problem = _problem(completion, tuple(tokens), longest)
         if problem is not None:
-            raise ValueError(f"{_name(engine)}: prompt {prompt}: {problem}")
+            raise ValueError(f"{name}: prompt {prompt}: {problem}")
     return [_until_stop(completion, parameters.stop, tokenizer) for completion in completions]
+
+
+def cut_at_stop(token_ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> int | None:
+    """Tokens up to the one that completes a stop text, that one included; None if none is completed.
+
+    Whether a response ends after its ``k``-th token depends on these ``k`` tokens alone, so it is part of what a
+    complete response is, as the end-of-sequence token is, and not of the policy: the tokens up to there have the full
+    softmax as their distribution, with which entropies and log-probabilities are taken, and nothing is left out or
+    reweighted. Sampling on and cutting gives the same distribution as stopping would, with any engine, for the cost of
+    the tokens that are cut. Special tokens count with their text, so that a stop text may be one of them.
+    """
+
+    def is_complete(length: int) -> bool:
+        text = tokenizer.decode(list(token_ids[:length]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(s in text for s in stop)
+
+    if not is_complete(len(token_ids)):
+        return None
+    # more tokens never take a stop text away, so the first length with one is found by bisection
+    return bisect_left(range(len(token_ids)), True, key=is_complete)
 
 
 def _until_stop(completion: Completion, stop: tuple[str, ...], tokenizer: Any) -> Completion:
@@ -63,10 +83,6 @@ def _until_stop(completion: Completion, stop: tuple[str, ...], tokenizer: Any) -
     return replace(
         completion, token_ids=completion.token_ids[:length], truncated=False, logprobs=logprobs, stopped=True
     )
-
-
-def _name(engine: Engine) -> str:
-    return type(engine).__name__
 
 
 def _problem(completion: Completion, prompt: tuple[int, ...], longest: int) -> str | None:

@@ -179,8 +179,8 @@ class ServerEngine:
                          "start the server without ignore_eos")  # fmt: skip
         if last not in self._end_tokens and len(ids) < longest:
             self._refuse(
-                f"responses that end with {_listed(self._end_tokens)} or after {longest} tokens, got one that ends "
-                f"with token {last} after {len(ids)} ({choice.finish_reason})",
+                f"responses that end with token {' or '.join(map(str, sorted(self._end_tokens)))} or after {longest} "
+                f"tokens, got one that ends with token {last} after {len(ids)} ({choice.finish_reason})",
                 "start the server with --generation-config vllm, and with room for the prompt and the response",
             )
         if max(logprobs, default=0.0) > ROUNDING:
@@ -356,10 +356,6 @@ def _key_in(variable: str) -> str:
             f"{got}; export {variable}=..."
         )
     return key
-
-
-def _listed(tokens: frozenset[int]) -> str:
-    return f"token {' or '.join(map(str, sorted(tokens)))}"
 
 
 def _adapter_name(directory: Path) -> str:

@@ -42,6 +42,8 @@ from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
 T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called with sequences done and sequences in all."""
 
 OUT_OF_MEMORY = NoteKind(
     "out_of_memory",
@@ -161,11 +163,13 @@ class PolicyCalls:
         rows: Tensor | None = None,
         *,
         share: bool = True,
+        progress: Progress | None = None,
     ) -> Iterator[tuple[Microbatch, T]]:
         """Work on the batch, or some rows of it, microbatch by microbatch; on none without response tokens.
 
         A microbatch that does not fit the device's memory is cut again, with half its size as the bound from there on.
-        So ``work`` must change nothing before it returns, since it may be given its rows again.
+        So ``work`` must change nothing before it returns, since it may be given its rows again. ``progress`` is called
+        once the caller is done with what ``work`` gave.
 
         Raises:
             MemoryError: if a single sequence does not fit.
@@ -173,7 +177,7 @@ class PolicyCalls:
         left = torch.zeros(len(rollouts), dtype=torch.bool)
         left[slice(None) if rows is None else rows] = True
         left &= rollouts.response_mask.any(1)
-        waiting = rows
+        waiting, done = rows, 0
         while bool(left.any()):
             for batch in self.microbatches(rollouts, waiting, share=share):
                 outcome = self.attempt(batch, work)
@@ -181,6 +185,9 @@ class PolicyCalls:
                     break
                 left[batch.rows] = False
                 yield batch, outcome[0]
+                done += len(batch.rows)
+                if progress:
+                    progress(done, len(rollouts))
             waiting = left.nonzero()[:, 0]
 
     def attempt(self, batch: Microbatch, work: Callable[[Microbatch], T]) -> tuple[T] | None:

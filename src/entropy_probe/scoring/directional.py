@@ -137,15 +137,14 @@ def directional_derivatives(
     """
     wide = torch.promote_types(next(scorer.model.parameters()).dtype, torch.float32)
     orders = [[torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(2)] for _ in range(2)]
-    done = 0
-    for batch in scorer.microbatches(rollouts, share=False):
-        derivatives = _Line(scorer, batch, parameters, direction).derivatives()
+
+    def work(batch: Microbatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return _Line(scorer, batch, parameters, direction).derivatives()
+
+    for batch, derivatives in scorer.each(rollouts, work, share=False, progress=progress):
         for order, pair in zip(orders, derivatives, strict=True):
             for into, values in zip(order, pair, strict=True):
                 batch.scatter(values, into)
-        done += len(batch.rows)
-        if progress:
-            progress(done, len(rollouts))
     if not all(bool(torch.isfinite(values).all()) for order in orders for values in order):
         raise ValueError(
             "directional derivatives: expected finite numbers, got others; look for non-finite weights or second "

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.rollouts.batch import Rollouts
-from entropy_probe.scoring.calls import PolicyCalls
+from entropy_probe.scoring.calls import PolicyCalls, Progress
 from entropy_probe.scoring.layout import Trials
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenScores
-
-Progress = Callable[[int, int], None]
-"""Called with sequences done and sequences in all."""
 
 
 class Scorer(PolicyCalls):
@@ -108,10 +104,7 @@ class Scorer(PolicyCalls):
         Raises:
             ValueError: if a score is not finite.
         """
-        sheet, done = ScoreSheet(rollouts, self.model), 0
-        for batch, scores in self.each(rollouts, self.scores, share=share):
+        sheet = ScoreSheet(rollouts, self.model)
+        for batch, scores in self.each(rollouts, self.scores, share=share, progress=progress):
             sheet.write(batch, scores)
-            done += len(batch.rows)
-            if progress:
-                progress(done, len(rollouts))
         return sheet.read()

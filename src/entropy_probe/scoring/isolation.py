@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,6 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     versions = [(parameter, parameter._version) for parameter in model.parameters()]
-    # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
-    repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
-    # RWKV divides weights in place on the first evaluation
-    dividing: list[Any] = [m.config for m in model.modules() if vars(m).get("layers_are_rescaled") is False]
-    divided = [config.rescale_every for config in dividing]
     device = next(model.parameters()).device
     devices = sorted({x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -44,21 +39,21 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
         )
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_bare_forward(model))
+        # without what accelerate puts around the forward pass of a model it prepares: its autocast, and what undoes it
+        if (inner := vars(model).get("_original_forward")) is not None:
+            stack.enter_context(_attribute([model], "forward", inner))
+        # bitsandbytes repacks 4-bit weights in place, for another kernel, on the first evaluation without gradients
+        repacking = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+        stack.enter_context(_attribute(repacking, "support_avx512bf16_for_cpu", False))
+        # RWKV divides weights in place on the first evaluation
+        dividing = [m.config for m in model.modules() if vars(m).get("layers_are_rescaled") is False]
+        stack.enter_context(_attribute(dividing, "rescale_every", 0))
         try:
             model.eval()
-            for module in repacking:
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            for config in dividing:
-                config.rescale_every = 0
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-            for module in repacking:
-                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
-            for config, every in zip(dividing, divided, strict=True):
-                config.rescale_every = every
             changed = {id(parameter) for parameter, version in versions if parameter._version != version}
             for module, bound, held in attributes:
                 module.training = bound["training"]
@@ -73,18 +68,16 @@ def evaluating(model: nn.Module, autocast: torch.dtype | None = None) -> Iterato
 
 
 @contextmanager
-def _bare_forward(model: nn.Module) -> Iterator[None]:
-    """Without what accelerate puts around the forward pass of a model it prepares: its autocast, and what undoes it."""
-    inner = vars(model).get("_original_forward")
-    if inner is None:
-        yield
-        return
-    around = vars(model)["forward"]
-    vars(model)["forward"] = inner
+def _attribute(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Give an attribute of some objects another value for a while."""
+    before = [(each, getattr(each, name)) for each in objects]
     try:
+        for each, _ in before:
+            setattr(each, name, value)
         yield
     finally:
-        vars(model)["forward"] = around
+        for each, own in before:
+            setattr(each, name, own)
 
 
 def _rebind(now: dict[str, Any], before: Mapping[str, Any]) -> None:
@@ -197,28 +190,13 @@ def differs_in_training(model: nn.Module, parameters: Mapping[str, Parameter]) -
 @contextmanager
 def as_a_function(model: nn.Module) -> Iterator[None]:
     """Differentiate the model as a function: a step moves what ``padding_idx`` and hooks keep from training."""
-    padded = [(module, module.padding_idx) for module in _padded(model)]
-    try:
-        for module, _ in padded:
-            module.padding_idx = None
-        with without_gradient_hooks(model.parameters()):
-            yield
-    finally:
-        for module, row in padded:
-            module.padding_idx = row
-
-
-@contextmanager
-def without_gradient_hooks(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Take the parameters' gradient hooks away for a while."""
-    held = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    try:
-        for parameter, _ in held:
-            parameter._backward_hooks = None
+    with _attribute(_padded(model), "padding_idx", None), without_gradient_hooks(model.parameters()):
         yield
-    finally:
-        for parameter, hooks in held:
-            parameter._backward_hooks = hooks
+
+
+def without_gradient_hooks(parameters: Iterable[Parameter]) -> AbstractContextManager[None]:
+    """Take the parameters' gradient hooks away for a while."""
+    return _attribute([parameter for parameter in parameters if parameter._backward_hooks], "_backward_hooks", None)
 
 
 def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,14 +247,10 @@ def lookups_masked(model: nn.Module) -> Iterator[None]:
         padding = (ids == module.padding_idx)[..., None]
         return torch.where(padding, forward_ad.unpack_dual(output).primal, output)
 
-    handles = [
-        module.register_forward_hook(of_this_thread(without_tangent), with_kwargs=True) for module in _padded(model)
-    ]
-    try:
+    with ExitStack() as stack:
+        for module in _padded(model):
+            stack.enter_context(module.register_forward_hook(of_this_thread(without_tangent), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _padded(model: nn.Module) -> list[nn.Embedding]:

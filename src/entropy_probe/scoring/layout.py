@@ -233,11 +233,8 @@ def _head_is_final(calls: PolicyCalls, sample: Sample) -> bool:
         seen.append(output * (100 / output.abs().max().clamp(min=1e-6)))
         return seen[-1]
 
-    handle = head.register_forward_hook(of_this_thread(scaled))
-    try:
+    with head.register_forward_hook(of_this_thread(scaled)):
         logits = calls.model_logits(batch)
-    finally:
-        handle.remove()
     if len(seen) != 1 or seen[0].shape[:2] != batch.input_ids.shape:
         return False
     output = seen[0].flatten(0, 1)[batch.source]

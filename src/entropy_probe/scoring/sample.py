@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from entropy_probe.named import add_to, gradient_of
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.calls import PolicyCalls
 from entropy_probe.scoring.isolation import without_gradient_hooks
@@ -149,8 +150,7 @@ def look(calls: PolicyCalls, rollouts: Rollouts, rows: Tensor, parameters: Mappi
 def add(seen: Seen, more: Seen) -> None:
     """Add what other microbatches say."""
     seen.scores.update(more.scores)
-    for name, gradient in more.gradient.items():
-        seen.gradient[name] = seen.gradient[name] + gradient if name in seen.gradient else gradient
+    add_to(seen.gradient, more.gradient)
 
 
 def see(calls: PolicyCalls, batch: Microbatch, rows: Tensor, parameters: Mapping[str, Parameter]) -> Seen:
@@ -163,8 +163,7 @@ def see(calls: PolicyCalls, batch: Microbatch, rows: Tensor, parameters: Mapping
         with torch.enable_grad(), without_gradient_hooks(parameters.values()):
             s, h, value = calls.scores_and_surrogate(batch, *weights)
             if value.requires_grad:
-                gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-                gradient = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+                gradient = gradient_of(value, parameters)
     else:
         with torch.no_grad():
             s, h, *_ = calls.scores(batch)

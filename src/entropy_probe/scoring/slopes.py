@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from entropy_probe.named import NamedVector, dot
+from entropy_probe.named import NamedVector, dot, gradient_of
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.forward import Progress, Scorer
 from entropy_probe.scoring.isolation import lookups_masked, substituted
@@ -93,42 +92,8 @@ def _token_by_token(
 
 def _slope_terms(value: Tensor, parameters: Mapping[str, Parameter], direction: NamedVector) -> list[float]:
     """The inner product of a scalar's gradient with the direction by parameter, by one backward pass."""
-    gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return [
-        dot({name: g}, {name: direction[name]}) for name, g in zip(parameters, gradients, strict=True) if g is not None
-    ]
-
-
-def token_slopes(
-    scorer: Scorer,
-    rollouts: Rollouts,
-    parameters: Mapping[str, Parameter],
-    direction: NamedVector,
-    tolerance: float,
-    progress: Progress | None = None,
-    rows: Int[Tensor, " n"] | None = None,
-) -> TokenSlopes:
-    """The derivatives of every response token's log-probability and entropy at ``theta`` along a direction.
-
-    As training's gradients do, slopes leave out the lookups of a row ``padding_idx``. In forward mode the cost is about
-    two forward passes. A method is used only if, on two sequences of middling length, it reproduces what one backward
-    pass says of each.
-
-    Args:
-        scorer: prepared for the batch.
-        rollouts: the batch.
-        parameters: what the direction moves, by name.
-        direction: with the same names.
-        tolerance: how far a method may be off there, relative to what single parameters add to a slope. A wrong rule is
-            off by percents.
-        progress: called as the work goes on.
-        rows: sequences to do this for, in this order; all by default. The method is chosen by the whole batch.
-
-    Raises:
-        ValueError: if a slope is not finite.
-    """
-    chosen = slope_method(scorer, rollouts, parameters, direction, tolerance)
-    return chosen.along(direction, rollouts if rows is None else rollouts.select(rows), progress)
+    gradient = gradient_of(value, parameters, again=True)
+    return [dot({name: g}, {name: direction[name]}) for name, g in gradient.items()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,13 +122,10 @@ class SlopeMethod:
         """
         wide = torch.promote_types(next(self.scorer.model.parameters()).dtype, torch.float32)
         columns = [torch.zeros(rollouts.input_ids.shape, dtype=wide) for _ in range(4)]
-        done = 0
-        for batch, values in self.narrow.each(rollouts, partial(self.method, self.narrow, self.parameters, direction)):
+        work = partial(self.method, self.narrow, self.parameters, direction)
+        for batch, values in self.narrow.each(rollouts, work, progress=progress):
             for flat, into in zip(values, columns, strict=True):
                 batch.scatter(flat, into)
-            done += len(batch.rows)
-            if progress:
-                progress(done, len(rollouts))
         self.scorer.notes = self.narrow.notes
         bad = ~(torch.isfinite(columns[2]) & torch.isfinite(columns[3])).all(1)
         if bool(bad.any()):
@@ -178,9 +140,29 @@ class SlopeMethod:
 def slope_method(
     scorer: Scorer, rollouts: Rollouts, parameters: Mapping[str, Parameter], direction: NamedVector, tolerance: float
 ) -> SlopeMethod:
-    """The first method that is right on two sequences of the batch along a direction; see :func:`token_slopes`."""
-    narrow = _narrowed(scorer, rollouts)
-    return SlopeMethod(*_choose(narrow, rollouts, parameters, direction, tolerance), scorer, narrow, parameters)
+    """The first way to the slopes of every response token at ``theta`` that is right along a direction.
+
+    As training's gradients do, slopes leave out the lookups of a row ``padding_idx``. In forward mode the cost is about
+    two forward passes. A method is used only if, on two sequences of middling length, it reproduces what one backward
+    pass says of each.
+
+    Args:
+        scorer: prepared for the batch.
+        rollouts: the batch.
+        parameters: what directions move, by name.
+        direction: with the same names.
+        tolerance: how far a method may be off there, relative to what single parameters add to a slope. A wrong rule is
+            off by percents.
+    """
+    narrow, reasons = _narrowed(scorer, rollouts), []
+    for method, without in ((_forward, "no forward mode"), (_double_backward, "no double backward")):
+        why = _why_not(method, narrow, rollouts, parameters, direction, tolerance)
+        if why is None:
+            name = f"reverse-mode ({reasons[0]})" if reasons else "forward-mode"
+            return SlopeMethod(name, method, scorer, narrow, parameters)
+        reasons.append(f"{without}: {why}")
+    name = f"reverse-mode (one pass per token; {'; '.join(reasons)})"
+    return SlopeMethod(name, _token_by_token, scorer, narrow, parameters)
 
 
 def _narrowed(scorer: Scorer, rollouts: Rollouts) -> Scorer:
@@ -193,20 +175,6 @@ def _narrowed(scorer: Scorer, rollouts: Rollouts) -> Scorer:
     narrow = copy.copy(scorer)
     narrow.max_tokens = min(scorer.max_tokens, max(most, longest))
     return narrow
-
-
-def _choose(
-    scorer: Scorer, rollouts: Rollouts, parameters: Mapping[str, Parameter], direction: NamedVector, tolerance: float
-) -> tuple[str, Method]:
-    """The first method that works and gives the right slopes, and what to call it."""
-    forward = _why_not(_forward, scorer, rollouts, parameters, direction, tolerance)
-    if forward is None:
-        return "forward-mode", _forward
-    double = _why_not(_double_backward, scorer, rollouts, parameters, direction, tolerance)
-    if double is None:
-        return f"reverse-mode (no forward mode: {forward})", _double_backward
-    reasons = f"no forward mode: {forward}; no double backward: {double}"
-    return f"reverse-mode (one pass per token; {reasons})", _token_by_token
 
 
 def _why_not(

@@ -19,21 +19,6 @@ from entropy_probe.named import add, norm
 from entropy_probe.parallel.shards import count
 from entropy_probe.steps.moments import step_count
 
-__all__ = [
-    "AdamSettings",
-    "ClippedGradient",
-    "Gradient",
-    "Step",
-    "adam_settings",
-    "adamw_step",
-    "check_adam",
-    "clip_gradient",
-    "is_adam",
-    "learning_rates",
-    "optimizer_parameters",
-    "shadow_step",
-]
-
 Gradient = Mapping[str, Tensor | None]
 """Gradients by parameter name; ``None`` where the loss does not reach the parameter, which the optimizer then skips."""
 
@@ -282,14 +267,9 @@ def shadow_step(
     One parameter at a time: a fresh optimizer of the same class and flags steps a clone that carries a clone of
     the state, so neither hooks and scheduler patches on the live optimizer nor its memory are involved.
 
-    Args:
-        parameters: as in :func:`adamw_step`.
-        optimizer: as there.
-        gradient: as there.
-        learning_rate: as there.
-        kept: the type in which training keeps a parameter, its moments and its gradient, by name; for all others the
-            step is taken in the widest of theirs.
-        then: called with the optimizer of each copy after its step, to take more.
+    Beside what :func:`adamw_step` takes, ``kept`` has the type in which training keeps a parameter, its moments and its
+    gradient, by name; for all others the step is taken in the widest of theirs. ``then`` is called with the optimizer
+    of each copy after its step, to take more.
 
     Returns:
         The stepped values by name, in the parameters' types, as new tensors. The model and the optimizer are not

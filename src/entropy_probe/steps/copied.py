@@ -19,8 +19,6 @@ from torch.nn import Parameter
 from entropy_probe.results.note import NoteKind
 from entropy_probe.steps.adamw import Gradient, check_adam, is_adam
 
-__all__ = ["STEP_ON_COPIES", "check_optimizer", "check_repeatable", "copied_step", "moved", "optimizer_name"]
-
 STEP_ON_COPIES = NoteKind(
     "step_on_copies",
     "{optimizer}: its own code takes the step on copies, so the prediction has no components, and se_update is a "
@@ -157,13 +155,7 @@ def check_repeatable(
 ) -> None:
     """Check that a second copy takes the same step, bit by bit, and that it is a step at all.
 
-    Args:
-        parameters: as in :func:`copied_step`.
-        optimizer: as there.
-        gradient: as there.
-        stepped: what :func:`copied_step` returned for them.
-        learning_rate: as there.
-        kept: as there.
+    ``stepped`` is what :func:`copied_step` returned for the other arguments.
 
     Raises:
         ValueError: naming the optimizer.

@@ -13,8 +13,6 @@ from entropy_probe.parallel.shards import count, extremes
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import OptimizerStateReport
 
-__all__ = ["check_moments", "step_count", "summarize_moments", "unmoved_adapter", "usable_second_moment"]
-
 UNMOVED_ADAPTER = NoteKind(
     "adapter_unmoved",
     "every lora_B is 0, as before training, though the optimizer has taken {steps:.0f} steps along their gradients: "

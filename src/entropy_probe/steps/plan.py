@@ -17,8 +17,6 @@ from entropy_probe.steps.adamw import ClippedGradient, Gradient, adamw_step, cli
 from entropy_probe.steps.copied import check_repeatable, copied_step, moved, optimizer_name
 from entropy_probe.steps.precision import clipped_as_kept, step_dtypes
 
-__all__ = ["PlannedStep", "plan_step", "scaled", "stepped_parameters", "unrounded_step"]
-
 DISAGREE = "{name}: the optimizer's own step and its closed form disagree; please report this"
 
 

@@ -19,8 +19,6 @@ from entropy_probe.config import StepDtype
 from entropy_probe.parallel.shards import count, local
 from entropy_probe.steps.adamw import Gradient
 
-__all__ = ["NARROW", "clipped_as_kept", "exact_share", "fits", "state_dtypes", "step_dtypes", "trained"]
-
 NARROW = (torch.bfloat16, torch.float16)
 MIN_SHARE = 0.5
 """Of the trained elements that are not 0; single tensors may fit a narrow type because they never moved."""

@@ -19,8 +19,6 @@ from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
 from entropy_probe.steps.moments import step_count, usable_second_moment
 
-__all__ = ["Preconditioner", "frozen_preconditioner"]
-
 
 @dataclass(frozen=True)
 class Preconditioner:

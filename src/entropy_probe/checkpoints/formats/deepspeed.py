@@ -201,6 +201,8 @@ class _Saved:
         buffers = [
             Buffers.of_ranks(files, [[state.partitions[i] for i in inside] for state in states]) for inside in members
         ]
+        if by_slices:
+            buffers = [own.in_order(inside) for own, inside in zip(buffers, shapes, strict=True)]
         check_steps(files[0], first, buffers)
         dtype = next((x.dtype for x in first["module"].values() if x.is_floating_point()), torch.float32)
         frozen = frozen_tensors(model_files[0], models, {name for own in shapes for name in own})

@@ -28,6 +28,7 @@ from entropy_probe.checkpoints.formats.base import CheckpointFormat, StoredTenso
 from entropy_probe.checkpoints.manifest import plain_name
 from entropy_probe.checkpoints.objects import read_objects
 from entropy_probe.checkpoints.optimizer_file import SavedOptimizer
+from entropy_probe.checkpoints.peft_names import is_adapters
 from entropy_probe.checkpoints.pieces import DTENSORS, Part, Whole, as_written_by, joined, optimizer_of_entries
 from entropy_probe.checkpoints.safe_read import read_json
 from entropy_probe.results.note import Note
@@ -236,14 +237,14 @@ def _by_flat_parameter(
         )
     shapes = {name: x.shape for name, x in model.tensors.items()}
     keys = sorted({key for entry in tensors.values() for key in entry})
-    if all(map(_is_adapters, shapes)):  # saved alone; the units of the base have no state
+    if all(map(is_adapters, shapes)):  # saved alone; the units of the base have no state
         names, kept = list(shapes), sorted(tensors)
         tensors, numbers = ({i: own[k] for i, k in enumerate(kept)} for own in (tensors, numbers))
         count = len(names)
     for names in model.parameter_lists():
-        alone = all(map(_is_adapters, names))
+        alone = all(map(is_adapters, names))
         units = (
-            [[n] for n in names] if alone else units_of(names, [n.rpartition(".")[0] for n in names if _is_adapters(n)])
+            [[n] for n in names] if alone else units_of(names, [n.rpartition(".")[0] for n in names if is_adapters(n)])
         )
         ways = {
             key: {i: _one_copy(f"{where}: {key} {i}", entry[key], model.copies) for i, entry in tensors.items()}
@@ -293,13 +294,9 @@ def _fitting_names(entries: Entries, model: _Model, count: int) -> list[str] | N
 
 def _named(entries: Entries, names: Sequence[str], groups: list[dict[str, Any]]) -> tuple[Entries, list[Any]]:
     """Without the frozen base of an adapter, which is among the parameters too."""
-    adapter = any(_is_adapters(name) for name in names)
-    own = [name for name in names if name in entries or not adapter or _is_adapters(name)]
+    adapter = any(is_adapters(name) for name in names)
+    own = [name for name in names if name in entries or not adapter or is_adapters(name)]
     return entries, [groups[0] | {"params": own}]
-
-
-def _is_adapters(name: str) -> bool:
-    return bool(re.search(r"\.(lora_\w+|modules_to_save)\.", name))
 
 
 def _is_number(value: Any) -> bool:

@@ -103,18 +103,10 @@ def inputs_of(config: RunConfig, command: Command, sources: Sources, options: Ma
         ValueError: if the checkpoint is not a directory.
     """
     from entropy_probe.analyses.provenance import library_versions
-    from entropy_probe.checkpoints import inspect_checkpoint
+    from entropy_probe.checkpoints.load import base_model_of
 
-    report = inspect_checkpoint(
-        config.checkpoint,
-        config.base_model,
-        adapter=config.adapter,
-        quantization=config.quantization,
-        mapping=config.mapping,
-        weights=config.weights,
-        policy=config.policy,
-    )
-    base = report.base_model or config.base_model
+    base = base_model_of(config.checkpoint, config.base_model, adapter=config.adapter, quantization=config.quantization)
+    base = base or config.base_model
     versions = library_versions()
     rewards = () if sources.reward is None else sources.reward.functions
     return Inputs(

@@ -169,6 +169,11 @@ class Point:
     margin: float = 0.0
     usable: bool = True
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of that interval."""
+        return self.y - self.margin, self.y + self.margin
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -249,6 +254,11 @@ def bar_charts(title: str, bars: Sequence[Bar], unit: str, caption: str, figure:
     """The chart of these bars; none where there is nothing but zeros."""
     drawn = any(x for bar in bars for x in bar.reach)
     return (BarChart(title, tuple(bars), unit, caption, figure),) if drawn else ()
+
+
+def reach(curves: Iterable[Curve]) -> list[float]:
+    """The ends of the intervals of all points, which must be on the axis."""
+    return [x for curve in curves for point in curve.points for x in point.ends]
 
 
 def sentence_case(text: str) -> str:

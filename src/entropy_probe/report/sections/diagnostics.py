@@ -8,8 +8,7 @@ from typing import Any
 from entropy_probe.report.numbers import format_number, format_percent
 from entropy_probe.report.sections.base import Row, Rows, Section, State, Verbatim
 from entropy_probe.report.wording import HARMLESS_ESS
-from entropy_probe.results.draws import Draws
-from entropy_probe.results.probe import GradientAgreement, OptimizerStateReport, ProbeResult, Realized
+from entropy_probe.results.probe import Draws, GradientAgreement, OptimizerStateReport, ProbeResult, Realized
 
 NOTABLE_ROUNDING = 0.01
 NOTABLE_DISTANCE = 0.05

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Point, Row, Table, written
-from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.horizons import HorizonPoint, Horizons
+from entropy_probe.report.sections.base import Axis, Block, Curve, LineChart, Point, Row, Table, reach, written
+from entropy_probe.results.changes import Horizons
 
 CAPTION = "across: how many tokens after a changed one count; whiskers: 95% intervals"
 
@@ -14,15 +13,11 @@ def horizon_rows(horizons: Horizons | None, exponent: int | None) -> list[Row]:
     if horizons is None or horizons.headline is None:
         return []
     stated = horizons.stated
-    row = Row(within(horizons.headline), written(stated.predicted, exponent), "predicted", headline=True)
-    return [row, *_beyond_row(stated, exponent)]
-
-
-def _beyond_row(point: HorizonPoint, exponent: int | None) -> list[Row]:
-    if point.beyond is None:
-        return []
-    note = "predicted" if point.beyond.distinguishable else "predicted, not resolved"
-    return [Row("beyond", written(point.beyond, exponent), note, indent=True)]
+    rows = [Row(within(horizons.headline), written(stated.predicted, exponent), "predicted", headline=True)]
+    if stated.beyond is not None:
+        note = "predicted" if stated.beyond.distinguishable else "predicted, not resolved"
+        rows.append(Row("beyond", written(stated.beyond, exponent), note, indent=True))
+    return rows
 
 
 def horizon_blocks(horizons: Horizons | None, unit: str) -> tuple[Block, ...]:
@@ -38,20 +33,15 @@ def horizon_blocks(horizons: Horizons | None, unit: str) -> tuple[Block, ...]:
         Curve("predicted", "predicted δH₁", predicted),
         Curve("realized", "realized ΔH", realized, "points"),
     )
-    ends = [x for curve in curves for p in curve.points for x in (p.y - p.margin, p.y + p.margin)]
     x = Axis(-0.5, len(names) - 0.5, label="tokens after a changed one that count", names=names)
-    y = Axis.around((0.0, *ends), f"entropy change ({unit})")
+    y = Axis.around((0.0, *reach(curves)), f"entropy change ({unit})")
     chart = LineChart("How far a changed token echoes", curves, x, y, CAPTION, figure="horizons")
     columns = ("tokens", "predicted", "realized", "beyond, predicted")
     rows = tuple(
-        (name, *(_or_dash(x) for x in (p.predicted, p.realized, p.beyond)))
+        (name, *("–" if x is None else written(x) for x in (p.predicted, p.realized, p.beyond)))
         for name, p in zip(names, horizons.points, strict=True)
     )
     return chart, Table("Change within a horizon", columns, rows, folded=True)
-
-
-def _or_dash(estimate: Estimate | None) -> str:
-    return "–" if estimate is None else written(estimate)
 
 
 def within(horizon: int) -> str:

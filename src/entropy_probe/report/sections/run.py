@@ -25,7 +25,7 @@ from entropy_probe.report.sections.validation import validation_section
 from entropy_probe.report.tables import Tables, check_tables
 from entropy_probe.report.verdict import verdict
 from entropy_probe.report.wording import ESTIMATORS, UNITS
-from entropy_probe.results.horizons import HorizonPoint
+from entropy_probe.results.changes import HorizonPoint
 from entropy_probe.results.probe import Coasted, Estimate, Pooled, Predicted, ProbeResult
 from entropy_probe.results.size import seconds_per_sequence, size_for
 from entropy_probe.results.validation import Validation

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from entropy_probe.report.sections.base import Axis, Curve, LineChart, Point
+from entropy_probe.report.sections.base import Axis, Curve, LineChart, Point, reach
 from entropy_probe.results.estimate import Estimate
 from entropy_probe.results.live import Number, StepRecord
 
@@ -50,7 +50,7 @@ def chart_of(
     points = [point for curve in drawn for point in curve.points]
     if not points:
         return []
-    ends = [point.y + sign * point.margin for point in points for sign in (-1, 1)] + [0.0] * zero
+    ends = reach(drawn) + [0.0] * zero
     steps = [point.x for point in points]
     x = Axis.around((min(steps) - 0.5, max(steps) + 0.5), "optimizer step", share=0.0)
     return [

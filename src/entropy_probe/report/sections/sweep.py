@@ -19,6 +19,7 @@ from entropy_probe.report.sections.base import (
     Section,
     Table,
     Verbatim,
+    reach,
     written,
 )
 from entropy_probe.report.sections.diagnostics import diagnostics_section, optimizer_section
@@ -150,7 +151,7 @@ def _changes(sweep: Sweep) -> LineChart:
         rates = [largest * k / 100 for k in range(101)]
         label = f"fit aη + bη² to η ≤ {sweep.fit.learning_rates[-1]:.3g}"
         curves.append(Curve("fit", label, tuple(Point(x, a * x + b * x * x) for x in rates)))
-    y = Axis.around((x for curve in curves for x in _ends(curve.points)), f"entropy change ({sweep.unit})")
+    y = Axis.around(reach(curves), f"entropy change ({sweep.unit})")
     return LineChart("Entropy change", tuple(curves), Axis.around((0.0, largest), RATE), y, "bands: 95% intervals",
                      _linear(sweep, 0.0), "sweep", on_page=False)  # fmt: skip
 
@@ -178,7 +179,7 @@ def _ratios(sweep: Sweep) -> list[LineChart]:
     )
     if not measured:
         return []
-    ends = _ends(measured)
+    ends = [x for point in measured for x in point.ends]
     y = Axis.around((max(-1.0, min(0.9, *ends)), min(3.0, max(1.1, *ends))), "ΔH/δH₁", share=0.08)
     x = _rates([sweep])
     one = (Point(x.low, 1.0), Point(x.high, 1.0))
@@ -210,10 +211,6 @@ def _measured(points: Iterable[SweepPoint]) -> Points:
     return tuple(
         Point(p.learning_rate, e.value, e.margin, p.status == "ok") for p in points if (e := p.estimate) is not None
     )
-
-
-def _ends(points: Points) -> list[float]:
-    return [point.y + sign * point.margin for point in points for sign in (-1, 1)]
 
 
 def _rates(sweeps: Iterable[Sweep]) -> Axis:
@@ -252,7 +249,7 @@ def _comparison(sweeps: Mapping[str, Sweep], unit: str) -> tuple[LineChart, Line
         end = sweep.linear_range
         at = () if end.learning_rate is None else (Point(float(k), end.learning_rate, usable=not end.at_least),)
         ranges.append(Curve("", "", at, "points"))
-    y = Axis.around((0.0, *(x for one in scaled for x in _ends(one.points))), f"ΔH / η ({unit} per unit of η)")
+    y = Axis.around((0.0, *reach(scaled)), f"ΔH / η ({unit} per unit of η)")
     across, end = Axis(-0.5, len(sweeps) - 0.5, names=tuple(sweeps)), replace(rates, label="end of the linear range")
     return (
         LineChart("Change over rate", tuple(scaled), rates, y, "bands: 95% intervals", None, "sweeps", on_page=False),

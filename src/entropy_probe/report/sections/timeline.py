@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 from entropy_probe.report.numbers import common_exponent, format_estimate, format_number, format_percent
 from entropy_probe.report.sections.base import (
-    Block,
     Curve,
     HeatMap,
     LineChart,
@@ -25,7 +23,7 @@ from entropy_probe.report.sections.base import (
 )
 from entropy_probe.report.sections.steps import Steps, chart_of, cumulated, logged_points, points_of, thinned
 from entropy_probe.results.estimate import Estimate
-from entropy_probe.results.live import Number, StepRecord, Timeline
+from entropy_probe.results.live import ESTIMATES, Number, StepRecord, Timeline
 from entropy_probe.results.note import Note
 
 PRINTED, LISTED = 24, 400
@@ -48,7 +46,6 @@ def _one(timeline: Timeline, prefix: str = "") -> tuple[Section, ...]:
     probed = timeline.probed
     subtitle = f"{len(timeline.steps)} steps, {len(probed)} probed"
     tables = (_printed(timeline), _listed(timeline))
-    charts = [*_entropy_charts(timeline, probed)]
     first = Section(
         title=Verbatim(timeline.name) if of_several else "Entropy over training",
         key=f"{prefix}timeline",
@@ -56,14 +53,14 @@ def _one(timeline: Timeline, prefix: str = "") -> tuple[Section, ...]:
         subtitle=subtitle,
         verdict=_verdict(timeline),
         sentences=tuple(_sentences(probed)),
-        blocks=(Rows(_headlines(timeline), _unit(probed)), *charts, *tables),
+        blocks=(Rows(_headlines(timeline), _unit(probed)), *_entropy_charts(timeline, probed), *tables),
         notes=tuple(alarm.note for alarm in timeline.alarms),
     )
     rest = (_sources(probed), _prompts(probed), _training(timeline.steps), _remarks(probed))
     return first, *(
-        Section(title, f"{prefix}{key}", "" if of_several else short, blocks=blocks, notes=notes, page_only=True)
-        for title, key, short, blocks, notes in rest
-        if blocks or notes
+        replace(section, key=f"{prefix}{section.key}", short="" if of_several else section.short)
+        for section in rest
+        if section.blocks or section.notes
     )
 
 
@@ -193,7 +190,6 @@ def _cell(value: float | None) -> str:
     return "" if value is None else format_number(value)
 
 
-ESTIMATES = ("entropy", "predicted", "realized", "gradient", "momentum", "weight_decay", "lifetime", "committed")
 NUMBERS: tuple[Number, ...] = ("reward", "length", "kl", "gradient_norm", "clip_factor", "learning_rate", "ess")
 
 
@@ -221,14 +217,12 @@ def _without_empty(table: Table) -> Table:
     return replace(table, columns=columns, rows=rows)
 
 
-Part: TypeAlias = tuple[str, str, str, tuple[Block, ...], tuple[Note, ...]]
-
-
-def _sources(probed: Steps) -> Part:
+def _sources(probed: Steps) -> Section:
     """Which part of the step does it, and what a batch does over its life."""
-    parts: list[Curve] = []
-    for look, label in (("gradient", "this batch's gradient"), ("momentum", "momentum of earlier batches")):
-        parts.append(Curve(look, label, points_of(probed, lambda r, name=look: getattr(r, name)), "band"))  # type: ignore[arg-type]
+    parts = [
+        Curve("gradient", "this batch's gradient", points_of(probed, lambda r: r.gradient), "band"),
+        Curve("momentum", "momentum of earlier batches", points_of(probed, lambda r: r.momentum), "band"),
+    ]
     lives = [
         Curve("life", "lifetime effect of each batch", points_of(probed, lambda r: r.lifetime), "band"),
         Curve("committed", "committed after the step", points_of(probed, lambda r: r.committed), "band"),
@@ -238,10 +232,10 @@ def _sources(probed: Steps) -> Part:
         *chart_of("Gradient against momentum", parts, _unit(probed), caption, zero=True),
         *chart_of("Over a batch's life", lives, _unit(probed), caption, zero=True),
     )
-    return "Where the change comes from", "sources", "Sources", charts, ()
+    return Section("Where the change comes from", "sources", "Sources", blocks=charts, page_only=True)
 
 
-def _training(records: Steps) -> Part:
+def _training(records: Steps) -> Section:
     """What the trainer logs beside it."""
     wanted: tuple[tuple[str, Number, str], ...] = (
         ("Reward", "reward", ""),
@@ -260,14 +254,15 @@ def _training(records: Steps) -> Part:
         else:
             charts += chart_of(title, [Curve("logged", "", points)], unit, "across: optimizer steps")
     blocks = (*charts, *([Rows(tuple(constant))] if constant else []))
-    return "Training beside it", "training", "Training", blocks, ()
+    return Section("Training beside it", "training", "Training", blocks=blocks, page_only=True)
 
 
-def _prompts(probed: Steps) -> Part:
+def _prompts(probed: Steps) -> Section:
     """The prompts that moved entropy most, over time."""
     shares = [(record.step, share) for record in probed for share in record.prompts]
+    section = Section("Which prompts did it", "prompts", "Prompts", page_only=True)
     if not shares:
-        return "", "prompts", "", (), ()
+        return section
     sums: dict[int, float] = {}
     names: dict[int, str] = {}
     for _, share in shares:
@@ -287,7 +282,7 @@ def _prompts(probed: Steps) -> Part:
     rows = tuple((_name(prompt, names[prompt]), cells(prompt)) for prompt in top)
     title = f"What the {len(top)} strongest of {len(sums)} prompts added to δH₁, by steps"
     chart = HeatMap(title, ("prompt", *heads), rows, _unit(probed), tuple(sums[prompt] for prompt in top))
-    return "Which prompts did it", "prompts", "Prompts", (chart,), ()
+    return replace(section, blocks=(chart,))
 
 
 def _name(prompt: int, text: str) -> str:
@@ -296,7 +291,7 @@ def _name(prompt: int, text: str) -> str:
     return text if len(text) <= NAME else f"…{text[1 - NAME :]}"
 
 
-def _remarks(probed: Steps) -> Part:
+def _remarks(probed: Steps) -> Section:
     """What was said of the steps, each kind once, of the last step that it was said of."""
     said: dict[str, list[tuple[int, Note]]] = {}
     for record in probed:
@@ -307,7 +302,7 @@ def _remarks(probed: Steps) -> Part:
         number, note = steps[-1]
         others = len({step for step, _ in steps}) - 1
         notes.append(note.about(f"step {number}" + (f" and {others} other{'s' * (others > 1)}" if others else "")))
-    return "What was noted of the steps", "notes", "Notes", (), tuple(notes)
+    return Section("What was noted of the steps", "notes", "Notes", notes=tuple(notes), page_only=True)
 
 
 def _beside(timelines: Sequence[Timeline]) -> Section:
