@@ -271,7 +271,7 @@ def _adapter(request: Request, manifest: Manifest | None, facts: dict[str, Any])
         weights = as_in_file(weights, adapter)
     base_names, base_rows = set(skeleton.state_dict()), embedding_rows(skeleton)
     resized = resize_embeddings(skeleton, weights)
-    check_configured(home_of(path) / "config.json", skeleton)
+    check_configured(home_of(request.path) / "config.json", skeleton)
     check_vocabulary(request.tokenizer_home, base, skeleton)
     layout, expected = adapter_layout(skeleton, directory, adapter, config, weights, resized)
     of_base = read_weights(Path(base), "model") if quantization is None and has_weights(Path(base), "model") else None
