@@ -30,7 +30,7 @@ class Settings(Record):
     @field_validator("*", mode="before")
     @classmethod
     def _check_texts(cls, value: Any) -> Any:
-        for item in _items(value):
+        for item in () if isinstance(value, Mapping) else _items(value):  # a section has its own fields
             if isinstance(item, str | Path):
                 check_utf8(item)
         return value
