@@ -145,7 +145,7 @@ def admit(
         notes.append(NO_ADVANTAGES(batch=name))
     batch = replace(batch, prompt_ids=ids)
     notes += about_ends(batch, name, end_ids, longest, stop_texts)
-    notes += about_columns(batch, name, keys)
+    notes += about_columns(batch, name, None if mixed else keys)
     return Admitted(batch, notes, not_modelled)
 
 

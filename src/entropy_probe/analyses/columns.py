@@ -68,14 +68,14 @@ LEAST_CORRELATION, LEAST_SEQUENCES = 0.3, 8
 """Penalties and several rewards leave more of a correlation; and too few sequences have any."""
 
 
-def about_columns(batch: Rollouts, name: str, prompts: Sequence[bytes | None]) -> Iterator[Note]:
-    """What does not go together in a batch, whose ``prompts`` are the tokens before each response."""
+def about_columns(batch: Rollouts, name: str, prompts: Sequence[bytes | None] | None) -> Iterator[Note]:
+    """What does not go together in a batch; ``prompts`` are the tokens before each response, if ids are of them."""
     yield from _about_logprobs(batch, name)
     if rows := _logprobs_before(batch):
         yield LOGPROBS_BEFORE(batch=name, rows=rows, sequences=len(batch))
-    if batch.trajectory_ids is None and (late := _late_starts(batch, prompts)):
+    if prompts is not None and batch.trajectory_ids is None and (late := _late_starts(batch, prompts)):
         yield LATE_MASK(batch=name, ids=late)
-    if name == "update" and batch.rewards is not None and batch.advantages is not None:
+    if name == "update" and prompts is not None and batch.rewards is not None and batch.advantages is not None:
         yield from _about_advantages(batch, name)
 
 
@@ -101,7 +101,10 @@ def _late_starts(batch: Rollouts, prompts: Sequence[bytes | None]) -> int:
         if prompt is not None:
             by_id[one].append(prompt)
     several = [own for own in by_id.values() if len(own) > 1]
-    late = sum(len(set(own)) > 1 and len({prompt[:-size] for prompt in own}) == 1 for own in several)
+    late = sum(
+        len(set(own)) > 1 and {len(prompt) > size and prompt[:-size] for prompt in own} == {own[0][:-size]}
+        for own in several
+    )
     return late if 10 * late > len(several) else 0
 
 
