@@ -85,7 +85,7 @@ def _logprobs_before(batch: Rollouts) -> int:
     prompt = batch.attention_mask & (batch.response_mask.cumsum(1) == 0) & batch.response_mask.any(1)[:, None]
     for values in (x for column in LOGPROBS if (x := getattr(batch, column)) is not None):
         there = prompt & torch.isfinite(values) & (values != 0)
-        last = there[rows, first - 1]
+        last = there[rows, first - 1] & (prompt.sum(1) > 1)
         if int(there.sum()) == int(last.sum()) > len(batch) // 2:
             return int(last.sum())
     return 0
