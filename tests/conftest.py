@@ -1,5 +1,6 @@
 """Shapes are checked at run time in tests of functions; one torch thread, since tiny models only lose by more."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -47,6 +48,13 @@ UNCHECKED = [Path(__file__).parent / name for name in ("invariants", "cli", "dem
 """Whole probes, many of them: the check would take 40% of their time and see what unit tests have shown it. The marker
 ``checked`` is for those that alone reach a function, ``unchecked`` for what takes long elsewhere.
 """
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """The libraries and the tests stay: the collector of garbage need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

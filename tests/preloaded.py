@@ -1,6 +1,8 @@
 """What processes of ``tests/processes.py`` find imported; nothing here computes, starts a thread or opens a file."""
 # ruff: noqa: F401
 
+import gc
+
 import arviz_stats.base.array
 import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
@@ -26,3 +28,5 @@ import entropy_probe.probe
 import entropy_probe.sampling.hf
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # what is imported stays: no process looks through it again

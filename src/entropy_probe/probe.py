@@ -12,13 +12,20 @@ from torch import nn
 from entropy_probe.analyses.ahead import StepAhead, look_ahead
 from entropy_probe.analyses.assemble import result_of
 from entropy_probe.analyses.attribute import Folds, attribute, check_divides
-from entropy_probe.analyses.attribution import Attribution
+from entropy_probe.analyses.attribution import Attribution, Contributions
 from entropy_probe.analyses.coast import come_to_rest, measure_rest, measured_beside
 from entropy_probe.analyses.given import checked_past
 from entropy_probe.analyses.measure import measure as measure_step
 from entropy_probe.analyses.one_batch import one_batch
 from entropy_probe.analyses.own_batch import measure_own, predict_own
-from entropy_probe.analyses.policy import Policy, Resample, check_device, check_dtype, open_policy
+from entropy_probe.analyses.policy import (
+    Policy,
+    Resample,
+    check_differentiable,
+    check_own_step,
+    checked_optimizer,
+    open_policy,
+)
 from entropy_probe.analyses.pooled import pooled
 from entropy_probe.analyses.predict import predict
 from entropy_probe.analyses.provenance import Phase
@@ -32,12 +39,11 @@ from entropy_probe.questions.base import answer_all, check_questions, plan_asked
 from entropy_probe.results.probe import CrossPrompt, ProbeResult
 from entropy_probe.results.record import SavedRecord
 from entropy_probe.results.sweep import Sweep, SweepPoint
-from entropy_probe.results.validation import Validation
+from entropy_probe.results.validation import MeasuredStep, Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.scoring.cache import ScoreCache
 from entropy_probe.scoring.isolation import untrained
-from entropy_probe.steps.adamw import Gradient, is_adam, learning_rates, optimizer_parameters
-from entropy_probe.steps.copied import check_optimizer, optimizer_name
+from entropy_probe.steps.adamw import Gradient, learning_rates, optimizer_parameters
 from entropy_probe.steps.moments import check_moments
 from entropy_probe.steps.precision import NARROW
 
@@ -92,18 +98,7 @@ class EntropyProbe:
         past_gradients: Sequence[Gradient] = (),
     ) -> None:
         config = config or ProbeConfig()
-        for name, value, kind in (("model", model, nn.Module), ("config", config, ProbeConfig)):
-            if not isinstance(value, kind):
-                raise ValueError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}; pass one")
-        if type(optimizer).__module__.partition(".")[0] == "accelerate":  # it wraps the optimizer it prepares
-            optimizer = getattr(optimizer, "optimizer", optimizer)
-        check_optimizer(optimizer)
-        check_dtype(model, config)
-        check_device(model)
-        if config.on_low_ess == "resample" and resample is None:
-            raise ValueError(
-                "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
-            )
+        optimizer = checked_optimizer(model, optimizer, config, resample)
         ranks = joined_ranks() if distributed or is_sharded(model) else ALONE
         self._model, self._optimizer, self._config = model, optimizer, config
         self._shared: dict[str, Any] = {
@@ -123,11 +118,7 @@ class EntropyProbe:
     @contextmanager
     def _opened(self, **settings: Any) -> Iterator[Policy]:
         """The policy ready to be scored and differentiated for one run, with these settings, and left as it was."""
-        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in self._model.parameters()):
-            raise ValueError(
-                "model: expected one that can be differentiated, got torch.inference_mode, which it was made or is "
-                "probed under; leave that block"
-            )
+        check_differentiable(self._model)
         # what is made without a device belongs in host memory, whatever default device the caller has set
         other = torch.get_default_device().type != "cpu"
         with torch.device("cpu") if other else nullcontext():
@@ -142,11 +133,7 @@ class EntropyProbe:
         parameters = optimizer_parameters(model, optimizer)
         check_moments(parameters, optimizer)
         check_shards(model, parameters.items())
-        if is_sharded(model) and not (is_adam(optimizer) or config.geometry == "frozen"):
-            raise ValueError(
-                f"optimizer: expected torch.optim.AdamW or Adam for a sharded model, got {optimizer_name(optimizer)}; "
-                "its own step is taken on whole parameters only"
-            )
+        check_own_step(model, optimizer, config)
         rates = learning_rates(optimizer, config.learning_rate)
         return open_policy(model, optimizer, parameters, config, learning_rates=rates, **self._shared)
 
@@ -275,7 +262,14 @@ class EntropyProbe:
             return attribute(prediction, folds, measured, answers=answer_all(prediction, asked), pooled=both, **beside)
 
     def validate(
-        self, attribution: Attribution, *, evaluation: Rollouts | None = None, subsets: int = 40, seed: int = 0
+        self,
+        attribution: Attribution | Contributions,
+        *,
+        evaluation: Rollouts | None = None,
+        subsets: int = 40,
+        seed: int = 0,
+        finished: Sequence[MeasuredStep] = (),
+        on_step: Callable[[MeasuredStep], None] | None = None,
     ) -> Validation:
         """Take real steps on random halves of the attribution's prompts, and compare with their contributions.
 
@@ -283,17 +277,20 @@ class EntropyProbe:
         are not kept (``max_stored_gradient_gib``).
 
         Args:
-            attribution: of the update batch, by :meth:`attribute` of this probe.
+            attribution: of the update batch, by :meth:`attribute` of this probe, or what is taken of it.
             evaluation: the batch the changes are measured on; by default the update batch, less self-influence.
             subsets: how many different halves, at least 4; all there are where the prompts have fewer.
             seed: of the random halves.
+            finished: steps of an interrupted validation with the same inputs, which are taken as they are.
+            on_step: called with every other step as soon as it is there.
 
         Raises:
             ValueError: as :meth:`run`, or with fewer than 4 prompts or subsets. A step whose change cannot be measured
                 is left out of the correlations, with a message.
         """
+        given = attribution.contributions if isinstance(attribution, Attribution) else attribution
         with self._opened() as policy:
-            return validate(policy, attribution, evaluation, subsets, seed)
+            return validate(policy, given, evaluation, subsets, seed, finished=finished, on_step=on_step)
 
     def sweep(
         self,

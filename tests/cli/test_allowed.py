@@ -181,6 +181,17 @@ def test_only_the_command_line_overwrites(tmp_path, refused, value):
     assert load_config(write(tmp_path, overwrite=False), ["overwrite=true"]).overwrite
 
 
+def test_only_the_command_line_names_the_key_that_a_server_gets(tmp_path, refused):
+    server = {"url": "http://localhost:8000", "model": "m"}
+    path = write(tmp_path, generation={"engine": "vllm", "server": {**server, "api_key_env": "HOME"}})
+    line = refused("run", path, "--output-dir", tmp_path / "out")
+    assert line.startswith(f"{path}: generation.server.api_key_env: counts on the command line only")
+    path = write(tmp_path, generation={"engine": "vllm", "server": server})
+    config = load_config(path, ["generation.server.api_key_env=A_KEY"])
+    assert config.generation.server.api_key_env == "A_KEY"
+    assert "A_KEY" not in config.to_yaml()
+
+
 def test_values_of_objects_are_not_printed(monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     for name, got in {

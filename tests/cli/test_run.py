@@ -15,6 +15,7 @@ import yaml
 from entropy_probe import EntropyProbe, ProbeResult, Rollouts, Validation
 from entropy_probe.cli.output import locked
 from entropy_probe.report.wording import RESULT_FIGURES
+from entropy_probe.results.validation import MeasuredStep
 from entropy_probe.sampling import HFGenerator
 from tests.checkpoints.conftest import edit_json
 from tests.checkpoints.settings_files import GRPO, pickled_settings, saved_settings
@@ -247,6 +248,34 @@ def test_validate_takes_real_steps_and_report_shows_them_again(config, tmp_path,
     assert not (out / "validation.json").exists()
 
 
+def test_an_interrupted_validation_goes_on_with_the_step_it_was_at(config, tmp_path, monkeypatch):
+    """The run is not computed again, nor a step that is there, and what comes of it is the same to the byte."""
+    options = ("--subsets", 5, "mode=two_batch", "probe.measure_noise_floor=false")
+    whole, halted = tmp_path / "out", tmp_path / "halted"
+    assert invoke("validate", config, *options).exit_code == 0
+    options = (*options, "--output-dir", halted)
+    save, saved = MeasuredStep.save, []
+
+    def save_or_stop(self, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        return save(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasuredStep, "save", save_or_stop)
+        stopped = invoke("validate", config, *options)
+    assert stopped.exit_code == 130
+    assert f"the run itself is complete in {halted}, the same command goes on with its validation" in stopped.stderr
+    written = (halted / "results.json").stat().st_mtime_ns
+    monkeypatch.setattr(EntropyProbe, "attribute", lambda *_, **__: pytest.fail("attributed again"))
+    monkeypatch.setattr(MeasuredStep, "save", lambda self, path: saved.append(path) or save(self, path))
+    assert invoke("validate", config, *options).exit_code == 0
+    assert [path.name for path in saved] == [f"00{k}.json" for k in range(1, 6)]
+    assert (halted / "results.json").stat().st_mtime_ns == written
+    assert contents(halted) == contents(whole)
+
+
 def test_too_few_prompts_to_validate_are_refused_before_any_work(config, refused, once, tmp_path, monkeypatch):
     module = sys.modules["entropy_probe.cli.run"]
     monkeypatch.setattr(module, "open_checkpoint", lambda config: pytest.fail("loaded the checkpoint"))
@@ -266,7 +295,7 @@ def test_a_validation_that_fails_leaves_the_finished_run(config, tmp_path, monke
     done = invoke("validate", config)
     assert done.exit_code == 2
     out = tmp_path / "out"
-    said = f"error: the power is out; the run itself is complete in {out}, only its validation is missing"
+    said = f"error: the power is out; the run itself is complete in {out}, the same command goes on with its validation"
     assert said in done.stderr
     assert ProbeResult.load(out).attribution is not None
     names = {path.name for path in out.iterdir()}
@@ -502,7 +531,9 @@ def test_a_run_killed_before_a_file_appears_resumes_to_the_same_numbers(config, 
 
 @pytest.mark.slow
 def test_a_validation_killed_before_any_file_appears_resumes_to_the_same_numbers(config, tmp_path, monkeypatch):
-    killed_in_turn([*BEFORE_RESULT, "validation.json", *AFTER_RESULT], "validate", config, tmp_path / "out")
+    killed_in_turn(
+        [*BEFORE_RESULT, "001.json", "003.json", "validation.json", *AFTER_RESULT], "validate", config, tmp_path / "out"
+    )
     monkeypatch.setattr(SHARD, 12)
     for directory in ("out", "whole"):
         assert invoke("validate", config, "--output-dir", tmp_path / directory).exit_code == 0

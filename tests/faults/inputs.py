@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from entropy_probe import EntropyProbe, ProbeConfig, Rollouts
+from entropy_probe import EntropyProbe, ProbeConfig, ProbeResult, Rollouts, load_checkpoint
 from entropy_probe.cli.config import load_config
+from entropy_probe.dumps import read_dump
 from entropy_probe.sampling import PromptSource, load_prompts
 from entropy_probe.steps.moments import check_moments
+from tests.report.results import make_result
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def of_settings() -> Iterator[InputFault]:
         return InputFault("config", name, meet, line)
 
     most = "expected a number of at most"
+    yield fault("bytes that are no text", "checkpoint: .*expected text in UTF-8", checkpoint="caf\udce9")
+    yield fault("bytes that are no text, in a list", "stop: .*expected text in UTF-8", generation__stop=["\ud800"])
     yield fault("not a number", "probe.learning_rate: .*finite number, got nan", probe__learning_rate=NAN)
     yield fault("infinite number", "probe.max_grad_norm: .*finite number, got inf", probe__max_grad_norm=INFINITY)
     yield fault("negative number", "probe.temperature: .*greater than 0, got -1", probe__temperature=-1)
@@ -169,7 +173,7 @@ def of_prompts() -> Iterator[InputFault]:
     yield fault("not UTF-8", b'{"prompt": "caf\xe9"}\n', ":1: .*invalid JSON")
     yield fault("UTF-16", row.decode().encode("utf-16"), ":1: .*invalid JSON")
     yield fault("zero bytes", bytes(1000), "invalid JSON")
-    yield fault("compressed", gzip.compress(row), "invalid JSON")
+    yield fault("compressed, and cut", gzip.compress(row)[:-9], "expected an intact gzip file")
     yield fault("cut", row + b'{"prompt": "2+', ":2: .*invalid JSON")
     yield fault("ends of lines of another age", (row * 2).replace(b"\n", b"\r"), "invalid JSON")
     yield fault("nested deeply", b'{"a":' * 100_000, "invalid JSON")
@@ -361,5 +365,32 @@ COMMANDS: dict[str, Callable[[Path], tuple[Any, ...]]] = {
 }
 """Commands that read what lies at a path."""
 
-INPUT_FAULTS = [fault for part in (of_settings, of_yaml, of_prompts, of_rollouts, of_programs) for fault in part()]
+READERS: dict[str, Callable[[Path], Any]] = {
+    "load_checkpoint": load_checkpoint,
+    "Rollouts.from_parquet": Rollouts.from_parquet,
+    "ProbeResult.load": ProbeResult.load,
+    "load_prompts": lambda path: load_prompts(PromptSource(jsonl=path)),
+    "read_dump": read_dump,
+}
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "to_parquet": lambda path: batch().to_parquet(path / "file"),
+    "save": lambda path: make_result().save(path),
+}
+"""What a program calls with a path, of a file to read or a directory to write into."""
+
+
+def of_paths() -> Iterator[InputFault]:
+    """Paths that a program gives."""
+
+    def fault(name: str, way: str, call: Callable[[Path], Any]) -> InputFault:
+        line = r"expected|the system says .*; (check|change|choose)"
+        return InputFault(f"path for {name}", way, lambda place: call(WAYS[way](place)), line)
+
+    yield from (fault(name, way, call) for name, call in READERS.items() for way in WAYS)
+    yield from (fault(name, way, call) for name, call in WRITERS.items() for way in WAYS if way != "a folder")
+
+
+INPUT_FAULTS = [
+    fault for part in (of_settings, of_yaml, of_prompts, of_rollouts, of_programs, of_paths) for fault in part()
+]
 PATH_FAULTS = [(where, way) for where in COMMANDS for way in WAYS]

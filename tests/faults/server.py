@@ -1,27 +1,29 @@
-"""Imports the libraries once; then each request is examined in forked processes that are watched from inside.
+"""Has loaded a checkpoint once; then each request is examined in a forked process that is watched from inside.
 
 Request: ``checkpoint``, ``base`` (or null), ``cwd``, ``environment``, and ``also``, further commands. Answer, for
 ``load`` (the function), ``json`` (``inspect --json``) and each of ``also`` (``table`` is ``inspect``): ``status`` (of
-``waitpid``), ``output`` (what the process reported), ``stderr``, ``stdout``, and ``acts``: files opened for writing,
-files moved, processes started, connections made.
+``waitpid``, the same for all), ``output`` (what was reported), ``stderr``, ``stdout``, and ``acts``: files opened for
+writing, files moved, processes started, connections made.
 """
 
 from __future__ import annotations
 
 import builtins
+import gc
 import io
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401  imported once, here, so that no fork has to
 import torch
-import transformers  # noqa: F401
 
 import entropy_probe.cli
+import entropy_probe.cli.inspect
 from entropy_probe.checkpoints import load as hf_trainer
 
 WATCHED = (
@@ -72,53 +74,56 @@ def _command(*arguments: str) -> dict[str, Any]:
     return {"exit": 0}
 
 
-def _in_fork(request: dict[str, Any], what: str) -> dict[str, Any]:
+def _in_fork(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    asked = ("load", "json", *request["also"])
     with tempfile.TemporaryDirectory() as place:
-        names = {name: Path(place) / name for name in ("stdout", "stderr", "answer")}
         child = os.fork()
         if child == 0:
-            _be_child(request, what, names)
+            _be_child(request, asked, Path(place))
         _, status = os.waitpid(child, 0)
-        texts = {name: path.read_text() if path.exists() else "" for name, path in names.items()}
-    answer = json.loads(texts.pop("answer") or '{"output": null, "acts": []}')
-    return {"status": status, **texts, **answer}
+        return {what: {"status": status, **_answer(Path(place), what)} for what in asked}
 
 
-def _be_child(request: dict[str, Any], what: str, names: dict[str, Path]) -> None:
+def _answer(place: Path, what: str) -> dict[str, Any]:
+    paths = {name: place / f"{what}.{name}" for name in ("stdout", "stderr", "answer")}
+    texts = {name: path.read_text() if path.exists() else "" for name, path in paths.items()}
+    return texts | json.loads(texts.pop("answer") or '{"output": null, "acts": []}')
+
+
+def _be_child(request: dict[str, Any], asked: Iterable[str], place: Path) -> None:
     os.chdir(request["cwd"])
     os.environ.update(request["environment"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(names[name], os.O_WRONLY | os.O_CREAT), descriptor)
     sys.stdin = _NoInput()
     builtins.input = _NoInput().read
-    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
-    answer = os.open(names["answer"], os.O_WRONLY | os.O_CREAT)
-    base = [] if request["base"] is None else ["--base-model", request["base"]]
+    given = [request["checkpoint"], *([] if request["base"] is None else ["--base-model", request["base"]])]
     acts: list[str] = []
     _watch(acts)
-    if what == "load":
-        output = _load(request["checkpoint"], request["base"])
-    elif what == "inspect":
-        output = _command("inspect", request["checkpoint"], "--json", *base)
-    else:
-        output = _command({"table": "inspect"}.get(what, what), request["checkpoint"], *base)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.write(answer, json.dumps({"output": output, "acts": acts}).encode())
+    for what in asked:
+        outputs = [
+            os.open(place / f"{what}.{name}", os.O_WRONLY | os.O_CREAT) for name in ("stdout", "stderr", "answer")
+        ]
+        for descriptor in (1, 2):
+            os.dup2(outputs[descriptor - 1], descriptor)
+        sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+        acts.clear()
+        if what == "load":
+            output = _load(request["checkpoint"], request["base"])
+        else:
+            command = {"json": ("inspect", "--json"), "table": ("inspect",)}.get(what, (what,))
+            output = _command(*command, *given)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(outputs[2], json.dumps({"output": output, "acts": acts}).encode())
     os._exit(0)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        answers = {"load": _in_fork(request, "load"), "json": _in_fork(request, "inspect")}
-        for what in request["also"]:
-            answers[what] = _in_fork(request, what)
-        sys.stdout.write(json.dumps(answers) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+def serve(requests: Connection, checkpoint: str, base: str) -> None:
+    """Answer until None is asked; ``checkpoint`` and ``base`` are intact, and loaded so that no fork is the first."""
+    sys.dont_write_bytecode = True  # a module that a fork is the first to import would be a file it writes
+    _load(checkpoint, base)
+    _command("inspect", checkpoint, "--base-model", base)
+    gc.collect()
+    gc.freeze()  # what is here is not looked through in every fork
+    while (request := requests.recv()) is not None:
+        requests.send(_in_fork(request))

@@ -505,6 +505,12 @@ FAULTS = [
     Fault("adapter half", "lora", tensors("adapter_model.safetensors", drop_half), "MismatchError", "14 missing"),
     Fault("adapter renamed", "lora", tensors("adapter_model.safetensors", rename_layer), "MismatchError", "1 unknown"),
     Fault("adapter NaN", "lora", tensors("adapter_model.safetensors", put_nan), "InvalidValueError", "expected finite"),
+    Fault(
+        "adapter as before training",
+        "lora",
+        tensors("adapter_model.safetensors", lambda x: [t.zero_() for n, t in x.items() if "lora_B" in n]),
+        suspicious="every lora_B is 0, as before training, though the optimizer has taken 3 steps",
+    ),
     Fault("adapter of lower rank", "lora", tensors("adapter_model.safetensors", lower_rank), "MismatchError", "shape"),
     Fault(
         "rank in the config", "lora", config("adapter_config.json", r=8), "MismatchError", r"expected shape \[8, 64\]"

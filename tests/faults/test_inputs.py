@@ -49,7 +49,7 @@ def test_a_file_to_write(trained, way, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "remedy"), [(errno.ENOSPC, 1, "make room"), (errno.EACCES, 1, "permission")]
+    ("number", "code", "remedy"), [(errno.ENOSPC, 1, "make room"), (errno.EACCES, 2, "permission")]
 )
 def test_what_the_system_refuses(trained, tmp_path, monkeypatch, number, code, remedy):
     def refuse(*_):
@@ -58,7 +58,7 @@ def test_what_the_system_refuses(trained, tmp_path, monkeypatch, number, code, r
     monkeypatch.setattr(record.Path, "write_bytes", refuse)
     result = invoke("init", trained.checkpoint, "--output", tmp_path / "probe.yaml")
     assert result.exit_code == code
-    assert result.stderr.startswith(f"error: a file: the system says {os.strerror(number)}; ")
+    assert result.stderr.startswith(f"error: {tmp_path}/probe.yaml: the system says {os.strerror(number)}; ")
     assert remedy in result.stderr
     assert not list(tmp_path.iterdir())
 

@@ -16,8 +16,8 @@ from entropy_probe.analyses.predict import entropy_surrogate
 from entropy_probe.estimators.uncertainty import Sampled
 from entropy_probe.named import add, dot, scale
 from entropy_probe.results.student import critical_value, degrees_of
-from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.scoring.cache import fingerprint
+from entropy_probe.scoring.isolation import parameters_at
 from entropy_probe.steps.plan import stepped_parameters
 from tests.invariants.exact import Bound
 from tests.reference.enumeration import LONGEST, TEMPERATURE, Table, TinyPolicy, trained_optimizer

@@ -7,13 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_probe import Rollouts
+from entropy_probe import ProbeConfig, Rollouts
+from entropy_probe.analyses.policy_check import PolicyCheck
+from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.estimators.policy_fit import excess_sums, policy_fit
 from entropy_probe.gradients.hooks import hookable
 from entropy_probe.gradients.per_sample import Side, sample_gradients
 from entropy_probe.losses.trl import TRLLoss
+from entropy_probe.parallel.batch import LocalRows
+from entropy_probe.parallel.ranks import ALONE
+from entropy_probe.scoring.adapters import without_adapter
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.sheet import ScoreSheet
+from entropy_probe.types import Clusters
 from tests.invariants.problems import TABLE, batches, probe
 from tests.notes import texts as all_texts
 from tests.reference.enumeration import TinyPolicy, trained_optimizer
@@ -307,3 +313,34 @@ def test_the_alarm_follows_what_rounding_explains(mean, other, alarm):
     found = run(sampled(logprobs, 200, given=given))
     assert found.mismatch.mean < 0.05
     assert any(note.numbers.get("mean") == found.mismatch.mean for note in found.notes) == alarm
+
+
+@pytest.mark.parametrize(
+    ("had", "noise", "said"),
+    [
+        (1.0, 0.03, None),
+        (0.0, 0.0, "the base model's: the sampler had no adapter"),
+        (0.0, 0.03, "the base model's: the sampler had no adapter"),
+        (2.0, 0.03, r"those of the base model with (1\.[89]|2\.[01]) times what the adapter adds"),
+        (0.8, 0.03, None),
+    ],
+)
+def test_a_sampler_with_another_adapter_is_told_from_one_that_rounds(trained, had, noise, said):
+    """After two steps of training, where the adapter adds less than an engine rounds."""
+    model = load_checkpoint(trained.checkpoint).model.eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts, mask = torch.randint(3, 90, (48, 4), generator=generator), torch.ones(48, 16, dtype=torch.bool)
+    batch = Rollouts(
+        torch.cat([prompts, prompts.repeat(1, 3)], 1), mask, mask & (torch.arange(16) > 3), torch.arange(48)
+    )
+    scorer = Scorer(model, 1.0, None)
+    scorer.prepare(batch)
+    scores = scorer.score(batch)
+    with without_adapter(model):
+        base = scorer.score(batch).logprobs
+    given = base + had * (scores.logprobs - base) + noise * torch.randn(base.shape, generator=generator)
+    check = PolicyCheck(scorer, ProbeConfig(update_selected=True), ALONE)
+    rows = LocalRows.whole(Clusters.sequences(48))
+    note = check("update", scores, rows, replace(batch, sampled_logprobs=given)).note
+    assert (note is None) == (said is None)
+    assert said is None or re.search(said, note.text), note.text

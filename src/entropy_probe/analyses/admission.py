@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from entropy_probe.analyses.columns import about_columns, about_ends
 from entropy_probe.estimators.uncertainty import is_grouped
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
 from entropy_probe.rollouts.batch import Rollouts
@@ -70,19 +71,6 @@ MASKED_OUT = NoteKind(
     "{masked} of {responses} responses are masked out: they count in what the loss divides by, but entropy is that of "
     "the others, which are not a random sample of the policy's responses",
     "Read the entropy as that of the responses the trainer keeps, or give evaluation rollouts with full masks.",
-)
-AFTER_END = NoteKind(
-    "after_end",
-    "{batch}: {tokens} response tokens of {affected} of {sequences} sequences follow an end token ({ids}) directly: "
-    "the policy did not sample them, but they count in every number",
-    "Let response_mask end with the end token: padding and the next turn's template are not the policy's.",
-)
-NO_END = NoteKind(
-    "no_end",
-    "{batch}: no response has an end token ({ids}), though {short} of {responses} are shorter than the longest "
-    "possible ({limit} tokens): entropy and gradients are of text that is cut off before its end",
-    "Keep the end token that the policy sampled, in the ids and in the mask. Where stop texts end the responses "
-    "instead, set generation.stop to them.",
 )
 
 
@@ -155,8 +143,10 @@ def admit(
         notes += _about_masked_out(batch, role)
     if role != "evaluation" and batch.advantages is not None and not bool(batch.advantages.any()):
         notes.append(NO_ADVANTAGES(batch=name))
-    notes += _about_ends(batch, name, end_ids, longest, stop_texts)
-    return Admitted(replace(batch, prompt_ids=ids), notes, not_modelled)
+    batch = replace(batch, prompt_ids=ids)
+    notes += about_ends(batch, name, end_ids, longest, stop_texts)
+    notes += about_columns(batch, name, None if mixed else keys)
+    return Admitted(batch, notes, not_modelled)
 
 
 def joined(ids: Int[Tensor, " N"], keys: Iterable[Hashable | None]) -> Int[Tensor, " N"]:
@@ -247,34 +237,3 @@ def end_tokens(model: nn.Module, more: Sequence[int] = ()) -> tuple[int, ...]:
         if eos is not None:
             return tuple(sorted({*more, *([eos] if isinstance(eos, int) else eos)}))
     return tuple(sorted(set(more)))
-
-
-def after_end(batch: Rollouts, end_ids: Sequence[int]) -> Bool[Tensor, "N L"]:
-    """Response tokens behind an end token of the same run of sampled tokens.
-
-    Where a tool or the next turn comes in between (a gap in the mask), the policy was asked anew.
-    """
-    mask = batch.response_mask
-    ends = mask & torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype))
-    before = ends.cumsum(1) - ends.long()
-    run_starts = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-    return mask & (before > torch.where(run_starts, before, 0).cummax(1).values)
-
-
-def _about_ends(
-    batch: Rollouts, name: str, end_ids: Sequence[int], longest: int | None, stop_texts: bool
-) -> list[Note]:
-    notes: list[Note] = []
-    if not end_ids:
-        return notes
-    shown, behind = ", ".join(map(str, end_ids)), after_end(batch, end_ids)
-    if bool(behind.any()):
-        tokens, affected = int(behind.sum()), int(behind.any(1).sum())
-        notes.append(AFTER_END(batch=name, tokens=tokens, affected=affected, sequences=len(batch), ids=shown))
-    lengths = batch.response_lengths[batch.response_mask.any(1)]
-    limit = max(longest or 0, int(lengths.max()))
-    short = int((lengths < limit).sum())
-    ended = torch.isin(batch.input_ids, torch.tensor(end_ids, dtype=batch.input_ids.dtype)) & batch.response_mask
-    if short and not (stop_texts or bool(ended.any())):
-        notes.append(NO_END(batch=name, ids=shown, short=short, responses=len(lengths), limit=limit))
-    return notes

@@ -48,6 +48,25 @@ class LayerShare:
 
 
 @dataclass(frozen=True, eq=False)
+class Contributions:
+    """What an attribution says of tokens and prompts, as it is held against real steps.
+
+    Attributes:
+        update: the update batch, as given.
+        evaluation: what the evaluation batch holds.
+        horizon: how many tokens after a changed one count in every contribution; ``None`` for the whole response.
+        tokens: each response token's contribution, 0 off the response, float64, ``[N, L]``.
+        prompts: contributions of the distinct prompts, by increasing prompt id, float64, ``[B]``.
+    """
+
+    update: Rollouts
+    evaluation: Contents
+    horizon: int | None
+    tokens: Float[Tensor, "N L"]
+    prompts: Float[Tensor, " B"]
+
+
+@dataclass(frozen=True, eq=False)
 class Attribution:
     """The first-order change of a step, divided over what it comes from.
 
@@ -84,6 +103,11 @@ class Attribution:
         """The numbers that go into ``results.json``."""
         assert self.result.attribution is not None
         return self.result.attribution
+
+    @property
+    def contributions(self) -> Contributions:
+        """What a validation takes of it."""
+        return Contributions(self.update, self.evaluation, self.summary.horizon, self.tokens, self.prompts)
 
     @property
     def sequences(self) -> Float[Tensor, " N"]:

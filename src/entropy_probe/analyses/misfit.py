@@ -67,6 +67,7 @@ class Misfit:
         of_logprobs: the temperature at which the policy has the sampler's log-probabilities.
         corrected: whether the loss weights tokens by ratios to the sampler's log-probabilities.
         spread: root mean square of the distance per token, and what bfloat16 makes of it, where that was measured.
+        adapter: how much of what the policy's adapter adds the sampler had, where that is not about 1.
     """
 
     fit: Fit
@@ -79,6 +80,7 @@ class Misfit:
     of_logprobs: float | None = None
     corrected: bool = False
     spread: tuple[float, float] | None = None
+    adapter: float | None = None
 
     @property
     def blame_logprobs(self) -> bool:
@@ -131,7 +133,7 @@ class Misfit:
             numbers |= {"excess": self.fit.excess, "token_temperature": self.of_tokens and self.of_tokens[0]}
         if self.mismatch is not None and self.differ:
             numbers |= {"mean": self.mismatch.mean, "max": self.mismatch.max, "effective_share": self.share}
-            numbers |= {"logprob_temperature": self.of_logprobs}
+            numbers |= {"logprob_temperature": self.of_logprobs, "adapter_share": self.adapter}
         return {name: x for name, x in numbers.items() if x is not None}
 
 
@@ -183,7 +185,7 @@ def _cause_of_logprobs(misfit: Misfit, temperature: float) -> str:
     assert misfit.mismatch is not None
     if misfit.amiss is not None:
         return f"the log-probabilities themselves are amiss: {misfit.amiss}"
-    at = ""
+    at = "" if misfit.adapter is None else _of_adapter(misfit.adapter)
     if misfit.of_logprobs is not None:
         at = f"the policy's at temperature {misfit.of_logprobs:.3g}, not {temperature:g}"
     if misfit.blame_logprobs:
@@ -195,9 +197,21 @@ def _cause_of_logprobs(misfit: Misfit, temperature: float) -> str:
             "no token is less likely under the sampler than under the policy, as where the batch was sampled from a "
             "part of the distribution (top_p, top_k or greedy)"
         )
-    if at:
+    if misfit.of_logprobs is not None:
         return f"the log-probabilities are {at}: the batch was sampled at that temperature"
+    if at:
+        return f"the log-probabilities are {at}"
     return "the batch was sampled from another policy (other weights, such as an older policy's, or changed logits)"
+
+
+def _of_adapter(share: float) -> str:
+    """Whose they are, by how much of what the policy's adapter adds they have."""
+    if abs(share) < 0.2:
+        return "the base model's: the sampler had no adapter"
+    return (
+        f"those of the base model with {share:.1f} times what the adapter adds: the sampler had another adapter, such "
+        "as an older one, or another lora_alpha"
+    )
 
 
 def _cause_of_tokens(misfit: Misfit) -> str:

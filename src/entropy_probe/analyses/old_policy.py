@@ -36,6 +36,9 @@ SAMPLED_NOT_OLD = NoteKind(
     "Expected of an engine with other numerics if the trainer corrects for it (use_vllm); else record both anew.",
 )
 
+NEARER, NOTABLE = 2.0, 0.005
+"""How many times as far from the old policy as from this one a sampler may be, and from how many nats per token on."""
+
 
 @dataclass(frozen=True, eq=False)
 class OldPolicy:
@@ -83,6 +86,8 @@ def old_policy(
     if sampled is not None:
         then = torch.where(scores.response_mask, old[local.rows].to(scores.logprobs.dtype), 0.0)
         of_sampler = compared(replace(scores, logprobs=then), sampled)
-        if of_sampler.mean > largest:
+        # who sampled for another policy is not nearer to this one
+        nearer = of_sampler.mean > max(NOTABLE, NEARER * compared(scores, sampled).mean)
+        if of_sampler.mean > largest or nearer:
             notes.append(SAMPLED_NOT_OLD(role=role, mean=of_sampler.mean, max=of_sampler.max))
     return OldPolicy(behind, of_sampler, tuple(notes))

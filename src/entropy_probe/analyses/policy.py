@@ -23,6 +23,7 @@ from entropy_probe.gradients.hooks import Hooks, hookable
 from entropy_probe.gradients.sharded import check_gradient, gathered_precisions
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.parallel.ranks import ALONE, Ranks
+from entropy_probe.parallel.shards import is_sharded
 from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import (
     PreconditionerReport,
@@ -33,7 +34,9 @@ from entropy_probe.scoring.cache import ScoreCache, fingerprint, rollouts_finger
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating, hooked_parameters
 from entropy_probe.scoring.precision import precisions
-from entropy_probe.steps.adamw import Gradient
+from entropy_probe.steps.adamw import Gradient, is_adam
+from entropy_probe.steps.copied import check_optimizer, optimizer_name
+from entropy_probe.steps.moments import unmoved_adapter
 from entropy_probe.steps.preconditioner import frozen_preconditioner
 from entropy_probe.types import TokenScores
 
@@ -316,9 +319,53 @@ def open_policy(
         notes.append(NOT_IN_OPTIMIZER(tensors=strays))
     if hooked := hooked_parameters(parameters):
         notes.append(GRADIENT_HOOKS(parameters=len(hooked), name=hooked[0]))
+    starting = ((p, optimizer.state.get(p, {})) for name, p in parameters.items() if ".lora_B." in name)
+    if unmoved := unmoved_adapter(starting):
+        notes.append(unmoved)
     scorer = Scorer(model, config.temperature, config.max_tokens_per_microbatch)
     log = Log(notes, [])
     return Policy(model, optimizer, parameters, config=config, scorer=scorer, clock=Clock(progress), log=log, **more)
+
+
+def checked_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: ProbeConfig, resample: Resample | None
+) -> torch.optim.Optimizer:
+    """The optimizer itself, taken out of what accelerate wraps it in, once all that a probe is given is checked.
+
+    Raises:
+        ValueError: if something is of another kind, or does not fit the config.
+    """
+    for name, value, kind in (("model", model, nn.Module), ("config", config, ProbeConfig)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}; pass one")
+    if type(optimizer).__module__.partition(".")[0] == "accelerate":
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+    check_optimizer(optimizer)
+    check_dtype(model, config)
+    check_device(model)
+    if config.on_low_ess == "resample" and resample is None:
+        raise ValueError(
+            "resample: expected a function from rollouts to fresh rollouts beside on_low_ess 'resample', got none"
+        )
+    return optimizer
+
+
+def check_own_step(model: nn.Module, optimizer: torch.optim.Optimizer, config: ProbeConfig) -> None:
+    """Refuse shards with an optimizer whose step is its own kernel's."""
+    if is_sharded(model) and not (is_adam(optimizer) or config.geometry == "frozen"):
+        raise ValueError(
+            f"optimizer: expected torch.optim.AdamW or Adam for a sharded model, got {optimizer_name(optimizer)}; "
+            "its own step is taken on whole parameters only"
+        )
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Refuse what inference mode keeps from being differentiated."""
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "model: expected one that can be differentiated, got torch.inference_mode, which it was made or is "
+            "probed under; leave that block"
+        )
 
 
 def check_dtype(model: nn.Module, config: ProbeConfig) -> None:

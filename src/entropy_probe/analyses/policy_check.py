@@ -22,6 +22,8 @@ from entropy_probe.estimators.importance import sequence_importance_weights
 from entropy_probe.estimators.policy_fit import MAX_Z, Fit, excess_sums, policy_fit
 from entropy_probe.estimators.sampler import (
     MISTAKES,
+    adapter_share,
+    adapter_sums,
     mistake_sums,
     recorded_amiss,
     sampler_gaps,
@@ -33,6 +35,7 @@ from entropy_probe.parallel.ranks import Ranks
 from entropy_probe.results.note import Note
 from entropy_probe.results.probe import BatchFit, SamplerMismatch
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.adapters import has_adapter, without_adapter
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.types import TokenScores
 
@@ -49,6 +52,12 @@ SPREAD = 0.7
 """Root mean square per token, in units of ``max_mismatch``, that may be an engine's rounding even where this model
 hardly rounds. Another policy's is larger beside its mean: it is far away on few tokens.
 """
+ROUNDS = 1e-4
+"""Nats per token, root mean square, that float32 stays below."""
+TELLING = 32
+"""Sequences that are scored without the adapter."""
+MOST_OFF = 0.4
+"""How much of what the adapter adds a sampler may lack or have too much of: one that lags a little behind does."""
 UNMODELLED = "importance weights between the sampler and the policy in the trainer's loss, if it has any"
 
 
@@ -98,7 +107,7 @@ class PolicyCheck:
         add_up = partial(self._sum, local)
         if (older := old_policy(role, scores, local, rollouts, add_up, config.max_mismatch)) is not None:
             return self._of_older(scores, fit, older, rollouts)
-        gaps, mismatch, record, rms, rounding = None, None, None, 0.0, None
+        gaps, mismatch, record, rms, rounding, adapter = None, None, None, 0.0, None, None
         if rollouts.sampled_logprobs is not None:
             gaps = self._sum(local, sampler_gaps(scores, rollouts.sampled_logprobs[local.rows]))
             answered = rollouts.response_mask.any(1)  # a response that is masked out has no weight to compare
@@ -108,6 +117,8 @@ class PolicyCheck:
             rms = _root_mean_square(self._sum(local, squared_gaps(scores, rollouts.sampled_logprobs[local.rows])))
             if rms > SPREAD * config.max_mismatch:
                 rounding = self._rounding(*_few(local, rollouts))
+            if rms > ROUNDS:
+                adapter = self._adapter_of_sampler(scores, local, rollouts)
         selected = role != "evaluation" and config.update_selected
         misfit = Misfit(
             fit,
@@ -115,9 +126,11 @@ class PolicyCheck:
             mismatch=mismatch,
             share=1.0 if record is None else record.ess_fraction,
             differ=(mismatch is not None and mismatch.mean > config.max_mismatch)
-            or (rounding is not None and rms > ROUNDING_FACTOR * rounding),
+            or (rounding is not None and rms > ROUNDING_FACTOR * rounding)
+            or adapter is not None,
             corrected=config.loss.weighs_sampler,
             spread=None if rounding is None else (rms, rounding),
+            adapter=adapter,
         )
         checked = Checked(scores, _record(fit, selected=selected), record)
         if config.on_mismatch == "reweight" and not config.max_mismatch and role == "evaluation" and gaps is not None:
@@ -209,6 +222,21 @@ class PolicyCheck:
                 rounded = self.scorer.score(few)
         return _root_mean_square(self._sum(local, squared_gaps(scores, rounded.logprobs)))
 
+    def _adapter_of_sampler(self, scores: TokenScores, local: LocalRows, rollouts: Rollouts) -> float | None:
+        """How much of what the policy's adapter adds the sampler had; ``None`` where that may be all of it."""
+        model, scorer = self.scorer.model, self.scorer
+        if not has_adapter(model):
+            return None
+        few, own = _few(local, rollouts, TELLING)
+        assert few.sampled_logprobs is not None
+        with self.ranks.agreeing(), without_adapter(model):
+            base = Scorer(model, scorer.temperature, scorer.max_tokens)
+            base.prepare(rollouts.select(_evenly(rollouts, TELLING)))
+            alone = base.score(few)
+        here = scores.select(torch.isin(local.rows, own.rows).nonzero()[:, 0])
+        share, z = adapter_share(self._sum(own, adapter_sums(here, alone, few.sampled_logprobs)))
+        return share if abs(share - 1) > MOST_OFF and abs(z) > MAX_Z else None
+
     def _temperature_of_tokens(self, few: Rollouts, local: LocalRows) -> tuple[float, float] | None:
         """The temperature at which the tokens are likeliest, surprisal minus entropy sums to 0, with its error."""
 
@@ -255,10 +283,14 @@ class PolicyCheck:
         return temperature, scores
 
 
-def _few(local: LocalRows, rollouts: Rollouts) -> tuple[Rollouts, LocalRows]:
+def _evenly(rollouts: Rollouts, count: int) -> Tensor:
+    """Places of so many sequences, evenly over the batch."""
+    return torch.arange(0, len(rollouts), max(1, len(rollouts) // count))[:count]
+
+
+def _few(local: LocalRows, rollouts: Rollouts, count: int = FEW) -> tuple[Rollouts, LocalRows]:
     """Some of the sequences of this rank, evenly over the batch."""
-    few = torch.arange(0, len(rollouts), max(1, len(rollouts) // FEW))[:FEW]
-    keep = torch.isin(local.rows, few).nonzero()[:, 0]
+    keep = torch.isin(local.rows, _evenly(rollouts, count)).nonzero()[:, 0]
     own = LocalRows(local.rows[keep], local.size, local.clusters.select(keep))
     return own.select(rollouts), own
 

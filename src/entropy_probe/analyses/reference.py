@@ -15,6 +15,7 @@ from entropy_probe.losses import Loss
 from entropy_probe.parallel.batch import LocalRows
 from entropy_probe.results.note import NoteKind
 from entropy_probe.rollouts.batch import Rollouts
+from entropy_probe.scoring.adapters import flags_kept, has_adapter, without_adapter
 from entropy_probe.scoring.forward import Scorer
 from entropy_probe.scoring.isolation import evaluating
 
@@ -30,7 +31,7 @@ ADAPTER_OFF = NoteKind(
 def check_reference(loss: Loss, update: Rollouts | None, model: nn.Module, reference: nn.Module | None) -> None:
     """Make sure that a loss has the reference that it takes."""
     given = (update is not None and update.reference_logprobs is not None) or reference is not None
-    if loss.needs_reference and not given and not _has_adapter(model):
+    if loss.needs_reference and not given and not has_adapter(model):
         raise ValueError(
             "reference_logprobs: expected [N, L] on an update batch of a loss with a KL term, got None, and a policy "
             "without an adapter to switch off; record the reference's log-probabilities of the sampled tokens, or give "
@@ -66,29 +67,14 @@ def _reference(policy: Policy) -> Iterator[nn.Module]:
     copied = COPY in model.peft_config
     how = f"with its adapter {COPY!r}" if copied else "with its adapter switched off"
     policy.log.notes.append(ADAPTER_OFF(how=how))
-    with _flags_kept(model):
-        if not copied:
-            with model.disable_adapter():
-                yield model
-            return
-        active = model.active_adapters
+    if not copied:
+        with without_adapter(model):
+            yield model
+        return
+    active = model.active_adapters
+    with flags_kept(model):
         model.base_model.set_adapter(COPY)
         try:
             yield model
         finally:
             model.base_model.set_adapter(active)
-
-
-@contextmanager
-def _flags_kept(model: nn.Module) -> Iterator[None]:
-    """Which parameters require a gradient, which switching adapters changes."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def _has_adapter(model: nn.Module) -> bool:
-    return bool(getattr(model, "peft_config", None)) and hasattr(model, "disable_adapter")

@@ -7,7 +7,7 @@ This is the linear datamodeling score (Park et al., 2023) with the policy's entr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from entropy_probe.analyses.attribution import Attribution
+from entropy_probe.analyses.attribution import Contributions
 from entropy_probe.analyses.batches import UpdateBatch, admit_batches
 from entropy_probe.analyses.before import entropy_coefficients
 from entropy_probe.analyses.evaluation_part import EvaluationPart, halved
@@ -32,11 +32,10 @@ from entropy_probe.analyses.realized import Measurement, measure_change
 from entropy_probe.analyses.reduced import step_on
 from entropy_probe.estimators.attribution import rank_correlation
 from entropy_probe.estimators.published import PUBLISHED
-from entropy_probe.estimators.realized import Change
 from entropy_probe.estimators.validation import Changes, Forecast, reliability, score, times_as_many
 from entropy_probe.gradients.per_sample import SampleGradients, Side, stored_bytes
 from entropy_probe.results.note import Note, NoteKind, distinct
-from entropy_probe.results.validation import MIN_STEPS, RankCorrelation, SubsetStep, Validation
+from entropy_probe.results.validation import MIN_STEPS, MeasuredStep, RankCorrelation, SubsetStep, Validation
 from entropy_probe.rollouts.batch import Rollouts
 from entropy_probe.steps.adamw import is_adam
 from entropy_probe.steps.copied import optimizer_name
@@ -110,30 +109,29 @@ def distinct_halves(moving: Bool[Tensor, " B"], subsets: int, seed: int) -> list
 
 
 @dataclass(frozen=True, eq=False)
-class _Measured:
-    """The change after one step on the whole evaluation batch and on its halves, or why there is none."""
-
-    whole: Change
-    halves: list[Change]
-
-
-@dataclass(frozen=True, eq=False)
 class _Question:
-    """The attribution in question, and what its contributions are compared with."""
+    """The contributions in question, and what they are compared with."""
 
-    attribution: Attribution
+    contributions: Contributions
     plan: Plan
     crossed: bool  # whether half of the evaluation batch judges the other half, as where the attribution has it too
     by_token: dict[str, Tensor]  # what else is said to forecast the change, of each response token, [N, L], by name
 
 
 def validate(
-    policy: Policy, attribution: Attribution, evaluation: Rollouts | None, subsets: int, seed: int
+    policy: Policy,
+    contributions: Contributions,
+    evaluation: Rollouts | None,
+    subsets: int,
+    seed: int,
+    *,
+    finished: Sequence[MeasuredStep] = (),
+    on_step: Callable[[MeasuredStep], None] | None = None,
 ) -> Validation:
     """Steps on random halves of the update batch; see :meth:`entropy_probe.EntropyProbe.validate`."""
     progress = policy.clock.progress
     policy = replace(policy, clock=Clock(None))  # progress is that of the halves, not of each one's scoring
-    given = attribution.update
+    given = contributions.update
     update, batch = admit_own(policy, given) if evaluation is None else admit_batches(policy, given, evaluation)
     if policy.config.geometry != "frozen" and not is_adam(policy.optimizer):
         raise ValueError(
@@ -146,26 +144,47 @@ def validate(
     kept_prompts = distinct_halves(moving, subsets, seed)
     if len(kept_prompts) < subsets:
         policy.log.notes.append(FEW_HALVES(moving=int(moving.sum()), halves=len(kept_prompts), asked=subsets))
-    question = _Question(attribution, planned, _crossed(attribution, planned), _by_token(policy, update))
+    question = _Question(contributions, planned, _crossed(contributions, planned), _by_token(policy, update))
     scores, rows, own = planned.before.scores, torch.arange(len(batch.local.rows)), evaluation is None
     whole = EvaluationPart(rows, batch.local, scores, planned.before.positions, torch.arange(batch.clusters.count))
     halves = halved(batch.clusters, batch.local, scores, policy.ranks, seed)
-    by_half = torch.stack([_contributions(planned, half, attribution.summary.horizon, own=own) for half in halves])
+    by_half = torch.stack([_contributions(planned, half, contributions.horizon, own=own) for half in halves])
     parts = [(part, _own_influence(planned, part) if own else None) for part in (whole, *halves)]
-    measured: list[_Measured | str] = []
+    known = _known(finished, kept_prompts, halves)
+    measured: list[MeasuredStep] = []
     for kept in kept_prompts:
-        measured.append(_change(planned, parts, kept))
+        step = known.get(tuple(kept.tolist()))
+        if step is None:
+            step = _measured(planned, parts, kept)
+            if on_step:
+                on_step(step)
+        measured.append(step)
         if progress:
             progress("subsets", len(measured), len(kept_prompts))
     return _judged(question, kept_prompts, measured, by_half, seed)
 
 
-def _crossed(attribution: Attribution, planned: Plan) -> bool:
+def _known(
+    finished: Sequence[MeasuredStep], kept_prompts: Sequence[Tensor], halves: Sequence[EvaluationPart]
+) -> dict[tuple[int, ...], MeasuredStep]:
+    """Steps of an interrupted validation, by the prompts they were taken on."""
+    expected = {tuple(kept.tolist()) for kept in kept_prompts}
+    sizes = [half.local.clusters.count for half in halves]
+    for step in finished:
+        influences = step.influences
+        if step.kept not in expected or (influences and [*map(len, influences)] != sizes):
+            raise ValueError(
+                "finished: expected steps on halves of these batches, with the influences of their clusters, got "
+                f"another on prompts {step.kept!s:.60}; validate again"
+            )
+    return {step.kept: step for step in finished}
+
+
+def _crossed(given: Contributions, planned: Plan) -> bool:
     """Whether sequences that the changes are measured on are among those that the contributions are from."""
     evaluation, contents = planned.evaluation, Contents.of(planned.evaluation.rollouts)
     logprobs = planned.policy.sequence_logprobs(evaluation.local, planned.before.scores)
-    given = attribution.evaluation
-    return contents.same_as(given) or shared(contents, logprobs, given).significant
+    return contents.same_as(given.evaluation) or shared(contents, logprobs, given.evaluation).significant
 
 
 def _by_token(policy: Policy, update: UpdateBatch) -> dict[str, Tensor]:
@@ -178,7 +197,7 @@ def _by_token(policy: Policy, update: UpdateBatch) -> dict[str, Tensor]:
 def _forecasts(question: _Question, seed: int) -> dict[str, Tensor]:
     """What each update prompt is said to add to the change, ``[B]``, by name."""
     prompts = question.plan.batch.update.prompts
-    forecasts = {"contributions": question.attribution.prompts}
+    forecasts = {"contributions": question.contributions.prompts}
     for name, tokens in question.by_token.items():
         sums, sizes = (prompts.total(x.sum(1)) for x in (tokens, tokens.abs()))
         # what centring leaves of a sum over equal lengths is rounding
@@ -221,21 +240,26 @@ Parts = Sequence[tuple[EvaluationPart, OwnInfluence | None]]
 """The whole evaluation batch and its halves, each with what prompts do to their own responses where they are in it."""
 
 
-def _change(planned: Plan, parts: Parts, kept: Tensor) -> _Measured | str:
+def _measured(planned: Plan, parts: Parts, kept: Tensor) -> MeasuredStep:
     """The entropy change measured after the step on some of the prompts, or why there is none."""
-    step = step_on(planned, kept)
+    rows, step = tuple(kept.tolist()), step_on(planned, kept)
     try:
         measured = _measure_parts(planned, step, parts)
     except ValueError as error:  # the same batch was scored before the step: what fails now is the step's doing
-        return str(error)
+        return MeasuredStep(kept=rows, failure=str(error))
     changes = []
     for (_, own), each in zip(parts, measured, strict=True):
         if each.change is None:
             assert each.note is not None
-            return each.note.text
+            return MeasuredStep(kept=rows, failure=each.note.text)
         changes.append(each.change if own is None else own.left_out(each.change, step, kept))
-    whole, *halves = changes
-    return _Measured(whole, halves)
+    whole, one, other = changes
+    return MeasuredStep(
+        kept=rows,
+        change=whole.value,
+        by_half=(one.value, other.value),
+        influences=(tuple(one.influence.tolist()), tuple(other.influence.tolist())),
+    )
 
 
 def _measure_parts(planned: Plan, step: PlannedStep, parts: Parts) -> list[Measurement]:
@@ -250,7 +274,7 @@ def _measure_parts(planned: Plan, step: PlannedStep, parts: Parts) -> list[Measu
 
 
 def _judged(
-    question: _Question, kept_prompts: list[Tensor], results: list[_Measured | str], by_half: Tensor, seed: int
+    question: _Question, kept_prompts: list[Tensor], results: list[MeasuredStep], by_half: Tensor, seed: int
 ) -> Validation:
     """The rank correlations over the steps that were measured, and what to know about the others."""
     policy, update, evaluation = question.plan.policy, question.plan.batch.update, question.plan.evaluation.rollouts
@@ -258,16 +282,16 @@ def _judged(
     kept = torch.stack([torch.isin(torch.arange(update.prompts.count), rows) for rows in kept_prompts]).double()
     summed = {name: kept @ by_prompt for name, by_prompt in forecasts.items()}
     halves = kept @ by_half.T
-    steps = _steps(question.attribution.prompt_ids, kept_prompts, results, summed, halves)
-    measured = [each for each in results if isinstance(each, _Measured)]
-    failures = [each for each in results if isinstance(each, str)]
+    steps = _steps(update.rollouts.prompt_ids.unique(), results, summed, halves)
+    measured = [each for each in results if each.failure is None]
+    failures = [each.failure for each in results if each.failure is not None]
     if failures:
         notes.append(NOT_MEASURED(failed=len(failures), steps=len(steps), reason=failures[0]))
     known, correlations = None, dict.fromkeys(forecasts)
     if len(measured) < MIN_STEPS:
         notes.append(NO_CORRELATION(least=MIN_STEPS, measured=len(measured)))
     else:
-        rows = torch.tensor([k for k, each in enumerate(results) if isinstance(each, _Measured)])
+        rows = torch.tensor([k for k, each in enumerate(results) if each.failure is None])
         changes = _changes(measured)
         known = reliability(changes.halves, 1.0 if question.crossed else 2.0)
         notes += _about_reliability(known, len(evaluation))
@@ -291,19 +315,19 @@ def _judged(
 
 
 def _steps(
-    ids: Tensor, kept_prompts: list[Tensor], results: list[_Measured | str], summed: dict[str, Tensor], halves: Tensor
+    ids: Tensor, results: list[MeasuredStep], summed: dict[str, Tensor], halves: Tensor
 ) -> tuple[SubsetStep, ...]:
     """The record of every step."""
     return tuple(
         SubsetStep(
-            kept=tuple(ids[rows].tolist()),
+            kept=tuple(ids[list(each.kept)].tolist()),
             forecasts={name: sums[k].item() for name, sums in summed.items()},
             contributions_by_half=tuple(halves[k].tolist()),
-            realized=None if isinstance(each, str) else each.whole.value,
-            realized_by_half=None if isinstance(each, str) else (each.halves[0].value, each.halves[1].value),
-            failure=each if isinstance(each, str) else None,
+            realized=each.change,
+            realized_by_half=each.by_half,
+            failure=each.failure,
         )
-        for k, (rows, each) in enumerate(zip(kept_prompts, results, strict=True))
+        for k, each in enumerate(results)
     )
 
 
@@ -312,7 +336,7 @@ def _correlation(
 ) -> RankCorrelation | None:
     forecast = Forecast(sums)
     if name == "contributions":
-        own = question.attribution.result.diagnostics.num_evaluation_sequences
+        own = len(question.contributions.evaluation.sequences)
         times = 2 * own / len(question.plan.evaluation.rollouts)
         forecast = Forecast(sums, halves, None if question.crossed else times)
     correlation = score(forecast, changes, crossed=question.crossed, seed=seed)
@@ -321,7 +345,7 @@ def _correlation(
 
 def _over_tokens(question: _Question) -> dict[str, float | None]:
     """The rank correlation of each forecast of tokens with their contributions."""
-    mask, contributions = question.plan.batch.update.rollouts.response_mask, question.attribution.tokens
+    mask, contributions = question.plan.batch.update.rollouts.response_mask, question.contributions.tokens
     return {name: rank_correlation(values[mask], contributions[mask]) for name, values in question.by_token.items()}
 
 
@@ -335,8 +359,9 @@ def _about_reliability(known: float | None, sequences: int) -> list[Note]:
     return [LOW_RELIABILITY(reliability=known, sequences=needed, wanted=WANTED_RELIABILITY)]
 
 
-def _changes(measured: list[_Measured]) -> Changes:
-    whole = torch.tensor([each.whole.value for each in measured], dtype=torch.float64)
-    halves = torch.tensor([[half.value for half in each.halves] for each in measured], dtype=torch.float64).T
-    first, second = (torch.stack([each.halves[k].influence for each in measured]) for k in (0, 1))
+def _changes(measured: list[MeasuredStep]) -> Changes:
+    whole = torch.tensor([each.change for each in measured], dtype=torch.float64)
+    halves = torch.tensor([each.by_half for each in measured], dtype=torch.float64).T
+    influences = [each.influences for each in measured if each.influences is not None]
+    first, second = (torch.tensor([both[k] for both in influences], dtype=torch.float64) for k in (0, 1))
     return Changes(whole, halves.contiguous(), (first, second))

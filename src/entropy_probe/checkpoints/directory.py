@@ -14,6 +14,7 @@ from typing import NamedTuple
 from entropy_probe.checkpoints.errors import InvalidValueError, MissingFileError, UnsafeFileError, UnsupportedError
 from entropy_probe.checkpoints.formats import CheckpointFormat, optimizer_of, weights_of
 from entropy_probe.checkpoints.safe_read import read_json
+from entropy_probe.results.record import check_utf8
 
 MAX_ENTRIES = 20_000
 """Files and folders that are looked at below a directory."""
@@ -23,6 +24,10 @@ def open_directory(path: Path) -> Path:
     """The checkpoint directory, of which nothing is known yet but that it is one."""
     if not path.is_dir():
         raise MissingFileError(f"{path}: expected a checkpoint directory, found none; check the path")
+    try:
+        check_utf8(path)
+    except ValueError as error:
+        raise UnsupportedError(f"checkpoint: {error}") from error
     if any((path / name).is_file() for name in ("config.json", "model.safetensors")):
         return path
     if not adapters_of(path) and weights_of(path) is None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from entropy_probe.checkpoints.adapters import starting_at_zero
 from entropy_probe.checkpoints.optimizers import ADAMW_8BIT
 from entropy_probe.results.note import NOTHING_TO_DO, Note, NoteKind
+from entropy_probe.steps.moments import unmoved_adapter
 
 if TYPE_CHECKING:
     from entropy_probe.checkpoints.examine import Examined
@@ -129,6 +131,8 @@ def doubts_about(examined: Examined) -> Iterator[Note]:
         yield EXCHANGED(parameters=names, more=f" and {len(cycles) - 1} more" if len(cycles) > 1 else "")
     if examined.num_others:
         yield OTHER_MODEL(count=examined.num_others)
+    if unmoved := _unmoved(examined):
+        yield unmoved
     rates = [group["lr"] for group in saved.groups if group["params"]]
     if not any(rates):
         yield RATE_IS_ZERO()
@@ -151,6 +155,20 @@ def doubts_about(examined: Examined) -> Iterator[Note]:
     if saved.is_adam and any(g["weight_decay"] and "decoupled_weight_decay" not in g for g in saved.groups):
         yield DECAY_UNKNOWN()
     yield from _doubts_about_base(examined)
+
+
+def _unmoved(examined: Examined) -> Note | None:
+    """Whether an adapter is as training began."""
+    model, saved, names = examined.model, examined.saved, examined.mapping.names
+    if model.adapter is None or not saved.is_adam:
+        return None
+    tensors, masters = model.weights.tensors, examined.masters
+    inside = starting_at_zero(model.adapter.config, names, model.adapter.name)
+    return unmoved_adapter(
+        (masters.get(name, tensors[inside[name]]).read(), saved.state.get(index, {}))
+        for index, name in enumerate(names)
+        if inside.get(name) in tensors
+    )
 
 
 def _odd_settings(saved: SavedOptimizer) -> Iterator[Note]:

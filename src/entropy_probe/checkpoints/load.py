@@ -25,6 +25,7 @@ from entropy_probe.checkpoints.optimizer_state import build_optimizer
 from entropy_probe.checkpoints.tokenizer import load_tokenizer
 from entropy_probe.checkpoints.weights import check_finite, has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
+from entropy_probe.results.record import file_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ class CheckpointState:
     report: CheckpointReport
 
 
+@file_errors(CheckpointError)
 def load_checkpoint(
     path: str | Path,
     base_model: str | Path | None = None,
@@ -165,6 +167,7 @@ def _load_model(examined: Examined, dtype: torch.dtype, device: torch.device, *,
     return shard_lora(adapter, dtype, device) if shard else load_lora(adapter, dtype, device)
 
 
+@file_errors(CheckpointError)
 def load_reference(path: str | Path, *, dtype: str = "float32", device: str | torch.device = "cpu") -> nn.Module:
     """The full weights of a directory, as the reference policy of a KL term: in eval mode, nothing trains.
 
@@ -222,6 +225,7 @@ def base_model_of(
         return None
 
 
+@file_errors(CheckpointError)
 def inspect_checkpoint(
     path: str | Path,
     base_model: str | Path | None = None,

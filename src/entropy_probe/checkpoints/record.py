@@ -29,6 +29,7 @@ from entropy_probe.checkpoints.mapping import StatedMapping
 from entropy_probe.checkpoints.masters import Copy
 from entropy_probe.checkpoints.weights import has_weights, read_weights
 from entropy_probe.results.checkpoint import CheckpointReport
+from entropy_probe.results.record import file_errors
 
 
 def recordable_files(directory: Path, *, hashes: bool = True) -> dict[str, FileRecord]:
@@ -38,6 +39,7 @@ def recordable_files(directory: Path, *, hashes: bool = True) -> dict[str, FileR
     return record_files(directory, (p for p in files if p != directory / MANIFEST_FILE), hashes=hashes)
 
 
+@file_errors(CheckpointError)
 def record_checkpoint(
     path: str | Path,
     base_model: str | Path | None = None,

@@ -14,7 +14,7 @@ from entropy_probe.cli.errors import describe
 from entropy_probe.cli.known_keys import suggestion, unknown_keys
 from entropy_probe.cli.yaml_settings import apply_overrides, dump_yaml, load_yaml
 from entropy_probe.config import ProbeConfig
-from entropy_probe.results.record import Settings
+from entropy_probe.results.record import Settings, file_errors
 from entropy_probe.sampling import EvaluationSettings, GenerationSettings, PromptSource, UpdateSettings
 
 MOST_SECONDS = 1e6
@@ -281,8 +281,9 @@ class RunConfig(Settings):
         return self.model_copy(update=changes)
 
     def to_yaml(self) -> str:
-        """The settings as a YAML file that gives the same run; ``overwrite`` has to be asked for each time."""
-        return dump_yaml(self.model_dump(mode="json", exclude={"overwrite"}))
+        """The settings as a YAML file that gives the same run, without what has to be asked for each time."""
+        asked = {"overwrite": True, "generation": {"server": {"api_key_env"}}}
+        return dump_yaml(self.model_dump(mode="json", exclude=asked))
 
 
 class ValidateConfig(RunConfig):
@@ -315,6 +316,7 @@ def with_paths(settings: Any) -> Any:
     return settings
 
 
+@file_errors()
 def load_config(
     path: Path | None,
     overrides: Iterable[str] = (),
@@ -345,6 +347,14 @@ def load_config(
         raise ValueError(
             f"{place}: overwrite: counts on the command line only, since a file may be somebody else's; leave it out, "
             "and pass --overwrite to replace an earlier run"
+        )
+    server: Any = settings
+    for key in ("generation", "server"):
+        server = server.get(key) if isinstance(server, dict) else None
+    if isinstance(server, dict) and server.get("api_key_env") is not None:
+        raise ValueError(
+            f"{place}: generation.server.api_key_env: counts on the command line only, since a file may be somebody "
+            "else's and send your key to its server; leave it out, and pass generation.server.api_key_env=NAME"
         )
     settings = apply_overrides(settings, [*overrides, *given])
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from entropy_probe.report.text import printable
+from entropy_probe.results.record import FULL, file_error
 
 DEBUG_VARIABLE = "ENTROPY_PROBE_DEBUG"
 BAD_INPUT = 2
@@ -25,12 +25,6 @@ INTERRUPTED = 130
 # Typer carries its own click in some versions and imports it in others; this is click's UsageError in both.
 _UsageError: Any = typer.BadParameter.__base__
 
-_REMEDIES = {
-    errno.ENOSPC: "make room and give the same command again",
-    errno.EDQUOT: "make room and give the same command again",
-    errno.EACCES: "change its permissions, or choose another path",
-    errno.EROFS: "choose a path on a file system that can be written",
-}
 _SHOWN = 100
 """Characters of a value that are shown."""
 
@@ -52,7 +46,7 @@ class ErrorsAsLines(TyperGroup):
         except OSError as error:
             if error.errno is None or isinstance(error, ConnectionError):
                 raise
-            _fail(describe_file(error), error, BAD_INPUT if error.filename is not None else FAILURE)
+            _fail(file_error(error), error, FAILURE if error.filename is None or error.errno in FULL else BAD_INPUT)
         sys.exit(code or 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -85,14 +79,6 @@ def describe(error: BaseException) -> str:
         return describe_validation(error)
     notes = getattr(error, "__notes__", ())
     return " ".join("; ".join([str(error) or type(error).__name__, *notes]).split())
-
-
-def describe_file(error: OSError) -> str:
-    """What the system says of a file, its path first, and what helps."""
-    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "a file"
-    remedy = _REMEDIES.get(error.errno or 0, "check the path")
-    kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-    return f"{path:.{3 * _SHOWN}}: the system says {error.strerror}; {remedy}{kept}"
 
 
 def describe_validation(error: ValidationError) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from entropy_probe.cli.batches import collect_batches, end_ids, read_sources, required, resampler
+from entropy_probe.cli.halves import saved_run, validate_run
 from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, Overwrite, TrustConfig
 from entropy_probe.cli.output import Output, locked, open_output
 from entropy_probe.results.probe import ProbeResult
@@ -197,7 +198,6 @@ def _probe_into(
     """Load, sample, probe and validate; rank 0 writes what comes of it."""
     from entropy_probe.analyses.log_check import against_log
     from entropy_probe.analyses.provenance import Clock
-    from entropy_probe.cli.report import run_report
 
     config, clock = output.config, Clock(progress)
     if config.origins and step is not None and step.between:
@@ -214,31 +214,36 @@ def _probe_into(
         with clock.phase("sample"):
             batches = collect_batches(config, output, sources, state, probe, ranks, progress)
         update, evaluation = batches.update, batches.evaluation
-        result, attribution = _run_mode(probe, config, update, evaluation)
-        of_log = against_log(state.report.logged, result, update, selected=config.probe.update_selected)
-        of_step = () if step is None else step.compare(result)
-        notes = (*state.report.notes, *gone_on, *sources.notes, *batches.notes, *of_log, *of_step)
-        seconds, left_out = clock.seconds | batches.seconds, beyond_loss(config, update, state.report.not_modelled)
-        result = _annotate(result, notes, left_out, seconds)
-        if output.writes:
-            if attribution is not None:
-                attribution.save_tables(output.path, state.tokenizer, _names(sources))
-            output.add_given(sources)
-            for answer in result.answers.values():
-                answer.save(output.path)
-            result.save(output.path)
-        if halves is None:
-            return result
-        try:
-            given = {"evaluation": evaluation, "subsets": halves[0], "seed": halves[1]}
-            validation = probe.validate(required(attribution), **given)
-        except BaseException:
+        saved = None if halves is None else saved_run(output, update, evaluation, ranks)
+        if saved is not None:
+            result, contributions = saved
+        else:
+            result, attribution = _run_mode(probe, config, update, evaluation)
+            of_log = against_log(state.report.logged, result, update, selected=config.probe.update_selected)
+            of_step = () if step is None else step.compare(result)
+            notes = (*state.report.notes, *gone_on, *sources.notes, *batches.notes, *of_log, *of_step)
+            seconds, left_out = clock.seconds | batches.seconds, beyond_loss(config, update, state.report.not_modelled)
+            result, contributions = (
+                _annotate(result, notes, left_out, seconds),
+                attribution and attribution.contributions,
+            )
             if output.writes:
-                run_report(output.path, result).write()
-            raise
-        if output.writes:
-            validation.save(output.path)
+                _save(output, sources, result, attribution, state.tokenizer)
+        if halves is not None:
+            validate_run(probe, output, (result, required(contributions)), evaluation, halves, ranks)
     return result
+
+
+def _save(
+    output: Output, sources: Sources, result: ProbeResult, attribution: Attribution | None, tokenizer: Any
+) -> None:
+    """Write what a run comes to, last the result."""
+    if attribution is not None:
+        attribution.save_tables(output.path, tokenizer, _names(sources))
+    output.add_given(sources)
+    for answer in result.answers.values():
+        answer.save(output.path)
+    result.save(output.path)
 
 
 def _run_mode(
@@ -297,7 +302,9 @@ def _annotate(
     result: ProbeResult, notes: tuple[Note, ...], not_modelled: tuple[str, ...], seconds: dict[str, float]
 ) -> ProbeResult:
     """The result with what is known from elsewhere."""
+    from entropy_probe.results.note import distinct
+
     said = result.diagnostics
-    more = {"notes": (*said.notes, *notes), "not_modelled": (*said.not_modelled, *not_modelled)}
+    more = {"notes": (*said.notes, *distinct(notes, said.notes)), "not_modelled": (*said.not_modelled, *not_modelled)}
     diagnostics = said.model_copy(update=more)
     return result.model_copy(update={"diagnostics": diagnostics, "timing": seconds | result.timing})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
+from pydantic import field_validator
 
 from entropy_probe.cli.options import AllowCode, OutputDir, Overrides, TrustConfig
-from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, locked, open_output
+from entropy_probe.cli.output import CONFIG_FILE, POINTS, Output, check_new, clear, is_ours, locked, open_output
 from entropy_probe.results.record import Kept, SavedRecord, write_atomically
 from entropy_probe.results.sweep import SWEEP_FILE, Sweep, SweepPoint
 
@@ -74,12 +75,12 @@ def _sweep_each(config: SweepConfig, each: Sequence[SweepConfig], ranks: Ranks) 
     writing = ranks.rank == 0
     if writing:
         open_index(config.output_dir, [one.output_dir.name for one in each], config.overwrite)
-        write_atomically(config.output_dir / CONFIG_FILE, config.to_yaml().encode())
     sweeps = {}
     for one in each:
         with locked(one.output_dir) if writing else nullcontext():
             sweeps[one.output_dir.name] = sweep_checkpoint(one, ranks)
     if writing:
+        write_atomically(config.output_dir / CONFIG_FILE, config.to_yaml().encode())
         sweep_report(config.output_dir, sweeps).write()
     return sweeps
 
@@ -154,15 +155,30 @@ def _sweep_into(output: Output, config: SweepConfig, sources: Sources, ranks: Ra
 
 
 class SweepIndex(SavedRecord):
-    """``sweeps.json``: the checkpoints of a run that were swept, each in the subdirectory of its name."""
+    """``sweeps.json``: the checkpoints of a run that were swept, each in the subdirectory of its name.
+
+    They are sweeps of one config once that lies beside it.
+    """
 
     kept: ClassVar = Kept(INDEX_FILE, "list of sweeps", "sweep", "choose another output_dir")
     schema_version: Literal[1] = 1
     checkpoints: tuple[str, ...]
 
+    @field_validator("checkpoints")
+    @classmethod
+    def _inside(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError("expected names of directories in this one")
+        return names
+
 
 def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> None:
-    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same."""
+    """Write ``sweeps.json`` into a directory, which is locked, that is empty or holds the same.
+
+    What it holds is not of one config from now on, until all are swept. Of sweeps that are replaced by those of other
+    checkpoints nothing is left.
+    """
     index = SweepIndex(checkpoints=tuple(checkpoints))
     if not (directory / INDEX_FILE).is_file():
         check_new(directory, overwrite, "no sweeps of several checkpoints")
@@ -171,6 +187,14 @@ def open_index(directory: Path, checkpoints: Sequence[str], overwrite: bool) -> 
             f"output_dir: {directory} holds sweeps of other checkpoints; choose another one, or pass --overwrite to "
             "sweep again"
         )
+    else:
+        (directory / CONFIG_FILE).unlink(missing_ok=True)
+        for name in set(SweepIndex.load(directory).checkpoints) - {*checkpoints}:
+            if is_ours(directory / name):
+                with locked(directory / name):
+                    clear(directory / name)
+                with suppress(OSError):  # holds something of somebody's
+                    (directory / name).rmdir()
     index.save(directory)
 
 
@@ -185,6 +209,8 @@ def load_sweeps(directory: Path) -> dict[str, Sweep]:
     if not (directory / INDEX_FILE).is_file():
         return {}
     names = SweepIndex.load(directory).checkpoints
+    if not (directory / CONFIG_FILE).is_file():
+        raise ValueError(f"{directory}: the sweeps are not finished; give the same command again to resume them")
     for name in names:
         if not (directory / name / SWEEP_FILE).is_file():
             raise ValueError(f"{directory / name}: the sweep is not finished; give the same command again to resume it")

@@ -76,9 +76,11 @@ def read_timelines(directories: Iterable[Path]) -> list[Timeline]:
     """
     from entropy_probe.analyses.alarms import alarms
     from entropy_probe.results.live import Timeline
+    from entropy_probe.results.record import check_utf8
 
     runs: dict[Path, dict[int, list[StepRecord]]] = {}
     for directory in directories:
+        check_utf8(directory)
         for run, records in _sources(directory):
             steps = runs.setdefault(run.resolve(), {})
             for record in records:

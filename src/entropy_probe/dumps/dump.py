@@ -18,6 +18,7 @@ from entropy_probe.dumps.layouts import Layout
 from entropy_probe.dumps.samples import Sample
 from entropy_probe.dumps.texts import encode_texts
 from entropy_probe.results.note import Note, NoteKind
+from entropy_probe.results.record import file_errors
 from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 from entropy_probe.rollouts.parquet import is_rollouts
 from entropy_probe.sampling.responses import side_by_side
@@ -167,6 +168,7 @@ class Dump:
         return own, None if several else rewards, "the dump's", (note,)
 
 
+@file_errors()
 def read_dump(path: str | Path, step: int | None = None, after: int | None = None) -> Dump | Rollouts:
     """What is in a dump; a file of ours is a batch already.
 

@@ -90,6 +90,41 @@ def sampler_mismatch(gaps: Float[Tensor, "6 N"], num_tokens: int) -> Mismatch:
     )
 
 
+def adapter_sums(
+    scores: TokenScores, base: TokenScores, sampled_logprobs: Float[Tensor, "N L"]
+) -> Float[Tensor, "2 N"]:
+    """What each sequence adds to :func:`adapter_share`, float64: ``sum_t a^2`` and ``sum_t a g``.
+
+    ``a`` is what the adapter adds to a token's log-probability, ``g = log pi_sampler - log pi``, in nats.
+
+    Args:
+        scores: of the policy.
+        base: of the policy without its adapter.
+        sampled_logprobs: of the sampler; ignored off the response.
+    """
+    mask, s = scores.response_mask, scores.logprobs.double()
+    adds = torch.where(mask, s - base.logprobs.double(), 0.0)
+    gap = torch.where(mask, sampled_logprobs.double() - s, 0.0)
+    return torch.stack([adds.square().sum(1), (adds * gap).sum(1)])
+
+
+def adapter_share(sums: Float[Tensor, "2 N"]) -> tuple[float, float]:
+    """How much of what the adapter adds the sampler had, and how many errors that is away from all of it.
+
+    The slope of the sampler's log-probabilities along the adapter's part: 1 for the policy itself, however it rounds,
+    since rounding knows nothing of the adapter; 0 for the base model; 2 for twice the adapter. The error takes
+    sequences as independent.
+
+    Args:
+        sums: of every sequence, from :func:`adapter_sums`.
+    """
+    squares, products = sums
+    least = torch.finfo(torch.float64).tiny
+    slope = products.sum() / squares.sum().clamp(min=least)
+    error = (products - slope * squares).norm() / squares.sum().clamp(min=least)
+    return 1 + slope.item(), (slope / error.clamp(min=least)).item()
+
+
 MISTAKES = (
     "all 0, as where none were recorded",
     "the same number at every token of a response: a sum or mean over the sequence, not one per token",

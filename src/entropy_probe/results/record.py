@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +25,15 @@ LARGEST_WHOLE, LARGEST = 2**63 - 1, 2.0**127
 
 
 class Settings(Record):
-    """What a user sets: a number is one, which true and false are not, and one that tensors hold."""
+    """What a user sets: a number is one, which true and false are not, and one that tensors hold; text is in UTF-8."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_texts(cls, value: Any) -> Any:
+        for item in () if isinstance(value, Mapping) else _items(value):  # a section has its own fields
+            if isinstance(item, str | Path):
+                check_utf8(item)
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -41,6 +50,16 @@ class Settings(Record):
         return value
 
 
+def check_utf8(text: str | Path) -> None:
+    """Refuse text, or a path, that cannot be saved in a result.
+
+    Raises:
+        ValueError: if it has bytes that are not UTF-8.
+    """
+    if any("\ud800" <= c <= "\udfff" for c in str(text)):
+        raise ValueError(f"expected text in UTF-8, which results are saved in, got {str(text)!a:.200}; rename it")
+
+
 def _items(value: Any) -> Iterator[Any]:
     """What lists and mappings hold, however deep, or the value itself."""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
@@ -55,6 +74,40 @@ def _kinds(annotation: Any) -> set[Any]:
     """The types that an annotation is made of."""
     inner = get_args(annotation)
     return {annotation} if not inner else set().union(*map(_kinds, inner))
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room and give the same command again",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EROFS: "choose a path on a file system that can be written",
+}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_SHOWN = 300
+"""Characters of a path that are shown."""
+
+
+def file_error(error: OSError) -> str:
+    """What the system says of a file as one line, its path first, and what helps."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "a file"
+    path = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path[:_SHOWN])
+    kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    return f"{path}: the system says {error.strerror}; {_REMEDIES.get(error.errno or 0, 'check the path')}{kept}"
+
+
+@contextmanager
+def file_errors(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """What the system refuses about a path, as bad input; a disk that is full while writing stays the system's error.
+
+    Raises:
+        ValueError: of that kind, in the words of :func:`file_error`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL or error.errno is None or isinstance(error, ConnectionError):
+            raise
+        raise kind(file_error(error)) from error
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -80,8 +133,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         with suppress(OSError):  # file systems need not sync directories
             sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # none where a disk is full
+            error.filename = str(path)
         raise
 
 
@@ -94,12 +149,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@file_errors()
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
+@file_errors()
 def read_record(kind: type[RecordT], path: Path, what: str, remedy: str) -> RecordT:
     """Read a record from its JSON file.
 
@@ -139,6 +196,7 @@ class SavedRecord(Record):
     left_out: ClassVar[Mapping[str, Any]] = {}
     """What the file does without, as pydantic's ``exclude``."""
 
+    @file_errors()
     def save(self, directory: str | Path) -> Path:
         """Write the record into ``directory`` (made if missing) and return the file's path.
 
@@ -150,6 +208,7 @@ class SavedRecord(Record):
         return path
 
     @classmethod
+    @file_errors()
     def load(cls: type[SavedT], directory: str | Path) -> SavedT:
         """Read a saved record from its directory or from the file itself.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from entropy_probe.results.note import Note
-from entropy_probe.results.record import Kept, Record, SavedRecord
+from entropy_probe.results.record import Kept, Record, SavedRecord, read_record, write_atomically
 
-__all__ = ["MIN_STEPS", "VALIDATION_FILE", "RankCorrelation", "SubsetStep", "Validation"]
+__all__ = ["MIN_STEPS", "VALIDATION_FILE", "MeasuredStep", "RankCorrelation", "SubsetStep", "Validation"]
 
 SCHEMA_VERSION = 3
 VALIDATION_FILE = "validation.json"
@@ -37,6 +38,37 @@ class RankCorrelation(Record):
     def corrected(self) -> float | None:
         """The correlation without that noise, ``value / ceiling`` (corrected for attenuation); may come out above 1."""
         return None if self.ceiling is None else self.value / self.ceiling
+
+
+class MeasuredStep(Record):
+    """The change after a real step on a part of the update batch, as an interrupted validation keeps it.
+
+    Attributes:
+        kept: places of the prompts it was taken on, among the distinct ones by increasing id.
+        change: of the entropy on the whole evaluation batch, in the validation's unit; null if it was not measured.
+        by_half: the same on each half of the evaluation batch; null with ``change``.
+        influences: of each cluster of a half on its change; null with ``change``.
+        failure: why it could not be measured; null if it was.
+    """
+
+    kept: tuple[int, ...]
+    change: float | None = None
+    by_half: tuple[float, float] | None = None
+    influences: tuple[tuple[float, ...], tuple[float, ...]] | None = Field(default=None, repr=False)
+    failure: str | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the step; the file appears whole or not at all."""
+        write_atomically(path, (self.model_dump_json() + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> MeasuredStep:
+        """Read a saved step.
+
+        Raises:
+            ValueError: if the file is not one.
+        """
+        return read_record(cls, path, "a step of a validation", "delete it, and it is taken again")
 
 
 class SubsetStep(Record):

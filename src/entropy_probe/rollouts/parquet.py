@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.results.record import whole_file
+from entropy_probe.results.record import file_errors, whole_file
 from entropy_probe.rollouts.batch import LOGPROBS, Rollouts
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ _EXACT = 2.0**53
 _READABLE = ("none", "1", "2", "3")
 
 
+@file_errors()
 def write_rollouts(rollouts: Rollouts, path: Path, *, note: dict[str, Any] | None = None) -> None:
     """Write a batch, one sequence per row; the file appears whole or not at all.
 
@@ -110,6 +111,7 @@ def merge_rollouts(files: Sequence[Path], path: Path) -> None:
             writer.write_table(_read_table(file).replace_schema_metadata(schema.metadata))
 
 
+@file_errors()
 def read_rollouts(path: Path) -> Rollouts:
     """Read a batch written by :func:`write_rollouts`, or a plain file with its columns.
 

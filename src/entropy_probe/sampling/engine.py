@@ -34,6 +34,7 @@ class ServerSettings(Settings):
         model: the name that it serves the policy under; by default the only model that it serves.
         adapter: the directory of a LoRA adapter that it is told to load by this path, and to sample with.
         api_key_env: the name of the environment variable with the key that it asks for; the key itself is in no file.
+            On the command line only.
         timeout: seconds to wait for an answer, which is a whole response.
         retries: how often a request is repeated, after longer and longer waits, where the server is busy (429, 502,
             503, 504), the connection fails or the time is over.

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, cast
 
 from pydantic import Field, model_validator
 
-from entropy_probe.results.record import Settings
+from entropy_probe.results.record import Settings, file_errors
 from entropy_probe.sampling.generated import task_records
 from entropy_probe.sampling.records import callable_records, dataset_records, field_of, jsonl_records, parquet_records
 
@@ -174,6 +174,7 @@ class PromptSource(Settings):
         return next(((name, path) for name in ("jsonl", "parquet") if (path := getattr(self, name)) is not None), None)
 
 
+@file_errors()
 def load_prompts(source: PromptSource) -> list[Prompt]:
     """Read the prompts of a source, numbered from 0 in its order.
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from entropy_probe.parallel.shards import count, extremes
+from entropy_probe.results.note import Note, NoteKind
 from entropy_probe.results.probe import OptimizerStateReport
+
+UNMOVED_ADAPTER = NoteKind(
+    "adapter_unmoved",
+    "every lora_B is 0, as before training, though the optimizer has taken {steps:.0f} steps along their gradients: "
+    "the policy is the base model, without the adapter that was trained",
+    "Load the adapter that was saved with this optimizer's state; right only if the learning rate was 0 all along.",
+)
 
 
 def check_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -41,6 +49,20 @@ def check_moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optim
                 f"optimizer state: expected {key} of {name} as a dense tensor of real numbers, {list(parameter.shape)} "
                 f"on {parameter.device}, got {got}; load the state with optimizer.load_state_dict"
             )
+
+
+def unmoved_adapter(entries: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Note | None:
+    """What is odd about parameters that start at 0, with their states: several steps along gradients, and still 0.
+
+    A first step may have had a warm-up's rate of 0.
+    """
+    steps = 0.0
+    for weight, state in entries:
+        if count(weight != 0):
+            return None
+        if "exp_avg" in state and count(state["exp_avg"] != 0):
+            steps = max(steps, step_count(state) or 0.0)
+    return UNMOVED_ADAPTER(steps=steps) if steps > 1 else None
 
 
 def usable_second_moment(state: Mapping[str, Any], amsgrad: bool = False) -> Tensor | None:

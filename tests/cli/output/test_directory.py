@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import sys
+from importlib import import_module
 from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,9 @@ from entropy_probe.cli.config import RunConfig
 from entropy_probe.cli.output import locked, unfinished
 from entropy_probe.cli.output.directory import OWN_FILES, resume
 from entropy_probe.cli.output.inputs import Inputs
-from entropy_probe.parallel.ranks import ALONE
+from entropy_probe.cli.sweep import SweepIndex, load_sweeps, sweep_checkpoints
+from entropy_probe.cli.sweep_config import SweepConfig
+from entropy_probe.parallel.ranks import ALONE, Ranks
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import write_atomically
 from entropy_probe.results.validation import VALIDATION_FILE
@@ -40,8 +44,16 @@ def open_directory(directory: Path, inputs: Inputs = INPUTS, **settings):
     return resume(RunConfig.model_validate(config | settings), inputs)
 
 
-def command(directory: Path, inputs: Inputs = INPUTS, fail: str = "", **settings) -> list[str]:
+def command(directory: Path, inputs: Inputs = INPUTS, **settings) -> list[str]:
     """As the commands do it, with the inputs for contents; what it sampled. Fails before it writes a file."""
+    with locked(directory):
+        return in_locked(directory, inputs, **settings)
+
+
+def in_locked(
+    directory: Path, inputs: Inputs = INPUTS, fail: str = "", last: str = VALIDATION_FILE, **settings
+) -> list[str]:
+    """:func:`command` in a directory that is locked."""
     sampled = []
 
     def write(name: str, content: str) -> None:
@@ -51,22 +63,22 @@ def command(directory: Path, inputs: Inputs = INPUTS, fail: str = "", **settings
         write_atomically(directory / name, content.encode())
 
     text = inputs.model_dump_json()
-    with locked(directory):
-        output = open_directory(directory, inputs, **settings)
-        if not output.finished:
-            with output.writing(ALONE):
-                for batch in ("update", "evaluation"):
-                    if batch in output.inputs.rollouts or batch in settings.get("rollouts", ()):
-                        continue
-                    for shard in range(2 if batch == "evaluation" else 0):
-                        write(f"evaluation/shard-{shard:05d}.parquet", text)
-                    write(f"{batch}.parquet", batch + text)
-                    sampled.append(batch)
-                    output = output.record(batch, [NOTE])
-                write("tokens.parquet", text)
-                write("results.json", make_result().model_dump_json())
-                write(VALIDATION_FILE, text)
-        output.finish(lambda: (write("figures/parts.png", "drawn"), write("report.html", text)))
+    output = open_directory(directory, inputs, **settings)
+    if not output.finished:
+        with output.writing(ALONE):
+            for batch in ("update", "evaluation"):
+                if batch in output.inputs.rollouts or batch in settings.get("rollouts", ()):
+                    continue
+                for shard in range(2 if batch == "evaluation" else 0):
+                    write(f"evaluation/shard-{shard:05d}.parquet", text)
+                write(f"{batch}.parquet", batch + text)
+                sampled.append(batch)
+                output = output.record(batch, [NOTE])
+            write("tokens.parquet", text)
+            write("results.json", make_result().model_dump_json())
+            write("halves/001.json", text)
+            write(last, text)
+    output.finish(lambda: (write("figures/parts.png", "drawn"), write("report.html", text)))
     return sampled
 
 
@@ -108,7 +120,7 @@ def test_an_error_keeps_what_took_long_and_says_so(tmp_path):
     for fail, said in (
         ("evaluation.parquet", kept.replace(f" rollouts.evaluation={out}/evaluation.parquet", "")),
         ("tokens.parquet", kept),
-        ("validation.json", f"the run itself is complete in {out}, only its validation is missing"),
+        ("validation.json", f"the run itself is complete in {out}, the same command goes on with its validation"),
     ):
         with pytest.raises(RuntimeError) as caught:
             command(out, fail=fail)
@@ -171,6 +183,68 @@ def killed_everywhere(directory: Path, before: Path) -> None:
         sampled = command(out, overwrite=old)
         assert set(sampled) == {"update", "evaluation"} - (set() if old else inputs.rollouts.keys()), moment
         assert contents(out) | {"config.yaml": b""} == expected, moment
+
+
+def several(directory: Path, names: str, version: str, *, overwrite: bool) -> None:
+    """As ``sweep`` does it for several checkpoints, each of which is a command of a few bytes."""
+    settings = {"checkpoints": [f"/{name}" for name in names], "learning_rates": [1e-5, 1e-4]}
+    config = {"checkpoint": "/a", "output_dir": directory, "prompts": {"jsonl": "p"}, "reward": "exact_match",
+              "update": {"num_prompts": 4, "group_size": 2}, "evaluation": {"total_sequences": 8},
+              "probe": {"max_completion_length": 8}}  # fmt: skip
+    config = SweepConfig.model_validate({**config, "sweep": settings, "overwrite": overwrite})
+    inputs = other(command="sweep", versions={"entropy-probe": version})
+
+    def one(config: SweepConfig, ranks: Ranks) -> None:
+        in_locked(config.output_dir, inputs, last="sweep.json", overwrite=config.overwrite)
+
+    def report(directory: Path, sweeps: object) -> SimpleNamespace:
+        return SimpleNamespace(write=lambda: write_atomically(directory / "report.html", version.encode()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("entropy_probe.cli.sweep"), "sweep_checkpoint", one)
+        patch.setattr(import_module("entropy_probe.cli.report"), "sweep_report", report)
+        sweep_checkpoints(config, ALONE)
+
+
+def several_killed_everywhere(directory: Path, before: Path, stride: int) -> None:
+    """Overwrite the sweeps of three checkpoints by others of two of them, killed at every so many changes in turn."""
+    os.fsync = lambda descriptor: None  # of this process, which ends here; it would take most of the time
+    out = directory / "out"
+    several(out, "ab", "new", overwrite=False)
+    expected = contents(out)
+    for moment in count(step=stride):
+        shutil.rmtree(out)
+        shutil.copytree(before, out)
+        child = os.fork()
+        if child == 0:
+            kill_at(moment, str(out))
+            several(out, "ab", "new", overwrite=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if (out / "config.yaml").exists():  # it is what says that these are sweeps of one config
+            names = SweepIndex.load(out).checkpoints
+            assert len({Inputs.load(out / name).versions["entropy-probe"] for name in names}) == 1, moment
+        else:
+            with pytest.raises(ValueError, match="sweeps are not finished; give the same command again"):
+                load_sweeps(out)
+        if os.WIFEXITED(status):
+            assert moment > 40
+        several(out, "ab", "new", overwrite=True)
+        now = contents(out)
+        assert {name: now[name] for name in expected if "config.yaml" not in name} == {
+            name: content for name, content in expected.items() if "config.yaml" not in name
+        }, moment
+        assert now.keys() == expected.keys(), moment
+        if os.WIFEXITED(status):
+            return
+
+
+@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])
+def test_sweeps_that_replace_others_are_never_taken_for_those(tmp_path, stride):
+    several(tmp_path / "before", "abc", "old", overwrite=False)
+    process = Process(several_killed_everywhere, tmp_path, tmp_path / "before", stride)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
 
 
 def kill_at(moment: int, directory: str) -> None:

@@ -6,8 +6,8 @@ One process at a time works in it (``lock``). Every file appears whole, in this 
 2. What a pilot said, in ``inputs.json``; sampled batches, each recorded there with its hash once it is there;
    ``evaluation/`` holds the shards of the evaluation batch while it is sampled.
 3. The points of a sweep; the tables of an attribution; answers to questions; copies of given batches.
-4. The result: ``results.json``, which ``validate`` follows by ``validation.json``, or ``sweep.json``. Where it is,
-   everything above it is.
+4. The result: ``results.json``, which ``validate`` follows by its steps (``halves/``, until it is done) and
+   ``validation.json``, or ``sweep.json``. Where it is, everything above it is.
 5. Figures and ``report.html``, drawn from the rest; missing ones are drawn again.
 
 The same command resumes what is unfinished and shows what is finished. Other inputs are refused in a line that names
@@ -22,9 +22,12 @@ from entropy_probe.cli.output.directory import (
     ANSWERS,
     CONFIG_FILE,
     FIGURES,
+    HALVES,
     POINTS,
     Output,
     check_new,
+    clear,
+    is_ours,
     open_output,
     say,
     unfinished,
@@ -36,11 +39,14 @@ __all__ = [
     "ANSWERS",
     "CONFIG_FILE",
     "FIGURES",
+    "HALVES",
     "POINTS",
     "Batch",
     "Output",
     "Pilot",
     "check_new",
+    "clear",
+    "is_ours",
     "locked",
     "open_output",
     "say",

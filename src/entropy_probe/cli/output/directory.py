@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from entropy_probe.results.note import Note
 
 CONFIG_FILE = "config.yaml"
-FIGURES, POINTS, SHARDS, ANSWERS = "figures", "points", "evaluation", "answers"
-FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS)
+FIGURES, POINTS, SHARDS, ANSWERS, HALVES = "figures", "points", "evaluation", "answers", "halves"
+FOLDERS = (FIGURES, POINTS, SHARDS, ANSWERS, HALVES)
 ROLLOUT_FILES: dict[Batch, str] = {"update": "update.parquet", "evaluation": "evaluation.parquet"}
 LAST_FILES = {"run": RESULTS_FILE, "validate": VALIDATION_FILE, "sweep": SWEEP_FILE}
 NOUNS = {"run": "run", "validate": "validation", "sweep": "sweep"}
@@ -36,7 +36,7 @@ OWN_FILES = (
     *(REPORT_FILE, VALIDATION_FILE, RESULTS_FILE, SWEEP_FILE),
     *(f"{FIGURES}/{name}.{kind}" for name in RESULT_FIGURES for kind in ("png", "svg")),
     *("sweep.png", "sweep.svg", "sweeps.png", "sweeps.svg", "sweeps.json", *TABLES, f"{POINTS}/[0-9]*.json"),
-    f"{ANSWERS}/*.json",
+    *(f"{ANSWERS}/*.json", f"{HALVES}/[0-9]*.json"),
     *(*ROLLOUT_FILES.values(), f"{SHARDS}/shard-*.parquet", CONFIG_FILE, INPUTS_FILE),
 )
 
@@ -88,7 +88,7 @@ class Output:
         except BaseException as error:
             kept = self._what_is_kept() if self.writes else ""
             if kept is None:
-                self._clear()
+                clear(self.path, self.given)
             elif kept:
                 error.add_note(kept)
             raise
@@ -122,7 +122,8 @@ class Output:
         if not self.writes:
             return
         unsaved = [] if self.config.save_rollouts else map(self.batch_file, ROLLOUT_FILES)
-        _delete([*_temporary_files(self.path), *self.shards.glob("shard-*")])
+        halves = (self.path / HALVES).glob("[0-9]*.json")
+        _delete([*_temporary_files(self.path), *self.shards.glob("shard-*"), *halves])
         _delete(file for file in unsaved if file.resolve() not in self.given)
         _delete_empty(self.path)
         if not (self.path / REPORT_FILE).is_file():
@@ -138,24 +139,16 @@ class Output:
             if self.resumes:
                 _delete([*_temporary_files(self.path), self.path / REPORT_FILE])
             else:
-                self._clear()
+                clear(self.path, self.given)
             self.inputs.save(self.path)
             write_atomically(self.path / CONFIG_FILE, self.config.to_yaml().encode())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def _clear(self) -> None:
-        """Delete all but given rollouts; last what the directory is recognised by, should this be interrupted."""
-        mark = self.path / (INPUTS_FILE if (self.path / INPUTS_FILE).exists() else RESULTS_FILE)
-        files = [file for file in _own_files(self.path) if file != mark and file.resolve() not in self.given]
-        _delete([*_temporary_files(self.path), *files])
-        _delete_empty(self.path)
-        _delete([mark])
-
     def _what_is_kept(self) -> str | None:
         saved = Inputs.load(self.path)
         if self.inputs.command == "validate" and (self.path / RESULTS_FILE).exists():
-            return f"the run itself is complete in {self.path}, only its validation is missing"
+            return f"the run itself is complete in {self.path}, the same command goes on with its validation"
         if not saved.rollouts:
             what = _what_took_long(self.path, saved)
             return what and f"the {what} are kept, the same command goes on with them"
@@ -184,7 +177,7 @@ def open_output(
 def resume(config: RunConfig, inputs: Inputs) -> Output:
     """Compare what a directory holds with what is to be computed. Nothing is written or deleted."""
     path, new = config.output_dir, Output(config, inputs)
-    if config.overwrite and _is_ours(path):
+    if config.overwrite and is_ours(path):
         return new
     if config.overwrite or not (path / INPUTS_FILE).is_file():
         check_new(path, config.overwrite, "no result of an earlier run", new.given)
@@ -206,6 +199,15 @@ def resume(config: RunConfig, inputs: Inputs) -> Output:
     note = f"this {noun}, shown as it is" if finished else f"{kept} of this {noun}, which goes on with them"
     say(f"{path} holds {note}; --overwrite starts afresh")
     return Output(config, saved, resumes=True, finished=finished)
+
+
+def clear(directory: Path, given: Collection[Path] = ()) -> None:
+    """Delete all but given rollouts; last what the directory is recognised by, should this be interrupted."""
+    mark = directory / (INPUTS_FILE if (directory / INPUTS_FILE).exists() else RESULTS_FILE)
+    files = [file for file in _own_files(directory) if file != mark and file.resolve() not in given]
+    _delete([*_temporary_files(directory), *files])
+    _delete_empty(directory)
+    _delete([mark])
 
 
 def check_new(directory: Path, overwrite: bool, lacks: str, given: Collection[Path] = ()) -> None:
@@ -241,7 +243,7 @@ def unfinished(directory: Path) -> str | None:
     return f"{directory}: the {NOUNS[command]} is not finished{points}; give the same command again to resume it"
 
 
-def _is_ours(directory: Path) -> bool:
+def is_ours(directory: Path) -> bool:
     """Whether one of the commands wrote into a directory, be it a run of before there were inputs."""
     for record in (Inputs, ProbeResult):
         with suppress(ValueError):
