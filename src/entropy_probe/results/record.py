@@ -135,8 +135,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # none where a disk is full
-            error.filename = str(path)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # which a full disk does not name
         raise
 
 
