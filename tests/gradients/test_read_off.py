@@ -11,6 +11,8 @@ from entropy_probe.scoring.isolation import evaluating
 from entropy_probe.types import Clusters, TokenCoefficients
 from tests.invariants.hf_problems import long_prompts, policy
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 BATCH = long_prompts()
 CLUSTERS = Clusters.prompts(BATCH.prompt_ids).index
 
