@@ -131,6 +131,7 @@ def regression_baseline(
     reaching: Tensor,
     sums: Tensor,
     weights: Tensor,
+    horizon: None = None,  # of the whole response
 ) -> Tensor:
     """What ridge regression on prefix-measurable features predicts beyond the position mean, cross-fitted."""
     h = torch.where(mask, entropies.double(), 0.0)
