@@ -17,8 +17,6 @@ from entropy_probe.scoring.packing import Microbatch
 from entropy_probe.scoring.sheet import ScoreSheet
 from entropy_probe.types import TokenCoefficients
 
-__all__ = ["KeptPasses", "Sums", "read_off_layers"]
-
 
 class Sums(Sink):
     """Where a pass over a batch accumulates."""

@@ -10,8 +10,6 @@ from pydantic import Field
 from entropy_probe.results.note import Note
 from entropy_probe.results.record import Kept, Record, SavedRecord, read_record, write_atomically
 
-__all__ = ["MIN_STEPS", "VALIDATION_FILE", "MeasuredStep", "RankCorrelation", "SubsetStep", "Validation"]
-
 SCHEMA_VERSION = 3
 VALIDATION_FILE = "validation.json"
 MIN_STEPS = 4

@@ -20,8 +20,6 @@ from entropy_probe.steps.adamw import AdamSettings, Gradient, adam_settings, is_
 from entropy_probe.steps.copied import copied_step, optimizer_name
 from entropy_probe.steps.moments import step_count
 
-__all__ = ["Coasted", "coasted", "coasting", "lifetime_factor", "no_end"]
-
 NO_END = NoteKind(
     "coasting_has_no_end",
     "{optimizer} does not come to rest when gradients are zero, so what momentum alone will do has no size: {why}",
