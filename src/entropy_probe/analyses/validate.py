@@ -65,7 +65,7 @@ ONLY_NOISE = NoteKind(
     "halves_disagree",
     "changes measured on the two halves of the evaluation batch do not agree at all: what ranks the steps is noise; "
     "use many times as many evaluation sequences",
-    "Raise evaluation.total_sequences many times over, or read the correlations without noise.",
+    "Raise evaluation.total_sequences many times over; with mode one_batch, give evaluation rollouts.",
 )
 LOW_RELIABILITY = NoteKind(
     "low_reliability",
